@@ -1,0 +1,52 @@
+# Every target sets up what it needs; on a fresh machine only Python ≥ 3.11, git and make are there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
+PINS ?= -c deploy/pins.txt
+
+.PHONY: demo test lint bench gpu peers clean
+
+demo: $(VENV)/ready
+	@$(BIN)/python -m deploy.demo
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m "not gpu and not peers"
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready-dev
+	$(BIN)/python -m tests.benchmarks.throughput
+
+gpu: $(VENV)/ready-dev
+	$(BIN)/python -m tests.benchmarks.require_gpu
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m tests.benchmarks.throughput --device cuda
+
+peers: $(VENV)-peers/ready $(VENV)/ready-dev
+	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers
+
+$(VENV)/ready: pyproject.toml deploy/pins.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Sluice needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up $(VENV) (once; about a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e .
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e ".[dev]"
+	@touch $@
+
+$(VENV)-peers/ready: deploy/pins-peers.txt
+	@echo "setting up $(VENV)-peers with SAELens (once; some minutes)"
+	@$(PYTHON) -m venv $(VENV)-peers
+	@$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c deploy/pins-peers.txt torch
+	@$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c deploy/pins-peers.txt sae-lens
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-peers runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,370 @@
+"""The run file: one TOML for all three processes, read once, refused with every fault at once.
+
+CONTRACT: the trainer and the monitor read the same file with the same function. Each process validates the tables
+it needs (`ProducerSettings` here, `TrainerSettings` and `MonitorSettings` in their packages) and leaves the others
+alone, so each fact stands in one place. Light: pydantic only.
+
+    settings = read_run_file(ProducerSettings, "deploy/demo.toml", ["model.device=cpu"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class SettingsError(ValueError):
+    """The run file cannot be used. `str(error)` is the whole message for the operator, one fault per line."""
+
+
+class Table(BaseModel):
+    """One table of the run file: unknown keys and wrong types are refused, values never change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+def is_loopback(endpoint: str) -> bool:
+    """True when no other machine can reach `endpoint` (ipc, inproc, or a loopback TCP address)."""
+    if endpoint.startswith(("ipc://", "inproc://")):
+        return True
+    host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", endpoint)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class RunSettings(Table):
+    """[run]: what is one run, where it lives and when it ends."""
+
+    directory: str = Field(default="runs/run", min_length=1)
+    """Folder of the run: checkpoint, snapshots, metrics.jsonl, summary.json. Created when missing."""
+    tokens: Positive | None = None
+    """Rows to train on before the run ends; without it, the run ends with the data."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the order of shards, the draw from the buffer and the initial weights."""
+    threads: Positive | None = None
+    """CPU threads of the trainer's and the producer's arithmetic, each; without it, torch decides."""
+
+
+class StreamSettings(Table):
+    """[stream]: the socket between producers and trainer."""
+
+    endpoint: str = "tcp://127.0.0.1:5710"
+    """ZeroMQ address the trainer binds and producers connect to. Off loopback it needs `keys`."""
+    keys: str | None = None
+    """Folder of CURVE keys, as `python -m producer keys DIR` writes it; needed off loopback."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of activations on the wire and in the buffer."""
+    heartbeat_seconds: Seconds = 1.0
+    """Both sides say that they live this often."""
+    dead_seconds: Seconds = 10.0
+    """A side silent for this long is taken for dead; its leases return."""
+    stall_seconds: Seconds = 120.0
+    """A producer that lives, has credit and makes no progress on its shard for this long loses the lease."""
+    patience_seconds: Seconds = 300.0
+    """How long a producer looks for a trainer before it gives up with exit code 1."""
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> StreamSettings:
+        if not is_loopback(self.endpoint) and self.keys is None:
+            raise ValueError(
+                f"stream.endpoint = {self.endpoint!r} is reachable from other machines and stream.keys is not set: "
+                "write keys with `python -m producer keys DIR` and set keys = \"DIR\", or use tcp://127.0.0.1:5710"
+            )
+        if self.dead_seconds < 3 * self.heartbeat_seconds:
+            raise ValueError(
+                f"stream.dead_seconds = {self.dead_seconds:g} is under three heartbeats "
+                f"(heartbeat_seconds = {self.heartbeat_seconds:g}): a single late one would kill a healthy peer; raise it"
+            )
+        return self
+
+
+class ModelSettings(Table):
+    """[model]: the language model and where its activations are read."""
+
+    name: str = Field(min_length=1)
+    """Hugging Face name, or path of a folder that holds the model and its tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
+    hooks: list[str] = Field(min_length=1)
+    """Where to read: `blocks.6.hook_resid_post` (also resid_pre, resid_mid, mlp_out), or a module path of the model."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the language model; auto is bfloat16 on a GPU, float32 on a CPU."""
+    batch_windows: Positive | None = None
+    """Windows in one forward pass; without it, about 4096 tokens on a CPU and 32768 on a GPU."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+    @field_validator("hooks")
+    @classmethod
+    def _each_once(cls, hooks: list[str]) -> list[str]:
+        if repeated := sorted({hook for hook in hooks if hooks.count(hook) > 1}):
+            raise ValueError(f"names {', '.join(repeated)} more than once; name each hook once")
+        return hooks
+
+
+class CorpusSettings(Table):
+    """[corpus]: which text, how it becomes windows of tokens, and which rows are kept."""
+
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "synthetic"] = "stdlib"
+    """stdlib: Python's own sources. text, jsonl, parquet: files. huggingface: a dataset by name (extra `hf`).
+    tokens: flat binary files of token ids. synthetic: vectors of known ground truth, without a language model."""
+    paths: list[str] = []
+    """Files, folders or globs for text, jsonl, parquet and tokens."""
+    column: str = "text"
+    """Field (jsonl) or column (parquet, huggingface) that holds the text."""
+    dataset: str | None = None
+    """Name of the dataset on the hub, for kind huggingface."""
+    subset: str | None = None
+    """Configuration of that dataset, such as `wikitext-103-v1`."""
+    split: str = "train"
+    """Split of that dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of that dataset; pin it, so that the stream stays the same."""
+    streaming: bool = True
+    """Read that dataset over the network as it is needed, instead of downloading it first."""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Number format of the files, for kind tokens."""
+    shard_bytes: Positive = 1_000_000
+    """About how much text one shard holds (text, jsonl, tokens); a shard is what one producer works on at a time."""
+    held_out: float = Field(default=0.0625, ge=0.0, lt=1.0)
+    """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
+    epochs: Positive | None = 1
+    """Passes over the corpus before the data counts as finished."""
+    context: Positive = 256
+    """Tokens in one window, BOS included."""
+    prepend_bos: bool = True
+    """Start each window with the tokenizer's BOS token, where it has one."""
+    exclude_special: bool = True
+    """Keep no row of a BOS, EOS, padding or other special token."""
+    outlier_factor: float | None = Field(default=10.0, gt=1.0)
+    """Drop rows whose norm exceeds this many times the median of the corpus' first windows (attention sinks)."""
+    synthetic: SyntheticSettings | None = None
+    """[corpus.synthetic], for kind synthetic."""
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> CorpusSettings:
+        if self.kind in ("text", "jsonl", "parquet", "tokens") and not self.paths:
+            raise ValueError(f"corpus.kind = {self.kind!r} needs corpus.paths, such as paths = [\"data/*.txt\"]")
+        if self.kind == "huggingface" and not self.dataset:
+            raise ValueError('corpus.kind = "huggingface" needs corpus.dataset, such as dataset = "monology/pile-uncopyrighted"')
+        if self.kind == "synthetic" and self.synthetic is None:
+            raise ValueError('corpus.kind = "synthetic" needs a table [corpus.synthetic] with d_in, features and shards')
+        return self
+
+
+class SyntheticSettings(Table):
+    """[corpus.synthetic]: rows that are sparse sums of known unit directions (Sharkey et al. 2022)."""
+
+    d_in: Positive
+    """Width of a row."""
+    features: Positive
+    """How many true directions there are."""
+    active: float = Field(default=5.0, gt=0.0)
+    """Mean number of true features in a row."""
+    decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Feature i is decay**i as frequent as feature 0; 1 makes all equally frequent."""
+    shards: Positive = 64
+    """Number of shards."""
+    shard_windows: Positive = 64
+    """Windows in a shard."""
+    naming: bool = False
+    """Replace the contents by the row's own name (shard, window, position as integers), so that a drill can
+    check each trained row against the ledger. Needs d_in >= 4."""
+
+
+class MetricsSettings(BaseModel):
+    """The part of [monitor] that every process reads: where it shows its metrics. The monitor checks the rest."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address the metrics ports and the HTTP service listen on."""
+    trainer_port: Port = 9710
+    """Prometheus port of the trainer; 0 takes any free one, which the log names."""
+    producer_port: Port = 9711
+    """Prometheus port of the first producer on a machine; the next ones take the next free port."""
+
+
+class ProducerSettings(BaseModel):
+    """What a producer reads of the run file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    run: RunSettings = RunSettings()
+    stream: StreamSettings = StreamSettings()
+    model: ModelSettings | None = None
+    corpus: CorpusSettings = CorpusSettings()
+    monitor: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _text_needs_a_model(self) -> ProducerSettings:
+        if self.model is None and self.corpus.kind != "synthetic":
+            raise ValueError("table [model] is missing: add it with name and hooks, such as name = \"gpt2\"")
+        return self
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
+    """The tables of `kind` from the TOML file `path`, with `section.key=value` overrides applied.
+
+    Raises SettingsError naming every fault: key, value, what is expected and what to do.
+    """
+    try:
+        document = tomllib.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"run file {path} does not exist; deploy/ holds examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"run file {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"run file {path} is not valid TOML: {error}") from None
+    faults = [fault for override in overrides if (fault := _apply(document, override))]
+    faults += [
+        f"[{name}]: no such table{_nearest(name, TABLES)}; the tables are {', '.join(TABLES)}"
+        for name in document
+        if name not in TABLES
+    ]
+    wanted = {name: table for name, table in document.items() if name in kind.model_fields}
+    try:
+        settings = kind.model_validate(wanted)
+    except ValidationError as error:
+        faults += [_explain(kind, wanted, fault) for fault in error.errors()]
+    if faults:
+        raise SettingsError("\n".join(f"{path}: {fault}" for fault in faults))
+    return settings
+
+
+def show_settings(settings: BaseModel) -> str:
+    """The resolved settings as TOML that `read_run_file` accepts again; unset options are left out."""
+    tables = settings.model_dump(mode="json", exclude_none=True)
+    return "\n".join(_toml_table(name, table) for name, table in tables.items())
+
+
+def _toml_table(name: str, table: Any) -> str:
+    if isinstance(table, list):
+        return "\n".join(_toml_lines(f"[[{name}]]", entry, name) for entry in table)
+    return _toml_lines(f"[{name}]", table, name)
+
+
+def _toml_lines(heading: str, table: dict[str, Any], name: str) -> str:
+    # JSON's scalars and lists are valid TOML, so the encoder of the standard library writes the values.
+    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    nested = [_toml_lines(f"[{name}.{key}]", value, f"{name}.{key}") for key, value in table.items() if isinstance(value, dict)]
+    return "\n".join([heading, *plain, "", *nested])
+
+
+def _apply(document: dict[str, Any], override: str) -> str | None:
+    """Sets one `section.key=value` in `document`; returns the fault, if there is one."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        return f"override {override!r}: expected section.key=value, such as optimizer.batch=2048"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, as in model.name=gpt2
+    place: Any = document
+    for part in parts[:-1]:
+        if isinstance(place, list):
+            chosen = [entry for index, entry in enumerate(place) if part in (str(index), entry.get("name"))]
+            if not chosen:
+                return f"override {override!r}: no [[{parts[0]}]] is named {part!r}, nor has that number"
+            place = chosen[0]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            return f"override {override!r}: {part!r} is a value, not a table"
+    if isinstance(place, list):
+        return f"override {override!r}: say which entry, as in {parts[0]}.0.{parts[-1]}=…"
+    place[parts[-1]] = value
+    return None
+
+
+def _explain(kind: type[BaseModel], document: dict[str, Any], fault: Any) -> str:
+    """One pydantic fault in words: full name, value, expectation, what to do."""
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(kind, path[:-1])
+        return f"{name} = {fault['input']!r}: no such key{_nearest(path[-1], known)}; known here: {', '.join(known)}"
+    if fault["type"] == "missing":
+        return f"{name}: missing; add it. {_meaning(kind, path)}".rstrip()
+    if fault["type"] == "value_error":
+        message = str(fault["ctx"]["error"])
+        return message if "." in message.split(" ")[0] or not name else f"{name} = {fault['input']!r} {message}"
+    expected = fault["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
+    return f"{name} = {fault['input']!r}: {expected}. {_meaning(kind, path)}".rstrip()
+
+
+def _fields_at(kind: Any, path: list[str]) -> list[str]:
+    model = _model_at(kind, path)
+    return list(model.model_fields) if model else []
+
+
+def _meaning(kind: Any, path: list[str]) -> str:
+    model = _model_at(kind, path[:-1])
+    field = model.model_fields.get(path[-1]) if model else None
+    return " ".join((field.description or "").split()) if field else ""
+
+
+def _model_at(kind: Any, path: list[str]) -> type[BaseModel] | None:
+    """The model class that `path` (names and list indices) leads to, looking through lists and optional types."""
+    for part in path:
+        if part.isdigit():
+            continue
+        field = kind.model_fields.get(part) if kind else None
+        kind = _model_within(field.annotation) if field else None
+    return kind
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_model_within(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((model for model in inner if model), None)
+
+
+def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_command_line(program: str, purpose: str, kind: type[S], arguments: list[str] | None = None) -> S:
+    """`RUN.toml [section.key=value …]` of the three daemons; ends the process for --help, --print-settings and faults."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file", metavar="RUN.toml", help="the run's settings; deploy/ holds examples")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
+    parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
+    given = parser.parse_args(arguments)
+    try:
+        settings = read_run_file(kind, given.run_file, given.overrides)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if given.print_settings:
+        print(show_settings(settings))
+        raise SystemExit(0)
+    return settings

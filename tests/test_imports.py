@@ -1,0 +1,102 @@
+"""The house rules of imports: against the data's direction, only onto contracts, and contracts stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("producer", "trainer", "monitor")
+
+CONTRACTS = {
+    "producer": {
+        "producer.wire", "producer.report", "producer.settings", "producer.keys",
+        # for evaluation: the LM loader, and the text it reads
+        "producer.activations", "producer.corpus", "producer.tokens",
+    },
+    "trainer": {"trainer.snapshot", "trainer.report", "trainer.settings", "trainer.durable", "trainer.saes.inference"},
+    "monitor": set(),
+}  # fmt: skip
+"""What another stage may import of each stage."""
+
+LIGHT = ("producer.wire", "producer.report", "producer.settings", "trainer.report", "trainer.settings", "trainer.snapshot")
+HEAVY = {"torch", "transformers", "zmq"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from trainer import checkpoint` names a module, `from trainer.train import Run` something in one.
+            found |= {
+                f"{node.module}.{alias.name}" if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists()
+                else node.module
+                for alias in node.names
+            }  # fmt: skip
+    return found
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_upstream_only_and_onto_contracts(package: str) -> None:
+    """monitor → trainer → producer, and there only the contracts; `__main__` alone puts a process together."""
+    upstream = PACKAGES[: PACKAGES.index(package)]
+    for path in modules(package):
+        if path.name == "__main__.py":
+            continue
+        for module in imports_of(path):
+            owner = module.split(".")[0]
+            if owner in PACKAGES and owner != package:
+                assert owner in upstream, f"{path} imports {module}, which is downstream of {package}"
+                assert module in CONTRACTS[owner], f"{path} imports {module}, which is no contract of {owner}"
+
+
+def test_there_are_no_import_cycles() -> None:
+    """No module of ours can reach itself through imports."""
+    graph = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): {
+            module for module in imports_of(path) if module.split(".")[0] in PACKAGES
+        }
+        for package in PACKAGES
+        for path in modules(package)
+    }
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(graph[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += graph.get(module, ())
+        return seen
+
+    assert [] == [module for module in graph if module in reachable(module)]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_contracts_are_light(module: str) -> None:
+    """A contract can be imported without torch, transformers or zmq: by a dashboard, a script, a test."""
+    code = f"import sys, {module}; print(','.join(sorted({HEAVY!r} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert "" == done.stdout.strip()
+
+
+def test_nothing_unpickles() -> None:
+    """No pickle, torch.load, eval or recv_pyobj anywhere near a socket or a file."""
+    banned = ("import pickle", "torch.load(", "recv_pyobj", "send_pyobj", "allow_pickle=True", " eval(")
+    for package in PACKAGES:
+        for path in modules(package):
+            text = path.read_text()
+            assert not [word for word in banned if word in text], path
