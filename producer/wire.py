@@ -1,0 +1,270 @@
+"""CONTRACT: the messages between producer and trainer, and how each becomes frames and is read back.
+
+A message is a msgpack map (`v`, `kind` and the fields below), followed for CHUNK and LEASE by one raw frame:
+
+    CHUNK payload    for each hook in HELLO's order: rows × width numbers, row-major, little-endian
+    LEASE payload    one bit per position of the shard (window × context + offset), set when the row is already had
+
+Everything from the other side is checked here, field by field, before anyone looks at it: a fault raises WireError
+with a kind that can be counted. Unknown fields are ignored, so that a newer peer may say more. No pickle, no torch.
+
+REVOKE of the protocol's first draft is not needed: a producer that stalls loses its whole session, because the
+credit it holds must return together with its leases.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgpack
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+VERSION = 1
+MAX_HEADER_BYTES = 64 * 1024
+MAX_MASK_BYTES = 8 * 1024 * 1024
+MAX_CHUNK_BYTES = 64 * 1024 * 1024
+TARGET_CHUNK_BYTES = 2 * 1024 * 1024
+"""What a producer aims at: large enough to be fast, small enough that a heartbeat never waits long behind one."""
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Text = Annotated[str, Field(max_length=1024)]
+Word = Annotated[str, Field(min_length=1, max_length=128)]
+Bits = Annotated[bytes, Field(max_length=30 * 1024)]
+"""Two of these and the rest of a CHUNK fit into a header."""
+
+
+class WireError(ValueError):
+    """A message that cannot be used. `kind` names the fault for the metric: size, garbage, version, kind or field."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason[:1024])
+        self.kind = kind
+
+
+class Message(BaseModel):
+    """Base of all messages: immutable, checked on arrival, unknown fields ignored."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    kind: ClassVar[str]
+
+
+class Hook(BaseModel):
+    """One place of the language model whose activations are streamed."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    name: Word
+    module: Text
+    width: Annotated[int, Field(gt=0, le=2**20)]
+
+
+class Hello(Message):
+    """producer → trainer: who I am and what I would stream. Answered by WELCOME or REJECT."""
+
+    kind = "HELLO"
+    producer: Word
+    """Random, constant over a process' life: a new session of the same producer ends its old one."""
+    session: Word
+    """Random for each session."""
+    name: Text
+    """For people: host and process."""
+    fingerprint: Word
+    """Over all that decides the rows: files, tokenizer, windows, exclusions, hooks, model and revision."""
+    shards: Annotated[int, Field(gt=0, le=2**24)]
+    held_out: Annotated[float, Field(ge=0, lt=1)]
+    context: Annotated[int, Field(gt=0, le=2**17)]
+    hooks: Annotated[list[Hook], Field(min_length=1, max_length=256)]
+    dtype: Literal["bfloat16", "float32"]
+    chunk_rows: Annotated[int, Field(gt=0, lt=2**24)]
+    """No chunk of mine has more rows than this; the unit of credit."""
+    norm_bounds: list[Annotated[float, Field(gt=0)]] | None
+    """Proposed bound per hook above which a row is an outlier; the first producer's is frozen for the run."""
+    provenance: dict[Word, JsonValue]
+    """Facts for the snapshot: model, revision, corpus, exclusions, self-check."""
+
+    @model_validator(mode="after")
+    def _one_bound_per_hook(self) -> Hello:
+        if self.norm_bounds is not None and len(self.norm_bounds) != len(self.hooks):
+            raise ValueError(f"{len(self.norm_bounds)} norm_bounds for {len(self.hooks)} hooks")
+        return self
+
+
+class Welcome(Message):
+    """trainer → producer: the session stands."""
+
+    kind = "WELCOME"
+    session: Word
+    run: Word
+    incarnation: Word
+    """Random for each start of the trainer."""
+    endpoints: Annotated[list[Text], Field(min_length=1, max_length=256)]
+    """Where to stream to; one today, one per rank when the trainer is spread."""
+    heartbeat_seconds: Annotated[float, Field(gt=0)]
+    dead_seconds: Annotated[float, Field(gt=0)]
+    max_chunk_bytes: Count
+    norm_bounds: list[float] | None
+
+
+class Reject(Message):
+    """trainer → producer: the session is refused or ended."""
+
+    kind = "REJECT"
+    code: Word
+    reason: Text
+    retry: bool
+    """True: start a new session. False: this producer can never serve this run (exit code 78)."""
+
+
+class Lease(Message):
+    """trainer → producer: work on this shard. The payload frame masks the rows that are already had."""
+
+    kind = "LEASE"
+    shard: Count
+    epoch: Count
+    attempt: Count
+
+
+class Credit(Message):
+    """trainer → producer: the highest chunk number that may be sent in this session, ever; only grows."""
+
+    kind = "CREDIT"
+    number: Count
+
+
+class Chunk(Message):
+    """producer → trainer: the rows of a few windows. The payload frame holds their activations."""
+
+    kind = "CHUNK"
+    number: Count
+    """1, 2, 3, … in a session."""
+    incarnation: Word
+    shard: Count
+    epoch: Count
+    attempt: Count
+    first_window: Count
+    windows: Annotated[int, Field(gt=0, le=2**20)]
+    rows: Count
+    kept: Bits
+    """One bit per position of these windows: the rows in the payload, in order."""
+    outliers: Bits
+    """Empty, or one bit per position: rows named as discarded because of their norm."""
+
+
+class ShardEnd(Message):
+    """producer → trainer: every row of the shard was sent, named as an outlier, or masked."""
+
+    kind = "SHARD_END"
+    shard: Count
+    epoch: Count
+    attempt: Count
+    rows: Count
+    """All rows of the shard, those masked by the lease included."""
+
+
+class ShardFail(Message):
+    """producer → trainer: the shard could not be read or run."""
+
+    kind = "SHARD_FAIL"
+    shard: Count
+    epoch: Count
+    attempt: Count
+    error: Text
+    retry: bool
+
+
+class Heartbeat(Message):
+    """Both directions: I live, and this far I have come (windows done by a producer, steps by a trainer)."""
+
+    kind = "HEARTBEAT"
+    progress: Count
+
+
+class Drain(Message):
+    """trainer → producer: the run is finished, or the trainer leaves and will be back."""
+
+    kind = "DRAIN"
+    finished: bool
+
+
+class Bye(Message):
+    """producer → trainer: I leave; my leases are free."""
+
+    kind = "BYE"
+
+
+KINDS: dict[str, type[Message]] = {
+    message.kind: message
+    for message in (Hello, Welcome, Reject, Lease, Credit, Chunk, ShardEnd, ShardFail, Heartbeat, Drain, Bye)
+}
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of `message`. Raises WireError when the other side would refuse it for its size."""
+    header = msgpack.packb({"v": VERSION, "kind": message.kind, **message.model_dump()})
+    _check_size(header)
+    return header
+
+
+def decode(header: bytes | memoryview) -> Message:
+    """The message in a header frame. Raises WireError for anything that is not one."""
+    _check_size(header)
+    try:
+        fields = msgpack.unpackb(header, strict_map_key=True, max_map_len=512, max_array_len=4096)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WireError("garbage", f"header is not msgpack: {type(error).__name__}") from None
+    if not isinstance(fields, dict):
+        raise WireError("garbage", f"header is a {type(fields).__name__}, not a map")
+    version, kind = fields.get("v"), fields.get("kind")
+    if type(version) is not int or version != VERSION:
+        raise WireError("version", f"protocol version {_shown(version)}; this side speaks {VERSION}")
+    message = KINDS.get(kind) if isinstance(kind, str) else None
+    if message is None:
+        raise WireError("kind", f"unknown kind {_shown(kind)}")
+    try:
+        return message.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "combination"
+        raise WireError("field", f"{message.kind} field {place}: {first['msg']}") from None
+
+
+def _check_size(header: bytes | memoryview) -> None:
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError("size", f"header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+
+
+def _shown(value: Any) -> str:
+    """A value from the other side, fit for an error; one that nests a thousand deep cannot even be printed."""
+    return repr(value)[:80] if isinstance(value, str | int | float) else type(value).__name__
+
+
+def pack_bits(mask: np.ndarray) -> bytes:
+    """A bool array as bytes, first position in the lowest bit; trailing zero bytes are kept."""
+    return np.packbits(mask.ravel(), bitorder="little").tobytes()
+
+
+def unpack_bits(bits: bytes | memoryview, count: int) -> np.ndarray:
+    """The first `count` bits as a bool array; bits beyond the end of `bits` are False."""
+    there = min(count, 8 * len(bits))
+    mask = np.zeros(count, bool)
+    mask[:there] = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=there, bitorder="little")
+    return mask
+
+
+def held_out_shards(shards: int, fraction: float) -> list[int]:
+    """The shards never trained on: the `fraction` of them whose hashes come first, at least one if there are two.
+
+    A function of the number of shards alone, so that producer, trainer and evaluation agree without talking.
+    """
+    if fraction == 0 or shards < 2:
+        return []
+    count = min(max(1, round(fraction * shards)), shards - 1)
+    hashes = np.arange(1, shards + 1, dtype=np.uint64) * 0x9E3779B97F4A7C15  # splitmix64: no two are equal
+    hashes = (hashes ^ (hashes >> 30)) * 0xBF58476D1CE4E5B9
+    hashes = (hashes ^ (hashes >> 27)) * 0x94D049BB133111EB
+    hashes ^= hashes >> 31
+    return np.sort(np.argpartition(hashes, count)[:count]).tolist()

@@ -1,0 +1,183 @@
+"""CONTRACT: a published SAE on disk, in the layout SAELens reads. Light: numpy, safetensors, no torch.
+
+    snapshots/000001234567/              named by tokens trained
+        <sae name>/cfg.json                     architecture, sizes, provenance under `metadata`
+        <sae name>/sae_weights.safetensors      W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc, b_dec (, threshold)
+        <sae name>/sparsity.safetensors         log10 firing rate of each latent
+        <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
+        <sae name>/evaluation.json              added later by the monitor
+        manifest.json                           written last: every file with its size and sha256
+    snapshots/LATEST                     the newest complete snapshot's name
+
+A folder without a manifest does not exist for readers. What is published takes raw activations: the input scale is
+folded in, decoder rows have unit norm in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from trainer.durable import new_folder, replace_text
+
+FORMAT = 1
+NAME = re.compile(r"\d{12,}")
+SAELENS_LAYOUT = "6.54.12"
+"""The SAELens release whose layout is written; without a version in the metadata it drops the provenance."""
+
+
+class SnapshotError(ValueError):
+    """A snapshot is incomplete, damaged, or from a format this version does not know."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """One SAE ready to be published: inference weights that take raw activations."""
+
+    name: str
+    cfg: dict[str, Any]
+    """SAELens' cfg.json, its `metadata` included."""
+    weights: dict[str, np.ndarray]
+    firing_rate: np.ndarray
+    """[d_sae], 0 where a latent never fired."""
+    selftest: dict[str, np.ndarray]
+    """x [rows, d_in], latents [rows, d_sae], x_hat [rows, d_in]."""
+    metrics: dict[str, Any]
+
+
+def snapshot_name(tokens: int) -> str:
+    return f"{tokens:012d}"
+
+
+def publish(
+    run_directory: Path,
+    tokens: int,
+    exports: list[Export],
+    run: dict[str, Any],
+    check: Callable[[Path], None],
+) -> Path:
+    """Writes one snapshot, lets `check` read it back, and only then makes it visible. Returns its folder.
+
+    `run` is what the manifest tells of the run (id, settings, stream). `check` gets each SAE's folder and raises
+    SnapshotError when the weights on disk do not do what the weights in memory do.
+    """
+    final = run_directory / "snapshots" / snapshot_name(tokens)
+    if is_complete(final):
+        return final
+    shutil.rmtree(final, ignore_errors=True)
+    with new_folder(final) as folder:
+        for export in exports:
+            _write_sae(folder / export.name, export)
+            check(folder / export.name)
+        files = [_describe(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+        manifest = {
+            "format": FORMAT,
+            "name": final.name,
+            "tokens": tokens,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "saes": {export.name: export.metrics for export in exports},
+            "run": run,
+            "files": files,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
+    replace_text(final.parent / "LATEST", final.name + "\n")
+    return final
+
+
+def _write_sae(folder: Path, export: Export) -> None:
+    folder.mkdir()
+    (folder / "cfg.json").write_text(json.dumps(export.cfg, indent=1, allow_nan=False))
+    save_file({name: np.ascontiguousarray(array) for name, array in export.weights.items()}, folder / "sae_weights.safetensors")
+    with np.errstate(divide="ignore"):
+        sparsity = np.log10(export.firing_rate).astype(np.float32)
+    save_file({"sparsity": np.maximum(sparsity, -10.0, dtype=np.float32)}, folder / "sparsity.safetensors")
+    save_file({name: np.ascontiguousarray(array) for name, array in export.selftest.items()}, folder / "selftest.safetensors")
+
+
+def _describe(folder: Path, path: Path) -> dict[str, Any]:
+    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def snapshot_names(run_directory: Path) -> list[str]:
+    """The complete snapshots of a run, oldest first."""
+    folder = run_directory / "snapshots"
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and is_complete(path))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of one snapshot. Raises SnapshotError when it is missing, unreadable or of another format."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise SnapshotError(f"{folder} holds no manifest.json: it is not a complete snapshot") from None
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"{folder}/manifest.json cannot be read: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise SnapshotError(f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Checks every file against the manifest and returns the manifest. Raises SnapshotError at the first difference."""
+    manifest = read_manifest(folder)
+    for entry in manifest["files"]:
+        path = folder / entry["path"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+            raise SnapshotError(f"{path} is missing or differs from the manifest; fetch the snapshot again")
+    return manifest
+
+
+def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(cfg, weights) of one SAE's folder. Never runs code: JSON and safetensors only."""
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text("utf-8"))
+        weights = load_file(folder / "sae_weights.safetensors")
+    except Exception as error:
+        raise SnapshotError(f"{folder} holds no readable SAE: {error}") from None
+    return cfg, weights
+
+
+def read_selftest(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "selftest.safetensors")
+
+
+def read_sparsity(folder: Path) -> np.ndarray:
+    """log10 firing rate of each latent [d_sae]; −10 stands for never."""
+    with safe_open(folder / "sparsity.safetensors", "np") as file:
+        return file.get_tensor("sparsity")
+
+
+def retire(run_directory: Path, keep: int) -> None:
+    """Removes the oldest snapshots beyond `keep`; the manifest goes first, so that no reader sees half of one."""
+    for name in snapshot_names(run_directory)[:-keep]:
+        folder = run_directory / "snapshots" / name
+        (folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN or infinity: None stands for both."""
+    return value if value is not None and math.isfinite(value) else None
