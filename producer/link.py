@@ -1,0 +1,341 @@
+"""The producer's end of the stream: one thread, one DEALER socket, and a conversation that can start over.
+
+The loop in `produce.py` asks for leases and hands in chunks; the thread here owns the socket, sends what credit
+allows, answers heartbeats, and opens a new session whenever the old one ends. Losing a session loses nothing: what
+was not received is leased again, to this producer or another.
+
+    connecting ──WELCOME──▶ working ──REJECT (retry) / silence / DRAIN (trainer leaves)──▶ connecting
+                               └──DRAIN (finished) / REJECT (final) / patience over──▶ gone
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from producer.keys import connect_encrypted
+from producer.settings import StreamSettings
+from producer.wire import (
+    MAX_MASK_BYTES,
+    Bye,
+    Chunk,
+    Credit,
+    Drain,
+    Heartbeat,
+    Hello,
+    Lease,
+    Message,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    Welcome,
+    WireError,
+    decode,
+    encode,
+)
+
+log = logging.getLogger("sluice.producer")
+
+POLL_MILLISECONDS = 5
+FIRST_WARNING_SECONDS = 3.0
+QUEUED_CHUNKS = 2
+"""Chunks finished and not yet on the socket: the next forward pass overlaps with sending."""
+
+
+class SessionLost(Exception):
+    """The session that a lease belonged to is over; drop the shard and ask for the next lease."""
+
+
+class Finished(Exception):
+    """There is nothing more to do: the run is over."""
+
+
+class Refused(Exception):
+    """The trainer will never take this producer. The message says why."""
+
+
+class NoTrainer(Exception):
+    """No trainer answered for stream.patience_seconds. The message says what to do."""
+
+
+@dataclass
+class _Session:
+    """What one conversation with one start of the trainer knows."""
+
+    name: str
+    welcome: Welcome | None = None
+    granted: int = 0
+    sent: int = 0
+    leases: deque[tuple[Lease, bytes]] = field(default_factory=deque)
+    last_heard: float = field(default_factory=time.monotonic)
+    last_beat: float = 0.0
+
+
+class Link:
+    """See the module's docstring. A context manager; its methods are for one other thread."""
+
+    def __init__(self, settings: StreamSettings, hello: Hello) -> None:
+        self._settings = settings
+        self._hello = hello
+        self._context = zmq.Context()
+        self._changed = threading.Condition()
+        self._outbox: deque[tuple[Message, object | None]] = deque()
+        self._session = _Session("")
+        self._ending: Exception | None = None
+        self._leaving = False
+        self._socket: zmq.Socket | None = None
+        self._monitor: zmq.Socket | None = None
+        self._progress = 0
+        self._failed_handshakes = 0
+        self.sessions = 0
+        self.stall_seconds = {"credit": 0.0, "lease": 0.0}
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+
+    def __enter__(self) -> Link:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._leaving = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._context.term()
+
+    # The loop's side
+
+    def next_lease(self) -> tuple[Lease, bytes, Welcome]:
+        """The next shard to work on, its mask, and the session's terms; waits for one.
+
+        Raises Finished, Refused or NoTrainer when there will be none.
+        """
+        with self._changed:
+            while not self._session.leases:
+                if self._ending is not None:
+                    raise self._ending
+                self._wait("lease")
+            lease, mask = self._session.leases[0]
+            assert self._session.welcome is not None
+            return lease, mask, self._session.welcome
+
+    def send_chunk(self, lease: Lease, chunk: dict, payload: object) -> None:
+        """Sends one chunk of the lease as soon as credit allows. `payload` must not be written to afterwards.
+
+        Raises SessionLost when the lease is no longer ours.
+        """
+        with self._changed:
+            while True:
+                self._check(lease)
+                if self._session.sent < self._session.granted and len(self._outbox) < QUEUED_CHUNKS:
+                    break
+                self._wait("credit")
+            self._session.sent += 1
+            assert self._session.welcome is not None
+            message = Chunk(
+                number=self._session.sent,
+                incarnation=self._session.welcome.incarnation,
+                shard=lease.shard,
+                epoch=lease.epoch,
+                attempt=lease.attempt,
+                **chunk,
+            )
+            self._outbox.append((message, payload))
+            self._progress += 1
+
+    def end_shard(self, lease: Lease, message: ShardEnd | ShardFail) -> None:
+        """Says that the lease is done or cannot be. Raises SessionLost when it is no longer ours."""
+        with self._changed:
+            self._check(lease)
+            self._session.leases.popleft()
+            self._outbox.append((message, None))
+            self._progress += 1
+
+    def moved(self) -> None:
+        """Tells the trainer, with the next heartbeat, that work goes on although no chunk is ready."""
+        with self._changed:
+            self._progress += 1
+
+    @property
+    def state(self) -> str:
+        with self._changed:
+            if self._session.welcome is None:
+                return "connecting"
+            return "working" if self._session.leases else "idle"
+
+    def _check(self, lease: Lease) -> None:
+        if self._leaving or not self._session.leases or self._session.leases[0][0] is not lease:
+            raise SessionLost
+
+    def _wait(self, cause: str) -> None:
+        began = time.monotonic()
+        self._changed.wait(timeout=0.1)
+        self.stall_seconds[cause] += time.monotonic() - began
+
+    # The socket's thread
+
+    def _run(self) -> None:
+        patience_ends = time.monotonic() + self._settings.patience_seconds
+        try:
+            while self._ending is None and not self._leaving:
+                met = self._converse(patience_ends)
+                if met:
+                    patience_ends = time.monotonic() + self._settings.patience_seconds
+        except Exception as error:
+            self._ending = error
+        finally:
+            self._close(linger=500)
+            with self._changed:
+                self._session = _Session("")
+                self._changed.notify_all()
+
+    def _converse(self, patience_ends: float) -> bool:
+        """One session from HELLO to its end; True when a trainer answered."""
+        self._open()
+        session = self._session
+        warn_at = time.monotonic() + FIRST_WARNING_SECONDS
+        while self._ending is None and self._session is session:
+            self._receive(session)
+            self._send(session)
+            if self._leaving:
+                self._say(Bye())
+                break
+            now = time.monotonic()
+            if session.welcome is None:
+                if now >= patience_ends:
+                    self._end(NoTrainer(f"{self._nobody()}; gave up after {self._settings.patience_seconds:g} s"))
+                elif now >= warn_at:
+                    log.warning("%s; looking for %.0f s more", self._nobody(), patience_ends - now)
+                    warn_at = now + 30.0
+            elif now - session.last_heard > session.welcome.dead_seconds:
+                log.warning("trainer silent for %.0f s; starting a new session", now - session.last_heard)
+                break
+        self._close(linger=500)
+        return session.welcome is not None
+
+    def _open(self) -> None:
+        self._socket = socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.immediate = 1
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 5000
+        socket.maxmsgsize = MAX_MASK_BYTES
+        socket.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
+        socket.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
+        if self._settings.keys is not None:
+            connect_encrypted(socket, self._settings.keys)
+        self._monitor = socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        socket.connect(self._settings.endpoint)
+        with self._changed:
+            self._outbox.clear()
+            self._session = _Session(uuid.uuid4().hex)
+            self._changed.notify_all()
+        self._outbox.append((self._hello.model_copy(update={"session": self._session.name}), None))
+
+    def _receive(self, session: _Session) -> None:
+        assert self._socket is not None
+        if not self._socket.poll(POLL_MILLISECONDS):
+            self._watch_handshake()
+            return
+        frames = self._socket.recv_multipart(copy=True)
+        try:
+            message = decode(frames[0])
+        except WireError as error:
+            log.warning("message from the trainer dropped: %s", error)
+            return
+        session.last_heard = time.monotonic()
+        with self._changed:
+            if isinstance(message, Welcome) and message.session == session.name:
+                session.welcome = message
+                self.sessions += 1
+                log.info("welcomed by run %s at %s", message.run, self._settings.endpoint)
+            elif isinstance(message, Lease):
+                session.leases.append((message, frames[1] if len(frames) > 1 else b""))
+            elif isinstance(message, Credit):
+                session.granted = max(session.granted, message.number)
+            elif isinstance(message, Reject):
+                self._rejected(message)
+            elif isinstance(message, Drain):
+                self._drained(message)
+            self._changed.notify_all()
+
+    def _rejected(self, reject: Reject) -> None:
+        if reject.retry:
+            log.warning("session ended by the trainer (%s): %s", reject.code, reject.reason)
+            self._session = _Session("")
+        else:
+            self._ending = Refused(f"refused by the trainer: {reject.reason}")
+
+    def _drained(self, drain: Drain) -> None:
+        if drain.finished:
+            self._ending = Finished()
+        else:
+            log.info("the trainer leaves; waiting for it to come back")
+            self._session = _Session("")
+            # It closes its socket in a moment: a new session now would talk to the old process.
+            self._changed.wait(timeout=1.0)
+
+    def _send(self, session: _Session) -> None:
+        now = time.monotonic()
+        if session.welcome is not None and now - session.last_beat >= session.welcome.heartbeat_seconds:
+            session.last_beat = now
+            self._say(Heartbeat(progress=self._progress))
+        while self._outbox:
+            message, payload = self._outbox[0]
+            if not self._say(message, payload):
+                return
+            with self._changed:
+                if self._outbox:
+                    self._outbox.popleft()
+                self._changed.notify_all()
+
+    def _say(self, message: Message, payload: object | None = None) -> bool:
+        """Hands one message to the socket; False when it cannot take it now."""
+        assert self._socket is not None
+        frames = [encode(message)] + ([payload] if payload is not None else [])
+        try:
+            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def _watch_handshake(self) -> None:
+        """Turns a failed handshake, which ZeroMQ keeps to itself, into one line for the operator."""
+        while self._monitor is not None and self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._end(Refused(
+                    f"the trainer at {self._settings.endpoint} does not know this producer's key: "
+                    "copy clients/client.key of stream.keys into the clients folder of the trainer's keys"
+                ))
+                continue
+            # A trainer that dies in mid-handshake looks like this once; one with other keys does so for ever.
+            self._failed_handshakes += 1
+            if self._failed_handshakes >= 3 and not self.sessions:
+                self._end(Refused(
+                    f"no agreement on keys with {self._settings.endpoint}: stream.keys must be set on both sides, "
+                    "and server.key here must be the trainer's"
+                ))
+
+    def _end(self, reason: Exception) -> None:
+        with self._changed:
+            self._ending = reason
+            self._changed.notify_all()
+
+    def _nobody(self) -> str:
+        return f"no trainer answers at {self._settings.endpoint} (start one with `python -m trainer RUN.toml`)"
+
+    def _close(self, linger: int) -> None:
+        if self._socket is not None:
+            if self._monitor is not None:
+                self._socket.disable_monitor()
+                self._monitor.close(0)
+            self._socket.close(linger)
+            self._socket = self._monitor = None

@@ -1,0 +1,306 @@
+"""The trainer's end of the stream: one thread, one ROUTER socket, frames → ledger → rows of the buffer.
+
+Ledger and buffer sit behind one lock. The socket's thread brings rows in; the training thread takes batches out with
+`take` and says what it has consumed with `trained`. A chunk is copied once, from the received frame into its slots.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import zmq
+
+from producer.keys import serve_encrypted
+from producer.settings import StreamSettings
+from producer.wire import (
+    DTYPE_BYTES,
+    MAX_CHUNK_BYTES,
+    Bye,
+    Chunk,
+    Heartbeat,
+    Hello,
+    Message,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    WireError,
+    decode,
+    encode,
+)
+from trainer.buffer import Batch, ShuffleBuffer
+from trainer.ledger import Ledger, Send
+from trainer.report import StreamReport
+
+log = logging.getLogger("sluice.trainer")
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+POLL_MILLISECONDS = 5
+TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class IntakeError(RuntimeError):
+    """The stream cannot be opened. The message is for the operator."""
+
+
+@dataclass(frozen=True)
+class BufferReport:
+    """The buffer and the wait for it."""
+
+    state: str
+    rows: int
+    capacity: int
+    data_wait_seconds: float
+
+
+class Intake:
+    """See the module's docstring. Used as a context manager; `take` and `trained` belong to one training thread."""
+
+    def __init__(self, settings: StreamSettings, ledger: Ledger, make_buffer: Callable[[Hello], ShuffleBuffer]) -> None:
+        self.ledger = ledger
+        self.buffer: ShuffleBuffer | None = None
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
+        self._make_buffer = make_buffer
+        self._settings = settings
+        self._stop = threading.Event()
+        self._route_of: dict[str, bytes] = {}
+        self._session_of: dict[bytes, str] = {}
+        self._data_wait = 0.0
+        self._served = False
+        self._failure: BaseException | None = None
+        self._context = zmq.Context()
+        self._socket = self._bind()
+        self.endpoint: str = self._socket.last_endpoint.decode()
+        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+
+    def __enter__(self) -> Intake:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._context.term()
+
+    # The training thread's side
+
+    def wait_until_filled(self, count: int, stop: threading.Event) -> bool:
+        """Waits until `take(count)` would not; False when `stop` was set or the data ended without a row."""
+        with self._changed:
+            while not self._ready(count):
+                if stop.is_set() or self._is_over():
+                    return False
+                self._wait()
+            return True
+
+    def take(self, count: int, stop: threading.Event) -> Batch | None:
+        """The next batch: `count` rows, fewer at the very end; None when the data is over or `stop` was set.
+
+        Rows are handed out while the buffer is at least half full, so that each batch mixes many contexts; once no
+        further row will come, it is drained.
+        """
+        if not self.wait_until_filled(count, stop):
+            return None
+        with self.lock:
+            assert self.buffer is not None
+            self._served = True
+            return self.buffer.draw(min(count, self.buffer.rows))
+
+    def trained(self, batch: Batch) -> None:
+        """A step has consumed `batch`: its rows count as trained and their places are free again."""
+        with self.lock:
+            self.ledger.trained(batch.serial, batch.position)
+
+    def peek(self, count: int) -> list[torch.Tensor]:
+        """Copies of up to `count` waiting rows per hook; they stay."""
+        with self.lock:
+            assert self.buffer is not None
+            return self.buffer.peek(count)
+
+    def drain(self, finished: bool) -> None:
+        """Tells every producer that this trainer is done or leaves; sent by the socket's thread."""
+        with self.lock:
+            self._outbox += self.ledger.drain(finished)
+        time.sleep(4 * POLL_MILLISECONDS / 1000)
+
+    def stream_report(self) -> StreamReport:
+        with self.lock:
+            return self.ledger.report()
+
+    def buffer_report(self) -> BufferReport:
+        with self.lock:
+            rows = self.buffer.rows if self.buffer else 0
+            capacity = self.ledger.limits.capacity_rows
+            if self.ledger.exhausted:
+                state = "draining"
+            elif not self._served:
+                state = "filling"
+            else:
+                state = "training" if rows >= capacity // 2 else "starved"
+            return BufferReport(state, rows, capacity, self._data_wait)
+
+    def _ready(self, count: int) -> bool:
+        if self._failure is not None:
+            raise IntakeError(f"the stream's thread failed: {self._failure!r}") from self._failure
+        if self.buffer is None:
+            return False
+        if self.ledger.exhausted:
+            return self.buffer.rows > 0
+        return self.buffer.rows >= max(count, self.buffer.capacity // 2)
+
+    def _is_over(self) -> bool:
+        return self.ledger.exhausted and (self.buffer is None or not self.buffer.rows)
+
+    def _wait(self) -> None:
+        began = time.monotonic()
+        self._changed.wait(timeout=0.1)
+        self._data_wait += time.monotonic() - began
+
+    # The socket's thread
+
+    def _bind(self) -> zmq.Socket:
+        self._outbox: list[Send] = []
+        socket = self._context.socket(zmq.ROUTER)
+        socket.linger = 500
+        socket.router_mandatory = 1
+        socket.maxmsgsize = MAX_CHUNK_BYTES + 1024
+        socket.rcvhwm = 64
+        socket.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
+        socket.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
+        socket.handshake_ivl = 10_000
+        if self._settings.keys is not None:
+            self._authenticator = serve_encrypted(self._context, socket, self._settings.keys)
+        try:
+            socket.bind(self._settings.endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise IntakeError(
+                f"stream.endpoint = {self._settings.endpoint!r} cannot be bound: {error.strerror}; "
+                "is another trainer running? Stop it or choose another endpoint"
+            ) from None
+        return socket
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if self._socket.poll(POLL_MILLISECONDS):
+                    self._receive_waiting()
+                with self.lock:
+                    sends, self._outbox = self._outbox + self.ledger.tick(time.monotonic()), []
+                    self._changed.notify_all()
+                self._send(sends)
+        except BaseException as error:
+            self._failure = error
+            log.exception("the stream's thread failed")
+        finally:
+            self._socket.close()
+
+    def _receive_waiting(self) -> None:
+        """Takes what has arrived, up to a bound, so that credit and heartbeats are never long in coming."""
+        for _ in range(32):
+            try:
+                route, *frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            self._send(self._handle(route.bytes, frames))
+
+    def _handle(self, route: bytes, frames: list[zmq.Frame]) -> list[Send]:
+        session = self._session_of.get(route)
+        try:
+            if not 1 <= len(frames) <= 2:
+                raise WireError("frames", f"message of {len(frames)} frames")
+            message = decode(frames[0].buffer)
+        except WireError as error:
+            with self.lock:
+                self.ledger.errors[error.kind] += 1
+            log.debug("message dropped: %s", error)
+            return []
+        now = time.monotonic()
+        with self._changed:
+            if isinstance(message, Hello):
+                return self._welcome(route, message, now)
+            if session is None or session not in self.ledger.sessions:
+                return self._stranger(route, message)
+            if isinstance(message, Chunk):
+                return self._take_in(session, message, frames[1] if len(frames) == 2 else None, now)
+            if isinstance(message, ShardEnd):
+                return self.ledger.shard_end(session, message, now)
+            if isinstance(message, ShardFail):
+                log.warning("shard %d failed: %s", message.shard, message.error)
+                return self.ledger.shard_fail(session, message, now)
+            if isinstance(message, Heartbeat):
+                return self.ledger.heartbeat(session, message, now)
+            if isinstance(message, Bye):
+                return self.ledger.bye(session, message, now)
+            self.ledger.errors["direction"] += 1
+            return []
+
+    def _welcome(self, route: bytes, hello: Hello, now: float) -> list[Send]:
+        self._route_of[hello.session], self._session_of[route] = route, hello.session
+        sends = self.ledger.hello(hello, now)
+        if hello.session in self.ledger.sessions:
+            log.info("producer %s joins (%d at work)", hello.name, len(self.ledger.sessions))
+            if self.buffer is None:
+                self.buffer = self._make_buffer(hello)
+        for send in sends:
+            if isinstance(send.message, Reject):
+                log.warning("producer %s refused: %s", hello.name, send.message.reason)
+        return sends
+
+    def _stranger(self, route: bytes, message: Message) -> list[Send]:
+        """Someone whose session is not known (any more): a zombie, or a producer of an earlier start of this trainer."""
+        self.ledger.errors["unknown_session"] += 1
+        if isinstance(message, Chunk):
+            self.ledger.rejected["unknown_session"] += message.rows
+        session = self._session_of.setdefault(route, f"stranger-{route.hex()}")
+        self._route_of[session] = route
+        return [Send(session, Reject(code="unknown_session", reason="this session has ended; start a new one", retry=True))]
+
+    def _take_in(self, session: str, chunk: Chunk, payload: zmq.Frame | None, now: float) -> list[Send]:
+        assert self.buffer is not None
+        data = payload.buffer if payload is not None else memoryview(b"")
+        x = _views(self.ledger.sessions[session].hello, data, chunk.rows)
+        if x is not None and not is_finite(x):
+            return self.ledger.refuse(session, "non_finite", "chunk holds NaN or infinity", chunk.rows, poisoned=True)
+        accepted, sends = self.ledger.chunk(session, chunk, len(data), now)
+        if accepted is not None and x is not None:
+            self.buffer.insert(x, accepted.serial, accepted.position)
+        return sends
+
+    def _send(self, sends: list[Send]) -> None:
+        for send in sends:
+            route = self._route_of.get(send.session)
+            if route is None:
+                continue
+            frames = [route, encode(send.message)] + ([send.payload] if send.payload is not None else [])
+            try:
+                self._socket.send_multipart(frames, zmq.DONTWAIT)
+            except zmq.ZMQError as error:
+                if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                    raise
+                with self.lock:
+                    self.ledger.gone(send.session)
+            if send.session not in self.ledger.sessions:
+                self._route_of.pop(send.session, None)
+                self._session_of.pop(route, None)
+
+
+def _views(hello: Hello, data: memoryview, rows: int) -> list[torch.Tensor] | None:
+    """A payload as one [rows, width] tensor per hook, without copying; None when it is empty or of another size."""
+    widths = [hook.width for hook in hello.hooks]
+    if not rows or len(data) != rows * sum(widths) * DTYPE_BYTES[hello.dtype]:
+        return None
+    blocks = torch.frombuffer(data, dtype=TORCH_DTYPE[hello.dtype]).split([rows * width for width in widths])
+    return [block.view(rows, width) for block, width in zip(blocks, widths, strict=True)]
+
+
+def is_finite(x: list[torch.Tensor]) -> bool:
+    """No NaN or infinity in any tensor; one pass without temporaries, since either survives a sum."""
+    return all(bool(np.isfinite(float(part.sum(dtype=torch.float32)))) for part in x)

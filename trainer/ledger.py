@@ -1,0 +1,631 @@
+"""Who works on what, and what is trained: the truth of a run, as a pure state machine.
+
+Events go in (a producer says hello, a chunk arrives, rows were trained, time passes), messages to send come out.
+No sockets, threads or torch; the clock is an argument. Every row of the corpus has a name, (epoch, shard, position),
+and each ends up in exactly one place:
+
+    missing ──chunk──▶ buffered ──step──▶ trained
+       └─────outlier──▶ discarded      └─ set aside, with its shard, after failures
+
+Four counters fence what is late: a lease's `attempt`, a session's chunk `number`, the trainer's `incarnation`, and
+absolute `credit`; all only grow. Memory is bounded by one rule: rows buffered plus rows that producers may still send
+never exceed the buffer's capacity.
+
+What a checkpoint keeps is `state()`: per open shard one bit per row for *trained* and one for *discarded*. Rows that
+were buffered and not trained are leased again after a restart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from producer.wire import (
+    DTYPE_BYTES,
+    MAX_CHUNK_BYTES,
+    MAX_MASK_BYTES,
+    Bye,
+    Chunk,
+    Credit,
+    Drain,
+    Heartbeat,
+    Hello,
+    Hook,
+    Lease,
+    Message,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    Welcome,
+    held_out_shards,
+    pack_bits,
+    unpack_bits,
+)
+from trainer.report import StreamReport
+
+LEASES_PER_PRODUCER = 2
+"""One being worked on and one waiting, so that a producer never waits for the next."""
+CHUNKS_IN_FLIGHT = 8
+"""Most chunks one producer may have under way; enough to hide a round trip, little enough to share the buffer."""
+FAILURES_ALLOWED = 3
+"""A shard that was reported broken this often is set aside."""
+DEATHS_ALLOWED = 8
+"""A shard is set aside when this many producers in a row died on it without sending a row."""
+
+MAX_POSITIONS = 8 * MAX_MASK_BYTES
+"""Positions of the largest shard: what a lease's mask can name."""
+
+STREAM_FACTS = ("fingerprint", "shards", "held_out", "context", "hooks", "dtype")
+"""What every producer of a run must agree on; the first one's values are frozen."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the run's settings say about the stream."""
+
+    capacity_rows: int
+    seed: int
+    epochs: int | None
+    heartbeat_seconds: float
+    dead_seconds: float
+    stall_seconds: float
+
+
+@dataclass(frozen=True)
+class Send:
+    """A message for one session; `payload` is the raw frame behind the header, when the kind has one."""
+
+    session: str
+    message: Message
+    payload: bytes | None = None
+
+
+@dataclass
+class Session:
+    """One producer's conversation with this trainer."""
+
+    hello: Hello
+    last_heard: float
+    last_progress: float
+    progress: int = 0
+    granted: int = 0
+    received: int = 0
+    told_credit: int = 0
+    last_turn: int = 0
+    """When it was last granted a chunk, counted in grants; the longest waiting goes first."""
+    last_heartbeat: float = float("-inf")
+    leases: list[OpenShard] = field(default_factory=list)
+
+    @property
+    def credit_rows(self) -> int:
+        return (self.granted - self.received) * self.hello.chunk_rows
+
+
+@dataclass
+class OpenShard:
+    """A shard that was leased at least once and is not finished. Bits are bool arrays over its positions."""
+
+    serial: int
+    """Names the (epoch, shard) pair inside the buffer."""
+    epoch: int
+    shard: int
+    attempt: int = 0
+    holder: str | None = None
+    moved: bool = False
+    """The present attempt has brought something."""
+    complete: bool = False
+    """Every row was received or discarded."""
+    rows: int | None = None
+    """How many rows there are; known once a producer has been through."""
+    failures: int = 0
+    deaths: int = 0
+    given_up: bool = False
+    """Set aside: what was received is still trained, the rest is not asked for again."""
+    had: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """Received or discarded in this incarnation of the trainer."""
+    trained: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    discarded: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    @property
+    def finished(self) -> bool:
+        return self.complete and _count(self.trained) + _count(self.discarded) == self.rows
+
+    def reach(self, positions: int) -> None:
+        """Lengthens the bit arrays to at least `positions`; memory is used only where bits are set."""
+        old = len(self.had)
+        if positions > old:
+            size = min(max(positions, old + old // 2), MAX_POSITIONS)
+            for name in ("had", "trained", "discarded"):
+                bits = np.zeros(size, bool)
+                bits[:old] = getattr(self, name)
+                setattr(self, name, bits)
+
+
+SAVED = ("serial", "epoch", "shard", "attempt", "rows", "failures", "deaths", "given_up")
+"""What a checkpoint keeps of an open shard besides its bits."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A chunk whose rows go into the buffer: the shard's serial and each row's position, in payload order."""
+
+    serial: int
+    position: np.ndarray
+
+
+class Ledger:
+    """See the module's docstring. Every method is called with a lock held by the owner.
+
+    The owner lets in only events of sessions that are in `sessions`, and turns strangers away itself.
+    """
+
+    def __init__(self, limits: Limits, run: str, incarnation: str, endpoints: list[str]) -> None:
+        self.limits = limits
+        self.run = run
+        self.incarnation = incarnation
+        self.endpoints = endpoints
+        self.stream: Hello | None = None
+        self.norm_bounds: list[float] | None = None
+        self.sessions: dict[str, Session] = {}
+        self.epoch = 0
+        self.finished_in_epoch = 0
+        self.open: dict[int, OpenShard] = {}
+        self.set_aside: list[dict[str, Any]] = []
+        self.rows_trained = 0
+        self.rows_discarded = 0
+        self.rows_received = 0
+        self.rows_set_aside = 0
+        self.sessions_lost = 0
+        self.rejected: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.auth_failures = 0
+        self.progress = 0
+        self._next_serial = 0
+        self._cursor = 0
+        self._turn = 0
+        self._queue = np.zeros(0, np.int64)
+        self._drained: bool | None = None
+
+    # What the owner asks
+
+    @property
+    def rows_buffered(self) -> int:
+        return self.rows_received - self.rows_trained
+
+    @property
+    def rows_credited(self) -> int:
+        return sum(session.credit_rows for session in self.sessions.values())
+
+    @property
+    def _free_rows(self) -> int:
+        return self.limits.capacity_rows - self.rows_buffered - self.rows_credited
+
+    @property
+    def exhausted(self) -> bool:
+        """No further row will come: the last epoch's shards are all received or set aside."""
+        return (
+            self.stream is not None
+            and self._cursor >= len(self._queue)
+            and not self._epochs_left()
+            and all(shard.complete for shard in self.open.values())
+        )
+
+    def report(self) -> StreamReport:
+        leased = sum(shard.holder is not None for shard in self.open.values())
+        complete = sum(shard.complete for shard in self.open.values())
+        given_up = sum(shard.given_up for shard in self.open.values())
+        waiting = len(self.open) - leased - complete
+        return StreamReport(
+            producers={
+                "working": sum(bool(session.leases) for session in self.sessions.values()),
+                "idle": sum(not session.leases for session in self.sessions.values()),
+            },
+            leases={
+                "free": len(self._queue) - self._cursor + waiting,
+                "leased": leased,
+                "received": complete - given_up,
+                "trained": self.finished_in_epoch,
+                "set_aside": len(self.set_aside),
+            },
+            epoch=self.epoch,
+            tokens_received=self.rows_received,
+            rows_rejected=dict(self.rejected),
+            rows_discarded=self.rows_discarded,
+            protocol_errors=dict(self.errors),
+            auth_failures=self.auth_failures,
+            credit_rows_outstanding=self.rows_credited,
+            sessions_lost=self.sessions_lost,
+        )
+
+    # Events: each returns the messages to send
+
+    def hello(self, hello: Hello, now: float) -> list[Send]:
+        """A producer introduces itself; an older session of the same process, or of the same name, ends."""
+        for session, known in list(self.sessions.items()):
+            if known.hello.producer == hello.producer or session == hello.session:
+                self._end(session, died=False)
+        if fault := self._refusal(hello):
+            code, reason = fault
+            self.errors[f"refused_{code}"] += 1
+            return [Send(hello.session, Reject(code=code, reason=reason, retry=False))]
+        if self.stream is None:
+            self._freeze(hello)
+        self.sessions[hello.session] = Session(hello, last_heard=now, last_progress=now)
+        welcome = Welcome(
+            session=hello.session,
+            run=self.run,
+            incarnation=self.incarnation,
+            endpoints=self.endpoints,
+            heartbeat_seconds=self.limits.heartbeat_seconds,
+            dead_seconds=self.limits.dead_seconds,
+            max_chunk_bytes=MAX_CHUNK_BYTES,
+            norm_bounds=self.norm_bounds,
+        )
+        late = [] if self._drained is None else [Send(hello.session, Drain(finished=self._drained))]
+        return [Send(hello.session, welcome), *late]
+
+    def chunk(self, session: str, chunk: Chunk, payload_bytes: int, now: float) -> tuple[Accepted | None, list[Send]]:
+        """A chunk arrived. Accepted: its rows are now `buffered` and the owner must insert them."""
+        known = self.sessions[session]
+        known.last_heard = known.last_progress = now
+        if fault := self._chunk_fault(known, chunk, payload_bytes):
+            return None, self.refuse(session, fault[0], fault[1], rows=chunk.rows)
+        known.received = chunk.number
+        shard = next((lease for lease in known.leases if _same(lease, chunk)), None)
+        if shard is None:
+            self.rejected["fenced"] += chunk.rows
+            return None, []
+        start, count = chunk.first_window * known.hello.context, chunk.windows * known.hello.context
+        kept, outliers = unpack_bits(chunk.kept, count), unpack_bits(chunk.outliers, count)
+        shard.reach(start + count)
+        had = shard.had[start : start + count]
+        if (had & (kept | outliers)).any() or (kept & outliers).any():
+            return None, self.refuse(session, "duplicate", "chunk brings rows that were already had", rows=chunk.rows)
+        had |= kept | outliers
+        shard.discarded[start : start + count] |= outliers
+        discarded = _count(outliers)
+        shard.moved |= chunk.rows + discarded > 0
+        self.rows_discarded += discarded
+        self.rows_received += chunk.rows
+        return Accepted(shard.serial, start + np.flatnonzero(kept)), []
+
+    def shard_end(self, session: str, end: ShardEnd, now: float) -> list[Send]:
+        """A producer has been through its shard; all rows must be here."""
+        known = self.sessions[session]
+        known.last_heard = known.last_progress = now
+        shard = next((lease for lease in known.leases if _same(lease, end)), None)
+        if shard is None:
+            return []
+        self._return(known, shard)
+        had = _count(shard.had)
+        if had != end.rows:
+            self.errors["short_shard"] += 1
+            self._failed(shard, f"{had} rows arrived, the producer counts {end.rows}", rows=end.rows)
+            return []
+        shard.rows, shard.complete, shard.deaths = end.rows, True, 0
+        self._close_if_finished(shard)
+        return []
+
+    def shard_fail(self, session: str, fail: ShardFail, now: float) -> list[Send]:
+        """A producer could not read or run its shard."""
+        known = self.sessions[session]
+        known.last_heard = known.last_progress = now
+        if shard := next((lease for lease in known.leases if _same(lease, fail)), None):
+            self._return(known, shard)
+            self._failed(shard, fail.error, final=not fail.retry)
+        return []
+
+    def heartbeat(self, session: str, beat: Heartbeat, now: float) -> list[Send]:
+        known = self.sessions[session]
+        known.last_heard = now
+        if beat.progress > known.progress:
+            known.progress, known.last_progress = beat.progress, now
+        return []
+
+    def bye(self, session: str, bye: Bye, now: float) -> list[Send]:
+        self._end(session, died=False)
+        return []
+
+    def gone(self, session: str) -> None:
+        """The socket says that this peer is no longer there."""
+        if session in self.sessions:
+            self.sessions_lost += 1
+            self._end(session, died=True)
+
+    def refuse(self, session: str, code: str, reason: str, rows: int = 0, poisoned: bool = False) -> list[Send]:
+        """Ends a session for a fault of its own. `poisoned`: the shard it worked on counts a failure."""
+        self.errors[code] += 1
+        if rows:
+            self.rejected[code] += rows
+        at_work = self.sessions[session].leases[:1] if poisoned else []
+        self.sessions_lost += 1
+        self._end(session, died=not poisoned)
+        for shard in at_work:
+            self._failed(shard, reason)
+        return [Send(session, Reject(code=code, reason=reason, retry=True))]
+
+    def trained(self, serial: np.ndarray, position: np.ndarray) -> None:
+        """A step has consumed these rows."""
+        for one in np.unique(serial):
+            shard = self.open[int(one)]
+            shard.trained[position[serial == one]] = True
+            self._close_if_finished(shard)
+        self.rows_trained += len(serial)
+        self.progress += 1
+
+    def drain(self, finished: bool) -> list[Send]:
+        """The run is over, or this trainer is leaving: nothing more is leased."""
+        self._drained = finished
+        return [Send(session, Drain(finished=finished)) for session in self.sessions]
+
+    def tick(self, now: float) -> list[Send]:
+        """Time passes: the silent are dropped, shards and credit handed out, heartbeats sent."""
+        sends = self._drop_silent(now)
+        if self._drained is None:
+            sends += self._assign(now)
+            sends += self._reclaim()
+            sends += self._grant(now)
+        for name, session in self.sessions.items():
+            if now - session.last_heartbeat >= self.limits.heartbeat_seconds:
+                session.last_heartbeat = now
+                sends.append(Send(name, Heartbeat(progress=self.progress)))
+        return sends
+
+    # What a checkpoint keeps
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """(plain JSON, bit arrays) from which `restore` rebuilds the ledger at this instant."""
+        shards = list(self.open.values())
+        document = {
+            "run": self.run,
+            "seed": self.limits.seed,
+            "stream": self.stream.model_dump() if self.stream else None,
+            "norm_bounds": self.norm_bounds,
+            "epoch": self.epoch,
+            "cursor": self._cursor,
+            "next_serial": self._next_serial,
+            "finished_in_epoch": self.finished_in_epoch,
+            "rows_trained": self.rows_trained,
+            "rows_discarded": self.rows_discarded,
+            "rows_set_aside": self.rows_set_aside,
+            "set_aside": [dict(entry) for entry in self.set_aside],
+            "sessions_lost": self.sessions_lost,
+            "rejected": dict(self.rejected),
+            "errors": dict(self.errors),
+            "auth_failures": self.auth_failures,
+            "open": [
+                {name: getattr(shard, name) for name in SAVED} | {"positions": len(shard.had)}
+                for shard in shards
+            ],
+        }
+        bits = {f"{shard.serial}.{name}": np.packbits(getattr(shard, name), bitorder="little")
+                for shard in shards for name in ("trained", "discarded")}
+        return document, bits
+
+    def restore(self, document: dict[str, Any], bits: dict[str, np.ndarray]) -> None:
+        """Becomes the ledger that `state` described; rows that were buffered then are missing again."""
+        self.run = document["run"]
+        self.limits = replace(self.limits, seed=document["seed"])  # the cursor below is one into that seed's order
+        self.stream = Hello.model_validate(document["stream"]) if document["stream"] else None
+        self.norm_bounds = document["norm_bounds"]
+        for name in ("epoch", "finished_in_epoch", "rows_trained", "rows_discarded", "rows_set_aside", "sessions_lost",
+                     "auth_failures"):
+            setattr(self, name, document[name])
+        self.set_aside = [dict(entry) for entry in document["set_aside"]]
+        self.rejected, self.errors = Counter(document["rejected"]), Counter(document["errors"])
+        self.rows_received = self.rows_trained
+        self._cursor, self._next_serial = document["cursor"], document["next_serial"]
+        if self.stream:
+            self._queue = self._permutation(self.epoch)
+        for saved in document["open"]:
+            shard = OpenShard(**{name: value for name, value in saved.items() if name != "positions"})
+            shard.trained = unpack_bits(bits[f"{shard.serial}.trained"].tobytes(), saved["positions"])
+            shard.discarded = unpack_bits(bits[f"{shard.serial}.discarded"].tobytes(), saved["positions"])
+            shard.had = shard.trained | shard.discarded
+            if shard.given_up:
+                self._lose_buffered(shard)
+            shard.complete = _count(shard.had) == shard.rows
+            self.open[shard.serial] = shard
+            self._close_if_finished(shard)
+
+    # Inside
+
+    def _refusal(self, hello: Hello) -> tuple[str, str] | None:
+        """Why this producer can never serve this run: (code, sentence), or None."""
+        if self.stream is not None:
+            for fact in STREAM_FACTS:
+                ours, theirs = getattr(self.stream, fact), getattr(hello, fact)
+                if ours != theirs:
+                    return "mismatch", (
+                        f"{fact} differs: this run streams {_show(ours)}, the producer {_show(theirs)}; "
+                        "start it with the run's own file, or start a new run directory"
+                    )[:1024]
+        row_bytes = DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
+        if hello.chunk_rows * row_bytes > MAX_CHUNK_BYTES:
+            return "chunk", f"chunks of {hello.chunk_rows} rows × {row_bytes} bytes exceed {MAX_CHUNK_BYTES} bytes"
+        if 4 * hello.chunk_rows > self.limits.capacity_rows:
+            return "buffer", (
+                f"buffer.rows = {self.limits.capacity_rows} holds fewer than four chunks of {hello.chunk_rows} rows; "
+                "raise buffer.rows, or lower corpus.context"
+            )
+        return None
+
+    def _freeze(self, hello: Hello) -> None:
+        """The first producer decides what the run's stream is."""
+        self.stream = hello
+        self.norm_bounds = hello.norm_bounds
+        self._queue = self._permutation(0)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """The order in which an epoch's training shards are leased: a function of seed and epoch."""
+        assert self.stream is not None
+        kept = np.delete(np.arange(self.stream.shards), held_out_shards(self.stream.shards, self.stream.held_out))
+        return np.random.default_rng((self.limits.seed, epoch)).permutation(kept)
+
+    def _epochs_left(self) -> bool:
+        return self.limits.epochs is None or self.epoch + 1 < self.limits.epochs
+
+    def _chunk_fault(self, session: Session, chunk: Chunk, payload_bytes: int) -> tuple[str, str] | None:
+        """What is wrong with a chunk, before its lease is looked at: (code, sentence), or None."""
+        hello = session.hello
+        positions = chunk.windows * hello.context
+        row_bytes = DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
+        if chunk.incarnation != self.incarnation:
+            return "incarnation", "chunk is meant for an earlier start of this trainer"
+        if chunk.number != session.received + 1:
+            return "gap", f"chunk {chunk.number} arrived where {session.received + 1} was due"
+        if chunk.number > session.granted:
+            return "credit", f"chunk {chunk.number} is beyond the credit of {session.granted}"
+        if chunk.rows > hello.chunk_rows:
+            return "shape", f"chunk of {chunk.rows} rows where HELLO announced {hello.chunk_rows} at most"
+        if chunk.first_window * hello.context + positions > MAX_POSITIONS:
+            return "shape", f"window {chunk.first_window} lies beyond the {MAX_POSITIONS} positions a shard may have"
+        if len(chunk.kept) != -(-positions // 8) or len(chunk.outliers) not in (0, len(chunk.kept)):
+            return "shape", f"masks of {len(chunk.kept)} and {len(chunk.outliers)} bytes for {positions} positions"
+        if (kept := _count(unpack_bits(chunk.kept, positions))) != chunk.rows:
+            return "shape", f"chunk names {kept} rows and announces {chunk.rows}"
+        if payload_bytes != chunk.rows * row_bytes:
+            return "shape", f"payload of {payload_bytes} bytes where {chunk.rows} rows × {row_bytes} were due"
+        return None
+
+    def _drop_silent(self, now: float) -> list[Send]:
+        sends: list[Send] = []
+        for name, session in list(self.sessions.items()):
+            if now - session.last_heard > self.limits.dead_seconds:
+                sends += self.refuse(name, "silent", f"nothing heard for {self.limits.dead_seconds:g} s")
+            elif (
+                session.leases
+                and session.granted > session.received
+                and now - session.last_progress > self.limits.stall_seconds
+            ):
+                reason = f"no progress for {self.limits.stall_seconds:g} s in spite of credit"
+                sends += self.refuse(name, "stalled", reason, poisoned=True)
+        return sends
+
+    def _assign(self, now: float) -> list[Send]:
+        """Hands out shards, evenly: those given back first, then the epoch's next."""
+        sends: list[Send] = []
+        for depth in range(LEASES_PER_PRODUCER):
+            for name, session in self.sessions.items():
+                if len(session.leases) > depth:
+                    continue
+                if (shard := self._next_shard()) is None:
+                    return sends
+                shard.attempt += 1
+                shard.holder, shard.moved = name, False
+                if not session.leases:
+                    session.last_progress = now
+                session.leases.append(shard)
+                lease = Lease(shard=shard.shard, epoch=shard.epoch, attempt=shard.attempt)
+                sends.append(Send(name, lease, pack_bits(shard.had) if shard.had.any() else b""))
+        return sends
+
+    def _next_shard(self) -> OpenShard | None:
+        for shard in self.open.values():
+            if shard.holder is None and not shard.complete:
+                return shard
+        if self._cursor >= len(self._queue):
+            if self.stream is None or not self._epochs_left():
+                return None
+            self.epoch += 1
+            self.finished_in_epoch = 0
+            self._queue, self._cursor = self._permutation(self.epoch), 0
+        shard = OpenShard(self._next_serial, self.epoch, int(self._queue[self._cursor]))
+        self.open[shard.serial] = shard
+        self._next_serial += 1
+        self._cursor += 1
+        return shard
+
+    def _reclaim(self) -> list[Send]:
+        """Ends sessions that hold credit and no work while others have work and no credit; they return without it."""
+        free = self._free_rows
+        waiting = [session for session in self.sessions.values() if session.leases and not session.credit_rows]
+        if not any(session.hello.chunk_rows > free for session in waiting):
+            return []
+        idle = [name for name, session in self.sessions.items() if session.credit_rows and not session.leases]
+        for name in idle:
+            self._end(name, died=False)
+        return [Send(name, Reject(code="idle", reason="others need the credit it holds", retry=True)) for name in idle]
+
+    def _grant(self, now: float) -> list[Send]:
+        """Spreads free space of the buffer over the producers that have work, one chunk at a time."""
+        free = self._free_rows
+        working = [session for session in self.sessions.values() if session.leases]
+        while working:
+            session = min(working, key=lambda one: (one.granted - one.received, one.last_turn))
+            if session.granted - session.received >= CHUNKS_IN_FLIGHT or session.hello.chunk_rows > free:
+                break
+            if session.granted == session.received:
+                session.last_progress = now  # without credit it could not move
+            self._turn += 1
+            session.last_turn = self._turn
+            session.granted += 1
+            free -= session.hello.chunk_rows
+        sends = []
+        for name, session in self.sessions.items():
+            if session.granted > session.told_credit:
+                session.told_credit = session.granted
+                sends.append(Send(name, Credit(number=session.granted)))
+        return sends
+
+    def _end(self, session: str, died: bool) -> None:
+        """Forgets a session: its leases and its credit return."""
+        known = self.sessions.pop(session)
+        for index, shard in enumerate(list(known.leases)):
+            self._return(known, shard)
+            if died and index == 0 and not shard.moved:
+                shard.deaths += 1
+                if shard.deaths >= DEATHS_ALLOWED:
+                    self._set_aside(shard, f"{shard.deaths} producers in a row ended on it without sending a row")
+
+    def _return(self, session: Session, shard: OpenShard) -> None:
+        session.leases.remove(shard)
+        shard.holder = None
+        if shard.moved:
+            shard.deaths = 0
+
+    def _failed(self, shard: OpenShard, reason: str, final: bool = False, rows: int | None = None) -> None:
+        shard.failures += 1
+        if final or shard.failures >= FAILURES_ALLOWED:
+            self._set_aside(shard, reason, rows)
+
+    def _set_aside(self, shard: OpenShard, reason: str, rows: int | None = None) -> None:
+        """Gives a shard up. What was received of it is still trained; the rest is listed, never silently dropped."""
+        had = _count(shard.had)
+        rows = shard.rows if rows is None else rows
+        missing = None if rows is None else max(0, rows - had)
+        self.set_aside.append({"epoch": shard.epoch, "shard": shard.shard, "rows": missing, "reason": reason})
+        self.rows_set_aside += missing or 0
+        shard.rows, shard.complete, shard.given_up = had, True, True
+        self._close_if_finished(shard)
+
+    def _lose_buffered(self, shard: OpenShard) -> None:
+        """After a restart: what was buffered of a shard given up is not asked for again, so it is set aside too."""
+        had = _count(shard.had)
+        lost, shard.rows = (shard.rows or 0) - had, had
+        self.rows_set_aside += lost
+        for entry in self.set_aside:
+            if (entry["epoch"], entry["shard"]) == (shard.epoch, shard.shard) and entry["rows"] is not None:
+                entry["rows"] += lost
+
+    def _close_if_finished(self, shard: OpenShard) -> None:
+        if shard.finished:
+            del self.open[shard.serial]
+            self.finished_in_epoch += shard.epoch == self.epoch and not shard.given_up
+
+
+def _count(bits: np.ndarray) -> int:
+    return int(np.count_nonzero(bits))
+
+
+def _same(shard: OpenShard, message: Chunk | ShardEnd | ShardFail) -> bool:
+    return (shard.shard, shard.epoch, shard.attempt) == (message.shard, message.epoch, message.attempt)
+
+
+def _show(fact: Any) -> str:
+    if isinstance(fact, list):
+        return ", ".join(_show(item) for item in fact)
+    return f"{fact.name} ({fact.module}, width {fact.width})" if isinstance(fact, Hook) else str(fact)
