@@ -1,0 +1,112 @@
+"""Streaming statistics of one SAE: L0, MSE, FVU, shrinkage, density, dead latents.
+
+Ratios are ratios of sums over an exponential window of recent tokens, kept in float64, never means of ratios. Sums of
+squares are taken about a fixed reference close to the mean, so that ‖mean‖² ≫ variance costs no digits. Deadness is
+counted in tokens, so it does not depend on the batch. Everything here is part of the checkpoint; reading it changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.sparse import Entries
+from trainer.report import DENSITY_EDGES
+
+HALF_LIFE_TOKENS = 100_000
+"""A row this old counts half."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers of the window. `mse` is in the units of the rows handed in."""
+
+    l0: float
+    mse: float
+    fvu: float
+    shrinkage: float
+
+
+class Statistics:
+    """See the module's docstring. `reference` [d_in] is a point near the mean of x, such as b_dec at the start."""
+
+    def __init__(self, d_sae: int, reference: Tensor) -> None:
+        device = reference.device
+        self.tokens = 0
+        self.reference = reference.clone()
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.firings = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.x_sum = torch.zeros(len(reference), dtype=torch.float64, device=device)
+        self.x_hat_sum = torch.zeros_like(self.x_sum)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        """rows, active latents, |x−r|², |x_hat−r|², (x−r)·(x_hat−r), |x−x_hat|², each over the window"""
+
+    def update(self, x: Tensor, x_hat: Tensor, fired: Entries) -> None:
+        """Takes in one batch: x and x_hat [batch, d_in]; an entry of `fired` counts when its value is positive."""
+        rows = len(x)
+        decay = 0.5 ** (rows / HALF_LIFE_TOKENS)
+        counts = torch.bincount(fired.column[fired.value > 0], minlength=len(self.firings))
+        self.tokens += rows
+        self.tokens_since_fired.add_(rows).masked_fill_(counts > 0, 0)
+        self.firings.mul_(decay).add_(counts)
+        x, x_hat = x - self.reference, x_hat - self.reference
+        self.x_sum.mul_(decay).add_(x.sum(0))
+        self.x_hat_sum.mul_(decay).add_(x_hat.sum(0))
+        batch = [
+            x.new_tensor(rows), counts.sum(), x.square().sum(), x_hat.square().sum(), (x * x_hat).sum(),
+            (x - x_hat).square().sum(),
+        ]  # fmt: skip
+        self.sums.mul_(decay).add_(torch.stack([value.double() for value in batch]))
+
+    def silent_for(self, tokens: int) -> Tensor:
+        """bool [d_sae]: latents that have not fired on the last `tokens` rows; none until that many were seen."""
+        return self.tokens_since_fired >= tokens
+
+    def dead(self, tokens: int) -> int | None:
+        """How many latents were silent on the last `tokens` rows; None until that many were seen."""
+        return int(self.silent_for(tokens).sum()) if self.tokens >= tokens else None
+
+    def summary(self) -> Summary:
+        """The window's numbers; NaN before the first row."""
+        rows, active, xx, hh, xh, error = self.sums.tolist()
+        if not rows:
+            return Summary(*[float("nan")] * 4)
+        # About the mean of x, μ = r + x_sum / rows.
+        variance = xx - float(self.x_sum @ self.x_sum) / rows
+        covariance = xh - float(self.x_sum @ self.x_hat_sum) / rows
+        spread = hh - 2 * float(self.x_hat_sum @ self.x_sum) / rows + float(self.x_sum @ self.x_sum) / rows
+        return Summary(
+            l0=active / rows,
+            mse=error / (rows * len(self.x_sum)),
+            fvu=error / variance if variance > 0 else float("nan"),
+            shrinkage=spread / covariance if covariance > 0 else float("nan"),
+        )
+
+    def firing_rate(self) -> Tensor:
+        """Fraction of the window's rows on which each latent fired, float64 [d_sae]."""
+        return self.firings / self.sums[0].clamp_min(1.0)
+
+    def density(self) -> tuple[int, ...]:
+        """Latents per bin of DENSITY_EDGES by log10 firing rate, then those that did not fire in the window."""
+        rate = self.firing_rate()
+        # After many half-lives a silent latent keeps a remainder of its old count; it is no firing.
+        fired = self.firings > 1e-3
+        edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64, device=rate.device)
+        bins = torch.bucketize(rate[fired].log10().clamp_max(DENSITY_EDGES[-1]), edges)
+        return (*torch.bincount(bins, minlength=len(DENSITY_EDGES)).tolist(), int((~fired).sum()))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | {
+            "tokens": torch.tensor(self.tokens)
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            if name == "tokens":
+                self.tokens = int(value)
+            else:
+                getattr(self, name).copy_(value)
