@@ -1,0 +1,193 @@
+"""The loop: lease → windows → activations → chunks.
+
+    for each lease:   wanted rows = the shard's rows that the trainer does not have yet
+        for each forward pass:   activations, then per chunk: drop outliers, pack the rows, send
+
+The forward pass of the next windows is started before the rows of the last ones are packed and sent, so that on a GPU
+the language model never waits for a copy, and on a CPU the socket's thread sends while the model computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from producer.link import Finished, Link, SessionLost
+from producer.report import ProducerReport
+from producer.source import Source, batches
+from producer.tokens import Windows
+from producer.wire import DTYPE_BYTES, TARGET_CHUNK_BYTES, Lease, ShardEnd, ShardFail, pack_bits, unpack_bits
+
+log = logging.getLogger("sluice.producer")
+
+TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def chunk_windows(context: int, row_bytes: int, batch_windows: int) -> int:
+    """Windows per chunk: about TARGET_CHUNK_BYTES, at most one forward pass."""
+    return max(1, min(batch_windows, TARGET_CHUNK_BYTES // (context * row_bytes)))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass on its way out: `chosen` window indices and their activations per hook."""
+
+    chosen: np.ndarray
+    activations: list[Tensor]
+    done: torch.cuda.Event | None
+
+
+class Producer:
+    """Serves leases until the run is over; `run` returns then."""
+
+    def __init__(self, source: Source, link: Link, dtype: str, tell: Callable[[ProducerReport], None]) -> None:
+        self._source = source
+        self._link = link
+        self._dtype = TORCH_DTYPE[dtype]
+        self._tell = tell
+        row_bytes = DTYPE_BYTES[dtype] * sum(hook.width for hook in source.hooks)
+        self._chunk_windows = chunk_windows(source.context, row_bytes, source.batch_windows)
+        self._side = torch.cuda.Stream(source.device) if source.device.type == "cuda" else None
+        self._tokens = self._chunks = self._shards = self._forwards = 0
+        self._forward_seconds = self._text_seconds = 0.0
+        self._dropped: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """Raises Refused or NoTrainer when there is no run to serve."""
+        while True:
+            try:
+                lease, mask, welcome = self._link.next_lease()
+            except Finished:
+                return
+            try:
+                self._serve(lease, mask, welcome.norm_bounds)
+            except SessionLost:
+                log.info("shard %d: the lease is gone; going on with the next", lease.shard)
+
+    def report(self) -> ProducerReport:
+        return ProducerReport(
+            state=self._link.state,
+            tokens=self._tokens,
+            rows_dropped=dict(self._dropped),
+            chunks=self._chunks,
+            shards=self._shards,
+            forward_seconds=self._forward_seconds,
+            forwards=self._forwards,
+            stall_seconds=self._link.stall_seconds | {"text": self._text_seconds},
+            sessions=self._link.sessions,
+            layers_run=self._source.layers[0],
+            layers_total=self._source.layers[1],
+        )
+
+    def _serve(self, lease: Lease, mask: bytes, bounds: list[float] | None) -> None:
+        """Everything of one shard. A shard that cannot be read or run is reported, not fatal."""
+        try:
+            began = time.monotonic()
+            windows = self._source.windows(lease.shard)
+            self._text_seconds += time.monotonic() - began
+            had = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
+            wanted = windows.kept & ~had
+            self._dropped["excluded"] += int((~windows.kept).sum())
+            for one in self._forward_ahead(lease.shard, windows, wanted):
+                self._send(lease, one, wanted, bounds)
+        except SessionLost:
+            raise
+        except Exception as error:
+            log.exception("shard %d failed", lease.shard)
+            message = f"{type(error).__name__}: {error}"[:1024]
+            self._link.end_shard(
+                lease,
+                ShardFail(shard=lease.shard, epoch=lease.epoch, attempt=lease.attempt, error=message, retry=True),
+            )
+            return
+        rows = int(windows.kept.sum())
+        self._link.end_shard(lease, ShardEnd(shard=lease.shard, epoch=lease.epoch, attempt=lease.attempt, rows=rows))
+        self._shards += 1
+        self._tell(self.report())
+
+    def _forward_ahead(self, shard: int, windows: Windows, wanted: np.ndarray) -> Iterator[Pass]:
+        """Forward passes over the windows that have wanted rows, one pass ahead of what is yielded on a GPU."""
+        ahead: Pass | None = None
+        for chosen in batches(windows, wanted, self._source.batch_windows):
+            began = time.monotonic()
+            activations = self._source.activations(shard, windows, chosen)
+            done = torch.cuda.current_stream(self._source.device).record_event() if self._side is not None else None
+            self._forward_seconds += time.monotonic() - began
+            self._forwards += 1
+            self._link.moved()
+            made = Pass(chosen, activations, done)
+            if self._side is None:
+                yield made
+            else:
+                if ahead is not None:
+                    yield ahead
+                ahead = made
+        if ahead is not None:
+            yield ahead
+
+    def _send(self, lease: Lease, one: Pass, wanted: np.ndarray, bounds: list[float] | None) -> None:
+        """Cuts one pass into chunks and sends them."""
+        for start in range(0, len(one.chosen), self._chunk_windows):
+            part = slice(start, start + self._chunk_windows)
+            chosen = one.chosen[part]
+            kept, payload = self._pack([x[part] for x in one.activations], wanted[chosen], bounds, one.done)
+            # The windows of a chunk are a range; those in between that had nothing wanted hold no bits.
+            first, count = int(chosen[0]), int(chosen[-1] - chosen[0]) + 1
+            bits, outliers = np.zeros((2, count, self._source.context), bool)
+            bits[chosen - first] = kept
+            outliers[chosen - first] = wanted[chosen] & ~kept
+            rows = int(kept.sum())
+            chunk = {
+                "first_window": first,
+                "windows": count,
+                "rows": rows,
+                "kept": pack_bits(bits),
+                "outliers": pack_bits(outliers) if outliers.any() else b"",
+            }
+            self._link.send_chunk(lease, chunk, payload)
+            self._tokens += rows
+            self._chunks += 1
+            self._dropped["outlier"] += int(outliers.sum())
+        self._tell(self.report())
+
+    def _pack(
+        self, activations: list[Tensor], wanted: np.ndarray, bounds: list[float] | None, done: torch.cuda.Event | None
+    ) -> tuple[np.ndarray, memoryview]:
+        """(kept [windows, context], payload): the wanted rows within the bounds, hook after hook, as bytes.
+
+        On a GPU this runs on a stream of its own, so that it waits for its own pass and not for the next one.
+        """
+        if self._side is None or done is None:
+            return _pack_rows(activations, wanted, bounds, self._dtype)
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(done)
+            for x in activations:
+                x.record_stream(self._side)
+            return _pack_rows(activations, wanted, bounds, self._dtype)
+
+
+def _pack_rows(
+    activations: list[Tensor], wanted: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
+) -> tuple[np.ndarray, memoryview]:
+    device = activations[0].device
+    keep = torch.from_numpy(wanted).to(device)
+    if bounds is not None:
+        for x, bound in zip(activations, bounds, strict=True):
+            # A row that is not finite is not an outlier: it must reach the trainer, which refuses it aloud.
+            keep = keep & ~(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) > bound)
+    rows = int(keep.sum())
+    sizes = [rows * x.shape[-1] for x in activations]
+    payload = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+    for block, x in zip(payload.split(sizes), activations, strict=True):
+        block.view(rows, x.shape[-1]).copy_(x[keep], non_blocking=True)
+    kept = keep.cpu().numpy()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return kept, memoryview(payload.view(torch.uint8).numpy())

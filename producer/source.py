@@ -1,0 +1,174 @@
+"""Where rows come from: a shard number becomes windows, windows become activations.
+
+Two sources share one shape: a language model reading text, and synthetic vectors of known ground truth. Everything
+that decides which rows a shard has is in `facts`; their hash is the stream's fingerprint, so that two producers
+either stream the same rows or are not let in together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from producer.activations import LanguageModel, ModelError, load_language_model
+from producer.corpus import Corpus, SyntheticCorpus, open_corpus
+from producer.settings import ProducerSettings
+from producer.tokens import Windows, tokens_fingerprint, windows_of
+from producer.wire import Hook
+
+log = logging.getLogger("sluice.producer")
+
+CPU_TOKENS, GPU_TOKENS = 4096, 32_768
+"""About how many tokens one forward pass takes, unless model.batch_windows says otherwise."""
+
+
+class Source(Protocol):
+    """What the loop needs of a source."""
+
+    hooks: list[Hook]
+    context: int
+    shards: int
+    batch_windows: int
+    facts: dict[str, Any]
+    device: torch.device
+    layers: tuple[int, int]
+    """(layers that run, layers of the whole model)"""
+
+    def windows(self, shard: int) -> Windows: ...
+
+    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+        """[chosen, context, width] per hook, for the windows whose indices are in `chosen`."""
+        ...
+
+
+class LanguageModelSource:
+    """Text, read by a language model."""
+
+    def __init__(self, settings: ProducerSettings) -> None:
+        assert settings.model is not None
+        self._settings = settings.corpus
+        self.context = settings.corpus.context
+        # The corpus first: a wrong path should not wait for a model to load.
+        self._corpus: Corpus = open_corpus(settings.corpus)
+        log.info("corpus: %s, %d shards", self._corpus.description, self._corpus.shards)
+        self.model: LanguageModel = load_language_model(settings.model)
+        if self.model.context_limit is not None and self.context > self.model.context_limit:
+            raise ModelError(
+                f"corpus.context = {self.context} is longer than the {self.model.context_limit} tokens that "
+                f"{settings.model.name} can read; lower corpus.context"
+            )
+        check = self.model.self_check
+        log.info(
+            "self-check: cut model against the whole one: largest difference %.3g at rms %.3g (%s)",
+            check.max_difference, check.scale, "passed" if check.passed else "FAILED",
+        )  # fmt: skip
+        self.device = self.model.device
+        self.shards = self._corpus.shards
+        self.hooks = [Hook(name=hook.name, module=hook.module, width=hook.width) for hook in self.model.hooks]
+        tokens = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS
+        self.batch_windows = settings.model.batch_windows or max(1, tokens // self.context)
+        self.facts = {
+            "model": settings.model.name,
+            "model_revision": self.model.revision or settings.model.revision,
+            "model_weights": self.model.fingerprint,
+            "model_dtype": str(self.model.dtype).removeprefix("torch."),
+            "corpus": self._corpus.description,
+            "corpus_fingerprint": self._corpus.fingerprint,
+            "tokens_fingerprint": tokens_fingerprint(self.model.tokenizer, settings.corpus),
+            "context": self.context,
+            "prepend_bos": settings.corpus.prepend_bos,
+            "exclude_special": settings.corpus.exclude_special,
+            "outlier_factor": settings.corpus.outlier_factor,
+        }
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        return self.model.layers_run, self.model.layers_total
+
+    def windows(self, shard: int) -> Windows:
+        return windows_of(self._corpus.documents(shard), self.model.tokenizer, self._settings)
+
+    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+        padded = windows.padded[chosen]
+        return self.model.activations(
+            torch.from_numpy(windows.ids[chosen]), torch.from_numpy(padded) if padded.any() else None
+        )
+
+
+class SyntheticSource:
+    """Sparse sums of known directions; no language model."""
+
+    device = torch.device("cpu")
+    layers = (0, 0)
+
+    def __init__(self, settings: ProducerSettings) -> None:
+        assert settings.corpus.synthetic is not None
+        corpus = open_corpus(settings.corpus)
+        assert isinstance(corpus, SyntheticCorpus)
+        self._corpus = corpus
+        self._rows: tuple[int, np.ndarray] | None = None
+        self.context = settings.corpus.context
+        self.shards = corpus.shards
+        self.hooks = [Hook(name="synthetic", module="synthetic", width=settings.corpus.synthetic.d_in)]
+        self.batch_windows = max(1, CPU_TOKENS // self.context)
+        self.facts = {
+            "corpus": corpus.description,
+            "corpus_fingerprint": corpus.fingerprint,
+            "context": self.context,
+            "outlier_factor": settings.corpus.outlier_factor,
+        }
+
+    def windows(self, shard: int) -> Windows:
+        count = len(self._shard(shard)) // self.context
+        shape = (count, self.context)
+        return Windows(np.zeros(shape, np.int64), np.ones(shape, bool), np.zeros(shape, bool))
+
+    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+        rows = self._shard(shard)
+        return [torch.from_numpy(rows.reshape(-1, self.context, rows.shape[1])[chosen])]
+
+    def _shard(self, shard: int) -> np.ndarray:
+        if self._rows is None or self._rows[0] != shard:
+            self._rows = (shard, self._corpus.rows(shard))
+        return self._rows[1]
+
+
+def open_source(settings: ProducerSettings) -> Source:
+    """The source that the run file names. Raises CorpusError or ModelError for what an operator can mend."""
+    return SyntheticSource(settings) if settings.corpus.kind == "synthetic" else LanguageModelSource(settings)
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """One hash over all that decides the rows."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def norm_bounds(source: Source, shards: list[int], factor: float | None) -> list[float] | None:
+    """Per hook, `factor` times the median norm of the rows in the corpus' first windows; None when nothing is dropped.
+
+    Attention sinks have a hundred times the usual norm; a bound from the median hardly notices them.
+    """
+    if factor is None:
+        return None
+    for shard in shards:
+        windows = source.windows(shard)
+        chosen = np.flatnonzero(windows.kept.any(1))[: source.batch_windows]
+        if len(chosen):
+            kept = torch.from_numpy(windows.kept[chosen])
+            rows = [x[kept.to(x.device)] for x in source.activations(shard, windows, chosen)]
+            return [factor * float(x.float().norm(dim=1).median()) for x in rows]
+    return None
+
+
+def batches(windows: Windows, wanted: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Indices of the windows that have a wanted row, `size` at a time, in order."""
+    needed = np.flatnonzero(wanted.any(1))
+    for start in range(0, len(needed), size):
+        yield needed[start : start + size]

@@ -1,0 +1,166 @@
+"""`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
+
+Settings are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write
+a checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from producer.settings import parse_command_line, show_settings
+from trainer.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from trainer.report import StepReport
+
+PURPOSE = """Trains sparse autoencoders from the activations that producers stream to it.
+
+Owns the run directory: checkpoint, snapshots, metrics.jsonl, summary.json. Start it again with the same file and it
+goes on where it was; every row of the corpus is trained on once per epoch, whatever was killed."""
+
+log = logging.getLogger("sluice.trainer")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    settings = parse_command_line("python -m trainer", PURPOSE, TrainerSettings, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    directory = Path(settings.run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.error("run.directory = %s belongs to a trainer that is running; stop it or choose another", directory)
+            return 1
+        return _run(settings, directory, stop)
+
+
+def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> int:
+    import torch
+
+    from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
+    from producer.keys import KeysError
+    from trainer.buffer import ShuffleBuffer
+    from trainer.checkpoint import CheckpointError, load_newest
+    from trainer.durable import replace_text, sweep
+    from trainer.intake import TORCH_DTYPE, Intake, IntakeError
+    from trainer.ledger import Ledger, Limits
+    from trainer.train import Run, save_checkpoint, summary, train
+
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
+    sweep(directory / "snapshots")
+    replace_text(directory / "settings.toml", show_settings(settings) + "\n")
+    limits = Limits(
+        capacity_rows=settings.buffer.rows,
+        seed=settings.run.seed,
+        epochs=settings.corpus.epochs,
+        heartbeat_seconds=settings.stream.heartbeat_seconds,
+        dead_seconds=settings.stream.dead_seconds,
+        stall_seconds=settings.stream.stall_seconds,
+    )
+    ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint])
+
+    def make_buffer(hello: Any) -> ShuffleBuffer:
+        widths = [hook.width for hook in hello.hooks]
+        buffer = ShuffleBuffer(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
+        if saved is not None and saved[0]["buffer_random"] is not None:
+            buffer.restore_random_state(saved[0]["buffer_random"])
+        log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
+        return buffer
+
+    try:
+        saved = load_newest(directory)
+        if saved is not None:
+            _restore_ledger(ledger, saved)
+            log.info("resuming run %s at %s rows", ledger.run, f"{ledger.rows_trained:,}")
+        if settings.run.tokens is not None and ledger.rows_trained >= settings.run.tokens:
+            log.info("the run has its %s rows already; raise run.tokens to go on", f"{settings.run.tokens:,}")
+            return 0
+        with Intake(settings.stream, ledger, make_buffer) as intake:
+            log.info("waiting for producers at %s", intake.endpoint)
+            if not _first_producer(intake, stop):
+                return 0
+            assert ledger.stream is not None
+            run = Run(settings, ledger.stream)
+            if saved is not None:
+                run.restore(*saved)
+            registry = new_registry()
+            metrics = TrainerMetrics(registry, {"run": ledger.run, "model": str(ledger.stream.provenance.get("model"))})
+            port, close_metrics = start_metrics_server(registry, settings.monitor.host, settings.monitor.trainer_port)
+            log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
+            last: list[StepReport] = []
+            with open(directory / "metrics.jsonl", "a", encoding="utf-8") as history:
+
+                def on_report(report: StepReport) -> None:
+                    last[:] = [report]
+                    metrics.update(report)
+                    history.write(json.dumps(_without_nan(report.as_json())) + "\n")
+                    history.flush()
+
+                complete = train(
+                    run,
+                    intake,
+                    stop,
+                    on_report,
+                    on_snapshot=metrics.set_snapshot_tokens,
+                    on_checkpoint=lambda: metrics.set_checkpoint_time(time.time()),
+                )
+            save_checkpoint(run, intake)
+            intake.drain(finished=complete)
+            if complete and last:
+                replace_text(directory / "summary.json", json.dumps(summary(run, intake, last[0]), indent=1) + "\n")
+                log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
+            elif not complete:
+                log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
+            close_metrics()
+        return 0
+    except (CheckpointError, IntakeError, KeysError) as error:
+        log.error("%s", error)
+        return 1
+
+
+def _restore_ledger(ledger: Any, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    document, tensors = saved
+    bits = {name.removeprefix("ledger/"): value.numpy() for name, value in tensors.items() if name.startswith("ledger/")}
+    ledger.restore(document["ledger"], bits)
+
+
+def _first_producer(intake: Any, stop: threading.Event) -> bool:
+    """Waits until the stream's shape is known; False when stopped before."""
+    began, told = time.monotonic(), 0.0
+    while intake.ledger.stream is None:
+        if stop.wait(0.05):
+            return False
+        if (waited := time.monotonic() - began) - told > 15:
+            told = waited
+            log.info("still no producer after %.0f s: start one with `python -m producer RUN.toml`", waited)
+    return True
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN or infinity; null stands for both."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

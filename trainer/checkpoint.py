@@ -1,0 +1,80 @@
+"""PRIVATE: what resuming needs, written whole or not at all; the newest complete one wins.
+
+    checkpoint/000001234567-000042/      tokens trained, number of the checkpoint
+        state.safetensors                       every tensor: weights, moments, statistics, trained bits
+        state.json                              everything else: ledger, counters, random states, scales
+        complete.json                           written last: sizes and sha256 of the two
+
+One checkpoint is one instant: weights and the ledger's trained bits are taken between two steps.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.durable import new_folder, sweep
+from trainer.snapshot import file_sha256
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used for this run. The message says what to do."""
+
+
+def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> Path:
+    """Writes a checkpoint and removes the oldest beyond `keep`."""
+    folder = run_directory / "checkpoint"
+    number = 1 + max((int(path.name.split("-")[1]) for path in _complete(folder)), default=0)
+    final = folder / f"{tokens:012d}-{number:06d}"
+    with new_folder(final) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **document}))
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(temporary.iterdir())
+        }
+        (temporary / "complete.json").write_text(json.dumps(files))
+    for old in _complete(folder)[:-keep]:
+        (old / "complete.json").unlink()
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_newest(run_directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(document, tensors) of the newest complete checkpoint, or None for a new run.
+
+    Raises CheckpointError when the newest complete one is damaged or of a format this version does not read.
+    """
+    folder = run_directory / "checkpoint"
+    if not folder.is_dir():
+        return None
+    sweep(folder)
+    complete = _complete(folder)
+    if not complete:
+        return None
+    newest = complete[-1]
+    for name, expected in json.loads((newest / "complete.json").read_text()).items():
+        path = newest / name
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} is damaged (its sha256 differs): remove {newest} to resume from the checkpoint before it"
+            )
+    document = json.loads((newest / "state.json").read_text())
+    if document.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{newest} has format {document.get('format')!r}, this version reads {FORMAT}: resume with the version "
+            "that wrote it, or start a new run directory"
+        )
+    return document, load_file(newest / "state.safetensors")
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
+    found = [path for path in folder.glob("*-*") if (path / "complete.json").is_file() and not path.name.startswith(".")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
