@@ -1,0 +1,769 @@
+"""Text as numbered shards, each of which can be read alone and always reads the same.
+
+    corpus = open_corpus(settings.corpus)                    # CorpusError now, not after an hour
+    for shard in corpus.training_shards:
+        for document in corpus.documents(shard): ...
+
+What is notable:
+
+- What a shard holds is arithmetic on names and sizes. There is no index file, and no shard depends on another one.
+- Text and jsonl files are cut into byte ranges, and **a line belongs to the range in which its first byte lies**. Two
+  neighbours compute their common border with the same function of the file, so nothing is lost or read twice, and no
+  character is cut. A line of text (not of jsonl) that is longer than 1 MiB is cut between two characters: files without
+  line ends, such as text8, have usable shards too.
+- Small files share a shard, so that shards stay near `shard_bytes`. A .gz file cannot be entered in the middle: it is
+  never cut, and a text.gz file is one document in memory.
+- The fingerprint names files relative to the folder or glob that found them: two machines may mount the data in
+  different places. It holds no times. A file whose size changes while the run goes on is refused when it is read.
+- pyarrow and datasets are imported by the kinds that need them, and only then.
+
+Faults of the data raise CorpusError, and reading again will not help. Anything else that travels out of `documents`,
+such as an OSError of the network, may be worth another attempt.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import gzip
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import os
+import sysconfig
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from platform import python_version
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from producer.settings import CorpusSettings
+from producer.wire import held_out_shards
+
+log = logging.getLogger(__name__)
+
+EDGE_BYTES = 64 * 1024
+"""How much of a file's beginning and end the fingerprint covers, and how much of it is checked at the start."""
+BLOCK_BYTES = 64 * 1024
+LONGEST_LINE = 16 * BLOCK_BYTES
+"""Bytes after which a line of a text file may be cut."""
+GZIP_RATIO = 3
+"""Text is about this many times larger than its .gz file."""
+RESHARD_UP_TO = 512
+"""Files of a streamed dataset up to which each footer is read for its row groups; 10,000 would take an hour."""
+STDLIB_SHARDS = 64
+SYNTHETIC_SEED = 20221213
+FAULTS_SHOWN = 10
+SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tokens": (".bin",)}
+"""What counts in a folder, per kind; `""` is every file. A file or glob that is named counts whatever its suffix."""
+
+
+class CorpusError(ValueError):
+    """The text cannot be used. `str(error)` is the whole message: name, value, expectation, next step."""
+
+
+class Corpus(ABC):
+    """Numbered shards of documents. The same settings and the same data give the same object anywhere."""
+
+    shards: int
+    """How many there are; they are numbered from 0."""
+    description: str
+    """One line for logs and for the metadata of a snapshot."""
+    fingerprint: str
+    """sha256, hex, over everything that decides the documents of every shard."""
+    held_out_shards: list[int]
+    """Never trained on: the evaluation's text."""
+    training_shards: list[int]
+    """All the others."""
+
+    def __init__(self, settings: CorpusSettings, shards: int, what: str, identity: object) -> None:
+        """`what` describes it; `identity` is the JSON data that, with kind and shard count, decides its documents."""
+        self.shards = shards
+        self.held_out_shards = held_out_shards(shards, settings.held_out)
+        self.training_shards = sorted(set(range(shards)) - set(self.held_out_shards))
+        self.description = f"{what}; {shards:,} shards, {len(self.held_out_shards):,} held out"
+        self.fingerprint = _sha256(json.dumps([settings.kind, shards, identity], sort_keys=True).encode())
+        if settings.held_out and not self.held_out_shards:
+            log.warning("%s: one shard leaves the evaluation without text. %s", what, _finer(settings))
+
+    def documents(self, shard: int) -> Iterator[str | np.ndarray]:
+        """The documents of one shard: text, or int64 token ids for kind `tokens`. Empty documents may be among them.
+
+        Raises IndexError for a shard that does not exist and CorpusError for data that cannot be read.
+        """
+        if not 0 <= shard < self.shards:
+            raise IndexError(f"shard {shard} is not one of the corpus' {self.shards}")
+        return self._read(shard)
+
+    @abstractmethod
+    def _read(self, shard: int) -> Iterator[str | np.ndarray]: ...
+
+
+def open_corpus(settings: CorpusSettings) -> Corpus:
+    """The corpus of [corpus], checked: files exist and are not empty, encodings and columns are as expected.
+
+    Every file is opened, none is read in full (but for the standard library's, which are small).
+    Raises CorpusError with up to ten faults, one per line.
+    """
+    kinds: dict[str, Callable[[CorpusSettings], Corpus]] = {
+        "stdlib": StdlibCorpus,
+        "text": TextCorpus,
+        "jsonl": JsonlCorpus,
+        "parquet": ParquetCorpus,
+        "huggingface": HuggingFaceCorpus,
+        "tokens": TokenCorpus,
+        "synthetic": SyntheticCorpus,
+    }
+    return kinds[settings.kind](settings)
+
+
+class StdlibCorpus(Corpus):
+    """The sources of the running Python's standard library: text on every machine, without a network.
+
+    A file's shard depends on its path alone, so what is held out stays held out in every version of Python. The
+    embedded language model was trained on the training shards: do not change this mapping.
+    """
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        self._files: list[list[Path]] = [[] for _ in range(STDLIB_SHARDS)]
+        identity = []
+        self.skipped = 0
+        """Files left out because they are not valid UTF-8; Python's own tests hold some."""
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts):
+                continue
+            data = path.read_bytes()
+            if not _is_utf8(data):
+                self.skipped += 1
+                continue
+            name = relative.as_posix()
+            self._files[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % STDLIB_SHARDS].append(path)
+            identity.append([name, len(data), _edge_digest(data[:EDGE_BYTES], data[-EDGE_BYTES:])])
+        if not identity:
+            raise CorpusError(f'corpus.kind = "stdlib": {root} holds no Python sources; choose another kind')
+        skipped = f"{self.skipped} skipped: not UTF-8"
+        what = f"standard library of Python {python_version()}, {len(identity):,} files ({skipped})"
+        super().__init__(settings, STDLIB_SHARDS, what, identity)
+
+    def _read(self, shard: int) -> Iterator[str]:
+        for path in self._files[shard]:
+            try:
+                yield path.read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise CorpusError(f"{path} changed since the corpus was opened: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file of the corpus, as it was when the corpus was opened."""
+
+    path: Path
+    name: str
+    """Its path below the folder or glob that found it."""
+    size: int
+    """Bytes on disk."""
+    digest: str
+    """sha256 of its first and last 64 KiB."""
+
+    @property
+    def compressed(self) -> bool:
+        return self.path.suffix == ".gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The bytes [start, end) of a file, before the borders are moved to line starts."""
+
+    file: DataFile
+    start: int
+    end: int
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes of text these are."""
+        return (self.end - self.start) * (GZIP_RATIO if self.file.compressed else 1)
+
+
+class FileCorpus(Corpus):
+    """Files cut into pieces of about `shard_bytes`; small ones share a shard."""
+
+    def __init__(self, settings: CorpusSettings, *decisive: object, align: int = 1) -> None:
+        """`decisive`: further settings that decide the documents. `align`: bytes that pieces are a multiple of."""
+        files = [file for file in _find_files(settings) if file.size]
+        _raise_any(fault for file in files if (fault := self._fault(file)))
+        files = [file for file in files if not self._is_empty(file)]
+        if not files:
+            raise CorpusError(f"corpus.paths = {settings.paths}: the files hold nothing; name files with text")
+        self._plan = _group(files, settings.shard_bytes, align)
+        identity = [[[file.name, file.size, file.digest] for file in files], settings.shard_bytes, align, *decisive]
+        super().__init__(settings, len(self._plan), _what(settings, files), identity)
+
+    @abstractmethod
+    def _fault(self, file: DataFile) -> str | None:
+        """What is wrong with `file`, judged by its beginning, in words for the operator."""
+
+    def _is_empty(self, file: DataFile) -> bool:
+        """True for a file that has bytes but no document."""
+        with _opened(file) as stream:
+            return not stream.read(1)
+
+
+class TextCorpus(FileCorpus):
+    """UTF-8 text. A file, or the part of it that lies in the shard, is one document, given back to the byte."""
+
+    def _fault(self, file: DataFile) -> str | None:
+        return _encoding_fault(file)
+
+    def _read(self, shard: int) -> Iterator[str]:
+        for piece in self._plan[shard]:
+            with _opened(piece.file) as stream:
+                start, end = _borders(stream, piece, LONGEST_LINE)
+                stream.seek(start)
+                data = stream.read() if end is None else stream.read(end - start)
+            if data:
+                yield _decoded(data, piece.file, start)
+
+
+class JsonlCorpus(FileCorpus):
+    """One JSON object per line, its text in the field `column`; null is no document, and blank lines are skipped."""
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._column = settings.column
+        super().__init__(settings, settings.column)
+
+    def _fault(self, file: DataFile) -> str | None:
+        if fault := _encoding_fault(file):
+            return fault
+        try:
+            for offset, line in itertools.islice(self._lines(Piece(file, 0, file.size)), 1):
+                self._document(file, offset, line)
+        except CorpusError as error:
+            return str(error)
+        return None
+
+    def _is_empty(self, file: DataFile) -> bool:
+        return next(self._lines(Piece(file, 0, file.size)), None) is None
+
+    def _read(self, shard: int) -> Iterator[str]:
+        for piece in self._plan[shard]:
+            for offset, line in self._lines(piece):
+                if (document := self._document(piece.file, offset, line)) is not None:
+                    yield document
+
+    def _lines(self, piece: Piece) -> Iterator[tuple[int, bytes]]:
+        """(byte offset, line) of each line that is not blank and begins in `piece`."""
+        with _opened(piece.file) as stream:
+            offset, end = _borders(stream, piece, None)
+            stream.seek(offset)
+            while (end is None or offset < end) and (line := stream.readline()):
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    yield offset, line
+                offset += len(line)
+
+    def _document(self, file: DataFile, offset: int, line: bytes) -> str | None:
+        place = f"{file.path}, line at byte {offset:,}"
+        try:
+            record = json.loads(_decoded(line, file, offset))
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{place}: not JSON ({error}); each line must be one whole JSON object") from None
+        if not isinstance(record, dict):
+            found = type(record).__name__
+            raise CorpusError(f"{place}: a JSON {found}; each line must be an object with a field {self._column!r}")
+        if self._column not in record:
+            raise CorpusError(f"{place}: {_no_column(self._column, record)}")
+        text = record[self._column]
+        if text is not None and not isinstance(text, str):
+            raise CorpusError(f"{place}: {_no_text(self._column, type(text).__name__)}")
+        return _without_lone_surrogates(text) if text else text
+
+
+class TokenCorpus(FileCorpus):
+    """Flat little-endian binary files of token ids without a header. A shard is a span, whole windows long.
+
+    Spans are multiples of `context` ids, so that files of [rows, context] ids come back row for row with
+    prepend_bos = false. An id the tokenizer does not know is found by `producer.tokens`, which has the tokenizer.
+    """
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._dtype = np.dtype(settings.token_dtype).newbyteorder("<")
+        super().__init__(settings, settings.token_dtype, align=settings.context * self._dtype.itemsize)
+
+    def _fault(self, file: DataFile) -> str | None:
+        if file.compressed:
+            return f"{file.path}: token files are read in place and cannot be compressed; gunzip it"
+        if file.size % self._dtype.itemsize:
+            name = self._dtype.name
+            return f"{file.path}: {file.size:,} bytes are no whole number of {name}; correct corpus.token_dtype"
+        with _opened(file) as stream:
+            head = stream.read(EDGE_BYTES // 4 * 4)
+        if head.startswith(b"\x93NUMPY"):
+            return f"{file.path}: a .npy file, which has a header; expected bare numbers, as array.tofile writes them"
+        ids = np.frombuffer(head, self._dtype)
+        if ids.itemsize == 2 and len(ids) >= 64 and not ids[1::2].any():
+            return f'{file.path}: every second uint16 is 0, so these are uint32; set corpus.token_dtype = "uint32"'
+        return None
+
+    def _read(self, shard: int) -> Iterator[np.ndarray]:
+        for piece in self._plan[shard]:
+            with _opened(piece.file) as stream:
+                stream.seek(piece.start)
+                data = stream.read(piece.end - piece.start)
+            yield np.frombuffer(data, self._dtype).astype(np.int64)
+
+
+class ParquetCorpus(Corpus):
+    """Parquet files: a row group is a shard, a row's `column` a document; null is none. Needs pyarrow."""
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._arrow = _required("pyarrow", settings)
+        self._parquet = _required("pyarrow.parquet", settings)
+        self._column = settings.column
+        files = [file for file in _find_files(settings) if file.size]
+        _raise_any(fault for file in files if (fault := self._fault(file)))
+        self._groups = [(file, group) for file in files for group in self._groups_of(file)]
+        if not self._groups:
+            raise CorpusError(f"corpus.paths = {settings.paths}: the parquet files hold no rows; name files with text")
+        identity = [[[file.name, file.size, file.digest] for file in files], settings.column]
+        super().__init__(settings, len(self._groups), _what(settings, files), identity)
+
+    def _fault(self, file: DataFile) -> str | None:
+        try:
+            schema = self._parquet.read_schema(file.path)
+        except (self._arrow.ArrowException, OSError) as error:
+            return f"{file.path}: not a readable parquet file ({error}); correct corpus.paths or replace the file"
+        if self._column not in schema.names:
+            return f"{file.path}: {_no_column(self._column, schema.names)}"
+        found, types = schema.field(self._column).type, self._arrow.types
+        plain = found.value_type if types.is_dictionary(found) else found
+        if not (types.is_string(plain) or types.is_large_string(plain) or types.is_string_view(plain)):
+            return f"{file.path}: {_no_text(self._column, found)}"
+        return None
+
+    def _groups_of(self, file: DataFile) -> list[int]:
+        metadata = self._parquet.read_metadata(file.path)
+        return [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
+
+    def _read(self, shard: int) -> Iterator[str]:
+        file, group = self._groups[shard]
+        with _opened(file) as stream:
+            table = self._parquet.ParquetFile(stream)
+            try:
+                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=[self._column]):
+                    yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            except (self._arrow.ArrowException, UnicodeDecodeError) as error:
+                raise CorpusError(f"{file.path}, row group {group}: damaged ({error}); replace the file") from None
+
+
+class HuggingFaceCorpus(Corpus):
+    """A dataset of the hub, or of a local folder, through the `datasets` library (extra `hf`).
+
+    Streamed, a shard is a row group of a parquet file, or a file of another format; downloaded, it is a run of rows of
+    about `shard_bytes`. The commit is looked up once, so that a branch which moves cannot change a running stream.
+    """
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        datasets = _required("datasets", settings)
+        commit = _commit(settings)
+        try:
+            dataset = _load(datasets, settings, commit)
+            first = next(iter(dataset), None)
+            columns = dataset.column_names or list(first or ())
+        except Exception as error:  # `datasets` raises errors of a dozen libraries; each means that it cannot be opened
+            raise CorpusError(
+                f"{_name(settings)} cannot be opened: {type(error).__name__}: {error}; "
+                "check dataset, subset, split and revision, the network, and HF_TOKEN if access is restricted"
+            ) from error
+        _raise_any(_dataset_faults(settings, first, columns))
+        self._column = settings.column
+        self._dataset = dataset.select_columns([settings.column])
+        shards = self._dataset.num_shards if settings.streaming else _runs(self._dataset, settings.shard_bytes)
+        what = f"{_name(settings)}, commit {commit or 'unknown'}, {'streamed' if settings.streaming else 'downloaded'}"
+        identity = [settings.subset, settings.split, settings.column, settings.streaming, *_origin(settings, commit)]
+        super().__init__(settings, shards, what, identity)
+
+    def _read(self, shard: int) -> Iterator[str]:
+        for record in self._dataset.shard(num_shards=self.shards, index=shard, contiguous=True):
+            if record[self._column] is not None:
+                yield record[self._column]
+
+
+class SyntheticCorpus(Corpus):
+    """Rows of known ground truth, without text or a language model: sparse sums of random unit directions.
+
+    Feature i is active with probability p_i, proportional to decay**i and scaled to a mean of `active` features in a
+    row (then clipped at 1), with a coefficient uniform on [0, 1); a row without any is zero (Sharkey et al. 2022; no
+    noise). A shard is `shard_windows` windows of `context` rows, and all of them are kept.
+
+    With `naming`, a row is its own name instead: shard, window, position, 1, then zeros. bfloat16 holds whole numbers
+    exactly up to 256, float32 up to 2**24: a drill on a bfloat16 stream keeps all three counts at 256 or less.
+    """
+
+    directions: np.ndarray
+    """The truth: unit rows, float32 [features, d_in]."""
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        truth = settings.synthetic
+        assert truth is not None, "CorpusSettings demands [corpus.synthetic] for this kind"
+        _raise_any(_synthetic_faults(settings))
+        self.d_in, self.context, self.windows = truth.d_in, settings.context, truth.shard_windows
+        self._naming = truth.naming
+        generator = np.random.default_rng((SYNTHETIC_SEED, 1))
+        directions = generator.standard_normal((truth.features, truth.d_in), dtype=np.float32)
+        self.directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+        frequency = truth.decay ** np.arange(truth.features)
+        self.probabilities = np.minimum(frequency * (truth.active / frequency.sum()), 1.0).astype(np.float32)
+        """How often each feature is active, float32 [features]."""
+        contents = "names of rows" if truth.naming else f"{truth.features:,} true features, {truth.active:g} active"
+        super().__init__(
+            settings,
+            truth.shards,
+            f"synthetic rows of width {truth.d_in}, {contents}",
+            [SYNTHETIC_SEED, settings.context, truth.model_dump(mode="json")],
+        )
+
+    def _read(self, shard: int) -> Iterator[str]:
+        raise CorpusError('corpus.kind = "synthetic" has no documents; its rows come from SyntheticCorpus.rows(shard)')
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The shard's rows in order, window by window, float32 [shard_windows * context, d_in]."""
+        if not 0 <= shard < self.shards:
+            raise IndexError(f"shard {shard} is not one of the corpus' {self.shards}")
+        if self._naming:
+            return self._names(shard)
+        generator = np.random.default_rng((SYNTHETIC_SEED, 2, shard))
+        return np.concatenate([self._window(generator) for _ in range(self.windows)])
+
+    def _window(self, generator: np.random.Generator) -> np.ndarray:
+        # One uniform number serves twice: below p the feature is active, and number / p is then uniform on [0, 1).
+        uniform = generator.random((self.context, len(self.probabilities)), dtype=np.float32)
+        row, feature = np.nonzero(uniform < self.probabilities)
+        coefficients = uniform[row, feature] / self.probabilities[feature]
+        filled, starts = np.unique(row, return_index=True)
+        rows = np.zeros((self.context, self.d_in), dtype=np.float32)
+        if len(filled):  # reduceat and not a matrix product: cheaper, and the same bits whatever the BLAS
+            rows[filled] = np.add.reduceat(coefficients[:, None] * self.directions[feature], starts, axis=0)
+        return rows
+
+    def _names(self, shard: int) -> np.ndarray:
+        rows = np.zeros((self.windows, self.context, self.d_in), dtype=np.float32)
+        rows[..., 0] = shard
+        rows[..., 1] = np.arange(self.windows)[:, None]
+        rows[..., 2] = np.arange(self.context)
+        rows[..., 3] = 1
+        return rows.reshape(-1, self.d_in)
+
+
+# Finding files
+
+
+def _find_files(settings: CorpusSettings) -> list[DataFile]:
+    """The files of corpus.paths, in the order of its entries and by name within each; every file once."""
+    found: dict[str, tuple[Path, str]] = {}
+    faults = []
+    for entry in settings.paths:
+        matches = _matches(os.path.expanduser(entry), settings.kind)
+        if isinstance(matches, str):
+            faults.append(f"corpus.paths holds {entry!r}, {matches} (relative paths start at {Path.cwd()})")
+            continue
+        for name, path in sorted(matches):
+            found.setdefault(os.path.abspath(path), (path, name))
+    _raise_any(faults)
+    files: list[DataFile] = []
+    for path, name in found.values():
+        try:
+            files.append(_data_file(path, name))
+        except OSError as error:
+            faults.append(f"{path} of corpus.paths cannot be read: {error.strerror}; correct path or permissions")
+    _raise_any(faults)
+    return files
+
+
+def _matches(entry: str, kind: str) -> list[tuple[str, Path]] | str:
+    """(name, path) of each file that `entry` stands for, or in words why there is none."""
+    path = Path(entry)
+    if path.is_file():
+        return [(path.name, path)]
+    if path.is_dir():
+        suffixes = SUFFIXES[kind]
+        return _in_folder(path, suffixes) or f"a folder without files{_ending(suffixes)}; name another folder, or files"
+    if not _is_pattern(entry):
+        return "which does not exist; correct the path"
+    root = Path(*itertools.takewhile(lambda part: not _is_pattern(part), path.parts))
+    paths = [Path(match) for match in glob(entry, recursive=True)]
+    files = [(match.relative_to(root).as_posix(), match) for match in paths if match.is_file()]
+    return files or "which matches no file; correct the pattern"
+
+
+def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Files at any depth whose name ends as asked (.gz aside), without hidden ones."""
+    named = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
+    return [
+        (name.as_posix(), path)
+        for name, path in named
+        if name.name.removesuffix(".gz").endswith(suffixes) and not any(part.startswith(".") for part in name.parts)
+    ]
+
+
+def _is_pattern(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _ending(suffixes: tuple[str, ...]) -> str:
+    return "" if "" in suffixes else " that end in " + " or ".join(suffixes)
+
+
+def _data_file(path: Path, name: str) -> DataFile:
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(EDGE_BYTES)
+        stream.seek(max(0, size - EDGE_BYTES))
+        return DataFile(path, name, size, _edge_digest(head, stream.read(EDGE_BYTES)))
+
+
+def _edge_digest(head: bytes, tail: bytes) -> str:
+    return _sha256(hashlib.sha256(head).digest() + hashlib.sha256(tail).digest())
+
+
+def _what(settings: CorpusSettings, files: Sequence[DataFile]) -> str:
+    size = sum(file.size for file in files) / 1e6
+    names = " … ".join(file.name for file in (files[:1] if len(files) == 1 else (files[0], files[-1])))
+    return f"{len(files):,} {settings.kind} file{'s' * (len(files) > 1)}, {size:,.1f} MB: {names}"
+
+
+# Cutting files into shards
+
+
+def _group(files: Iterable[DataFile], shard_bytes: int, align: int) -> list[list[Piece]]:
+    """The pieces of each shard: neighbours share one while they fit into `shard_bytes` together."""
+    shards: list[list[Piece]] = []
+    room = 0
+    for piece in itertools.chain.from_iterable(_pieces(file, shard_bytes, align) for file in files):
+        if not shards or piece.weight > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(piece)
+        room -= piece.weight
+    return shards
+
+
+def _pieces(file: DataFile, shard_bytes: int, align: int) -> list[Piece]:
+    """Equal parts of about `shard_bytes`, their borders multiples of `align`; a .gz file stays whole."""
+    count = 1 if file.compressed else max(1, min(-(-file.size // shard_bytes), file.size // align))
+    borders = [file.size * part // count // align * align for part in range(count)] + [file.size]
+    return [Piece(file, start, end) for start, end in itertools.pairwise(borders)]
+
+
+def _borders(stream: BinaryIO, piece: Piece, longest_line: int | None) -> tuple[int, int | None]:
+    """First byte and end of the lines that begin in `piece`; the end of a .gz file's text is not known (None)."""
+    if piece.file.compressed:
+        return 0, None
+    size = piece.file.size
+    return _line_start(stream, piece.start, size, longest_line), _line_start(stream, piece.end, size, longest_line)
+
+
+def _line_start(stream: BinaryIO, offset: int, size: int, longest_line: int | None) -> int:
+    """Where the first line at or after `offset` begins; `size` if none does.
+
+    With `longest_line`, a line that goes on for so many bytes is cut at the first character at or after `offset`.
+    The result never falls as `offset` grows, so that consecutive pieces neither overlap nor leave gaps.
+    """
+    if offset in (0, size):
+        return offset
+    position = stream.seek(offset - 1)
+    while longest_line is None or position < offset - 1 + longest_line:
+        block = stream.read(BLOCK_BYTES)
+        if (newline := block.find(b"\n")) >= 0:
+            return position + newline + 1
+        position += len(block)
+        if not block:
+            return size
+    stream.seek(offset)
+    following = stream.read(3)  # of a character's at most four bytes, the last three are 0b10xxxxxx
+    return offset + len(list(itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, following)))
+
+
+# Reading files
+
+
+@contextmanager
+def _opened(file: DataFile) -> Iterator[BinaryIO]:
+    """`file` for reading, unpacked if it is .gz. Raises CorpusError if it has another size or cannot be unpacked."""
+    size = file.path.stat().st_size
+    if size != file.size:
+        raise CorpusError(
+            f"{file.path}: {size:,} bytes, but {file.size:,} when the corpus was opened; "
+            "a corpus must not change during a run: restore the file, or start a new run"
+        )
+    try:
+        with cast(BinaryIO, gzip.open(file.path) if file.compressed else open(file.path, "rb")) as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CorpusError(f"{file.path}: damaged gzip file ({error}); replace it") from None
+
+
+def _encoding_fault(file: DataFile) -> str | None:
+    """Says if the first 64 KiB of `file` are not UTF-8 text."""
+    try:
+        with _opened(file) as stream:
+            head = stream.read(EDGE_BYTES)
+            whole = not stream.read(1)
+    except CorpusError as error:
+        return str(error)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=whole)
+    except UnicodeDecodeError as error:
+        return f"{file.path}: {_not_utf8(error, 0)}"
+    if (zero := head.find(0)) >= 0:
+        return f"{file.path}: a zero byte at byte {zero:,}, so this is UTF-16 or no text; convert it to UTF-8"
+    return None
+
+
+def _decoded(data: bytes, file: DataFile, offset: int) -> str:
+    """`data`, which stands at byte `offset` of `file`, as text; a byte order mark is no text."""
+    try:
+        return data.decode("utf-8" if offset else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{file.path}: {_not_utf8(error, offset)}") from None
+
+
+def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
+    place, byte = offset + error.start, error.object[error.start]
+    return f"not UTF-8 at byte {place:,} (0x{byte:02x}: {error.reason}); convert it (iconv -t UTF-8) or leave it out"
+
+
+def _without_lone_surrogates(text: str) -> str:
+    r"""JSON may escape half a character, as in "\ud83d"; no tokenizer takes that, so it becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# Hugging Face
+
+
+def _load(datasets: Any, settings: CorpusSettings, commit: str | None) -> Any:
+    dataset = datasets.load_dataset(
+        settings.dataset,
+        settings.subset,
+        split=settings.split,
+        revision=commit,
+        streaming=settings.streaming,
+    )
+    if settings.streaming and hasattr(dataset, "reshard") and dataset.num_shards <= RESHARD_UP_TO:
+        return dataset.reshard()
+    return dataset
+
+
+def _commit(settings: CorpusSettings) -> str | None:
+    """The commit that corpus.revision stands for now; the setting itself for a local folder, or without network."""
+    from huggingface_hub import HfApi  # a dependency of datasets
+
+    assert settings.dataset is not None, "CorpusSettings demands a name for this kind"
+    if Path(settings.dataset).exists():
+        return settings.revision
+    try:
+        return HfApi().dataset_info(settings.dataset, revision=settings.revision, timeout=30).sha
+    except Exception as error:  # load_dataset either finds a copy in its cache or says better what is wrong
+        log.warning("cannot look up the commit of dataset %s: %s", settings.dataset, error)
+        return settings.revision
+
+
+def _origin(settings: CorpusSettings, commit: str | None) -> list[object]:
+    """What names the dataset's contents: a local folder's files, or the hub's name and commit."""
+    folder = Path(settings.dataset or "")
+    if not folder.is_dir():
+        return [settings.dataset, commit]
+    files = [_data_file(path, name) for name, path in sorted(_in_folder(folder, ("",)))]
+    return [[[file.name, file.size, file.digest] for file in files]]
+
+
+def _dataset_faults(settings: CorpusSettings, first: dict[str, Any] | None, columns: list[str]) -> list[str]:
+    if first is None:
+        return [f"{_name(settings)} holds no rows; name another split or subset"]
+    if settings.column not in columns:
+        return [f"{_name(settings)}: {_no_column(settings.column, columns)}"]
+    if (text := first[settings.column]) is not None and not isinstance(text, str):
+        return [f"{_name(settings)}: {_no_text(settings.column, type(text).__name__)}"]
+    return []
+
+
+def _runs(dataset: Any, shard_bytes: int) -> int:
+    """How many runs of rows of about `shard_bytes` a downloaded dataset has."""
+    return max(1, min(len(dataset), round(dataset.data.nbytes / shard_bytes)))
+
+
+def _name(settings: CorpusSettings) -> str:
+    subset = f", subset {settings.subset!r}" if settings.subset else ""
+    return f"corpus.dataset = {settings.dataset!r}{subset}, split {settings.split!r}"
+
+
+# Messages
+
+
+def _raise_any(faults: Iterable[str]) -> None:
+    if not (found := list(faults)):
+        return
+    more = [f"and {len(found) - FAULTS_SHOWN} more"] if len(found) > FAULTS_SHOWN else []
+    raise CorpusError("\n".join(found[:FAULTS_SHOWN] + more))
+
+
+def _no_column(column: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(column, names, n=1)
+    nearest = f" (did you mean {close[0]}?)" if close else ""
+    return f"corpus.column = {column!r} is not there{nearest}; known here: {', '.join(names)}"
+
+
+def _no_text(column: str, found: object) -> str:
+    return f"corpus.column = {column!r} holds {found}; expected text; name another column"
+
+
+def _synthetic_faults(settings: CorpusSettings) -> list[str]:
+    truth = settings.synthetic
+    assert truth is not None
+    faults = []
+    if truth.naming and truth.d_in < 4:
+        faults.append(f"corpus.synthetic.naming needs room for four numbers, but d_in = {truth.d_in}; raise d_in to 4")
+    if truth.active > truth.features:
+        faults.append(f"corpus.synthetic.active = {truth.active:g} exceeds features = {truth.features}; lower active")
+    return faults
+
+
+def _finer(settings: CorpusSettings) -> str:
+    if settings.kind in ("text", "jsonl", "tokens"):
+        return f"Lower corpus.shard_bytes = {settings.shard_bytes}."
+    if settings.kind == "huggingface" and settings.streaming:
+        return "Set corpus.streaming = false."
+    return "Name more data, or write it with smaller row groups."
+
+
+def _required(module: str, settings: CorpusSettings) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        what = f"corpus.kind = {settings.kind!r} needs {module}, which cannot be imported ({error})"
+        raise CorpusError(f'{what}; pip install "sluice[hf]"') from None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

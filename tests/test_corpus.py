@@ -1,0 +1,651 @@
+"""Corpora: every line in exactly one shard, the same on each reading, and faults told at the start."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producer.corpus import Corpus, CorpusError, StdlibCorpus, SyntheticCorpus, open_corpus
+from producer.settings import CorpusSettings, SyntheticSettings
+
+LINES = st.lists(st.text(st.sampled_from("aä€😀\r "), max_size=9), max_size=12)
+ENDS = st.sampled_from(["\n", "\r\n"])
+
+
+def corpus_of(*paths: Path | str, kind: Any = "text", **others: Any) -> Corpus:
+    return open_corpus(CorpusSettings(kind=kind, paths=[str(path) for path in paths], **others))
+
+
+def shards_of(corpus: Corpus) -> list[list[Any]]:
+    return [list(corpus.documents(shard)) for shard in range(corpus.shards)]
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    return [text for documents in shards_of(corpus) for text in documents]
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    return path
+
+
+def records(path: Path, texts: Iterable[Any]) -> Path:
+    return written(path, "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+
+
+def refusal(*paths: Path | str, **others: Any) -> str:
+    with pytest.raises(CorpusError) as caught:
+        corpus_of(*paths, **others)
+    return str(caught.value)
+
+
+# The standard library
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> StdlibCorpus:
+    corpus = open_corpus(CorpusSettings())
+    assert isinstance(corpus, StdlibCorpus)
+    return corpus
+
+
+def test_stdlib_is_the_mapping_that_the_embedded_model_was_trained_on(stdlib: StdlibCorpus) -> None:
+    """A file's shard is the hash of its path; files are in order of their paths; what is not UTF-8 is left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    expected: list[list[str]] = [[] for _ in range(64)]
+    skipped = 0
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if {"site-packages", "dist-packages", "__pycache__"} & set(name.parts):
+            continue
+        shard = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") % 64
+        try:
+            expected[shard].append(path.read_text("utf-8"))
+        except UnicodeDecodeError:
+            skipped += 1
+    assert shards_of(stdlib) == expected
+    assert stdlib.skipped == skipped
+
+
+def test_stdlib_holds_out_what_the_embedded_model_has_never_seen(stdlib: StdlibCorpus) -> None:
+    """These four shards were kept from the embedded model; holding out others would measure on its training text."""
+    assert stdlib.held_out_shards == [0, 13, 33, 46]
+
+
+def test_description_says_what_it_is_in_one_line(stdlib: StdlibCorpus) -> None:
+    """The line for logs names kind, size, what was left out, and how many shards are held out."""
+    assert stdlib.description.startswith("standard library of Python 3.")
+    assert stdlib.description.endswith(f"({stdlib.skipped} skipped: not UTF-8); 64 shards, 4 held out")
+
+
+# Shards
+
+
+def test_held_out_and_training_shards_are_a_partition(tmp_path: Path) -> None:
+    """Each shard is either trained on or held out, and the asked fraction is held out."""
+    corpus = corpus_of(written(tmp_path / "a.txt", "line\n" * 400), shard_bytes=100, held_out=0.25)
+    assert corpus.shards == 20
+    assert len(corpus.held_out_shards) == 5
+    assert sorted(corpus.held_out_shards + corpus.training_shards) == list(range(20))
+
+
+def test_single_shard_cannot_be_held_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One shard is trained on; the operator learns why the evaluation has no text and what to set."""
+    corpus = corpus_of(written(tmp_path / "a.txt", "line\n"))
+    assert (corpus.training_shards, corpus.held_out_shards) == ([0], [])
+    assert "Lower corpus.shard_bytes = 1000000" in caplog.text
+
+
+@pytest.mark.parametrize("shard", [-1, 1])
+def test_shard_that_does_not_exist_is_refused(tmp_path: Path, shard: int) -> None:
+    """A wrong number, from wherever it comes, is an error and not another shard."""
+    corpus = corpus_of(written(tmp_path / "a.txt", "line\n"), held_out=0.0)
+    with pytest.raises(IndexError, match="not one of the corpus' 1"):
+        corpus.documents(shard)
+
+
+def test_importing_is_light() -> None:
+    """No heavy library is imported before a kind needs it."""
+    heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}"
+    code = f"import sys, producer.corpus, producer.tokens; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+# Text
+
+
+@given(LINES, ENDS, st.booleans(), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_every_line_of_text_is_in_exactly_one_shard(lines: list[str], end: str, ended: bool, shard_bytes: int) -> None:
+    """Whatever the cuts, each shard holds whole lines, and the shards in order give the file back."""
+    text = "start" + end + end.join(lines) + end * ended
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder) / "a.txt", text)
+        shards = shards_of(corpus_of(path, shard_bytes=shard_bytes, held_out=0.0))
+    assert "".join(part for shard in shards for part in shard) == text
+    assert all(len(shard) <= 1 for shard in shards)
+    parts = [shard[0] for shard in shards if shard]
+    assert all(part.endswith("\n") for part in parts[:-1])
+
+
+@given(LINES, st.integers(1, 60), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_shards_are_the_same_in_any_order_of_reading(lines: list[str], shard_bytes: int, random: Random) -> None:
+    """A shard is a function of its number: neither earlier readings nor other corpus objects change it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder) / "a.txt", "start\n" + "\n".join(lines))
+        corpus = corpus_of(path, shard_bytes=shard_bytes, held_out=0.0)
+        again = corpus_of(path, shard_bytes=shard_bytes, held_out=0.0)
+        once = shards_of(corpus)
+        order = random.choices(range(corpus.shards), k=2 * corpus.shards)
+        assert all(list(again.documents(shard)) == once[shard] for shard in order)
+
+
+def test_shards_of_a_large_file_are_near_the_asked_size(tmp_path: Path) -> None:
+    """Pieces are equal and at most a line longer than shard_bytes."""
+    corpus = corpus_of(written(tmp_path / "a.txt", "123456789\n" * 1000), shard_bytes=3000)
+    assert [sum(map(len, shard)) for shard in shards_of(corpus)] == [2500] * 4
+
+
+def test_small_files_share_a_shard_and_stay_documents_of_their_own(tmp_path: Path) -> None:
+    """Many small files do not become many small shards, and are not glued together."""
+    paths = [written(tmp_path / f"{i}.txt", f"file {i}\n") for i in range(7)]  # 7 bytes each
+    corpus = corpus_of(*paths, shard_bytes=21)
+    assert [len(shard) for shard in shards_of(corpus)] == [3, 3, 1]
+    assert texts_of(corpus) == [f"file {i}\n" for i in range(7)]
+
+
+def test_file_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:
+    """A corpus of one endless line has many shards, and no character is torn apart."""
+    text = "a" + "€" * 1_000_000  # 3 MB; characters begin at bytes 1, 4, 7, …
+    corpus = corpus_of(written(tmp_path / "a.txt", text), shard_bytes=500_000)
+    parts = texts_of(corpus)
+    assert "".join(parts) == text
+    assert [len(part.encode()) for part in parts[:3]] == [428_572, 428_571, 428_571]
+
+
+def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    """A file of an editor that marks UTF-8 begins with its first letter."""
+    assert texts_of(corpus_of(written(tmp_path / "a.txt", b"\xef\xbb\xbfword\n"))) == ["word\n"]
+
+
+def test_gz_file_is_one_document(tmp_path: Path) -> None:
+    """A compressed file cannot be entered in the middle: it stays whole whatever the shard size."""
+    paths = [written(tmp_path / name, "one\ntwo\n") for name in ("a.gz", "b.txt.gz")]
+    assert shards_of(corpus_of(*paths, shard_bytes=2)) == [["one\ntwo\n"], ["one\ntwo\n"]]
+
+
+# Finding files
+
+
+def test_folder_is_read_at_any_depth_by_name_without_hidden_files(tmp_path: Path) -> None:
+    """A folder gives its files in the order of their paths, at any depth."""
+    for name in ("b.txt", "a/z.txt", ".hidden/x.txt", ".y.txt"):
+        written(tmp_path / name, name)
+    assert texts_of(corpus_of(tmp_path)) == ["a/z.txt", "b.txt"]
+
+
+def test_glob_matches_at_any_depth_and_each_file_counts_once(tmp_path: Path) -> None:
+    """`**` descends; a file that two entries name is read once, where the first one names it."""
+    for name in ("b.txt", "a/z.txt", "a/z.md"):
+        written(tmp_path / name, name)
+    assert texts_of(corpus_of(tmp_path / "b.txt", tmp_path / "**" / "*.txt")) == ["b.txt", "a/z.txt"]
+
+
+def test_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
+    """A file that exists under exactly that name is meant."""
+    assert texts_of(corpus_of(written(tmp_path / "[a].txt", "text"))) == ["text"]
+
+
+def test_folder_of_jsonl_ignores_other_files(tmp_path: Path) -> None:
+    """A README beside the data does not stop a run."""
+    written(tmp_path / "README.md", "no data")
+    records(tmp_path / "a.jsonl", ["one"])
+    records(tmp_path / "b.jsonl.gz", ["two"])
+    assert texts_of(corpus_of(tmp_path, kind="jsonl")) == ["one", "two"]
+
+
+# Fingerprints
+
+
+def test_fingerprint_does_not_depend_on_where_the_data_is_mounted(tmp_path: Path) -> None:
+    """Two machines with the same files in different folders stream the same corpus; times do not count."""
+    prints: list[str] = []
+    for place in ("here", "there/deeper"):
+        path = written(tmp_path / place / "data" / "a.txt", "text\n")
+        os.utime(path, (len(prints), len(prints)))
+        prints += [corpus_of(path.parent).fingerprint, corpus_of(path.parent / "*").fingerprint]
+    assert len(set(prints)) == 1
+
+
+@pytest.mark.parametrize("change", [{"column": "title"}, {"shard_bytes": 50}, {"held_out": 0.5}])
+def test_fingerprint_changes_with_what_decides_the_documents(tmp_path: Path, change: dict[str, Any]) -> None:
+    """The column and the shard size do; which shards are held out does not."""
+    path = written(tmp_path / "a.jsonl", '{"text": "one", "title": "two"}\n')
+    changed = corpus_of(path, kind="jsonl", **change).fingerprint != corpus_of(path, kind="jsonl").fingerprint
+    assert changed == ("held_out" not in change)
+
+
+@pytest.mark.parametrize("change", ["first byte", "last byte", "size", "name"])
+def test_fingerprint_changes_with_the_files(tmp_path: Path, change: str) -> None:
+    """Both ends of a file, its size and its name count."""
+    data = bytearray(b"x" * 200_000)
+    before = corpus_of(written(tmp_path / "a.txt", bytes(data))).fingerprint
+    if change == "size":
+        data[100_000:100_000] = b"x"
+    elif change != "name":
+        data[0 if change == "first byte" else -1] = ord("y")
+    after = corpus_of(written(tmp_path / ("b.txt" if change == "name" else "a.txt"), bytes(data))).fingerprint
+    assert after != before
+
+
+# What is wrong with files
+
+
+def test_all_missing_paths_are_told_in_one_go(tmp_path: Path) -> None:
+    """Each path that leads nowhere is named with what to do."""
+    (tmp_path / "empty").mkdir()
+    message = refusal(tmp_path / "gone.txt", tmp_path / "*.csv", tmp_path / "empty")
+    first, second, third = message.splitlines()
+    assert first.startswith(f"corpus.paths holds '{tmp_path}/gone.txt', which does not exist; correct the path")
+    assert f"(relative paths start at {Path.cwd()})" in first
+    assert "*.csv', which matches no file; correct the pattern" in second
+    assert "empty', a folder without files; name another folder, or files" in third
+
+
+def test_folder_without_files_of_the_kind_says_which_endings_count(tmp_path: Path) -> None:
+    """A folder of text is no folder of parquet."""
+    pytest.importorskip("pyarrow")
+    written(tmp_path / "a.txt", "text")
+    assert "a folder without files that end in .parquet" in refusal(tmp_path, kind="parquet")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_empty_corpus_is_refused(tmp_path: Path, kind: str, name: str) -> None:
+    """Files without a single byte are no corpus."""
+    assert refusal(written(tmp_path / name, ""), kind=kind).endswith("the files hold nothing; name files with text")
+
+
+def test_blank_lines_are_no_corpus_of_jsonl(tmp_path: Path) -> None:
+    """A jsonl file without records is empty."""
+    assert "the files hold nothing" in refusal(written(tmp_path / "a.jsonl", "\n \r\n"), kind="jsonl")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("Grüße\n".encode("latin-1"), "not UTF-8 at byte 2 (0xfc: invalid start byte); convert it (iconv -t UTF-8)"),
+        (b"word \xe2\x82", "not UTF-8 at byte 5 (0xe2: unexpected end of data)"),
+        ("word".encode("utf-16"), "not UTF-8 at byte 0 (0xff: invalid start byte)"),
+        ("word".encode("utf-16-le"), "a zero byte at byte 1, so this is UTF-16 or no text; convert it to UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_wrong_encoding_is_told_at_the_start(tmp_path: Path, kind: str, data: bytes, said: str) -> None:
+    """Each file's beginning is checked; the message names file, byte and remedy."""
+    path = written(tmp_path / "a.txt", data)
+    assert refusal(path, kind=kind).startswith(f"{path}: {said}")
+
+
+def test_character_across_the_end_of_the_checked_part_is_no_fault(tmp_path: Path) -> None:
+    """The check of the first 64 KiB does not mistake its own cut for a broken character."""
+    text = "€" * 50_000  # 65,536 bytes are not a multiple of three
+    assert texts_of(corpus_of(written(tmp_path / "a.txt", text))) == [text]
+
+
+def test_wrong_encoding_further_in_names_the_byte_when_it_is_read(tmp_path: Path) -> None:
+    """What the check at the start cannot see fails the one shard it is in, with file and byte."""
+    path = written(tmp_path / "a.txt", b"0123456789\n" * 20_000 + b"\xff\n")
+    corpus = corpus_of(path, shard_bytes=100_000)
+    assert list(corpus.documents(0))
+    with pytest.raises(CorpusError, match=r"a\.txt: not UTF-8 at byte 220,000 \(0xff"):
+        list(corpus.documents(corpus.shards - 1))
+
+
+def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
+    """Ten faults are enough to see what is wrong."""
+    for i in range(12):
+        written(tmp_path / f"{i}.txt", b"\xff")
+    lines = refusal(tmp_path).splitlines()
+    assert (len(lines), lines[-1]) == (11, "and 2 more")
+
+
+def test_file_that_is_no_gzip_file_is_told_at_the_start(tmp_path: Path) -> None:
+    """The name says .gz, the contents do not."""
+    path = tmp_path / "a.gz"
+    path.write_text("text\n")
+    assert refusal(path).startswith(f"{path}: damaged gzip file (Not a gzipped file (b'te')); replace it")
+
+
+def test_gzip_file_cut_short_is_told_when_it_is_read(tmp_path: Path) -> None:
+    """Half a download fails its own shard with the file's name."""
+    noise = np.random.default_rng(0).integers(97, 123, 300_000, dtype=np.uint8).tobytes()
+    path = written(tmp_path / "a.gz", noise)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CorpusError, match="damaged gzip file"):
+        texts_of(corpus_of(path))
+
+
+def test_file_that_changes_during_the_run_is_refused(tmp_path: Path) -> None:
+    """A growing log would move the borders of shards; it is told instead."""
+    path = written(tmp_path / "a.txt", "line\n")
+    corpus = corpus_of(path)
+    written(path, "line\nline\n")
+    with pytest.raises(CorpusError, match=r"10 bytes, but 5 when the corpus was opened; .* start a new run"):
+        texts_of(corpus)
+
+
+# jsonl
+
+
+@given(LINES.filter(any), st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans(), st.integers(1, 90))
+@settings(max_examples=40, deadline=None)
+def test_every_record_of_jsonl_is_in_exactly_one_shard(
+    texts: list[str], end: str, ended: bool, shard_bytes: int
+) -> None:
+    """Whatever the cuts, the shards in order give every document once."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder) / "a.jsonl", end.join(lines) + end * ended)
+        assert texts_of(corpus_of(path, kind="jsonl", shard_bytes=shard_bytes, held_out=0.0)) == texts
+
+
+def test_jsonl_reads_the_named_column(tmp_path: Path) -> None:
+    """One object a line, its text in `column`."""
+    path = written(tmp_path / "a.jsonl", '{"text": 1, "body": "one"}\n{"body": "two"}')
+    assert texts_of(corpus_of(path, kind="jsonl", column="body")) == ["one", "two"]
+
+
+def test_jsonl_skips_blank_lines_marks_and_nulls(tmp_path: Path) -> None:
+    """A byte order mark, blank lines and records without text are neither faults nor documents."""
+    path = written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": null}\n\n  \r\n{"text": "one"}\n')
+    assert texts_of(corpus_of(path, kind="jsonl")) == ["one"]
+
+
+def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path) -> None:
+    r"""Dumps hold cut emoji such as "\ud83d", which no tokenizer takes; whole ones stay."""
+    path = written(tmp_path / "a.jsonl", r'{"text": "a\ud83d b\ud83d\ude00"}')
+    assert texts_of(corpus_of(path, kind="jsonl")) == ["a\ufffd b😀"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "one"', "line at byte 1: not JSON (Expecting ',' delimiter"),
+        ('["one"]', "line at byte 1: a JSON list; each line must be an object with a field 'text'"),
+        ('{"txt": "one", "id": 3}', "corpus.column = 'text' is not there (did you mean txt?); known here: txt, id"),
+        ('{"text": ["one"]}', "corpus.column = 'text' holds list; expected text; name another column"),
+    ],
+)
+def test_wrong_jsonl_is_told_at_the_start(tmp_path: Path, line: str, said: str) -> None:
+    """Each file's first record is checked; the message says what is there and what is expected."""
+    records(tmp_path / "a.jsonl", ["fine"])
+    message = refusal(written(tmp_path / "b.jsonl", "\n" + line), tmp_path / "a.jsonl", kind="jsonl")
+    assert message.startswith(f"{tmp_path}/b.jsonl, line at byte 1: ")
+    assert said in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_broken_record_further_in_names_file_and_byte(tmp_path: Path, name: str) -> None:
+    """The documents before it arrive; then the shard fails with its place."""
+    path = written(tmp_path / name, '{"text": "one"}\n{"text": \n')
+    documents = corpus_of(path, kind="jsonl").documents(0)
+    assert next(documents) == "one"
+    with pytest.raises(CorpusError, match=rf"{name}, line at byte 16: not JSON"):
+        next(documents)
+
+
+# parquet
+
+
+def test_parquet_row_group_is_a_shard(tmp_path: Path) -> None:
+    """Row groups, file by file, are the shards; empty ones are none, and null is no document."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"id": range(5), "text": ["one", None, "three", "four", "fünf"]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    pq.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    pq.write_table(table.slice(0, 1), tmp_path / "c.parquet")
+    corpus = corpus_of(tmp_path, kind="parquet")
+    assert shards_of(corpus) == [["one"], ["three", "four"], ["fünf"], ["one"]]
+    assert corpus.fingerprint != corpus_of(tmp_path / "a.parquet", kind="parquet").fingerprint
+
+
+@pytest.mark.parametrize("make", ["large_string", "dictionary"])
+def test_parquet_text_may_be_stored_in_any_way(tmp_path: Path, make: str) -> None:
+    """Large strings and dictionary-encoded ones are text too."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kind = pa.large_string() if make == "large_string" else pa.dictionary(pa.int32(), pa.string())
+    pq.write_table(pa.table({"text": pa.array(["one", "two"], pa.string()).cast(kind)}), tmp_path / "a.parquet")
+    assert texts_of(corpus_of(tmp_path, kind="parquet")) == ["one", "two"]
+
+
+def test_wrong_parquet_is_told_at_the_start(tmp_path: Path) -> None:
+    """A missing column, a column of numbers, a file that is no parquet file, and one without rows."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"Text": ["one"], "id": [1]}), tmp_path / "a.parquet")
+    written(tmp_path / "b.parquet", "PAR1, or is it?")
+    first, second = refusal(tmp_path, kind="parquet").splitlines()
+    known = "is not there (did you mean Text?); known here: Text, id"
+    assert first == f"{tmp_path}/a.parquet: corpus.column = 'text' {known}"
+    assert second.startswith(f"{tmp_path}/b.parquet: not a readable parquet file (")
+    message = refusal(tmp_path / "a.parquet", kind="parquet", column="id")
+    assert message.endswith("corpus.column = 'id' holds int64; expected text; name another column")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    assert "the parquet files hold no rows" in refusal(tmp_path / "c.parquet", kind="parquet")
+
+
+@pytest.mark.parametrize(("kind", "module"), [("parquet", "pyarrow"), ("huggingface", "datasets")])
+def test_missing_package_names_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str
+) -> None:
+    """Without the extra, the message is the command that installs it."""
+    monkeypatch.setitem(sys.modules, module, None)
+    message = refusal(tmp_path, kind=kind, dataset="any")
+    assert message.startswith(f"corpus.kind = '{kind}' needs {module}, which cannot be imported")
+    assert message.endswith('pip install "sluice[hf]"')
+
+
+# Token files
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_token_files_come_back_in_spans_of_whole_windows(tmp_path: Path, dtype: str) -> None:
+    """Spans are multiples of the context near shard_bytes, as int64; files are never joined into one document."""
+    first, second = np.arange(100, 130, dtype=dtype), np.array([7, 65_535], dtype=dtype)
+    first.tofile(tmp_path / "a.bin")
+    second.tofile(tmp_path / "b.bin")
+    corpus = corpus_of(
+        tmp_path, kind="tokens", token_dtype=dtype, context=4, shard_bytes=15 * first.itemsize, held_out=0.0
+    )
+    shards = shards_of(corpus)
+    assert [[len(ids) for ids in shard] for shard in shards] == [[12], [18], [2]]
+    documents = [ids for shard in shards for ids in shard]
+    assert {ids.dtype for ids in documents} == {np.dtype(np.int64)}
+    assert np.concatenate(documents).tolist() == [*first.tolist(), *second.tolist()]
+
+
+def test_wrong_token_files_are_told_at_the_start(tmp_path: Path) -> None:
+    """Half a number, a .npy header, the wrong width and compression are seen before any model is loaded."""
+    written(tmp_path / "a.bin", b"\0\0\0")
+    np.save(tmp_path / "b.npy", np.arange(64, dtype=np.uint16))
+    (tmp_path / "b.npy").rename(tmp_path / "b.bin")
+    np.arange(64, dtype=np.uint32).tofile(tmp_path / "c.bin")
+    written(tmp_path / "d.bin.gz", b"\0\0")
+    first, second, third, fourth = refusal(tmp_path, kind="tokens").splitlines()
+    assert first.endswith("a.bin: 3 bytes are no whole number of uint16; correct corpus.token_dtype")
+    assert second.endswith("b.bin: a .npy file, which has a header; expected bare numbers, as array.tofile writes them")
+    assert third.endswith('c.bin: every second uint16 is 0, so these are uint32; set corpus.token_dtype = "uint32"')
+    assert fourth.endswith("d.bin.gz: token files are read in place and cannot be compressed; gunzip it")
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` leaves nothing in the home of who runs the tests."""
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, cache: None) -> str:
+    """A local dataset of three jsonl files, five documents each."""
+    for file in range(3):
+        records(tmp_path / "data" / f"{file}.jsonl", [f"document {file} {i}" for i in range(5)])
+    return str(tmp_path / "data")
+
+
+DOCUMENTS = [f"document {file} {i}" for file in range(3) for i in range(5)]
+
+
+def test_streamed_dataset_has_a_shard_per_file(dataset: str) -> None:
+    """Streamed, each file that cannot be divided further is a shard."""
+    corpus = corpus_of(kind="huggingface", dataset=dataset, held_out=0.0)
+    assert shards_of(corpus) == [DOCUMENTS[:5], DOCUMENTS[5:10], DOCUMENTS[10:]]
+
+
+def test_streamed_parquet_dataset_has_a_shard_per_row_group(tmp_path: Path, cache: None) -> None:
+    """`datasets` that can divide parquet files do."""
+    datasets = pytest.importorskip("datasets")
+    if not hasattr(datasets.IterableDataset, "reshard"):
+        pytest.skip("this version of datasets cannot reshard")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "a.parquet", row_group_size=6)
+    corpus = corpus_of(kind="huggingface", dataset=str(tmp_path), held_out=0.0)
+    assert shards_of(corpus) == [DOCUMENTS[:6], DOCUMENTS[6:12], DOCUMENTS[12:]]
+
+
+def test_downloaded_dataset_has_shards_of_about_the_asked_size(dataset: str) -> None:
+    """Downloaded, shards are runs of rows, and each row is in one."""
+    corpus = corpus_of(kind="huggingface", dataset=dataset, streaming=False, shard_bytes=100)
+    assert 2 <= corpus.shards <= 5
+    assert texts_of(corpus) == DOCUMENTS
+    again = corpus_of(kind="huggingface", dataset=dataset, streaming=False, shard_bytes=100)
+    assert (again.shards, again.fingerprint) == (corpus.shards, corpus.fingerprint)
+
+
+def test_fingerprint_of_a_local_dataset_follows_its_files(dataset: str) -> None:
+    """Another document in the folder is another corpus."""
+    before = corpus_of(kind="huggingface", dataset=dataset).fingerprint
+    records(Path(dataset) / "0.jsonl", ["other"] * 5)
+    assert corpus_of(kind="huggingface", dataset=dataset).fingerprint != before
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_wrong_dataset_settings_are_told_at_the_start(dataset: str, streaming: bool) -> None:
+    """A wrong column, a column of numbers and a split that does not exist."""
+    how: dict[str, Any] = {"kind": "huggingface", "dataset": dataset, "streaming": streaming}
+    place = f"corpus.dataset = '{dataset}', split 'train': "
+    known = "is not there (did you mean text?); known here: id, text"
+    assert refusal(**how, column="txt") == f"{place}corpus.column = 'txt' {known}"
+    assert refusal(**how, column="id") == f"{place}corpus.column = 'id' holds int; expected text; name another column"
+    message = refusal(**how, split="nowhere")
+    assert message.startswith(f"corpus.dataset = '{dataset}', split 'nowhere' cannot be opened: ValueError: ")
+    assert "check dataset, subset, split and revision" in message
+
+
+def test_dataset_that_cannot_be_reached_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the dataset in the cache and without network, the message says what to check."""
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refusal(kind="huggingface", dataset="sluice-tests/no-such-dataset")
+    assert message.startswith("corpus.dataset = 'sluice-tests/no-such-dataset', split 'train' cannot be opened: ")
+    assert message.endswith("the network, and HF_TOKEN if access is restricted")
+
+
+# Synthetic rows
+
+
+def synthetic(context: int = 8, **truth: Any) -> SyntheticCorpus:
+    truth = {"d_in": 16, "features": 32, "shards": 4, "shard_windows": 5} | truth
+    corpus = open_corpus(CorpusSettings(kind="synthetic", context=context, synthetic=SyntheticSettings(**truth)))
+    assert isinstance(corpus, SyntheticCorpus)
+    return corpus
+
+
+def test_synthetic_shard_is_the_same_on_each_reading_and_unlike_others() -> None:
+    """A shard's rows are a function of its number and the settings."""
+    corpus = synthetic()
+    rows = corpus.rows(2)
+    assert (rows.shape, rows.dtype) == ((40, 16), np.float32)
+    corpus.rows(1)
+    assert np.array_equal(corpus.rows(2), rows)
+    assert np.array_equal(synthetic().rows(2), rows)
+    assert not np.allclose(corpus.rows(3), rows)
+    assert synthetic().fingerprint == corpus.fingerprint != synthetic(features=31).fingerprint
+
+
+def test_synthetic_directions_are_unit_rows() -> None:
+    """The truth to be recovered has unit norm, as the rows of a decoder have."""
+    directions = synthetic().directions
+    assert directions.shape == (32, 16)
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-6)
+
+
+def test_synthetic_rows_are_sparse_sums_of_the_directions() -> None:
+    """With fewer directions than dimensions, coefficients can be solved for: as many, as often, as large as asked."""
+    corpus = synthetic(d_in=24, features=12, active=3.0, decay=0.9, shard_windows=400)
+    coefficients = corpus.rows(0) @ np.linalg.pinv(corpus.directions)
+    np.testing.assert_allclose(coefficients @ corpus.directions, corpus.rows(0), atol=1e-5)
+    active = coefficients > 1e-4
+    expected = 0.9 ** np.arange(12)
+    np.testing.assert_allclose(active.mean(0), 3 * expected / expected.sum(), atol=0.04)
+    assert abs(active.sum(1).mean() - 3) < 0.1
+    assert coefficients.min() > -1e-4
+    assert coefficients.max() < 1 + 1e-4
+    assert abs(coefficients[active].mean() - 0.5) < 0.02
+
+
+def test_rows_without_an_active_feature_are_zero() -> None:
+    """Few active features leave some rows empty; those are zero vectors in their own places."""
+    corpus = synthetic(active=0.5)
+    empty = (corpus.rows(0) == 0).all(1)
+    assert 0 < empty.sum() < len(empty)
+
+
+def test_naming_rows_say_where_they_stand() -> None:
+    """Each row is its own name, so that a drill can check what was trained on."""
+    rows = synthetic(context=3, d_in=6, naming=True, shard_windows=2).rows(1)
+    assert rows.dtype == np.float32
+    assert rows.tolist() == [[1, window, position, 1, 0, 0] for window in range(2) for position in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("truth", "said"),
+    [
+        ({"naming": True, "d_in": 3}, "corpus.synthetic.naming needs room for four numbers, but d_in = 3; raise d_in"),
+        ({"features": 4}, "corpus.synthetic.active = 5 exceeds features = 4; lower active"),
+    ],
+)
+def test_synthetic_settings_that_contradict_each_other_are_refused(truth: dict[str, Any], said: str) -> None:
+    """What cannot be built is told at the start."""
+    with pytest.raises(CorpusError, match=said):
+        synthetic(**truth)
+
+
+def test_synthetic_corpus_has_no_documents() -> None:
+    """Asking for text points to `rows`."""
+    with pytest.raises(CorpusError, match=r"SyntheticCorpus\.rows"):
+        synthetic().documents(0)
+    with pytest.raises(IndexError):
+        synthetic().rows(4)
