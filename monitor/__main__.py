@@ -1,0 +1,155 @@
+"""`python -m monitor RUN.toml`: serves a run's snapshots, evaluates each new one, and shows how it goes.
+
+Settings are read first, so that `--help` and faults answer at once; torch is imported only when there is something to
+evaluate with. The evaluation runs in the main thread at low priority, the service in threads of its own. Exit codes:
+0 stopped (or, with --until-evaluated, done), 1 failed, 2 bad settings or usage.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from monitor.settings import MonitorSettings
+from producer.settings import is_loopback, parse_command_line
+
+if TYPE_CHECKING:
+    from monitor.evaluate import Evaluator
+    from monitor.metrics import MonitorMetrics
+
+PURPOSE = """Serves a run's snapshots over HTTP, and measures each new one with the language model.
+
+It only reads what the trainer publishes: start it before, with or after the run, and stop it at any time.
+`python -m monitor pull URL [--to DIR]` fetches the newest snapshot from a running monitor.
+`--until-evaluated` ends it once the run is finished, its last snapshot is evaluated and summary.json is complete."""
+
+UNTIL_EVALUATED = "--until-evaluated"
+NICE = 10
+HANGS_SECONDS = 900.0
+"""One forward pass that takes longer than this is taken for a hang."""
+
+log = logging.getLogger("sluice.monitor")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["pull"]:
+        from monitor.pull import main as pull
+
+        return pull(arguments[1:])
+    until_evaluated = UNTIL_EVALUATED in arguments
+    arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]
+    settings = parse_command_line("python -m monitor", PURPOSE, MonitorSettings, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s monitor %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        return _run(settings, until_evaluated, stop)
+    except OSError as error:
+        log.error("%s", error)
+        return 1
+
+
+def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
+    from monitor.metrics import MonitorMetrics, new_registry, start_metrics_server
+    from monitor.service import make_app, start_service
+
+    directory, table = Path(settings.run.directory), settings.monitor
+    registry = new_registry()
+    metrics = MonitorMetrics(registry)
+    watch = Watch(settings, metrics, stop)
+    metrics_port, close_metrics = start_metrics_server(registry, table.host, table.port, unhealthy=watch.unhealthy)
+    try:
+        port, close_service = start_service(
+            make_app(directory, registry, watch.unhealthy), table.host, table.service_port
+        )
+        log.info(
+            "%s at http://%s:%d/, metrics at http://%s:%d/metrics",
+            directory,
+            table.host,
+            port,
+            table.host,
+            metrics_port,
+        )
+        if not is_loopback(f"tcp://{table.host}:{port}"):
+            log.warning("monitor.host = %s: everyone who can reach it can read this run and its settings", table.host)
+        try:
+            return watch.follow(until_evaluated)
+        finally:
+            close_service()
+    finally:
+        close_metrics()
+
+
+class Watch:
+    """The main thread's work: look at the run directory, evaluate what is new, complete the summary at the end."""
+
+    def __init__(self, settings: MonitorSettings, metrics: MonitorMetrics, stop: threading.Event) -> None:
+        self._settings = settings
+        self._directory = Path(settings.run.directory)
+        self._metrics = metrics
+        self._stop = stop
+        self._evaluator: Evaluator | None = None
+        self._off = settings.why_not_evaluated()
+
+    def follow(self, until_evaluated: bool) -> int:
+        """Until `stop` is set or, if so asked, until the finished run is evaluated; returns the exit code."""
+        from monitor.run_directory import complete_summary, is_finished
+
+        if self._off:
+            log.info("no evaluation: %s", self._off)
+        while not self._stop.is_set():
+            # The summary comes after the last snapshot: asked in this order, a finished run has shown it.
+            finished = is_finished(self._directory)
+            self._look()
+            if finished and self._is_up_to_date():
+                complete_summary(self._directory)
+                if until_evaluated:
+                    return 1 if self._evaluator is not None and self._evaluator.has_failed() else 0
+            self._stop.wait(self._settings.monitor.poll_seconds)
+        return 0
+
+    def unhealthy(self) -> str | None:
+        moved_at = self._evaluator.moved_at if self._evaluator else None
+        if moved_at is not None and time.monotonic() - moved_at > HANGS_SECONDS:
+            return f"the evaluation has not moved for {time.monotonic() - moved_at:.0f} s"
+        return None
+
+    def _look(self) -> None:
+        from trainer.snapshot import snapshot_names
+
+        names = snapshot_names(self._directory)
+        self._metrics.see_snapshots(len(names), int(names[-1]) if names else None)
+        if self._off or not names:
+            return
+        if self._evaluator is None:
+            self._evaluator = self._new_evaluator()
+        from monitor.evaluate import Stopped
+
+        try:
+            self._evaluator.look()
+        except Stopped:
+            log.info("stopped in the middle of an evaluation; the next start takes it up again")
+        self._off = self._evaluator.broken
+
+    def _new_evaluator(self) -> Evaluator:
+        # On Linux, niceness is the thread's: this one and those that torch starts from it give way to the training,
+        # the service's do not.
+        os.nice(NICE)
+        from monitor.evaluate import Evaluator
+
+        return Evaluator(self._settings, self._metrics, self._stop)
+
+    def _is_up_to_date(self) -> bool:
+        return self._off is not None or self._evaluator is None or self._evaluator.is_up_to_date()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,472 @@
+"""Every metric of the three processes: its name, its unit, what it means, and where its value stands in a report.
+
+A metric is one row of a table; names are promises to dashboards and alerts, so a row is renamed only on purpose.
+One collector per process holds the latest report. `update` swaps the reference, a scrape reads it: the training loop
+never waits for Prometheus, and no scrape touches a tensor. A value that is None is not shown at all, NaN is shown
+(an alert watches for it). Nothing is labelled by latent: the firing rates of all latents are one histogram.
+
+    registry = new_registry()
+    metrics = TrainerMetrics(registry, {"run": "demo", "model": "gpt2"})
+    port, close = start_metrics_server(registry, "127.0.0.1", 9710)
+    metrics.update(report)
+
+Light: prometheus_client and the two report modules.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from errno import EADDRINUSE
+from http.server import BaseHTTPRequestHandler
+from itertools import accumulate
+from socketserver import ThreadingTCPServer
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    SummaryMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from producer.report import ProducerReport
+from trainer.report import DENSITY_EDGES, SaeReport, StepReport
+
+Kind = Literal["gauge", "counter", "summary", "histogram", "info"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. `read` takes the report and returns a number, or None when there is none to show.
+
+    With `label`, it returns {label value: number}; `summary` is (count, sum), `histogram` is DENSITY_EDGES' counts,
+    `info` is {label: text}.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    read: Callable[[Any], Any]
+    label: str | None = None
+
+
+# --- The trainer -----------------------------------------------------------------------------------------------------
+
+TRAINER_STATES = ("filling", "training", "starved", "draining")
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """What the trainer tells beside its reports."""
+
+    info: dict[str, str]
+    checkpoint_time: float | None = None
+    snapshot_tokens: int | None = None
+
+
+# fmt: off
+MILESTONES = (
+    Metric("sluice_run_info", "info", "The run that this trainer works on.", lambda m: m.info),
+    Metric("sluice_checkpoint_last_success_timestamp_seconds", "gauge",
+           "When the newest complete checkpoint was written, in seconds since the Unix epoch.",
+           lambda m: m.checkpoint_time),
+    Metric("sluice_snapshot_tokens", "gauge",
+           "Tokens trained when the newest snapshot was published.", lambda m: m.snapshot_tokens),
+)
+
+STEP = (
+    Metric("sluice_report_timestamp_seconds", "gauge",
+           "When the loop last reported, in seconds since the Unix epoch; it stands still when the loop hangs.",
+           lambda r: r.time),
+    Metric("sluice_state", "gauge", "1 for the state the loop is in, 0 for the others.",
+           lambda r: _one_of(TRAINER_STATES, r.state), "state"),
+    Metric("sluice_tokens_trained_total", "counter",
+           "Rows trained on in this run; a restart goes on from the checkpoint's count.", lambda r: r.tokens),
+    Metric("sluice_target_tokens", "gauge", "Rows after which the run ends, when it was told.",
+           lambda r: r.target_tokens),
+    Metric("sluice_steps_total", "counter", "Training steps of this run.", lambda r: r.step),
+    Metric("sluice_tokens_per_second", "gauge", "Rows trained on per second, between the last two reports.",
+           lambda r: r.tokens_per_second),
+    Metric("sluice_step_seconds", "gauge",
+           "Mean duration of a step between the last two reports, in seconds, without waiting for data.",
+           lambda r: r.step_seconds),
+    Metric("sluice_data_wait_seconds_total", "counter", "Seconds the loop has waited for rows.",
+           lambda r: r.data_wait_seconds),
+    Metric("sluice_buffer_rows", "gauge", "Rows in the shuffling buffer.", lambda r: r.buffer_rows),
+    Metric("sluice_buffer_capacity_rows", "gauge", "Rows that the shuffling buffer can hold.",
+           lambda r: r.buffer_capacity_rows),
+    Metric("sluice_buffer_same_context_mates", "gauge",
+           "Expected number of other rows of the same window in a row's batch; the smaller, the better shuffled.",
+           lambda r: r.same_context_mates),
+    Metric("sluice_epoch", "gauge", "The pass over the corpus being leased, from 0.", lambda r: r.stream.epoch),
+    Metric("sluice_tokens_received_total", "counter", "Rows taken into the buffer.",
+           lambda r: r.stream.tokens_received),
+    Metric("sluice_tokens_discarded_total", "counter", "Rows that producers named as outliers and did not send.",
+           lambda r: r.stream.rows_discarded),
+    Metric("sluice_rows_rejected_total", "counter", "Rows that arrived and were not taken, by reason.",
+           lambda r: r.stream.rows_rejected, "reason"),
+    Metric("sluice_credit_rows_outstanding", "gauge", "Rows that producers may still send under the credit granted.",
+           lambda r: r.stream.credit_rows_outstanding),
+    Metric("sluice_leases", "gauge", "Shards of this epoch by state.",
+           lambda r: {"free": 0, "leased": 0, "received": 0, "trained": 0, "set_aside": 0} | r.stream.leases, "state"),
+    Metric("sluice_producers", "gauge", "Connected producers by state.",
+           lambda r: {"working": 0, "idle": 0} | r.stream.producers, "state"),
+    Metric("sluice_sessions_lost_total", "counter", "Producers that fell silent or were refused in mid-session.",
+           lambda r: r.stream.sessions_lost),
+    Metric("sluice_protocol_errors_total", "counter", "Messages dropped, by kind of fault.",
+           lambda r: r.stream.protocol_errors, "kind"),
+    Metric("sluice_auth_failures_total", "counter", "Connections refused because their key is not known.",
+           lambda r: r.stream.auth_failures),
+)
+
+SAE = (
+    Metric("sluice_l0", "gauge", "Mean number of latents active on a row.", lambda s: s.l0),
+    Metric("sluice_mse", "gauge", "Mean squared error per element, in the units of the raw activations.",
+           lambda s: s.mse),
+    Metric("sluice_fvu", "gauge", "Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean.",
+           lambda s: s.fvu),
+    Metric("sluice_dead_latents", "gauge", "Latents that have not fired for the run's dead_tokens.",
+           lambda s: s.dead_latents),
+    Metric("sluice_dead_latents_ratio", "gauge", "Share of latents that have not fired for the run's dead_tokens.",
+           lambda s: s.dead_latents_ratio),
+    Metric("sluice_shrinkage", "gauge",
+           "E|x_hat|² / E[x·x_hat] about the mean of x: 1 is unbiased, less is suppressed.", lambda s: s.shrinkage),
+    Metric("sluice_loss", "gauge", "Loss of the last step, by part.", lambda s: s.loss, "part"),
+    Metric("sluice_learning_rate", "gauge", "Learning rate of the last step.", lambda s: s.learning_rate),
+    Metric("sluice_grad_norm", "gauge", "Norm of the gradient before clipping.", lambda s: s.grad_norm),
+    Metric("sluice_skipped_steps_total", "counter", "Steps whose gradient was not finite; they changed nothing.",
+           lambda s: s.skipped_steps),
+    Metric("sluice_feature_density", "histogram",
+           "Latents by log10 of their recent firing rate; silent ones stand in the lowest bucket. A distribution over "
+           "latents at this moment, not over time: read it without rate().", lambda s: s.density),
+)
+# fmt: on
+
+
+class TrainerMetrics(Collector):
+    """What the trainer shows."""
+
+    def __init__(self, registry: CollectorRegistry, run_info: dict[str, str]) -> None:
+        self._milestones = Milestones(run_info)
+        self._report: StepReport | None = None
+        registry.register(self)
+
+    def update(self, report: StepReport) -> None:
+        self._report = report
+
+    def set_checkpoint_time(self, unix_seconds: float) -> None:
+        self._milestones = replace(self._milestones, checkpoint_time=unix_seconds)
+
+    def set_snapshot_tokens(self, tokens: int) -> None:
+        self._milestones = replace(self._milestones, snapshot_tokens=tokens)
+
+    def collect(self) -> Iterator[Family]:
+        report = self._report
+        saes: tuple[SaeReport, ...] = report.saes if report else ()
+        yield from _families(MILESTONES, [((), self._milestones)])
+        yield from _families(STEP, [((), report)] if report else [])
+        yield from _families(SAE, [((sae.name,), sae) for sae in saes], ("sae",))
+
+    def describe(self) -> Iterator[Family]:
+        return _names(MILESTONES + STEP + SAE)
+
+
+# --- A producer ------------------------------------------------------------------------------------------------------
+
+PRODUCER_STATES = ("starting", "connecting", "working", "idle", "leaving")
+
+# fmt: off
+PRODUCER = (
+    Metric("sluice_producer_state", "gauge", "1 for the state the producer is in, 0 for the others.",
+           lambda r: _one_of(PRODUCER_STATES, r.state), "state"),
+    Metric("sluice_producer_tokens_total", "counter", "Rows sent.", lambda r: r.tokens),
+    Metric("sluice_producer_rows_dropped_total", "counter", "Positions not sent, by reason.",
+           lambda r: r.rows_dropped, "reason"),
+    Metric("sluice_producer_rows_dropped_ratio", "gauge", "Share of all positions seen that were not sent.",
+           lambda r: _dropped_ratio(r)),
+    Metric("sluice_producer_chunks_total", "counter", "Chunks of rows sent.", lambda r: r.chunks),
+    Metric("sluice_producer_shards_total", "counter", "Shards finished.", lambda r: r.shards),
+    Metric("sluice_producer_forward_seconds", "summary",
+           "Forward passes of the language model, and the seconds they took.",
+           lambda r: (r.forwards, r.forward_seconds)),
+    Metric("sluice_producer_stall_seconds_total", "counter", "Seconds spent waiting, by cause.",
+           lambda r: r.stall_seconds, "cause"),
+    Metric("sluice_producer_sessions_total", "counter", "Times a trainer has welcomed this producer.",
+           lambda r: r.sessions),
+    # Not layers_total: that suffix is the counters', and promtool refuses it on a gauge.
+    Metric("sluice_producer_layers", "gauge", "Blocks that the language model has.", lambda r: r.layers_total or None),
+    Metric("sluice_producer_layers_run", "gauge", "Blocks of the language model that execute in one pass.",
+           lambda r: r.layers_run or None),
+)
+# fmt: on
+
+PRODUCER_INFO = (Metric("sluice_producer_info", "info", "What this producer runs.", lambda info: info),)
+
+
+class ProducerMetrics(Collector):
+    """What a producer shows."""
+
+    def __init__(self, registry: CollectorRegistry, info: dict[str, str]) -> None:
+        self._info = info
+        self._report = ProducerReport()
+        registry.register(self)
+
+    def update(self, report: ProducerReport) -> None:
+        self._report = report
+
+    def collect(self) -> Iterator[Family]:
+        yield from _families(PRODUCER_INFO, [((), self._info)])
+        yield from _families(PRODUCER, [((), self._report)])
+
+    def describe(self) -> Iterator[Family]:
+        return _names(PRODUCER_INFO + PRODUCER)
+
+
+def _dropped_ratio(report: ProducerReport) -> float | None:
+    dropped = sum(report.rows_dropped.values())
+    return dropped / (dropped + report.tokens) if dropped + report.tokens else None
+
+
+# --- The monitor -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the monitor knows of the run, and of its own work."""
+
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The newest evaluation.json of each SAE."""
+    snapshots: int = 0
+    newest_tokens: int | None = None
+    failures: int = 0
+
+
+# fmt: off
+EVALUATION = (
+    Metric("sluice_ce_delta", "gauge",
+           "Cross-entropy that the language model loses by reading x_hat for x, in nats per token: the primary number.",
+           lambda e: e.get("ce_delta")),
+    Metric("sluice_ce_recovered", "gauge",
+           "Share of the cross-entropy lost to zero ablation that the SAE recovers: 1 is no loss at all.",
+           lambda e: e.get("ce_recovered")),
+    Metric("sluice_kl", "gauge", "KL(P_clean ‖ P_sae) of the language model's predictions, in nats per token.",
+           lambda e: e.get("kl")),
+    Metric("sluice_ce_clean", "gauge", "Cross-entropy of the untouched language model, in nats per token.",
+           lambda e: e.get("ce_clean")),
+    Metric("sluice_ce_sae", "gauge", "Cross-entropy of the language model that reads x_hat, in nats per token.",
+           lambda e: e.get("ce_sae")),
+    Metric("sluice_evaluation_fvu", "gauge", "Fraction of variance unexplained on held-out rows: 0 is perfect.",
+           lambda e: e.get("fvu")),
+    Metric("sluice_evaluation_l0", "gauge", "Mean number of latents active on a held-out row.", lambda e: e.get("l0")),
+    Metric("sluice_evaluated_snapshot_tokens", "gauge",
+           "Tokens trained when the newest evaluated snapshot was published.", lambda e: e.get("snapshot_tokens")),
+    Metric("sluice_evaluation_seconds", "gauge", "How long the newest evaluation took, in seconds.",
+           lambda e: e.get("seconds")),
+)
+
+WATCH = (
+    Metric("sluice_monitor_snapshots", "gauge", "Complete snapshots in the run directory.", lambda w: w.snapshots),
+    Metric("sluice_monitor_newest_snapshot_tokens", "gauge",
+           "Tokens trained when the newest snapshot that the monitor has seen was published.",
+           lambda w: w.newest_tokens),
+    Metric("sluice_evaluation_failures_total", "counter", "Snapshots that could not be evaluated; the log says why.",
+           lambda w: w.failures),
+)
+# fmt: on
+
+
+class MonitorMetrics(Collector):
+    """What the monitor shows: how good each SAE's newest evaluated snapshot is, and whether evaluation keeps up."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._watch = Watch()
+        registry.register(self)
+
+    def update(self, sae: str, evaluation: dict[str, Any]) -> None:
+        """`evaluation` is the contents of an evaluation.json."""
+        self._watch = replace(self._watch, evaluations=self._watch.evaluations | {sae: evaluation})
+
+    def see_snapshots(self, count: int, newest_tokens: int | None) -> None:
+        self._watch = replace(self._watch, snapshots=count, newest_tokens=newest_tokens)
+
+    def count_failure(self) -> None:
+        self._watch = replace(self._watch, failures=self._watch.failures + 1)
+
+    def collect(self) -> Iterator[Family]:
+        watch = self._watch
+        yield from _families(WATCH, [((), watch)])
+        yield from _families(EVALUATION, [((sae,), result) for sae, result in watch.evaluations.items()], ("sae",))
+
+    def describe(self) -> Iterator[Family]:
+        return _names(WATCH + EVALUATION)
+
+
+# --- From tables to families -----------------------------------------------------------------------------------------
+
+ALL = MILESTONES + STEP + SAE + PRODUCER_INFO + PRODUCER + WATCH + EVALUATION
+"""Every metric there is; what dashboards and alerts may name."""
+
+
+def new_registry() -> CollectorRegistry:
+    """A registry of one's own, with the process's memory, CPU seconds and open files in it already."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+Sources = Sequence[tuple[tuple[str, ...], Any]]
+
+
+def _families(table: Iterable[Metric], sources: Sources, labels: tuple[str, ...] = ()) -> Iterator[Family]:
+    """One family per metric with a sample per source, a source being (values of `labels`, report)."""
+    for metric in table:
+        family = _empty(metric, labels)
+        for values, source in sources:
+            _fill(family, metric, values, metric.read(source))
+        yield family
+
+
+def _empty(metric: Metric, labels: tuple[str, ...]) -> Any:
+    all_labels = labels + ((metric.label,) if metric.label else ())
+    kinds: dict[Kind, Any] = {
+        "gauge": GaugeMetricFamily,
+        "counter": CounterMetricFamily,
+        "summary": SummaryMetricFamily,
+        "histogram": HistogramMetricFamily,
+        "info": InfoMetricFamily,
+    }
+    return kinds[metric.kind](metric.name.removesuffix("_info"), metric.help, labels=all_labels)
+
+
+def _fill(family: Any, metric: Metric, values: tuple[str, ...], read: Any) -> None:
+    if read is None:
+        return
+    if metric.kind == "summary":
+        family.add_metric(values, count_value=read[0], sum_value=read[1])
+    elif metric.kind == "histogram":
+        family.add_metric(values, _density_buckets(read), sum_value=None)
+    elif metric.label:
+        for value, number in read.items():
+            family.add_metric((*values, value), number)
+    else:
+        family.add_metric(values, read)
+
+
+def _density_buckets(density: Sequence[int]) -> list[tuple[str, float]]:
+    """Cumulative (upper edge, latents) of a report's density; log10 of zero is −∞, below all edges."""
+    *bins, never = density
+    counts = accumulate([bins[0] + never, *bins[1:], 0])
+    return list(zip([*map(str, DENSITY_EDGES), "+Inf"], counts, strict=True))
+
+
+def _one_of(states: tuple[str, ...], current: str) -> dict[str, int]:
+    return {state: int(state == current) for state in (*states, *({current} - set(states)))}
+
+
+def _names(table: Iterable[Metric]) -> Iterator[Family]:
+    """Families without samples: the registry refuses a name that two collectors use."""
+    return (_empty(metric, ()) for metric in table)
+
+
+# --- The port --------------------------------------------------------------------------------------------------------
+
+
+def start_metrics_server(
+    registry: CollectorRegistry,
+    host: str,
+    port: int,
+    next_free: int = 0,
+    unhealthy: Callable[[], str | None] = lambda: None,
+) -> tuple[int, Callable[[], None]]:
+    """Serves /metrics and /healthz from a thread; returns the port and what closes it.
+
+    Port 0 takes any free one. When `port` is taken, the `next_free` ports after it are tried: several producers share
+    a machine. `unhealthy` says what is wrong, and /healthz answers 503 with it; a process that waits for its peers is
+    healthy. Raises OSError, naming host and port, when nothing could be bound.
+    """
+    server = _bind(host, port, next_free)
+    server.registry, server.unhealthy = registry, unhealthy
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return server.server_address[1], close
+
+
+def _bind(host: str, port: int, next_free: int) -> _MetricsServer:
+    last = min(port + next_free, 65535) if port else 0
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        for candidate in range(port, last + 1):
+            try:
+                return _MetricsServer(family, (str(address[0]), candidate))
+            except OSError as error:
+                if error.errno != EADDRINUSE or candidate == last:
+                    raise
+    except OSError as error:
+        ports = f"port {port}" if port == last else f"ports {port} to {last}"
+        raise OSError(
+            f"cannot serve metrics on {host}, {ports}: {error.strerror or error}. "
+            "Set another port, or 0 for any free one, in [monitor] of the run file"
+        ) from None
+    raise AssertionError("the loop returns or raises")
+
+
+class _MetricsServer(ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+    registry: CollectorRegistry
+    unhealthy: Callable[[], str | None]
+
+    def __init__(self, family: int, address: tuple[str, int]) -> None:
+        self.address_family = family
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that hangs up is no news; anything else is a fault of ours and is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """The two routes. Prometheus' own server answers every path with the metrics, /healthz included."""
+
+    server: _MetricsServer
+    timeout = 10.0
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+            self._answer(200, content_type, encode(self.server.registry))
+        elif path == "/healthz":
+            reason = self.server.unhealthy()
+            self._answer(503 if reason else 200, "text/plain; charset=utf-8", f"{reason or 'ok'}\n".encode())
+        else:
+            self._answer(404, "text/plain; charset=utf-8", b"there are /metrics and /healthz\n")
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: int, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a scrape every few seconds is no news."""

@@ -1,0 +1,148 @@
+"""What a run directory tells, read while the trainer writes to it. Light: JSON, TOML and the snapshots' contract.
+
+Every file may be missing, and a snapshot may be retired between two lines of code; what is absent is None, never an
+error. The only file written here is summary.json, to which the evaluation is added when the run is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from trainer.durable import replace_text
+from trainer.snapshot import SnapshotError, read_manifest, snapshot_names
+
+EVALUATED = {name: name for name in ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl")} | {
+    "fvu": "held_out_fvu",
+    "l0": "held_out_l0",
+}
+"""What summary.json tells of an SAE once it is evaluated, by its name in evaluation.json: `fvu` and `l0` there are
+measured on held-out text, those of the trainer in summary.json on the text it is trained on."""
+
+
+def why_not_ready(run_directory: Path) -> str | None:
+    """What is missing before there is a run to show; None when nothing is."""
+    if not run_directory.is_dir():
+        return f"run directory {run_directory} does not exist yet; the trainer creates it"
+    if not (run_directory / "settings.toml").is_file():
+        return f"{run_directory} holds no settings.toml yet; the trainer writes it when it starts"
+    return None
+
+
+def read_run(run_directory: Path) -> dict[str, Any]:
+    """The run as it stands: state (waiting, running, finished), settings, newest report, summary, newest snapshot."""
+    summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
+    names = snapshot_names(run_directory)
+    return {
+        "directory": run_directory.name,
+        "state": "finished" if is_finished(run_directory) else "waiting" if why_not_ready(run_directory) else "running",
+        "latest": names[-1] if names else None,
+        "settings": _read_toml(run_directory / "settings.toml"),
+        "report": report,
+        "summary": summary,
+    }
+
+
+def is_finished(run_directory: Path) -> bool:
+    """True once the summary is there; a run that was extended keeps the old one, so later reports overrule it."""
+    summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
+    return summary is not None and (report is None or report.get("tokens", 0) <= summary.get("tokens", 0))
+
+
+def complete_summary(run_directory: Path) -> None:
+    """Adds the newest snapshot's evaluations to the summary of a finished run; whatever else it says stays."""
+    path, names = run_directory / "summary.json", snapshot_names(run_directory)
+    summary = read_json(path)
+    if summary is None or not names:
+        return
+    before = json.dumps(summary)
+    for sae, told in summary.get("saes", {}).items():
+        evaluation = read_json(run_directory / "snapshots" / names[-1] / sae / "evaluation.json") or {}
+        told |= {name: evaluation[key] for key, name in EVALUATED.items() if key in evaluation}
+    if json.dumps(summary) != before:
+        replace_text(path, json.dumps(summary, indent=1) + "\n")
+
+
+def read_snapshots(run_directory: Path) -> list[dict[str, Any]]:
+    """Every complete snapshot, oldest first, with the SAEs' metrics and evaluations but without the settings."""
+    entries = []
+    for name in snapshot_names(run_directory):
+        folder = run_directory / "snapshots" / name
+        try:
+            manifest = manifest_of(folder)
+        except SnapshotError:
+            continue  # retired a moment ago
+        entries.append(_entry(folder, manifest))
+    return entries
+
+
+def _entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    saes = {
+        sae: {"metrics": metrics, "evaluation": read_json(folder / sae / "evaluation.json")}
+        for sae, metrics in manifest["saes"].items()
+    }
+    return {
+        "name": manifest["name"],
+        "tokens": manifest["tokens"],
+        "created": manifest["created"],
+        "bytes": sum(entry["bytes"] for entry in manifest["files"]),
+        "files": [entry["path"] for entry in manifest["files"]],
+        "saes": saes,
+    }
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of a snapshot, parsed once. Raises SnapshotError when it is gone or cannot be read."""
+    try:
+        return _parsed_manifest(folder, (folder / "manifest.json").stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise SnapshotError(f"snapshot {folder.name} has just been retired") from None
+
+
+@lru_cache(maxsize=1024)
+def _parsed_manifest(folder: Path, written_ns: int) -> dict[str, Any]:
+    return read_manifest(folder)
+
+
+def last_report(run_directory: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl; the line being written at this moment does not count."""
+    try:
+        with open(run_directory / "metrics.jsonl", "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            reach = 1 << 16
+            while True:
+                file.seek(max(0, size - reach))
+                lines = file.read(min(size, reach)).split(b"\n")
+                if len(lines) > 2 or reach >= size:
+                    break
+                reach *= 4
+    except OSError:
+        return None
+    return _loads(lines[-2]) if len(lines) > 1 else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return _loads(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _loads(text: bytes) -> dict[str, Any] | None:
+    """An object, in which NaN and infinities, which JSON does not have, become null; None when it is no object."""
+    try:
+        found = json.loads(text, parse_constant=lambda _: None)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _read_toml(path: Path) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,268 @@
+"""The HTTP service: reads the run directory, hands out its snapshots, changes nothing.
+
+    GET /                                       the page for people
+    GET /v1/run                                 settings, newest report, summary
+    GET /v1/snapshots                           every complete snapshot, oldest first
+    GET /v1/snapshots/latest                    the newest manifest; ?after=NAME&wait=SECONDS waits for a newer one
+    GET /v1/snapshots/{name}/manifest.json
+    GET /v1/snapshots/{name}/{path}             a file of the manifest (Range, ETag, immutable), or an evaluation.json
+    GET /healthz  /readyz  /metrics
+
+What may be read is what a manifest lists, so no path of a request ever reaches the file system unchecked. The sha256
+of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
+when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from monitor.page import run_page
+from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
+from trainer.snapshot import NAME, SnapshotError, snapshot_names
+
+LONGEST_WAIT_SECONDS = 300.0
+LOOK_SECONDS = 0.25
+"""How often a waiting request looks for a newer snapshot."""
+IMMUTABLE = "public, max-age=31536000, immutable"
+MUTABLE = "no-cache"
+PAGES = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
+
+
+def make_app(
+    run_directory: Path, registry: CollectorRegistry, unhealthy: Callable[[], str | None] = lambda: None
+) -> Starlette:
+    """The service over one run directory, which need not exist yet. `unhealthy` says what is wrong, if anything."""
+    routes = _Routes(run_directory, registry, unhealthy)
+    return Starlette(
+        routes=[
+            Route("/", routes.page),
+            Route("/v1/run", routes.run),
+            Route("/v1/snapshots", routes.snapshots),
+            Route("/v1/snapshots/latest", routes.latest),
+            Route("/v1/snapshots/{name}/manifest.json", routes.manifest),
+            Route("/v1/snapshots/{name}/{path:path}", routes.file),
+            Route("/metrics", routes.metrics),
+            Route("/healthz", routes.healthz),
+            Route("/readyz", routes.readyz),
+        ],
+        exception_handlers={HTTPException: _explain, Exception: _explain},
+    )
+
+
+def start_service(app: Starlette, host: str, port: int) -> tuple[int, Callable[[], None]]:
+    """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
+
+    Raises OSError, naming host and port, when it cannot listen there.
+    """
+    listener = _listen(host, port)
+    # Two seconds: a client that waits for the next snapshot or is in mid-download asks again, it does not hold us up.
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        limit_concurrency=512,
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), name="service", daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+
+    def close() -> None:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+    return listener.getsockname()[1], close
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise OSError(
+            f"cannot serve snapshots on {host}, port {port}: {error.strerror or error}. "
+            "Set monitor.service_port to another port, or to 0 for any free one"
+        ) from None
+
+
+class _Routes:
+    def __init__(self, run_directory: Path, registry: CollectorRegistry, unhealthy: Callable[[], str | None]) -> None:
+        self.run_directory = run_directory
+        self.registry = registry
+        self.unhealthy = unhealthy
+
+    # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
+
+    def page(self, request: Request) -> Response:
+        text = run_page(read_run(self.run_directory), read_snapshots(self.run_directory), str(request.base_url))
+        policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Cache-Control": MUTABLE})
+
+    def run(self, request: Request) -> Response:
+        return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})
+
+    def snapshots(self, request: Request) -> Response:
+        entries = read_snapshots(self.run_directory)
+        newest = entries[-1]["name"] if entries else None
+        return JSONResponse({"latest": newest, "snapshots": entries}, headers={"Cache-Control": MUTABLE})
+
+    async def latest(self, request: Request) -> Response:
+        after, deadline = _parse_wait(request)
+        while True:
+            names = await run_in_threadpool(snapshot_names, self.run_directory)
+            if names and names[-1] > after:
+                return await run_in_threadpool(self._newest, request, names[-1])
+            if time.monotonic() >= deadline or await request.is_disconnected():
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        if after:
+            return Response(status_code=204, headers={"Cache-Control": MUTABLE})
+        raise HTTPException(404, f"no snapshot yet in {self.run_directory.name}; ask again with ?wait=SECONDS")
+
+    def _newest(self, request: Request, name: str) -> Response:
+        return self._manifest(request, name, MUTABLE, {"Content-Location": f"/v1/snapshots/{name}/manifest.json"})
+
+    def manifest(self, request: Request) -> Response:
+        return self._manifest(request, request.path_params["name"], IMMUTABLE, {})
+
+    def _manifest(self, request: Request, name: str, caching: str, headers: dict[str, str]) -> Response:
+        path = self._folder(name) / "manifest.json"
+        return _small_file(request, path, caching, headers)
+
+    def file(self, request: Request) -> Response:
+        name, path = request.path_params["name"], request.path_params["path"]
+        folder = self._folder(name)
+        manifest = self._read_manifest(folder)
+        digests = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+        evaluations = [f"{sae}/evaluation.json" for sae in manifest["saes"]]
+        if path not in digests and path not in evaluations:
+            raise HTTPException(
+                404, f"snapshot {name} has no file {path!r}; it has manifest.json, {', '.join(digests)}"
+            )
+        target = (folder / path).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise HTTPException(404, f"{path!r} lies outside of snapshot {name}")
+        if path in evaluations and path not in digests:
+            return _small_file(request, target, MUTABLE, {}, f"snapshot {name} has no {path} yet: it is not evaluated")
+        return _large_file(request, target, digests[path])
+
+    def _folder(self, name: str) -> Path:
+        """The folder of one complete snapshot; anything that is not a snapshot's name is refused here."""
+        folder = self.run_directory / "snapshots" / name
+        if name.isascii() and NAME.fullmatch(name) and (folder / "manifest.json").is_file():
+            return folder
+        names = snapshot_names(self.run_directory)
+        known = f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
+        raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {known}")
+
+    def _read_manifest(self, folder: Path) -> dict[str, Any]:
+        try:
+            return manifest_of(folder)
+        except SnapshotError as error:
+            raise HTTPException(404, str(error)) from None
+
+    def metrics(self, request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self.registry), headers={"Content-Type": content_type})
+
+    def healthz(self, request: Request) -> Response:
+        return _verdict(self.unhealthy())
+
+    def readyz(self, request: Request) -> Response:
+        return _verdict(why_not_ready(self.run_directory))
+
+
+def _verdict(reason: str | None) -> Response:
+    body, status = ({"error": reason}, 503) if reason else ({"status": "ok"}, 200)
+    return JSONResponse(body, status, {"Cache-Control": "no-store"})
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def _small_file(request: Request, path: Path, caching: str, headers: dict[str, str], absent: str = "") -> Response:
+    """A JSON file, hashed as it is read, since no manifest lists it."""
+    try:
+        body = path.read_bytes()
+    except FileNotFoundError:
+        raise HTTPException(404, absent or f"snapshot {path.parent.name} has just been retired") from None
+    headers = _tags(hashlib.sha256(body).hexdigest(), caching) | headers
+    if _has_it_already(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def _large_file(request: Request, path: Path, sha256: str) -> Response:
+    headers = _tags(sha256, IMMUTABLE)
+    if _has_it_already(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise HTTPException(404, f"{path.name} of this snapshot has just been retired") from None
+    media_type = "application/json" if path.suffix == ".json" else "application/octet-stream"
+    return FileResponse(path, headers=headers, media_type=media_type, stat_result=found)
+
+
+def _tags(sha256: str, caching: str) -> dict[str, str]:
+    digest = base64.b64encode(bytes.fromhex(sha256)).decode()
+    return {
+        "ETag": f'"sha256-{sha256}"',
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Cache-Control": caching,
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+def _has_it_already(request: Request, tag: str) -> bool:
+    offered = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
+    return tag in offered or "*" in offered
+
+
+def _parse_wait(request: Request) -> tuple[str, float]:
+    """(name after which, monotonic deadline) of a request for the latest snapshot."""
+    after, wait = request.query_params.get("after", ""), request.query_params.get("wait", "0")
+    if after and not (after.isascii() and NAME.fullmatch(after)):
+        raise HTTPException(400, f"after = {after!r}: expected a snapshot's name, such as 000001234567")
+    try:
+        seconds = float(wait)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds <= LONGEST_WAIT_SECONDS:
+        raise HTTPException(400, f"wait = {wait!r}: expected seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+    return after, time.monotonic() + seconds
+
+
+def _explain(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return JSONResponse({"error": "the monitor failed at this; its log says how"}, 500)
+    message = error.detail
+    if error.status_code == 404 and message == "Not Found":
+        message = f"no {request.url.path!r} here; there are {PAGES}"
+    if error.status_code == 405:
+        message = f"{request.method} is not served: this service only reads"
+    return JSONResponse({"error": message}, error.status_code, headers=error.headers)

@@ -1,0 +1,422 @@
+"""Evaluation: on a tiny random language model, with SAEs whose effect on it is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from prometheus_client import CollectorRegistry
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import monitor.evaluate
+from monitor.evaluate import Evaluator, Stopped, evaluate_sae, held_out_windows
+from monitor.metrics import MonitorMetrics
+from monitor.run_directory import complete_summary
+from monitor.settings import MonitorSettings
+from producer.activations import LanguageModel, load_language_model
+from producer.corpus import open_corpus
+from producer.settings import ModelSettings, read_run_file
+from producer.tokens import Windows
+from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
+from trainer.snapshot import Export, retire
+
+HOOK = "blocks.0.hook_resid_post"
+WIDTH = 8
+WORDS = 40
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two small layers, with a tokenizer of one word per token."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS + 2,
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.7,  # so large that zeroing a layer costs a nat, and ratios are not noise
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {"<s>": 0, "</s>": 1} | {f"w{number}": number + 2 for number in range(WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder: Path) -> LanguageModel:
+    torch.set_num_threads(1)
+    return load_language_model(
+        ModelSettings(name=str(model_folder), hooks=[HOOK], device="cpu", dtype="float32"), whole=True
+    )
+
+
+@pytest.fixture
+def windows() -> Windows:
+    """Five windows of eight tokens, BOS first; the last two tokens of the last window are padding."""
+    ids = np.random.default_rng(0).integers(2, WORDS + 2, (5, 8))
+    ids[:, 0] = 0
+    padded = np.zeros((5, 8), bool)
+    padded[-1, -2:] = True
+    return Windows(ids, kept=(ids != 0) & ~padded, padded=padded)
+
+
+@pytest.fixture
+def run_file(model_folder: Path, tmp_path: Path) -> Path:
+    """A run on a few small shards of text, a quarter of them held out, with no snapshot yet."""
+    words = np.random.default_rng(1).integers(0, WORDS, (400, 10))
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
+    start_run(tmp_path / "demo")
+    path = tmp_path / "run.toml"
+    path.write_text(f"""
+[run]
+directory = "{tmp_path / "demo"}"
+[model]
+name = "{model_folder}"
+hooks = ["{HOOK}"]
+device = "cpu"
+[corpus]
+kind = "text"
+paths = ["{tmp_path / "text.txt"}"]
+shard_bytes = 1000
+held_out = 0.25
+context = 8
+[monitor]
+port = 0
+service_port = 0
+poll_seconds = 0.1
+evaluation_tokens = 100
+""")
+    return path
+
+
+# --- The numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_ce_clean_is_the_models_own_loss(model: LanguageModel, model_folder: Path, windows: Windows, tmp_path: Path):
+    """The same mean that transformers computes from labels, with padding ignored."""
+    labels = torch.from_numpy(np.where(windows.padded, -100, windows.ids))
+    own = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        loss = float(own(torch.from_numpy(windows.ids), labels=labels).loss)
+    assert _evaluate(model, windows, tmp_path, gain=1.0)["ce_clean"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_perfect_copy_loses_nothing(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """x_hat = x: no loss, all recovered, the same distribution, no variance unexplained."""
+    result = _evaluate(model, windows, tmp_path, gain=1.0)
+    assert result["ce_delta"] == pytest.approx(0, abs=1e-5)
+    assert result["ce_recovered"] == pytest.approx(1, abs=1e-4)
+    assert result["kl"] == pytest.approx(0, abs=1e-5)
+    assert result["fvu"] == pytest.approx(0, abs=1e-9)
+    assert result["l0"] == WIDTH  # each element is either positive or negative
+
+
+def test_zero_recovers_nothing(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """x_hat = 0 is zero ablation itself, so nothing is recovered."""
+    result = _evaluate(model, windows, tmp_path, gain=0.0)
+    assert abs(result["ce_zero"] - result["ce_clean"]) > 0.1
+    assert result["ce_recovered"] == pytest.approx(0, abs=1e-9)
+    assert result["kl"] > 0.1
+
+
+def test_numbers_agree_with_a_direct_computation(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """x_hat = x / 2, spliced in by hand: the same CE, KL and FVU, counted over the same positions."""
+    result = _evaluate(model, windows, tmp_path, gain=0.5)
+    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    clean = model.logits(ids).log_softmax(-1)[:, :-1]
+    half = model.logits(ids, {HOOK: lambda x: torch.where(kept[..., None], x / 2, x)}).log_softmax(-1)[:, :-1]
+    real = torch.from_numpy(~windows.padded[:, 1:])
+    ce = [-p.gather(-1, ids[:, 1:, None])[..., 0][real].mean().item() for p in (clean, half)]
+    x = model.activations(ids)[0][kept].double()
+    assert result["ce_delta"] == pytest.approx(ce[1] - ce[0], abs=1e-6)
+    assert result["kl"] == pytest.approx((clean.exp() * (clean - half)).sum(-1)[real].mean().item(), abs=1e-6)
+    assert result["fvu"] == pytest.approx(float((x / 2).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-6)
+    assert (result["rows"], result["predictions"]) == (5 * 7 - 2, 5 * 7 - 2)
+
+
+def test_rows_outside_of_the_stream_stay_clean(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Positions that are not kept, and rows beyond the norm bound, are not replaced; without rows there is no FVU."""
+    nothing = Windows(windows.ids, np.zeros_like(windows.kept), windows.padded)
+    result = _evaluate(model, nothing, tmp_path, gain=0.0)
+    assert (result["ce_delta"], result["rows"], result["fvu"], result["ce_recovered"]) == (0.0, 0, None, None)
+    norms = model.activations(torch.from_numpy(windows.ids))[0].norm(dim=-1)[torch.from_numpy(windows.kept)]
+    bound = float(norms.median())
+    assert _evaluate(model, windows, tmp_path, gain=0.0, norm_bound=bound)["rows"] == int((norms <= bound).sum())
+
+
+def test_passes_do_not_change_the_numbers(
+    model: LanguageModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One window at a time, or a few latents at a time, gives what all at once gives."""
+    at_once = _evaluate(model, windows, tmp_path, gain=0.5)
+    monkeypatch.setattr(monitor.evaluate, "LOGITS_IN_MEMORY", 1)
+    monkeypatch.setattr(monitor.evaluate, "LATENTS_IN_MEMORY", 3 * 2 * WIDTH)
+    one_by_one = _evaluate(model, windows, tmp_path, gain=0.5)
+    for name in ("ce_clean", "ce_sae", "ce_zero", "ce_delta", "ce_recovered", "kl", "fvu", "l0"):
+        assert one_by_one[name] == pytest.approx(at_once[name], rel=1e-5), name
+
+
+def test_damage_is_unknown_not_infinite(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """An SAE of NaN gives None, which JSON can say."""
+    result = _evaluate(model, windows, tmp_path, gain=math.nan)
+    assert result["ce_sae"] is None and result["ce_recovered"] is None and result["ce_clean"] > 0
+
+
+def test_sae_of_another_width_is_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """The message names both widths."""
+    folder = publish_snapshot(tmp_path, 1, [identity_sae("small", 3, HOOK)]) / "small"
+    with pytest.raises(monitor.evaluate.EvaluationError, match=r"reads 3 numbers at .*hook_resid_post \(8\)"):
+        evaluate_sae(model, windows, folder, HOOK)
+
+
+# --- The text --------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_text_is_spread_and_never_trained_on(model: LanguageModel, run_file: Path):
+    """Windows come from several held-out shards, with just enough rows, the same ones every time."""
+    settings = _settings(run_file).corpus
+    corpus = open_corpus(settings)
+    windows = held_out_windows(corpus, model.tokenizer, settings, rows=100)
+    again = held_out_windows(corpus, model.tokenizer, settings, rows=100)
+    assert np.array_equal(windows.ids, again.ids)
+    assert 100 <= windows.kept.sum() < 100 + 8 * settings.context
+    spread = {
+        shard
+        for shard in corpus.held_out_shards
+        for document in corpus.documents(shard)
+        if any(_words(model, row) in str(document) for row in windows.ids)
+    }
+    assert len(spread) == min(8, len(corpus.held_out_shards)) > 1
+
+
+def test_scarce_text_is_used_up(model: LanguageModel, run_file: Path):
+    """More rows than there are: all that is held out is taken, and no more."""
+    settings = _settings(run_file).corpus
+    corpus = open_corpus(settings)
+    windows = held_out_windows(corpus, model.tokenizer, settings, rows=10**6)
+    words = sum(len(str(text).split()) for shard in corpus.held_out_shards for text in corpus.documents(shard))
+    assert windows.kept.sum() == words
+
+
+# --- Following a run -------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_snapshot_is_evaluated(run_file: Path):
+    """Behind by two, the evaluator skips them; what it finds is on disk and in the metrics."""
+    directory = run_file.parent / "demo"
+    folders = [publish_snapshot(directory, tokens, [_sae(0.5)]) for tokens in (1000, 2000, 3000)]
+    evaluator, registry = _evaluator(run_file)
+    evaluator.look()
+    assert [(folder / "small" / "evaluation.json").exists() for folder in folders] == [False, False, True]
+    found = json.loads((folders[-1] / "small" / "evaluation.json").read_text())
+    assert found["snapshot"] == "000000003000" and found["snapshot_tokens"] == 3000 and found["rows"] >= 100
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "small"}) == found["ce_delta"]
+    assert registry.get_sample_value("sluice_evaluated_snapshot_tokens", {"sae": "small"}) == 3000
+    assert evaluator.is_up_to_date() and not evaluator.has_failed()
+
+
+def test_what_is_evaluated_is_not_evaluated_again(run_file: Path):
+    """A restarted monitor shows the numbers on disk without loading the model."""
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])
+    (folder / "small" / "evaluation.json").write_text('{"ce_delta": 0.125}')
+    evaluator, registry = _evaluator(run_file)
+    evaluator.look()
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "small"}) == 0.125
+    assert (folder / "small" / "evaluation.json").read_text() == '{"ce_delta": 0.125}'
+
+
+def test_several_saes_share_the_clean_pass(run_file: Path):
+    """Each SAE of a snapshot gets its own numbers; the clean model and zero ablation are the same for all."""
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(1.0, "good"), _sae(0.0, "bad")])
+    evaluator, _ = _evaluator(run_file)
+    evaluator.look()
+    good, bad = (json.loads((folder / name / "evaluation.json").read_text()) for name in ("good", "bad"))
+    assert (good["ce_clean"], good["ce_zero"]) == (bad["ce_clean"], bad["ce_zero"])
+    assert good["ce_recovered"] == pytest.approx(1, abs=1e-4) and bad["ce_recovered"] == pytest.approx(0, abs=1e-9)
+
+
+def test_snapshot_of_another_stream_is_refused_once(run_file: Path, caplog: pytest.LogCaptureFixture):
+    """Other text may have been trained on what is held out here: no numbers, a reason, one failure counted."""
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)], stream={"corpus_fingerprint": "other"})
+    evaluator, registry = _evaluator(run_file)
+    evaluator.look()
+    evaluator.look()
+    assert not (folder / "small" / "evaluation.json").exists()
+    assert "differs from the run file in corpus_fingerprint" in caplog.text
+    assert registry.get_sample_value("sluice_evaluation_failures_total") == 1
+    assert evaluator.has_failed()
+
+
+def test_snapshot_retired_under_way_is_no_failure(run_file: Path):
+    """Retention may take a snapshot while the model loads; the next look takes the newest one."""
+    directory = run_file.parent / "demo"
+    publish_snapshot(directory, 1000, [_sae(0.5)])
+
+    class Slow(Evaluator):
+        def _load(self) -> Any:
+            loaded = super()._load()
+            publish_snapshot(directory, 2000, [_sae(0.5)])
+            retire(directory, keep=1)
+            return loaded
+
+    registry = CollectorRegistry()
+    evaluator = Slow(_settings(run_file), MonitorMetrics(registry), threading.Event())
+    evaluator.look()
+    assert registry.get_sample_value("sluice_evaluation_failures_total") == 0
+    assert not evaluator.is_up_to_date()
+    evaluator.look()
+    assert registry.get_sample_value("sluice_evaluated_snapshot_tokens", {"sae": "small"}) == 2000
+
+
+def test_stopping_does_not_wait_for_an_evaluation(run_file: Path):
+    """Asked to stop, it leaves after the forward pass it is in, and nothing half done is written."""
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        Evaluator(_settings(run_file), MonitorMetrics(CollectorRegistry()), stop).look()
+    assert not (folder / "small" / "evaluation.json").exists()
+
+
+def test_missing_model_turns_evaluation_off(run_file: Path, caplog: pytest.LogCaptureFixture):
+    """The monitor goes on without evaluating, and says why."""
+    publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])
+    evaluator, _ = _evaluator(run_file, "model.name=/nowhere")
+    evaluator.look()
+    assert evaluator.broken is not None and "/nowhere" in evaluator.broken
+    assert "no evaluation" in caplog.text
+
+
+def test_summary_is_completed_without_losing_anything(run_file: Path):
+    """The evaluation joins what the trainer wrote, and doing it twice changes nothing."""
+    directory = run_file.parent / "demo"
+    folder = publish_snapshot(directory, 1000, [_sae(0.5)])
+    finish_run(directory, 1000)
+    complete_summary(directory)
+    assert "ce_delta" not in (directory / "summary.json").read_text()
+    evaluation = {"ce_clean": 3.0, "ce_sae": 3.5, "ce_delta": 0.5, "ce_recovered": None, "kl": 0.4}
+    (folder / "small" / "evaluation.json").write_text(json.dumps(evaluation | {"rows": 100}))
+    complete_summary(directory)
+    told = json.loads((directory / "summary.json").read_text())
+    assert told["saes"]["small"] == {"architecture": "jumprelu", "fvu": 0.25, **evaluation}
+    assert told["seconds"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["monitor.evaluate=false"], "monitor.evaluate is false"),
+        (["corpus.held_out=0.0"], "held_out is 0"),
+        (["corpus.kind=synthetic", "corpus.synthetic={d_in = 4, features = 8}"], "no language model"),
+    ],
+)
+def test_runs_that_cannot_be_evaluated_say_so(run_file: Path, overrides: list[str], reason: str):
+    """Known from the settings, before anything is loaded."""
+    assert _settings(run_file).why_not_evaluated() is None
+    assert reason in (_settings(run_file, *overrides).why_not_evaluated() or "")
+
+
+# --- The process -----------------------------------------------------------------------------------------------------
+
+
+def test_monitor_ends_once_the_finished_run_is_evaluated(run_file: Path):
+    """--until-evaluated: exit code 0, evaluation.json beside the SAE, and its numbers in summary.json."""
+    directory = run_file.parent / "demo"
+    publish_snapshot(directory, 1000, [_sae(0.5)])
+    finish_run(directory, 1000)
+    process = _monitor(run_file, "--until-evaluated")
+    _, output = process.communicate(timeout=90)
+    told = json.loads((directory / "summary.json").read_text())
+    assert process.returncode == 0, output
+    assert {"ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl"} <= set(told["saes"]["small"])
+
+
+def test_monitor_serves_until_it_is_stopped(run_file: Path):
+    """It starts before the run has a snapshot, serves it when it comes, and leaves with 0 on SIGTERM."""
+    process = _monitor(run_file, "monitor.evaluate=false")
+    assert process.stderr is not None
+    address = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+    publish_snapshot(run_file.parent / "demo", 1000)
+    with urllib.request.urlopen(f"{address}/v1/snapshots/latest?wait=20", timeout=30) as answer:
+        assert json.load(answer)["name"] == "000000001000"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+
+
+def test_help_and_faults_answer_at_once(run_file: Path):
+    """--help and bad settings do not wait for torch; a fault of the file is exit code 2."""
+    began = time.monotonic()
+    helped = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "monitor", "--help"], capture_output=True, text=True
+    )
+    assert helped.returncode == 0 and "--until-evaluated" in helped.stdout
+    assert not re.search(r"\| +(torch|transformers|starlette)$", helped.stderr, re.MULTILINE)
+    assert time.monotonic() - began < 10  # under a second where the machine is not busy
+    refused = subprocess.run(
+        [sys.executable, "-m", "monitor", str(run_file), "monitor.prot=1"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "did you mean port?" in refused.stderr
+
+
+# --- Helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _sae(gain: float, name: str = "small") -> Export:
+    return identity_sae(name, WIDTH, HOOK, gain)
+
+
+def _evaluate(
+    model: LanguageModel, windows: Windows, tmp_path: Path, gain: float, norm_bound: float | None = None
+) -> dict[str, Any]:
+    folder = publish_snapshot(tmp_path / str(gain), 1, [_sae(gain)])
+    return evaluate_sae(model, windows, folder / "small", HOOK, norm_bound)
+
+
+def _settings(run_file: Path, *overrides: str) -> MonitorSettings:
+    return read_run_file(MonitorSettings, run_file, list(overrides))
+
+
+def _evaluator(run_file: Path, *overrides: str) -> tuple[Evaluator, CollectorRegistry]:
+    logging.getLogger("sluice.monitor").setLevel(logging.INFO)
+    registry = CollectorRegistry()
+    return Evaluator(_settings(run_file, *overrides), MonitorMetrics(registry), threading.Event()), registry
+
+
+def _words(model: LanguageModel, ids: np.ndarray) -> str:
+    """The longest run of text tokens in a window, as it stands in the text."""
+    runs = re.split(r"<s>|</s>", " ".join(model.tokenizer.convert_ids_to_tokens(ids.tolist())))
+    return max((run.strip() for run in runs), key=len)
+
+
+def _monitor(run_file: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "monitor", str(run_file), *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )

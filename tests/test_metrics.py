@@ -1,0 +1,236 @@
+"""Metrics: what a scrape shows is what the last report said, under the promised names."""
+
+from __future__ import annotations
+
+import math
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from monitor import metrics
+from monitor.metrics import MonitorMetrics, ProducerMetrics, TrainerMetrics, new_registry, start_metrics_server
+from producer.report import ProducerReport
+from trainer.report import DENSITY_EDGES, SaeReport, StepReport, StreamReport
+
+PROMISED = re.findall(
+    r"\S+",
+    """sluice_l0 sluice_mse sluice_fvu sluice_dead_latents sluice_dead_latents_ratio sluice_loss
+sluice_feature_density sluice_shrinkage sluice_tokens_trained_total sluice_tokens_received_total sluice_steps_total
+sluice_learning_rate sluice_grad_norm sluice_step_seconds sluice_data_wait_seconds_total sluice_buffer_rows
+sluice_buffer_capacity_rows sluice_buffer_same_context_mates sluice_credit_rows_outstanding sluice_leases
+sluice_producers sluice_rows_rejected_total sluice_protocol_errors_total sluice_auth_failures_total
+sluice_checkpoint_last_success_timestamp_seconds sluice_snapshot_tokens sluice_run_info sluice_producer_tokens_total
+sluice_producer_forward_seconds sluice_producer_stall_seconds_total sluice_ce_delta sluice_ce_recovered
+sluice_kl""",
+)
+
+DENSITY = (1, *[0] * (len(DENSITY_EDGES) - 2), 4, 2)
+"""One latent at 10⁻⁷ or below, four near 1, two that did not fire."""
+SAE = SaeReport(
+    name="a",
+    l0=32.0,
+    mse=0.1,
+    fvu=0.2,
+    dead_latents=3,
+    dead_latents_ratio=0.25,
+    shrinkage=0.9,
+    loss={"reconstruction": 0.2},
+    learning_rate=1e-3,
+    grad_norm=2.0,
+    density=DENSITY,
+    skipped_steps=0,
+)
+STREAM = StreamReport(
+    producers={"working": 2},
+    leases={"free": 7, "leased": 1},
+    tokens_received=900,
+    rows_rejected={"stale_lease": 3},
+    protocol_errors={"too_large": 1},
+    auth_failures=4,
+    credit_rows_outstanding=50,
+)
+REPORT = StepReport(
+    time=1.7e9,
+    tokens=1000,
+    step=10,
+    target_tokens=None,
+    tokens_per_second=500.0,
+    step_seconds=0.01,
+    data_wait_seconds=0.5,
+    state="training",
+    buffer_rows=60,
+    buffer_capacity_rows=100,
+    same_context_mates=0.3,
+    stream=STREAM,
+    saes=(SAE,),
+)
+
+
+def test_every_promised_name_is_in_the_tables():
+    """Dashboards rely on these names; none may go missing."""
+    assert set(PROMISED) <= {metric.name for metric in metrics.ALL}
+
+
+def test_trainer_shows_its_last_report():
+    """Counters, labelled gauges and per-SAE values appear as the report has them."""
+    registry = CollectorRegistry()
+    trainer = TrainerMetrics(registry, {"run": "demo", "model": "gpt2"})
+    trainer.update(replace(REPORT, tokens=1))
+    trainer.update(REPORT)
+    assert registry.get_sample_value("sluice_tokens_trained_total") == 1000
+    assert registry.get_sample_value("sluice_run_info", {"run": "demo", "model": "gpt2"}) == 1
+    assert registry.get_sample_value("sluice_producers", {"state": "working"}) == 2
+    assert registry.get_sample_value("sluice_producers", {"state": "idle"}) == 0
+    assert registry.get_sample_value("sluice_leases", {"state": "free"}) == 7
+    assert registry.get_sample_value("sluice_rows_rejected_total", {"reason": "stale_lease"}) == 3
+    assert registry.get_sample_value("sluice_fvu", {"sae": "a"}) == 0.2
+    assert registry.get_sample_value("sluice_loss", {"sae": "a", "part": "reconstruction"}) == 0.2
+    assert registry.get_sample_value("sluice_state", {"state": "training"}) == 1
+
+
+def test_unknown_values_are_absent_and_nan_is_shown():
+    """None means not known yet, so there is no series; NaN is a fault that an alert must see."""
+    registry = CollectorRegistry()
+    trainer = TrainerMetrics(registry, {})
+    assert registry.get_sample_value("sluice_tokens_trained_total") is None
+    trainer.update(replace(REPORT, saes=(replace(SAE, dead_latents=None, fvu=math.nan),)))
+    assert registry.get_sample_value("sluice_dead_latents", {"sae": "a"}) is None
+    assert registry.get_sample_value("sluice_snapshot_tokens") is None
+    assert math.isnan(registry.get_sample_value("sluice_fvu", {"sae": "a"}) or 0)
+
+
+def test_milestones_are_set_beside_the_reports():
+    """Checkpoints and snapshots happen between reports; their values stay when a report comes."""
+    registry = CollectorRegistry()
+    trainer = TrainerMetrics(registry, {})
+    trainer.set_checkpoint_time(1.7e9)
+    trainer.set_snapshot_tokens(5000)
+    trainer.update(REPORT)
+    assert registry.get_sample_value("sluice_checkpoint_last_success_timestamp_seconds") == 1.7e9
+    assert registry.get_sample_value("sluice_snapshot_tokens") == 5000
+
+
+def test_density_is_one_cumulative_histogram():
+    """Latents that never fired are below every edge; the last bucket counts all latents."""
+    registry = CollectorRegistry()
+    TrainerMetrics(registry, {}).update(REPORT)
+    buckets = [
+        registry.get_sample_value("sluice_feature_density_bucket", {"sae": "a", "le": edge})
+        for edge in ("-7.0", "-0.5", "0.0", "+Inf")
+    ]
+    assert buckets == [3, 3, 7, 7]
+
+
+def test_producer_shows_its_last_report():
+    """Time in the model is a summary, dropped rows have reasons and a ratio, the cut model shows how deep it runs."""
+    registry = CollectorRegistry()
+    producer = ProducerMetrics(registry, {"model": "gpt2"})
+    assert registry.get_sample_value("sluice_producer_rows_dropped_ratio") is None
+    producer.update(
+        ProducerReport(
+            state="working",
+            tokens=90,
+            rows_dropped={"excluded": 8, "outlier": 2},
+            forwards=4,
+            forward_seconds=0.5,
+            stall_seconds={"credit": 1.5},
+            layers_run=7,
+            layers_total=12,
+        )
+    )
+    assert registry.get_sample_value("sluice_producer_tokens_total") == 90
+    assert registry.get_sample_value("sluice_producer_rows_dropped_total", {"reason": "outlier"}) == 2
+    assert registry.get_sample_value("sluice_producer_rows_dropped_ratio") == 0.1
+    assert registry.get_sample_value("sluice_producer_forward_seconds_sum") == 0.5
+    assert registry.get_sample_value("sluice_producer_forward_seconds_count") == 4
+    assert registry.get_sample_value("sluice_producer_stall_seconds_total", {"cause": "credit"}) == 1.5
+    assert registry.get_sample_value("sluice_producer_layers_run") == 7
+    assert registry.get_sample_value("sluice_producer_layers") == 12
+
+
+def test_monitor_shows_each_saes_newest_evaluation():
+    """An SAE's numbers are replaced as a whole; one without zero ablation has no ce_recovered."""
+    registry = CollectorRegistry()
+    monitor = MonitorMetrics(registry)
+    monitor.update("a", {"ce_delta": 0.5, "ce_recovered": 0.9, "kl": 0.4, "snapshot_tokens": 1000})
+    monitor.update("b", {"ce_delta": 0.7, "ce_recovered": None})
+    monitor.count_failure()
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "a"}) == 0.5
+    assert registry.get_sample_value("sluice_evaluated_snapshot_tokens", {"sae": "a"}) == 1000
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "b"}) == 0.7
+    assert registry.get_sample_value("sluice_ce_recovered", {"sae": "b"}) is None
+    assert registry.get_sample_value("sluice_evaluation_failures_total") == 1
+
+
+def test_one_registry_takes_all_three_processes():
+    """Names do not collide, so a small installation may show everything on one port."""
+    registry = new_registry()
+    TrainerMetrics(registry, {})
+    ProducerMetrics(registry, {})
+    MonitorMetrics(registry)
+    with pytest.raises(ValueError, match="Duplicated"):
+        TrainerMetrics(registry, {})
+
+
+def test_a_scrape_over_http_is_valid_openmetrics():
+    """What Prometheus asks for by default parses by the strict rules, density and units included."""
+    registry = new_registry()
+    TrainerMetrics(registry, {"run": "demo"}).update(REPORT)
+    ProducerMetrics(registry, {"model": "gpt2"})
+    with _served(registry) as port:
+        text = _get(port, "/metrics", {"Accept": "application/openmetrics-text; version=1.0.0"})
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["sluice_feature_density"].type == "histogram"
+    assert families["sluice_tokens_trained"].samples[0].value == 1000
+
+
+def test_health_is_asked_apart_from_metrics():
+    """/healthz turns 503 with the reason; other paths are 404 and not a scrape."""
+    wrong: list[str] = []
+    with _served(new_registry(), lambda: wrong[0] if wrong else None) as port:
+        assert _get(port, "/healthz") == "ok\n"
+        wrong.append("the loop has not reported for 70 s")
+        with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+            _get(port, "/healthz")
+        assert "70 s" in caught.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            _get(port, "/health")
+
+
+def test_second_producer_takes_the_next_free_port():
+    """Several producers of one machine share a run file; each finds a port of its own."""
+    with _served(new_registry()) as port:
+        second, close = start_metrics_server(new_registry(), "127.0.0.1", port, next_free=20)
+        try:
+            assert port < second <= port + 20
+            assert "process_cpu_seconds_total" in _get(second, "/metrics")
+        finally:
+            close()
+
+
+def test_occupied_port_is_named():
+    """Where nothing else may be tried, the error says which port and what to do."""
+    with _served(new_registry()) as port, pytest.raises(OSError, match=rf"port {port}.*\[monitor\]"):
+        start_metrics_server(new_registry(), "127.0.0.1", port)
+
+
+@contextmanager
+def _served(registry: CollectorRegistry, unhealthy=lambda: None) -> Iterator[int]:
+    port, close = start_metrics_server(registry, "127.0.0.1", 0, unhealthy=unhealthy)
+    try:
+        yield port
+    finally:
+        close()
+
+
+def _get(port: int, path: str, headers: dict[str, str] | None = None) -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers or {})
+    with urllib.request.urlopen(request, timeout=5) as response:
+        return response.read().decode()

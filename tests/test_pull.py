@@ -1,0 +1,222 @@
+"""Pulling a snapshot: from a real server, over real sockets, cut off and damaged on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import monitor.pull
+from monitor.metrics import new_registry
+from monitor.pull import PullError, main, pull
+from monitor.service import make_app, start_service
+from tests.small_run import identity_sae, publish_snapshot, start_run
+from trainer.durable import replace_text
+from trainer.snapshot import Export, retire, verify
+
+WEIGHTS = "small/sae_weights.safetensors"
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    """A run with one snapshot, of 1000 tokens."""
+    directory = start_run(tmp_path / "demo")
+    publish_snapshot(directory, 1000)
+    return directory
+
+
+@pytest.fixture
+def url(run_directory: Path) -> Iterator[str]:
+    port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{port}"
+    close()
+
+
+def test_newest_snapshot_arrives_whole(run_directory: Path, url: str, tmp_path: Path):
+    """Every byte of every file, under the snapshot's own name, and nothing half done beside it."""
+    publish_snapshot(run_directory, 2000)
+    folder = pull(url, tmp_path / "here")
+    assert folder == tmp_path / "here" / "000000002000"
+    assert _contents(folder) == _contents(run_directory / "snapshots" / "000000002000")
+    assert [path.name for path in folder.parent.iterdir()] == ["000000002000"]
+
+
+def test_evaluation_comes_along(run_directory: Path, url: str, tmp_path: Path):
+    """It is in no manifest, and is fetched when it is there."""
+    replace_text(run_directory / "snapshots" / "000000001000" / "small" / "evaluation.json", '{"ce_delta": 0.5}')
+    folder = pull(url, tmp_path / "here")
+    assert json.loads((folder / "small" / "evaluation.json").read_text()) == {"ce_delta": 0.5}
+    verify(folder)
+
+
+def test_a_snapshot_by_name(run_directory: Path, url: str, tmp_path: Path):
+    """An older one can be asked for; one that does not exist is an error that says what exists."""
+    publish_snapshot(run_directory, 2000)
+    assert pull(url, tmp_path / "here", "000000001000").name == "000000001000"
+    with pytest.raises(PullError, match="there are 2, 000000001000 to 000000002000"):
+        pull(url, tmp_path / "here", "000000000500")
+
+
+def test_whole_snapshot_is_not_fetched_again(url: str, tmp_path: Path):
+    """The second pull reads nothing but the manifest."""
+    told: list[str] = []
+    pull(url, tmp_path / "here", tell=lambda path, done, size: told.append(path))
+    assert WEIGHTS in told
+    told.clear()
+    pull(url, tmp_path / "here", tell=lambda path, done, size: told.append(path))
+    assert told == []
+
+
+def test_half_a_file_is_resumed(run_directory: Path, url: str, tmp_path: Path):
+    """What an interrupted pull has left is kept: only the rest crosses the network."""
+    source = publish_snapshot(run_directory, 2000, [_large_sae()]) / WEIGHTS
+    half = source.stat().st_size // 2
+    part = tmp_path / "here" / ".part-000000002000" / f"{WEIGHTS}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(source.read_bytes()[:half])
+    told: list[int] = []
+    folder = pull(url, tmp_path / "here", tell=lambda path, done, size: told.append(done) if path == WEIGHTS else None)
+    verify(folder)
+    assert told[0] == half + monitor.pull.PIECE_BYTES
+
+
+def test_half_a_wrong_file_is_fetched_anew(run_directory: Path, url: str, tmp_path: Path):
+    """When what was left turns out not to fit, the file comes again from its start."""
+    part = tmp_path / "here" / ".part-000000001000" / f"{WEIGHTS}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"not the beginning of it")
+    verify(pull(url, tmp_path / "here"))
+
+
+def test_broken_connections_do_not_start_over(
+    run_directory: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Through a line that breaks after 400 kB, a file of 1.2 MB arrives whole, in pieces."""
+    monkeypatch.setattr(monitor.pull, "PAUSE_SECONDS", 0.01)
+    publish_snapshot(run_directory, 2000, [_large_sae()])
+    with _breaking_line(int(url.rpartition(":")[2]), after_bytes=400_000) as port:
+        verify(pull(f"127.0.0.1:{port}", tmp_path / "here"))
+
+
+def test_damaged_file_is_refused(run_directory: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A file whose bytes are not the manifest's never gets its name; the command ends with 1 and says which file."""
+    source = run_directory / "snapshots" / "000000001000" / WEIGHTS
+    damaged = bytearray(source.read_bytes())
+    damaged[-1] ^= 1
+    source.write_bytes(damaged)
+    assert main([url, "--to", str(tmp_path / "here")]) == 1
+    assert "sae_weights.safetensors differs" in capsys.readouterr().err
+    assert not (tmp_path / "here" / "000000001000").exists()
+
+
+def test_snapshot_retired_under_way_gives_way_to_the_newest(run_directory: Path, url: str, tmp_path: Path):
+    """Retention may win the race; the pull then brings the newer snapshot, and leaves no rest of the old."""
+
+    def retire_it(path: str, done: int, size: int) -> None:
+        if len(list((run_directory / "snapshots").glob("0*"))) == 1:
+            publish_snapshot(run_directory, 2000)
+            retire(run_directory, keep=1)
+
+    folder = pull(url, tmp_path / "here", tell=retire_it)
+    assert folder.name == "000000002000"
+    assert [path.name for path in folder.parent.iterdir()] == ["000000002000"]
+    verify(folder)
+
+
+def test_another_runs_snapshot_is_not_mixed_in(run_directory: Path, url: str, tmp_path: Path):
+    """Two runs reach the same count of tokens; the second is refused, not merged."""
+    publish_snapshot(tmp_path, 1000, [identity_sae("small", gain=2.0)])
+    with pytest.raises(PullError, match="another run"):
+        pull(url, tmp_path / "snapshots")
+
+
+@pytest.mark.parametrize("path", ["../evil", "/tmp/evil", "small/../../evil", "manifest.json", ""])
+def test_manifest_that_leads_out_of_the_folder_is_refused(run_directory: Path, url: str, tmp_path: Path, path: str):
+    """The server is not trusted with paths on this machine."""
+    manifest = run_directory / "snapshots" / "000000001000" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["files"].append({"path": path, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(PullError, match="refused"):
+        pull(url, tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_command_prints_the_folder(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """stdout is the folder and nothing else, so that a script can use it."""
+    assert main([url.removeprefix("http://"), "--to", str(tmp_path / "here")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'here' / '000000001000'}\n"
+
+
+def test_wrong_usage_is_2_and_no_server_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What the operator typed wrongly differs from what is not there."""
+    assert main(["ftp://example.org", "--to", str(tmp_path)]) == 2
+    assert main(["127.0.0.1:1", "--to", str(tmp_path), "--name", "yesterday"]) == 2
+    assert main(["127.0.0.1:1", "--to", str(tmp_path)]) == 1
+    assert "is the monitor running there?" in capsys.readouterr().err
+
+
+def test_another_kind_of_server_is_recognised(tmp_path: Path):
+    """JSON that is no manifest is refused with a hint about the address."""
+    with _answering(b"[]") as port, pytest.raises(PullError, match="is this the address of a Sluice monitor"):
+        pull(f"127.0.0.1:{port}", tmp_path)
+
+
+def _large_sae() -> Export:
+    """An SAE whose weights take 1.2 MB, so that they cross in several pieces."""
+    return identity_sae("small", d_in=int(np.sqrt(1.2e6 / 16)))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def _breaking_line(port: int, after_bytes: int) -> Iterator[int]:
+    """A relay to `port` that hangs up once so many bytes of one connection have passed."""
+
+    def relay(client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", port)) as server, suppress(OSError):
+            server.sendall(client.recv(65536))
+            passed = 0
+            while passed < after_bytes and (piece := server.recv(min(65536, after_bytes - passed))):
+                client.sendall(piece)
+                passed += len(piece)
+
+    with _listening(relay) as own:
+        yield own
+
+
+@contextmanager
+def _answering(body: bytes) -> Iterator[int]:
+    def answer(client: socket.socket) -> None:
+        with client:
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    with _listening(answer) as port:
+        yield port
+
+
+@contextmanager
+def _listening(handle: Callable[[socket.socket], None]) -> Iterator[int]:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=handle, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

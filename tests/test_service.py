@@ -1,0 +1,260 @@
+"""The HTTP service: what is on disk is served exactly, and nothing else is."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from monitor.metrics import MonitorMetrics, new_registry
+from monitor.run_directory import last_report
+from monitor.service import make_app, start_service
+from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
+from trainer.durable import replace_text
+from trainer.snapshot import retire
+
+WEIGHTS = "/v1/snapshots/000000001000/small/sae_weights.safetensors"
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    """A run that has just started."""
+    return start_run(tmp_path / "demo")
+
+
+@pytest.fixture
+def client(run_directory: Path) -> TestClient:
+    registry = new_registry()
+    MonitorMetrics(registry)
+    return TestClient(make_app(run_directory, registry), raise_server_exceptions=False)
+
+
+def test_not_ready_until_the_run_exists(tmp_path: Path):
+    """The monitor may start first: it is alive, says what it waits for, and is ready once the trainer has begun."""
+    client = TestClient(make_app(tmp_path / "demo", new_registry()))
+    assert client.get("/healthz").status_code == 200
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and "does not exist" in answer.json()["error"]
+    assert client.get("/v1/run").json()["state"] == "waiting"
+    start_run(tmp_path / "demo")
+    assert client.get("/readyz").json() == {"status": "ok"}
+
+
+def test_run_tells_settings_and_newest_report(run_directory: Path, client: TestClient):
+    """A report whose line is still being written does not count, and NaN becomes null."""
+    (run_directory / "metrics.jsonl").write_text('{"tokens": 1}\n{"tokens": 2, "saes": [NaN]}\n{"tok')
+    run = client.get("/v1/run").json()
+    assert run["state"] == "running"
+    assert run["settings"]["model"]["name"] == "tiny"
+    assert run["report"] == {"tokens": 2, "saes": [None]}
+
+
+def test_run_is_finished_until_it_goes_on(run_directory: Path, client: TestClient):
+    """A summary ends a run; when the run is extended, reports beyond the summary show that it lives again."""
+    finish_run(run_directory, 1000)
+    assert client.get("/v1/run").json()["state"] == "finished"
+    (run_directory / "metrics.jsonl").write_text('{"tokens": 1500}\n')
+    assert client.get("/v1/run").json()["state"] == "running"
+
+
+def test_last_report_is_found_in_a_long_file(run_directory: Path):
+    """Only the end of metrics.jsonl is read, however long its lines are."""
+    lines = [json.dumps({"tokens": tokens, "pad": "x" * 100_000}) for tokens in range(3)]
+    (run_directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert (last_report(run_directory) or {})["tokens"] == 2
+
+
+def test_snapshots_are_listed_with_their_numbers(run_directory: Path, client: TestClient):
+    """The list has metrics and evaluations; a folder without a manifest is not there."""
+    assert client.get("/v1/snapshots").json() == {"latest": None, "snapshots": []}
+    folder = publish_snapshot(run_directory, 1000)
+    publish_snapshot(run_directory, 2000)
+    (run_directory / "snapshots" / "000000003000").mkdir()
+    replace_text(folder / "small" / "evaluation.json", '{"ce_delta": 0.5}')
+    listed = client.get("/v1/snapshots").json()
+    assert listed["latest"] == "000000002000"
+    assert [entry["name"] for entry in listed["snapshots"]] == ["000000001000", "000000002000"]
+    assert listed["snapshots"][0]["saes"]["small"] == {
+        "metrics": {"l0": 4.0, "fvu": 0.25, "dead_latents_ratio": None},
+        "evaluation": {"ce_delta": 0.5},
+    }
+
+
+def test_file_carries_its_hash_and_never_changes(run_directory: Path, client: TestClient):
+    """ETag and Repr-Digest are the sha256 of the bytes, and caches may keep them for ever."""
+    publish_snapshot(run_directory, 1000)
+    answer = client.get(WEIGHTS)
+    digest = hashlib.sha256(answer.content).digest()
+    assert answer.headers["etag"] == f'"sha256-{digest.hex()}"'
+    assert answer.headers["repr-digest"] == f"sha-256=:{base64.b64encode(digest).decode()}:"
+    assert "immutable" in answer.headers["cache-control"]
+    again = client.get(WEIGHTS, headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_head_tells_the_size_without_the_bytes(run_directory: Path, client: TestClient):
+    """HEAD has the headers of GET and no body."""
+    publish_snapshot(run_directory, 1000)
+    whole, head = client.get(WEIGHTS), client.head(WEIGHTS)
+    assert head.content == b""
+    assert head.headers["content-length"] == str(len(whole.content))
+    assert head.headers["etag"] == whole.headers["etag"]
+
+
+def test_ranges_let_a_download_resume(run_directory: Path, client: TestClient):
+    """A range gives those bytes; with another file's tag the whole file comes; beyond the end is 416."""
+    publish_snapshot(run_directory, 1000)
+    whole = client.get(WEIGHTS)
+    size = len(whole.content)
+    part = client.get(WEIGHTS, headers={"Range": "bytes=100-", "If-Range": whole.headers["etag"]})
+    assert part.status_code == 206 and part.content == whole.content[100:]
+    assert part.headers["content-range"] == f"bytes 100-{size - 1}/{size}"
+    assert client.get(WEIGHTS, headers={"Range": "bytes=100-", "If-Range": '"other"'}).status_code == 200
+    assert client.get(WEIGHTS, headers={"Range": f"bytes={size}-"}).status_code == 416
+
+
+def test_evaluation_appears_later_and_may_change(run_directory: Path, client: TestClient):
+    """evaluation.json is in no manifest: it is served when it is there, and caches must ask again."""
+    folder = publish_snapshot(run_directory, 1000)
+    address = "/v1/snapshots/000000001000/small/evaluation.json"
+    assert "not evaluated" in client.get(address).json()["error"]
+    replace_text(folder / "small" / "evaluation.json", '{"ce_delta": 0.5}')
+    answer = client.get(address)
+    assert answer.json() == {"ce_delta": 0.5}
+    assert answer.headers["cache-control"] == "no-cache"
+
+
+def test_latest_is_the_newest_manifest(run_directory: Path, client: TestClient):
+    """Without a snapshot it is a 404 that says so; with one, its manifest, and 204 when nothing is newer."""
+    assert "no snapshot yet" in client.get("/v1/snapshots/latest").json()["error"]
+    publish_snapshot(run_directory, 1000)
+    answer = client.get("/v1/snapshots/latest")
+    assert answer.json()["name"] == "000000001000"
+    assert answer.content == client.get("/v1/snapshots/000000001000/manifest.json").content
+    assert answer.headers["content-location"] == "/v1/snapshots/000000001000/manifest.json"
+    assert client.get("/v1/snapshots/latest?after=000000001000").status_code == 204
+
+
+def test_latest_waits_for_a_newer_one(run_directory: Path):
+    """A waiting client hears of the next snapshot as soon as it is published, while others are served."""
+    publish_snapshot(run_directory, 1000)
+    port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0)
+    try:
+        timer = threading.Timer(0.3, publish_snapshot, (run_directory, 2000))
+        timer.start()
+        answer = httpx.get(f"http://127.0.0.1:{port}/v1/snapshots/latest?after=000000001000&wait=20", timeout=30)
+        timer.join()
+    finally:
+        close()
+    assert answer.json()["name"] == "000000002000"
+    assert answer.elapsed.total_seconds() < 10
+
+
+@pytest.mark.parametrize("query", ["after=yesterday", "wait=soon", "wait=-1", "wait=1e9", "wait=nan"])
+def test_nonsense_waits_are_refused(client: TestClient, query: str):
+    """400 with what is expected."""
+    answer = client.get(f"/v1/snapshots/latest?{query}")
+    assert answer.status_code == 400 and "expected" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/snapshots/000000001000/../../settings.toml",
+        "/v1/snapshots/000000001000/%2e%2e/%2e%2e/settings.toml",
+        "/v1/snapshots/000000001000/..%2f..%2fsettings.toml",
+        "/v1/snapshots/..%2f..%2fdemo/settings.toml",
+        "/v1/snapshots/../settings.toml/manifest.json",
+        "/v1/snapshots/000000001000//etc/passwd",
+        "/v1/snapshots/000000001000/small/",
+        "/v1/snapshots/000000001000/secret.txt",
+        "/v1/snapshots/LATEST/manifest.json",
+    ],
+)
+def test_nothing_outside_of_the_manifest_is_served(run_directory: Path, path: str):
+    """Sent raw, as no well-behaved client would: every one is a 404."""
+    publish_snapshot(run_directory, 1000)
+    (run_directory / "snapshots" / "000000001000" / "secret.txt").write_text("secret")
+    port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0)
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as plain:
+            plain.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: plain.recv(65536), b""))
+    finally:
+        close()
+    assert answer.startswith(b"HTTP/1.1 404") and b'"error"' in answer
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(run_directory: Path, client: TestClient):
+    """Even a manifest that lists ../ paths does not open them."""
+    folder = publish_snapshot(run_directory, 1000)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"].append({"path": "../../settings.toml", "bytes": 1, "sha256": "00" * 32})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    answer = client.get("/v1/snapshots/000000001000/..%2f..%2fsettings.toml")
+    assert answer.status_code == 404 and "outside" in answer.json()["error"]
+
+
+def test_errors_say_what_exists(run_directory: Path, client: TestClient):
+    """Wrong snapshot, wrong file, wrong page, wrong method: each answer helps."""
+    publish_snapshot(run_directory, 1000)
+    assert "000000001000" in client.get("/v1/snapshots/000000000001/manifest.json").json()["error"]
+    assert "small/cfg.json" in client.get("/v1/snapshots/000000001000/big/cfg.json").json()["error"]
+    assert "/v1/snapshots" in client.get("/v2").json()["error"]
+    answer = client.post("/v1/run")
+    assert answer.status_code == 405 and "only reads" in answer.json()["error"]
+
+
+def test_retired_snapshot_is_gone(run_directory: Path, client: TestClient):
+    """After retention the old one is a 404 and the newer one stays."""
+    publish_snapshot(run_directory, 1000)
+    assert client.get(WEIGHTS).status_code == 200
+    publish_snapshot(run_directory, 2000)
+    retire(run_directory, keep=1)
+    assert client.get(WEIGHTS).status_code == 404
+    assert client.get(WEIGHTS.replace("1000", "2000")).status_code == 200
+
+
+def test_metrics_and_health_are_on_the_service_too(run_directory: Path):
+    """One port is enough for a small installation; an unhealthy monitor says why."""
+    client = TestClient(make_app(run_directory, new_registry(), lambda: "evaluation hangs"))
+    assert "process_cpu_seconds_total" in client.get("/metrics").text
+    answer = client.get("/healthz")
+    assert answer.status_code == 503 and answer.json()["error"] == "evaluation hangs"
+
+
+def test_page_shows_the_run_and_links_to_its_files(run_directory: Path, client: TestClient):
+    """Numbers of the newest snapshot, a dash where nothing is known, a working link for every file."""
+    folder = publish_snapshot(run_directory, 1234567)
+    replace_text(folder / "small" / "evaluation.json", '{"ce_delta": 0.0123, "ce_recovered": 0.985, "kl": null}')
+    page = client.get("/").text
+    assert "1,234,567" in page and "0.2500" in page and "+0.0123" in page and "98.50%" in page and "–" in page
+    links = [part.split('"')[0] for part in page.split('href="')[1:]]
+    assert "/v1/snapshots/000001234567/small/cfg.json" in links
+    assert all(client.get(link).status_code == 200 for link in links)
+
+
+def test_page_escapes_what_files_say(run_directory: Path, client: TestClient):
+    """Text from settings cannot become markup."""
+    replace_text(run_directory / "settings.toml", '[model]\nname = "<script>alert(1)</script>"\nhooks = []\n')
+    publish_snapshot(run_directory, 1000, [identity_sae("a&b")])
+    page = client.get("/").text
+    assert "<script>" not in page and "a&amp;b" in page
+
+
+def test_occupied_port_is_named(run_directory: Path):
+    """The error says which port and which setting."""
+    app = make_app(run_directory, new_registry())
+    port, close = start_service(app, "127.0.0.1", 0)
+    try:
+        with pytest.raises(OSError, match=rf"{port}.*monitor.service_port"):
+            start_service(app, "127.0.0.1", port)
+    finally:
+        close()
