@@ -1,0 +1,162 @@
+"""`make demo`: trainer, producer and monitor on loopback, from one run file, with a live table; then the results.
+
+Everything shown is read from the run directory, as any user could: metrics.jsonl, evaluation.json, summary.json. The
+three processes are the real ones, started as a user starts them; their logs lie in the run directory. Ctrl-C stops
+all three and leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from monitor.terminal import last_report, live, results
+from producer.settings import SettingsError, read_run_file
+from trainer.settings import TrainerSettings
+from trainer.snapshot import snapshot_names
+
+RUN_FILE = "deploy/demo.toml"
+COMMANDS = {
+    "trainer": ["-m", "trainer"],
+    "producer": ["-m", "producer"],
+    "monitor": ["-m", "monitor", "--until-evaluated"],
+}
+STOP_SECONDS = 15
+PLAIN_EVERY_SECONDS = 10
+
+
+def main() -> int:
+    overrides = sys.argv[1:]
+    console = Console()
+    try:
+        settings = read_run_file(TrainerSettings, RUN_FILE, overrides)
+    except SettingsError as error:
+        console.print(escape(str(error)), style="red")
+        return 2
+    directory = Path(settings.run.directory)
+    if directory.exists():
+        console.print(f"starting afresh: removing {directory}", style="dim")
+        shutil.rmtree(directory)
+    (directory / "logs").mkdir(parents=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    began = time.monotonic()
+    try:
+        for name, command in COMMANDS.items():
+            log = open(directory / "logs" / f"{name}.log", "wb")  # noqa: SIM115 (the child keeps it open)
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+            processes[name] = subprocess.Popen(
+                [sys.executable, *command, RUN_FILE, *overrides], stdout=log, stderr=log, start_new_session=True
+            )
+        failed = _watch(console, directory, processes, began)
+    except KeyboardInterrupt:
+        _stop(processes)
+        console.print(f"stopped; nothing is left running. The run so far lies in {directory}.")
+        return 130
+    finally:
+        _stop(processes)
+    if failed:
+        console.print(f"[red]the {failed} failed[/]; the end of {directory}/logs/{failed}.log:")
+        console.print(escape("".join(_tail(directory / "logs" / f"{failed}.log", 12))))
+        return 1
+    _show_results(console, settings, time.monotonic() - began)
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch(
+    console: Console, directory: Path, processes: dict[str, subprocess.Popen[bytes]], began: float
+) -> str | None:
+    """Shows the run until all three are through; the name of the first that failed, or None."""
+    printed = 0.0
+    with Live(console=console, refresh_per_second=4, transient=False, auto_refresh=False) as screen:
+        while any(process.poll() is None for process in processes.values()):
+            for name, process in processes.items():
+                if process.poll():
+                    return name
+            elapsed = time.monotonic() - began
+            frame = live(last_report(directory), _evaluations(directory), elapsed, _note(directory, processes))
+            if console.is_terminal:
+                screen.update(frame, refresh=True)
+            elif elapsed - printed >= PLAIN_EVERY_SECONDS:
+                printed = elapsed
+                console.print(frame)
+            time.sleep(0.25)
+    return next((name for name, process in processes.items() if process.returncode), None)
+
+
+def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]]) -> str:
+    names = snapshot_names(directory)
+    published = f"{len(names)} snapshot(s), newest {names[-1]}" if names else "no snapshot yet"
+    if processes["trainer"].poll() is not None:
+        return "training is done; evaluating the last snapshot on held-out text"
+    if not (directory / "metrics.jsonl").exists():
+        return "starting: loading the language model, filling the buffer"
+    return f"{published} · logs in {directory}/logs"
+
+
+def _evaluations(directory: Path) -> dict[str, dict]:
+    """The newest evaluation of each SAE, from any snapshot."""
+    found: dict[str, dict] = {}
+    for name in snapshot_names(directory):
+        for path in (directory / "snapshots" / name).glob("*/evaluation.json"):
+            found[path.parent.name] = json.loads(path.read_text())
+    return found
+
+
+def _stop(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to those that still run, SIGKILL to those that do not listen."""
+    running = [process for process in processes.values() if process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _tail(path: Path, lines: int) -> list[str]:
+    return path.read_text(errors="replace").splitlines(keepends=True)[-lines:]
+
+
+def _dead_tokens(settings: TrainerSettings) -> str:
+    return " or ".join(f"{tokens:,}" for tokens in sorted({sae.dead_tokens for sae in settings.sae}))
+
+
+def _show_results(console: Console, settings: TrainerSettings, seconds: float) -> None:
+    directory = Path(settings.run.directory)
+    summary = json.loads((directory / "summary.json").read_text())
+    console.print()
+    console.print(results(summary))
+    console.print(
+        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s of training "
+        f"({summary['tokens_per_second']:,.0f} tokens/s for {len(summary['saes'])} SAEs); {seconds:.0f} s in all.\n"
+        "Measured on held-out text: L0, FVU, ΔCE, CE recovered, KL. "
+        f"Dead: silent for the last {_dead_tokens(settings)} tokens.\n"
+    )
+    snapshot = directory / "snapshots" / (directory / "snapshots" / "LATEST").read_text().strip()
+    console.print(f"The snapshot lies in [bold]{snapshot}[/]. Load it with SAELens, nothing of ours installed:\n")
+    console.print(
+        f'    from sae_lens import SAE\n    sae = SAE.load_from_disk("{snapshot}/{settings.sae[0].name}")\n',
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
