@@ -63,7 +63,11 @@ def _run(settings: ProducerSettings) -> int:
         torch.set_num_threads(settings.run.threads)
     try:
         source = open_source(settings)
-        first = [shard for shard in range(source.shards) if shard not in held_out_shards(source.shards, settings.corpus.held_out)]
+        first = [
+            shard
+            for shard in range(source.shards)
+            if shard not in held_out_shards(source.shards, settings.corpus.held_out)
+        ]
         bounds = norm_bounds(source, first, settings.corpus.outlier_factor)
     except (CorpusError, ModelError) as error:
         log.error("%s", error)
@@ -85,7 +89,12 @@ def _run(settings: ProducerSettings) -> int:
     )
     registry = new_registry()
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})
-    port, close_metrics = start_metrics_server(registry, settings.monitor.host, settings.monitor.producer_port, next_free=64)
+    try:
+        address = settings.monitor.host, settings.monitor.producer_port
+        port, close_metrics = start_metrics_server(registry, *address, next_free=64)
+    except OSError as error:
+        log.error("%s", error)
+        return 1
     log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
     try:
         with Link(settings.stream, hello) as link:

@@ -44,6 +44,7 @@ from producer.wire import (
 log = logging.getLogger("sluice.producer")
 
 POLL_MILLISECONDS = 5
+Payload = bytes | memoryview
 FIRST_WARNING_SECONDS = 3.0
 QUEUED_CHUNKS = 2
 """Chunks finished and not yet on the socket: the next forward pass overlaps with sending."""
@@ -86,7 +87,7 @@ class Link:
         self._hello = hello
         self._context = zmq.Context()
         self._changed = threading.Condition()
-        self._outbox: deque[tuple[Message, object | None]] = deque()
+        self._outbox: deque[tuple[Message, Payload | None]] = deque()
         self._session = _Session("")
         self._ending: Exception | None = None
         self._leaving = False
@@ -125,7 +126,7 @@ class Link:
             assert self._session.welcome is not None
             return lease, mask, self._session.welcome
 
-    def send_chunk(self, lease: Lease, chunk: dict, payload: object) -> None:
+    def send_chunk(self, lease: Lease, chunk: dict, payload: Payload) -> None:
         """Sends one chunk of the lease as soon as credit allows. `payload` must not be written to afterwards.
 
         Raises SessionLost when the lease is no longer ours.
@@ -223,7 +224,7 @@ class Link:
         self._socket = socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.immediate = 1
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 5000
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 2000
         socket.maxmsgsize = MAX_MASK_BYTES
         socket.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
         socket.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
@@ -296,10 +297,10 @@ class Link:
                     self._outbox.popleft()
                 self._changed.notify_all()
 
-    def _say(self, message: Message, payload: object | None = None) -> bool:
+    def _say(self, message: Message, payload: Payload | None = None) -> bool:
         """Hands one message to the socket; False when it cannot take it now."""
         assert self._socket is not None
-        frames = [encode(message)] + ([payload] if payload is not None else [])
+        frames: list[Payload] = [encode(message)] if payload is None else [encode(message), payload]
         try:
             self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
         except zmq.Again:
@@ -311,18 +312,22 @@ class Link:
         while self._monitor is not None and self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._end(Refused(
-                    f"the trainer at {self._settings.endpoint} does not know this producer's key: "
-                    "copy clients/client.key of stream.keys into the clients folder of the trainer's keys"
-                ))
+                self._end(
+                    Refused(
+                        f"the trainer at {self._settings.endpoint} does not know this producer's key: "
+                        "copy clients/client.key of stream.keys into the clients folder of the trainer's keys"
+                    )
+                )
                 continue
             # A trainer that dies in mid-handshake looks like this once; one with other keys does so for ever.
             self._failed_handshakes += 1
             if self._failed_handshakes >= 3 and not self.sessions:
-                self._end(Refused(
-                    f"no agreement on keys with {self._settings.endpoint}: stream.keys must be set on both sides, "
-                    "and server.key here must be the trainer's"
-                ))
+                self._end(
+                    Refused(
+                        f"no agreement on keys with {self._settings.endpoint}: stream.keys must be set on both sides, "
+                        "and server.key here must be the trainer's"
+                    )
+                )
 
     def _end(self, reason: Exception) -> None:
         with self._changed:

@@ -190,4 +190,4 @@ def _pack_rows(
     kept = keep.cpu().numpy()
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-    return kept, memoryview(payload.view(torch.uint8).numpy())
+    return kept, payload.view(torch.uint8).numpy().data

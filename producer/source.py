@@ -38,8 +38,11 @@ class Source(Protocol):
     batch_windows: int
     facts: dict[str, Any]
     device: torch.device
-    layers: tuple[int, int]
-    """(layers that run, layers of the whole model)"""
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """(layers that run, layers of the whole model)"""
+        ...
 
     def windows(self, shard: int) -> Windows: ...
 
@@ -146,8 +149,9 @@ def open_source(settings: ProducerSettings) -> Source:
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """One hash over all that decides the rows."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    """One hash over all that decides the rows; names and descriptions, which depend on the place, do not."""
+    decisive = {name: value for name, value in facts.items() if name not in ("model", "corpus")}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def norm_bounds(source: Source, shards: list[int], factor: float | None) -> list[float] | None:

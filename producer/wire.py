@@ -14,6 +14,7 @@ credit it holds must return together with its leases.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgpack
@@ -258,13 +259,14 @@ def unpack_bits(bits: bytes | memoryview, count: int) -> np.ndarray:
 def held_out_shards(shards: int, fraction: float) -> list[int]:
     """The shards never trained on: the `fraction` of them whose hashes come first, at least one if there are two.
 
-    A function of the number of shards alone, so that producer, trainer and evaluation agree without talking.
+    A function of the number of shards alone, so that producer, trainer and evaluation agree without talking. The
+    embedded language model was trained on the shards that this leaves, so the hash must never change.
     """
     if fraction == 0 or shards < 2:
         return []
     count = min(max(1, round(fraction * shards)), shards - 1)
-    hashes = np.arange(1, shards + 1, dtype=np.uint64) * 0x9E3779B97F4A7C15  # splitmix64: no two are equal
-    hashes = (hashes ^ (hashes >> 30)) * 0xBF58476D1CE4E5B9
-    hashes = (hashes ^ (hashes >> 27)) * 0x94D049BB133111EB
-    hashes ^= hashes >> 31
-    return np.sort(np.argpartition(hashes, count)[:count]).tolist()
+
+    def rank(shard: int) -> bytes:
+        return hashlib.sha256(f"held-out {shard}".encode()).digest()[:8]
+
+    return sorted(sorted(range(shards), key=rank)[:count])

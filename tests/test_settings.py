@@ -43,15 +43,15 @@ def faults(path: Path, overrides: list[str], kind: type = TrainerSettings) -> st
 
 def test_each_process_reads_its_own_tables(run_file: Path) -> None:
     """The producer does not look at [[sae]], the trainer does."""
-    assert "gpt2" == read_run_file(ProducerSettings, run_file, []).model.name
-    assert 32 == read_run_file(TrainerSettings, run_file, []).sae[0].k
+    assert read_run_file(ProducerSettings, run_file, []).model.name == "gpt2"
+    assert read_run_file(TrainerSettings, run_file, []).sae[0].k == 32
 
 
 def test_an_override_replaces_one_value(run_file: Path) -> None:
     """section.key=value, entries of a list by name or number; bare words are strings."""
     settings = read_run_file(TrainerSettings, run_file, ["sae.topk.k=64", "sae.0.d_sae=8192", "model.device=cpu"])
 
-    assert (64, 8192, "cpu") == (settings.sae[0].k, settings.sae[0].d_sae, settings.model.device)
+    assert (settings.sae[0].k, settings.sae[0].d_sae, settings.model.device) == (64, 8192, "cpu")
 
 
 def test_an_unknown_key_is_named_with_what_was_meant(run_file: Path) -> None:
@@ -63,7 +63,9 @@ def test_an_unknown_key_is_named_with_what_was_meant(run_file: Path) -> None:
 
 def test_an_unknown_table_is_refused_by_every_process(run_file: Path) -> None:
     """A misspelt table would otherwise be nobody's."""
-    assert "[optimiser]: no such table (did you mean optimizer?)" in faults(run_file, ["optimiser.batch=1"], ProducerSettings)
+    assert "[optimiser]: no such table (did you mean optimizer?)" in faults(
+        run_file, ["optimiser.batch=1"], ProducerSettings
+    )
 
 
 def test_a_wrong_type_is_told_with_what_is_expected(run_file: Path) -> None:
@@ -77,7 +79,7 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
     """One run of the command shows everything there is to mend."""
     told = faults(run_file, ["sae.0.d_sae=0", "buffer.rows=-1", "optimizer.batch=1.5"])
 
-    assert 3 == len(told.splitlines())
+    assert len(told.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,9 @@ def test_loopback_is_told_from_the_rest(endpoint: str, expected: bool) -> None:
 def test_help_answers_at_once(package: str) -> None:
     """--help comes before torch is imported."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", package, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", package, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
 
     assert "RUN.toml" in done.stdout
     assert time.monotonic() - began < 5  # a second on an idle machine; importing torch alone takes longer
@@ -142,6 +146,6 @@ def test_bad_settings_end_with_code_2_and_no_traceback(package: str, tmp_path: P
     command = [sys.executable, "-m", package, str(tmp_path / "none.toml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    assert 2 == done.returncode
+    assert done.returncode == 2
     assert "does not exist" in done.stderr
     assert "Traceback" not in done.stderr

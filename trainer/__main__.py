@@ -1,7 +1,8 @@
 """`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
 
 Settings are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write
-a checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
+a checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad
+settings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from producer.settings import parse_command_line, show_settings
 from trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from monitor.metrics import TrainerMetrics
+    from producer.wire import Hello
+    from trainer.intake import Intake
+    from trainer.ledger import Ledger
     from trainer.report import StepReport
+
+    Saved = tuple[dict[str, Any], dict[str, Tensor]]
 
 PURPOSE = """Trains sparse autoencoders from the activations that producers stream to it.
 
@@ -53,17 +62,36 @@ def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> i
 
     from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
     from producer.keys import KeysError
-    from trainer.buffer import ShuffleBuffer
     from trainer.checkpoint import CheckpointError, load_newest
     from trainer.durable import replace_text, sweep
-    from trainer.intake import TORCH_DTYPE, Intake, IntakeError
-    from trainer.ledger import Ledger, Limits
-    from trainer.train import Run, save_checkpoint, summary, train
+    from trainer.intake import IntakeError
 
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     sweep(directory / "snapshots")
     replace_text(directory / "settings.toml", show_settings(settings) + "\n")
+    try:
+        saved = load_newest(directory)
+        ledger = _ledger(settings, saved)
+        registry = new_registry()
+        model = settings.model.name if settings.model else "synthetic"
+        metrics = TrainerMetrics(registry, {"run": ledger.run, "model": model})
+        port, close_metrics = start_metrics_server(registry, settings.monitor.host, settings.monitor.trainer_port)
+        log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
+        try:
+            _train(settings, directory, stop, ledger, saved, metrics)
+        finally:
+            close_metrics()
+        return 0
+    except (CheckpointError, IntakeError, KeysError, OSError) as error:
+        log.error("%s", error)
+        return 1
+
+
+def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
+    """The ledger of a new run, or of the one that `saved` holds."""
+    from trainer.ledger import Ledger, Limits
+
     limits = Limits(
         capacity_rows=settings.buffer.rows,
         seed=settings.run.seed,
@@ -73,8 +101,31 @@ def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> i
         stall_seconds=settings.stream.stall_seconds,
     )
     ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint])
+    if saved is not None:
+        document, tensors = saved
+        bits = {
+            name.removeprefix("ledger/"): bits.numpy() for name, bits in tensors.items() if name.startswith("ledger/")
+        }
+        ledger.restore(document["ledger"], bits)
+        log.info("resuming run %s at %s rows", ledger.run, f"{ledger.rows_trained:,}")
+    return ledger
 
-    def make_buffer(hello: Any) -> ShuffleBuffer:
+
+def _train(
+    settings: TrainerSettings,
+    directory: Path,
+    stop: threading.Event,
+    ledger: Ledger,
+    saved: Saved | None,
+    metrics: TrainerMetrics,
+) -> None:
+    """Opens the stream, trains until the end or `stop`, and leaves everything on disk."""
+    from trainer.buffer import ShuffleBuffer
+    from trainer.durable import replace_text
+    from trainer.intake import TORCH_DTYPE, Intake
+    from trainer.train import Run, save_checkpoint, summary, train
+
+    def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
         buffer = ShuffleBuffer(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
         if saved is not None and saved[0]["buffer_random"] is not None:
@@ -82,64 +133,56 @@ def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> i
         log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
         return buffer
 
-    try:
-        saved = load_newest(directory)
-        if saved is not None:
-            _restore_ledger(ledger, saved)
-            log.info("resuming run %s at %s rows", ledger.run, f"{ledger.rows_trained:,}")
+    with Intake(settings.stream, ledger, make_buffer) as intake, Reports(directory, metrics) as reports:
         if settings.run.tokens is not None and ledger.rows_trained >= settings.run.tokens:
             log.info("the run has its %s rows already; raise run.tokens to go on", f"{settings.run.tokens:,}")
-            return 0
-        with Intake(settings.stream, ledger, make_buffer) as intake:
-            log.info("waiting for producers at %s", intake.endpoint)
-            if not _first_producer(intake, stop):
-                return 0
-            assert ledger.stream is not None
-            run = Run(settings, ledger.stream)
-            if saved is not None:
-                run.restore(*saved)
-            registry = new_registry()
-            metrics = TrainerMetrics(registry, {"run": ledger.run, "model": str(ledger.stream.provenance.get("model"))})
-            port, close_metrics = start_metrics_server(registry, settings.monitor.host, settings.monitor.trainer_port)
-            log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
-            last: list[StepReport] = []
-            with open(directory / "metrics.jsonl", "a", encoding="utf-8") as history:
-
-                def on_report(report: StepReport) -> None:
-                    last[:] = [report]
-                    metrics.update(report)
-                    history.write(json.dumps(_without_nan(report.as_json())) + "\n")
-                    history.flush()
-
-                complete = train(
-                    run,
-                    intake,
-                    stop,
-                    on_report,
-                    on_snapshot=metrics.set_snapshot_tokens,
-                    on_checkpoint=lambda: metrics.set_checkpoint_time(time.time()),
-                )
-            save_checkpoint(run, intake)
-            intake.drain(finished=complete)
-            if complete and last:
-                replace_text(directory / "summary.json", json.dumps(summary(run, intake, last[0]), indent=1) + "\n")
-                log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
-            elif not complete:
-                log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
-            close_metrics()
-        return 0
-    except (CheckpointError, IntakeError, KeysError) as error:
-        log.error("%s", error)
-        return 1
+            return intake.drain(finished=True)
+        (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
+        log.info("waiting for producers at %s", intake.endpoint)
+        if not _first_producer(intake, stop):
+            return None
+        assert ledger.stream is not None
+        run = Run(settings, ledger.stream)
+        if saved is not None:
+            run.restore(*saved)
+        complete = train(run, intake, stop, reports)
+        save_checkpoint(run, intake)
+        intake.drain(finished=complete)
+        if not complete:
+            log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
+        elif reports.last is not None:
+            replace_text(directory / "summary.json", json.dumps(summary(run, intake, reports.last), indent=1) + "\n")
+            log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
 
 
-def _restore_ledger(ledger: Any, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    document, tensors = saved
-    bits = {name.removeprefix("ledger/"): value.numpy() for name, value in tensors.items() if name.startswith("ledger/")}
-    ledger.restore(document["ledger"], bits)
+class Reports:
+    """Where the loop's reports go: a line of metrics.jsonl each, and Prometheus."""
+
+    def __init__(self, directory: Path, metrics: TrainerMetrics) -> None:
+        self.last: StepReport | None = None
+        self._history = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
+        self._metrics = metrics
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._history.close()
+
+    def report(self, report: StepReport) -> None:
+        self.last = report
+        self._metrics.update(report)
+        self._history.write(json.dumps(_without_nan(report.as_json())) + "\n")
+        self._history.flush()
+
+    def published(self, tokens: int) -> None:
+        self._metrics.set_snapshot_tokens(tokens)
+
+    def saved(self) -> None:
+        self._metrics.set_checkpoint_time(time.time())
 
 
-def _first_producer(intake: Any, stop: threading.Event) -> bool:
+def _first_producer(intake: Intake, stop: threading.Event) -> bool:
     """Waits until the stream's shape is known; False when stopped before."""
     began, told = time.monotonic(), 0.0
     while intake.ledger.stream is None:

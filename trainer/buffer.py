@@ -11,6 +11,7 @@ Rows of several hooks share a slot: one draw gives the same tokens for every hoo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,10 +90,10 @@ class ShuffleBuffer:
         self._order[border : self.rows] = slots
         self.rows = border
 
-    def random_state(self) -> dict:
-        return self._random.bit_generator.state
+    def random_state(self) -> dict[str, Any]:
+        return dict(self._random.bit_generator.state)
 
-    def restore_random_state(self, state: dict) -> None:
+    def restore_random_state(self, state: dict[str, Any]) -> None:
         self._random.bit_generator.state = state
 
 

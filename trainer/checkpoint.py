@@ -37,7 +37,8 @@ def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: di
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **document}))
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(temporary.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(temporary.iterdir())
         }
         (temporary / "complete.json").write_text(json.dumps(files))
     for old in _complete(folder)[:-keep]:
@@ -76,5 +77,7 @@ def load_newest(run_directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 def _complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
-    found = [path for path in folder.glob("*-*") if (path / "complete.json").is_file() and not path.name.startswith(".")]
+    found = [
+        path for path in folder.glob("*-*") if (path / "complete.json").is_file() and not path.name.startswith(".")
+    ]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))

@@ -42,6 +42,7 @@ log = logging.getLogger("sluice.trainer")
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 POLL_MILLISECONDS = 5
+GOODBYE_SECONDS = 5.0
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -77,7 +78,7 @@ class Intake:
         self._failure: BaseException | None = None
         self._context = zmq.Context()
         self._socket = self._bind()
-        self.endpoint: str = self._socket.last_endpoint.decode()
+        self.endpoint = settings.endpoint
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def __enter__(self) -> Intake:
@@ -125,10 +126,16 @@ class Intake:
             return self.buffer.peek(count)
 
     def drain(self, finished: bool) -> None:
-        """Tells every producer that this trainer is done or leaves; sent by the socket's thread."""
-        with self.lock:
+        """Tells every producer that this trainer is done or leaves, and waits a moment for them to go.
+
+        A finished run also waits for producers that are just coming back: nobody else would tell them.
+        """
+        with self._changed:
+            expected = len(self.ledger.sessions)
             self._outbox += self.ledger.drain(finished)
-        time.sleep(4 * POLL_MILLISECONDS / 1000)
+            deadline = time.monotonic() + (GOODBYE_SECONDS if finished else 1.0)
+            while time.monotonic() < deadline and (self.ledger.sessions or (finished and not expected)):
+                self._changed.wait(0.05)
 
     def stream_report(self) -> StreamReport:
         with self.lock:
@@ -156,7 +163,7 @@ class Intake:
         return self.buffer.rows >= max(count, self.buffer.capacity // 2)
 
     def _is_over(self) -> bool:
-        return self.ledger.exhausted and (self.buffer is None or not self.buffer.rows)
+        return self.ledger.finished
 
     def _wait(self) -> None:
         began = time.monotonic()
@@ -255,13 +262,15 @@ class Intake:
         return sends
 
     def _stranger(self, route: bytes, message: Message) -> list[Send]:
-        """Someone whose session is not known (any more): a zombie, or a producer of an earlier start of this trainer."""
+        """Someone whose session is not known (any more): a zombie, or a producer of an earlier start."""
         self.ledger.errors["unknown_session"] += 1
         if isinstance(message, Chunk):
             self.ledger.rejected["unknown_session"] += message.rows
         session = self._session_of.setdefault(route, f"stranger-{route.hex()}")
         self._route_of[session] = route
-        return [Send(session, Reject(code="unknown_session", reason="this session has ended; start a new one", retry=True))]
+        return [
+            Send(session, Reject(code="unknown_session", reason="this session has ended; start a new one", retry=True))
+        ]
 
     def _take_in(self, session: str, chunk: Chunk, payload: zmq.Frame | None, now: float) -> list[Send]:
         assert self.buffer is not None

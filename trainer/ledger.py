@@ -213,6 +213,11 @@ class Ledger:
             and all(shard.complete for shard in self.open.values())
         )
 
+    @property
+    def finished(self) -> bool:
+        """Every row there will ever be is trained."""
+        return self.exhausted and not self.rows_buffered
+
     def report(self) -> StreamReport:
         leased = sum(shard.holder is not None for shard in self.open.values())
         complete = sum(shard.complete for shard in self.open.values())
@@ -397,12 +402,14 @@ class Ledger:
             "errors": dict(self.errors),
             "auth_failures": self.auth_failures,
             "open": [
-                {name: getattr(shard, name) for name in SAVED} | {"positions": len(shard.had)}
-                for shard in shards
+                {name: getattr(shard, name) for name in SAVED} | {"positions": len(shard.had)} for shard in shards
             ],
         }
-        bits = {f"{shard.serial}.{name}": np.packbits(getattr(shard, name), bitorder="little")
-                for shard in shards for name in ("trained", "discarded")}
+        bits = {
+            f"{shard.serial}.{name}": np.packbits(getattr(shard, name), bitorder="little")
+            for shard in shards
+            for name in ("trained", "discarded")
+        }
         return document, bits
 
     def restore(self, document: dict[str, Any], bits: dict[str, np.ndarray]) -> None:
@@ -411,8 +418,15 @@ class Ledger:
         self.limits = replace(self.limits, seed=document["seed"])  # the cursor below is one into that seed's order
         self.stream = Hello.model_validate(document["stream"]) if document["stream"] else None
         self.norm_bounds = document["norm_bounds"]
-        for name in ("epoch", "finished_in_epoch", "rows_trained", "rows_discarded", "rows_set_aside", "sessions_lost",
-                     "auth_failures"):
+        for name in (
+            "epoch",
+            "finished_in_epoch",
+            "rows_trained",
+            "rows_discarded",
+            "rows_set_aside",
+            "sessions_lost",
+            "auth_failures",
+        ):
             setattr(self, name, document[name])
         self.set_aside = [dict(entry) for entry in document["set_aside"]]
         self.rejected, self.errors = Counter(document["rejected"]), Counter(document["errors"])

@@ -17,7 +17,9 @@ class RowAdam:
     def __init__(self, parameters: dict[str, Tensor], settings: OptimizerSettings) -> None:
         self.parameters = {name: torch.nn.Parameter(tensor) for name, tensor in parameters.items()}
         self.clip = settings.clip
-        self._adam = torch.optim.Adam(self.parameters.values(), betas=(settings.betas[0], settings.betas[1]), eps=settings.eps, fused=True)
+        self._adam = torch.optim.Adam(
+            self.parameters.values(), betas=(settings.betas[0], settings.betas[1]), eps=settings.eps, fused=True
+        )
 
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], learning_rate: float) -> Tensor:
@@ -72,27 +74,3 @@ def learning_rate_factor(tokens: int, target_tokens: int | None, warmup_tokens: 
 def default_learning_rate(d_sae: int) -> float:
     """2e-4 / sqrt(d_sae / 2¹⁴): the rule of dictionary_learning and sparsify, after Gao et al. 2024."""
     return 2e-4 / (d_sae / 2**14) ** 0.5
-
-
-def fastest_matmul(d_in: int, d_sae: int, batch: int, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16, whichever this machine multiplies faster at these sizes.
-
-    CPUs without bfloat16 units emulate it, slowly; a third faster is asked for before digits are given up.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16
-    rows = min(batch, 1024)
-    seconds = {dtype: _matmul_seconds(rows, d_in, d_sae, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return torch.bfloat16 if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
-
-
-def _matmul_seconds(rows: int, d_in: int, d_sae: int, dtype: torch.dtype) -> float:
-    import time
-
-    a, b = torch.ones(rows, d_in, dtype=dtype), torch.ones(d_sae, d_in, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ b.T
-        best = min(best, time.perf_counter() - began)
-    return best

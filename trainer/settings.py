@@ -68,11 +68,11 @@ class SaeSettings(Table):
     """topk: weight of the auxiliary loss; 0 turns it off."""
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """jumprelu: mean number of latents per row to aim at."""
-    l0_weight: float = Field(default=1.0, ge=0.0)
-    """jumprelu: weight of (L0 / target_l0 − 1)²; the target makes it a matter of speed, not of result."""
-    bandwidth: float = Field(default=2.0, gt=0.0)
+    l0_weight: float = Field(default=0.1, ge=0.0)
+    """jumprelu: weight of (L0 / target_l0 − 1)²; a larger one reaches the target sooner and reconstructs worse."""
+    bandwidth: float = Field(default=0.5, gt=0.0)
     """jumprelu: width of the straight-through kernel, where the mean square of an element of x is 1."""
-    initial_threshold: float = Field(default=1.0, gt=0.0)
+    initial_threshold: float = Field(default=0.25, gt=0.0)
     """jumprelu: threshold at the start, in the same scale."""
     pre_act_weight: float = Field(default=3e-6, ge=0.0)
     """jumprelu: weight of the loss that lifts dead latents; 0 turns it off."""
@@ -91,14 +91,18 @@ class SaeSettings(Table):
             if self.k is None:
                 raise ValueError(f"sae {self.name!r}: architecture topk needs k, such as k = 32")
             if self.k > self.d_sae:
-                raise ValueError(f"sae {self.name!r}: k = {self.k} exceeds d_sae = {self.d_sae}; lower k or raise d_sae")
+                raise ValueError(
+                    f"sae {self.name!r}: k = {self.k} exceeds d_sae = {self.d_sae}; lower k or raise d_sae"
+                )
         if self.architecture == "jumprelu":
             if self.target_l0 is None:
                 raise ValueError(f"sae {self.name!r}: architecture jumprelu needs target_l0, such as target_l0 = 32")
             if self.target_l0 > self.d_sae:
                 raise ValueError(f"sae {self.name!r}: target_l0 = {self.target_l0:g} exceeds d_sae = {self.d_sae}")
         if foreign := sorted(_ONLY_FOR[_OTHER[self.architecture]] & self.model_fields_set):
-            raise ValueError(f"sae {self.name!r}: {', '.join(foreign)} belong to {_OTHER[self.architecture]}; remove them")
+            raise ValueError(
+                f"sae {self.name!r}: {', '.join(foreign)} belong to {_OTHER[self.architecture]}; remove them"
+            )
         return self
 
 
@@ -150,7 +154,9 @@ class TrainerSettings(BaseModel):
             raise ValueError(f"sae.name: {', '.join(repeated)} is used more than once; each SAE needs its own name")
         for sae in self.sae:
             if sae.hook is None and len(self.hooks) > 1:
-                raise ValueError(f"sae {sae.name!r} names no hook and model.hooks has {len(self.hooks)}; choose one of them")
+                raise ValueError(
+                    f"sae {sae.name!r} names no hook and model.hooks has {len(self.hooks)}; choose one of them"
+                )
             if sae.hook is not None and sae.hook not in self.hooks:
                 raise ValueError(
                     f"sae {sae.name!r}: hook {sae.hook!r} is not streamed; "

@@ -99,11 +99,16 @@ def publish(
 def _write_sae(folder: Path, export: Export) -> None:
     folder.mkdir()
     (folder / "cfg.json").write_text(json.dumps(export.cfg, indent=1, allow_nan=False))
-    save_file({name: np.ascontiguousarray(array) for name, array in export.weights.items()}, folder / "sae_weights.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in export.weights.items()},
+        folder / "sae_weights.safetensors",
+    )
     with np.errstate(divide="ignore"):
         sparsity = np.log10(export.firing_rate).astype(np.float32)
     save_file({"sparsity": np.maximum(sparsity, -10.0, dtype=np.float32)}, folder / "sparsity.safetensors")
-    save_file({name: np.ascontiguousarray(array) for name, array in export.selftest.items()}, folder / "selftest.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in export.selftest.items()}, folder / "selftest.safetensors"
+    )
 
 
 def _describe(folder: Path, path: Path) -> dict[str, Any]:

@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from producer.precision import fastest_dtype
 from producer.wire import Hello
 from trainer import checkpoint
 from trainer.buffer import Batch, same_context_mates
 from trainer.intake import Intake
-from trainer.optimizer import fastest_matmul
 from trainer.report import StepReport
 from trainer.saes.inference import check, export
 from trainer.settings import SaeSettings, TrainerSettings
@@ -53,7 +53,7 @@ class Run:
         hook = self.settings.hook_of(sae)
         d_in, optimizer = self.stream.hooks[hook].width, self.settings.optimizer
         if optimizer.matmul == "auto":
-            dtype = fastest_matmul(d_in, sae.d_sae, optimizer.batch, self.device)
+            dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
         else:
             dtype = getattr(torch, optimizer.matmul)
         log.info("sae %s: %s, %d → %d, encoder product in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
@@ -76,7 +76,7 @@ class Run:
         for trainee in self.trainees:
             hook = trainee.hook
             if hook not in scaled:
-                scaled[hook] = batch.x[hook].to(self.device).float().mul_(self.scales[hook])
+                scaled[hook] = batch.x[hook].to(self.device).float() * self.scales[hook]
             trainee.step(scaled[hook], tokens, self.settings.run.tokens)
         self.step += 1
         self.last_batch = batch
@@ -144,6 +144,7 @@ class Run:
     def _metadata(self, trainee: Trainee, report: StepReport, run: dict[str, Any]) -> dict[str, Any]:
         """What SAELens and others look for beside the weights, and where this SAE came from."""
         facts, hook = self.stream.provenance, self.stream.hooks[trainee.hook]
+        numbers = _of(report, trainee)
         return {
             "model_name": facts.get("model"),
             "model_revision": facts.get("model_revision"),
@@ -161,23 +162,25 @@ class Run:
             "settings": trainee.settings.model_dump(mode="json", exclude_none=True),
             "run": run["id"],
             "stream": facts,
-            **{key: value for key, value in self._numbers(trainee, _of(report, trainee)).items() if key in ("l0", "fvu")},
-            "num_dead_features": _of(report, trainee).dead_latents,
+            "l0": finite(numbers.l0),
+            "fvu": finite(numbers.fvu),
+            "num_dead_features": numbers.dead_latents,
         }
 
 
-def train(
-    run: Run,
-    intake: Intake,
-    stop: threading.Event,
-    on_report: Callable[[StepReport], None],
-    on_snapshot: Callable[[int], None],
-    on_checkpoint: Callable[[], None],
-) -> bool:
+class Listener(Protocol):
+    """Who is told what the loop does."""
+
+    def report(self, report: StepReport) -> None: ...
+    def published(self, tokens: int) -> None: ...
+    def saved(self) -> None: ...
+
+
+def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -> bool:
     """Trains until the token budget or the data is used up, or `stop` is set. True when the run is complete."""
     settings = run.settings
     if not intake.wait_until_filled(settings.optimizer.batch, stop):
-        return not stop.is_set()
+        return intake.ledger.finished
     run.initialise(intake.peek(SAMPLE_ROWS))
     clock = Clock(run, intake)
     next_snapshot = clock.tokens + settings.snapshots.every_tokens
@@ -185,19 +188,19 @@ def train(
     while (count := _rows_due(settings, clock.tokens)) and (batch := intake.take(count, stop)):
         clock.work(batch)
         if clock.report_due():
-            on_report(clock.report())
+            listener.report(clock.report())
         if clock.tokens >= next_snapshot:
             next_snapshot += settings.snapshots.every_tokens
-            _written("snapshot", lambda: clock.snapshot(on_snapshot))
+            _written("snapshot", lambda: clock.snapshot(listener))
         if time.monotonic() >= next_checkpoint:
             if _written("checkpoint", lambda: save_checkpoint(run, intake)):
-                on_checkpoint()
+                listener.saved()
             next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
     if run.last_batch is not None:
-        on_report(clock.report())
-    complete = not stop.is_set()
+        listener.report(clock.report())
+    complete = intake.ledger.finished or not _rows_due(settings, clock.tokens)
     if complete and run.last_batch is not None:
-        clock.snapshot(on_snapshot)
+        clock.snapshot(listener)
     return complete
 
 
@@ -266,10 +269,10 @@ class Clock:
         self._reported_at, self._reported_tokens, self._busy, self._steps = now, self.tokens, 0.0, 0
         return report
 
-    def snapshot(self, on_snapshot: Callable[[int], None]) -> None:
+    def snapshot(self, listener: Listener) -> None:
         report = self.report()
         self._run.publish(report, run_facts(self._run, self._intake))
-        on_snapshot(report.tokens)
+        listener.published(report.tokens)
 
 
 def save_checkpoint(run: Run, intake: Intake) -> None:
@@ -279,12 +282,14 @@ def save_checkpoint(run: Run, intake: Intake) -> None:
         document["ledger"], bits = intake.ledger.state()
         document["buffer_random"] = intake.buffer.random_state() if intake.buffer else None
     tensors |= {f"ledger/{name}": torch.from_numpy(value) for name, value in bits.items()}
-    checkpoint.save(Path(run.settings.run.directory), intake.ledger.rows_trained, document, tensors, run.settings.checkpoint.keep)
+    settings = run.settings
+    directory = Path(settings.run.directory)
+    checkpoint.save(directory, intake.ledger.rows_trained, document, tensors, settings.checkpoint.keep)
 
 
 def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
     """What a manifest tells of the run."""
-    bounds = intake.ledger.norm_bounds
+    hooks, bounds = run.stream.hooks, intake.ledger.norm_bounds
     return {
         "id": intake.ledger.run,
         "settings": run.settings.model_dump(mode="json", exclude_none=True),
@@ -293,8 +298,8 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
             "fingerprint": run.stream.fingerprint,
             "shards": run.stream.shards,
             "held_out": run.stream.held_out,
-            "hooks": [hook.model_dump() for hook in run.stream.hooks],
-            "norm_bounds": None if bounds is None else {h.name: b for h, b in zip(run.stream.hooks, bounds, strict=True)},
+            "hooks": [hook.model_dump() for hook in hooks],
+            "norm_bounds": bounds and {hook.name: bound for hook, bound in zip(hooks, bounds, strict=True)},
         },
         "epoch": intake.ledger.epoch,
     }

@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 torch.sparse.check_sparse_tensor_invariants.disable()
 
 GROUP = 16
-"""Latents per group of the two-stage top-k: of the k best latents, each lies in one of the k groups with the best maxima."""
+"""Latents per group of the two-stage top-k."""
 
 
 @dataclass(frozen=True)

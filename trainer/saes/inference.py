@@ -82,7 +82,11 @@ def export(
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAELENS_LAYOUT, "training_architecture": sae.settings.architecture, **metadata},
+        "metadata": {
+            "sae_lens_version": SAELENS_LAYOUT,
+            "training_architecture": sae.settings.architecture,
+            **metadata,
+        },
     }
     published = InferenceSae(cfg, weights)
     x = _clear_cut(published, x.float().cpu())
@@ -135,4 +139,6 @@ def check(folder: Path) -> None:
 def _agree(what: str, ours: Tensor, expected: Tensor) -> None:
     difference = float((ours - expected).norm() / expected.norm().clamp_min(1e-12))
     if not difference <= TOLERANCE:
-        raise SnapshotError(f"self-test of {what} differs by {difference:.2g} relative; at most {TOLERANCE:g} is allowed")
+        raise SnapshotError(
+            f"self-test of {what} differs by {difference:.2g} relative; at most {TOLERANCE:g} is allowed"
+        )

@@ -93,5 +93,3 @@ class JumpReLU(Sae):
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         return {"architecture": "jumprelu"}, {"threshold": self.parameters["threshold"]}
-
-

@@ -1,0 +1,207 @@
+"""Real processes, real sockets: what a user starts, interrupts and kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from producer.wire import held_out_shards
+from trainer.checkpoint import load_newest
+from trainer.saes.inference import check
+from trainer.snapshot import snapshot_names, verify
+
+ROOT = Path(__file__).parent.parent
+SHARDS, WINDOWS, CONTEXT = 24, 32, 32
+
+RUN = f"""
+[run]
+directory = "DIR/run"
+threads = 1
+[stream]
+endpoint = "ipc://DIR/stream"
+dtype = "float32"
+heartbeat_seconds = 0.2
+dead_seconds = 1.5
+[corpus]
+kind = "synthetic"
+context = {CONTEXT}
+outlier_factor = 1e6
+[corpus.synthetic]
+d_in = 8
+features = 16
+shards = {SHARDS}
+shard_windows = {WINDOWS}
+naming = true
+[buffer]
+rows = 20000
+[optimizer]
+batch = 128
+matmul = "float32"
+[[sae]]
+name = "topk"
+architecture = "topk"
+d_sae = 32
+k = 4
+[snapshots]
+every_tokens = 8000
+[checkpoint]
+every_seconds = 0.3
+[monitor]
+trainer_port = 0
+producer_port = 0
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.replace("DIR", str(tmp_path)))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path: Path, run_file: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts `trainer` (the recording one) or `producer`; whatever still runs at the end is killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def begin(what: str, *overrides: str) -> subprocess.Popen[bytes]:
+        recording = [str(ROOT / "tests/drills/recording_trainer.py"), str(tmp_path / "rows")]
+        command = recording if what == "trainer" else ["-m", what]
+        log = open(tmp_path / f"{what}.log", "ab")  # noqa: SIM115 (the child keeps it)
+        process = subprocess.Popen(
+            [sys.executable, *command, str(run_file), *overrides], cwd=ROOT, stdout=log, stderr=log
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def tokens_in_checkpoint(tmp_path: Path) -> int:
+    folders = sorted((tmp_path / "run" / "checkpoint").glob("[0-9]*"), key=lambda path: path.name.split("-")[1])
+    return int(folders[-1].name.split("-")[0]) if folders else 0
+
+
+def trained_rows(tmp_path: Path) -> np.ndarray:
+    """Every row trained on in the surviving lineage, as one number each, sorted."""
+    shard, window, position = np.fromfile(tmp_path / "rows", np.int32).reshape(-1, 3).T
+    return np.sort((shard * WINDOWS + window) * CONTEXT + position)
+
+
+def all_rows(epochs: int = 1) -> np.ndarray:
+    """Every row that should be: all shards but the held-out ones, once per epoch."""
+    shards = np.setdiff1d(np.arange(SHARDS), held_out_shards(SHARDS, 0.0625))
+    rows = (shards[:, None] * WINDOWS * CONTEXT + np.arange(WINDOWS * CONTEXT)).ravel()
+    return np.sort(np.tile(rows, epochs))
+
+
+def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Callable, tmp_path: Path) -> None:
+    """Two producers, one epoch: each row once, exit codes 0, valid snapshots, a summary."""
+    trainer, producers = start("trainer"), [start("producer"), start("producer")]
+
+    assert trainer.wait(90) == 0
+    assert [producer.wait(20) for producer in producers] == [0, 0]
+    np.testing.assert_array_equal(trained_rows(tmp_path), all_rows())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(all_rows()) == summary["tokens"] == summary["rows_trained"]
+    names = snapshot_names(tmp_path / "run")
+    assert len(names) >= 2
+    for name in names:
+        verify(tmp_path / "run" / "snapshots" / name)
+        check(tmp_path / "run" / "snapshots" / name / "topk")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_trains_every_row_exactly_once(start: Callable, tmp_path: Path, how: signal.Signals) -> None:
+    """The trainer is stopped or killed in mid-run and started again: nothing lost, nothing repeated.
+
+    Two epochs, so that a second one is counted and the cut may fall anywhere.
+    """
+    epochs = "corpus.epochs=2"
+    trainer, producer = start("trainer", epochs), start("producer", epochs)
+    for target in (3000, 12000, 24000):
+        running = trainer
+        wait_until(lambda: tokens_in_checkpoint(tmp_path) >= target or running.poll() is not None)  # noqa: B023
+        trainer.send_signal(how)
+        code = trainer.wait(30)
+        assert code in (0, -how)
+        trainer = start("trainer", epochs)
+
+    assert trainer.wait(90) == 0
+    assert producer.wait(30) == 0
+    np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs=2))
+
+
+def test_producers_may_be_killed_and_replaced(start: Callable, tmp_path: Path) -> None:
+    """A producer killed in mid-shard loses nothing: its rows are computed again by another, once."""
+    trainer = start("trainer")
+    for _ in range(3):
+        victim = start("producer")
+        before = tokens_in_checkpoint(tmp_path)
+        wait_until(lambda before=before: tokens_in_checkpoint(tmp_path) > before or trainer.poll() is not None)
+        victim.kill()
+    start("producer")
+
+    assert trainer.wait(90) == 0
+    np.testing.assert_array_equal(trained_rows(tmp_path), all_rows())
+
+
+def test_sigterm_writes_a_checkpoint(start: Callable, tmp_path: Path) -> None:
+    """A stop in the first second, before any periodic checkpoint, keeps what was learned."""
+    trainer, _ = start("trainer", "checkpoint.every_seconds=1000.0"), start("producer")
+    wait_until(lambda: (tmp_path / "rows").exists() and (tmp_path / "rows").stat().st_size > 0)
+    trainer.terminate()
+
+    assert trainer.wait(30) == 0
+    saved = load_newest(tmp_path / "run")
+    assert saved is not None
+    assert saved[0]["ledger"]["rows_trained"] > 0
+
+
+def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Path) -> None:
+    """Exit code 78, and the line names what differs with both values."""
+    start("trainer"), start("producer")
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0)
+    stranger = start("producer", "corpus.synthetic.shards=25")
+
+    assert stranger.wait(30) == 78
+    assert "differs" in (tmp_path / "producer.log").read_text()
+
+
+def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_path: Path) -> None:
+    """One line within seconds, with what to do; exit code 1 when patience is over."""
+    lonely = start("producer", "stream.patience_seconds=1.0")
+
+    assert lonely.wait(30) == 1
+    told = (tmp_path / "producer.log").read_text()
+    assert "no trainer answers at ipc://" in told
+    assert "python -m trainer" in told
+    assert "Traceback" not in told
+
+
+def test_two_trainers_do_not_share_a_run_directory(start: Callable, tmp_path: Path) -> None:
+    """The second one is refused in a line."""
+    start("trainer")
+    wait_until(lambda: (tmp_path / "run" / "settings.toml").exists())
+
+    assert start("trainer").wait(30) == 1
+    assert "belongs to a trainer that is running" in (tmp_path / "trainer.log").read_text()
