@@ -1,0 +1,191 @@
+"""Tokens per second of the demo's producer alone, trainer alone and both together; memory of each process.
+
+    python -m tests.benchmarks.throughput [--device cuda] [--seconds 20]
+
+alone    the producer against a trainer that takes rows in and learns nothing; the trainer on rows that are there
+         already. Each has all cores of the machine (as many threads as there are).
+together the two processes as the demo runs them, sharing the cores.
+
+On shared cores no schedule can beat 1 / (1/p + 1/t): a token needs 1/p seconds of the machine in the producer and 1/t
+in the trainer. Prints a table, writes bench.json. A benchmark, not a test: it never fails on a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from producer.settings import read_run_file
+from producer.wire import Hello, Hook
+from trainer.buffer import ShuffleBuffer
+from trainer.intake import TORCH_DTYPE, Intake
+from trainer.ledger import Ledger, Limits
+from trainer.settings import TrainerSettings
+from trainer.train import Run
+
+RUN_FILE = "deploy/demo.toml"
+WARM_SECONDS = 5.0
+
+
+def settings_for(directory: Path, *overrides: str) -> tuple[TrainerSettings, list[str]]:
+    """The demo's settings in a folder and on a socket of their own, and the overrides that say so."""
+    given = [
+        f"run.directory={directory}/run",
+        f"stream.endpoint=ipc://{directory}/stream",
+        "monitor.trainer_port=0",
+        "monitor.producer_port=0",
+        "run.tokens=1_000_000_000",
+        "corpus.epochs=1000",
+        *overrides,
+    ]
+    return read_run_file(TrainerSettings, RUN_FILE, given), given
+
+
+def start(what: str, overrides: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", what, RUN_FILE, *overrides]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def megabytes(process: subprocess.Popen[bytes]) -> float:
+    return psutil.Process(process.pid).memory_info().rss / 1e6
+
+
+def producer_alone(seconds: float, device: str) -> tuple[float, float]:
+    """(rows per second, MB): the real producer, its rows taken from the buffer and thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings, overrides = settings_for(Path(folder), f"run.threads={os.cpu_count()}", f"model.device={device}")
+        limits = Limits(settings.buffer.rows, 0, None, 1.0, 10.0, 120.0)
+        ledger = Ledger(limits, "bench", "bench", [settings.stream.endpoint])
+
+        def make_buffer(hello: Hello) -> ShuffleBuffer:
+            return ShuffleBuffer(settings.buffer.rows, [h.width for h in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
+
+        stop = threading.Event()
+        with Intake(settings.stream, ledger, make_buffer) as intake:
+            process = start("producer", overrides)
+            try:
+                began, rows = None, 0
+                while began is None or time.monotonic() - began < seconds:
+                    batch = intake.take(settings.optimizer.batch, stop)
+                    assert batch is not None
+                    intake.trained(batch)
+                    if began is None:
+                        began, rows = time.monotonic(), -ledger.rows_received
+                return (rows + ledger.rows_received) / (time.monotonic() - began), megabytes(process)
+            finally:
+                process.kill()
+                process.wait()
+
+
+def trainer_alone(seconds: float, device: str) -> float:
+    """Rows per second of the loop's step on rows that are there already."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        settings, _ = settings_for(Path(folder), f"optimizer.device={device}")
+    sample = torch.randn(64, 256) @ torch.randn(256, 256)
+    mixing = torch.randn(settings.buffer.rows, 64) * (torch.rand(settings.buffer.rows, 64) < 0.1)
+    rows = (mixing @ sample + 0.1 * torch.randn(settings.buffer.rows, 256)).to(torch.bfloat16)
+    hello = Hello(
+        producer="p", session="s", name="bench", fingerprint="f", shards=1, held_out=0.0, context=256,
+        hooks=[Hook(name=settings.hooks[0], module="m", width=256)], dtype="bfloat16", chunk_rows=4096,
+        norm_bounds=None, provenance={},
+    )  # fmt: skip
+    run = Run(settings, hello)
+    run.initialise([rows[:32768]])
+    buffer = ShuffleBuffer(settings.buffer.rows, [256], torch.bfloat16, 0)
+    buffer.insert([rows], 0, torch.arange(len(rows)).numpy())
+    tokens, began, counted = 0, None, 0
+    while began is None or time.monotonic() - began < seconds:
+        if tokens > 100 * settings.optimizer.batch and began is None:
+            began, counted = time.monotonic(), tokens
+        batch = buffer.draw(settings.optimizer.batch)
+        run.learn(batch, tokens)
+        buffer.insert(batch.x, 0, batch.position)
+        tokens += settings.optimizer.batch
+    return (tokens - counted) / (time.monotonic() - began)
+
+
+def together(seconds: float, device: str) -> tuple[float, float, float]:
+    """(rows per second, MB of the producer, MB of the trainer) of both processes as the demo runs them."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, overrides = settings_for(Path(folder), f"model.device={device}", f"optimizer.device={device}")
+        processes = [start("trainer", overrides), start("producer", overrides)]
+        history = Path(folder) / "run" / "metrics.jsonl"
+        try:
+            while not history.exists() or not history.read_text().strip():
+                time.sleep(0.2)
+            time.sleep(WARM_SECONDS)
+            first = json.loads(history.read_text().splitlines()[-1])
+            time.sleep(seconds)
+            last = json.loads(history.read_text().splitlines()[-1])
+            memory = [megabytes(process) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        rate = (last["tokens"] - first["tokens"]) / (last["time"] - first["time"])
+        return rate, memory[1], memory[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each measurement (default 20)")
+    given = parser.parse_args()
+    console = Console()
+    with console.status("trainer alone"):
+        t = trainer_alone(given.seconds, given.device)
+    with console.status("producer alone"):
+        p, _ = producer_alone(given.seconds, given.device)
+    with console.status("both together"):
+        both, producer_mb, trainer_mb = together(given.seconds, given.device)
+    best = 1 / (1 / p + 1 / t)
+    result = {
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "device": given.device,
+        "producer_alone": p,
+        "trainer_alone": t,
+        "together": both,
+        "best_possible": best,
+        "fraction_of_best": both / best,
+        "producer_mb": producer_mb,
+        "trainer_mb": trainer_mb,
+    }
+    Path("bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    table = Table(title=f"The demo's stream, tokens/s ({result['machine']}, {given.device})", title_justify="left")
+    for column in (
+        "producer alone",
+        "trainer alone",
+        "best possible 1/(1/p+1/t)",
+        "together",
+        "fraction",
+        "MB producer / trainer",
+    ):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{p:,.0f}",
+        f"{t:,.0f}",
+        f"{best:,.0f}",
+        f"{both:,.0f}",
+        f"{both / best:.2f}",
+        f"{producer_mb:.0f} / {trainer_mb:.0f}",
+    )
+    console.print(table)
+    console.print("written to bench.json")
+
+
+if __name__ == "__main__":
+    main()
