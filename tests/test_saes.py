@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels import reference
-from trainer.kernels.sparse import Entries, entries_above, multiply, sample, topk, topk_entries, transpose
+from trainer.kernels.sparse import Entries, multiply, positive_entries, sample, topk, topk_entries, transpose
 from trainer.saes.base import Sae, geometric_median
 from trainer.saes.inference import check, export
 from trainer.saes.jumprelu import JumpReLU
@@ -236,15 +236,24 @@ def test_sparse_products_equal_dense_ones() -> None:
     torch.manual_seed(0)
     pre_acts = torch.randn(9, 16, dtype=torch.float64)
     pre_acts[4] = -5.0
-    entries = entries_above(pre_acts, torch.full((16,), 0.7, dtype=torch.float64))
+    entries = positive_entries(pre_acts)
     dense, W, X = entries.dense(), torch.randn(16, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     by_column = transpose(entries)
 
-    torch.testing.assert_close(dense, pre_acts * (pre_acts > 0.7))
+    torch.testing.assert_close(dense, pre_acts.relu())
     torch.testing.assert_close(multiply(entries, W), dense @ W)
     torch.testing.assert_close(sample(entries, X, W), (X @ W.T)[entries.row(), entries.column])
     torch.testing.assert_close(by_column.multiply(entries.value, X), dense.T @ X)
     torch.testing.assert_close(by_column.sums(entries.value), dense.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positive_entries_are_those_above_zero(dtype: torch.dtype) -> None:
+    """Zero, minus zero, negatives and the smallest positive number, in every format the encoder product has."""
+    values = torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype)
+    entries = positive_entries(values)
+
+    assert [[0, 2], [1, 1]] == torch.stack([entries.row(), entries.column], 1).tolist()
 
 
 def test_sparse_products_repeat_bit_for_bit() -> None:

@@ -83,13 +83,19 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value, candidate.gather(1, place)
 
 
-def entries_above(pre_acts: Tensor, level: Tensor) -> Entries:
-    """All entries with pre_acts > level; pre_acts [batch, d_sae], level [d_sae]."""
-    above = pre_acts > level
-    row, column = above.nonzero(as_tuple=True)
-    start = torch.zeros(len(pre_acts) + 1, dtype=torch.int64, device=pre_acts.device)
-    torch.cumsum(torch.bincount(row, minlength=len(pre_acts)), 0, out=start[1:])
-    return Entries(start, column, widen(pre_acts[row, column]), pre_acts.shape[1])
+def positive_entries(values: Tensor) -> Entries:
+    """All entries of [batch, d_sae] that are above zero."""
+    batch, d_sae = values.shape
+    place = _is_positive(values).view(-1).nonzero().squeeze(1)
+    row = torch.div(place, d_sae, rounding_mode="floor")
+    start = torch.zeros(batch + 1, dtype=torch.int64, device=values.device)
+    torch.cumsum(torch.bincount(row, minlength=batch), 0, out=start[1:])
+    return Entries(start, place - row * d_sae, widen(values.view(-1)[place]), d_sae)
+
+
+def _is_positive(values: Tensor) -> Tensor:
+    # A bfloat16 above zero is, read as an integer, above zero too; CPUs compare integers three times faster.
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values) > 0
 
 
 def multiply(entries: Entries, W: Tensor) -> Tensor:
@@ -131,7 +137,9 @@ class Transposed:
 
 def transpose(entries: Entries) -> Transposed:
     """A stable sort by column: rows stay ascending, so that every sum has a fixed order."""
-    order = torch.argsort(entries.column, stable=True)
+    # A narrow key is sorted by radix, several times faster.
+    key = entries.column.to(torch.int16 if entries.columns <= 2**15 else torch.int32)
+    order = torch.argsort(key, stable=True)
     start = torch.zeros(entries.columns + 1, dtype=torch.int64, device=order.device)
     torch.cumsum(torch.bincount(entries.column, minlength=entries.columns), 0, out=start[1:])
     return Transposed(start, entries.row()[order], order)

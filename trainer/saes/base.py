@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from trainer.kernels.sparse import Entries, Transposed, multiply
 from trainer.settings import SaeSettings
@@ -73,11 +74,11 @@ class Sae(ABC):
         """Restores what the optimizer does not know: decoder rows of unit norm."""
         normalise_rows(self.parameters["W_dec"])
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """The one dense product of a step, [batch, d_sae], in `matmul_dtype`."""
+    def pre_acts(self, x: Tensor, less: Tensor | float = 0.0) -> Tensor:
+        """The one dense product of a step, [batch, d_sae], in `matmul_dtype`; `less` is subtracted on the way."""
         p, dtype = self.parameters, self.matmul_dtype
         # b_dec is subtracted in float32: in bfloat16 it would cost the digits that matter.
-        return torch.addmm(p["b_enc"].to(dtype), (x - p["b_dec"]).to(dtype), p["W_enc"].to(dtype).T)
+        return linear((x - p["b_dec"]).to(dtype), p["W_enc"].to(dtype), (p["b_enc"] - less).to(dtype))
 
     def decode(self, latents: Entries) -> Tensor:
         return multiply(latents, self.parameters["W_dec"]) + self.parameters["b_dec"]

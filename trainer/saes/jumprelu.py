@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.kernels.sparse import entries_above, sample, transpose, widen
+from trainer.kernels.sparse import positive_entries, sample, transpose, widen
 from trainer.saes.base import Gradients, Sae
 from trainer.settings import SaeSettings
 
@@ -45,9 +45,11 @@ class JumpReLU(Sae):
 
     def gradients(self, x: Tensor, dead: Tensor) -> Gradients:
         W_dec, threshold, bandwidth = self.parameters["W_dec"], self.parameters["threshold"], self.settings.bandwidth
-        pre_acts = self.pre_acts(x)
-        near = entries_above(pre_acts, (threshold - bandwidth / 2).to(pre_acts.dtype))
-        z, theta = near.value, threshold[near.column]
+        floor = threshold - bandwidth / 2
+        above_floor = self.pre_acts(x, less=floor)
+        near = positive_entries(above_floor)
+        theta = threshold[near.column]
+        z = near.value + (theta - bandwidth / 2)
         on = (z > theta).to(z.dtype)
         kernel = ((z - theta).abs() < bandwidth / 2).to(z.dtype) / bandwidth
         latents = near.with_value(z * on)
@@ -67,13 +69,13 @@ class JumpReLU(Sae):
         grads["b_dec"] += dx_hat.sum(0)
         grads["threshold"] = -by_latent.sums(through_kernel)
         if dead.any() and self.settings.pre_act_weight:
-            losses["pre_act"] = self._pull_up(grads, pre_acts, x, dead.nonzero().squeeze(1))
+            losses["pre_act"] = self._pull_up(grads, above_floor, x, dead.nonzero().squeeze(1))
         return Gradients(grads, losses, x_hat, latents)
 
-    def _pull_up(self, grads: dict[str, Tensor], pre_acts: Tensor, x: Tensor, dead: Tensor) -> Tensor:
+    def _pull_up(self, grads: dict[str, Tensor], above_floor: Tensor, x: Tensor, dead: Tensor) -> Tensor:
         """Adds the gradient of the pre-act loss, which lifts dead latents towards their threshold; returns the loss."""
         weight = self.settings.pre_act_weight / len(x)
-        below = (self.parameters["threshold"][dead] - widen(pre_acts[:, dead])).relu_()
+        below = (self.settings.bandwidth / 2 - widen(above_floor[:, dead])).relu_()
         under = (below > 0).to(x.dtype) * weight
         count = under.sum(0)
         grads["W_enc"][dead] -= under.T @ (x - self.parameters["b_dec"])
