@@ -13,6 +13,7 @@ import difflib
 import ipaddress
 import json
 import re
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -375,6 +376,7 @@ def parse_command_line(program: str, purpose: str, kind: type[S], arguments: lis
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     if given.print_settings:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         print(show_settings(settings))
         raise SystemExit(0)
     return settings

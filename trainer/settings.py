@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from producer.settings import (
     CorpusSettings,
@@ -104,6 +104,11 @@ class SaeSettings(Table):
                 f"sae {self.name!r}: {', '.join(foreign)} belong to {_OTHER[self.architecture]}; remove them"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_applies(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        foreign = _ONLY_FOR[_OTHER[self.architecture]]
+        return {name: value for name, value in serialise(self).items() if name not in foreign}
 
 
 _OTHER = {"topk": "jumprelu", "jumprelu": "topk"}
