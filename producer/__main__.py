@@ -85,7 +85,7 @@ def _run(settings: ProducerSettings) -> int:
         dtype=settings.stream.dtype,
         chunk_rows=source.context * chunk_windows(source.context, row_bytes, source.batch_windows),
         norm_bounds=bounds,
-        provenance=source.facts | {"layers_run": source.layers[0], "layers_total": source.layers[1]},
+        provenance=source.facts | source.findings,
     )
     registry = new_registry()
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,11 @@ class Source(Protocol):
         """(layers that run, layers of the whole model)"""
         ...
 
+    @property
+    def findings(self) -> dict[str, Any]:
+        """What was measured at the start, for the stream's HELLO and the snapshots; decides no row."""
+        ...
+
     def windows(self, shard: int) -> Windows: ...
 
     def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
@@ -60,7 +65,7 @@ class LanguageModelSource:
         self.context = settings.corpus.context
         # The corpus first: a wrong path should not wait for a model to load.
         self._corpus: Corpus = open_corpus(settings.corpus)
-        log.info("corpus: %s, %d shards", self._corpus.description, self._corpus.shards)
+        log.info("corpus: %s", self._corpus.description)
         self.model: LanguageModel = load_language_model(settings.model)
         if self.model.context_limit is not None and self.context > self.model.context_limit:
             raise ModelError(
@@ -95,6 +100,20 @@ class LanguageModelSource:
     def layers(self) -> tuple[int, int]:
         return self.model.layers_run, self.model.layers_total
 
+    @property
+    def findings(self) -> dict[str, Any]:
+        check = self.model.self_check
+        return {
+            "layers_run": self.model.layers_run,
+            "layers_total": self.model.layers_total,
+            "self_check": {
+                "passed": check.passed,
+                "largest_difference": check.max_difference,
+                "rms": check.scale,
+                "hooks": list(check.compared),
+            },
+        }
+
     def windows(self, shard: int) -> Windows:
         return windows_of(self._corpus.documents(shard), self.model.tokenizer, self._settings)
 
@@ -110,6 +129,7 @@ class SyntheticSource:
 
     device = torch.device("cpu")
     layers = (0, 0)
+    findings: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, settings: ProducerSettings) -> None:
         assert settings.corpus.synthetic is not None

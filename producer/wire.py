@@ -25,6 +25,8 @@ VERSION = 1
 MAX_HEADER_BYTES = 64 * 1024
 MAX_MASK_BYTES = 8 * 1024 * 1024
 MAX_CHUNK_BYTES = 64 * 1024 * 1024
+MAX_CHUNK_POSITIONS = 8 * 30 * 1024
+"""windows × context of one chunk: two masks of so many bits and the other fields fit into a header."""
 TARGET_CHUNK_BYTES = 2 * 1024 * 1024
 """What a producer aims at: large enough to be fast, small enough that a heartbeat never waits long behind one."""
 
@@ -33,8 +35,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Text = Annotated[str, Field(max_length=1024)]
 Word = Annotated[str, Field(min_length=1, max_length=128)]
-Bits = Annotated[bytes, Field(max_length=30 * 1024)]
-"""Two of these and the rest of a CHUNK fit into a header."""
+Bits = Annotated[bytes, Field(max_length=MAX_CHUNK_POSITIONS // 8)]
 
 
 class WireError(ValueError):

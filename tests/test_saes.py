@@ -253,7 +253,7 @@ def test_positive_entries_are_those_above_zero(dtype: torch.dtype) -> None:
     values = torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype)
     entries = positive_entries(values)
 
-    assert [[0, 2], [1, 1]] == torch.stack([entries.row(), entries.column], 1).tolist()
+    assert torch.stack([entries.row(), entries.column], 1).tolist() == [[0, 2], [1, 1]]
 
 
 def test_sparse_products_repeat_bit_for_bit() -> None:

@@ -104,7 +104,7 @@ class Session:
         return (self.granted - self.received) * self.hello.chunk_rows
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenShard:
     """A shard that was leased at least once and is not finished. Bits are bool arrays over its positions."""
 

@@ -111,7 +111,6 @@ class Run:
         """Writes a snapshot of every SAE, self-tested, and retires old ones."""
         assert self.last_batch is not None and self.scales is not None
         directory = Path(self.settings.run.directory)
-        numbers = {sae.name: sae for sae in report.saes}
         exports = [
             export(
                 trainee.sae,
@@ -119,7 +118,7 @@ class Run:
                 trainee.statistics.firing_rate(),
                 self.last_batch.x[trainee.hook][:1024],
                 self._metadata(trainee, report, run),
-                self._numbers(trainee, numbers[trainee.settings.name]),
+                self.numbers(trainee, _of(report, trainee)),
             )
             for trainee in self.trainees
         ]
@@ -127,7 +126,7 @@ class Run:
         retire(directory, self.settings.snapshots.keep)
         return folder
 
-    def _numbers(self, trainee: Trainee, report: Any) -> dict[str, Any]:
+    def numbers(self, trainee: Trainee, report: Any) -> dict[str, Any]:
         return {
             "architecture": trainee.settings.architecture,
             "d_in": trainee.sae.d_in,
@@ -144,7 +143,7 @@ class Run:
     def _metadata(self, trainee: Trainee, report: StepReport, run: dict[str, Any]) -> dict[str, Any]:
         """What SAELens and others look for beside the weights, and where this SAE came from."""
         facts, hook = self.stream.provenance, self.stream.hooks[trainee.hook]
-        numbers = _of(report, trainee)
+        measured = _of(report, trainee)
         return {
             "model_name": facts.get("model"),
             "model_revision": facts.get("model_revision"),
@@ -162,9 +161,9 @@ class Run:
             "settings": trainee.settings.model_dump(mode="json", exclude_none=True),
             "run": run["id"],
             "stream": facts,
-            "l0": finite(numbers.l0),
-            "fvu": finite(numbers.fvu),
-            "num_dead_features": numbers.dead_latents,
+            "l0": finite(measured.l0),
+            "fvu": finite(measured.fvu),
+            "num_dead_features": measured.dead_latents,
         }
 
 
@@ -187,24 +186,30 @@ def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -
     next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
     while (count := _rows_due(settings, clock.tokens)) and (batch := intake.take(count, stop)):
         clock.work(batch)
-        if clock.report_due():
-            listener.report(clock.report())
-        if clock.tokens >= next_snapshot:
-            next_snapshot += settings.snapshots.every_tokens
-            _written("snapshot", lambda: clock.snapshot(listener))
+        snapshot_due = clock.tokens >= next_snapshot
+        if snapshot_due or clock.report_due():
+            listener.report(report := clock.report())
+            if snapshot_due:
+                next_snapshot += settings.snapshots.every_tokens
+                _publish(run, intake, report, listener)
         if time.monotonic() >= next_checkpoint:
             if _written("checkpoint", lambda: save_checkpoint(run, intake)):
                 listener.saved()
             next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
-    if run.last_batch is not None:
-        listener.report(clock.report())
     complete = intake.ledger.finished or not _rows_due(settings, clock.tokens)
-    if complete and run.last_batch is not None:
-        clock.snapshot(listener)
+    if run.last_batch is not None:
+        listener.report(report := clock.report())
+        if complete:
+            _publish(run, intake, report, listener)
     return complete
 
 
-def _written(what: str, write: Callable[[], None]) -> bool:
+def _publish(run: Run, intake: Intake, report: StepReport, listener: Listener) -> None:
+    if _written("snapshot", lambda: run.publish(report, run_facts(run, intake))):
+        listener.published(report.tokens)
+
+
+def _written(what: str, write: Callable[[], object]) -> bool:
     """A full or read-only disk costs a snapshot or a checkpoint, never the training."""
     try:
         write()
@@ -269,11 +274,6 @@ class Clock:
         self._reported_at, self._reported_tokens, self._busy, self._steps = now, self.tokens, 0.0, 0
         return report
 
-    def snapshot(self, listener: Listener) -> None:
-        report = self.report()
-        self._run.publish(report, run_facts(self._run, self._intake))
-        listener.published(report.tokens)
-
 
 def save_checkpoint(run: Run, intake: Intake) -> None:
     """One instant on disk: weights and ledger between two steps."""
@@ -314,7 +314,7 @@ def summary(run: Run, intake: Intake, report: StepReport) -> dict[str, Any]:
         "rows_trained": intake.ledger.rows_trained,
         "rows_set_aside": intake.ledger.rows_set_aside,
         "shards_set_aside": intake.ledger.set_aside,
-        "saes": {trainee.settings.name: run._numbers(trainee, _of(report, trainee)) for trainee in run.trainees},
+        "saes": {trainee.settings.name: run.numbers(trainee, _of(report, trainee)) for trainee in run.trainees},
     }
 
 

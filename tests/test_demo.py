@@ -1,0 +1,96 @@
+"""`make demo` in small: the same program, processes, language model and text, fewer tokens and latents."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trainer.snapshot import snapshot_names, verify
+
+ROOT = Path(__file__).parent.parent
+
+
+def small(tmp_path: Path, tokens: int) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "deploy.demo",
+        f"run.directory={tmp_path}/run",
+        f"run.tokens={tokens}",
+        f"stream.endpoint=ipc://{tmp_path}/stream",
+        "buffer.rows=16384",
+        "optimizer.batch=1024",
+        "optimizer.warmup_tokens=5000",
+        "sae.topk.d_sae=512",
+        "sae.jumprelu.d_sae=512",
+        "snapshots.every_tokens=15000",
+        "monitor.trainer_port=0",
+        "monitor.producer_port=0",
+        "monitor.port=0",
+        "monitor.service_port=0",
+        "monitor.evaluation_tokens=2048",
+    ]
+
+
+def processes_of(directory: Path) -> list[psutil.Process]:
+    """Every process on this machine that works on the run in `directory`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(f"{directory}/run" in argument for argument in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue  # it ended while we looked
+    return found
+
+
+@pytest.mark.timeout(240)
+def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
+    """Exit 0, a table of both SAEs with figures from held-out text, valid snapshots, and nothing left running."""
+    done = subprocess.run(small(tmp_path, 40_000), cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Results" in done.stdout
+    assert "SAE.load_from_disk(" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"topk", "jumprelu"} == set(summary["saes"])
+    for sae in summary["saes"].values():
+        assert sae["ce_sae"] > sae["ce_clean"] > 0
+        assert 0 < sae["held_out_fvu"] < 1
+    names = snapshot_names(tmp_path / "run")
+    assert len(names) >= 3
+    for name in names:
+        verify(tmp_path / "run" / "snapshots" / name)
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("moment", ["at once", "in mid-run"])
+def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
+    """The interrupt key at any moment: all processes are gone within seconds, and the terminal says so."""
+    demo = subprocess.Popen(
+        small(tmp_path, 100_000_000), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    history = tmp_path / "run" / "metrics.jsonl"
+    while len(processes_of(tmp_path)) < 4 or (
+        moment == "in mid-run" and not (history.exists() and history.read_text())
+    ):
+        assert time.monotonic() < deadline
+        assert demo.poll() is None
+        time.sleep(0.1)
+    os.killpg(demo.pid, signal.SIGINT)
+    output, _ = demo.communicate(timeout=30)
+
+    assert demo.returncode == 130
+    assert "nothing is left running" in output.decode()
+    assert "Traceback" not in output.decode()
+    assert processes_of(tmp_path) == []
