@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -85,8 +86,8 @@ def _saes(report: Report, evaluations: Mapping[str, Report]) -> RenderableType:
 
 def results(summary: Report) -> Table:
     """The table of a finished run, from summary.json; fits 80 columns."""
-    table = Table(title="Results", title_justify="left", header_style="bold")
-    for name in ("SAE", "latents", "L0", "FVU", "dead", "shrinkage", "ΔCE", "CE recov.", "KL"):
+    table = Table(title="Results", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("SAE", "latents", "L0", "FVU", "dead", "shrink", "ΔCE", "CE recov.", "KL"):
         table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True)
     for name, sae in summary["saes"].items():
         dead = sae.get("dead_latents_ratio")

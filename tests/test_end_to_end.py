@@ -179,7 +179,8 @@ def test_sigterm_writes_a_checkpoint(start: Callable, tmp_path: Path) -> None:
 
 def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Path) -> None:
     """Exit code 78, and the line names what differs with both values."""
-    start("trainer"), start("producer")
+    endless = "corpus.epochs=1000"
+    start("trainer", endless), start("producer", endless)
     wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0)
     stranger = start("producer", "corpus.synthetic.shards=25")
 

@@ -1,0 +1,711 @@
+"""Exactly once, whatever happens: the real ledger and the real buffer against an adversary that Hypothesis steers.
+
+Producers behave, fall silent, repeat and lose messages, die, come back with old leases, or bring another corpus; the
+trainer crashes and comes back with its last checkpoint; shards fail. A model that shares no code with the ledger
+keeps the books from the messages alone, and the two are compared after every step. However an example ended, healthy
+producers must then be able to finish the run, and every row of every epoch must be accounted for.
+
+    SLUICE_HYPOTHESIS_STEPS=400 pytest tests/test_ledger_machine.py      # 400 examples of 400 steps, at random
+
+By default 100 examples of 40 steps, the same each time: a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from producer.wire import (
+    Bye,
+    Chunk,
+    Credit,
+    Heartbeat,
+    Hello,
+    Hook,
+    Lease,
+    Message,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    Welcome,
+    decode,
+    encode,
+    held_out_shards,
+    pack_bits,
+    unpack_bits,
+)
+from trainer.buffer import Batch, ShuffleBuffer
+from trainer.ledger import LEASES_PER_PRODUCER, Ledger, Limits, Send
+
+SHARDS, HELD_OUT, CONTEXT, WIDTH = 5, 0.2, 4, 2
+DEAD_SECONDS, STALL_SECONDS = 10.0, 5.0
+PATIENCE = 100
+"""Rounds of half a second in which healthy producers must bring something: longer than any time-out."""
+
+Name = tuple[int, int]
+"""(epoch, shard)."""
+Row = tuple[int, int, int]
+"""(epoch, shard, position)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one shard holds, and what happens to whoever works on it."""
+
+    kept: np.ndarray
+    """Bool [windows, CONTEXT]: its rows."""
+    outliers: np.ndarray
+    """Bool [windows, CONTEXT]: those of its rows whose norm is too large."""
+    fate: str = "sound"
+    """Or: failing, unreadable (never worth a retry), deadly."""
+    fate_window: int = 0
+    """Where that happens."""
+
+    def rows(self) -> set[int]:
+        return set(np.flatnonzero(self.kept).tolist())
+
+
+@st.composite
+def shards(draw: st.DrawFn) -> Shard:
+    bits = draw(st.lists(st.tuples(st.integers(0, 15), st.sampled_from((0, 0, 0, 5, 15))), max_size=6))
+    kept = np.array([[word >> place & 1 for place in range(CONTEXT)] for word, _ in bits], bool).reshape(-1, CONTEXT)
+    large = np.array([[word >> place & 1 for place in range(CONTEXT)] for _, word in bits], bool).reshape(-1, CONTEXT)
+    fate = draw(st.sampled_from(("sound",) * 13 + ("failing", "unreadable", "deadly")))
+    return Shard(kept, kept & large, fate, draw(st.integers(0, 2)))
+
+
+@dataclass
+class Pipe:
+    """One session's messages under way, first in first out, as a connection keeps them."""
+
+    session: str
+    up: deque[tuple[Message, torch.Tensor | None]] = field(default_factory=deque)
+    down: deque[tuple[Message, bytes]] = field(default_factory=deque)
+
+
+@dataclass
+class Work:
+    """A lease and how far its producer has come."""
+
+    lease: Lease
+    had: np.ndarray
+    window: int = 0
+
+
+class ModelProducer:
+    """A producer as the protocol describes it, one action at a time."""
+
+    def __init__(
+        self, name: str, corpus: list[Shard], chunk_windows: int, chatty: bool, fingerprint: str, now: float
+    ) -> None:
+        self.name, self.corpus, self.chunk_windows, self.chatty = name, corpus, chunk_windows, chatty
+        self.fingerprint = fingerprint
+        self.alive = True
+        self.wedged = False
+        self.sessions = self.progress = 0
+        self.last_heard = now
+        self.open_session()
+
+    def open_session(self) -> None:
+        """Starts over: HELLO on a new connection. The old one's messages may still arrive."""
+        self.sessions += 1
+        self.pipe = Pipe(f"{self.name}.{self.sessions}")
+        self.incarnation: str | None = None
+        self.granted = self.sent = 0
+        self.work: list[Work] = []
+        hello = Hello(
+            producer=self.name,
+            session=self.pipe.session,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            shards=SHARDS,
+            held_out=HELD_OUT,
+            context=CONTEXT,
+            hooks=[Hook(name="blocks.0.hook_resid_post", module="h.0", width=WIDTH)],
+            dtype="float32",
+            chunk_rows=self.chunk_windows * CONTEXT,
+            norm_bounds=None,
+            provenance={},
+        )
+        self.pipe.up.append((hello, None))
+
+    def act(self, now: float) -> None:
+        """Reads what has come, then does one thing: a chunk, the end of a shard, or a heartbeat."""
+        if self.pipe.down:
+            self.last_heard = now
+        self.read()
+        if now - self.last_heard > DEAD_SECONDS:
+            self.last_heard = now
+            self.open_session()
+        if not self.alive or self.incarnation is None:
+            return
+        if not self.work or self.wedged:
+            return self.say(Heartbeat(progress=self.progress))
+        work = self.work[0]
+        shard = self.corpus[work.lease.shard]
+        last = min(work.window + self.chunk_windows, len(shard.kept))
+        if shard.fate != "sound" and last > min(shard.fate_window, len(shard.kept) - 1):
+            self.meet_fate(work, shard.fate)
+        elif work.window == len(shard.kept):
+            self.work.remove(work)
+            self.say(ShardEnd(**named(work.lease), rows=int(shard.kept.sum())))
+        elif self.sent == self.granted:
+            self.say(Heartbeat(progress=self.progress))
+        else:
+            self.send_windows(work, shard, last)
+
+    def meet_fate(self, work: Work, fate: str) -> None:
+        if fate == "deadly":
+            self.alive = False
+        else:
+            self.work.remove(work)
+            self.say(ShardFail(**named(work.lease), error="cannot be read", retry=fate == "failing"))
+
+    def send_windows(self, work: Work, shard: Shard, last: int) -> None:
+        part = slice(work.window, last)
+        wanted = shard.kept[part] & ~work.had[part]
+        outliers = wanted & shard.outliers[part]
+        kept = wanted & ~outliers
+        if wanted.any() or self.chatty:
+            self.sent += 1
+            chunk = Chunk(
+                **named(work.lease),
+                number=self.sent,
+                incarnation=self.incarnation or "",
+                first_window=work.window,
+                windows=last - work.window,
+                rows=int(kept.sum()),
+                kept=pack_bits(kept),
+                outliers=pack_bits(outliers) if outliers.any() else b"",
+            )
+            self.say(chunk, activations(work.lease.shard, CONTEXT * work.window + np.flatnonzero(kept)))
+        work.window = last
+        self.progress += 1
+
+    def read(self) -> None:
+        while self.pipe.down:
+            message, payload = self.pipe.down.popleft()
+            if isinstance(message, Welcome) and message.session == self.pipe.session:
+                self.incarnation = message.incarnation
+            elif isinstance(message, Lease):
+                kept = self.corpus[message.shard].kept
+                self.work.append(Work(message, unpack_bits(payload, kept.size).reshape(kept.shape)))
+            elif isinstance(message, Credit):
+                self.granted = max(self.granted, message.number)
+            elif isinstance(message, Reject) and message.retry:
+                self.open_session()
+            elif isinstance(message, Reject):
+                self.alive = False
+
+    def say(self, message: Message, x: torch.Tensor | None = None) -> None:
+        self.pipe.up.append((message, x))
+
+
+def named(lease: Lease) -> dict[str, int]:
+    return {"shard": lease.shard, "epoch": lease.epoch, "attempt": lease.attempt}
+
+
+def activations(shard: int, position: np.ndarray) -> torch.Tensor:
+    """Rows that carry their own name, [rows, WIDTH], so that what comes out of the buffer can be recognised."""
+    return torch.tensor([[shard, at] for at in position.tolist()], dtype=torch.float32).reshape(-1, WIDTH)
+
+
+@dataclass
+class Books:
+    """What the model knows of one lineage: all of it is saved with a checkpoint and comes back with it."""
+
+    had: dict[Name, set[int]] = field(default_factory=dict)
+    trained: dict[Name, set[int]] = field(default_factory=dict)
+    discarded: dict[Name, set[int]] = field(default_factory=dict)
+    attempt: dict[Name, int] = field(default_factory=dict)
+    aside: dict[Name, int | None] = field(default_factory=dict)
+    """Rows never received of each shard that was given up; None where nobody knows how many there are."""
+    rows_aside: int = 0
+
+    def restored(self) -> Books:
+        """After a restart: what was buffered is missing again, and set aside where nobody will be asked for it."""
+        books = deepcopy(self)
+        for name, had in books.had.items():
+            settled = books.trained.get(name, set()) | books.discarded.get(name, set())
+            if name in books.aside:
+                lost = len(had) - len(settled)
+                books.rows_aside += lost
+                if (missing := books.aside[name]) is not None:
+                    books.aside[name] = missing + lost
+            books.had[name] = settled
+        return books
+
+
+def move(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
+    """A rule that comes after a while in which nothing bad happens; without that, little would ever be got through."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        @wraps(function)
+        def after_a_while(self: Stream, rounds: int, **arguments: Any) -> None:
+            for _ in range(rounds):
+                self.round()
+            function(self, **arguments)
+
+        del after_a_while.__wrapped__  # type: ignore[attr-defined]  # or Hypothesis sees the inner signature
+        return rule(rounds=st.integers(0, 3), **strategies)(after_a_while)
+
+    return decorate
+
+
+class Stream(RuleBasedStateMachine):
+    """The adversary's moves, the model's books, and what must hold after each move."""
+
+    @initialize(
+        corpus=st.lists(shards(), min_size=SHARDS, max_size=SHARDS),
+        capacity=st.sampled_from((32, 37, 64)),
+        epochs=st.sampled_from((1, 3, 9)),
+    )
+    def start(self, corpus: list[Shard], capacity: int, epochs: int) -> None:
+        self.corpus = corpus
+        self.limits = Limits(capacity, 0, epochs, 1.0, DEAD_SECONDS, STALL_SECONDS)
+        self.now = 0.0
+        self.starts = self.born = 0
+        self.producers: list[ModelProducer] = []
+        self.zombies: list[Pipe] = []
+        self.checkpoint: tuple[str, dict[str, bytes], Books] | None = None
+        self.boot()
+        self.add_producer()
+
+    def boot(self) -> None:
+        """A new incarnation of the trainer, from the last checkpoint if there is one."""
+        self.starts += 1
+        self.ledger = Ledger(self.limits, "run", f"start-{self.starts}", ["tcp://here"])
+        self.buffer = ShuffleBuffer(self.limits.capacity_rows, [WIDTH], torch.float32, seed=self.starts)
+        self.books = Books()
+        if self.checkpoint is not None:
+            document, bits, books = self.checkpoint
+            self.ledger.restore(json.loads(document), {name: np.frombuffer(b, np.uint8) for name, b in bits.items()})
+            self.books = books.restored()
+        self.hand: Batch | None = None
+        self.serials: dict[int, Name] = {}
+        self.told: dict[str, int] = {}
+        self.taken: Counter[str] = Counter()
+        self.chunk_rows: dict[str, int] = {}
+        self.holder: dict[Name, tuple[str, int]] = {}
+        self.seen_aside = len(self.ledger.set_aside)
+        self.tokens = 0
+
+    # The adversary's moves: producers
+
+    @move(chunk_windows=st.integers(1, 2), chatty=st.booleans(), fingerprint=st.sampled_from(("ours", "theirs")))
+    def join(self, chunk_windows: int, chatty: bool, fingerprint: str) -> None:
+        """A producer joins; one of another corpus must be refused for good."""
+        if len(self.producers) < 4:
+            self.add_producer(chunk_windows, chatty, fingerprint)
+
+    @move(which=st.integers(0, 99), times=st.integers(1, 6))
+    def act(self, which: int, times: int) -> None:
+        for _ in range(times):
+            self.pick(which).act(self.now)
+
+    @move(which=st.integers(0, 99), noticed=st.booleans(), politely=st.booleans())
+    def kill(self, which: int, noticed: bool, politely: bool) -> None:
+        """A producer goes. What it sent still arrives; the trainer's socket may or may not notice."""
+        producer = self.pick(which)
+        producer.alive = False
+        if politely:
+            producer.say(Bye())
+        self.zombies.append(producer.pipe)
+        if noticed:
+            self.gone(producer.pipe.session)
+
+    @move(which=st.integers(0, 99))
+    def wedge(self, which: int) -> None:
+        """A producer's GPU hangs, or recovers; its socket lives on."""
+        producer = self.pick(which)
+        producer.wedged = not producer.wedged
+
+    @move(which=st.integers(0, 99))
+    def reconnect(self, which: int) -> None:
+        """The same process says HELLO again; its old connection's messages come later, or never."""
+        producer = self.pick(which)
+        if producer.alive:
+            self.zombies.append(producer.pipe)
+            producer.open_session()
+
+    # The adversary's moves: the network
+
+    @move(which=st.integers(0, 99), count=st.integers(1, 8))
+    def deliver(self, which: int, count: int) -> None:
+        pipe = self.pick_pipe(which)
+        for _ in range(min(count, len(pipe.up))):
+            self.receive(pipe, *pipe.up.popleft())
+
+    @move(which=st.integers(0, 99), downwards=st.booleans())
+    def lose(self, which: int, downwards: bool) -> None:
+        pipe = self.pick_pipe(which)
+        if lane := (pipe.down if downwards else pipe.up):
+            lane.popleft()
+
+    @move(which=st.integers(0, 99))
+    def repeat(self, which: int) -> None:
+        pipe = self.pick_pipe(which)
+        if pipe.up:
+            pipe.up.appendleft(pipe.up[0])
+
+    @move(which=st.integers(0, 99), fault=st.sampled_from(("attempt", "duplicate", "gap", "incarnation", "session")))
+    def forge(self, which: int, fault: str) -> None:
+        """A chunk that is right in all but one point, from someone with credit."""
+        held = sorted((name, *holder) for name, holder in self.holder.items())
+        if not held:
+            return
+        (epoch, shard), session, attempt = held[which % len(held)]
+        others = [one for one in self.told if one != session]
+        had = sorted(self.books.had.get((epoch, shard), set()))
+        free = [at for at in range(4 * CONTEXT) if at not in had]
+        at = (had if fault == "duplicate" else free or [0])[:1]
+        if not at or (fault == "session" and not others):
+            return
+        sender = others[0] if fault == "session" else session
+        kept = np.arange(CONTEXT) == at[0] % CONTEXT
+        chunk = Chunk(
+            number=self.taken[sender] + (2 if fault == "gap" else 1),
+            incarnation=self.ledger.incarnation + ("?" if fault == "incarnation" else ""),
+            shard=shard,
+            epoch=epoch,
+            attempt=attempt - (fault == "attempt"),
+            first_window=at[0] // CONTEXT,
+            windows=1,
+            rows=1,
+            kept=pack_bits(kept),
+            outliers=b"",
+        )
+        before = self.buffer.rows
+        self.receive(Pipe(sender), chunk, activations(shard, np.array(at)))
+        assert self.buffer.rows == before, f"a chunk with a wrong {fault} was taken"
+
+    # The adversary's moves: time and the trainer
+
+    @move(seconds=st.sampled_from((0.5, 0.5, 1.0, 6.0, DEAD_SECONDS + 1, 2.0)))
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.dispatch(self.ledger.tick(self.now))
+
+    @move()
+    def nothing(self) -> None:
+        """Not every move does harm."""
+
+    @move(count=st.integers(1, 24))
+    def take(self, count: int) -> None:
+        """A batch is drawn, however little there is; its step is done in the next round, or never."""
+        if self.hand is None and self.buffer.rows:
+            self.draw(count)
+
+    @move()
+    def save(self) -> None:
+        """A checkpoint, between two steps."""
+        self.step()
+        document, bits = self.ledger.state()
+        self.checkpoint = (json.dumps(document), {name: b.tobytes() for name, b in bits.items()}, deepcopy(self.books))
+
+    @move()
+    def crash(self) -> None:
+        """The trainer dies and starts again. What was under way to it arrives at its successor."""
+        self.boot()
+
+    # What must hold after each move
+
+    @invariant()
+    def check(self) -> None:
+        self.memory_is_bounded()
+        self.every_row_is_in_one_place()
+        self.bits_agree()
+        self.leases_are_held_by_sessions()
+        self.what_is_given_up_is_listed()
+        self.report_agrees()
+
+    def memory_is_bounded(self) -> None:
+        """Rows here and rows still allowed to come never exceed the buffer."""
+        waiting = sum(self.chunk_rows[one] * (self.told[one] - self.taken[one]) for one in self.told)
+        assert waiting == self.ledger.rows_credited
+        assert self.in_memory() + waiting <= self.limits.capacity_rows
+
+    def every_row_is_in_one_place(self) -> None:
+        trained = sum(map(len, self.books.trained.values()))
+        assert self.ledger.rows_trained == trained
+        assert self.ledger.rows_received == self.in_memory() + trained
+        assert self.ledger.rows_discarded == sum(map(len, self.books.discarded.values()))
+        assert self.ledger.rows_trained >= self.tokens
+        self.tokens = self.ledger.rows_trained
+
+    def bits_agree(self) -> None:
+        """The ledger's bits are the model's sets, for every open shard; a closed one has all its rows trained."""
+        open_names = set()
+        for shard in self.ledger.open.values():
+            name = (shard.epoch, shard.shard)
+            open_names.add(name)
+            for bits, model in (
+                (shard.had, self.books.had),
+                (shard.trained, self.books.trained),
+                (shard.discarded, self.books.discarded),
+            ):
+                assert set(np.flatnonzero(bits).tolist()) == model.get(name, set())
+        assert len(open_names) == len(self.ledger.open)
+        for name, had in self.books.had.items():
+            if name not in open_names:
+                assert had == self.books.trained.get(name, set()) | self.books.discarded.get(name, set())
+                assert name in self.books.aside or had == self.corpus[name[1]].rows()
+
+    def leases_are_held_by_sessions(self) -> None:
+        """A leased shard has one holder, who is here; whatever a session held is free when it ends."""
+        assert set(self.ledger.sessions) == set(self.told)
+        held = {
+            (shard.epoch, shard.shard): (shard.holder, shard.attempt)
+            for shard in self.ledger.open.values()
+            if shard.holder is not None
+        }
+        assert held == self.holder
+        for name, session in self.ledger.sessions.items():
+            assert len(session.leases) <= LEASES_PER_PRODUCER
+            assert all(shard.holder == name and not shard.complete for shard in session.leases)
+        assert sum(len(session.leases) for session in self.ledger.sessions.values()) == len(held)
+
+    def what_is_given_up_is_listed(self) -> None:
+        assert self.ledger.rows_set_aside == self.books.rows_aside
+        listed = {(entry["epoch"], entry["shard"]): entry["rows"] for entry in self.ledger.set_aside}
+        assert listed == self.books.aside and len(listed) == len(self.ledger.set_aside)
+
+    def report_agrees(self) -> None:
+        report = self.ledger.report()
+        assert report.credit_rows_outstanding == self.ledger.rows_credited
+        assert sum(report.producers.values()) == len(self.told)
+        assert report.leases["leased"] == len(self.holder)
+        if all(shard.epoch == self.ledger.epoch for shard in self.ledger.open.values()) and self.ledger.stream:
+            aside = sum(epoch == self.ledger.epoch for epoch, _ in self.books.aside)
+            others = sum(count for state, count in report.leases.items() if state != "set_aside")
+            assert others + aside == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
+
+    def teardown(self) -> None:
+        """From wherever the example ended, healthy producers finish the run, and the books balance."""
+        if sys.exc_info()[0] is None and hasattr(self, "ledger"):
+            self.finish()
+            self.balance()
+
+    def finish(self) -> None:
+        idle_rounds = 0
+        for producer in self.producers:
+            producer.wedged = False
+        while not (self.ledger.exhausted and self.in_memory() == 0):
+            before = self.achieved()
+            if not any(producer.alive and producer.fingerprint == "ours" for producer in self.producers):
+                self.add_producer(chatty=True)
+            self.round()
+            self.memory_is_bounded()
+            self.leases_are_held_by_sessions()
+            idle_rounds = 0 if self.achieved() > before else idle_rounds + 1
+            assert idle_rounds < PATIENCE, "healthy producers bring the run no further"
+
+    def achieved(self) -> tuple[int, ...]:
+        """Grows with whatever brings the end nearer."""
+        ledger, books = self.ledger, self.books
+        ended = sum(shard.complete for shard in ledger.open.values()) + ledger._next_serial - len(ledger.open)
+        failures = sum(shard.failures + shard.deaths for shard in ledger.open.values())
+        return ledger.rows_received + ledger.rows_discarded, ledger.rows_trained, ended, len(books.aside), failures
+
+    def balance(self) -> None:
+        """Every row of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
+        self.check()
+        assert not self.ledger.open
+        kept = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
+        for name in ((epoch, shard) for epoch in range(self.limits.epochs or 0) for shard in kept):
+            content, trained = self.corpus[name[1]], self.books.trained.get(name, set())
+            discarded = self.books.discarded.get(name, set())
+            missing = content.rows() - trained - discarded
+            assert not trained & discarded and trained | discarded <= content.rows()
+            assert discarded <= set(np.flatnonzero(content.outliers).tolist())
+            assert not trained & set(np.flatnonzero(content.outliers).tolist())
+            if name not in self.books.aside:
+                assert not missing, f"rows of {name} were forgotten"
+            elif self.books.aside[name] is not None:
+                assert self.books.aside[name] == len(missing)
+
+    # The trainer's loop
+
+    def draw(self, count: int) -> None:
+        self.hand = self.buffer.draw(min(count, self.buffer.rows))
+        names = [[self.serials[serial][1], at] for serial, at in self.names_in_hand()]
+        expected = torch.tensor(names, dtype=torch.float32)
+        assert torch.equal(self.hand.x[0], expected), "a row came out of the buffer under another name"
+
+    def step(self) -> None:
+        """The step whose batch is in hand is done: its rows are trained."""
+        if self.hand is None:
+            return
+        for serial, at in self.names_in_hand():
+            trained = self.books.trained.setdefault(self.serials[serial], set())
+            assert at not in trained, "a row was trained twice"
+            trained.add(at)
+        self.ledger.trained(self.hand.serial, self.hand.position)
+        self.hand = None
+
+    def names_in_hand(self) -> list[tuple[int, int]]:
+        assert self.hand is not None
+        return list(zip(self.hand.serial.tolist(), self.hand.position.tolist(), strict=True))
+
+    # The model's bookkeeping, from messages alone
+
+    def receive(self, pipe: Pipe, message: Message, x: torch.Tensor | None) -> None:
+        """One message reaches the trainer, which does as `intake` does."""
+        session, message = pipe.session, decode(encode(message))
+        if isinstance(message, Hello):
+            return self.receive_hello(message)
+        if session not in self.ledger.sessions:
+            return self.dispatch([Send(session, Reject(code="unknown_session", reason="ended", retry=True))])
+        if isinstance(message, Chunk):
+            assert x is not None
+            return self.receive_chunk(session, message, x)
+        if isinstance(message, ShardEnd | ShardFail):
+            if self.holder.get((message.epoch, message.shard)) == (session, message.attempt):
+                del self.holder[message.epoch, message.shard]
+            method = self.ledger.shard_end if isinstance(message, ShardEnd) else self.ledger.shard_fail
+            self.dispatch(method(session, message, self.now))  # type: ignore[arg-type]
+        elif isinstance(message, Heartbeat):
+            self.dispatch(self.ledger.heartbeat(session, message, self.now))
+        elif isinstance(message, Bye):
+            self.forget(session)
+            self.dispatch(self.ledger.bye(session, message, self.now))
+
+    def receive_hello(self, hello: Hello) -> None:
+        if self.ledger.stream is None and hello.fingerprint != "ours":
+            return  # it would rightly become this run's corpus
+        for session in [one for one in self.told if one.split(".")[0] == hello.producer]:
+            self.forget(session)
+        sends = self.ledger.hello(hello, self.now)
+        if hello.fingerprint == "ours":
+            assert [type(send.message) for send in sends] == [Welcome]
+            self.told[hello.session], self.chunk_rows[hello.session] = 0, hello.chunk_rows
+            self.taken[hello.session] = 0
+        else:
+            assert [(send.message.code, send.message.retry) for send in sends] == [("mismatch", False)]  # type: ignore[attr-defined]
+        self.dispatch(sends)
+
+    def receive_chunk(self, session: str, chunk: Chunk, x: torch.Tensor) -> None:
+        """The ledger must take the chunk exactly when the model would."""
+        name, rejected = (chunk.epoch, chunk.shard), sum(self.ledger.rejected.values())
+        at = chunk.first_window * CONTEXT
+        kept, outliers = (
+            set((at + np.flatnonzero(unpack_bits(bits, chunk.windows * CONTEXT))).tolist())
+            for bits in (chunk.kept, chunk.outliers)
+        )
+        had = self.books.had.setdefault(name, set())
+        in_turn = chunk.number == self.taken[session] + 1 and chunk.number <= self.told[session]
+        in_session = in_turn and chunk.incarnation == self.ledger.incarnation
+        leased = self.holder.get(name) == (session, chunk.attempt)
+        accepted, sends = self.ledger.chunk(session, chunk, x.nbytes, self.now)
+        assert (accepted is not None) == (in_session and leased and not had & (kept | outliers)), "fenced wrongly"
+        assert (session in self.ledger.sessions) == (in_session and (not leased or accepted is not None))
+        self.taken[session] += in_session
+        self.dispatch(sends)
+        if accepted is None:
+            assert sum(self.ledger.rejected.values()) == rejected + chunk.rows, "rows vanished without being counted"
+            return
+        assert self.serials.setdefault(accepted.serial, name) == name
+        assert accepted.position.tolist() == sorted(kept)
+        self.buffer.insert([x], accepted.serial, accepted.position)
+        had |= kept | outliers
+        self.books.discarded.setdefault(name, set()).update(outliers)
+
+    def dispatch(self, sends: list[Send]) -> None:
+        """Notes what the trainer says, and puts it on its way."""
+        pipes = {producer.pipe.session: producer.pipe for producer in self.producers}
+        for send in sends:
+            message = decode(encode(send.message))
+            if isinstance(message, Lease):
+                name = (message.epoch, message.shard)
+                assert name not in self.holder and name not in self.books.aside
+                assert message.attempt > self.books.attempt.get(name, 0), "an attempt was used twice"
+                had = np.flatnonzero(unpack_bits(send.payload or b"", 8 * len(send.payload or b""))).tolist()
+                assert set(had) == self.books.had.get(name, set()), "the lease's mask is wrong"
+                self.holder[name], self.books.attempt[name] = (send.session, message.attempt), message.attempt
+            elif isinstance(message, Credit):
+                assert message.number > self.told[send.session], "credit fell"
+                self.told[send.session] = message.number
+            elif isinstance(message, Reject):
+                self.forget(send.session)
+            if send.session in pipes:
+                pipes[send.session].down.append((message, send.payload or b""))
+        self.note_aside()
+
+    def note_aside(self) -> None:
+        """A shard given up is listed with the number of its rows that never came, where that can be known."""
+        for entry in self.ledger.set_aside[self.seen_aside :]:
+            name = (entry["epoch"], entry["shard"])
+            missing = len(self.corpus[name[1]].rows() - self.books.had.get(name, set()))
+            assert entry["rows"] in (None, missing)
+            self.books.aside[name] = entry["rows"]
+            self.books.rows_aside += entry["rows"] or 0
+        self.seen_aside = len(self.ledger.set_aside)
+
+    def gone(self, session: str) -> None:
+        self.forget(session)
+        self.ledger.gone(session)
+        self.note_aside()
+
+    def forget(self, session: str) -> None:
+        self.told.pop(session, None)
+        self.holder = {name: holder for name, holder in self.holder.items() if holder[0] != session}
+
+    def round(self) -> None:
+        """Half a second in which everyone does one thing, a little of what was sent arrives, and a step is made."""
+        for producer in self.producers:
+            producer.act(self.now)
+            for _ in range(min(2, len(producer.pipe.up))):
+                self.receive(producer.pipe, *producer.pipe.up.popleft())
+            if not producer.alive:
+                self.gone(producer.pipe.session)
+        self.producers = [producer for producer in self.producers if producer.alive]
+        self.now += 0.5
+        self.dispatch(self.ledger.tick(self.now))
+        self.step()
+        # As the real loop does: batches while the buffer is half full, the rest once no more will come.
+        if self.buffer.rows >= (1 if self.ledger.exhausted else self.buffer.capacity // 2):
+            self.draw(self.buffer.capacity // 4)
+
+    def in_memory(self) -> int:
+        return self.buffer.rows + (len(self.hand.serial) if self.hand else 0)
+
+    def add_producer(self, chunk_windows: int = 2, chatty: bool = False, fingerprint: str = "ours") -> None:
+        self.born += 1
+        name = f"p{self.born}"
+        self.producers.append(ModelProducer(name, self.corpus, chunk_windows, chatty, fingerprint, self.now))
+
+    def pick(self, which: int) -> ModelProducer:
+        if not self.producers:
+            self.add_producer(chatty=True)
+        return self.producers[which % len(self.producers)]
+
+    def pick_pipe(self, which: int) -> Pipe:
+        pipes = [self.pick(0).pipe, *(producer.pipe for producer in self.producers[1:]), *self.zombies]
+        return pipes[which % len(pipes)]
+
+
+STEPS = int(os.environ.get("SLUICE_HYPOTHESIS_STEPS", "0"))
+
+Stream.TestCase.settings = settings(
+    max_examples=STEPS or 100,
+    stateful_step_count=STEPS or 40,
+    derandomize=not STEPS,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+TestStream = Stream.TestCase
