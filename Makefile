@@ -33,19 +33,19 @@ $(VENV)/ready: pyproject.toml deploy/pins.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Sluice needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV) (once; about a minute)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) torch
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e .
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e ".[dev]"
 	@touch $@
 
 $(VENV)-peers/ready: deploy/pins-peers.txt
 	@echo "setting up $(VENV)-peers with SAELens (once; some minutes)"
 	@$(PYTHON) -m venv $(VENV)-peers
-	@$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c deploy/pins-peers.txt torch
-	@$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c deploy/pins-peers.txt sae-lens
+	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt torch
+	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt sae-lens
 	@touch $@
 
 clean:

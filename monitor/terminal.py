@@ -86,7 +86,7 @@ def _saes(report: Report, evaluations: Mapping[str, Report]) -> RenderableType:
 
 def results(summary: Report) -> Table:
     """The table of a finished run, from summary.json; fits 80 columns."""
-    table = Table(title="Results", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Results", title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("SAE", "latents", "L0", "FVU", "dead", "shrink", "ΔCE", "CE recov.", "KL"):
         table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True)
     for name, sae in summary["saes"].items():

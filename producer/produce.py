@@ -23,7 +23,16 @@ from producer.link import Finished, Link, SessionLost
 from producer.report import ProducerReport
 from producer.source import Source, batches
 from producer.tokens import Windows
-from producer.wire import DTYPE_BYTES, TARGET_CHUNK_BYTES, Lease, ShardEnd, ShardFail, pack_bits, unpack_bits
+from producer.wire import (
+    DTYPE_BYTES,
+    MAX_CHUNK_POSITIONS,
+    TARGET_CHUNK_BYTES,
+    Lease,
+    ShardEnd,
+    ShardFail,
+    pack_bits,
+    unpack_bits,
+)
 
 log = logging.getLogger("sluice.producer")
 
@@ -33,6 +42,20 @@ TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def chunk_windows(context: int, row_bytes: int, batch_windows: int) -> int:
     """Windows per chunk: about TARGET_CHUNK_BYTES, at most one forward pass."""
     return max(1, min(batch_windows, TARGET_CHUNK_BYTES // (context * row_bytes)))
+
+
+def chunk_parts(chosen: np.ndarray, windows: int, context: int) -> Iterator[slice]:
+    """Cuts a pass' ascending window indices into chunks of at most `windows`.
+
+    A chunk names all positions between its first and last window. When few rows of a shard are missing these lie far
+    apart, and a chunk ends where it would name more than a message may.
+    """
+    start = 0
+    while start < len(chosen):
+        reach = chosen[start] + MAX_CHUNK_POSITIONS // context
+        end = min(start + windows, int(np.searchsorted(chosen, reach)))
+        yield slice(start, end)
+        start = end
 
 
 @dataclass(frozen=True)
@@ -134,8 +157,7 @@ class Producer:
 
     def _send(self, lease: Lease, one: Pass, wanted: np.ndarray, bounds: list[float] | None) -> None:
         """Cuts one pass into chunks and sends them."""
-        for start in range(0, len(one.chosen), self._chunk_windows):
-            part = slice(start, start + self._chunk_windows)
+        for part in chunk_parts(one.chosen, self._chunk_windows, self._source.context):
             chosen = one.chosen[part]
             kept, payload = self._pack([x[part] for x in one.activations], wanted[chosen], bounds, one.done)
             # The windows of a chunk are a range; those in between that had nothing wanted hold no bits.
