@@ -7,12 +7,14 @@ all three and leaves nothing running.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -45,10 +47,16 @@ def main() -> int:
         return 2
     directory = Path(settings.run.directory)
     if directory.exists():
+        if not _is_an_old_run(directory):
+            console.print(
+                f"{directory} holds something else than a finished or stopped run; choose another run.directory"
+            )
+            return 2
         console.print(f"starting afresh: removing {directory}", style="dim")
         shutil.rmtree(directory)
     (directory / "logs").mkdir(parents=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     began = time.monotonic()
     try:
@@ -71,6 +79,18 @@ def main() -> int:
         return 1
     _show_results(console, settings, time.monotonic() - began)
     return 0
+
+
+def _is_an_old_run(directory: Path) -> bool:
+    """A run directory that no trainer works in."""
+    try:
+        with open(directory / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return [path.name for path in directory.iterdir()] in ([], ["logs"])
+    except OSError:
+        return False
+    return (directory / "settings.toml").is_file()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -113,7 +133,8 @@ def _evaluations(directory: Path) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for name in snapshot_names(directory):
         for path in (directory / "snapshots" / name).glob("*/evaluation.json"):
-            found[path.parent.name] = json.loads(path.read_text())
+            with suppress(FileNotFoundError, ValueError):  # retired or replaced a moment ago
+                found[path.parent.name] = json.loads(path.read_text())
     return found
 
 

@@ -94,8 +94,8 @@ def results(summary: Report) -> Table:
         table.add_row(
             name,
             f"{sae['d_sae']:,}",
-            number(sae.get("held_out_l0", sae["l0"]), ".1f"),
-            number(sae.get("held_out_fvu", sae["fvu"]), ".4f"),
+            number(sae.get("held_out_l0"), ".1f"),
+            number(sae.get("held_out_fvu"), ".4f"),
             "-" if dead is None else f"{dead:.1%}",
             number(sae["shrinkage"], ".3f"),
             number(sae.get("ce_delta"), ".4f"),

@@ -63,12 +63,9 @@ def _run(settings: ProducerSettings) -> int:
         torch.set_num_threads(settings.run.threads)
     try:
         source = open_source(settings)
-        first = [
-            shard
-            for shard in range(source.shards)
-            if shard not in held_out_shards(source.shards, settings.corpus.held_out)
-        ]
-        bounds = norm_bounds(source, first, settings.corpus.outlier_factor)
+        held_out = set(held_out_shards(source.shards, settings.corpus.held_out))
+        training = (shard for shard in range(source.shards) if shard not in held_out)
+        bounds = norm_bounds(source, training, settings.corpus.outlier_factor)
     except (CorpusError, ModelError) as error:
         log.error("%s", error)
         return 1

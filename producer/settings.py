@@ -25,6 +25,7 @@ TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "sna
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -106,7 +107,7 @@ class ModelSettings(Table):
     """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
     hooks: list[str] = Field(min_length=1)
     """Where to read: `blocks.6.hook_resid_post` (also resid_pre, resid_mid, mlp_out), or a module path of the model."""
-    device: str = "auto"
+    device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the language model; auto is bfloat16 on a GPU, and on a CPU that is measured to be faster in it."""
@@ -149,16 +150,17 @@ class CorpusSettings(Table):
     """About how much text one shard holds (text, jsonl, tokens); a shard is what one producer works on at a time."""
     held_out: float = Field(default=0.0625, ge=0.0, lt=1.0)
     """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
-    epochs: Positive | None = 1
-    """Passes over the corpus before the data counts as finished."""
-    context: Positive = 256
+    epochs: int = Field(default=1, ge=0)
+    """Passes over the corpus before the data counts as finished; 0 goes on for ever."""
+    context: Positive = Field(default=256, le=2**17)
     """Tokens in one window, BOS included."""
     prepend_bos: bool = True
     """Start each window with the tokenizer's BOS token, where it has one."""
     exclude_special: bool = True
     """Keep no row of a BOS, EOS, padding or other special token."""
-    outlier_factor: float | None = Field(default=10.0, gt=1.0)
-    """Drop rows whose norm exceeds this many times the median of the corpus' first windows (attention sinks)."""
+    outlier_factor: float = Field(default=10.0, ge=0.0)
+    """Drop rows whose norm exceeds this many times the median of the corpus' first windows (attention sinks); 0 keeps
+    all."""
     synthetic: SyntheticSettings | None = None
     """[corpus.synthetic], for kind synthetic."""
 
@@ -168,7 +170,7 @@ class CorpusSettings(Table):
             raise ValueError(f'corpus.kind = {self.kind!r} needs corpus.paths, such as paths = ["data/*.txt"]')
         if self.kind == "huggingface" and not self.dataset:
             raise ValueError(
-                'corpus.kind = "huggingface" needs corpus.dataset, such as dataset = "monology/pile-uncopyrighted"'
+                'corpus.kind = "huggingface" needs corpus.dataset, such as dataset = "HuggingFaceFW/fineweb"'
             )
         if self.kind == "synthetic" and self.synthetic is None:
             raise ValueError(
@@ -274,7 +276,11 @@ def _toml_table(name: str, table: Any) -> str:
 
 def _toml_lines(heading: str, table: dict[str, Any], name: str) -> str:
     # JSON's scalars and lists are valid TOML, so the encoder of the standard library writes the values.
-    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    plain = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}"
+        for key, value in table.items()
+        if not isinstance(value, dict)
+    ]
     nested = [
         _toml_lines(f"[{name}.{key}]", value, f"{name}.{key}")
         for key, value in table.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -174,12 +174,12 @@ def fingerprint(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def norm_bounds(source: Source, shards: list[int], factor: float | None) -> list[float] | None:
+def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[float] | None:
     """Per hook, `factor` times the median norm of the rows in the corpus' first windows; None when nothing is dropped.
 
     Attention sinks have a hundred times the usual norm; a bound from the median hardly notices them.
     """
-    if factor is None:
+    if not factor:
         return None
     for shard in shards:
         windows = source.windows(shard)

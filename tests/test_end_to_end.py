@@ -132,23 +132,24 @@ def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Callable, t
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_trains_every_row_exactly_once(start: Callable, tmp_path: Path, how: signal.Signals) -> None:
-    """The trainer is stopped or killed in mid-run and started again: nothing lost, nothing repeated.
+    """The trainer is stopped or killed three times in mid-run and started again: nothing lost, nothing repeated.
 
-    Two epochs, so that a second one is counted and the cut may fall anywhere.
+    Over several epochs, so that later ones are counted too and a cut may fall across two.
     """
-    epochs = "corpus.epochs=2"
-    trainer, producer = start("trainer", epochs), start("producer", epochs)
-    for target in (3000, 12000, 24000):
+    epochs, passes = 12, "corpus.epochs=12"
+    trainer, producer = start("trainer", passes), start("producer", passes)
+    for interruption in range(1, 4):
+        target = interruption * len(all_rows(epochs)) // 6
         running = trainer
         wait_until(lambda: tokens_in_checkpoint(tmp_path) >= target or running.poll() is not None)  # noqa: B023
+        assert trainer.poll() is None, "the run ended before it could be interrupted"
         trainer.send_signal(how)
-        code = trainer.wait(30)
-        assert code in (0, -how)
-        trainer = start("trainer", epochs)
+        assert trainer.wait(30) in (0, -how)
+        trainer = start("trainer", passes)
 
     assert trainer.wait(90) == 0
     assert producer.wait(30) == 0
-    np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs=2))
+    np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs))
 
 
 def test_producers_may_be_killed_and_replaced(start: Callable, tmp_path: Path) -> None:
@@ -206,3 +207,17 @@ def test_two_trainers_do_not_share_a_run_directory(start: Callable, tmp_path: Pa
 
     assert start("trainer").wait(30) == 1
     assert "belongs to a trainer that is running" in (tmp_path / "trainer.log").read_text()
+
+
+def test_a_complete_run_stays_complete(start: Callable, tmp_path: Path) -> None:
+    """Started again after its end, the trainer says so, leaves with 0 and leaves summary and snapshots as they are."""
+    trainer = start("trainer")
+    start("producer")
+    assert trainer.wait(90) == 0
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    names = snapshot_names(tmp_path / "run")
+
+    assert start("trainer").wait(60) == 0
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+    assert snapshot_names(tmp_path / "run") == names
+    assert "the run is complete" in (tmp_path / "trainer.log").read_text()

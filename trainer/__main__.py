@@ -47,8 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     directory = Path(settings.run.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "a+") as lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / "lock", "a+")  # noqa: SIM115 (held as long as the process)
+    except OSError as error:
+        log.error("run.directory = %s cannot be used: %s; choose another", directory, error.strerror)
+        return 1
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -65,14 +70,18 @@ def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> i
     from trainer.checkpoint import CheckpointError, load_newest
     from trainer.durable import replace_text, sweep
     from trainer.intake import IntakeError
+    from trainer.snapshot import forget_after
+    from trainer.train import DeviceError, pick_device
 
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
-    sweep(directory / "snapshots")
-    replace_text(directory / "settings.toml", show_settings(settings) + "\n")
     try:
+        pick_device(settings.optimizer.device)
+        sweep(directory / "snapshots")
+        replace_text(directory / "settings.toml", show_settings(settings) + "\n")
         saved = load_newest(directory)
         ledger = _ledger(settings, saved)
+        forget_after(directory, ledger.rows_trained)
         registry = new_registry()
         model = settings.model.name if settings.model else "synthetic"
         metrics = TrainerMetrics(registry, {"run": ledger.run, "model": model})
@@ -83,7 +92,7 @@ def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> i
         finally:
             close_metrics()
         return 0
-    except (CheckpointError, IntakeError, KeysError, OSError) as error:
+    except (CheckpointError, DeviceError, IntakeError, KeysError, OSError) as error:
         log.error("%s", error)
         return 1
 
@@ -95,10 +104,16 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     limits = Limits(
         capacity_rows=settings.buffer.rows,
         seed=settings.run.seed,
-        epochs=settings.corpus.epochs,
+        epochs=settings.corpus.epochs or None,
         heartbeat_seconds=settings.stream.heartbeat_seconds,
         dead_seconds=settings.stream.dead_seconds,
         stall_seconds=settings.stream.stall_seconds,
+        expected={
+            "hooks": settings.hooks,
+            "dtype": settings.stream.dtype,
+            "context": settings.corpus.context,
+            "held_out": settings.corpus.held_out,
+        },
     )
     ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint])
     if saved is not None:
@@ -122,8 +137,8 @@ def _train(
     """Opens the stream, trains until the end or `stop`, and leaves everything on disk."""
     from trainer.buffer import ShuffleBuffer
     from trainer.durable import replace_text
-    from trainer.intake import TORCH_DTYPE, Intake
-    from trainer.train import Run, save_checkpoint, summary, train
+    from trainer.intake import TORCH_DTYPE, Intake, IntakeError
+    from trainer.train import Run, is_complete, save_checkpoint, summary, train, written
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
@@ -134,8 +149,8 @@ def _train(
         return buffer
 
     with Intake(settings.stream, ledger, make_buffer) as intake, Reports(directory, metrics) as reports:
-        if settings.run.tokens is not None and ledger.rows_trained >= settings.run.tokens:
-            log.info("the run has its %s rows already; raise run.tokens to go on", f"{settings.run.tokens:,}")
+        if is_complete(settings, ledger):
+            log.info("the run is complete with %s rows; raise run.tokens to go on", f"{ledger.rows_trained:,}")
             return intake.drain(finished=True)
         (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
@@ -146,13 +161,18 @@ def _train(
         if saved is not None:
             run.restore(*saved)
         complete = train(run, intake, stop, reports)
-        save_checkpoint(run, intake)
-        intake.drain(finished=complete)
-        if not complete:
-            log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
-        elif reports.last is not None:
+        if complete and reports.last is None:
+            intake.drain(finished=True)
+            raise IntakeError(f"not one row could be trained on; shards set aside: {ledger.set_aside[:3]}")
+        # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
+        if complete and reports.last is not None:
             replace_text(directory / "summary.json", json.dumps(summary(run, intake, reports.last), indent=1) + "\n")
+        written("checkpoint", lambda: save_checkpoint(run, intake))
+        intake.drain(finished=complete)
+        if complete:
             log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
+        else:
+            log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
 
 
 class Reports:

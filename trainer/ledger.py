@@ -72,6 +72,8 @@ class Limits:
     heartbeat_seconds: float
     dead_seconds: float
     stall_seconds: float
+    expected: dict[str, Any] = field(default_factory=dict)
+    """What the trainer's own run file says of the stream: `hooks` (names), dtype, context, held_out."""
 
 
 @dataclass(frozen=True)
@@ -449,14 +451,10 @@ class Ledger:
 
     def _refusal(self, hello: Hello) -> tuple[str, str] | None:
         """Why this producer can never serve this run: (code, sentence), or None."""
-        if self.stream is not None:
-            for fact in STREAM_FACTS:
-                ours, theirs = getattr(self.stream, fact), getattr(hello, fact)
-                if ours != theirs:
-                    return "mismatch", (
-                        f"{fact} differs: this run streams {_show(ours)}, the producer {_show(theirs)}; "
-                        "start it with the run's own file, or start a new run directory"
-                    )[:1024]
+        if differences := self._differences(hello):
+            return "mismatch", (
+                f"{'; '.join(differences)}. Start it with the run's own file, or start a new run directory"
+            )[-1024:]
         row_bytes = DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
         if hello.chunk_rows * row_bytes > MAX_CHUNK_BYTES:
             return "chunk", f"chunks of {hello.chunk_rows} rows × {row_bytes} bytes exceed {MAX_CHUNK_BYTES} bytes"
@@ -466,6 +464,31 @@ class Ledger:
                 "raise buffer.rows, or lower corpus.context"
             )
         return None
+
+    def _differences(self, hello: Hello) -> list[str]:
+        """In what a producer's stream is not this run's, with both values."""
+        theirs = {fact: getattr(hello, fact) for fact in STREAM_FACTS}
+        named = theirs | {"hooks": [hook.name for hook in hello.hooks]}
+        pairs = [(fact, ours, named[fact]) for fact, ours in self.limits.expected.items()]
+        if self.stream is not None:
+            pairs += [
+                (fact, getattr(self.stream, fact), theirs[fact]) for fact in STREAM_FACTS if fact != "fingerprint"
+            ]
+            if self.stream.fingerprint != hello.fingerprint:
+                pairs += self._what_the_fingerprint_hides(hello)
+        return [
+            f"{fact} differs: this run streams {_show(ours)}, the producer {_show(other)}"
+            for fact, ours, other in pairs
+            if ours != other
+        ]
+
+    def _what_the_fingerprint_hides(self, hello: Hello) -> list[tuple[str, Any, Any]]:
+        """The facts behind two fingerprints; the fingerprints themselves when the facts tell nothing."""
+        assert self.stream is not None
+        ours, theirs = self.stream.provenance, hello.provenance
+        facts = [(name, ours.get(name), theirs.get(name)) for name in sorted({*ours, *theirs})]
+        different = [fact for fact in facts if fact[1] != fact[2]]
+        return different or [("fingerprint", self.stream.fingerprint, hello.fingerprint)]
 
     def _freeze(self, hello: Hello) -> None:
         """The first producer decides what the run's stream is."""

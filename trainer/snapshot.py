@@ -30,7 +30,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from trainer.durable import new_folder, replace_text
+from trainer.durable import new_folder, remove_folder, replace_text
 
 FORMAT = 1
 NAME = re.compile(r"\d{12,}")
@@ -75,6 +75,7 @@ def publish(
     """
     final = run_directory / "snapshots" / snapshot_name(tokens)
     if is_complete(final):
+        replace_text(final.parent / "LATEST", final.name + "\n")
         return final
     shutil.rmtree(final, ignore_errors=True)
     with new_folder(final) as folder:
@@ -176,11 +177,21 @@ def read_sparsity(folder: Path) -> np.ndarray:
 
 
 def retire(run_directory: Path, keep: int) -> None:
-    """Removes the oldest snapshots beyond `keep`; the manifest goes first, so that no reader sees half of one."""
+    """Removes the oldest snapshots beyond `keep`, each at one stroke, so that no reader sees half of one."""
     for name in snapshot_names(run_directory)[:-keep]:
-        folder = run_directory / "snapshots" / name
-        (folder / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(run_directory / "snapshots" / name)
+
+
+def forget_after(run_directory: Path, tokens: int) -> None:
+    """Removes snapshots beyond `tokens`: a trainer that resumes from an older checkpoint never came from them."""
+    names = snapshot_names(run_directory)
+    kept = [name for name in names if int(name) <= tokens]
+    for name in names[len(kept) :]:
+        remove_folder(run_directory / "snapshots" / name)
+    if not kept:
+        (run_directory / "snapshots" / "LATEST").unlink(missing_ok=True)
+    elif len(kept) < len(names):
+        replace_text(run_directory / "snapshots" / "LATEST", kept[-1] + "\n")
 
 
 def finite(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ scales and first weights from the first half bufferful of rows, and everything a
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from producer.precision import fastest_dtype
@@ -22,10 +24,11 @@ from producer.wire import Hello
 from trainer import checkpoint
 from trainer.buffer import Batch, same_context_mates
 from trainer.intake import Intake
-from trainer.report import StepReport
+from trainer.ledger import Ledger
+from trainer.report import SaeReport, StepReport
 from trainer.saes.inference import check, export
 from trainer.settings import SaeSettings, TrainerSettings
-from trainer.snapshot import finite, publish, retire
+from trainer.snapshot import SnapshotError, finite, publish, retire
 from trainer.trainee import Trainee
 
 log = logging.getLogger("sluice.trainer")
@@ -59,8 +62,10 @@ class Run:
         """
         if self.device.type != "cpu" or len(self.trainees) == 1:
             return None
-        torch.set_num_threads(max(1, torch.get_num_threads() // len(self.trainees)))
-        return ThreadPoolExecutor(len(self.trainees), thread_name_prefix="sae")
+        threads = os.cpu_count() or 1
+        if self.settings.run.threads is None:
+            torch.set_num_threads(max(1, threads // len(self.trainees)))
+        return ThreadPoolExecutor(min(len(self.trainees), threads), thread_name_prefix="sae")
 
     def _trainee(self, sae: SaeSettings) -> Trainee:
         hook = self.settings.hook_of(sae)
@@ -141,7 +146,8 @@ class Run:
         retire(directory, self.settings.snapshots.keep)
         return folder
 
-    def numbers(self, trainee: Trainee, report: Any) -> dict[str, Any]:
+    def numbers(self, trainee: Trainee, report: SaeReport) -> dict[str, Any]:
+        """What manifest and summary tell of one SAE."""
         return {
             "architecture": trainee.settings.architecture,
             "d_in": trainee.sae.d_in,
@@ -197,7 +203,9 @@ def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -
         return intake.ledger.finished
     run.initialise(intake.peek(SAMPLE_ROWS))
     clock = Clock(run, intake)
-    next_snapshot = clock.tokens + settings.snapshots.every_tokens
+    # Counted from the run's beginning, so that a trainer restarted more often than it publishes publishes all the same.
+    every = settings.snapshots.every_tokens
+    next_snapshot = (clock.tokens // every + 1) * every
     next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
     while (count := _rows_due(settings, clock.tokens)) and (batch := intake.take(count, stop)):
         clock.work(batch)
@@ -205,13 +213,13 @@ def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -
         if snapshot_due or clock.report_due():
             listener.report(report := clock.report())
             if snapshot_due:
-                next_snapshot += settings.snapshots.every_tokens
+                next_snapshot += every
                 _publish(run, intake, report, listener)
-        if time.monotonic() >= next_checkpoint:
-            if _written("checkpoint", lambda: save_checkpoint(run, intake)):
+        if time.monotonic() >= next_checkpoint and not is_complete(settings, intake.ledger):
+            if written("checkpoint", lambda: save_checkpoint(run, intake)):
                 listener.saved()
             next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
-    complete = intake.ledger.finished or not _rows_due(settings, clock.tokens)
+    complete = is_complete(settings, intake.ledger)
     if run.last_batch is not None:
         listener.report(report := clock.report())
         if complete:
@@ -220,18 +228,23 @@ def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -
 
 
 def _publish(run: Run, intake: Intake, report: StepReport, listener: Listener) -> None:
-    if _written("snapshot", lambda: run.publish(report, run_facts(run, intake))):
+    if written("snapshot", lambda: run.publish(report, run_facts(run, intake))):
         listener.published(report.tokens)
 
 
-def _written(what: str, write: Callable[[], object]) -> bool:
+def written(what: str, write: Callable[[], object]) -> bool:
     """A full or read-only disk costs a snapshot or a checkpoint, never the training."""
     try:
         write()
-    except OSError as error:
+    except (OSError, SafetensorError, SnapshotError) as error:
         log.error("%s not written: %s; training goes on, the next one is tried in its turn", what, error)
         return False
     return True
+
+
+def is_complete(settings: TrainerSettings, ledger: Ledger) -> bool:
+    """The token budget or the data is used up."""
+    return ledger.finished or not _rows_due(settings, ledger.rows_trained)
 
 
 def _rows_due(settings: TrainerSettings, tokens: int) -> int:
@@ -333,10 +346,21 @@ def summary(run: Run, intake: Intake, report: StepReport) -> dict[str, Any]:
     }
 
 
+class DeviceError(ValueError):
+    """The device asked for is not here."""
+
+
 def pick_device(name: str) -> torch.device:
+    """The device of optimizer.device; auto takes a GPU when there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"optimizer.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            'set it to "auto" or "cpu", or install a torch build for your CUDA'
+        )
+    return device
 
 
 def _shape(sae: SaeSettings) -> dict[str, Any]:
@@ -344,5 +368,5 @@ def _shape(sae: SaeSettings) -> dict[str, Any]:
     return {"architecture": sae.architecture, "d_sae": sae.d_sae, "hook": sae.hook, "k": sae.k}
 
 
-def _of(report: StepReport, trainee: Trainee) -> Any:
+def _of(report: StepReport, trainee: Trainee) -> SaeReport:
     return next(sae for sae in report.saes if sae.name == trainee.settings.name)
