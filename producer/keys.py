@@ -7,17 +7,21 @@
         clients/client.key    public keys of the producers that are let in
 
 CURVE alone lets any client in, so the trainer asks a ZAP authenticator with the list of `clients/`. Domain and
-enforcement are both set: should the authenticator not run, everybody is refused.
+enforcement are both set: should the authenticator not run, everybody is refused. The list is read at each handshake:
+a file added there lets its owner in at once, a file removed keeps it out from its next connection on.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
+
+log = logging.getLogger("sluice.keys")
 
 DOMAIN = "sluice"
 
@@ -27,15 +31,21 @@ class KeysError(ValueError):
 
 
 def write_keys(folder: Path) -> None:
-    """Writes a server's and a client's key pair; never overwrites one. Raises KeysError when there are some."""
-    if (folder / "server.key_secret").exists():
-        raise KeysError(f"{folder} holds keys already; choose another folder, or remove them first")
-    (folder / "clients").mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    for name, public_folder in (("server", folder), ("client", folder / "clients")):
-        public, secret = zmq.curve_keypair()
-        _write(public_folder / f"{name}.key", public, None, 0o644)
-        _write(folder / f"{name}.key_secret", public, secret, 0o600)
+    """Writes a server's and a client's key pair; never overwrites one. Raises KeysError when it cannot."""
+    pairs = [(folder / "server.key", folder / "server.key_secret")]
+    pairs += [(folder / "clients" / "client.key", folder / "client.key_secret")]
+    if there := [path.name for pair in pairs for path in pair if path.exists()]:
+        raise KeysError(f"{folder} holds {', '.join(there)} already; choose another folder, or remove them first")
+    try:
+        # A folder that was there already keeps its mode: it may be somebody's home.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "clients").mkdir(exist_ok=True)
+        for public_path, secret_path in pairs:
+            public, secret = zmq.curve_keypair()
+            _write(public_path, public, None, 0o644)
+            _write(secret_path, public, secret, 0o600)
+    except OSError as error:
+        raise KeysError(f"keys cannot be written to {folder}: {error.strerror}; choose another folder") from None
 
 
 def _write(path: Path, public: bytes, secret: bytes | None, mode: int) -> None:
@@ -48,18 +58,45 @@ def _write(path: Path, public: bytes, secret: bytes | None, mode: int) -> None:
 
 
 def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> ThreadAuthenticator:
-    """Makes `socket`, before it binds, a CURVE server that lets in the keys in `folder`/clients and nobody else."""
+    """Makes `socket`, before it binds, a CURVE server that lets in the keys in `folder`/clients and nobody else.
+
+    The authenticator must be stopped before the context ends.
+    """
     if not zmq.has("curve"):
         raise KeysError("this ZeroMQ was built without CURVE; install pyzmq from its wheel")
     public, secret = _load(Path(folder) / "server.key_secret")
+    clients = Path(folder) / "clients"
+    if not clients.is_dir():
+        raise KeysError(f"stream.keys: folder {clients} is missing: put the producers' public keys (*.key) there")
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
-    authenticator.configure_curve(domain=DOMAIN, location=str(Path(folder) / "clients"))
+    authenticator.configure_curve_callback(DOMAIN, _Clients(clients))
     socket.curve_publickey, socket.curve_secretkey = public, secret
     socket.curve_server = True
     socket.zap_domain = DOMAIN.encode()
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     return authenticator
+
+
+class _Clients:
+    """The public keys in a folder, as the authenticator asks for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether the producer with this key is let in."""
+        known = any(key == self._key_in(path) for path in self._folder.glob("*.key"))
+        if not known:
+            log.warning("a producer was turned away: no file in %s holds its public key %s", self._folder, key.decode())
+        return known
+
+    def _key_in(self, path: Path) -> bytes | None:
+        try:
+            return zmq.auth.load_certificate(path)[0]
+        except (OSError, ValueError) as error:  # being copied here just now, or no key at all
+            log.warning("%s is passed over: %s", path, error)
+            return None
 
 
 def connect_encrypted(socket: zmq.Socket, folder: str) -> None:
@@ -71,12 +108,24 @@ def connect_encrypted(socket: zmq.Socket, folder: str) -> None:
 
 
 def _load(path: Path, secret_needed: bool = True) -> tuple[bytes, bytes]:
+    """(public, secret) of a key file. Raises KeysError for one that ZeroMQ would not take."""
     try:
         public, secret = zmq.auth.load_certificate(path)
-    except OSError:
-        raise KeysError(f"stream.keys: {path} is missing; write keys with `python -m producer keys DIR`") from None
+    except OSError as error:
+        what = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
+        raise KeysError(f"stream.keys: {path} {what}; write keys with `python -m producer keys DIR`") from None
     except ValueError as error:
         raise KeysError(f"stream.keys: {path} is not a key file: {error}") from None
     if secret is None and secret_needed:
         raise KeysError(f"stream.keys: {path} holds no secret key; copy the .key_secret file of this side")
+    if not _is_sound(public, secret):
+        raise KeysError(f"stream.keys: {path} is damaged; copy it again, or write new keys")
     return public, secret or b""
+
+
+def _is_sound(public: bytes, secret: bytes | None) -> bool:
+    """A secret key must give the public one beside it; of a public key alone, length and alphabet can be checked."""
+    try:
+        return zmq.curve_public(secret or public) == public or secret is None
+    except (zmq.ZMQError, ValueError):
+        return False

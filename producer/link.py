@@ -72,6 +72,8 @@ class _Session:
 
     name: str
     welcome: Welcome | None = None
+    said_hello: float | None = None
+    """When HELLO left; None while nobody is there to take it."""
     granted: int = 0
     sent: int = 0
     leases: deque[tuple[Lease, bytes]] = field(default_factory=deque)
@@ -95,6 +97,7 @@ class Link:
         self._monitor: zmq.Socket | None = None
         self._progress = 0
         self._failed_handshakes = 0
+        self._warn_at = self._give_up_at = 0.0
         self.sessions = 0
         self.stall_seconds = {"credit": 0.0, "lease": 0.0}
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
@@ -182,50 +185,68 @@ class Link:
     # The socket's thread
 
     def _run(self) -> None:
-        patience_ends = time.monotonic() + self._settings.patience_seconds
         try:
+            self._begin_search()
             while self._ending is None and not self._leaving:
-                met = self._converse(patience_ends)
-                if met:
-                    patience_ends = time.monotonic() + self._settings.patience_seconds
+                if self._converse():
+                    self._begin_search()
         except Exception as error:
             self._ending = error
         finally:
-            self._close(linger=500)
+            self._close(linger=0)
             with self._changed:
                 self._session = _Session("")
                 self._changed.notify_all()
 
-    def _converse(self, patience_ends: float) -> bool:
+    def _begin_search(self) -> None:
+        now = time.monotonic()
+        self._warn_at, self._give_up_at = now + FIRST_WARNING_SECONDS, now + self._settings.patience_seconds
+
+    def _converse(self) -> bool:
         """One session from HELLO to its end; True when a trainer answered."""
         self._open()
         session = self._session
-        warn_at = time.monotonic() + FIRST_WARNING_SECONDS
-        while self._ending is None and self._session is session:
+        while self._stands(session):
             self._receive(session)
+            if not self._stands(session):
+                break
             self._send(session)
             if self._leaving:
-                self._say(Bye())
+                self._say_bye()
                 break
-            now = time.monotonic()
-            if session.welcome is None:
-                if now >= patience_ends:
-                    self._end(NoTrainer(f"{self._nobody()}; gave up after {self._settings.patience_seconds:g} s"))
-                elif now >= warn_at:
-                    log.warning("%s; looking for %.0f s more", self._nobody(), patience_ends - now)
-                    warn_at = now + 30.0
-            elif now - session.last_heard > session.welcome.dead_seconds:
-                log.warning("trainer silent for %.0f s; starting a new session", now - session.last_heard)
-                break
-        self._close(linger=500)
+            self._look_at_clock(session, time.monotonic())
+        self._close(linger=0)
         return session.welcome is not None
+
+    def _stands(self, session: _Session) -> bool:
+        return self._ending is None and self._session is session
+
+    def _look_at_clock(self, session: _Session, now: float) -> None:
+        """Ends a session in which nobody answers, and a search that found nobody."""
+        if session.welcome is not None:
+            if now - session.last_heard > session.welcome.dead_seconds:
+                log.warning("trainer silent for %.0f s; starting a new session", now - session.last_heard)
+                self._drop_session()
+        elif now >= self._give_up_at:
+            self._end(NoTrainer(f"{self._nobody()}; gave up after {self._settings.patience_seconds:g} s"))
+        elif now >= self._warn_at:
+            log.warning("%s; looking for %.0f s more", self._nobody(), self._give_up_at - now)
+            self._warn_at = now + 30.0
+        elif session.said_hello is not None and now - session.said_hello > self._settings.dead_seconds:
+            # The trainer that took our HELLO died before it answered: the next one knows nothing of us.
+            self._drop_session()
+
+    def _drop_session(self) -> None:
+        with self._changed:
+            self._session = _Session("")
+            self._changed.notify_all()
 
     def _open(self) -> None:
         self._socket = socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.immediate = 1
         socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 2000
-        socket.maxmsgsize = MAX_MASK_BYTES
+        socket.maxmsgsize = MAX_MASK_BYTES + 1024  # CURVE adds some bytes to a frame
         socket.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
         socket.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
         if self._settings.keys is not None:
@@ -233,7 +254,10 @@ class Link:
         self._monitor = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
-        socket.connect(self._settings.endpoint)
+        try:
+            socket.connect(self._settings.endpoint)
+        except zmq.ZMQError as error:
+            raise NoTrainer(f"stream.endpoint = {self._settings.endpoint!r} is no address: {error.strerror}") from None
         with self._changed:
             self._outbox.clear()
             self._session = _Session(uuid.uuid4().hex)
@@ -250,12 +274,15 @@ class Link:
             message = decode(frames[0])
         except WireError as error:
             log.warning("message from the trainer dropped: %s", error)
+            if error.kind == "version":
+                self._end(Refused(f"the trainer at {self._settings.endpoint} is of another release: {error}"))
             return
         session.last_heard = time.monotonic()
         with self._changed:
             if isinstance(message, Welcome) and message.session == session.name:
                 session.welcome = message
                 self.sessions += 1
+                self._failed_handshakes = 0
                 log.info("welcomed by run %s at %s", message.run, self._settings.endpoint)
             elif isinstance(message, Lease):
                 session.leases.append((message, frames[1] if len(frames) > 1 else b""))
@@ -275,6 +302,7 @@ class Link:
             self._ending = Refused(f"refused by the trainer: {reject.reason}")
 
     def _drained(self, drain: Drain) -> None:
+        self._say_bye()
         if drain.finished:
             self._ending = Finished()
         else:
@@ -292,6 +320,8 @@ class Link:
             message, payload = self._outbox[0]
             if not self._say(message, payload):
                 return
+            if isinstance(message, Hello):
+                session.said_hello = now
             with self._changed:
                 if self._outbox:
                     self._outbox.popleft()
@@ -307,31 +337,39 @@ class Link:
             return False
         return True
 
+    def _say_bye(self) -> None:
+        """The last word of a session; unlike anything else that waits in the socket, it should still arrive."""
+        self._say(Bye())
+        self._close(linger=500)
+
     def _watch_handshake(self) -> None:
         """Turns a failed handshake, which ZeroMQ keeps to itself, into one line for the operator."""
         while self._monitor is not None and self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._end(
-                    Refused(
-                        f"the trainer at {self._settings.endpoint} does not know this producer's key: "
-                        "copy clients/client.key of stream.keys into the clients folder of the trainer's keys"
-                    )
-                )
-                continue
-            # A trainer that dies in mid-handshake looks like this once; one with other keys does so for ever.
-            self._failed_handshakes += 1
-            if self._failed_handshakes >= 3 and not self.sessions:
-                self._end(
-                    Refused(
-                        f"no agreement on keys with {self._settings.endpoint}: stream.keys must be set on both sides, "
-                        "and server.key here must be the trainer's"
-                    )
-                )
+            self._handshake_failed(recv_monitor_message(self._monitor)["event"])
+
+    def _handshake_failed(self, event: int) -> None:
+        endpoint = self._settings.endpoint
+        self._failed_handshakes += 1
+        often = self._failed_handshakes == 3
+        disagreement = (
+            f"no agreement on keys with {endpoint}: stream.keys must be set on both sides or on neither, "
+            "and server.key here must be the trainer's"
+        )
+        # Often the other side just hangs up. A trainer that dies in mid-handshake looks like this once, one with other
+        # keys for ever; but so does a tunnel or a proxy that has no trainer behind it yet.
+        keys_are_wrong = often and self._settings.keys is not None and not self.sessions
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            unknown = f"the trainer at {endpoint} does not know this producer's key"
+            cure = "copy clients/client.key of stream.keys into the clients folder of the trainer's keys"
+            self._end(Refused(f"{unknown}: {cure}"))
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or keys_are_wrong:
+            self._end(Refused(disagreement))
+        elif often:
+            log.warning("%s (or there is a tunnel, and no trainer at its end)", disagreement)
 
     def _end(self, reason: Exception) -> None:
         with self._changed:
-            self._ending = reason
+            self._ending = self._ending or reason
             self._changed.notify_all()
 
     def _nobody(self) -> str:

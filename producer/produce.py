@@ -203,7 +203,8 @@ def _pack_rows(
     if bounds is not None:
         for x, bound in zip(activations, bounds, strict=True):
             # A row that is not finite is not an outlier: it must reach the trainer, which refuses it aloud.
-            keep = keep & ~(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) > bound)
+            norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+            keep = keep & ((norm <= bound) | ~norm.isfinite())
     rows = int(keep.sum())
     sizes = [rows * x.shape[-1] for x in activations]
     payload = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")

@@ -168,7 +168,7 @@ WIDE_JUMPRELU = SaeSettings(
 
 @pytest.mark.parametrize("settings", [TOPK, WIDE_JUMPRELU], ids=lambda sae: sae.architecture)
 def test_the_true_features_are_found(settings: SaeSettings) -> None:
-    """128 directions superposed in 64 dimensions (Sharkey et al.): all found, and explained, by twice as many latents."""
+    """128 directions superposed in 64 dimensions (Sharkey et al.): all are found by twice as many latents."""
     corpus, rows = truth(features=128, shards=8)
     trainee = learned(settings, rows)
     found = recovered(trainee, corpus)

@@ -93,6 +93,7 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
         ("corpus.kind=jsonl", "needs corpus.paths"),
         ("stream.dead_seconds=1.5", "is under three heartbeats"),
         ("sae.0.name=a/b", "becomes a folder"),
+        ("optimizer.device=gpu", "`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one"),
         ("sae.0.bandwidth=1.0", "bandwidth belong to jumprelu; remove them"),
     ],
 )

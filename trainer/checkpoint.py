@@ -11,17 +11,19 @@ One checkpoint is one instant: weights and the ledger's trained bits are taken b
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.durable import new_folder, sweep
+from trainer.durable import new_folder, remove_folder, sweep
 from trainer.snapshot import file_sha256
 
 FORMAT = 1
+NAME = re.compile(r"\d{12,}-\d{6,}")
+FILES = ("state.json", "state.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -42,8 +44,7 @@ def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: di
         }
         (temporary / "complete.json").write_text(json.dumps(files))
     for old in _complete(folder)[:-keep]:
-        (old / "complete.json").unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
     return final
 
 
@@ -60,12 +61,8 @@ def load_newest(run_directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     if not complete:
         return None
     newest = complete[-1]
-    for name, expected in json.loads((newest / "complete.json").read_text()).items():
-        path = newest / name
-        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} is damaged (its sha256 differs): remove {newest} to resume from the checkpoint before it"
-            )
+    if damage := _damage(newest):
+        raise CheckpointError(f"{damage}: remove {newest} to resume from the checkpoint before it")
     document = json.loads((newest / "state.json").read_text())
     if document.get("format") != FORMAT:
         raise CheckpointError(
@@ -75,9 +72,22 @@ def load_newest(run_directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     return document, load_file(newest / "state.safetensors")
 
 
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        files = json.loads((folder / "complete.json").read_text())
+        for name in FILES:
+            path, expected = folder / name, files[name]
+            if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+                return f"{path} is damaged (its sha256 differs)"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (ValueError, LookupError, TypeError):
+        return f"{folder / 'complete.json'} is damaged"
+    return None
+
+
 def _complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
-    found = [
-        path for path in folder.glob("*-*") if (path / "complete.json").is_file() and not path.name.startswith(".")
-    ]
+    found = [path for path in folder.glob("*-*") if NAME.fullmatch(path.name) and (path / "complete.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from producer.keys import serve_encrypted
 from producer.settings import StreamSettings
@@ -76,9 +78,20 @@ class Intake:
         self._data_wait = 0.0
         self._served = False
         self._failure: BaseException | None = None
+        self._outbox: list[Send] = []
+        self._authenticator: ThreadAuthenticator | None = None
         self._context = zmq.Context()
-        self._socket = self._bind()
-        self.endpoint = settings.endpoint
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        try:
+            self._bind()
+        except BaseException:
+            self._close()
+            self._end_context()
+            raise
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def __enter__(self) -> Intake:
@@ -88,7 +101,7 @@ class Intake:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._context.term()
+        self._end_context()
 
     # The training thread's side
 
@@ -172,42 +185,65 @@ class Intake:
 
     # The socket's thread
 
-    def _bind(self) -> zmq.Socket:
-        self._outbox: list[Send] = []
-        socket = self._context.socket(zmq.ROUTER)
+    def _bind(self) -> None:
+        socket, settings = self._socket, self._settings
         socket.linger = 500
         socket.router_mandatory = 1
         socket.maxmsgsize = MAX_CHUNK_BYTES + 1024
         socket.rcvhwm = 64
-        socket.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
-        socket.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
+        socket.heartbeat_ivl = round(1000 * settings.heartbeat_seconds)
+        socket.heartbeat_timeout = round(1000 * settings.dead_seconds)
         socket.handshake_ivl = 10_000
-        if self._settings.keys is not None:
-            self._authenticator = serve_encrypted(self._context, socket, self._settings.keys)
+        if settings.keys is not None:
+            self._authenticator = serve_encrypted(self._context, socket, settings.keys)
         try:
-            socket.bind(self._settings.endpoint)
+            socket.bind(settings.endpoint)
         except zmq.ZMQError as error:
-            socket.close()
             raise IntakeError(
-                f"stream.endpoint = {self._settings.endpoint!r} cannot be bound: {error.strerror}; "
+                f"stream.endpoint = {settings.endpoint!r} cannot be bound: {error.strerror}; "
                 "is another trainer running? Stop it or choose another endpoint"
             ) from None
-        return socket
 
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
                 if self._socket.poll(POLL_MILLISECONDS):
                     self._receive_waiting()
+                self._watch_handshakes()
                 with self.lock:
                     sends, self._outbox = self._outbox + self.ledger.tick(time.monotonic()), []
                     self._changed.notify_all()
                 self._send(sends)
+                self._forget_the_ended()
         except BaseException as error:
             self._failure = error
             log.exception("the stream's thread failed")
         finally:
-            self._socket.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close()
+
+    def _end_context(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.term()
+
+    def _watch_handshakes(self) -> None:
+        """Counts those who were turned away for their keys, which ZeroMQ keeps to itself."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            with self.lock:
+                self.ledger.auth_failures += 1
+                failures = self.ledger.auth_failures
+            # An unknown key is told where it is looked up, in producer.keys.
+            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and (failures == 1 or failures % 100 == 0):
+                log.warning(
+                    "somebody was turned away at %s, %d times by now: stream.keys must be set on both sides or on "
+                    "neither, and the producer's server.key must be this trainer's", self.endpoint, failures,
+                )  # fmt: skip
 
     def _receive_waiting(self) -> None:
         """Takes what has arrived, up to a bound, so that credit and heartbeats are never long in coming."""
@@ -225,9 +261,11 @@ class Intake:
                 raise WireError("frames", f"message of {len(frames)} frames")
             message = decode(frames[0].buffer)
         except WireError as error:
+            log.debug("message dropped: %s", error)
             with self.lock:
                 self.ledger.errors[error.kind] += 1
-            log.debug("message dropped: %s", error)
+                if error.kind == "version" and session is None:
+                    return self._turn_away(route, "version", f"{error}; run one release on both sides", retry=False)
             return []
         now = time.monotonic()
         with self._changed:
@@ -266,11 +304,13 @@ class Intake:
         self.ledger.errors["unknown_session"] += 1
         if isinstance(message, Chunk):
             self.ledger.rejected["unknown_session"] += message.rows
+        return self._turn_away(route, "unknown_session", "this session has ended; start a new one", retry=True)
+
+    def _turn_away(self, route: bytes, code: str, reason: str, retry: bool) -> list[Send]:
+        """A REJECT for someone without a session."""
         session = self._session_of.setdefault(route, f"stranger-{route.hex()}")
         self._route_of[session] = route
-        return [
-            Send(session, Reject(code="unknown_session", reason="this session has ended; start a new one", retry=True))
-        ]
+        return [Send(session, Reject(code=code, reason=reason, retry=retry))]
 
     def _take_in(self, session: str, chunk: Chunk, payload: zmq.Frame | None, now: float) -> list[Send]:
         assert self.buffer is not None
@@ -296,9 +336,13 @@ class Intake:
                     raise
                 with self.lock:
                     self.ledger.gone(send.session)
-            if send.session not in self.ledger.sessions:
-                self._route_of.pop(send.session, None)
-                self._session_of.pop(route, None)
+
+    def _forget_the_ended(self) -> None:
+        """Drops the routes of sessions that are over; whoever still speaks there is a stranger."""
+        for session in self._route_of.keys() - self.ledger.sessions.keys():
+            route = self._route_of.pop(session)
+            if self._session_of.get(route) == session:
+                del self._session_of[route]
 
 
 def _views(hello: Hello, data: memoryview, rows: int) -> list[torch.Tensor] | None:

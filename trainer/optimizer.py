@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,23 +24,24 @@ class RowAdam:
         )
 
     @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], learning_rate: float) -> Tensor:
-        """One update in place; returns the gradient's norm before clipping, a scalar tensor.
+    def step(self, grads: dict[str, Tensor], learning_rate: float) -> float:
+        """One update in place; returns the gradient's norm before clipping.
 
         A gradient that is not finite changes nothing: the norm returned says so.
         """
         make_tangent(grads["W_dec"], self.parameters["W_dec"])
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()]))
-        if not torch.isfinite(norm):
-            return norm
-        if self.clip is not None and norm > self.clip:
+        length = float(norm)  # looked at once: on a GPU each look waits for all that is under way
+        if not math.isfinite(length):
+            return length
+        if self.clip and length > self.clip:
             for grad in grads.values():
                 grad.mul_(self.clip / norm)
         for name, parameter in self.parameters.items():
             parameter.grad = grads[name]
         self._adam.param_groups[0]["lr"] = learning_rate
         self._adam.step()
-        return norm
+        return length
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts, named by parameter."""
@@ -52,7 +55,8 @@ class RowAdam:
         for key, value in state.items():
             name, _, moment = key.rpartition(".")
             parameter = self.parameters[name]
-            self._adam.state[parameter][moment] = value.to(parameter.device) if moment != "step" else value.clone()
+            # The count of steps too: the fused kernel reads it where the parameter is.
+            self._adam.state[parameter][moment] = value.to(parameter.device)
 
 
 def make_tangent(grad: Tensor, W: Tensor) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.kernels.sparse import Entries
+from trainer.kernels.sparse import Entries, occurrences
 from trainer.report import DENSITY_EDGES
 
 HALF_LIFE_TOKENS = 100_000
@@ -48,7 +48,7 @@ class Statistics:
         """Takes in one batch: x and x_hat [batch, d_in]; an entry of `fired` counts when its value is positive."""
         rows = len(x)
         decay = 0.5 ** (rows / HALF_LIFE_TOKENS)
-        counts = torch.bincount(fired.column[fired.value > 0], minlength=len(self.firings))
+        counts = occurrences(fired.column, len(self.firings), fired.value > 0)
         self.tokens += rows
         self.tokens_since_fired.add_(rows).masked_fill_(counts > 0, 0)
         self.firings.mul_(decay).add_(counts)
@@ -56,7 +56,7 @@ class Statistics:
         self.x_sum.mul_(decay).add_(x.sum(0))
         self.x_hat_sum.mul_(decay).add_(x_hat.sum(0))
         batch = [
-            x.new_tensor(rows), counts.sum(), x.square().sum(), x_hat.square().sum(), (x * x_hat).sum(),
+            x.new_full((), rows), counts.sum(), x.square().sum(), x_hat.square().sum(), (x * x_hat).sum(),
             (x - x_hat).square().sum(),
         ]  # fmt: skip
         self.sums.mul_(decay).add_(torch.stack([value.double() for value in batch]))

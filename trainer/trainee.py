@@ -41,7 +41,7 @@ class Trainee:
         self._begin()
         self.learning_rate = 0.0
         self.skipped_steps = 0
-        self._last: tuple[dict[str, Tensor], Tensor] = ({}, torch.tensor(math.nan))
+        self._last: tuple[dict[str, Tensor], float] = ({}, math.nan)
 
     def _begin(self) -> None:
         self.optimizer = RowAdam(self.sae.parameters, self._optimizer_settings)
@@ -60,7 +60,7 @@ class Trainee:
         dead = self.statistics.silent_for(self.settings.revive_tokens or self.settings.dead_tokens)
         gradients: Gradients = self.sae.gradients(x, dead)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
-        if torch.isfinite(norm):
+        if math.isfinite(norm):
             self.sae.after_step()
             self.statistics.update(x, gradients.x_hat, gradients.fired)
         else:
@@ -81,7 +81,7 @@ class Trainee:
             shrinkage=summary.shrinkage,
             loss={name: float(value) for name, value in losses.items()},
             learning_rate=self.learning_rate,
-            grad_norm=float(norm),
+            grad_norm=norm,
             density=self.statistics.density(),
             skipped_steps=self.skipped_steps,
         )

@@ -89,13 +89,22 @@ def positive_entries(values: Tensor) -> Entries:
     place = _is_positive(values).view(-1).nonzero().squeeze(1)
     row = torch.div(place, d_sae, rounding_mode="floor")
     start = torch.zeros(batch + 1, dtype=torch.int64, device=values.device)
-    torch.cumsum(torch.bincount(row, minlength=batch), 0, out=start[1:])
+    torch.cumsum(occurrences(row, batch), 0, out=start[1:])
     return Entries(start, place - row * d_sae, widen(values.view(-1)[place]), d_sae)
 
 
 def _is_positive(values: Tensor) -> Tensor:
     # A bfloat16 above zero is, read as an integer, above zero too; CPUs compare integers three times faster.
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values) > 0
+
+
+def occurrences(index: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
+    """How often each of 0 … size − 1 stands in `index` (where `counted` is True), int64 [size].
+
+    A bincount that does not look at the values first, for which the host would have to wait for the GPU.
+    """
+    ones = index.new_ones(()).expand_as(index) if counted is None else counted.to(index.dtype)
+    return index.new_zeros(size).scatter_add_(0, index, ones)
 
 
 def multiply(entries: Entries, W: Tensor) -> Tensor:
@@ -107,6 +116,8 @@ def multiply(entries: Entries, W: Tensor) -> Tensor:
 
 def sample(entries: Entries, A: Tensor, W: Tensor) -> Tensor:
     """A @ W.T, computed only at the entries: A [rows, d], W [columns, d] → float32 [entries]."""
+    if not len(entries.column):
+        return entries.value  # cuSPARSE is not asked for nothing at all
     pattern = torch.sparse_csr_tensor(
         entries.start, entries.column, torch.zeros_like(entries.value), (entries.rows, entries.columns)
     )
@@ -141,5 +152,5 @@ def transpose(entries: Entries) -> Transposed:
     key = entries.column.to(torch.int16 if entries.columns <= 2**15 else torch.int32)
     order = torch.argsort(key, stable=True)
     start = torch.zeros(entries.columns + 1, dtype=torch.int64, device=order.device)
-    torch.cumsum(torch.bincount(entries.column, minlength=entries.columns), 0, out=start[1:])
+    torch.cumsum(occurrences(entries.column, entries.columns), 0, out=start[1:])
     return Transposed(start, entries.row()[order], order)

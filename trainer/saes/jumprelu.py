@@ -38,7 +38,7 @@ class JumpReLU(Sae):
         """As the base, with b_enc such that every latent fires equally often: INITIAL_L0 × target_l0 together."""
         super().initialise(x, generator)
         self.parameters["threshold"].fill_(self.settings.initial_threshold)
-        z = (x[:8192] - self.parameters["b_dec"]) @ self.parameters["W_enc"].T
+        z = (x[:8192].to(self.parameters["W_enc"].device) - self.parameters["b_dec"]) @ self.parameters["W_enc"].T
         rate = min(0.5, INITIAL_L0 * self._target_l0 / self.d_sae)
         rank = max(1, round((1 - rate) * len(z)))
         self.parameters["b_enc"].copy_(self.settings.initial_threshold - z.kthvalue(rank, dim=0).values)
@@ -68,8 +68,9 @@ class JumpReLU(Sae):
         grads["W_dec"] = by_latent.multiply(latents.value, dx_hat)
         grads["b_dec"] += dx_hat.sum(0)
         grads["threshold"] = -by_latent.sums(through_kernel)
-        if dead.any() and self.settings.pre_act_weight:
-            losses["pre_act"] = self._pull_up(grads, above_floor, x, dead.nonzero().squeeze(1))
+        indices = dead.nonzero().squeeze(1)
+        if len(indices) and self.settings.pre_act_weight:
+            losses["pre_act"] = self._pull_up(grads, above_floor, x, indices)
         return Gradients(grads, losses, x_hat, latents)
 
     def _pull_up(self, grads: dict[str, Tensor], above_floor: Tensor, x: Tensor, dead: Tensor) -> Tensor:

@@ -1,0 +1,262 @@
+"""A stream small enough to check by hand, and both of its ends; for tests of sockets.
+
+Every row of the corpus is its own name (shard, window, position), so that what arrives tells what was sent.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import zmq
+
+from producer.link import Link
+from producer.produce import Producer, chunk_windows
+from producer.settings import CorpusSettings, ProducerSettings, StreamSettings, SyntheticSettings
+from producer.source import Source, SyntheticSource, fingerprint
+from producer.wire import (
+    DTYPE_BYTES,
+    Bye,
+    Chunk,
+    Credit,
+    Hello,
+    Lease,
+    Message,
+    Welcome,
+    decode,
+    encode,
+    pack_bits,
+)
+from trainer.buffer import ShuffleBuffer
+from trainer.intake import TORCH_DTYPE, Intake
+from trainer.ledger import Ledger, Limits
+
+SHARDS, WINDOWS, CONTEXT, D_IN = 6, 8, 8, 4
+CHUNK_ROWS = 2 * CONTEXT
+CAPACITY = 8 * CHUNK_ROWS
+SHARD_ROWS = WINDOWS * CONTEXT
+
+Name = tuple[int, int, int]
+M = TypeVar("M", bound=Message)
+
+
+def stream_settings(endpoint: str, **changes: Any) -> StreamSettings:
+    quick: dict[str, Any] = {
+        "dtype": "float32",
+        "heartbeat_seconds": 0.1,
+        "dead_seconds": 5.0,
+        "patience_seconds": 20.0,
+    }
+    return StreamSettings(endpoint=endpoint, **(quick | changes))
+
+
+def named_source(shards: int = SHARDS) -> SyntheticSource:
+    """Rows that are their own names: two windows, 16 rows, in a chunk."""
+    truth = SyntheticSettings(d_in=D_IN, features=8, shards=shards, shard_windows=WINDOWS, naming=True)
+    source = SyntheticSource(
+        ProducerSettings(corpus=CorpusSettings(kind="synthetic", context=CONTEXT, held_out=0.0, synthetic=truth))
+    )
+    source.batch_windows = 2
+    return source
+
+
+def every_name(shards: int = SHARDS) -> list[Name]:
+    return [(s, w, p) for s in range(shards) for w in range(WINDOWS) for p in range(CONTEXT)]
+
+
+def hello_of(source: Source, dtype: str = "float32", **changes: Any) -> Hello:
+    """The HELLO that `python -m producer` says."""
+    row_bytes = DTYPE_BYTES[dtype] * sum(hook.width for hook in source.hooks)
+    facts: dict[str, Any] = {
+        "producer": uuid.uuid4().hex,
+        "session": uuid.uuid4().hex,
+        "name": "test",
+        "fingerprint": fingerprint(source.facts),
+        "shards": source.shards,
+        "held_out": 0.0,
+        "context": source.context,
+        "hooks": source.hooks,
+        "dtype": dtype,
+        "chunk_rows": source.context * chunk_windows(source.context, row_bytes, source.batch_windows),
+        "norm_bounds": None,
+        "provenance": {},
+    }
+    return Hello(**(facts | changes))
+
+
+# The trainer's end
+
+
+def new_ledger(settings: StreamSettings, capacity: int = CAPACITY, epochs: int | None = 1) -> Ledger:
+    limits = Limits(
+        capacity_rows=capacity,
+        seed=0,
+        epochs=epochs,
+        heartbeat_seconds=settings.heartbeat_seconds,
+        dead_seconds=settings.dead_seconds,
+        stall_seconds=settings.stall_seconds,
+    )
+    return Ledger(limits, "run", uuid.uuid4().hex, [settings.endpoint])
+
+
+@contextmanager
+def trainer(settings: StreamSettings, ledger: Ledger | None = None, capacity: int = CAPACITY) -> Iterator[Intake]:
+    """The trainer's end of the stream, without SAEs."""
+
+    def make_buffer(hello: Hello) -> ShuffleBuffer:
+        return ShuffleBuffer(capacity, [hook.width for hook in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
+
+    with Intake(settings, ledger or new_ledger(settings, capacity), make_buffer) as intake:
+        yield intake
+
+
+def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seconds: float = 30) -> list[Name]:
+    """Takes `rows` rows, or all there are, and says that they are trained: their names, in the order of training."""
+    stop = threading.Event()
+    timer = threading.Timer(seconds, stop.set)
+    timer.start()
+    names: list[Name] = []
+    while (rows is None or len(names) < rows) and (taken := intake.take(batch, stop)) is not None:
+        intake.trained(taken)
+        shard, window, position, one = (column.tolist() for column in taken.x[0][:, :4].int().T)
+        assert set(one) == {1}
+        assert taken.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
+        names += zip(shard, window, position, strict=True)
+    timer.cancel()
+    assert not stop.is_set(), f"{len(names)} rows came in {seconds} s, then no more"
+    return names
+
+
+def finish(intake: Intake, *producers: Producing) -> list[Name]:
+    """Trains on all that is left, ends the run, and sees the producers off. The names, sorted."""
+    names = train(intake)
+    intake.drain(finished=True)
+    for producer in producers:
+        assert producer.ended() is None
+    return sorted(names)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+# The producer's end
+
+
+class Producing:
+    """What `python -m producer` does, in a thread: the real Link and Producer. Starts at once."""
+
+    def __init__(self, settings: StreamSettings, source: Source | None = None, hello: Hello | None = None) -> None:
+        source = source or named_source()
+        self.link = Link(settings, hello or hello_of(source, settings.dtype))
+        self.producer = Producer(source, self.link, settings.dtype, lambda report: None)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self.link:
+                self.producer.run()
+        except Exception as error:
+            self._error = error
+
+    def ended(self, seconds: float = 30) -> Exception | None:
+        """Waits for the end; what it ended with, None after a finished run."""
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "the producer goes on"
+        return self._error
+
+
+class Peer:
+    """A producer driven by hand: says what the test says, well-behaved or not."""
+
+    def __init__(self, settings: StreamSettings, hello: Hello | None = None) -> None:
+        self.source = named_source()
+        self.hello = hello or hello_of(self.source, settings.dtype)
+        self.leases: list[Lease] = []
+        self.welcome: Welcome | None = None
+        self.sent = 0
+        self._windows: dict[int, int] = {}
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.connect(settings.endpoint)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
+
+    def join(self) -> Peer:
+        """A session of its own, with a lease to work on and credit."""
+        self.leases, self.sent = [], 0
+        self._windows.clear()
+        self.say(self.hello)
+        self.welcome = self.hear(Welcome)
+        self.hear(Credit)  # the leases come before it
+        return self
+
+    def say(self, message: Message | bytes, payload: bytes | None = None) -> None:
+        frames = [message if isinstance(message, bytes) else encode(message)]
+        self.send(*frames, *([] if payload is None else [payload]))
+
+    def send(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+    def hear(self, kind: type[M], seconds: float = 10) -> M:
+        """The next message of this kind; others are passed over, but leases are kept."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if isinstance(message := self._poll(), kind):
+                return message
+        raise AssertionError(f"no {kind.__name__} within {seconds} s")
+
+    def _poll(self) -> Message | None:
+        if not self._socket.poll(10):
+            return None
+        message = decode(self._socket.recv_multipart()[0])
+        if isinstance(message, Lease):
+            self.leases.append(message)
+        return message
+
+    def chunk(self, payload: bytes | None = None, lease: Lease | None = None, **changes: Any) -> Chunk:
+        """Sends the next two windows of its first lease, or something else in their place."""
+        assert self.welcome is not None
+        lease = lease or self.leases[0]
+        first = self._windows.get(lease.shard, 0)
+        self._windows[lease.shard] = first + 2
+        self.sent += 1
+        fields: dict[str, Any] = {
+            "number": self.sent,
+            "incarnation": self.welcome.incarnation,
+            "shard": lease.shard,
+            "epoch": lease.epoch,
+            "attempt": lease.attempt,
+            "first_window": first,
+            "windows": 2,
+            "rows": CHUNK_ROWS,
+            "kept": pack_bits(np.ones(CHUNK_ROWS, bool)),
+            "outliers": b"",
+        }
+        message = Chunk(**(fields | changes))
+        self.say(message, self.rows(lease.shard, first) if payload is None else payload)
+        return message
+
+    def rows(self, shard: int, first_window: int) -> bytes:
+        """The payload of two windows as the corpus has them."""
+        windows = self.source.windows(shard)
+        (x,) = self.source.activations(shard, windows, np.arange(first_window, first_window + 2))
+        return x.to(TORCH_DTYPE[self.hello.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def leave(self) -> None:
+        self.say(Bye())

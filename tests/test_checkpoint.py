@@ -1,0 +1,413 @@
+"""What is on disk after anything: checkpoints and snapshots are whole or absent, and resuming changes no bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from producer.wire import Hello, Hook
+from tests.small_run import publish_snapshot
+from trainer import checkpoint
+from trainer.buffer import Batch
+from trainer.checkpoint import CheckpointError, load_newest, save
+from trainer.durable import sweep
+from trainer.settings import TrainerSettings
+from trainer.snapshot import SnapshotError, retire, snapshot_names, verify
+from trainer.train import Run
+
+ROOT = Path(__file__).parent.parent
+
+TENSORS = {
+    "weights": torch.linspace(-1, 1, 12).view(3, 4),
+    "half": torch.tensor([1.0, -0.0, 3.1415926], dtype=torch.bfloat16),
+    "steps": torch.tensor(7.0),
+    "counts": torch.tensor([2**40, -1]),
+    "bits": torch.tensor([255, 0], dtype=torch.uint8),
+    "empty": torch.zeros(0),
+    "transposed": torch.arange(6.0).view(2, 3).T,
+}
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
+    """Every tensor bit for bit, numbers beyond 64 bits too."""
+    document = {"scales": [0.1, 1e-300], "random": {"state": 2**127 + 1}, "text": "θ", "none": None}
+    save(tmp_path, 1234, document, TENSORS, keep=2)
+    loaded = load_newest(tmp_path)
+
+    assert loaded is not None
+    assert loaded[0] == document | {"format": checkpoint.FORMAT}
+    assert loaded[1].keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert loaded[1][name].dtype == tensor.dtype
+        assert torch.equal(loaded[1][name], tensor)
+
+
+def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
+    """Neither an empty run directory nor an empty folder is an error."""
+    assert load_newest(tmp_path) is None
+    (tmp_path / "checkpoint").mkdir()
+    assert load_newest(tmp_path) is None
+
+
+def test_the_newest_is_the_last_written_not_the_longest_trained(tmp_path: Path) -> None:
+    """A run resumed from 1,000 rows overtakes what was written at 3,000 before the crash."""
+    for tokens in (1000, 3000, 2000):
+        save(tmp_path, tokens, {"tokens": tokens}, TENSORS, keep=5)
+
+    assert names(tmp_path / "checkpoint") == [
+        "000000001000-000001", "000000002000-000003", "000000003000-000002",
+    ]  # fmt: skip
+    assert load_newest(tmp_path)[0]["tokens"] == 2000  # type: ignore[index]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    """checkpoint.keep counts complete ones; the folder holds nothing else."""
+    for number in range(5):
+        save(tmp_path, number, {"number": number}, TENSORS, keep=2)
+
+    assert names(tmp_path / "checkpoint") == ["000000000003-000004", "000000000004-000005"]
+
+
+def test_what_is_not_a_complete_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """Half a checkpoint, an operator's copy, a stray folder; what a killed writer left is swept."""
+    good = save(tmp_path, 1000, {"number": 1}, TENSORS, keep=2)
+    folder = good.parent
+    shutil.copytree(good, folder / "000000002000-000002")
+    (folder / "000000002000-000002" / "complete.json").unlink()
+    shutil.copytree(good, folder / "old-backup")
+    shutil.copytree(good, folder / ".tmp-99-000000003000-000003")
+
+    assert load_newest(tmp_path)[0]["number"] == 1  # type: ignore[index]
+    assert names(folder) == ["000000001000-000001", "000000002000-000002", "old-backup"]
+    assert save(tmp_path, 1500, {}, TENSORS, keep=2).name == "000000001500-000002"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, damage: Any) -> None:
+    """It is never resumed from, nor silently passed over: the sentence says what to remove, and that helps."""
+    save(tmp_path, 1000, {"number": 1}, TENSORS, keep=2)
+    newest = save(tmp_path, 2000, {"number": 2}, TENSORS, keep=2)
+    damage(newest / name)
+
+    with pytest.raises(CheckpointError) as refused:
+        load_newest(tmp_path)
+    assert name in str(refused.value)
+    assert f"remove {newest} to resume from the checkpoint before it" in str(refused.value)
+    shutil.rmtree(newest)
+    assert load_newest(tmp_path)[0]["number"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"state.json": 3}', "\x00\xff"])
+def test_a_damaged_list_of_files_is_refused_too(tmp_path: Path, text: str) -> None:
+    """complete.json itself may be what the disk lost."""
+    newest = save(tmp_path, 1000, {}, TENSORS, keep=2)
+    (newest / "complete.json").write_text(text)
+
+    with pytest.raises(CheckpointError, match=r"complete\.json is damaged"):
+        load_newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    """With both formats and what to do."""
+    save(tmp_path, 1000, {"format": 99}, TENSORS, keep=2)
+
+    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 1: resume with the version"):
+        load_newest(tmp_path)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from tests.small_run import identity_sae
+from trainer.checkpoint import save
+from trainer.snapshot import publish
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+directory = Path(sys.argv[1])
+sae = identity_sae("large")
+sae.weights["W_enc"] = np.zeros((256, 256), np.float32)
+for write in (
+    lambda: save(directory, 2000, {}, {"large": torch.zeros(1 << 16)}, 2),
+    lambda: save(directory, 2000, {"large": "x" * (1 << 17)}, {}, 2),
+    lambda: publish(directory, 2000, [sae], {}, lambda folder: None),
+):
+    try:
+        write()
+    except OSError as error:
+        print("OSError")
+"""
+
+
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    """An OSError, which the training loop survives; the older checkpoint and snapshot stay, no half one appears."""
+    save(tmp_path, 1000, {"number": 1}, TENSORS, keep=1)
+    publish_snapshot(tmp_path, 1000)
+    done = run_python(FULL_DISK, tmp_path)
+
+    assert done.stdout.split() == ["OSError"] * 3, done.stderr
+    assert names(tmp_path / "checkpoint") == ["000000001000-000001"]
+    assert names(tmp_path / "snapshots") == ["000000001000", "LATEST"]
+    assert load_newest(tmp_path)[0]["number"] == 1  # type: ignore[index]
+
+
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from trainer.checkpoint import load_newest, save
+
+torch.set_num_threads(1)
+directory, number = Path(sys.argv[1]), 0
+for _ in range(25):
+    child = os.fork()
+    if not child:
+        while True:
+            number += 1
+            save(directory, number, {"number": number}, {"x": torch.full((50_000,), float(number))}, 1)
+    time.sleep(random.uniform(0.0, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    saved = load_newest(directory)
+    if saved is not None:
+        document, tensors = saved
+        assert document["number"] >= number, (document, number)
+        assert (tensors["x"] == document["number"]).all(), document
+        number = document["number"]
+        assert len(list((directory / "checkpoint").iterdir())) <= 2
+print(number)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Twenty-five kills at random: what is loaded is whole, of one instant and never older than before."""
+    done = run_python(KILLED_AT_RANDOM, tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+# A run, through the disk
+
+
+def settings_for(directory: Path, **changes: Any) -> TrainerSettings:
+    saes = [
+        {"name": "top", "architecture": "topk", "d_sae": 32, "k": 4, "revive_tokens": 128},
+        {"name": "jump", "architecture": "jumprelu", "d_sae": 24, "target_l0": 4.0, "revive_tokens": 128},
+    ]
+    return TrainerSettings.model_validate(
+        {
+            "run": {"directory": str(directory)},
+            "corpus": {"kind": "synthetic", "context": 8, "synthetic": {"d_in": 6, "features": 8, "shards": 4}},
+            "optimizer": {"batch": 64, "matmul": "float32", "learning_rate": 0.01, "warmup_tokens": 256},
+            "sae": saes,
+        }
+        | changes
+    )
+
+
+STREAM = Hello(
+    producer="p", session="s", name="n", fingerprint="f", shards=4, held_out=0.0, context=8,
+    hooks=[Hook(name="synthetic", module="synthetic", width=6)], dtype="bfloat16", chunk_rows=8, norm_bounds=None,
+    provenance={},
+)  # fmt: skip
+
+
+def batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    names = np.zeros(64, np.int64)
+    return [Batch([torch.randn(64, 6, generator=generator).to(torch.bfloat16)], names, names) for _ in range(count)]
+
+
+def learn(run: Run, some: list[Batch]) -> None:
+    for batch in some:
+        run.learn(batch, 64 * run.step)
+
+
+def fresh_run(directory: Path, **changes: Any) -> Run:
+    return Run(settings_for(directory, **changes), STREAM)
+
+
+def test_a_run_resumed_from_disk_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Ten steps, or five, the disk and five more: the same weights, moments and statistics."""
+    all_batches = batches(10)
+    whole = fresh_run(tmp_path)
+    whole.initialise(all_batches[0].x)
+    learn(whole, all_batches[:5])
+    document, tensors = whole.state()
+    save(tmp_path, 320, document, tensors, keep=2)
+    learn(whole, all_batches[5:])
+
+    resumed = fresh_run(tmp_path)
+    saved = load_newest(tmp_path)
+    assert saved is not None
+    resumed.restore(*saved)
+    resumed.initialise(all_batches[3].x)  # what the loop does next; it must not begin anew
+    learn(resumed, all_batches[5:])
+
+    (ours, our_tensors), (theirs, their_tensors) = resumed.state(), whole.state()
+    assert ours == theirs
+    assert our_tensors.keys() == their_tensors.keys()
+    assert [name for name in our_tensors if not torch.equal(our_tensors[name], their_tensors[name])] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"d_sae": 33}, {"k": 5}, {"name": "other"}, {"hook": "synthetic"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_run_file_with_other_saes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Weights are never put where they do not belong; the sentence shows both."""
+    run = fresh_run(tmp_path)
+    run.initialise(batches(1)[0].x)
+    document, tensors = run.state()
+    saes = [sae.model_dump(exclude_none=True) for sae in run.settings.sae]
+    other = fresh_run(tmp_path, sae=[saes[0] | change, saes[1]])
+
+    with pytest.raises(CheckpointError, match="restore the file, or start a new run directory"):
+        other.restore(document, tensors)
+    with pytest.raises(CheckpointError, match=r"'top'.*'jump'"):
+        fresh_run(tmp_path, sae=saes[:1]).restore(document, tensors)
+
+
+def test_a_resumed_run_keeps_its_number_format(tmp_path: Path) -> None:
+    """optimizer.matmul = "auto" measures the machine; the checkpoint's choice stands wherever the run goes on."""
+    run = fresh_run(tmp_path, optimizer={"batch": 64, "matmul": "bfloat16"})
+    run.initialise(batches(1)[0].x)
+    resumed = fresh_run(tmp_path)
+    resumed.restore(*run.state())
+
+    assert {trainee.sae.matmul_dtype for trainee in resumed.trainees} == {torch.bfloat16}
+
+
+# Snapshots
+
+
+def test_a_published_snapshot_can_be_verified(tmp_path: Path) -> None:
+    """Its manifest names every file with its hash, and LATEST names it."""
+    folder = publish_snapshot(tmp_path, 1000, id="run")
+    manifest = verify(folder)
+
+    files = ("cfg.json", "sae_weights.safetensors", "selftest.safetensors", "sparsity.safetensors")
+    assert {entry["path"] for entry in manifest["files"]} == {f"small/{name}" for name in files}
+    assert (manifest["tokens"], manifest["run"]) == (1000, {"id": "run"})
+    assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000001000\n"
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink], ids=lambda f: f.__name__)
+def test_a_damaged_snapshot_does_not_verify(tmp_path: Path, damage: Any) -> None:
+    """The file is named."""
+    folder = publish_snapshot(tmp_path, 1000)
+    damage(folder / "small" / "sae_weights.safetensors")
+
+    with pytest.raises(SnapshotError, match=r"sae_weights\.safetensors is missing or differs"):
+        verify(folder)
+
+
+def test_old_snapshots_are_retired(tmp_path: Path) -> None:
+    """The newest stay, whole; of the others nothing is left."""
+    for tokens in (1000, 2000, 3000, 4000):
+        publish_snapshot(tmp_path, tokens)
+    retire(tmp_path, keep=2)
+
+    assert names(tmp_path / "snapshots") == ["000000003000", "000000004000", "LATEST"]
+    for name in snapshot_names(tmp_path):
+        verify(tmp_path / "snapshots" / name)
+
+
+def test_a_snapshot_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    """A run resumed just before it publishes the same tokens: readers' hashes stay true, and LATEST is mended."""
+    first = publish_snapshot(tmp_path, 1000)
+    before = (first / "manifest.json").read_bytes()
+    (tmp_path / "snapshots" / "LATEST").write_text("000000000500\n")
+
+    assert publish_snapshot(tmp_path, 1000) == first
+    assert (first / "manifest.json").read_bytes() == before
+    assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000001000\n"
+
+
+KILLED_IN_CHECK = """
+import os, signal, sys
+from pathlib import Path
+from tests.small_run import identity_sae
+from trainer.snapshot import publish
+
+directory, deadly = Path(sys.argv[1]), sys.argv[2]
+
+def check(folder):
+    assert (folder / "sae_weights.safetensors").exists()
+    if folder.name == deadly:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+publish(directory, 2000, [identity_sae("first"), identity_sae("second")], {}, check)
+"""
+
+
+@pytest.mark.parametrize("deadly", ["first", "second"])
+def test_a_publisher_killed_between_files_shows_nothing(tmp_path: Path, deadly: str) -> None:
+    """Readers go on seeing the snapshot before; the litter is swept at the next start, and publishing works again."""
+    publish_snapshot(tmp_path, 1000)
+    done = run_python(KILLED_IN_CHECK, tmp_path, deadly)
+
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert snapshot_names(tmp_path) == ["000000001000"]
+    assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000001000\n"
+    sweep(tmp_path / "snapshots")
+    assert names(tmp_path / "snapshots") == ["000000001000", "LATEST"]
+    verify(publish_snapshot(tmp_path, 2000))
+
+
+def test_a_reader_never_sees_half_a_snapshot(tmp_path: Path) -> None:
+    """While snapshots come, whatever is listed verifies, and LATEST names one that is there."""
+    publish_snapshot(tmp_path, 1)
+    done = threading.Event()
+
+    def write() -> None:
+        for tokens in range(2, 40):
+            publish_snapshot(tmp_path, tokens)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        newest = snapshot_names(tmp_path)[-1]
+        verify(tmp_path / "snapshots" / newest)
+        verify(tmp_path / "snapshots" / (tmp_path / "snapshots" / "LATEST").read_text().strip())
+        seen.add(newest)
+    writer.join()
+
+    assert len(seen) > 1

@@ -1,0 +1,279 @@
+"""CURVE keys on real sockets: who is let in, who is not, and that both sides say so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import zmq
+
+from producer.keys import KeysError, write_keys
+from producer.link import Refused
+from producer.settings import StreamSettings
+from tests.small_stream import (
+    Producing,
+    every_name,
+    finish,
+    stream_settings,
+    train,
+    trainer,
+    wait_for,
+)
+from trainer.intake import Intake
+
+ROOT = Path(__file__).parent.parent
+TELLING_SECONDS = 5.0
+"""An operator is told within this time."""
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    write_keys(tmp_path / "keys")
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def other_keys(tmp_path: Path) -> Path:
+    """Keys of another run; no file in them is known to `keys`."""
+    write_keys(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def settings_with(keys: Path | None, endpoint: str = "tcp://127.0.0.1:*", **changes: object) -> StreamSettings:
+    return stream_settings(endpoint, keys=None if keys is None else str(keys), **changes)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def refusal(intake: Intake, keys: Path | None) -> str:
+    """What a producer with these keys is told, at once."""
+    began = time.monotonic()
+    ended = Producing(settings_with(keys, intake.endpoint)).ended()
+    assert time.monotonic() - began < TELLING_SECONDS
+    assert isinstance(ended, Refused)
+    return str(ended)
+
+
+# Files
+
+
+def test_secrets_are_for_their_owner_alone(tmp_path: Path) -> None:
+    """Mode 0600, whatever the umask; the new folder is 0700."""
+    before = os.umask(0)
+    try:
+        write_keys(tmp_path / "keys")
+    finally:
+        os.umask(before)
+
+    secrets = sorted((tmp_path / "keys").rglob("*.key_secret"))
+    assert [path.name for path in secrets] == ["client.key_secret", "server.key_secret"]
+    assert [mode(path) for path in secrets] == [0o600, 0o600]
+    assert mode(tmp_path / "keys") == 0o700
+    for path in (tmp_path / "keys").rglob("*.key"):
+        assert "secret-key" not in path.read_text()
+
+
+def test_a_folder_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    """`keys .` must not lock others out of a folder that holds more than keys."""
+    (tmp_path / "project").mkdir(mode=0o755)
+    write_keys(tmp_path / "project")
+
+    assert mode(tmp_path / "project") == 0o755
+    assert mode(tmp_path / "project" / "client.key_secret") == 0o600
+
+
+@pytest.mark.parametrize("there", ["server.key", "server.key_secret", "client.key_secret", "clients/client.key"])
+def test_keys_are_never_overwritten(tmp_path: Path, there: str) -> None:
+    """One file of an old pair is enough to refuse; it stays as it was, and nothing is written beside it."""
+    path = tmp_path / there
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+
+    with pytest.raises(KeysError, match=r"already; choose another folder"):
+        write_keys(tmp_path)
+    assert path.read_text() == "precious"
+    assert [other for other in tmp_path.rglob("*") if other.is_file()] == [path]
+
+
+def test_keys_are_written_by_a_command(tmp_path: Path) -> None:
+    """`python -m producer keys DIR`: 0 and what goes where; 2 and a sentence when it cannot."""
+
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "producer", "keys", str(folder)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    (tmp_path / "file").write_text("")
+    written, again, impossible = run(tmp_path / "keys"), run(tmp_path / "keys"), run(tmp_path / "file" / "keys")
+
+    assert written.returncode == 0
+    assert "client.key_secret" in written.stdout
+    assert (again.returncode, impossible.returncode) == (2, 2)
+    assert "Traceback" not in again.stderr + impossible.stderr
+    assert "cannot be written" in impossible.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "complaint"),
+    [
+        ("client.key_secret", None, "is missing"),
+        ("server.key", None, "is missing"),
+        ("client.key_secret", "hello", "is not a key file"),
+        ("client.key_secret", 'metadata\ncurve\n    public-key = "{public}"\n', "holds no secret key"),
+        ("client.key_secret", 'metadata\ncurve\n    public-key = "{public}"\n    secret-key = "short"\n', "is damaged"),
+        ("server.key", 'metadata\ncurve\n    public-key = "short"\n', "is damaged"),
+    ],
+)
+def test_a_producer_says_which_key_file_it_cannot_use(
+    keys: Path, name: str, damage: str | None, complaint: str
+) -> None:
+    """The path and what is wrong with it, not an errno of ZeroMQ."""
+    if damage is None:
+        (keys / name).unlink()
+    else:
+        (keys / name).write_text(damage.format(public=zmq.curve_keypair()[0].decode()))
+    ended = Producing(settings_with(keys, "tcp://127.0.0.1:1")).ended()
+
+    assert isinstance(ended, KeysError)
+    assert f"{keys / name} {complaint}" in str(ended)
+
+
+@pytest.mark.parametrize("missing", ["server.key_secret", "clients"])
+def test_a_trainer_does_not_open_without_its_keys(keys: Path, missing: str) -> None:
+    """It names what is missing and leaves nothing half open: with the file back, the same address can be bound."""
+    settings = settings_with(keys)
+    with trainer(settings) as intake:
+        settings = settings_with(keys, intake.endpoint)
+    (keys / missing).rename(keys / "away")
+    with pytest.raises(KeysError, match=missing), trainer(settings):
+        pass
+    (keys / "away").rename(keys / missing)
+
+    with trainer(settings) as intake:
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+# Sockets
+
+
+def test_an_encrypted_stream_is_a_stream(keys: Path) -> None:
+    """Two producers with the right keys: every row once; nobody is counted as turned away."""
+    with trainer(settings_with(keys)) as intake:
+        settings = settings_with(keys, intake.endpoint)
+
+        assert finish(intake, Producing(settings), Producing(settings)) == every_name()
+        assert intake.stream_report().auth_failures == 0
+
+
+def test_what_crosses_the_wire_cannot_be_read(keys: Path) -> None:
+    """A proxy between the two sees neither headers nor rows."""
+    seen = bytearray()
+    with trainer(settings_with(keys)) as intake, socket.create_server(("127.0.0.1", 0)) as door:
+        port = int(intake.endpoint.rsplit(":", 1)[1])
+
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            while data := source.recv(65536):
+                seen.extend(data)
+                sink.sendall(data)
+
+        def listen() -> None:
+            inside, outside = door.accept()[0], socket.create_connection(("127.0.0.1", port))
+            threading.Thread(target=pump, args=(inside, outside), daemon=True).start()
+            threading.Thread(target=pump, args=(outside, inside), daemon=True).start()
+
+        threading.Thread(target=listen, daemon=True).start()
+        names = finish(intake, Producing(settings_with(keys, f"tcp://127.0.0.1:{door.getsockname()[1]}")))
+
+    assert names == every_name()
+    assert len(seen) > 4 * 4 * len(names)
+    assert b"CURVE" in seen
+    assert b"HELLO\xa8producer" not in seen
+    assert b"SHARD_END" not in seen
+
+
+def test_an_unknown_key_is_refused_and_both_sides_say_so(
+    keys: Path, other_keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The producer leaves with what to do, the trainer logs the key and counts; who is known goes on undisturbed."""
+    shutil.copy(keys / "server.key", other_keys / "server.key")
+    with trainer(settings_with(keys)) as intake:
+        at_work = Producing(settings_with(keys, intake.endpoint))
+        names = train(intake, 32)
+
+        assert "does not know this producer's key" in refusal(intake, other_keys)
+        wait_for(lambda: intake.stream_report().auth_failures == 1)
+        key = (other_keys / "clients" / "client.key").read_text().split('"')[1]
+        assert any(key in record.message for record in caplog.records if record.levelno == logging.WARNING)
+        assert sorted(names + finish(intake, at_work)) == every_name()
+
+
+def test_a_wrong_server_key_is_told(keys: Path, other_keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The producer trusts another trainer than the one it found; the trainer counts and warns once."""
+    shutil.copy(other_keys / "server.key", keys / "server.key")
+    with trainer(settings_with(keys)) as intake:
+        assert "no agreement on keys" in refusal(intake, keys)
+        wait_for(lambda: intake.stream_report().auth_failures >= 3)
+
+    told = [record.message for record in caplog.records if "turned away" in record.message]
+    assert len(told) == 1
+    assert "stream.keys" in told[0]
+
+
+@pytest.mark.parametrize("keyless", ["producer", "trainer"])
+def test_keys_on_one_side_only_are_told(keys: Path, keyless: str) -> None:
+    """Neither side streams in the clear to one that expects keys; both name the setting."""
+    with trainer(settings_with(None if keyless == "trainer" else keys)) as intake:
+        told = refusal(intake, None if keyless == "producer" else keys)
+
+        assert "stream.keys must be set on both sides or on neither" in told
+        assert not intake.ledger.sessions
+
+
+def test_a_client_key_can_be_withdrawn_and_given_back(keys: Path) -> None:
+    """Deleting its file denies the next connection, putting it back admits it: nothing needs a restart."""
+    with trainer(settings_with(keys)) as intake:
+        settings = settings_with(keys, intake.endpoint)
+        (keys / "clients" / "client.key").rename(keys / "withdrawn")
+
+        assert "does not know this producer's key" in refusal(intake, keys)
+        (keys / "withdrawn").rename(keys / "clients" / "any name will do.key")
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_broken_file_among_the_clients_locks_nobody_out(keys: Path) -> None:
+    """A key that is just being copied here is passed over; the others count."""
+    (keys / "clients" / "a.key").write_text("")
+    (keys / "clients" / "b.key").mkdir()
+    with trainer(settings_with(keys)) as intake:
+        assert finish(intake, Producing(settings_with(keys, intake.endpoint))) == every_name()
+
+
+def test_a_tunnel_without_a_trainer_is_no_verdict(caplog: pytest.LogCaptureFixture) -> None:
+    """A proxy that accepts and hangs up is warned about; the producer waits for the trainer behind it."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    door.accept()[0].close()
+                except OSError:
+                    return
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        endpoint = f"tcp://127.0.0.1:{door.getsockname()[1]}"
+        producer = Producing(settings_with(None, endpoint))
+        wait_for(lambda: any("tunnel" in record.message for record in caplog.records), TELLING_SECONDS)
+        assert producer.link.state == "connecting"
+        door.shutdown(socket.SHUT_RDWR)
+    with trainer(settings_with(None, endpoint)) as intake:
+        assert finish(intake, producer) == every_name()

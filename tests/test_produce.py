@@ -1,0 +1,427 @@
+"""From a lease to chunks: which windows are run, which rows are sent, and what is said about the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from torch import Tensor
+
+from producer.produce import chunk_parts, chunk_windows
+from producer.source import norm_bounds
+from producer.tokens import Windows
+from producer.wire import (
+    MAX_CHUNK_POSITIONS,
+    TARGET_CHUNK_BYTES,
+    Chunk,
+    Credit,
+    Drain,
+    Heartbeat,
+    Hello,
+    Hook,
+    Lease,
+    Message,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    Welcome,
+    decode,
+    encode,
+    pack_bits,
+    unpack_bits,
+)
+from tests.small_stream import Producing, hello_of, stream_settings, trainer
+from trainer.intake import TORCH_DTYPE
+
+CONTEXT = 4
+
+
+@dataclass
+class Tensors:
+    """A source whose activations are there already: x[hook] is [windows, context, width], the same in each shard."""
+
+    x: list[Tensor]
+    kept: np.ndarray
+    batch_windows: int = 2
+    shards: int = 3
+    forwarded: list[list[int]] = field(default_factory=list)
+    """The windows of each forward pass."""
+    device: ClassVar[torch.device] = torch.device("cpu")
+    layers: ClassVar[tuple[int, int]] = (1, 2)
+    findings: ClassVar[dict[str, Any]] = {}
+    facts: ClassVar[dict[str, Any]] = {"corpus": "tensors"}
+
+    @property
+    def context(self) -> int:
+        return self.kept.shape[1]
+
+    @property
+    def hooks(self) -> list[Hook]:
+        return [Hook(name=f"hook {n}", module=f"{n}", width=x.shape[-1]) for n, x in enumerate(self.x)]
+
+    def windows(self, shard: int) -> Windows:
+        return Windows(np.zeros(self.kept.shape, np.int64), self.kept, np.zeros(self.kept.shape, bool))
+
+    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+        self.forwarded.append(chosen.tolist())
+        return [x[torch.from_numpy(chosen)] for x in self.x]
+
+
+def tensors(windows: int, widths: tuple[int, ...] = (3, 5), context: int = CONTEXT, **options: Any) -> Tensors:
+    """Random rows of norm below 10; the first position of each window is not kept, as a BOS would not be."""
+    torch.manual_seed(0)
+    kept = np.ones((windows, context), bool)
+    kept[:, 0] = False
+    return Tensors([torch.rand(windows, context, width) for width in widths], kept, **options)
+
+
+@dataclass
+class Sent:
+    """What came for one lease."""
+
+    chunks: list[Chunk]
+    payloads: list[bytes]
+    end: Message
+
+    def positions(self, context: int, field: str = "kept") -> list[int]:
+        """Positions in the shard whose bit is set, chunk after chunk."""
+        named: list[int] = []
+        for chunk in self.chunks:
+            bits = unpack_bits(getattr(chunk, field), chunk.windows * context)
+            named += (chunk.first_window * context + np.flatnonzero(bits)).tolist()
+        return named
+
+    def rows(self, source: Tensors, dtype: str) -> list[Tensor]:
+        """The rows of all chunks, per hook."""
+        parts = []
+        for chunk, payload in zip(self.chunks, self.payloads, strict=True):
+            numbers = torch.frombuffer(bytearray(payload), dtype=TORCH_DTYPE[dtype]) if payload else torch.zeros(0)
+            blocks = numbers.split([chunk.rows * hook.width for hook in source.hooks])
+            parts.append([b.view(chunk.rows, h.width) for b, h in zip(blocks, source.hooks, strict=True) if chunk.rows])
+        return [torch.cat(hook) for hook in zip(*[part for part in parts if part], strict=True)]
+
+
+class Trainer:
+    """A trainer driven by hand: leases what the test says and keeps what comes."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(endpoint)
+        self._route = b""
+        self._attempt = 0
+
+    def close(self) -> None:
+        self._context.destroy(linger=200)
+
+    def say(self, message: Message, payload: bytes | None = None) -> None:
+        self._socket.send_multipart([self._route, encode(message), *([] if payload is None else [payload])])
+
+    def hear(self) -> tuple[Message, bytes]:
+        while self._socket.poll(10_000):
+            self._route, header, *payload = self._socket.recv_multipart()
+            message = decode(header)
+            if isinstance(message, Heartbeat):
+                self.say(Heartbeat(progress=0))
+            else:
+                return message, payload[0] if payload else b""
+        raise AssertionError("the producer says nothing")
+
+    def welcome(self, norm_bounds: list[float] | None = None) -> None:
+        """Lets the producer in, with all the credit in the world."""
+        hello, _ = self.hear()
+        assert isinstance(hello, Hello)
+        self.say(
+            Welcome(
+                session=hello.session, run="run", incarnation="first", endpoints=["here"], heartbeat_seconds=0.1,
+                dead_seconds=5.0, max_chunk_bytes=2**20, norm_bounds=norm_bounds,
+            )
+        )  # fmt: skip
+        self.say(Credit(number=1000))
+
+    def lease(self, shard: int = 0, had: np.ndarray | None = None) -> Sent:
+        """Leases a shard and returns what came of it."""
+        self._attempt += 1
+        self.say(Lease(shard=shard, epoch=0, attempt=self._attempt), b"" if had is None else pack_bits(had))
+        sent = Sent([], [], Drain(finished=False))
+        while not isinstance(sent.end, ShardEnd | ShardFail):
+            message, payload = self.hear()
+            if isinstance(message, Chunk):
+                assert (message.shard, message.attempt) == (shard, self._attempt)
+                sent.chunks.append(message)
+                sent.payloads.append(payload)
+            sent.end = message
+        return sent
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/s"
+
+
+@pytest.fixture
+def hand(endpoint: str) -> Iterator[Trainer]:
+    hand = Trainer(endpoint)
+    yield hand
+    hand.close()
+
+
+def start(endpoint: str, source: Tensors, dtype: str = "float32") -> Producing:
+    return Producing(stream_settings(endpoint, dtype=dtype), source, hello_of(source, dtype))
+
+
+def finish(hand: Trainer, producer: Producing) -> None:
+    hand.say(Drain(finished=True))
+    assert producer.ended() is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kept_row_is_sent_and_no_other(hand: Trainer, endpoint: str, dtype: str) -> None:
+    """Each kept position once, in order, with its activations of every hook in the stream's number format."""
+    source = tensors(5)
+    producer = start(endpoint, source, dtype)
+    hand.welcome()
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert sent.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
+    assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=15)
+    for rows, x in zip(sent.rows(source, dtype), source.x, strict=True):
+        assert torch.equal(rows, x[torch.from_numpy(source.kept)].to(TORCH_DTYPE[dtype]))
+
+
+def test_what_the_trainer_has_is_neither_run_nor_sent(hand: Trainer, endpoint: str) -> None:
+    """A window all of whose rows are there does not go through the model; SHARD_END counts all rows all the same."""
+    source = tensors(6)
+    had = np.zeros((6, CONTEXT), bool)
+    had[[0, 2, 3]] = True
+    had[4, 2] = True
+    producer = start(endpoint, source)
+    hand.welcome()
+    sent = hand.lease(had=had)
+    finish(hand, producer)
+
+    assert source.forwarded == [[1, 4], [5]]
+    assert sent.positions(CONTEXT) == np.flatnonzero(source.kept & ~had).tolist()
+    assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=18)
+    assert torch.equal(sent.rows(source, "float32")[1], source.x[1][torch.from_numpy(source.kept & ~had)])
+
+
+def test_outliers_are_dropped_by_name(hand: Trainer, endpoint: str) -> None:
+    """A row beyond the bound of any hook is named and not sent; positions that are not kept are not even named."""
+    source = tensors(4)
+    source.x[0][0, 2] = 100.0
+    source.x[1][3, 1] = 100.0
+    source.x[1][3, 0] = 100.0
+    producer = start(endpoint, source)
+    hand.welcome(norm_bounds=[10.0, 10.0])
+    sent = hand.lease()
+    finish(hand, producer)
+
+    outliers = [2, 13]
+    assert sent.positions(CONTEXT, "outliers") == outliers
+    assert sent.positions(CONTEXT) == [p for p in np.flatnonzero(source.kept).tolist() if p not in outliers]
+    assert max(float(rows.norm(dim=1).max()) for rows in sent.rows(source, "float32")) < 10
+    assert producer.producer.report().rows_dropped == {"excluded": 4, "outlier": 2}
+
+
+def test_a_chunk_may_hold_outliers_only(hand: Trainer, endpoint: str) -> None:
+    """It names them and carries nothing."""
+    source = tensors(1)
+    source.x[0][:] = 100.0
+    producer = start(endpoint, source)
+    hand.welcome(norm_bounds=[10.0, 10.0])
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert [(chunk.rows, payload) for chunk, payload in zip(sent.chunks, sent.payloads, strict=True)] == [(0, b"")]
+    assert sent.positions(CONTEXT, "outliers") == [1, 2, 3]
+    assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_outlier(hand: Trainer, endpoint: str, value: float) -> None:
+    """It is not quietly dropped as if it were an attention sink: the trainer gets to see it, and refuses it."""
+    source = tensors(1)
+    source.x[0][0, 2, 1] = value
+    producer = start(endpoint, source)
+    hand.welcome(norm_bounds=[10.0, 10.0])
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert (sent.positions(CONTEXT), sent.positions(CONTEXT, "outliers")) == ([1, 2, 3], [])
+
+
+def test_the_first_pass_proposes_the_bounds() -> None:
+    """Per hook, the factor times the median norm of kept rows; a BOS as long as a tower moves nothing."""
+    source = tensors(2, widths=(1, 4))
+    source.x[0] = torch.arange(8.0).view(2, 4, 1)
+    source.x[1] = 2 * torch.ones(2, 4, 4)
+    source.x[1][:, 0] = 1e6
+
+    # kept rows of the first hook: 1 2 3 5 6 7, whose (lower) median is 3
+    assert norm_bounds(source, [0, 1], 10.0) == [30.0, 40.0]
+    assert norm_bounds(source, [0, 1], 0.0) is None
+    assert source.forwarded == [[0, 1]]
+
+
+# Geometry
+
+
+def test_a_chunk_is_about_two_megabytes_and_at_most_one_pass() -> None:
+    """Whole windows, at least one."""
+    row_bytes = 768 * 2
+
+    assert chunk_windows(256, row_bytes, batch_windows=128) == TARGET_CHUNK_BYTES // (256 * row_bytes) == 5
+    assert chunk_windows(256, row_bytes, batch_windows=3) == 3
+    assert chunk_windows(4096, 4096 * 4, batch_windows=1) == 1
+
+
+def test_passes_are_cut_into_chunks(hand: Trainer, endpoint: str) -> None:
+    """Windows of a megabyte, three in a pass, two in a chunk: 2, 1, 2, 1, 1."""
+    source = tensors(7, widths=(65536,), batch_windows=3)
+    producer = start(endpoint, source)
+    hand.welcome()
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert source.forwarded == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [(chunk.number, chunk.first_window, chunk.windows) for chunk in sent.chunks] == [
+        (1, 0, 2), (2, 2, 1), (3, 3, 2), (4, 5, 1), (5, 6, 1),
+    ]  # fmt: skip
+    assert max(chunk.rows for chunk in sent.chunks) <= hello_of(source).chunk_rows == 2 * CONTEXT
+    assert torch.equal(sent.rows(source, "float32")[0], source.x[0][torch.from_numpy(source.kept)])
+
+
+def test_rows_that_lie_far_apart_come_in_chunks_of_their_own(hand: Trainer, endpoint: str) -> None:
+    """The last missing rows of a long shard, at its two ends: no chunk names more positions than a message may."""
+    source = tensors(2000, widths=(1,), context=256)
+    had = np.ones((2000, 256), bool)
+    had[[0, 1, 1999], 7] = False
+    producer = start(endpoint, source)
+    hand.welcome()
+    sent = hand.lease(had=had)
+    finish(hand, producer)
+
+    assert sent.positions(256) == [7, 256 + 7, 1999 * 256 + 7]
+    assert isinstance(sent.end, ShardEnd)
+
+
+@pytest.mark.parametrize("context", [1, 100, 256, MAX_CHUNK_POSITIONS])
+def test_parts_cover_a_pass_once_and_never_reach_too_far(context: int) -> None:
+    """Every index in one part, in order; each part within the limits."""
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        chosen = np.flatnonzero(random.random(5000) < random.choice([0.001, 0.02, 0.5]))
+        parts = [chosen[part] for part in chunk_parts(chosen, 7, context)]
+
+        assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == chosen.tolist()
+        assert all(1 <= len(part) <= 7 for part in parts)
+        assert all((part[-1] - part[0] + 1) * context <= MAX_CHUNK_POSITIONS for part in parts)
+
+
+def test_a_shard_without_rows_is_done_at_once(hand: Trainer, endpoint: str) -> None:
+    """No text, or none that is kept: no pass, no chunk, and an end that counts zero rows."""
+    source = tensors(3)
+    source.kept[:] = False
+    producer = start(endpoint, source)
+    hand.welcome()
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert (sent.chunks, source.forwarded) == ([], [])
+    assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=0)
+
+
+# What goes wrong
+
+
+@dataclass
+class Torn(Tensors):
+    """Shard 1 cannot be read; shard 2 breaks in its second pass."""
+
+    def windows(self, shard: int) -> Windows:
+        if shard == 1:
+            raise OSError("the disk has a hole")
+        return super().windows(shard)
+
+    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+        if shard == 2 and 2 in chosen:
+            raise torch.OutOfMemoryError("no room for window 2")
+        return super().activations(shard, windows, chosen)
+
+
+def torn() -> Torn:
+    whole = tensors(4)
+    return Torn(whole.x, whole.kept)
+
+
+def test_a_shard_that_fails_is_reported_and_the_next_one_served(hand: Trainer, endpoint: str) -> None:
+    """The error's own words, worth another try; what was sent before it is not taken back."""
+    source = torn()
+    producer = start(endpoint, source)
+    hand.welcome()
+    unread, broken, good = hand.lease(1), hand.lease(2), hand.lease(0)
+    finish(hand, producer)
+
+    assert unread.end == ShardFail(shard=1, epoch=0, attempt=1, error="OSError: the disk has a hole", retry=True)
+    assert isinstance(broken.end, ShardFail)
+    assert broken.end.error == "OutOfMemoryError: no room for window 2"
+    assert broken.positions(CONTEXT) == [1, 2, 3, 5, 6, 7]
+    assert good.end == ShardEnd(shard=0, epoch=0, attempt=3, rows=12)
+    assert producer.producer.report().shards == 1
+
+
+def test_a_session_that_ends_in_mid_shard_starts_over(hand: Trainer, endpoint: str) -> None:
+    """The lease is dropped without a word; under the next session the numbers of chunks begin again."""
+    source = tensors(4)
+    producer = start(endpoint, source)
+    hand.welcome()
+    hand.say(Lease(shard=0, epoch=0, attempt=1), b"")
+    assert isinstance(hand.hear()[0], Chunk)
+    hand.say(Reject(code="silent", reason="nothing heard", retry=True))
+    while not isinstance(message := hand.hear()[0], Hello):
+        assert not isinstance(message, ShardFail)
+    hand.say(
+        Welcome(
+            session=message.session, run="run", incarnation="second", endpoints=["here"], heartbeat_seconds=0.1,
+            dead_seconds=5.0, max_chunk_bytes=2**20, norm_bounds=None,
+        )
+    )  # fmt: skip
+    hand.say(Credit(number=1000))
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert [(chunk.number, chunk.incarnation) for chunk in sent.chunks] == [(1, "second"), (2, "second")]
+    assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=12)
+    assert producer.link.sessions == 2
+
+
+def test_shards_that_always_fail_do_not_hold_up_the_run(endpoint: str) -> None:
+    """With the real trainer: set aside after three tries and listed, while the outliers of the rest are discarded."""
+    source = torn()
+    source.x[0][1, 1] = 100.0
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        producer = Producing(settings, source, hello_of(source, norm_bounds=[10.0, 10.0]))
+        rows = 0
+        while (batch := intake.take(4, threading.Event())) is not None:
+            intake.trained(batch)
+            rows += len(batch.serial)
+        intake.drain(finished=True)
+        assert producer.ended() is None
+        ledger = intake.ledger
+
+        assert rows == ledger.rows_trained == 11 + 5
+        assert ledger.rows_discarded == 2
+        assert {entry["shard"]: entry["reason"] for entry in ledger.set_aside} == {
+            1: "OSError: the disk has a hole",
+            2: "OutOfMemoryError: no room for window 2",
+        }

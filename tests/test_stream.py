@@ -1,0 +1,479 @@
+"""Both ends of the stream on real sockets: what is sent arrives once, whatever the other side does."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zmq
+
+from producer.link import NoTrainer, Refused
+from producer.wire import (
+    MAX_CHUNK_BYTES,
+    MAX_HEADER_BYTES,
+    Drain,
+    Heartbeat,
+    Hook,
+    Reject,
+    ShardFail,
+    encode,
+    pack_bits,
+)
+from tests.small_stream import (
+    CAPACITY,
+    CHUNK_ROWS,
+    D_IN,
+    Peer,
+    Producing,
+    every_name,
+    finish,
+    hello_of,
+    named_source,
+    new_ledger,
+    stream_settings,
+    train,
+    trainer,
+    wait_for,
+)
+from trainer.intake import GOODBYE_SECONDS, Intake, IntakeError
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/s"
+
+
+# What is sent arrives
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("address", ["ipc", "tcp"])
+def test_every_row_arrives_exactly_once(endpoint: str, address: str, dtype: str) -> None:
+    """Three producers at once, each row under its own name, and nobody counted as lost at the end."""
+    settings = stream_settings(endpoint if address == "ipc" else "tcp://127.0.0.1:*", dtype=dtype)
+    with trainer(settings) as intake:
+        settings = settings.model_copy(update={"endpoint": intake.endpoint})
+        producers = [Producing(settings) for _ in range(3)]
+
+        assert finish(intake, *producers) == every_name()
+        assert intake.ledger.sessions_lost == 0
+
+
+def test_a_slow_trainer_makes_producers_wait(endpoint: str) -> None:
+    """Rows buffered and rows that may still come never exceed the buffer, and producers know what they wait for."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        producers = [Producing(settings) for _ in range(3)]
+        names = []
+        for _ in range(12):
+            names += train(intake, CHUNK_ROWS)
+            time.sleep(0.02)
+            with intake.lock:
+                assert intake.buffer is not None
+                assert intake.buffer.rows == intake.ledger.rows_buffered
+                assert intake.ledger.rows_buffered + intake.ledger.rows_credited <= CAPACITY
+        waited = [producer.link.stall_seconds["credit"] for producer in producers]
+
+        assert sum(waited) > 0.1
+        assert sorted(names + finish(intake, *producers)) == every_name()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> None:
+    """Rows of two hooks of different width, any bits that are finite: the same bits, the hooks side by side."""
+    settings = stream_settings(endpoint, dtype=dtype)
+    hooks = [Hook(name="narrow", module="a", width=3), Hook(name="wide", module="b", width=5)]
+    number = torch.float32 if dtype == "float32" else torch.bfloat16
+    sent = [torch.randn(CHUNK_ROWS, hook.width).mul(1e3).to(number) for hook in hooks]
+    payload = b"".join(x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in sent)
+    with trainer(settings) as intake, Peer(settings, hello_of(named_source(), dtype, hooks=hooks)) as peer:
+        peer.join().chunk(payload)
+        wait_for(lambda: intake.ledger.rows_received)
+        assert intake.buffer is not None
+        batch = intake.buffer.draw(CHUNK_ROWS)
+
+        for x, y in zip(sent, batch.x, strict=True):
+            assert torch.equal(x[torch.from_numpy(batch.position)].view(torch.uint8), y.view(torch.uint8))
+
+
+# What cannot be used
+
+
+def send_garbage(peer: Peer) -> None:
+    peer.send(os.urandom(64))
+
+
+def send_nothing(peer: Peer) -> None:
+    peer.send(b"")
+
+
+def send_three_frames(peer: Peer) -> None:
+    peer.send(encode(Heartbeat(progress=1)), b"", b"")
+
+
+def send_a_long_header(peer: Peer) -> None:
+    peer.send(b"\xc4" * (MAX_HEADER_BYTES + 1))
+
+
+def send_an_unknown_kind(peer: Peer) -> None:
+    peer.send(b"\x82\xa1v\x01\xa4kind\xa6TROJAN")
+
+
+def send_half_a_chunk(peer: Peer) -> None:
+    peer.send(b"\x82\xa1v\x01\xa4kind\xa5CHUNK")
+
+
+def send_what_a_trainer_says(peer: Peer) -> None:
+    peer.say(Drain(finished=True))
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "kind"),
+    [
+        (send_garbage, "garbage"),
+        (send_nothing, "garbage"),
+        (send_three_frames, "frames"),
+        (send_a_long_header, "size"),
+        (send_an_unknown_kind, "kind"),
+        (send_half_a_chunk, "field"),
+        (send_what_a_trainer_says, "direction"),
+    ],
+)
+def test_a_message_that_cannot_be_used_is_dropped_and_counted(
+    endpoint: str, misbehave: Callable[[Peer], None], kind: str
+) -> None:
+    """Nothing but a counter changes: the peer's session goes on, and so does the run."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.join()
+        misbehave(peer)
+        peer.chunk()
+        wait_for(lambda: intake.ledger.rows_received == CHUNK_ROWS)
+        peer.leave()
+
+        assert intake.ledger.errors == {kind: 1}
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_frame_that_is_too_large_costs_its_connection(endpoint: str) -> None:
+    """It is not even read: the peer has to begin again, the run does not notice."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.join()
+        peer.send(encode(Heartbeat(progress=1)), bytes(MAX_CHUNK_BYTES + 2048))
+        peer.say(Heartbeat(progress=2))
+
+        assert peer.hear(Reject).code == "unknown_session"
+        peer.join().leave()
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def nan_in_the_middle(value: float) -> bytes:
+    rows = np.ones((CHUNK_ROWS, D_IN), np.float32)
+    rows[7, 2] = value
+    return rows.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("gap", {"number": 3}),
+        ("gap", {"number": 1}),
+        ("incarnation", {"incarnation": "an earlier one"}),
+        ("shape", {"payload": b"\0" * 12}),
+        ("shape", {"payload": b""}),
+        ("shape", {"rows": CHUNK_ROWS - 1}),
+        ("shape", {"kept": pack_bits(np.ones(CHUNK_ROWS + 8, bool))}),
+        ("duplicate", {"first_window": 0}),
+        ("non_finite", {"payload": nan_in_the_middle(float("nan"))}),
+        ("non_finite", {"payload": nan_in_the_middle(float("inf"))}),
+        ("non_finite", {"payload": nan_in_the_middle(float("-inf"))}),
+    ],
+)
+def test_a_faulty_chunk_ends_its_session(endpoint: str, code: str, changes: dict) -> None:
+    """The peer is told why and may come again; its rows are counted and not taken, its leases return."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.join().chunk()
+        wait_for(lambda: intake.ledger.rows_received == CHUNK_ROWS)
+        bad = peer.chunk(**changes)
+        reject = peer.hear(Reject)
+
+        assert (reject.code, reject.retry) == (code, True)
+        assert intake.ledger.errors == {code: 1}
+        assert intake.ledger.rejected == {code: bad.rows}
+        assert intake.buffer is not None
+        assert intake.buffer.rows == CHUNK_ROWS
+        assert not intake.ledger.sessions
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_chunk_beyond_credit_is_not_taken(endpoint: str) -> None:
+    """Eight chunks are the whole buffer; a ninth has no place, and ends the session."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.join()
+        for number in range(8):
+            peer.chunk(lease=peer.leases[number // 4])
+        wait_for(lambda: intake.ledger.rows_received == CAPACITY)
+        peer.chunk(b"", lease=peer.leases[1])
+
+        assert peer.hear(Reject).code == "credit"
+        assert intake.ledger.rows_received == CAPACITY
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_shard_that_comes_as_nan_three_times_is_set_aside(endpoint: str) -> None:
+    """It is listed with its reason; every other row is trained."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        for _ in range(3):
+            peer.join().chunk(nan_in_the_middle(float("nan")))
+            peer.hear(Reject)
+        broken = peer.leases[0].shard
+        producer = Producing(settings)
+
+        assert finish(intake, producer) == [name for name in every_name() if name[0] != broken]
+        (entry,) = intake.ledger.set_aside
+        assert entry["shard"] == broken
+        assert "NaN" in entry["reason"]
+
+
+# Who is late, silent or new
+
+
+def test_a_stranger_is_told_to_begin_anew(endpoint: str) -> None:
+    """A chunk of a session that this trainer does not know is counted and answered, never taken."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as known, Peer(settings) as stranger:
+        known.join()
+        stranger.welcome, stranger.leases = known.welcome, known.leases
+        stranger.chunk()
+        reject = stranger.hear(Reject)
+
+        assert (reject.code, reject.retry) == ("unknown_session", True)
+        assert intake.ledger.rejected == {"unknown_session": CHUNK_ROWS}
+        known.leave()
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_an_old_attempt_is_fenced_off(endpoint: str) -> None:
+    """Once a shard was given back and leased again, what still comes under its old lease is not taken."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        old = peer.join().leases[0]
+        peer.say(ShardFail(shard=old.shard, epoch=old.epoch, attempt=old.attempt, error="a hiccup", retry=True))
+        wait_for(lambda: intake.ledger.open[0].attempt == old.attempt + 1)
+        peer.chunk(lease=old)
+        wait_for(lambda: intake.ledger.rejected)
+
+        assert intake.ledger.rejected == {"fenced": CHUNK_ROWS}
+        assert len(intake.ledger.sessions) == 1
+        peer.leave()
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_silent_peer_loses_its_leases(endpoint: str) -> None:
+    """Its leases return after dead_seconds; when it wakes up it is turned away and may begin anew."""
+    settings = stream_settings(endpoint, dead_seconds=0.5)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.join().chunk()
+        began = time.monotonic()
+        names = finish(intake, Producing(settings))
+
+        assert names == every_name()
+        assert 0.4 < time.monotonic() - began < 5
+        assert peer.hear(Reject).code == "silent"
+        assert intake.ledger.sessions_lost == 1
+
+
+def test_a_producer_that_comes_again_replaces_its_old_session(endpoint: str) -> None:
+    """The same process under a new session: the old one's leases go to the new one at once."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as old:
+        old.join()
+        again = hello_of(named_source(), producer=old.hello.producer)
+        with Peer(settings, again) as new:
+            new.join()
+            assert list(intake.ledger.sessions) == [again.session]
+            assert {lease.shard for lease in new.leases} == {lease.shard for lease in old.leases}
+            old.chunk()
+            assert old.hear(Reject).code == "unknown_session"
+            new.leave()
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+# Who is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact", "theirs"),
+    [
+        ({"fingerprint": "another corpus"}, "fingerprint", "another corpus"),
+        ({"shards": 7}, "shards", "7"),
+        ({"held_out": 0.25}, "held_out", "0.25"),
+        ({"context": 16}, "context", "16"),
+        ({"hooks": [Hook(name="synthetic", module="synthetic", width=9)]}, "hooks", "width 9"),
+        ({"dtype": "bfloat16"}, "dtype", "bfloat16"),
+    ],
+)
+def test_a_producer_of_another_stream_is_refused(endpoint: str, changes: dict, fact: str, theirs: str) -> None:
+    """For good, and with both values in the sentence."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as first:
+        first.join()
+        refused = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
+        ours = {"hooks": "width 4", "dtype": "float32"}.get(fact, str(getattr(first.hello, fact)))
+
+        assert isinstance(refused, Refused)
+        assert f"{fact} differs" in str(refused)
+        assert ours in str(refused)
+        assert theirs in str(refused)
+        first.leave()
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_buffer_too_small_for_the_chunks_is_refused(endpoint: str) -> None:
+    """With the number to change; a producer with smaller chunks is still welcome."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        refused = Producing(settings, hello=hello_of(named_source(), chunk_rows=CAPACITY)).ended()
+
+        assert isinstance(refused, Refused)
+        assert f"buffer.rows = {CAPACITY}" in str(refused)
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_another_release_is_refused_with_both_versions(endpoint: str) -> None:
+    """Neither side waits in silence for what it cannot read."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.send(encode(peer.hello).replace(b"\xa1v\x01", b"\xa1v\x63"))
+        reject = peer.hear(Reject)
+
+        assert (reject.code, reject.retry) == ("version", False)
+        assert "99" in reject.reason
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_trainer_of_another_release_is_told_apart(endpoint: str) -> None:
+    """The producer leaves with the two versions instead of looking for another trainer."""
+    context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.bind(endpoint)
+    producer = Producing(stream_settings(endpoint))
+    route, _ = socket.recv_multipart()
+    socket.send_multipart([route, b"\x82\xa1v\x63\xa4kind\xa7WELCOME"])
+    refused = producer.ended()
+    context.destroy(linger=0)
+
+    assert isinstance(refused, Refused)
+    assert "protocol version 99; this side speaks 1" in str(refused)
+
+
+def test_a_second_trainer_cannot_have_the_same_endpoint(endpoint: str) -> None:
+    """It is told the address and what to do, and the first one goes on."""
+    settings = stream_settings("tcp://127.0.0.1:*")
+    with trainer(settings) as intake:
+        taken = settings.model_copy(update={"endpoint": intake.endpoint})
+        with pytest.raises(IntakeError, match="another trainer"), trainer(taken):
+            pass
+        assert finish(intake, Producing(taken)) == every_name()
+
+
+def test_an_endpoint_that_is_no_address_is_said(endpoint: str) -> None:
+    """No traceback for a slip of the pen."""
+    ended = Producing(stream_settings(f"{endpoint}/{'x' * 200}")).ended()
+
+    assert isinstance(ended, NoTrainer)
+    assert "is no address" in str(ended)
+
+
+# The trainer goes and comes
+
+
+def test_a_trainer_that_crashes_is_found_again(endpoint: str) -> None:
+    """A new start from the ledger's last state: the producers notice, and over both lives each row is trained once."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        producers = [Producing(settings) for _ in range(2)]
+        first = train(intake, 5 * CHUNK_ROWS)
+        with intake.lock:
+            document, bits = intake.ledger.state()
+    ledger = new_ledger(settings)
+    ledger.restore(document, bits)
+    with trainer(settings, ledger) as intake:
+        second = finish(intake, *producers)
+
+    assert len(first) == 5 * CHUNK_ROWS
+    assert sorted(first + second) == every_name()
+
+
+def test_a_trainer_that_leaves_is_waited_for(endpoint: str) -> None:
+    """DRAIN: the producers say goodbye at once, keep quiet, and go on with the next start."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        producer = Producing(settings)
+        first = train(intake, 3 * CHUNK_ROWS)
+        began = time.monotonic()
+        intake.drain(finished=False)
+        assert not intake.ledger.sessions
+        assert time.monotonic() - began < 0.9
+        document, bits = intake.ledger.state()
+        assert producer.link.state == "connecting"
+    ledger = new_ledger(settings)
+    ledger.restore(document, bits)
+    with trainer(settings, ledger) as intake:
+        second = finish(intake, producer)
+
+        assert ledger.sessions_lost == 0
+    assert sorted(first + second) == every_name()
+
+
+def test_a_finished_run_is_told_to_everybody(endpoint: str) -> None:
+    """To those at work, and to one that comes back while the trainer says goodbye."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        assert sorted(train_with(intake, Producing(settings))) == every_name()
+        goodbye = threading.Thread(target=intake.drain, args=(True,))
+        began = time.monotonic()
+        goodbye.start()
+        late = Producing(settings)
+
+        assert late.ended() is None
+        goodbye.join()
+        assert time.monotonic() - began < GOODBYE_SECONDS
+
+
+def train_with(intake: Intake, producer: Producing) -> list:
+    names = train(intake)
+    wait_for(lambda: producer.link.state == "idle")
+    return names
+
+
+def test_a_hello_that_was_lost_is_said_again(endpoint: str) -> None:
+    """The trainer that took it died before it answered; the next one knows nothing of this producer."""
+    context = zmq.Context()
+    doomed = context.socket(zmq.ROUTER)
+    doomed.bind(endpoint)
+    settings = stream_settings(endpoint, dead_seconds=0.5)
+    producer = Producing(settings)
+    doomed.recv_multipart()
+    context.destroy(linger=0)
+    with trainer(settings) as intake:
+        assert finish(intake, producer) == every_name()
+
+
+def test_a_producer_that_finds_nobody_gives_up(endpoint: str) -> None:
+    """After stream.patience_seconds, with the address and what to start."""
+    ended = Producing(stream_settings(endpoint, patience_seconds=0.3)).ended(5)
+
+    assert isinstance(ended, NoTrainer)
+    assert endpoint in str(ended)
+    assert "python -m trainer" in str(ended)
