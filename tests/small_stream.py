@@ -5,11 +5,12 @@ Every row of the corpus is its own name (shard, window, position), so that what 
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -260,3 +261,49 @@ class Peer:
 
     def leave(self) -> None:
         self.say(Bye())
+
+
+class Tunnel:
+    """A TCP proxy before `endpoint`: sees what passes, and can be cut or blocked."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.seen = bytearray()
+        self.open = threading.Event()
+        self.open.set()
+        self._port = int(endpoint.rsplit(":", 1)[1])
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = []
+        self.endpoint = f"tcp://127.0.0.1:{self._door.getsockname()[1]}"
+
+    def __enter__(self) -> Tunnel:
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._door.shutdown(socket.SHUT_RDWR)
+        self._door.close()
+        self.open.set()
+        self.cut()
+
+    def cut(self) -> None:
+        """Every connection through the tunnel breaks; new ones can be made."""
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _listen(self) -> None:
+        with suppress(OSError):
+            while True:
+                ends = self._door.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+                self._ends += ends
+                for source, sink in (ends, ends[::-1]):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self.open.wait()
+                self.seen += data
+                sink.sendall(data)
+        for end in (source, sink):
+            end.close()

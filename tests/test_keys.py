@@ -21,6 +21,7 @@ from producer.link import Refused
 from producer.settings import StreamSettings
 from tests.small_stream import (
     Producing,
+    Tunnel,
     every_name,
     finish,
     stream_settings,
@@ -176,29 +177,15 @@ def test_an_encrypted_stream_is_a_stream(keys: Path) -> None:
 
 
 def test_what_crosses_the_wire_cannot_be_read(keys: Path) -> None:
-    """A proxy between the two sees neither headers nor rows."""
-    seen = bytearray()
-    with trainer(settings_with(keys)) as intake, socket.create_server(("127.0.0.1", 0)) as door:
-        port = int(intake.endpoint.rsplit(":", 1)[1])
-
-        def pump(source: socket.socket, sink: socket.socket) -> None:
-            while data := source.recv(65536):
-                seen.extend(data)
-                sink.sendall(data)
-
-        def listen() -> None:
-            inside, outside = door.accept()[0], socket.create_connection(("127.0.0.1", port))
-            threading.Thread(target=pump, args=(inside, outside), daemon=True).start()
-            threading.Thread(target=pump, args=(outside, inside), daemon=True).start()
-
-        threading.Thread(target=listen, daemon=True).start()
-        names = finish(intake, Producing(settings_with(keys, f"tcp://127.0.0.1:{door.getsockname()[1]}")))
+    """Somebody in between sees neither headers nor rows."""
+    with trainer(settings_with(keys)) as intake, Tunnel(intake.endpoint) as tunnel:
+        names = finish(intake, Producing(settings_with(keys, tunnel.endpoint)))
 
     assert names == every_name()
-    assert len(seen) > 4 * 4 * len(names)
-    assert b"CURVE" in seen
-    assert b"HELLO\xa8producer" not in seen
-    assert b"SHARD_END" not in seen
+    assert len(tunnel.seen) > 4 * 4 * len(names)
+    assert b"CURVE" in tunnel.seen
+    assert b"HELLO\xa8producer" not in tunnel.seen
+    assert b"SHARD_END" not in tunnel.seen
 
 
 def test_an_unknown_key_is_refused_and_both_sides_say_so(

@@ -31,6 +31,7 @@ from tests.small_stream import (
     D_IN,
     Peer,
     Producing,
+    Tunnel,
     every_name,
     finish,
     hello_of,
@@ -214,6 +215,21 @@ def test_a_faulty_chunk_ends_its_session(endpoint: str, code: str, changes: dict
         assert finish(intake, Producing(settings)) == every_name()
 
 
+def test_what_follows_a_faulty_chunk_is_not_taken(endpoint: str) -> None:
+    """A peer that has sent more before it hears of its end: every further chunk is counted as a stranger's."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings) as peer:
+        peer.join().chunk(nan_in_the_middle(float("nan")))
+        for _ in range(3):
+            peer.chunk()
+        assert peer.hear(Reject).code == "non_finite"
+        wait_for(lambda: intake.ledger.errors["unknown_session"] == 3)
+
+        assert intake.ledger.rejected == {"non_finite": CHUNK_ROWS, "unknown_session": 3 * CHUNK_ROWS}
+        assert intake.ledger.rows_received == 0
+        assert finish(intake, Producing(settings)) == every_name()
+
+
 def test_a_chunk_beyond_credit_is_not_taken(endpoint: str) -> None:
     """Eight chunks are the whole buffer; a ninth has no place, and ends the session."""
     settings = stream_settings(endpoint)
@@ -243,6 +259,40 @@ def test_a_shard_that_comes_as_nan_three_times_is_set_aside(endpoint: str) -> No
         (entry,) = intake.ledger.set_aside
         assert entry["shard"] == broken
         assert "NaN" in entry["reason"]
+
+
+# The network
+
+
+def test_connections_that_break_cost_no_row(endpoint: str) -> None:
+    """Five times in mid-run every connection is cut: the producers come back under new sessions, each row once."""
+    settings = stream_settings("tcp://127.0.0.1:*")
+    with trainer(settings) as intake, Tunnel(intake.endpoint) as tunnel:
+        there = settings.model_copy(update={"endpoint": tunnel.endpoint})
+        producers = [Producing(there) for _ in range(2)]
+        names = []
+        for _ in range(5):
+            names += train(intake, 2 * CHUNK_ROWS)
+            tunnel.cut()
+        names += finish(intake, *producers)
+
+        assert sorted(names) == every_name()
+        assert sum(producer.link.sessions for producer in producers) > 2
+
+
+def test_a_network_that_swallows_everything_costs_no_row(endpoint: str) -> None:
+    """Nothing passes for longer than dead_seconds, nothing breaks either: both sides give up, and meet again."""
+    settings = stream_settings("tcp://127.0.0.1:*", dead_seconds=0.4)
+    with trainer(settings) as intake, Tunnel(intake.endpoint) as tunnel:
+        producer = Producing(settings.model_copy(update={"endpoint": tunnel.endpoint}))
+        names = train(intake, 3 * CHUNK_ROWS)
+        tunnel.open.clear()
+        wait_for(lambda: not intake.ledger.sessions)
+        wait_for(lambda: producer.link.state == "connecting")
+        tunnel.open.set()
+        names += finish(intake, producer)
+
+        assert sorted(names) == every_name()
 
 
 # Who is late, silent or new
@@ -306,6 +356,25 @@ def test_a_producer_that_comes_again_replaces_its_old_session(endpoint: str) -> 
             old.chunk()
             assert old.hear(Reject).code == "unknown_session"
             new.leave()
+        assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_sessions_that_ended_leave_nothing_behind(endpoint: str) -> None:
+    """Producers may come and go for months: whether they say goodbye, are replaced, refused or unknown."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        for _ in range(5):
+            with Peer(settings) as polite, Peer(settings) as stranger:
+                polite.join()
+                polite.hello = hello_of(named_source(), producer=polite.hello.producer)
+                polite.join().leave()
+                stranger.say(Heartbeat(progress=1))
+                stranger.hear(Reject)
+                stranger.say(hello_of(named_source(), shards=7))
+                assert stranger.hear(Reject).code == "mismatch"
+        wait_for(lambda: not intake.ledger.sessions)
+
+        wait_for(lambda: not intake._route_of and not intake._session_of)
         assert finish(intake, Producing(settings)) == every_name()
 
 
