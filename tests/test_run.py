@@ -58,7 +58,7 @@ def test_each_sae_learns_its_own_hook(tmp_path: Path) -> None:
     before = [x.clone() for x in some[0].x]
     run.initialise(some[0].x)
     for batch in some:
-        run.learn(batch, 0)
+        run.learn(batch)
 
     assert [trainee.sae.d_in for trainee in run.trainees] == [4, 6]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, some[0].x, strict=True))
@@ -70,14 +70,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = two_hooks(tmp_path)
     whole.initialise(some[0].x)
     for batch in some[:4]:
-        whole.learn(batch, 0)
+        whole.learn(batch)
     document, tensors = whole.state()
     tensors = {name: value.clone() for name, value in tensors.items()}
     resumed = two_hooks(tmp_path)
     resumed.restore(document, tensors)
     for batch in some[4:]:
-        whole.learn(batch, 128)
-        resumed.learn(batch, 128)
+        whole.learn(batch)
+        resumed.learn(batch)
 
     ours, theirs = resumed.state()[1], whole.state()[1]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -138,7 +138,8 @@ def _train(
     from trainer.buffer import ShuffleBuffer
     from trainer.durable import replace_text
     from trainer.intake import TORCH_DTYPE, Intake, IntakeError
-    from trainer.train import Run, is_complete, save_checkpoint, summary, train, written
+    from trainer.publishing import summary
+    from trainer.train import Run, is_complete, save_checkpoint, train, written
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trainer.settings import OptimizerSettings
 
+SHARED = ("b_dec", "W_skip")
+"""Parameters that belong to no single latent; all others have one row per latent."""
+
 
 class RowAdam:
-    """Adam over an SAE's parameters, with the decoder's gradient made tangent to its unit rows first.
+    """Adam over an SAE's parameters, with the decoder's gradient made tangent to its rows where these are of unit norm.
 
     Renormalising the rows is the SAE's `after_step`: Adam's update leaves the sphere even when the gradient does not.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], settings: OptimizerSettings) -> None:
+    def __init__(self, parameters: dict[str, Tensor], settings: OptimizerSettings, unit_decoder: bool = True) -> None:
         self.parameters = {name: torch.nn.Parameter(tensor) for name, tensor in parameters.items()}
         self.clip = settings.clip
+        self._unit_decoder = unit_decoder
         self._adam = torch.optim.Adam(
             self.parameters.values(), betas=(settings.betas[0], settings.betas[1]), eps=settings.eps, fused=True
         )
@@ -27,9 +32,12 @@ class RowAdam:
     def step(self, grads: dict[str, Tensor], learning_rate: float) -> float:
         """One update in place; returns the gradient's norm before clipping.
 
-        A gradient that is not finite changes nothing: the norm returned says so.
+        `grads` of parameters that do not learn are passed over. A gradient that is not finite changes nothing: the
+        norm returned says so.
         """
-        make_tangent(grads["W_dec"], self.parameters["W_dec"])
+        grads = {name: grads[name] for name in self.parameters}
+        if self._unit_decoder and "W_dec" in grads:
+            make_tangent(grads["W_dec"], self.parameters["W_dec"])
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()]))
         length = float(norm)  # looked at once: on a GPU each look waits for all that is under way
         if not math.isfinite(length):
@@ -42,6 +50,15 @@ class RowAdam:
         self._adam.param_groups[0]["lr"] = learning_rate
         self._adam.step()
         return length
+
+    @torch.no_grad()
+    def forget(self, latents: Tensor) -> None:
+        """Zeroes the moments of `latents` (indices): what they began anew has no history."""
+        for name, parameter in self.parameters.items():
+            if name not in SHARED:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment in self._adam.state[parameter]:
+                        self._adam.state[parameter][moment][latents] = 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts, named by parameter."""
@@ -64,15 +81,22 @@ def make_tangent(grad: Tensor, W: Tensor) -> None:
     grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1.0)
 
 
-def learning_rate_factor(tokens: int, target_tokens: int | None, warmup_tokens: int, cooldown: float) -> float:
-    """Warm-up → constant → linear to zero over the last `cooldown` of the run; 1 is the full rate.
+def warmup_factor(tokens: int, warmup_tokens: int) -> float:
+    """Linear from zero to 1 over the first `warmup_tokens` rows; then 1."""
+    return min(1.0, (tokens + 1) / warmup_tokens) if warmup_tokens else 1.0
 
-    Without a target the run is endless and never cools down.
-    """
-    factor = min(1.0, (tokens + 1) / warmup_tokens) if warmup_tokens else 1.0
-    if target_tokens is not None and cooldown > 0:
-        factor = min(factor, max(0.0, (target_tokens - tokens) / (cooldown * target_tokens)))
-    return factor
+
+@dataclass(frozen=True)
+class Cooldown:
+    """Linear to zero from `start` to `end`, both counted in an SAE's own rows."""
+
+    start: int
+    end: int
+
+    def factor(self, tokens: int) -> float:
+        if tokens <= self.start:
+            return 1.0
+        return max(0.0, (self.end - tokens) / max(1, self.end - self.start))
 
 
 def default_learning_rate(d_sae: int) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.kernels.sparse import Entries, occurrences
+from trainer.kernels.select import Latents
 from trainer.report import DENSITY_EDGES
 
 HALF_LIFE_TOKENS = 100_000
@@ -44,11 +44,11 @@ class Statistics:
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
         """rows, active latents, |x−r|², |x_hat−r|², (x−r)·(x_hat−r), |x−x_hat|², each over the window"""
 
-    def update(self, x: Tensor, x_hat: Tensor, fired: Entries) -> None:
-        """Takes in one batch: x and x_hat [batch, d_in]; an entry of `fired` counts when its value is positive."""
+    def update(self, x: Tensor, x_hat: Tensor, fired: Latents) -> None:
+        """Takes in one batch: x and x_hat [batch, d_in]; a value of `fired` other than zero counts."""
         rows = len(x)
         decay = 0.5 ** (rows / HALF_LIFE_TOKENS)
-        counts = occurrences(fired.column, len(self.firings), fired.value > 0)
+        counts = fired.firings()
         self.tokens += rows
         self.tokens_since_fired.add_(rows).masked_fill_(counts > 0, 0)
         self.firings.mul_(decay).add_(counts)

@@ -25,16 +25,19 @@ from trainer import checkpoint
 from trainer.buffer import Batch, same_context_mates
 from trainer.intake import Intake
 from trainer.ledger import Ledger
-from trainer.report import SaeReport, StepReport
-from trainer.saes.inference import check, export
+from trainer.publishing import publish_snapshot, run_facts
+from trainer.report import StepReport
+from trainer.saes.start import read_start
 from trainer.settings import SaeSettings, TrainerSettings
-from trainer.snapshot import SnapshotError, finite, publish, retire
-from trainer.trainee import Trainee
+from trainer.snapshot import SnapshotError
+from trainer.trainee import Trainee, Wiring
 
 log = logging.getLogger("sluice.trainer")
 
 SAMPLE_ROWS = 32_768
 """Rows that scale, centre and first thresholds are estimated from."""
+SNAPSHOT_ROWS = 8_192
+"""Rows that a snapshot's thresholds are estimated from."""
 REPORT_SECONDS = 2.0
 
 
@@ -51,7 +54,7 @@ class Run:
         """One per hook: rows are multiplied by it, so that an element's mean square is 1. Frozen."""
         self.last_batch: Batch | None = None
         self.device = pick_device(settings.optimizer.device)
-        self.trainees = [self._trainee(sae) for sae in settings.sae]
+        self.trainees = [self._trainee(sae, number) for number, sae in enumerate(settings.sae)]
         self._pool = self._side_by_side()
 
     def _side_by_side(self) -> ThreadPoolExecutor | None:
@@ -67,36 +70,41 @@ class Run:
             torch.set_num_threads(max(1, threads // len(self.trainees)))
         return ThreadPoolExecutor(min(len(self.trainees), threads), thread_name_prefix="sae")
 
-    def _trainee(self, sae: SaeSettings) -> Trainee:
-        hook = self.settings.hook_of(sae)
-        d_in, optimizer = self.stream.hooks[hook].width, self.settings.optimizer
+    def _trainee(self, sae: SaeSettings, number: int) -> Trainee:
+        widths = tuple(hook.width for hook in self.stream.hooks)
+        wiring = Wiring(tuple(self.settings.inputs_of(sae)), self.settings.target_of(sae), widths)
+        d_in, optimizer = sum(widths[hook] for hook in wiring.inputs), self.settings.optimizer
         if optimizer.matmul == "auto":
             dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
         else:
             dtype = getattr(torch, optimizer.matmul)
         log.info("sae %s: %s, %d → %d, encoder product in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
-        return Trainee(sae, optimizer, d_in, hook, self.device, dtype)
+        return Trainee(sae, optimizer, wiring, self.device, dtype, self.settings.run.seed * 1000 + number)
 
     def initialise(self, sample: list[Tensor]) -> None:
         """Scales and first weights from raw rows per hook; does nothing for a run that was restored."""
         if self.scales is not None:
             return
-        rows = [x.to(self.device).float() for x in sample]
+        rows = [x.float() for x in sample]
         self.scales = [float((x.shape[1] / x.double().square().sum(1).mean()).sqrt()) for x in rows]
-        for number, trainee in enumerate(self.trainees):
-            generator = torch.Generator().manual_seed(self.settings.run.seed * 1000 + number)
-            trainee.initialise((rows[trainee.hook] * self.scales[trainee.hook]).cpu(), generator)
+        scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
+        for trainee in self.trainees:
+            trainee.initialise(scaled, self.scales, read_start(trainee.settings))
 
-    def learn(self, batch: Batch, tokens: int) -> None:
+    def learn(self, batch: Batch) -> None:
         """One step of every SAE on the same rows; what they share is done once."""
         assert self.scales is not None
-        hooks = {trainee.hook for trainee in self.trainees}
-        scaled = {hook: batch.x[hook].to(self.device).float() * self.scales[hook] for hook in hooks}
+        learning = [trainee for trainee in self.trainees if not trainee.finished]
+        needed = set().union(*(trainee.wiring.hooks for trainee in learning))
+        scaled = [
+            x.to(self.device).float() * scale if hook in needed else x
+            for hook, (x, scale) in enumerate(zip(batch.x, self.scales, strict=True))
+        ]
 
         def step(trainee: Trainee) -> None:
-            trainee.step(scaled[trainee.hook], tokens, self.settings.run.tokens)
+            trainee.step(scaled, self.settings.run.tokens)
 
-        for _ in self._pool.map(step, self.trainees) if self._pool else map(step, self.trainees):
+        for _ in self._pool.map(step, learning) if self._pool else map(step, learning):
             pass
         self.step += 1
         self.last_batch = batch
@@ -126,66 +134,6 @@ class Run:
             saved = document["saes"][trainee.settings.name]
             trainee.restore(saved, tensors)
             trainee.sae.matmul_dtype = getattr(torch, saved["matmul"])
-
-    def publish(self, report: StepReport, run: dict[str, Any]) -> Path:
-        """Writes a snapshot of every SAE, self-tested, and retires old ones."""
-        assert self.last_batch is not None and self.scales is not None
-        directory = Path(self.settings.run.directory)
-        exports = [
-            export(
-                trainee.sae,
-                self.scales[trainee.hook],
-                trainee.statistics.firing_rate(),
-                self.last_batch.x[trainee.hook][:1024],
-                self._metadata(trainee, report, run),
-                self.numbers(trainee, _of(report, trainee)),
-            )
-            for trainee in self.trainees
-        ]
-        folder = publish(directory, report.tokens, exports, run, check)
-        retire(directory, self.settings.snapshots.keep)
-        return folder
-
-    def numbers(self, trainee: Trainee, report: SaeReport) -> dict[str, Any]:
-        """What manifest and summary tell of one SAE."""
-        return {
-            "architecture": trainee.settings.architecture,
-            "d_in": trainee.sae.d_in,
-            "d_sae": trainee.sae.d_sae,
-            "hook": self.stream.hooks[trainee.hook].name,
-            "l0": finite(report.l0),
-            "mse": finite(report.mse),
-            "fvu": finite(report.fvu),
-            "dead_latents": report.dead_latents,
-            "dead_latents_ratio": report.dead_latents_ratio,
-            "shrinkage": finite(report.shrinkage),
-        }
-
-    def _metadata(self, trainee: Trainee, report: StepReport, run: dict[str, Any]) -> dict[str, Any]:
-        """What SAELens and others look for beside the weights, and where this SAE came from."""
-        facts, hook = self.stream.provenance, self.stream.hooks[trainee.hook]
-        measured = _of(report, trainee)
-        return {
-            "model_name": facts.get("model"),
-            "model_revision": facts.get("model_revision"),
-            "model_from_pretrained_kwargs": {},
-            "hook_name": hook.name,
-            "hf_hook_name": hook.module,
-            "context_size": self.stream.context,
-            "prepend_bos": facts.get("prepend_bos"),
-            "exclude_special_tokens": facts.get("exclude_special"),
-            "dataset_path": facts.get("corpus"),
-            "sae_lens_training_version": None,
-            "trained_with": "sluice",
-            "tokens_trained": report.tokens,
-            "input_scale": self.scales[trainee.hook] if self.scales else None,
-            "settings": trainee.settings.model_dump(mode="json", exclude_none=True),
-            "run": run["id"],
-            "stream": facts,
-            "l0": finite(measured.l0),
-            "fvu": finite(measured.fvu),
-            "num_dead_features": measured.dead_latents,
-        }
 
 
 class Listener(Protocol):
@@ -228,7 +176,11 @@ def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -
 
 
 def _publish(run: Run, intake: Intake, report: StepReport, listener: Listener) -> None:
-    if written("snapshot", lambda: run.publish(report, run_facts(run, intake))):
+    assert run.last_batch is not None
+    # Rows that are still to be trained on; at the end of the data there are none left.
+    waiting = intake.peek(SNAPSHOT_ROWS)
+    rows = waiting if len(waiting[0]) else run.last_batch.x
+    if written("snapshot", lambda: publish_snapshot(run, report, rows, run_facts(run, intake))):
         listener.published(report.tokens)
 
 
@@ -270,7 +222,7 @@ class Clock:
 
     def work(self, batch: Batch) -> None:
         began = time.monotonic()
-        self._run.learn(batch, self.tokens)
+        self._run.learn(batch)
         self._intake.trained(batch)
         self._busy += time.monotonic() - began
         self._steps += 1
@@ -297,7 +249,7 @@ class Clock:
             buffer_capacity_rows=buffer.capacity,
             same_context_mates=same_context_mates(run.last_batch, run.stream.context),
             stream=self._intake.stream_report(),
-            saes=tuple(trainee.report(run.scales[trainee.hook]) for trainee in run.trainees),
+            saes=tuple(trainee.report(run.scales) for trainee in run.trainees),
         )
         self._reported_at, self._reported_tokens, self._busy, self._steps = now, self.tokens, 0.0, 0
         return report
@@ -313,37 +265,6 @@ def save_checkpoint(run: Run, intake: Intake) -> None:
     settings = run.settings
     directory = Path(settings.run.directory)
     checkpoint.save(directory, intake.ledger.rows_trained, document, tensors, settings.checkpoint.keep)
-
-
-def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
-    """What a manifest tells of the run."""
-    hooks, bounds = run.stream.hooks, intake.ledger.norm_bounds
-    return {
-        "id": intake.ledger.run,
-        "settings": run.settings.model_dump(mode="json", exclude_none=True),
-        "stream": {
-            **run.stream.provenance,
-            "fingerprint": run.stream.fingerprint,
-            "shards": run.stream.shards,
-            "held_out": run.stream.held_out,
-            "hooks": [hook.model_dump() for hook in hooks],
-            "norm_bounds": bounds and {hook.name: bound for hook, bound in zip(hooks, bounds, strict=True)},
-        },
-        "epoch": intake.ledger.epoch,
-    }
-
-
-def summary(run: Run, intake: Intake, report: StepReport) -> dict[str, Any]:
-    """The content of summary.json; the monitor adds the evaluation."""
-    return {
-        "tokens": report.tokens,
-        "seconds": round(run.seconds, 3),
-        "tokens_per_second": round(report.tokens / max(run.seconds, 1e-9), 1),
-        "rows_trained": intake.ledger.rows_trained,
-        "rows_set_aside": intake.ledger.rows_set_aside,
-        "shards_set_aside": intake.ledger.set_aside,
-        "saes": {trainee.settings.name: run.numbers(trainee, _of(report, trainee)) for trainee in run.trainees},
-    }
 
 
 class DeviceError(ValueError):
@@ -365,8 +286,8 @@ def pick_device(name: str) -> torch.device:
 
 def _shape(sae: SaeSettings) -> dict[str, Any]:
     """What of an SAE's settings must not change when a run is resumed."""
-    return {"architecture": sae.architecture, "d_sae": sae.d_sae, "hook": sae.hook, "k": sae.k}
-
-
-def _of(report: StepReport, trainee: Trainee) -> SaeReport:
-    return next(sae for sae in report.saes if sae.name == trainee.settings.name)
+    return sae.model_dump(
+        mode="json",
+        include={"architecture", "d_sae", "hook", "hooks", "target", "skip", "k", "matryoshka", "whitening", "train"},
+        exclude_none=True,
+    )

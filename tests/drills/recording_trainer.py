@@ -33,8 +33,8 @@ class RecordingRun(trainer.train.Run):
         if not (Path(self.settings.run.directory) / "checkpoint").exists():
             self._file.truncate(0)
 
-    def learn(self, batch: Batch, tokens: int) -> None:
-        super().learn(batch, tokens)
+    def learn(self, batch: Batch) -> None:
+        super().learn(batch)
         self._file.write(batch.x[0][:, :3].numpy().astype(np.int32).tobytes())
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:

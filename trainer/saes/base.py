@@ -1,9 +1,20 @@
 """What every sparse autoencoder has: parameters, a gradient for a batch, an inference form.
 
-Inside, both matrices have one row per latent, [d_sae, d_in], contiguous, so that everything after the encoder
-touches rows only. Rows of x arrive scaled to a mean square norm of d_in; what is published takes raw activations.
+Inside, both matrices have one row per latent, contiguous, so that everything after the encoder touches rows only:
+W_enc [d_sae, d_in], W_dec [d_sae, d_out]. Rows arrive scaled to a mean square of 1 per element; what is published
+takes raw activations.
 
-    pre_acts = (x − b_dec) W_encᵀ + b_enc        latents = act(pre_acts)        x_hat = latents W_dec + b_dec
+    pre_acts = (x − b_dec) W_encᵀ + b_enc        latents = act(pre_acts)        y_hat = latents W_dec + b_dec
+
+An autoencoder reconstructs y = x. A crosscoder does too, x being the rows of several hooks side by side. A transcoder
+reconstructs another hook's y: b_dec is then not subtracted from x, W_dec begins at zero with free norms, and with
+`skip` x W_skipᵀ is added to y_hat (arXiv 2406.11944, 2501.18823).
+
+Matryoshka prefixes m_1 < … < m_G = d_sae (arXiv 2503.17547) replace the reconstruction loss by a mean over levels,
+
+    L = 1/G Σ_g |y − y_hat_{≤ g}|² / variance        y_hat_{≤ g} = b_dec + Σ_{i < m_g} latents_i W_dec,i
+
+so that a latent of segment g receives the sum of the gradients of levels ≥ g. One level is the ordinary loss.
 
 Gradients are written out by hand (algorithms.md §9a) and are tested against dense autograd.
 """
@@ -11,6 +22,7 @@ Gradients are written out by hand (algorithms.md §9a) and are tested against de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from trainer.kernels.sparse import Entries, Transposed, multiply
+from trainer.kernels.select import Latents, largest, widen
 from trainer.settings import SaeSettings
+
+NO_SUMS: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -29,71 +43,285 @@ class Gradients:
     of: dict[str, Tensor]
     loss: dict[str, Tensor]
     """Parts of the loss, scalars."""
-    x_hat: Tensor
-    """[batch, d_in], in the scale of x."""
-    fired: Entries
-    """Latents of the batch; an entry counts as fired when its value is positive."""
+    y_hat: Tensor
+    """[batch, d_out], in the scale of y."""
+    fired: Latents
+    """Latents of the batch; a value other than zero has fired."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a set of latents makes of y, and the gradient of its loss."""
+
+    y_hat: Tensor
+    """[batch, d_out]"""
+    loss: Tensor
+    rows: Tensor
+    """∂L/∂(latents W_dec) [levels × batch, d_out], one block per segment of the latents."""
+    total: Tensor
+    """∂L/∂y_hat summed over levels, [batch, d_out]: what b_dec and W_skip receive."""
 
 
 class Sae(ABC):
     """One autoencoder in training. `parameters` are float32 masters, changed in place by the optimizer."""
 
     matmul_dtype: torch.dtype = torch.float32
+    encoder_bias = "b_enc"
+    """Name of the parameter that pre_acts contain."""
+    trained: frozenset[str] | None = None
+    """Names of the parameters that learn; None for all."""
 
-    def __init__(self, settings: SaeSettings, d_in: int) -> None:
+    def __init__(self, settings: SaeSettings, widths: Sequence[int], d_out: int | None = None) -> None:
+        """`widths` of the hooks it reads; `d_out` is the width of a transcoder's target, None for all others."""
         self.settings = settings
-        self.d_in = d_in
+        self.widths = tuple(widths)
+        self.d_in = sum(widths)
+        self.d_out = self.d_in if d_out is None else d_out
         self.d_sae = settings.d_sae
+        self.is_transcoder = d_out is not None
+        self.centred = not self.is_transcoder
+        """b_dec is subtracted from x."""
+        self.unit_decoder = not self.is_transcoder
+        """Decoder rows are kept at unit norm; otherwise their norm is learned and folded into the encoder on export."""
+        self.ends = tuple(settings.matryoshka or (self.d_sae,))
         self.variance = 1.0
-        """Frozen total variance of scaled x: the reconstruction loss is in units of it."""
+        """Frozen total variance of scaled y: the reconstruction loss is in units of it."""
         self.parameters: dict[str, Tensor] = {
-            "W_enc": torch.zeros(self.d_sae, d_in),
-            "W_dec": torch.zeros(self.d_sae, d_in),
+            "W_enc": torch.zeros(self.d_sae, self.d_in),
+            "W_dec": torch.zeros(self.d_sae, self.d_out),
             "b_enc": torch.zeros(self.d_sae),
-            "b_dec": torch.zeros(d_in),
+            "b_dec": torch.zeros(self.d_out),
         }
+        if settings.skip:
+            self.parameters["W_skip"] = torch.zeros(self.d_out, self.d_in)
 
-    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
-        """Sets the parameters from a sample of scaled rows [rows, d_in]: centre, random directions, tied encoder."""
-        W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)
-        normalise_rows(W_dec)
-        self.parameters["W_dec"].copy_(W_dec)
-        self.parameters["W_enc"].copy_(W_dec)
-        self.parameters["b_dec"].copy_(geometric_median(x))
-        self.variance = float((x - x.mean(0)).double().square().sum(1).mean())
+    # The parts by name; architectures that keep them otherwise override these
+
+    @property
+    def W_enc(self) -> Tensor:
+        return self.parameters["W_enc"]
+
+    @property
+    def W_dec(self) -> Tensor:
+        return self.parameters["W_dec"]
+
+    @property
+    def b_enc(self) -> Tensor:
+        return self.parameters[self.encoder_bias]
+
+    @property
+    def b_dec(self) -> Tensor:
+        return self.parameters["b_dec"]
+
+    # Beginning
+
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        """Sets the parameters from a sample of scaled rows x [rows, d_in], y [rows, d_out]."""
+        self.variance = float((y - y.mean(0)).double().square().sum(1).mean())
+        directions = self._directions(x, generator)
+        b_dec = initial_bias(y, self.settings.initial_bias)
+        self.b_dec.copy_(b_dec)
+        self.W_enc.copy_(directions)
+        if self.is_transcoder:
+            # Begins as the target's mean, and with pre_acts about zero (sparsify's choice).
+            self.b_enc.copy_(-(directions @ initial_bias(x, self.settings.initial_bias)))
+        else:
+            self.W_dec.copy_(directions if self.unit_decoder else directions * (self.settings.initial_norm or 0.1))
+
+    def _directions(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Unit rows [d_sae, d_in]: random, or 4 parts towards random rows of the centred data and 1 part random."""
+        directions = torch.randn(self.d_sae, self.d_in, generator=generator)
+        normalise_rows(directions)
+        if self.settings.initial_directions == "data":
+            # With enough rows no two latents begin alike.
+            order = torch.randperm(len(x), generator=generator)
+            towards = (x - x.mean(0))[order.repeat(-(-self.d_sae // len(x)))[: self.d_sae]]
+            normalise_rows(towards)
+            directions = 0.8 * towards + 0.2 * directions
+            normalise_rows(directions)
+        return directions
+
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        """Takes over published weights, brought into this SAE's layout and scale: parameters it knows, by name."""
+        for name in self.parameters.keys() & weights.keys():
+            self.parameters[name].copy_(weights[name])
+
+    # Learning
 
     @abstractmethod
-    def gradients(self, x: Tensor, dead: Tensor) -> Gradients:
-        """The loss of a batch and its gradient. x [batch, d_in] scaled; dead [d_sae] bool: latents to revive."""
+    def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
+        """The loss of a batch and its gradient.
 
-    @abstractmethod
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """(SAELens' architecture keys, weights beside the four common ones), still in scaled units."""
+        x [batch, d_in], y [batch, d_out] scaled; dead [d_sae] bool: latents to revive; `sparsity`: the part of the
+        penalty's weight that is in force.
+        """
 
     def after_step(self) -> None:
         """Restores what the optimizer does not know: decoder rows of unit norm."""
-        normalise_rows(self.parameters["W_dec"])
+        if self.unit_decoder:
+            normalise_rows(self.W_dec)
 
     def pre_acts(self, x: Tensor, less: Tensor | float = 0.0) -> Tensor:
         """The one dense product of a step, [batch, d_sae], in `matmul_dtype`; `less` is subtracted on the way."""
-        p, dtype = self.parameters, self.matmul_dtype
+        dtype = self.matmul_dtype
         # b_dec is subtracted in float32: in bfloat16 it would cost the digits that matter.
-        return linear((x - p["b_dec"]).to(dtype), p["W_enc"].to(dtype), (p["b_enc"] - less).to(dtype))
+        return linear(self._encoded(x).to(dtype), self.W_enc.to(dtype), (self.b_enc - less).to(dtype))
 
-    def decode(self, latents: Entries) -> Tensor:
-        return multiply(latents, self.parameters["W_dec"]) + self.parameters["b_dec"]
+    def in_float32(self, x: Tensor) -> Tensor:
+        """pre_acts as inference will have them."""
+        return linear(self._encoded(x), self.W_enc, self.b_enc)
 
-    def encoder_gradients(self, by_latent: Transposed, dz: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Gradients of W_enc and b_enc, and the encoder's share of b_dec's, from ∂L/∂pre_acts at the entries."""
+    def reach(self, x: Tensor, latents: Tensor) -> Tensor:
+        """pre_acts of some latents (indices [n]) only, [batch, n]."""
+        return linear(self._encoded(x), self.W_enc[latents], self.b_enc[latents])
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.centred else x
+
+    def reconstruct(self, latents: Latents, x: Tensor, y: Tensor) -> Reconstruction:
+        """`latents` are split at `ends`; with several levels each of them has to reconstruct y."""
+        parts = latents.multiply(self.W_dec).view(len(self.ends), len(y), -1)
+        base = self.b_dec if "W_skip" not in self.parameters else self.b_dec + x @ self.parameters["W_skip"].T
+        y_hats = parts.cumsum(0) + base if len(parts) > 1 else parts + base
+        errors = y - y_hats
+        factor = 1.0 / (errors.shape[0] * errors.shape[1] * self.variance)
+        d_levels = errors * (-2.0 * factor)
+        rows = d_levels.flip(0).cumsum(0).flip(0) if len(parts) > 1 else d_levels
+        return Reconstruction(y_hats[-1], errors.square().sum() * factor, rows.flatten(0, 1), d_levels.sum(0))
+
+    def backward(
+        self,
+        x: Tensor,
+        latents: Latents,
+        dz: Tensor,
+        rows: Tensor,
+        only: Tensor | None = None,
+        sums: Mapping[str, Tensor] = NO_SUMS,
+    ) -> dict[str, Tensor]:
+        """Gradients of the four common parameters, b_dec's through the encoder.
+
+        latents W_dec received `rows` [levels × batch, d_out], pre_acts received `dz` at the entries. `only` are the
+        latents that the columns stand for, when they are not all. `sums` are gradients at the entries of other
+        parameters that each latent has one of.
+        """
+        by_latent = latents.transpose()
         db_enc = by_latent.sums(dz)
-        dW_enc = by_latent.multiply(dz, x - self.parameters["b_dec"])
-        # Σ_b −W_encᵀ g_b needs only the sum of g over the batch: two vectors instead of a dense product.
-        return {"W_enc": dW_enc, "b_enc": db_enc, "b_dec": -(db_enc @ self.parameters["W_enc"])}
+        grads = {
+            "W_enc": by_latent.multiply(dz, self._encoded(x)),
+            "W_dec": by_latent.multiply(latents.value, rows),
+            self.encoder_bias: db_enc,
+            **{name: by_latent.sums(value) for name, value in sums.items()},
+        }
+        if self.centred:
+            # Σ_b −W_encᵀ g_b needs only the sum of g over the batch: two vectors instead of a dense product.
+            grads["b_dec"] = -(db_enc @ (self.W_enc if only is None else self.W_enc[only]))
+        return grads
+
+    def output_gradients(self, x: Tensor, total: Tensor) -> dict[str, Tensor]:
+        """Gradients of what is added to the latents' part of y_hat, from ∂L/∂y_hat [batch, d_out]."""
+        grads = {"b_dec": total.sum(0)}
+        if "W_skip" in self.parameters:
+            grads["W_skip"] = total.T @ x
+        return grads
+
+    def auxiliary(
+        self,
+        grads: dict[str, Tensor],
+        losses: dict[str, Tensor],
+        pre_acts: Tensor,
+        x: Tensor,
+        error: Tensor,
+        dead: Tensor,
+        plus: Tensor | None = None,
+    ) -> None:
+        """AuxK (Gao et al. 2024): lets dead latents explain the residual; adds to `grads` and `losses`.
+
+            L_aux = w_aux · |e_hat − e|² / |e − mean(e)|²,  e = y − y_hat held constant,
+            e_hat = ReLU(TopK_{k_aux}(pre_acts of dead latents)) W_dec, without b_dec
+
+        `plus` [d_sae] is what pre_acts lack. ReLU as in the main path. Nothing happens when nothing is dead or nothing
+        is left to explain.
+        """
+        if self.settings.reviving != "auxk":
+            return
+        indices = dead.nonzero().squeeze(1)
+        k_aux = min(self.settings.k_aux or max(1, self.d_in // 2), len(indices))
+        spread = (error - error.mean(0)).square().sum()
+        if not k_aux or not spread > 0:
+            return
+        weight, W_dec = self.settings.aux_weight, self.W_dec[indices]
+        of_dead = pre_acts[:, indices]
+        latents = largest(of_dead if plus is None else widen(of_dead) + plus[indices], k_aux)
+        difference = latents.multiply(W_dec) - error
+        de_hat = difference * (2.0 * weight / spread)
+        dz = latents.sample(de_hat, W_dec).mul_(latents.value > 0)
+        add(grads, self.backward(x, latents, dz, de_hat, indices), indices)
+        losses["auxiliary"] = weight * difference.square().sum() / spread
+
+    # Starting anew
+
+    def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
+        """Points `latents` (indices [n]) at the directions x [n, d_in] and y [n, d_out] (Bricken et al. 2023).
+
+        Encoder rows get a fifth of the mean norm of the others, so that they begin quietly.
+        """
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
+        others[latents] = False
+        norm = self.W_enc[others].norm(dim=1).mean() if others.any() else x.new_ones(())
+        towards, decoded = x.clone(), y.clone()
+        normalise_rows(towards)
+        normalise_rows(decoded)
+        self.W_enc[latents] = 0.2 * norm * towards
+        self.b_enc[latents] = 0.0
+        self.W_dec[latents] = decoded if self.unit_decoder else decoded * self.W_dec[others].norm(dim=1).mean()
+
+    # Publishing
+
+    def calibrate(self, x: Tensor) -> None:
+        """Learns from scaled rows what inference needs and training does not; most need nothing."""
+        return
+
+    @abstractmethod
+    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """(SAELens' architecture keys, weights in scaled units with one row per latent, float32)."""
+
+    def common_weights(self) -> dict[str, Tensor]:
+        """Copies of W_enc, W_dec, b_enc, b_dec and W_skip, decoder rows of unit norm where they are kept so."""
+        W_dec = self.W_dec.clone()
+        if self.unit_decoder:
+            normalise_rows(W_dec)
+        weights = {
+            "W_enc": self.W_enc.clone(),
+            "W_dec": W_dec,
+            "b_enc": self.b_enc.clone(),
+            "b_dec": self.b_dec.clone(),
+        }
+        if "W_skip" in self.parameters:
+            weights["W_skip"] = self.parameters["W_skip"].clone()
+        return weights
+
+
+def add(grads: dict[str, Tensor], more: dict[str, Tensor], rows: Tensor | None = None) -> None:
+    """Adds gradients in place; per-latent ones of `more` stand for the latents `rows`, when not for all."""
+    for name, value in more.items():
+        if name not in grads:
+            grads[name] = value
+        elif rows is None or name == "b_dec":
+            grads[name] += value
+        else:
+            grads[name].index_add_(0, rows, value)
 
 
 def normalise_rows(W: Tensor) -> None:
     """Scales each row to unit norm, in place."""
     W.div_(W.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def initial_bias(x: Tensor, how: str) -> Tensor:
+    """The centre of rows [rows, d] that b_dec begins at: geometric_median, mean or zero."""
+    if how == "zero":
+        return torch.zeros(x.shape[1], device=x.device)
+    return x.double().mean(0).float() if how == "mean" else geometric_median(x)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -1,9 +1,4 @@
-"""From an SAE in training to the one that is published, and back from disk.
-
-Folding: training sees s·x, readers have x. W_enc and the unit rows of W_dec stay; b_enc, b_dec and threshold are
-divided by s, so that latents come out in the units of x (ReLU is homogeneous: every latent scales by 1/s). The
-threshold is easily forgotten there (SAELens #763); the self-test in each snapshot would catch it.
-"""
+"""A published SAE: raw activations in, latents and a reconstruction out; written with a self-test, checked on disk."""
 
 from __future__ import annotations
 
@@ -14,38 +9,92 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.saes.base import Sae, normalise_rows, to_numpy
+from trainer.saes.base import Sae, to_numpy
+from trainer.saes.folding import Frame, fold
 from trainer.snapshot import SAELENS_LAYOUT, Export, SnapshotError, read_sae, read_selftest
 
 SELFTEST_ROWS = 16
 TOLERANCE = 1e-5
+ACTIVATION = {
+    "standard": "relu",
+    "topk": "topk",
+    "abstopk": "abstopk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+    "topk_transcoder": "topk",
+    "topk_skip_transcoder": "topk",
+    "abstopk_transcoder": "abstopk",
+    "abstopk_skip_transcoder": "abstopk",
+}
+"""Architectures by SAELens' names (which has no top-k transcoders: those names are ours) and how each activates."""
 
 
 class InferenceSae:
     """A published SAE: raw activations in, latents in the same units out. float32, no training code.
 
-    `W_enc` [d_in, d_sae] and `W_dec` [d_sae, d_in], as on disk.
+    `W_enc` [d_in, d_sae] and `W_dec` [d_sae, d_out], as on disk. A crosscoder's x is the rows of `hooks` side by side.
     """
 
     def __init__(self, cfg: dict[str, Any], weights: dict[str, Tensor]) -> None:
         self.cfg = cfg
-        self.W_enc, self.W_dec = weights["W_enc"], weights["W_dec"]
-        self.b_enc, self.b_dec = weights["b_enc"], weights["b_dec"]
+        architecture = cfg["architecture"]
+        if architecture not in ACTIVATION:
+            raise SnapshotError(f"architecture {architecture!r} is not known; known are {', '.join(ACTIVATION)}")
+        self.activation = ACTIVATION[architecture]
+        self.centred = bool(cfg.get("apply_b_dec_to_input", False))
+        self.W_enc, self.W_dec, self.b_dec = weights["W_enc"], weights["W_dec"], weights["b_dec"]
+        self.b_enc = weights["b_gate" if self.activation == "gated" else "b_enc"]
         self.threshold = weights.get("threshold")
-        if cfg["architecture"] not in ("topk", "jumprelu"):
-            raise SnapshotError(f"architecture {cfg['architecture']!r} is not known; known are topk and jumprelu")
+        self.b_mag, self.r_mag, self.W_skip = (weights.get(name) for name in ("b_mag", "r_mag", "W_skip"))
+
+    @property
+    def hooks(self) -> list[str]:
+        """The hooks it reads, in the order of its input."""
+        metadata = self.cfg.get("metadata", {})
+        return metadata.get("hook_names") or [metadata.get("hook_name")]
+
+    @property
+    def target(self) -> str | None:
+        """The hook a transcoder reconstructs; None for an SAE that reconstructs what it reads."""
+        return self.cfg.get("metadata", {}).get("hook_name_out")
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """[..., d_in] → [..., d_sae]; of a gated SAE, those of the gate."""
+        return (x - self.b_dec if self.centred else x) @ self.W_enc + self.b_enc
 
     def encode(self, x: Tensor) -> Tensor:
         """Raw activations [..., d_in] → latents [..., d_sae]."""
-        pre_acts = (x - self.b_dec) @ self.W_enc + self.b_enc
-        if self.threshold is not None:
+        pre_acts = self.pre_acts(x)
+        if self.activation == "relu":
+            return pre_acts.relu()
+        if self.activation == "jumprelu":
+            assert self.threshold is not None
             return pre_acts.relu() * (pre_acts > self.threshold)
+        if self.activation == "gated":
+            assert self.b_mag is not None and self.r_mag is not None
+            return ((pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag).relu() * (pre_acts > 0)
+        if self.activation == "abstopk":
+            index = torch.topk(pre_acts.abs(), self.cfg["k"], dim=-1).indices
+            return torch.zeros_like(pre_acts).scatter_(-1, index, pre_acts.gather(-1, index))
         value, index = torch.topk(pre_acts, self.cfg["k"], dim=-1)
         return torch.zeros_like(pre_acts).scatter_(-1, index, value.relu())
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [..., d_sae] → reconstruction [..., d_in]."""
-        return latents @ self.W_dec + self.b_dec
+    def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
+        """Latents [..., d_sae] → reconstruction [..., d_out]; a skip transcoder needs the x they came from."""
+        y_hat = latents @ self.W_dec + self.b_dec
+        if self.W_skip is None:
+            return y_hat
+        if x is None:
+            raise ValueError("a skip transcoder's reconstruction needs x: decode(latents, x)")
+        return y_hat + x @ self.W_skip.T
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raw activations [..., d_in] → reconstruction [..., d_out]."""
+        return self.decode(self.encode(x), x)
 
 
 def load_sae(folder: Path) -> InferenceSae:
@@ -55,46 +104,36 @@ def load_sae(folder: Path) -> InferenceSae:
 
 
 def export(
-    sae: Sae, scale: float, firing_rate: Tensor, x: Tensor, metadata: dict[str, Any], metrics: dict[str, Any]
+    sae: Sae,
+    frame: Frame,
+    name: str,
+    firing_rate: Tensor,
+    x: Tensor,
+    metadata: dict[str, Any],
+    metrics: dict[str, Any],
 ) -> Export:
     """An SAE ready to publish: folded, with its self-test on the raw activations x [rows, d_in].
 
     `metadata` is what SAELens keeps free-form; `metrics` go into the manifest.
     """
-    architecture, extra = sae.export()
-    parameters = {name: value.detach().float().cpu() for name, value in (sae.parameters | extra).items()}
-    W_dec = parameters["W_dec"].clone()
-    normalise_rows(W_dec)
-    weights = {
-        "W_enc": parameters["W_enc"].T.contiguous(),
-        "W_dec": W_dec,
-        "b_enc": parameters["b_enc"] / scale,
-        "b_dec": parameters["b_dec"] / scale,
-    }
-    if "threshold" in parameters:
-        weights["threshold"] = parameters["threshold"] / scale
-    cfg = {
-        **architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": SAELENS_LAYOUT,
-            "training_architecture": sae.settings.architecture,
-            **metadata,
-        },
-    }
+    architecture, scaled = sae.export()
+    is_topk = "k" in architecture
+    weights = fold(scaled, frame, unit_rows=not is_topk)
+    if is_topk and (frame.whitening is not None or len(sae.widths) > 1):
+        architecture["rescale_acts_by_decoder_norm"] = False  # its rows are no longer of unit norm
+    if sae.is_transcoder:
+        architecture["architecture"] = _transcoder_name(str(architecture["architecture"]), "W_skip" in weights)
+        architecture["d_out"] = sae.d_out
+    cfg = _cfg(sae, architecture, metadata)
+    weights["W_enc"] = weights["W_enc"].T.contiguous()
     published = InferenceSae(cfg, weights)
     x = _clear_cut(published, x.float().cpu())
     latents = published.encode(x)
-    _agree("folded reconstruction", published.decode(latents), _unfolded_reconstruction(sae, x, scale))
-    selftest = {"x": x, "latents": latents, "x_hat": published.decode(latents)}
+    y_hat = published.decode(latents, x)
+    _agree("folded reconstruction", y_hat, _unfolded_reconstruction(cfg, scaled, frame, x))
+    selftest = {"x": x, "latents": latents, "x_hat": y_hat}
     return Export(
-        name=sae.settings.name,
+        name=name,
         cfg=cfg,
         weights={name: to_numpy(value) for name, value in weights.items()},
         firing_rate=to_numpy(firing_rate).astype(np.float64),
@@ -103,27 +142,57 @@ def export(
     )
 
 
+def _cfg(sae: Sae, architecture: dict[str, object], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.centred,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_LAYOUT,
+            "training_architecture": sae.settings.architecture,
+            **metadata,
+        },
+    }
+
+
+def _transcoder_name(architecture: str, skip: bool) -> str:
+    prefix = "" if architecture == "standard" else f"{architecture}_"
+    return f"{prefix}{'skip_' if skip else ''}transcoder"
+
+
 def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
     """The SELFTEST_ROWS rows on which no latent is a close call.
 
     A pre-activation within rounding of its threshold (or two that compete for the last place of a top-k) may fall
     either way in another library's summation order; such a row would test luck.
     """
-    pre_acts = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-    if sae.threshold is not None:
-        margin = ((pre_acts - sae.threshold).abs() / (1 + sae.threshold)).amin(1)
-    else:
+    pre_acts = sae.pre_acts(x)
+    if sae.activation in ("topk", "abstopk"):
+        if sae.activation == "abstopk":
+            pre_acts = pre_acts.abs()
         best = torch.topk(pre_acts, min(sae.cfg["k"] + 1, pre_acts.shape[1])).values
         margin = best[:, -2] - best[:, -1] if best.shape[1] > sae.cfg["k"] else best[:, 0]
+    elif sae.threshold is not None:
+        margin = ((pre_acts - sae.threshold).abs() / (1 + sae.threshold)).amin(1)
+    else:
+        margin = pre_acts.abs().amin(1)
     return x[margin.topk(min(SELFTEST_ROWS, len(x))).indices]
 
 
-def _unfolded_reconstruction(sae: Sae, x: Tensor, scale: float) -> Tensor:
+def _unfolded_reconstruction(cfg: dict[str, Any], scaled: dict[str, Tensor], frame: Frame, x: Tensor) -> Tensor:
     """What the SAE in training gives for raw x, in float32 throughout: the other side of the folding."""
-    p = {name: value.detach().float().cpu() for name, value in sae.parameters.items()}
-    architecture, _ = sae.export()
-    training = InferenceSae({**architecture}, {**p, "W_enc": p["W_enc"].T})
-    return training.decode(training.encode(x * scale)) / scale
+    weights = {name: value.detach().float().cpu() for name, value in scaled.items()}
+    training = InferenceSae(cfg, weights | {"W_enc": weights["W_enc"].T})
+    x = x * frame.s_in.cpu()
+    if (white := frame.whitening) is None:
+        return training(x) / frame.s_out.cpu()
+    x = (x - white.centre.cpu()) @ white.matrix.cpu()
+    return (training(x) @ white.inverse.cpu() + white.centre.cpu()) / frame.s_out.cpu()
 
 
 def check(folder: Path) -> None:
@@ -131,9 +200,11 @@ def check(folder: Path) -> None:
     sae, test = load_sae(folder), {name: torch.from_numpy(array) for name, array in read_selftest(folder).items()}
     latents = sae.encode(test["x"])
     _agree(f"{folder.name}: latents", latents, test["latents"])
-    _agree(f"{folder.name}: reconstruction", sae.decode(latents), test["x_hat"])
-    norms = sae.W_dec.norm(dim=1)
-    _agree(f"{folder.name}: decoder norms", norms, torch.ones_like(norms))
+    _agree(f"{folder.name}: reconstruction", sae.decode(latents, test["x"]), test["x_hat"])
+    if sae.cfg.get("rescale_acts_by_decoder_norm", True):
+        norms = sae.W_dec.norm(dim=1)
+        norms = norms[norms > 0]
+        _agree(f"{folder.name}: decoder norms", norms, torch.ones_like(norms))
 
 
 def _agree(what: str, ours: Tensor, expected: Tensor) -> None:

@@ -1,14 +1,19 @@
-"""JumpReLU with a wide kernel, trained towards a target L0 (arXiv 2407.14435; Anthropic, January 2025).
+"""JumpReLU, with a straight-through kernel as wide as one likes (arXiv 2407.14435; Anthropic, January 2025).
 
-    latents = z · H(z − θ), z = pre_acts                       x_hat = latents W_dec + b_dec
-    L = |x − x_hat|² / variance + w_l0 · (L0 / target_l0 − 1)² + w_pre · Σ_{dead i} ReLU(θ_i − z_i)
+    latents = z · H(z − θ), z = pre_acts                       y_hat = latents W_dec + b_dec
+    L = |y − y_hat|² / variance + penalty + w_pre · Σ_{dead i} ReLU(θ_i − z_i)
+
+    penalty = w_l0 · (L0 / target_l0 − 1)²            target_l0: zero at the target, so it needs no tuning
+            | w · L0 / variance                       l0 (Gemma Scope)
+            | w · Σ tanh(c · latents) / variance      tanh (Anthropic; decoder rows have unit norm here)
 
 H has no useful derivative; the straight-through one spreads the jump over a bandwidth ε, K(u) = 1[|u| < ε/2]:
 
     ∂latents/∂z = H + (θ/ε) K(z − θ)      ∂latents/∂θ = −(θ/ε) K(z − θ)      ∂H/∂z = K/ε      ∂H/∂θ = −K/ε
 
-It flows into z as well as into θ: the encoder learns what to leave out. θ is kept itself, not its logarithm, in
-float32 and above zero. Rows of x have a mean square of 1 per element, which is the scale ε is measured in.
+With `straight_through = "encoder"` it flows into z as well as into θ: the encoder learns what to leave out. With
+"threshold" the terms with K reach θ only. θ is trained itself, in float32 and above zero, or as exp(t) with `log`,
+where ∂L/∂t = θ ∂L/∂θ. Rows of x have a mean square of 1 per element, which is the scale ε is measured in.
 
 The gradient lives on the entries with z > θ − ε/2 and nowhere else, apart from the dead latents' pre-act loss.
 """
@@ -18,81 +23,125 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.kernels.sparse import positive_entries, sample, transpose, widen
-from trainer.saes.base import Gradients, Sae
+from trainer.kernels.select import positive, widen
+from trainer.saes.base import Gradients, Sae, add
 from trainer.settings import SaeSettings
 
 INITIAL_L0 = 4.0
 """The first batches have this many times the target's L0: enough for a gradient everywhere, few enough to be fast."""
+INITIAL_L0_WITHOUT_TARGET = 128.0
 MINIMUM_THRESHOLD = 1e-3
+ROWS_AT_FIRST = 8192
+LATENTS_AT_ONCE = 4096
 
 
 class JumpReLU(Sae):
     """See the module's docstring."""
 
-    def __init__(self, settings: SaeSettings, d_in: int) -> None:
-        super().__init__(settings, d_in)
-        self.parameters["threshold"] = torch.zeros(self.d_sae)
+    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+        super().__init__(settings, widths, d_out)
+        self._log = settings.threshold == "log"
+        self.parameters["log_threshold" if self._log else "threshold"] = torch.zeros(self.d_sae)
 
-    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
+    @property
+    def threshold(self) -> Tensor:
+        """θ [d_sae]"""
+        return self.parameters["log_threshold"].exp() if self._log else self.parameters["threshold"]
+
+    def _set_threshold(self, theta: Tensor) -> None:
+        name = "log_threshold" if self._log else "threshold"
+        self.parameters[name].copy_(theta.log() if self._log else theta)
+
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """As the base, with b_enc such that every latent fires equally often: INITIAL_L0 × target_l0 together."""
-        super().initialise(x, generator)
-        self.parameters["threshold"].fill_(self.settings.initial_threshold)
-        z = (x[:8192].to(self.parameters["W_enc"].device) - self.parameters["b_dec"]) @ self.parameters["W_enc"].T
-        rate = min(0.5, INITIAL_L0 * self._target_l0 / self.d_sae)
-        rank = max(1, round((1 - rate) * len(z)))
-        self.parameters["b_enc"].copy_(self.settings.initial_threshold - z.kthvalue(rank, dim=0).values)
+        super().initialise(x, y, generator)
+        self._set_threshold(torch.full((self.d_sae,), self.settings.initial_threshold))
+        wanted = INITIAL_L0 * self.settings.target_l0 if self.settings.target_l0 else INITIAL_L0_WITHOUT_TARGET
+        sample = x[:ROWS_AT_FIRST].to(self.W_enc.device)
+        rank = max(1, round((1 - min(0.5, wanted / self.d_sae)) * len(sample)))
+        z = [
+            (self._encoded(sample) @ some.T).kthvalue(rank, dim=0).values for some in self.W_enc.split(LATENTS_AT_ONCE)
+        ]
+        self.b_enc.copy_(self.settings.initial_threshold - torch.cat(z))
 
-    def gradients(self, x: Tensor, dead: Tensor) -> Gradients:
-        W_dec, threshold, bandwidth = self.parameters["W_dec"], self.parameters["threshold"], self.settings.bandwidth
-        floor = threshold - bandwidth / 2
-        above_floor = self.pre_acts(x, less=floor)
-        near = positive_entries(above_floor)
-        theta = threshold[near.column]
-        z = near.value + (theta - bandwidth / 2)
-        on = (z > theta).to(z.dtype)
-        kernel = ((z - theta).abs() < bandwidth / 2).to(z.dtype) / bandwidth
-        latents = near.with_value(z * on)
-        x_hat = self.decode(latents)
-        error = x - x_hat
-        dx_hat = error * (-2.0 / (len(x) * self.variance))
-        losses = {"reconstruction": error.square().sum() / (len(x) * self.variance)}
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        super().adopt(weights)
+        self._set_threshold(weights["threshold"].clamp_min(MINIMUM_THRESHOLD))
 
-        excess = on.sum() / (len(x) * self._target_l0) - 1
-        losses["sparsity"] = self.settings.l0_weight * excess.square()
-        dstep = 2 * self.settings.l0_weight * excess / (len(x) * self._target_l0)
-        dlatents = sample(near, dx_hat, W_dec)
-        through_kernel = (theta * dlatents + dstep) * kernel
-        by_latent = transpose(near)
-        grads = self.encoder_gradients(by_latent, dlatents * on + through_kernel, x)
-        grads["W_dec"] = by_latent.multiply(latents.value, dx_hat)
-        grads["b_dec"] += dx_hat.sum(0)
-        grads["threshold"] = -by_latent.sums(through_kernel)
-        indices = dead.nonzero().squeeze(1)
-        if len(indices) and self.settings.pre_act_weight:
-            losses["pre_act"] = self._pull_up(grads, above_floor, x, indices)
-        return Gradients(grads, losses, x_hat, latents)
+    def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
+        theta, bandwidth = self.threshold, self.settings.bandwidth
+        above_floor = self.pre_acts(x, less=theta - bandwidth / 2)
+        near = positive(above_floor).split(self.ends)
+        above = near.value - bandwidth / 2  # z − θ
+        on = (above > 0).to(above.dtype)
+        kernel = ((near.value > 0) & (near.value < bandwidth)).to(above.dtype) / bandwidth
+        theta_here = near.at(theta)
+        latents = near.with_value((above + theta_here) * on)
+        main = self.reconstruct(latents, x, y)
+        losses = {"reconstruction": main.loss}
 
-    def _pull_up(self, grads: dict[str, Tensor], above_floor: Tensor, x: Tensor, dead: Tensor) -> Tensor:
-        """Adds the gradient of the pre-act loss, which lifts dead latents towards their threshold; returns the loss."""
-        weight = self.settings.pre_act_weight / len(x)
-        below = (self.settings.bandwidth / 2 - widen(above_floor[:, dead])).relu_()
+        losses["sparsity"], dstep, through_value = self._penalty(latents.value, on, len(x), sparsity)
+        dlatents = near.sample(main.rows, self.W_dec) + through_value
+        through_kernel = (theta_here * dlatents + dstep) * kernel
+        dz = dlatents * on
+        if self.settings.straight_through == "encoder":
+            dz = dz + through_kernel
+        dtheta = -through_kernel * theta_here if self._log else -through_kernel
+        name = "log_threshold" if self._log else "threshold"
+        grads = self.backward(x, latents, dz, main.rows, sums={name: dtheta})
+        add(grads, self.output_gradients(x, main.total))
+        self._pull_up(grads, losses, above_floor, x, dead)
+        self.auxiliary(grads, losses, above_floor, x, y - main.y_hat, dead, theta - bandwidth / 2)
+        return Gradients(grads, losses, main.y_hat, latents)
+
+    def _penalty(
+        self, latents: Tensor, on: Tensor, rows: int, sparsity: float
+    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """(loss, ∂L/∂H, ∂L/∂latents) of what makes it sparse."""
+        settings = self.settings
+        if settings.sparsity == "target_l0":
+            assert settings.target_l0 is not None
+            weight = sparsity * settings.l0_weight
+            excess = on.sum() / (rows * settings.target_l0) - 1
+            return weight * excess.square(), 2 * weight * excess / (rows * settings.target_l0), 0.0
+        assert settings.sparsity_weight is not None
+        weight = sparsity * settings.sparsity_weight / (rows * self.variance)
+        if settings.sparsity == "l0":
+            return weight * on.sum(), weight, 0.0
+        c = settings.tanh_scale
+        tanh = (c * latents).tanh()
+        return weight * tanh.sum(), 0.0, weight * c * (1 - tanh.square())
+
+    def _pull_up(
+        self, grads: dict[str, Tensor], losses: dict[str, Tensor], above_floor: Tensor, x: Tensor, dead: Tensor
+    ) -> None:
+        """Adds the pre-act loss, which lifts latents towards their threshold: the dead ones, or all."""
+        settings = self.settings
+        lifted = torch.ones_like(dead) if settings.pre_act_on == "all" else dead
+        indices = lifted.nonzero().squeeze(1)
+        if settings.reviving != "pre_act" or not len(indices):
+            return
+        weight = settings.pre_act_weight / len(x)
+        below = (settings.bandwidth / 2 - widen(above_floor[:, indices])).relu_()
         under = (below > 0).to(x.dtype) * weight
         count = under.sum(0)
-        grads["W_enc"][dead] -= under.T @ (x - self.parameters["b_dec"])
-        grads["b_enc"][dead] -= count
-        grads["threshold"][dead] += count
-        grads["b_dec"] += count @ self.parameters["W_enc"][dead]
-        return weight * below.sum()
+        more = {"W_enc": -(under.T @ self._encoded(x)), "b_enc": -count}
+        if self.centred:
+            more["b_dec"] = count @ self.W_enc[indices]
+        more |= {"log_threshold": count * self.threshold[indices]} if self._log else {"threshold": count}
+        add(grads, more, indices)
+        losses["pre_act"] = weight * below.sum()
+
+    def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
+        super().reinitialise(latents, x, y)
+        theta = self.threshold.clone()
+        theta[latents] = MINIMUM_THRESHOLD
+        self._set_threshold(theta)
 
     def after_step(self) -> None:
         super().after_step()
-        self.parameters["threshold"].clamp_min_(MINIMUM_THRESHOLD)
-
-    @property
-    def _target_l0(self) -> float:
-        assert self.settings.target_l0 is not None
-        return self.settings.target_l0
+        if not self._log:
+            self.parameters["threshold"].clamp_min_(MINIMUM_THRESHOLD)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"architecture": "jumprelu"}, {"threshold": self.parameters["threshold"]}
+        return {"architecture": "jumprelu"}, self.common_weights() | {"threshold": self.threshold.clone()}

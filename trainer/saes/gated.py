@@ -1,0 +1,67 @@
+"""Gated: which latents are active, and how much, are told apart (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+    u = (x − b_dec) W_encᵀ                 π_gate = u + b_gate               π_mag = exp(r_mag) ⊙ u + b_mag
+    latents = 1[π_gate > 0] ⊙ ReLU(π_mag)                                    x_hat = latents W_dec + b_dec
+
+    L = (|x − x_hat|² + w · Σ_i ReLU(π_gate)_i + |x − x_hat_frozen(ReLU(π_gate))|²) / variance
+
+x_hat_frozen decodes with W_dec and b_dec held constant. The gate learns from the last two terms only, the magnitude
+from the first only: the penalty does not shrink the latents.
+
+With θ = b_mag − exp(r_mag) ⊙ b_gate the same function is a JumpReLU of π_mag with threshold max(θ, 0), exactly; a
+snapshot can be exported so. `b_gate` stands where other SAEs have b_enc.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.select import positive
+from trainer.saes.base import Gradients, Sae, add
+from trainer.settings import SaeSettings
+
+
+class Gated(Sae):
+    """See the module's docstring."""
+
+    encoder_bias = "b_gate"
+
+    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+        super().__init__(settings, widths, d_out)
+        self.parameters["b_gate"] = self.parameters.pop("b_enc")
+        self.parameters["b_mag"] = torch.zeros(self.d_sae)
+        self.parameters["r_mag"] = torch.zeros(self.d_sae)
+
+    def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
+        assert self.settings.sparsity_weight is not None
+        pre_acts = self.pre_acts(x)
+        gate = positive(pre_acts)
+        open_ = gate.value > 0
+        r, weight = gate.at(self.parameters["r_mag"].exp()), 1.0 / (len(x) * self.variance)
+        scaled = r * (gate.value - gate.at(self.b_enc))  # exp(r_mag) u
+        latents = gate.with_value((scaled + gate.at(self.parameters["b_mag"])).relu() * open_)
+        main = self.reconstruct(latents, x, y)
+        frozen = self.reconstruct(gate, x, y)
+        l1 = sparsity * self.settings.sparsity_weight * weight
+        losses = {"reconstruction": main.loss, "sparsity": l1 * gate.value.sum(), "gate": frozen.loss}
+
+        dmag = gate.sample(main.rows, self.W_dec) * (latents.value > 0)
+        dgate = (gate.sample(frozen.rows, self.W_dec) + l1) * open_
+        # The gate's bias does not receive what reaches u through the magnitude.
+        sums = {"b_mag": dmag, "b_gate": dgate, "r_mag": dmag * scaled}
+        grads = self.backward(x, latents, dgate + r * dmag, main.rows, sums=sums)
+        add(grads, self.output_gradients(x, main.total))
+        # A latent whose gate never opens is dead; AuxK works on the gate's pre-activations.
+        self.auxiliary(grads, losses, pre_acts, x, y - main.y_hat, dead)
+        return Gradients(grads, losses, main.y_hat, latents)
+
+    def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
+        super().reinitialise(latents, x, y)
+        self.parameters["b_mag"][latents] = 0.0
+        self.parameters["r_mag"][latents] = 0.0
+
+    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        weights = self.common_weights()
+        weights["b_gate"] = weights.pop("b_enc")
+        return {"architecture": "gated"}, weights | {name: self.parameters[name].clone() for name in ("b_mag", "r_mag")}

@@ -1,0 +1,61 @@
+"""Repair of feature suppression: a second phase without the penalty (Wright & Sharkey 2024).
+
+    latents = s ⊙ ReLU(x W_encᵀ + b_enc)                        x_hat = latents W_dec + b_dec
+    L = |x − x_hat|² / variance
+
+It starts from a trained ReLU SAE, whose penalty has shrunk each latent, by how much depends on how strong it is.
+`train` says what may change: scale only, scale+decoder, scale+encoder, or all. While the encoder stands still, every
+row keeps exactly the active latents it had. For that, b_dec is not subtracted from x here: an SAE that does has it
+moved into b_enc at the start. s is kept at zero or above and is folded into W_enc and b_enc on export.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.select import positive
+from trainer.saes.base import Gradients, Sae, add
+from trainer.settings import SaeSettings
+
+LEARNS = {
+    "scale": {"scale"},
+    "scale+decoder": {"scale", "W_dec", "b_dec"},
+    "scale+encoder": {"scale", "W_enc", "b_enc"},
+    "all": {"scale", "W_dec", "b_dec", "W_enc", "b_enc"},
+}
+
+
+class Repair(Sae):
+    """See the module's docstring."""
+
+    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+        super().__init__(settings, widths, d_out)
+        self.centred = False
+        self.parameters["scale"] = torch.ones(self.d_sae)
+        self.trained = frozenset(LEARNS[settings.train])
+
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        super().adopt(weights)
+        self.parameters["scale"].fill_(1.0)
+
+    def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
+        active = positive(self.pre_acts(x))
+        scale = active.at(self.parameters["scale"])
+        latents = active.with_value(active.value * scale)
+        main = self.reconstruct(latents, x, y)
+        dlatents = active.sample(main.rows, self.W_dec)
+        dz = dlatents * scale * (active.value > 0)
+        grads = self.backward(x, latents, dz, main.rows, sums={"scale": dlatents * active.value})
+        add(grads, self.output_gradients(x, main.total))
+        return Gradients(grads, {"reconstruction": main.loss}, main.y_hat, latents)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.parameters["scale"].clamp_min_(0.0)
+
+    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        weights, scale = self.common_weights(), self.parameters["scale"]
+        weights["W_enc"] *= scale[:, None]
+        weights["b_enc"] *= scale
+        return {"architecture": "standard"}, weights

@@ -1,0 +1,59 @@
+"""One matrix for both directions (Cunningham et al. 2023, arXiv 2309.08600).
+
+    latents = ReLU(M x + b)                     x_hat = Mᵀ latents                 rows of M of unit norm
+    L = (|x − x_hat|² + w · Σ_i latents_i) / variance
+
+What a latent reads is what it writes; half the memory. There is no decoder bias. M's gradient is the sum of what it
+receives as encoder and as decoder. The source averages the error over d_in: its α is w / d_in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.select import Latents
+from trainer.saes.base import NO_SUMS
+from trainer.saes.relu import ReLU
+from trainer.settings import SaeSettings
+
+
+class Tied(ReLU):
+    """M is the parameter `W_dec`."""
+
+    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+        super().__init__(settings, widths, d_out)
+        self.centred = False
+        del self.parameters["W_enc"], self.parameters["b_dec"]
+        self._no_bias = torch.zeros(self.d_out)
+
+    @property
+    def W_enc(self) -> Tensor:
+        return self.W_dec
+
+    @property
+    def b_dec(self) -> Tensor:
+        self._no_bias = self._no_bias.to(self.W_dec.device, self.W_dec.dtype)
+        return self._no_bias
+
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        super().initialise(x, y, generator)
+        self._no_bias.zero_()
+
+    def backward(
+        self,
+        x: Tensor,
+        latents: Latents,
+        dz: Tensor,
+        rows: Tensor,
+        only: Tensor | None = None,
+        sums: Mapping[str, Tensor] = NO_SUMS,
+    ) -> dict[str, Tensor]:
+        grads = super().backward(x, latents, dz, rows, only, sums)
+        grads["W_dec"] += grads.pop("W_enc")
+        return grads
+
+    def output_gradients(self, x: Tensor, total: Tensor) -> dict[str, Tensor]:
+        return {}
