@@ -111,8 +111,8 @@ class SaeSettings(Table):
 
     revive: Literal["auxk", "pre_act", "resample", "none"] | None = None
     """What helps dead latents. auxk (default of topk, batchtopk): they explain what the others leave over. pre_act
-    (default of jumprelu): they are pulled up to their threshold. resample (default of relu with l1, tied, gated): they
-    are moved onto rows with a large error. none (default of relu otherwise)."""
+    (default of jumprelu): they are pulled up to their threshold. resample (default of relu with l1, gated): they are
+    moved onto rows with a large error. none (default of the others)."""
     k_aux: Positive | None = None
     """auxk: dead latents that explain the residual; without it, half of d_in."""
     aux_weight: float = Field(default=1 / 32, gt=0.0)
@@ -188,7 +188,7 @@ _REVIVED_BY = {
     "topk": "auxk",
     "batchtopk": "auxk",
     "jumprelu": "pre_act",
-    "tied": "resample",
+    "tied": "none",
     "gated": "resample",
     "repair": "none",
 }
@@ -250,10 +250,8 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
         yield f"matryoshka = {sae.matryoshka} must rise and end at d_sae = {sae.d_sae}"
     if sae.revive == "pre_act" and kind != "jumprelu":
         yield f"revive = pre_act needs a threshold, which {kind} has not: use auxk, resample or none"
-    if kind in ("tied", "repair") and sae.revive == "auxk":
-        yield f"revive = auxk is not for {kind}: use resample or none"
-    if kind == "repair" and sae.revive == "resample":
-        yield "revive = resample would undo what is repaired: use none"
+    if kind in ("tied", "repair") and (sae.revive in ("auxk", "resample") or sae.reinitialise_tokens):
+        yield f"nothing revives the latents of {kind}: remove revive and reinitialise_tokens"
     if kind == "repair" and sae.start_from is None:
         yield "architecture repair needs start_from, the folder of a trained relu or tied SAE"
     if kind == "tied" and sae.start_from is not None:

@@ -28,7 +28,7 @@ def loss(
     batch, is_transcoder = len(x), s.target is not None
     W_dec, W_enc = params["W_dec"], params.get("W_enc", params["W_dec"])
     b_dec = params.get("b_dec", torch.zeros_like(y[0]))
-    centred = not is_transcoder and s.architecture not in ("tied", "repair")
+    centred = not is_transcoder and s.architecture != "repair"
     read = x - b_dec if centred else x
     pre_acts = read @ W_enc.T + params["b_gate" if s.architecture == "gated" else "b_enc"]
     skipped = x @ params["W_skip"].T if s.skip else 0.0

@@ -3,8 +3,10 @@
     latents = ReLU(M x + b)                     x_hat = Mᵀ latents                 rows of M of unit norm
     L = (|x − x_hat|² + w · Σ_i latents_i) / variance
 
-What a latent reads is what it writes; half the memory. There is no decoder bias. M's gradient is the sum of what it
-receives as encoder and as decoder. The source averages the error over d_in: its α is w / d_in here.
+What a latent reads is what it writes; half the memory. There is no decoder bias, so that a large mean of x has to be
+reconstructed too (`whitening` takes it away). M's gradient is the sum of what it receives as encoder and as decoder.
+The source averages the error over d_in: its α is w / d_in here. Nothing revives dead latents: one that is moved onto a
+row of the data would at once fire as loudly as it reads, and a hundred such make the loss explode.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ class Tied(ReLU):
 
     def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
-        self.centred = False
         del self.parameters["W_enc"], self.parameters["b_dec"]
         self._no_bias = torch.zeros(self.d_out)
 
@@ -53,6 +54,7 @@ class Tied(ReLU):
     ) -> dict[str, Tensor]:
         grads = super().backward(x, latents, dz, rows, only, sums)
         grads["W_dec"] += grads.pop("W_enc")
+        del grads["b_dec"]
         return grads
 
     def output_gradients(self, x: Tensor, total: Tensor) -> dict[str, Tensor]:
