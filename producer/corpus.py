@@ -31,6 +31,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import os
 import sysconfig
 import zlib
@@ -45,7 +46,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from producer.settings import CorpusSettings
+from producer.settings import CorpusSettings, SyntheticSettings
 from producer.wire import held_out_shards
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,14 @@ RESHARD_UP_TO = 512
 """Files of a streamed dataset up to which each footer is read for its row groups; 10,000 would take an hour."""
 STDLIB_SHARDS = 64
 SYNTHETIC_SEED = 20221213
+CORRELATION_RANK = 8
+"""Of the random correlation matrix of synthetic features: correlations have a standard deviation of 0.35."""
+NORMAL_STEPS, NORMAL_REACH = 512, 4
+"""The normal distribution function is read from a table with this many steps per unit, up to ± this many units."""
+NORMAL_DISTRIBUTION = np.array(
+    [(1 + math.erf((i / NORMAL_STEPS - NORMAL_REACH) / 2**0.5)) / 2 for i in range(2 * NORMAL_REACH * NORMAL_STEPS)],
+    dtype=np.float32,
+)
 FAULTS_SHOWN = 10
 SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tokens": (".bin",)}
 """What counts in a folder, per kind; `""` is every file. A file or glob that is named counts whatever its suffix."""
@@ -404,6 +413,9 @@ class SyntheticCorpus(Corpus):
     row (then clipped at 1), with a coefficient uniform on [0, 1); a row without any is zero (Sharkey et al. 2022; no
     noise). A shard is `shard_windows` windows of `context` rows, and all of them are kept.
 
+    With `correlated`, every row has probabilities of its own, proportional to Φ(z_i) decay**i, where z is normal with
+    unit variances and a random correlation matrix; they are scaled to the same mean in each row.
+
     With `naming`, a row is its own name instead: shard, window, position, 1, then zeros. bfloat16 holds whole numbers
     exactly up to 256, float32 up to 2**24: a drill on a bfloat16 stream keeps all three counts at 256 or less.
     """
@@ -422,13 +434,21 @@ class SyntheticCorpus(Corpus):
         self.directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
         frequency = truth.decay ** np.arange(truth.features)
         self.probabilities = np.minimum(frequency * (truth.active / frequency.sum()), 1.0).astype(np.float32)
-        """How often each feature is active, float32 [features]."""
-        contents = "names of rows" if truth.naming else f"{truth.features:,} true features, {truth.active:g} active"
+        """How often each feature is active, float32 [features]; with `correlated`, what a row's own depend on."""
+        self.loadings = self._random_loadings(truth) if truth.correlated else None
+        """z = normal [CORRELATION_RANK] @ loadings, with unit columns: the correlation matrix is loadingsᵀ loadings."""
+        features = f"{truth.features:,} {'correlated ' if truth.correlated else ''}true features"
+        contents = "names of rows" if truth.naming else f"{features}, {truth.active:g} active"
         super().__init__(
             settings,
             truth.shards,
             f"synthetic rows of width {truth.d_in}, {contents}",
-            [SYNTHETIC_SEED, settings.context, truth.model_dump(mode="json")],
+            # Without `correlated` where it is off: older runs, whose rows are the same, can be resumed.
+            [
+                SYNTHETIC_SEED,
+                settings.context,
+                truth.model_dump(mode="json", exclude=None if truth.correlated else {"correlated"}),
+            ],
         )
 
     def _read(self, shard: int) -> Iterator[str]:
@@ -445,14 +465,34 @@ class SyntheticCorpus(Corpus):
 
     def _window(self, generator: np.random.Generator) -> np.ndarray:
         # One uniform number serves twice: below p the feature is active, and number / p is then uniform on [0, 1).
-        uniform = generator.random((self.context, len(self.probabilities)), dtype=np.float32)
-        row, feature = np.nonzero(uniform < self.probabilities)
-        coefficients = uniform[row, feature] / self.probabilities[feature]
+        probabilities = np.broadcast_to(self._probabilities(generator), (self.context, len(self.probabilities)))
+        uniform = generator.random(probabilities.shape, dtype=np.float32)
+        row, feature = np.nonzero(uniform < probabilities)
+        coefficients = uniform[row, feature] / probabilities[row, feature]
         filled, starts = np.unique(row, return_index=True)
         rows = np.zeros((self.context, self.d_in), dtype=np.float32)
         if len(filled):  # reduceat and not a matrix product: cheaper, and the same bits whatever the BLAS
             rows[filled] = np.add.reduceat(coefficients[:, None] * self.directions[feature], starts, axis=0)
         return rows
+
+    def _probabilities(self, generator: np.random.Generator) -> np.ndarray:
+        """Of every feature in the next window's rows, [features] when all rows have the same or [context, features]."""
+        if self.loadings is None:
+            return self.probabilities
+        factors = generator.standard_normal((self.context, len(self.loadings)), dtype=np.float32)
+        z = np.zeros((self.context, len(self.probabilities)), dtype=np.float32)
+        for factor, loading in zip(factors.T, self.loadings, strict=True):  # the same bits whatever the BLAS, as below
+            z += factor[:, None] * loading
+        place = ((z + NORMAL_REACH) * NORMAL_STEPS).astype(np.int32)
+        weights = NORMAL_DISTRIBUTION[np.clip(place, 0, len(NORMAL_DISTRIBUTION) - 1)] * self.probabilities
+        scale = self.probabilities.sum(dtype=np.float64) / weights.sum(1, keepdims=True, dtype=np.float64)
+        return np.minimum(weights * scale.astype(np.float32), 1.0, dtype=np.float32)
+
+    @staticmethod
+    def _random_loadings(truth: SyntheticSettings) -> np.ndarray:
+        generator = np.random.default_rng((SYNTHETIC_SEED, 3))
+        loadings = generator.standard_normal((CORRELATION_RANK, truth.features), dtype=np.float32)
+        return loadings / np.linalg.norm(loadings, axis=0)
 
     def _names(self, shard: int) -> np.ndarray:
         rows = np.zeros((self.windows, self.context, self.d_in), dtype=np.float32)

@@ -190,6 +190,8 @@ class SyntheticSettings(Table):
     """Mean number of true features in a row."""
     decay: float = Field(default=1.0, gt=0.0, le=1.0)
     """Feature i is decay**i as frequent as feature 0; 1 makes all equally frequent."""
+    correlated: bool = False
+    """Features come together or avoid each other, as a random correlation matrix says."""
     shards: Positive = 64
     """Number of shards."""
     shard_windows: Positive = 64

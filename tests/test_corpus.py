@@ -616,6 +616,36 @@ def test_synthetic_rows_are_sparse_sums_of_the_directions() -> None:
     assert abs(coefficients[active].mean() - 0.5) < 0.02
 
 
+def test_correlated_features_come_together_and_are_as_many() -> None:
+    """How much more often than by chance two features share a row follows the random correlation matrix."""
+    corpus = synthetic(d_in=24, features=12, active=3.0, decay=0.9, shard_windows=8000, correlated=True)
+    active = (corpus.rows(0) @ np.linalg.pinv(corpus.directions) > 1e-4).astype(float)
+    rate = active.mean(0)
+    lift = (active.T @ active / len(active) / np.outer(rate, rate))[np.triu_indices(12, 1)]
+    assert corpus.loadings is not None
+    wanted = (corpus.loadings.T @ corpus.loadings)[np.triu_indices(12, 1)]
+    assert np.corrcoef(lift, wanted)[0, 1] > 0.9
+    assert abs(active.sum(1).mean() - 3) < 0.1
+    assert rate[0] > 2 * rate[-1]
+
+
+@pytest.mark.parametrize(
+    ("truth", "rows", "fingerprint"),
+    [
+        ({}, "a26fbd1c1691a3b9", "c63ed2f260954b19"),
+        ({"decay": 0.9}, "4822643186f411f5", "9e4d7917c33689d7"),
+        ({"naming": True}, "c4e96d42c23496d0", "562dd888ae82616f"),
+        ({"correlated": True}, "c920ef1de343e4bf", "52443320a1ee4e38"),
+    ],
+    ids=["equal", "decay", "naming", "correlated"],
+)
+def test_a_synthetic_run_can_be_resumed_by_later_versions(truth: dict[str, Any], rows: str, fingerprint: str) -> None:
+    """The rows of a shard, and what a checkpoint compares, are what they were when the kind was written."""
+    corpus = synthetic(**truth)
+    assert hashlib.sha256(corpus.rows(2).tobytes()).hexdigest().startswith(rows)
+    assert corpus.fingerprint.startswith(fingerprint)
+
+
 def test_rows_without_an_active_feature_are_zero() -> None:
     """Few active features leave some rows empty; those are zero vectors in their own places."""
     corpus = synthetic(active=0.5)
