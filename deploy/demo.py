@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from monitor.terminal import last_report, live, results
+from monitor.run_directory import last_report
+from monitor.terminal import live, results
 from producer.settings import SettingsError, read_run_file
 from trainer.settings import TrainerSettings
 from trainer.snapshot import snapshot_names

@@ -4,12 +4,21 @@
     ce_recovered  (CE_zero − CE_sae) / (CE_zero − CE_clean), against **zero** ablation (Gated SAEs, 2404.16014). A
                   residual stream of zeros is so bad that 0.99 may still hide a large ce_delta: never read it alone.
     kl            KL(P_clean ‖ P_sae), mean over predicted positions, nats per token.
-    fvu           Σ‖x − x_hat‖² / Σ‖x − mean(x)‖² over the held-out rows, mean and sums over all of them, in float64.
-    l0            mean number of latents above zero on a row.
+    fvu           Σ‖y − y_hat‖² / Σ‖y − mean(y)‖² over the held-out rows, mean and sums over all of them, in float64.
+    l0            mean number of latents other than zero on a row.
 
-Only rows such as the SAE was trained on are replaced (or set to zero): BOS, special tokens, padding and rows beyond the
-stream's frozen norm bound stay as the model made them. Cross-entropy is counted wherever a real token follows a real
-token, replaced or not, so ce_clean is the model's plain loss on this text. CE and KL are taken from logits in float32.
+An SAE *reads* hooks and *writes* hooks. An autoencoder writes what it reads. A transcoder (2406.11944) reads one hook
+and writes another that the model computes later; y, its FVU and its zero ablation are the other's. A crosscoder reads
+and writes several: all are replaced in one pass and all set to zero in another; its fvu weighs each hook by its mean
+square, as its training does, and fvu_by_hook tells them apart.
+
+What an SAE reads and should give are the rows of the clean pass: with one hook those are the rows that the pass with
+its reconstruction has there, and with several no reconstruction answers to the errors of an earlier one.
+
+Only rows such as the SAE was trained on are replaced (or set to zero): BOS, special tokens, padding and rows that the
+stream drops because their norm at any of its hooks is beyond that hook's frozen bound stay as the model made them.
+Cross-entropy is counted wherever a real token follows a real token, replaced or not, so ce_clean is the model's plain
+loss on this text. CE and KL are taken from logits in float32.
 
 `Evaluator` follows a run directory: always the newest snapshot, so that a slow machine skips some instead of falling
 behind, always the same rows, so that numbers compare.
@@ -21,8 +30,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +59,11 @@ LATENTS_IN_MEMORY = 1 << 24
 SHARDS_SHARING = 8
 """Held-out windows come from so many shards, so that one odd file does not decide the numbers."""
 
+Rows = Mapping[str, Tensor]
+"""Activations by hook, each [rows, width]."""
+NormBounds = Mapping[str, float]
+"""By hook, the longest norm of a row that the stream takes; longer ones no SAE of the run has seen."""
+
 
 class EvaluationError(ValueError):
     """The run cannot be evaluated, or a snapshot not with this model and text; `str(error)` says what to do."""
@@ -56,32 +71,40 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Subject:
-    """One SAE to be measured."""
+    """One SAE to be measured, and the hooks it reads and writes, in the order of its input and output."""
 
     name: str
     sae: InferenceSae
-    hook: str
-    norm_bound: float | None = None
-    """Rows with a longer norm are left as they are: the stream drops them, so the SAE never saw any."""
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
 
 
 @dataclass
 class Baseline:
-    """What does not depend on the SAE, once measured: CE with a hook's rows set to zero, by (hook, norm bound)."""
+    """What does not depend on the SAE, once measured: CE with the rows of hooks set to zero."""
 
-    ce_zero: dict[tuple[str, float | None], float] = field(default_factory=dict)
+    ce_zero: dict[tuple[tuple[str, ...], tuple[tuple[str, float], ...]], float] = field(default_factory=dict)
+    """By (hooks, norm bounds)."""
 
 
 def evaluate_sae(
-    model: LanguageModel, windows: Windows, sae_folder: Path, hook: str, norm_bound: float | None = None
+    model: LanguageModel, windows: Windows, sae_folder: Path, norm_bounds: NormBounds | None = None
 ) -> dict[str, Any]:
     """The numbers above for the SAE in one folder of a snapshot, and ce_clean, ce_sae, ce_zero, rows, predictions.
 
     Values that are not finite, and ratios without a denominator, are None. Raises SnapshotError for a folder that
-    holds no SAE, EvaluationError for one that does not fit the hook.
+    holds no SAE, EvaluationError for one that does not fit the model's hooks.
     """
-    subject = Subject(sae_folder.name, load_on(sae_folder, model.device), hook, norm_bound)
-    return evaluate(model, windows, [subject], Baseline())[subject.name]
+    subject = load_subject(sae_folder, model.device)
+    return evaluate(model, windows, [subject], Baseline(), norm_bounds)[subject.name]
+
+
+def load_subject(folder: Path, device: torch.device) -> Subject:
+    """The SAE of one folder, on the language model's device. Raises SnapshotError when there is none."""
+    cfg, weights = read_sae(folder)
+    sae = InferenceSae(cfg, {name: torch.from_numpy(array).float().to(device) for name, array in weights.items()})
+    reads = tuple(sae.hooks)
+    return Subject(folder.name, sae, reads, reads if sae.target is None else (sae.target,))
 
 
 def evaluate(
@@ -89,35 +112,47 @@ def evaluate(
     windows: Windows,
     subjects: Sequence[Subject],
     baseline: Baseline,
+    norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """All `subjects` over one pass of the clean model. `between` is called after each forward pass and may raise."""
-    _refuse_misfits(model, subjects)
+    """All `subjects` over one pass of the clean model. `between` is called after each forward pass and may raise.
+
+    Raises EvaluationError when `misfit` has something to say about a subject, or a bound is of a hook not here.
+    """
+    bounds = dict(norm_bounds or {})
+    hooks = [hook.name for hook in model.hooks]
+    _refuse_unknown_bounds(hooks, bounds)
+    for subject in subjects:
+        if reason := misfit(model, subject):
+            raise EvaluationError(reason)
     clean = _Mean()
     tallies = {subject.name: _Tally() for subject in subjects}
-    missing = {(s.hook, s.norm_bound) for s in subjects} - set(baseline.ce_zero)
-    zero = {key: _Mean() for key in missing}
+    keys = {subject.name: (subject.writes, tuple(sorted(bounds.items()))) for subject in subjects}
+    zero = {key: _Mean() for key in keys.values() if key not in baseline.ce_zero}
     for tokens, kept, predicted in _passes(model, windows):
-        target = tokens[:, 1:][predicted]
+        following = tokens[:, 1:][predicted]
 
-        def forward(replace: dict[str, Replacement], tokens: Tensor = tokens, predicted: Tensor = predicted) -> Tensor:
+        def forward(replace: dict[str, Act], tokens: Tensor = tokens, predicted: Tensor = predicted) -> Tensor:
             logits = model.logits(tokens, replace)[:, :-1][predicted]
             between()
             return torch.log_softmax(logits.float(), -1)
 
-        log_clean = forward({})
-        clean.add(_cross_entropy(log_clean, target))
-        for hook, bound in missing:
-            log_zero = forward({hook: _replacing(kept, bound, torch.zeros_like)})
-            zero[hook, bound].add(_cross_entropy(log_zero, target))
+        seen: dict[str, Tensor] = {}
+        log_clean = forward(_recording(hooks, seen))
+        clean.add(_cross_entropy(log_clean, following))
+        streamed = _in_stream(seen, kept, bounds)
+        rows = {hook: x[streamed].float() for hook, x in seen.items()}
+        for key, mean in zero.items():
+            nothing = {hook: torch.zeros_like(rows[hook]) for hook in key[0]}
+            mean.add(_cross_entropy(forward(_splicing(streamed, nothing)), following))
         for subject in subjects:
             tally = tallies[subject.name]
-            log_sae = forward({subject.hook: _replacing(kept, subject.norm_bound, _reconstructing(subject.sae, tally))})
-            tally.ce.add(_cross_entropy(log_sae, target))
+            log_sae = forward(_splicing(streamed, _reconstruct(subject, rows, tally)))
+            tally.ce.add(_cross_entropy(log_sae, following))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
     baseline.ce_zero |= {key: mean.value for key, mean in zero.items()}
     return {
-        subject.name: _result(subject, clean, baseline.ce_zero[subject.hook, subject.norm_bound], tallies[subject.name])
+        subject.name: _result(subject, clean, baseline.ce_zero[keys[subject.name]], tallies[subject.name])
         for subject in subjects
     }
 
@@ -135,9 +170,15 @@ def _result(subject: Subject, clean: _Mean, ce_zero: float, tally: _Tally) -> di
         "fvu": tally.fvu,
         "l0": tally.active / tally.rows if tally.rows else None,
     }
-    return {
-        "hook": subject.hook,
-        **{name: finite(value) for name, value in numbers.items()},
+    result: dict[str, Any] = {"hook": subject.reads[0]}
+    if len(subject.reads) > 1:
+        result["hooks"] = list(subject.reads)
+    if subject.writes != subject.reads:
+        result["target"] = subject.writes[0]
+    result |= {name: finite(value) for name, value in numbers.items()}
+    if len(subject.writes) > 1:
+        result["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
+    return result | {
         "ce_recovered_against": "zero ablation",
         "rows": tally.rows,
         "predictions": clean.count,
@@ -146,7 +187,8 @@ def _result(subject: Subject, clean: _Mean, ce_zero: float, tally: _Tally) -> di
 
 # --- One forward pass ------------------------------------------------------------------------------------------------
 
-Replacement = Callable[[Tensor], Tensor]
+Act = Callable[[Tensor], Tensor]
+"""Is shown an activation [windows, context, width] and returns what takes its place."""
 
 
 def _passes(model: LanguageModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -163,36 +205,58 @@ def _passes(model: LanguageModel, windows: Windows) -> Iterator[tuple[Tensor, Te
         yield tokens, kept, predicted
 
 
-def _cross_entropy(log_probabilities: Tensor, target: Tensor) -> Tensor:
-    return -log_probabilities.gather(-1, target[:, None]).squeeze(-1)
+def _cross_entropy(log_probabilities: Tensor, following: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, following[:, None]).squeeze(-1)
 
 
-def _replacing(kept: Tensor, norm_bound: float | None, function: Replacement) -> Replacement:
-    """Applies `function` to the rows [rows, width] of an activation that belong to the stream, in float32."""
+def _recording(hooks: Sequence[str], seen: dict[str, Tensor]) -> dict[str, Act]:
+    """Changes nothing and puts each activation into `seen`, in the order in which the model computes them."""
 
-    def replace(activation: Tensor) -> Tensor:
-        chosen = kept
-        if norm_bound is not None:
-            chosen = kept & (activation.float().norm(dim=-1) <= norm_bound)
+    def record(hook: str, activation: Tensor) -> Tensor:
+        seen[hook] = activation.clone()  # models may write into a tensor after the hook has seen it
+        return activation
+
+    return {hook: partial(record, hook) for hook in hooks}
+
+
+def _splicing(streamed: Tensor, rows: Rows) -> dict[str, Act]:
+    """Puts `rows` where `streamed` [windows, context] is True, at the hooks they are named for."""
+
+    def splice(new: Tensor, activation: Tensor) -> Tensor:
         replaced = activation.clone()
-        replaced[chosen] = function(activation[chosen].float()).to(activation.dtype)
+        replaced[streamed] = new.to(activation.dtype)
         return replaced
 
-    return replace
+    return {hook: partial(splice, new) for hook, new in rows.items()}
 
 
-def _reconstructing(sae: InferenceSae, tally: _Tally) -> Replacement:
-    def reconstruct(x: Tensor) -> Tensor:
-        at_once = max(1, LATENTS_IN_MEMORY // sae.W_enc.shape[1])
-        x_hat = torch.empty_like(x)
-        for start in range(0, len(x), at_once):
-            latents = sae.encode(x[start : start + at_once])
-            x_hat[start : start + at_once] = sae.decode(latents)
-            tally.active += int((latents > 0).sum())
-        tally.add_rows(x, x_hat)
-        return x_hat
+def _in_stream(seen: Rows, kept: Tensor, bounds: NormBounds) -> Tensor:
+    """Which positions [windows, context] the stream has: one hook's norm beyond its bound drops the row at all hooks.
 
-    return reconstruct
+    As the producer does it, a row that is not finite is no outlier.
+    """
+    streamed = kept
+    for hook, bound in bounds.items():
+        norm = torch.linalg.vector_norm(seen[hook], dim=-1, dtype=torch.float32)
+        streamed = streamed & ((norm <= bound) | ~norm.isfinite())
+    return streamed
+
+
+def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
+    """What the SAE makes of the rows it reads, by the hooks it writes; `tally` compares it with what is there."""
+    sae = subject.sae
+    x = torch.cat([rows[hook] for hook in subject.reads], 1)
+    parts = []
+    for piece in x.split(max(1, LATENTS_IN_MEMORY // sae.W_enc.shape[1])):
+        latents = sae.encode(piece)
+        parts.append(sae.decode(latents, piece))
+        tally.active += int((latents != 0).sum())
+    tally.rows += len(x)
+    widths = [rows[hook].shape[1] for hook in subject.writes]
+    y_hat = dict(zip(subject.writes, torch.cat(parts).split(widths, 1), strict=True))
+    for hook, found in y_hat.items():
+        tally.fits.setdefault(hook, _Fit()).add(rows[hook], found)
+    return y_hat
 
 
 class _Mean:
@@ -210,55 +274,104 @@ class _Mean:
         return self.sum / self.count if self.count else float("nan")
 
 
+class _Fit:
+    """How well y_hat fits y [rows, width] at one hook, in float64 over rows that arrive in parts."""
+
+    def __init__(self) -> None:
+        self.error = 0.0
+        """Σ‖y − y_hat‖²"""
+        self.weight = 0.0
+        """1 over the mean square of an element of y, up to a factor that all hooks share."""
+        self._square = 0.0
+        self._rows = 0
+        self._about_centre = 0.0
+        self._centre: Tensor | None = None
+        self._offset: Tensor = torch.zeros(())
+
+    def add(self, y: Tensor, y_hat: Tensor) -> None:
+        if not len(y):
+            return
+        y, y_hat = y.double(), y_hat.double()
+        if self._centre is None:
+            # Sums about the first rows' mean: about zero, Σ‖y‖² and ‖Σy‖² would cancel, the mean being far larger
+            # than the spread.
+            self._centre = y.mean(0)
+            self._offset = torch.zeros_like(self._centre)
+        centred = y - self._centre
+        self._offset += centred.sum(0)
+        self._about_centre += float(centred.square().sum())
+        self.error += float((y - y_hat).square().sum())
+        self._square += float(y.square().sum())
+        self.weight = y.shape[1] / self._square if self._square else 0.0
+        self._rows += len(y)
+
+    @property
+    def variance(self) -> float:
+        """Σ‖y − mean(y)‖²"""
+        return self._about_centre - float(self._offset.square().sum()) / max(1, self._rows)
+
+    @property
+    def fvu(self) -> float | None:
+        return self.error / self.variance if self.variance > 0 else None
+
+
 class _Tally:
     """What is summed up of one SAE."""
 
     def __init__(self) -> None:
         self.ce, self.kl = _Mean(), _Mean()
         self.rows, self.active = 0, 0
-        self._error = self._square = 0.0
-        self._centre: Tensor | None = None
-        self._offset: Tensor = torch.zeros(())
-
-    def add_rows(self, x: Tensor, x_hat: Tensor) -> None:
-        if not len(x):
-            return
-        x, x_hat = x.double(), x_hat.double()
-        if self._centre is None:
-            # Sums about the first rows' mean: about zero, Σ‖x‖² and ‖Σx‖² would cancel, the mean being far larger
-            # than the spread.
-            self._centre = x.mean(0)
-            self._offset = torch.zeros_like(self._centre)
-        centred = x - self._centre
-        self._offset += centred.sum(0)
-        self._square += float(centred.square().sum())
-        self._error += float((x - x_hat).square().sum())
-        self.rows += len(x)
+        self.fits: dict[str, _Fit] = {}
+        """By the hooks it writes."""
 
     @property
     def fvu(self) -> float | None:
-        if not self.rows:
-            return None
-        variance = self._square - float(self._offset.square().sum()) / self.rows
-        return self._error / variance if variance > 0 else None
+        """Over all hooks, each in the scale in which an element of its rows has a mean square of 1."""
+        variance = sum(fit.variance * fit.weight for fit in self.fits.values())
+        return sum(fit.error * fit.weight for fit in self.fits.values()) / variance if variance > 0 else None
 
 
-def load_on(folder: Path, device: torch.device) -> InferenceSae:
-    """The SAE of one folder, on the language model's device."""
-    cfg, weights = read_sae(folder)
-    return InferenceSae(cfg, {name: torch.from_numpy(array).float().to(device) for name, array in weights.items()})
+# --- What fits the model ---------------------------------------------------------------------------------------------
 
 
-def _refuse_misfits(model: LanguageModel, subjects: Sequence[Subject]) -> None:
+def misfit(model: LanguageModel, subject: Subject) -> str | None:
+    """Why this SAE cannot be spliced into the model; None when it can."""
     widths = {hook.name: hook.width for hook in model.hooks}
-    for subject in subjects:
-        d_in = subject.sae.W_enc.shape[0]
-        if widths.get(subject.hook) != d_in:
+    for verb, hooks, numbers in (
+        ("reads", subject.reads, subject.sae.W_enc.shape[0]),
+        ("writes", subject.writes, subject.sae.W_dec.shape[1]),
+    ):
+        if not set(hooks) <= widths.keys() or sum(widths[hook] for hook in hooks) != numbers:
             known = ", ".join(f"{name} ({width})" for name, width in widths.items())
-            raise EvaluationError(
-                f"sae {subject.name!r} reads {d_in} numbers at {subject.hook!r}; the model's hooks are {known}: "
-                "the run file's [model] is not the one of this snapshot"
+            return (
+                f"sae {subject.name!r} {verb} {numbers} numbers at {', '.join(map(repr, hooks))}; the model's hooks "
+                f"are {known}: the run file's [model] is not the one of this snapshot"
             )
+    if subject.writes == subject.reads:
+        return None
+    order = _in_order(model)
+    (written,), last = subject.writes, max(subject.reads, key=order.index)
+    if order.index(written) < order.index(last):
+        return (
+            f"sae {subject.name!r} reads {last!r}, which the model computes after {written!r}, the hook that the SAE "
+            "writes: spliced in, it would read what it has changed itself. Its l0 and fvu in training stand"
+        )
+    return None
+
+
+def _in_order(model: LanguageModel) -> list[str]:
+    """The model's hooks as a pass computes them one after the other, seen in a pass over one token."""
+    seen: dict[str, Tensor] = {}
+    model.logits(torch.zeros(1, 1, dtype=torch.int64), _recording([hook.name for hook in model.hooks], seen))
+    return list(seen)
+
+
+def _refuse_unknown_bounds(hooks: Sequence[str], bounds: NormBounds) -> None:
+    if unknown := sorted(bounds.keys() - set(hooks)):
+        raise EvaluationError(
+            f"the stream drops rows by their norm at {', '.join(unknown)}, which the run file's model.hooks lacks; "
+            "give the monitor the run file that the producers have"
+        )
 
 
 # --- Held-out text ---------------------------------------------------------------------------------------------------
@@ -346,10 +459,8 @@ class Evaluator:
         except Exception as error:
             if not is_complete(self._directory / "snapshots" / names[-1]):
                 return  # retired under our hands; the next look takes a newer one
-            self._failed.add(names[-1])
-            self._metrics.count_failure()
             unexpected = not isinstance(error, SnapshotError | EvaluationError)
-            log.error("snapshot %s is not evaluated: %s", names[-1], error, exc_info=unexpected)
+            self._fail(names[-1], f"snapshot {names[-1]} is not evaluated: {error}", unexpected)
         finally:
             self.moved_at = None
         self._settled.add(names[-1])
@@ -368,6 +479,7 @@ class Evaluator:
         folder = self._directory / "snapshots" / name
         manifest = manifest_of(folder)
         known = {sae: read_json(folder / sae / "evaluation.json") for sae in manifest["saes"]}
+        self._metrics.keep(known)
         for sae, evaluation in known.items():
             if evaluation is not None:
                 self._metrics.update(sae, evaluation)
@@ -379,15 +491,31 @@ class Evaluator:
             self._instruments = self._load()
         _refuse_another_stream(self._instruments.facts, manifest)
         began = time.monotonic()
-        model = self._instruments.model
-        subjects = [_subject(folder / sae, manifest, model.device) for sae in saes]
-        results = evaluate(model, self._instruments.windows, subjects, self._instruments.baseline, self._between)
+        model, baseline = self._instruments.model, self._instruments.baseline
+        subjects = self._fitting(folder, [load_subject(folder / sae, model.device) for sae in saes], model)
+        if not subjects:
+            return
+        bounds = manifest["run"].get("stream", {}).get("norm_bounds")
+        results = evaluate(model, self._instruments.windows, subjects, baseline, bounds, self._between)
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():
             evaluation = {"snapshot": folder.name, "snapshot_tokens": manifest["tokens"], **result, "seconds": seconds}
             replace_text(folder / sae / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
             self._metrics.update(sae, evaluation)
             log.info("%s of %s: %s", sae, folder.name, _in_words(evaluation))
+
+    def _fitting(self, folder: Path, subjects: list[Subject], model: LanguageModel) -> list[Subject]:
+        """Those that can be spliced into the model; the others are told of, and do not hold up the rest."""
+        faults = {subject.name: misfit(model, subject) for subject in subjects}
+        for name, reason in faults.items():
+            if reason is not None:
+                self._fail(folder.name, f"{name} of {folder.name} is not evaluated: {reason}")
+        return [subject for subject in subjects if faults[subject.name] is None]
+
+    def _fail(self, snapshot: str, message: str, unexpected: bool = False) -> None:
+        self._failed.add(snapshot)
+        self._metrics.count_failure()
+        log.error("%s", message, exc_info=unexpected)
 
     def _between(self) -> None:
         if self._stop.is_set():
@@ -415,13 +543,6 @@ class Evaluator:
             "held_out": settings.corpus.held_out,
         }
         return _Instruments(model, windows, facts)
-
-
-def _subject(folder: Path, manifest: dict[str, Any], device: torch.device) -> Subject:
-    sae = load_on(folder, device)
-    hook = sae.cfg["metadata"]["hook_name"]
-    bounds = manifest["run"].get("stream", {}).get("norm_bounds") or {}
-    return Subject(folder.name, sae, hook, bounds.get(hook))
 
 
 def _refuse_another_stream(facts: dict[str, Any], manifest: dict[str, Any]) -> None:

@@ -295,6 +295,11 @@ class MonitorMetrics(Collector):
         """`evaluation` is the contents of an evaluation.json."""
         self._watch = replace(self._watch, evaluations=self._watch.evaluations | {sae: evaluation})
 
+    def keep(self, saes: Iterable[str]) -> None:
+        """Forgets the SAEs that the newest snapshot has no more: an SAE may leave a stream that goes on."""
+        kept = {sae: self._watch.evaluations[sae] for sae in saes if sae in self._watch.evaluations}
+        self._watch = replace(self._watch, evaluations=kept)
+
     def see_snapshots(self, count: int, newest_tokens: int | None) -> None:
         self._watch = replace(self._watch, snapshots=count, newest_tokens=newest_tokens)
 

@@ -9,6 +9,8 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from monitor.run_directory import wiring
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2321; --dim: #66706c; --line: #dfe3e0; --paper: #fbfbf9; --gold: #9a6b00; }
 @media (prefers-color-scheme: dark) {
@@ -21,7 +23,8 @@ p { margin: .35rem 0; } a { color: var(--gold); }
 .dim { color: var(--dim); } .state { color: var(--gold); font-weight: 600; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem .4rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 500; color: var(--dim); } .n { text-align: right; padding-right: 1.25rem; }
+th { font-weight: 500; color: var(--dim); } .long { white-space: normal; min-width: 16rem; }
+.n { text-align: right; padding-right: 1.25rem; }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { padding: .75rem 1rem; border: 1px solid var(--line); border-radius: 6px; overflow-x: auto; }
 summary { cursor: pointer; color: var(--dim); } ul { margin: .25rem 0; padding-left: 1.1rem; }
@@ -71,13 +74,16 @@ def _saes(run: dict[str, Any], newest: dict[str, Any] | None) -> str:
     if newest is None:
         return '<p class="dim">None published yet.</p>'
     rows = [_sae_row(name, sae["metrics"] or {}, sae["evaluation"] or {}) for name, sae in newest["saes"].items()]
-    head = "<th>name</th><th class=n>L0</th><th class=n>FVU</th><th class=n>dead latents</th>" + "".join(
-        f"<th class=n>{title}</th>" for title in ("ΔCE", "CE recovered", "KL", "held-out FVU")
+    head = (
+        "<th>name</th><th>reads → writes</th><th class=n>L0</th><th class=n>FVU</th><th class=n>dead latents</th>"
+        + "".join(f"<th class=n>{title}</th>" for title in ("ΔCE", "CE recovered", "KL", "held-out FVU"))
     )
     return f"""<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>
 <p class="dim">Of snapshot {escape(newest["name"])}. FVU is the variance left unexplained, 0 is perfect. ΔCE is what
 the language model loses by reading the reconstruction, KL how far its predictions move, both in nats per token; CE
-recovered is against zero ablation. A dash: not known (yet).</p>"""
+recovered is against zero ablation; of a transcoder all of them are about the hook it writes, of a crosscoder about all
+its hooks at once. NAME-ema is the mean of an SAE's recent weights: what is counted in training is not counted for it.
+A dash: not known (yet).</p>"""
 
 
 def _sae_row(name: str, metrics: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -90,7 +96,8 @@ def _sae_row(name: str, metrics: dict[str, Any], evaluation: dict[str, Any]) -> 
         _number(evaluation.get("kl"), ".4f"),
         _number(evaluation.get("fvu"), ".4f"),
     ]
-    return f"<tr><td>{escape(name)}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
+    place = f"<td class=long>{escape(wiring(metrics) or '–')}</td>"
+    return f"<tr><td>{escape(name)}</td>{place}{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _snapshots(snapshots: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from trainer.snapshot import SnapshotError, read_manifest, snapshot_names
 EVALUATED = {name: name for name in ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl")} | {
     "fvu": "held_out_fvu",
     "l0": "held_out_l0",
+    "fvu_by_hook": "held_out_fvu_by_hook",
 }
 """What summary.json tells of an SAE once it is evaluated, by its name in evaluation.json: `fvu` and `l0` there are
-measured on held-out text, those of the trainer in summary.json on the text it is trained on."""
+measured on held-out text, those of the trainer in summary.json on the text it is trained on. `fvu_by_hook` have
+crosscoders only."""
 
 
 def why_not_ready(run_directory: Path) -> str | None:
@@ -54,7 +57,10 @@ def is_finished(run_directory: Path) -> bool:
 
 
 def complete_summary(run_directory: Path) -> None:
-    """Adds the newest snapshot's evaluations to the summary of a finished run; whatever else it says stays."""
+    """Adds the newest snapshot's evaluations to the summary of a finished run; whatever else it says stays.
+
+    The summary is of the SAEs that were trained: the evaluation of an EMA copy stays with the snapshot.
+    """
     path, names = run_directory / "summary.json", snapshot_names(run_directory)
     summary = read_json(path)
     if summary is None or not names:
@@ -93,6 +99,14 @@ def _entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "files": [entry["path"] for entry in manifest["files"]],
         "saes": saes,
     }
+
+
+def wiring(told: Mapping[str, Any]) -> str | None:
+    """Where an SAE sits, from its numbers in a manifest or summary: `A`, a transcoder `A → B`, a crosscoder `A + B`."""
+    if told.get("hook") is None:
+        return None
+    reads = " + ".join(told.get("hooks") or [told["hook"]])
+    return f"{reads} → {told['target']}" if told.get("target") else reads
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,25 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from monitor.run_directory import wiring
+
 Report = Mapping[str, Any]
 BAR = 20
-
-
-def last_report(run_directory: Path) -> dict[str, Any] | None:
-    """The newest line of metrics.jsonl; None while there is none. Reads only the file's end."""
-    try:
-        with open(run_directory / "metrics.jsonl", "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 65536))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue  # a line being written, or the first one cut by the seek
-    return None
 
 
 def live(report: Report | None, evaluations: Mapping[str, Report], elapsed: float, note: str) -> RenderableType:
@@ -67,37 +50,51 @@ def _progress(report: Report, elapsed: float) -> RenderableType:
 
 def _saes(report: Report, evaluations: Mapping[str, Report]) -> RenderableType:
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("SAE", "L0", "FVU", "dead", "shrinkage", "rate", "ΔCE", "CE recov."):
-        table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True, min_width=8)
+    for name in ("SAE", "L0", "FVU", "dead", "shrink", "rate", "ΔCE", "CE rec."):
+        table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True, min_width=7)
     for sae in report["saes"]:
-        seen = evaluations.get(sae["name"], {})
-        table.add_row(
-            f"[bold]{sae['name']}[/]",
-            number(sae["l0"], ".1f"),
-            number(sae["fvu"], ".4f"),
-            "-" if sae["dead_latents_ratio"] is None else f"{sae['dead_latents_ratio']:.1%}",
-            number(sae["shrinkage"], ".3f"),
-            number(sae["learning_rate"], ".1e"),
-            number(seen.get("ce_delta"), ".4f"),
-            number(seen.get("ce_recovered"), ".4f"),
-        )
+        table.add_row(*_sae_row(sae["name"], sae, evaluations.get(sae["name"], {})))
+        if averaged := evaluations.get(copy := f"{sae['name']}-ema"):
+            table.add_row(*_sae_row(copy, {}, averaged))
     return table
 
 
+def _sae_row(name: str, sae: Report, evaluation: Report) -> list[str]:
+    """`sae` is what training reports: nothing, of an averaged copy."""
+    return [
+        f"[bold]{name}[/]",
+        number(sae.get("l0"), ".1f"),
+        number(sae.get("fvu"), ".4f"),
+        number(sae.get("dead_latents_ratio"), ".1%"),
+        number(sae.get("shrinkage"), ".3f"),
+        number(sae.get("learning_rate"), ".1e"),
+        number(evaluation.get("ce_delta"), ".4f"),
+        number(evaluation.get("ce_recovered"), ".4f"),
+    ]
+
+
 def results(summary: Report) -> Table:
-    """The table of a finished run, from summary.json; fits 80 columns."""
-    table = Table(title="Results", title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """The table of a finished run, from summary.json; fits 80 columns. Below it, where trans- and crosscoders sit."""
+    elsewhere = {name: sae for name, sae in summary["saes"].items() if sae.get("target") or sae.get("hooks")}
+    table = Table(
+        title="Results",
+        title_justify="left",
+        caption="\n".join(f"{name}: {wiring(sae)}" for name, sae in elsewhere.items()) or None,
+        caption_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("SAE", "latents", "L0", "FVU", "dead", "shrink", "ΔCE", "CE recov.", "KL"):
         table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True)
     for name, sae in summary["saes"].items():
-        dead = sae.get("dead_latents_ratio")
         table.add_row(
             name,
             f"{sae['d_sae']:,}",
             number(sae.get("held_out_l0"), ".1f"),
             number(sae.get("held_out_fvu"), ".4f"),
-            "-" if dead is None else f"{dead:.1%}",
-            number(sae["shrinkage"], ".3f"),
+            number(sae.get("dead_latents_ratio"), ".1%"),
+            number(sae.get("shrinkage"), ".3f"),
             number(sae.get("ce_delta"), ".4f"),
             number(sae.get("ce_recovered"), ".4f"),
             number(sae.get("kl"), ".4f"),

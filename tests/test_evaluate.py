@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from trainer.snapshot import Export, retire
 HOOK = "blocks.0.hook_resid_post"
 WIDTH = 8
 WORDS = 40
+MLP_OUT = "blocks.1.hook_mlp_out"
+WIRED = [MLP_OUT, "blocks.1.hook_resid_mid", HOOK, "blocks.1.hook_resid_pre"]
+"""Hooks for SAEs of several, not in the order in which the model computes them."""
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +76,15 @@ def model(model_folder: Path) -> LanguageModel:
     torch.set_num_threads(1)
     return load_language_model(
         ModelSettings(name=str(model_folder), hooks=[HOOK], device="cpu", dtype="float32"), whole=True
+    )
+
+
+@pytest.fixture(scope="session")
+def wired(model_folder: Path) -> LanguageModel:
+    """The same model with the hooks of WIRED."""
+    torch.set_num_threads(1)
+    return load_language_model(
+        ModelSettings(name=str(model_folder), hooks=WIRED, device="cpu", dtype="float32"), whole=True
     )
 
 
@@ -191,7 +204,112 @@ def test_sae_of_another_width_is_refused(model: LanguageModel, windows: Windows,
     """The message names both widths."""
     folder = publish_snapshot(tmp_path, 1, [identity_sae("small", 3, HOOK)]) / "small"
     with pytest.raises(monitor.evaluate.EvaluationError, match=r"reads 3 numbers at .*hook_resid_post \(8\)"):
-        evaluate_sae(model, windows, folder, HOOK)
+        evaluate_sae(model, windows, folder)
+
+
+# --- SAEs that read one place and write another, or several ----------------------------------------------------------
+
+
+def test_identity_transcoder_loses_nothing(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """What block 0 hands on is what block 1 is given: copying one to the other changes nothing."""
+    result = _evaluate_one(wired, windows, tmp_path, _rewired(_sae(1.0), [HOOK], "blocks.1.hook_resid_pre"))
+    assert (result["hook"], result["target"]) == (HOOK, "blocks.1.hook_resid_pre")
+    assert result["ce_delta"] == pytest.approx(0, abs=1e-5)
+    assert result["fvu"] == pytest.approx(0, abs=1e-9)
+    assert result["l0"] == WIDTH
+
+
+def test_transcoder_is_measured_at_its_target(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """x / 2 of the residual stream in place of the MLP's output, spliced in by hand: the same CE, KL and FVU."""
+    result = _evaluate_one(wired, windows, tmp_path, _rewired(_sae(0.5), ["blocks.1.hook_resid_mid"], MLP_OUT))
+    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    y, x = (wired.activations(ids)[WIRED.index(hook)] for hook in (MLP_OUT, "blocks.1.hook_resid_mid"))
+    ce = [_cross_entropy(wired, windows, replace) for replace in ({}, {MLP_OUT: _where(kept, x / 2)})]
+    assert result["ce_delta"] == pytest.approx(ce[1] - ce[0], abs=1e-6)
+    assert result["ce_zero"] == pytest.approx(_cross_entropy(wired, windows, {MLP_OUT: _where(kept, 0 * y)}), abs=1e-6)
+    y, x = y[kept].double(), x[kept].double()
+    assert result["fvu"] == pytest.approx(float((y - x / 2).square().sum() / (y - y.mean(0)).square().sum()), rel=1e-6)
+
+
+def test_zero_transcoder_is_zero_ablation_of_its_target(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """Not of the hook it reads."""
+    result = _evaluate_one(wired, windows, tmp_path, _rewired(_sae(0.0), [HOOK], MLP_OUT))
+    assert result["ce_sae"] == result["ce_zero"] != pytest.approx(result["ce_clean"], abs=0.01)
+
+
+def test_skip_transcoder_adds_its_linear_part(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """Latents that decode to nothing beside a skip of x: the identity again; half a skip and half a decoder, too."""
+    for gain, skip in ((0.0, 1.0), (0.5, 0.5)):
+        sae = _rewired(_sae(gain, f"skip{skip}"), [HOOK], "blocks.1.hook_resid_pre")
+        sae.weights["W_skip"] = skip * np.eye(WIDTH, dtype=np.float32)
+        sae.cfg["architecture"] = "jumprelu_skip_transcoder"
+        result = _evaluate_one(wired, windows, tmp_path / str(skip), sae)
+        assert result["ce_delta"] == pytest.approx(0, abs=1e-5)
+        assert result["fvu"] == pytest.approx(0, abs=1e-9)
+
+
+def test_transcoder_against_the_stream_is_refused(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """It would read what it has changed itself."""
+    folder = publish_snapshot(tmp_path, 1, [_rewired(_sae(1.0), [MLP_OUT], HOOK)]) / "small"
+    with pytest.raises(monitor.evaluate.EvaluationError, match=rf"reads '{MLP_OUT}'.* after '{HOOK}'"):
+        evaluate_sae(wired, windows, folder)
+
+
+def test_identity_crosscoder_loses_nothing(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """All hooks are replaced in one pass, each by its own part of the reconstruction."""
+    hooks = [MLP_OUT, HOOK]
+    result = _evaluate_one(wired, windows, tmp_path, _rewired(_sae(1.0, d_in=2 * WIDTH), hooks))
+    assert result["hooks"] == hooks and "target" not in result
+    assert result["ce_delta"] == pytest.approx(0, abs=1e-5)
+    assert result["fvu"] == pytest.approx(0, abs=1e-9)
+    assert result["fvu_by_hook"] == pytest.approx(dict.fromkeys(hooks, 0.0), abs=1e-9)
+    assert result["l0"] == 2 * WIDTH
+
+
+def test_crosscoder_is_measured_at_all_its_hooks(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """One hook exact, one halved: what is put in are the clean rows' reconstructions, and every hook weighs alike."""
+    hooks = [HOOK, MLP_OUT]
+    sae = _rewired(_sae(1.0, d_in=2 * WIDTH), hooks)
+    sae.weights["W_dec"][:, WIDTH:] *= 0.5
+    result = _evaluate_one(wired, windows, tmp_path, sae)
+    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    x, y = (wired.activations(ids)[WIRED.index(hook)] for hook in hooks)
+    spliced = {HOOK: _where(kept, x), MLP_OUT: _where(kept, y / 2)}
+    assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, spliced), abs=1e-6)
+    nothing = {HOOK: _where(kept, 0 * x), MLP_OUT: _where(kept, 0 * y)}
+    assert result["ce_zero"] == pytest.approx(_cross_entropy(wired, windows, nothing), abs=1e-6)
+    x, y = (rows[kept].double() / rows[kept].double().square().mean().sqrt() for rows in (x, y))
+    variance = [float((rows - rows.mean(0)).square().sum()) for rows in (x, y)]
+    error = float((y / 2).square().sum())
+    assert result["fvu_by_hook"] == pytest.approx({HOOK: 0.0, MLP_OUT: error / variance[1]}, rel=1e-6)
+    assert result["fvu"] == pytest.approx(error / sum(variance), rel=1e-6)
+
+
+def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel, windows: Windows, tmp_path: Path):
+    """As the producer does: an SAE's rows are decided by all hooks of the stream, also by those it does not read."""
+    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    norms = [wired.activations(ids)[WIRED.index(hook)].norm(dim=-1) for hook in (HOOK, MLP_OUT)]
+    bounds = {hook: float(norm[kept].median()) for hook, norm in zip((HOOK, MLP_OUT), norms, strict=True)}
+    within = kept & (norms[0] <= bounds[HOOK]) & (norms[1] <= bounds[MLP_OUT])
+    folder = publish_snapshot(tmp_path, 1, [_sae(0.0)]) / "small"
+    result = evaluate_sae(wired, windows, folder, bounds)
+    assert result["rows"] == int(within.sum()) < int(kept.sum())
+    zero = {HOOK: _where(within, torch.zeros(WIDTH))}
+    assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, zero), abs=1e-6)
+
+
+def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Which rows the stream had cannot be told without them."""
+    folder = publish_snapshot(tmp_path, 1, [_sae(1.0)]) / "small"
+    with pytest.raises(monitor.evaluate.EvaluationError, match=f"by their norm at {re.escape(MLP_OUT)}"):
+        evaluate_sae(model, windows, folder, {MLP_OUT: 3.0})
+
+
+def test_signed_latents_count_as_active(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Top-k by magnitude gives negative latents; L0 is what is not zero."""
+    sae = _sae(0.5)
+    sae.cfg.update(architecture="abstopk", k=3)
+    assert _evaluate_one(model, windows, tmp_path, sae)["l0"] == 3
 
 
 # --- The text --------------------------------------------------------------------------------------------------------
@@ -260,6 +378,31 @@ def test_several_saes_share_the_clean_pass(run_file: Path):
     assert good["ce_recovered"] == pytest.approx(1, abs=1e-4) and bad["ce_recovered"] == pytest.approx(0, abs=1e-9)
 
 
+def test_one_that_cannot_be_spliced_does_not_hold_up_the_rest(run_file: Path, caplog: pytest.LogCaptureFixture):
+    """The others get their numbers; this one is named, with the reason, and counts as a failure."""
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5), _rewired(_sae(0.5, "odd"), [HOOK], MLP_OUT)])
+    evaluator, registry = _evaluator(run_file)
+    evaluator.look()
+    assert (folder / "small" / "evaluation.json").exists()
+    assert not (folder / "odd" / "evaluation.json").exists()
+    assert f"odd of 000000001000 is not evaluated: sae 'odd' writes {WIDTH} numbers at '{MLP_OUT}'" in caplog.text
+    assert evaluator.has_failed() and evaluator.is_up_to_date()
+    assert registry.get_sample_value("sluice_evaluation_failures_total") == 1
+
+
+def test_an_sae_that_is_gone_leaves_the_metrics(run_file: Path):
+    """Attached and detached while the run goes on: what is shown is what the newest snapshot holds."""
+    directory = run_file.parent / "demo"
+    publish_snapshot(directory, 1000, [_sae(0.5), _sae(0.5, "short-lived")])
+    evaluator, registry = _evaluator(run_file)
+    evaluator.look()
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "short-lived"}) is not None
+    publish_snapshot(directory, 2000, [_sae(0.5), _sae(0.5, "small-ema")])
+    evaluator.look()
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "short-lived"}) is None
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "small-ema"}) is not None
+
+
 def test_snapshot_of_another_stream_is_refused_once(run_file: Path, caplog: pytest.LogCaptureFixture):
     """Other text may have been trained on what is held out here: no numbers, a reason, one failure counted."""
     folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)], stream={"corpus_fingerprint": "other"})
@@ -313,17 +456,19 @@ def test_missing_model_turns_evaluation_off(run_file: Path, caplog: pytest.LogCa
 
 
 def test_summary_is_completed_without_losing_anything(run_file: Path):
-    """The evaluation joins what the trainer wrote, and doing it twice changes nothing."""
+    """The evaluation joins what the trainer wrote, and doing it twice changes nothing; averaged copies stay out."""
     directory = run_file.parent / "demo"
     folder = publish_snapshot(directory, 1000, [_sae(0.5)])
     finish_run(directory, 1000)
     complete_summary(directory)
     assert "ce_delta" not in (directory / "summary.json").read_text()
     evaluation = {"ce_clean": 3.0, "ce_sae": 3.5, "ce_delta": 0.5, "ce_recovered": None, "kl": 0.4}
+    (folder / "small-ema").mkdir()
+    (folder / "small-ema" / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "small" / "evaluation.json").write_text(json.dumps(evaluation | {"rows": 100}))
     complete_summary(directory)
     told = json.loads((directory / "summary.json").read_text())
-    assert told["saes"]["small"] == {"architecture": "jumprelu", "fvu": 0.25, **evaluation}
+    assert told["saes"] == {"small": {"architecture": "jumprelu", "fvu": 0.25, **evaluation}}
     assert told["seconds"] == 1.0
 
 
@@ -386,15 +531,43 @@ def test_help_and_faults_answer_at_once(run_file: Path):
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _sae(gain: float, name: str = "small") -> Export:
-    return identity_sae(name, WIDTH, HOOK, gain)
+def _sae(gain: float, name: str = "small", d_in: int = WIDTH) -> Export:
+    return identity_sae(name, d_in, HOOK, gain)
+
+
+def _rewired(sae: Export, reads: list[str], target: str | None = None) -> Export:
+    """The same weights as a transcoder of one hook, or as a crosscoder of several."""
+    metadata: dict[str, Any] = {"hook_name": reads[0]}
+    if len(reads) > 1:
+        metadata["hook_names"] = reads
+    if target is not None:
+        metadata["hook_name_out"] = target
+        sae.cfg["architecture"] = "jumprelu_transcoder"
+    sae.cfg["metadata"] = metadata
+    return sae
+
+
+def _evaluate_one(model: LanguageModel, windows: Windows, tmp_path: Path, sae: Export) -> dict[str, Any]:
+    return evaluate_sae(model, windows, publish_snapshot(tmp_path, 1, [sae]) / sae.name)
 
 
 def _evaluate(
     model: LanguageModel, windows: Windows, tmp_path: Path, gain: float, norm_bound: float | None = None
 ) -> dict[str, Any]:
     folder = publish_snapshot(tmp_path / str(gain), 1, [_sae(gain)])
-    return evaluate_sae(model, windows, folder / "small", HOOK, norm_bound)
+    return evaluate_sae(model, windows, folder / "small", None if norm_bound is None else {HOOK: norm_bound})
+
+
+def _where(chosen: torch.Tensor, rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Replaces an activation by `rows` where `chosen`."""
+    return lambda activation: torch.where(chosen[..., None], rows, activation)
+
+
+def _cross_entropy(model: LanguageModel, windows: Windows, replace: dict[str, Any]) -> float:
+    """Mean over all real tokens after the first of a window, which all follow a real one here."""
+    ids, real = torch.from_numpy(windows.ids), torch.from_numpy(~windows.padded[:, 1:])
+    log_probabilities = model.logits(ids, replace).log_softmax(-1)[:, :-1]
+    return -log_probabilities.gather(-1, ids[:, 1:, None])[..., 0][real].mean().item()
 
 
 def _settings(run_file: Path, *overrides: str) -> MonitorSettings:

@@ -56,6 +56,13 @@ def test_evaluation_comes_along(run_directory: Path, url: str, tmp_path: Path):
     verify(folder)
 
 
+def test_averaged_copies_come_along(run_directory: Path, url: str, tmp_path: Path):
+    """NAME-ema is one more SAE of the snapshot, its evaluation included."""
+    source = publish_snapshot(run_directory, 2000, [identity_sae("small"), identity_sae("small-ema")])
+    replace_text(source / "small-ema" / "evaluation.json", '{"ce_delta": 0.5}')
+    assert _contents(pull(url, tmp_path / "here")) == _contents(source)
+
+
 def test_a_snapshot_by_name(run_directory: Path, url: str, tmp_path: Path):
     """An older one can be asked for; one that does not exist is an error that says what exists."""
     publish_snapshot(run_directory, 2000)

@@ -241,6 +241,43 @@ def test_page_shows_the_run_and_links_to_its_files(run_directory: Path, client: 
     assert all(client.get(link).status_code == 200 for link in links)
 
 
+def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient):
+    """Reads → writes for a transcoder, all hooks of a crosscoder, and an averaged copy without numbers of training."""
+    exports = [identity_sae(name) for name in ("plain", "trans", "cross", "plain-ema")]
+    for export, numbers in zip(
+        exports,
+        (
+            {"hook": "blocks.0.hook_resid_post"},
+            {"hook": "blocks.1.hook_resid_mid", "target": "blocks.1.hook_mlp_out"},
+            {"hook": "blocks.2.hook_mlp_out", "hooks": ["blocks.2.hook_mlp_out", "blocks.3.hook_mlp_out"]},
+            {"hook": "blocks.0.hook_resid_post", "l0": None, "fvu": None, "dead_latents_ratio": None},
+        ),
+        strict=True,
+    ):
+        export.metrics.update(numbers)
+    publish_snapshot(run_directory, 1000, exports)
+    page = client.get("/").text
+    assert "<td>plain</td><td class=long>blocks.0.hook_resid_post</td>" in page
+    assert "blocks.1.hook_resid_mid → blocks.1.hook_mlp_out" in page
+    assert "blocks.2.hook_mlp_out + blocks.3.hook_mlp_out" in page
+    averaged = page.split("<td>plain-ema</td>")[1].split("</tr>")[0]
+    assert averaged.count("–") == 7
+    listed = client.get("/v1/snapshots").json()["snapshots"][0]["saes"]
+    assert listed["trans"]["metrics"]["target"] == "blocks.1.hook_mlp_out" and listed["plain-ema"]["evaluation"] is None
+
+
+def test_saes_come_and_go_between_snapshots(run_directory: Path, client: TestClient):
+    """Each snapshot serves the SAEs it has, and the page shows those of the newest."""
+    publish_snapshot(run_directory, 1000, [identity_sae("first"), identity_sae("second")])
+    publish_snapshot(run_directory, 2000, [identity_sae("first"), identity_sae("third")])
+    entries = client.get("/v1/snapshots").json()["snapshots"]
+    assert [list(entry["saes"]) for entry in entries] == [["first", "second"], ["first", "third"]]
+    assert client.get("/v1/snapshots/000000001000/second/cfg.json").status_code == 200
+    assert client.get("/v1/snapshots/000000002000/second/cfg.json").status_code == 404
+    page = client.get("/").text
+    assert "<td>third</td>" in page and "<td>second</td>" not in page
+
+
 def test_page_escapes_what_files_say(run_directory: Path, client: TestClient):
     """Text from settings cannot become markup."""
     replace_text(run_directory / "settings.toml", '[model]\nname = "<script>alert(1)</script>"\nhooks = []\n')

@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from monitor.terminal import last_report
+from monitor.run_directory import last_report
 from producer.settings import read_run_file
 from producer.wire import Hello, Hook
 from trainer.buffer import ShuffleBuffer

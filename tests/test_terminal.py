@@ -1,0 +1,61 @@
+"""The tables in the terminal: every kind of SAE has its row, and nothing unknown stops them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from monitor.terminal import live, results
+
+UNKNOWN: dict[str, Any] = {"d_sae": 4096, "hook": "blocks.1.hook_resid_mid", "dead_latents_ratio": None}
+
+
+def test_results_tell_where_transcoders_and_crosscoders_sit():
+    """Below the table, which has no room for it; autoencoders need no such line."""
+    saes = {
+        "plain": UNKNOWN | {"shrinkage": 0.987, "held_out_l0": 32.0},
+        "trans": UNKNOWN | {"target": "blocks.1.hook_mlp_out", "shrinkage": None},
+        "cross": UNKNOWN | {"hooks": ["blocks.1.hook_resid_mid", "blocks.2.hook_resid_mid"]},
+    }
+    lines = _drawn(results({"saes": saes})).splitlines()
+    assert any(line.split()[:3] == ["plain", "4,096", "32.0"] for line in lines)
+    assert "trans: blocks.1.hook_resid_mid → blocks.1.hook_mlp_out" in lines
+    assert "cross: blocks.1.hook_resid_mid + blocks.2.hook_resid_mid" in lines
+    assert not any(line.startswith("plain:") for line in lines)
+
+
+def test_live_shows_averaged_copies_of_the_saes_in_training():
+    """Their evaluation alone; an SAE that has left the stream is gone, whatever was measured of it."""
+    lines = _drawn(live(_report("running"), {"topk-ema": {"ce_delta": 0.125}, "detached": {"ce_delta": 9.0}}, 1.0, ""))
+    assert any(line.split()[:3] == ["topk", "-", "0.5000"] for line in lines.splitlines())
+    assert any(line.split() == ["topk-ema", "-", "-", "-", "-", "-", "0.1250", "-"] for line in lines.splitlines())
+    assert "detached" not in lines
+
+
+@pytest.mark.parametrize("state", ["filling", "training", "paused"])
+def test_live_shows_any_state(state: str):
+    """A run without an end, at no speed, and nothing known of its SAEs."""
+    assert state in _drawn(live(_report(state), {}, 1.0, "note"))
+
+
+def _report(state: str) -> dict[str, Any]:
+    sae = {"name": "topk", "l0": None, "fvu": 0.5, "dead_latents_ratio": None, "shrinkage": None, "learning_rate": 0.0}
+    return {
+        "tokens": 5,
+        "target_tokens": None,
+        "tokens_per_second": 0.0,
+        "buffer_rows": 3,
+        "buffer_capacity_rows": 7,
+        "state": state,
+        "stream": {"producers": {"working": 1}},
+        "saes": [sae],
+    }
+
+
+def _drawn(what: RenderableType) -> str:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(what)
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
