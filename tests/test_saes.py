@@ -1,275 +1,52 @@
-"""Gradients against dense autograd, identities, and the bugs other trainers shipped (numbers: peers.md §6)."""
+"""What SAEs of every kind share: first weights, permutations, starting anew, repair, responses to settings."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.kernels import reference
-from trainer.kernels.sparse import Entries, multiply, positive_entries, sample, topk, topk_entries, transpose
-from trainer.saes.base import Sae, geometric_median
-from trainer.saes.inference import check, export
-from trainer.saes.jumprelu import JumpReLU
-from trainer.saes.topk import TopK
-from trainer.settings import SaeSettings
-from trainer.snapshot import SnapshotError, publish, read_sae
-
-D_IN, D_SAE, BATCH = 12, 32, 20
-NOBODY = torch.zeros(D_SAE, dtype=torch.bool)
-
-
-def some_dead(count: int = 6) -> Tensor:
-    dead = NOBODY.clone()
-    dead[torch.tensor([1, 5, 9, 20, 21, 25][:count], dtype=torch.long)] = True
-    return dead
-
-
-def make(architecture: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Sae, Tensor]:
-    """A small SAE away from its initial point, and a batch."""
-    torch.manual_seed(0)
-    defaults: dict[str, Any] = {
-        "topk": {"k": 6, "k_aux": 4},
-        "jumprelu": {"target_l0": 5.0, "bandwidth": 0.8, "initial_threshold": 0.3, "pre_act_weight": 0.01},
-    }[architecture]
-    settings = SaeSettings(name="s", architecture=architecture, d_sae=D_SAE, **(defaults | options))
-    x = torch.randn(BATCH, D_IN, dtype=torch.float64) + 0.3
-    sae = {"topk": TopK, "jumprelu": JumpReLU}[architecture](settings, D_IN)
-    sae.initialise(x.float(), torch.Generator().manual_seed(1))
-    sae.parameters = {
-        name: (value.double() + 0.05 * torch.randn_like(value.double())).to(dtype)
-        for name, value in sae.parameters.items()
-    }
-    sae.matmul_dtype = dtype
-    return sae, x.to(dtype)
-
-
-def dense_loss(sae: Sae, params: dict[str, Tensor], x: Tensor, dead: Tensor) -> Tensor:
-    s = sae.settings
-    if isinstance(sae, TopK):
-        assert s.k is not None and s.k_aux is not None
-        return reference.topk_loss(params, x, s.k, sae.variance, dead, s.k_aux, s.aux_weight)
-    assert s.target_l0 is not None
-    return reference.jumprelu_loss(
-        params, x, sae.variance, s.bandwidth, s.target_l0, s.l0_weight, dead, s.pre_act_weight
-    )
-
-
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-@pytest.mark.parametrize(
-    "dead", [NOBODY, some_dead(1), some_dead(3), some_dead()], ids=lambda d: f"{int(d.sum())} dead"
+from tests.small_saes import (
+    D_SAE,
+    FAMILY,
+    NOBODY,
+    dead_latents,
+    learn,
+    make,
+    rows_of,
+    settings_of,
+    trained,
+    trainee_of,
 )
-def test_gradients_equal_dense_autograd(architecture: str, dead: Tensor) -> None:
-    """Every parameter's gradient, and the loss, to 1e-9 in float64, with 0, 1, fewer than and more than k_aux dead."""
-    sae, x = make(architecture)
-    ours = sae.gradients(x, dead)
-    params = {name: value.clone().requires_grad_() for name, value in sae.parameters.items()}
-    loss = dense_loss(sae, params, x, dead)
-    loss.backward()
+from trainer.saes.base import Sae, geometric_median, initial_bias
+from trainer.saes.inference import check, export, load_sae
+from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
+from trainer.saes.start import read_start
+from trainer.settings import SaeSettings
+from trainer.snapshot import publish
+from trainer.trainee import Trainee
 
-    torch.testing.assert_close(sum(ours.loss.values()), loss.detach(), rtol=1e-9, atol=0)
-    for name, param in params.items():
-        assert param.grad is not None
-        torch.testing.assert_close(ours.of[name], param.grad, rtol=1e-9, atol=1e-12)
+SHARED = ("b_dec", "W_skip")
 
 
-def test_bug_1_a_zero_winner_has_not_fired() -> None:
-    """With fewer positive pre-activations than k, the rest of the k entries are zeros and count for nothing."""
-    entries = topk_entries(torch.tensor([[3.0, -1.0, -2.0, 1.0]]), 3)
-
-    assert int((entries.value > 0).sum()) == 2
-
-
-def test_bug_2_winners_clipped_to_zero_get_no_gradient() -> None:
-    """k larger than the number of positive pre-activations: as autograd says, through the ReLU."""
-    sae, x = make("topk", k=30)
-    params = {name: value.clone().requires_grad_() for name, value in sae.parameters.items()}
-    dense_loss(sae, params, x, NOBODY).backward()
-
-    torch.testing.assert_close(sae.gradients(x, NOBODY).of["W_enc"], params["W_enc"].grad, rtol=1e-9, atol=1e-12)
-
-
-def test_bug_3_auxk_reaches_the_encoder() -> None:
-    """A dead latent that is not among the k gets an encoder gradient from AuxK alone."""
-    sae, x = make("topk", k=1)
-    dead = NOBODY.clone()
-    dead[7] = True
-    sae.parameters["b_enc"][7] = -1e-3
-    without, with_it = sae.gradients(x, NOBODY).of["W_enc"][7], sae.gradients(x, dead).of["W_enc"][7]
-
-    assert float((with_it - without).norm()) > 0
-
-
-def test_bug_6_the_aux_residual_is_held_constant() -> None:
-    """AuxK changes nothing for latents that are not dead: its target does not pull on the reconstruction."""
-    sae, x = make("topk")
-    dead = some_dead()
-    plain, helped = sae.gradients(x, NOBODY), sae.gradients(x, dead)
-
-    torch.testing.assert_close(helped.of["W_dec"][~dead], plain.of["W_dec"][~dead], rtol=1e-12, atol=0)
-
-
-def test_bug_7_the_aux_reconstruction_has_no_bias() -> None:
-    """Moving b_dec and x together moves neither residual nor aux reconstruction, so the aux loss stays."""
-    sae, x = make("topk")
-    before = sae.gradients(x, some_dead()).loss["auxiliary"]
-    sae.parameters["b_dec"] += 3.0
-    after = sae.gradients(x + 3.0, some_dead()).loss["auxiliary"]
-
-    torch.testing.assert_close(after, before, rtol=1e-9, atol=0)
-
-
-def test_bug_14_the_threshold_gradient_is_that_of_the_smoothed_loss() -> None:
-    """Where x varies smoothly, the mean straight-through gradient of θ follows the finite difference of the loss."""
-    torch.manual_seed(0)
-    z = torch.rand(400_000, 1, dtype=torch.float64) * 2
-    target = z * (z > 0.4)
-
-    def loss(theta: float) -> float:
-        return float((z * (z > theta) - target).square().mean())
-
-    theta = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    (reference.Jump.apply(z, theta, 0.1) - target).square().mean().backward()
-    finite = (loss(1.05) - loss(0.95)) / 0.1
-    assert theta.grad is not None
-    # Half of the window lies on either side of the jump, where the residual differs: 2θ·(θ − θ/2) becomes θ².
-    assert finite == pytest.approx(float(theta.grad), rel=0.05)
-
-
-def test_bug_15b_a_target_l0_is_reached_whatever_its_weight() -> None:
-    """The pull on L0 changes sign at the target: too many active latents are pushed down, too few are pulled up."""
-    for target, sign in ((1.0, -1), (30.0, 1)):
-        sae, x = make("jumprelu", target_l0=target, bandwidth=3.0)
-        plain = make("jumprelu", target_l0=target, bandwidth=3.0, l0_weight=0.0)[0].gradients(x, NOBODY).of["b_enc"]
-        pulled = sae.gradients(x, NOBODY).of["b_enc"] - plain
-
-        assert sign == -int(torch.sign(pulled.sum()))
-
-
-def test_bug_37_a_row_is_encoded_the_same_in_any_batch() -> None:
-    """Latents of a row do not depend on its neighbours."""
-    for architecture in ("topk", "jumprelu"):
-        sae, x = make(architecture)
-        alone, together = sae.gradients(x[:1], NOBODY).fired.dense(), sae.gradients(x, NOBODY).fired.dense()[:1]
-
-        torch.testing.assert_close(alone, together, rtol=1e-12, atol=0)
+# Beginning
 
 
 def test_bug_38_the_seed_decides_the_weights() -> None:
     """Same seed, same weights; another seed, others."""
-    sae, x = make("topk")
+    for kind in FAMILY:
+        sae, x, y = make(kind, torch.float32)
 
-    def weights(seed: int) -> Tensor:
-        sae.parameters["W_dec"] = sae.parameters["W_dec"].float()
-        sae.initialise(x.float(), torch.Generator().manual_seed(seed))
-        return sae.parameters["W_dec"].clone()
+        def weights(sae: Sae, x: Tensor, y: Tensor, seed: int) -> Tensor:
+            sae.initialise(x, y, torch.Generator().manual_seed(seed))
+            return sae.W_enc.clone()
 
-    assert torch.equal(weights(3), weights(3))
-    assert not torch.equal(weights(3), weights(4))
-
-
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_permuting_latents_permutes_everything(architecture: str) -> None:
-    """No latent is special: the gradients of a permuted SAE are the permuted gradients."""
-    sae, x = make(architecture)
-    dead = some_dead()
-    plain = sae.gradients(x, dead).of
-    order = torch.randperm(D_SAE)
-    sae.parameters = {name: value[order] if name != "b_dec" else value for name, value in sae.parameters.items()}
-    permuted = sae.gradients(x, dead[order]).of
-
-    for name in plain:
-        expected = plain[name][order] if name != "b_dec" else plain[name]
-        torch.testing.assert_close(permuted[name], expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_a_snapshot_takes_raw_activations(architecture: str, tmp_path: Any) -> None:
-    """Scale folded into biases and threshold, unit rows in float32, and the snapshot passes its own self-test."""
-    sae, x = make(architecture, torch.float32)
-    sae.after_step()
-    scale = 0.37
-    raw = x / scale
-    exported = export(sae, scale, torch.full((D_SAE,), 0.1), raw, {"hook_name": "h"}, {})
-    folder = publish(tmp_path, 1000, [exported], {"id": "r"}, check) / "s"
-    _, weights = read_sae(folder)
-
-    np.testing.assert_allclose(np.linalg.norm(weights["W_dec"], axis=1), 1, atol=1e-6)
-    fired = sae.gradients(x, NOBODY)
-    from trainer.saes.inference import load_sae
-
-    published = load_sae(folder)
-    torch.testing.assert_close(published.encode(raw) * scale, fired.fired.dense(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(published.decode(published.encode(raw)) * scale, fired.x_hat, rtol=1e-4, atol=1e-5)
-
-
-def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Any) -> None:
-    """The self-test on disk fails when weights and expected latents do not belong together; nothing appears."""
-    sae, x = make("jumprelu", torch.float32)
-    sae.after_step()
-    exported = export(sae, 0.5, torch.full((D_SAE,), 0.1), x / 0.5, {}, {})
-    exported.weights["threshold"] = exported.weights["threshold"] * 0.5
-
-    with pytest.raises(SnapshotError, match="self-test"):
-        publish(tmp_path, 1000, [exported], {}, check)
-    assert not (tmp_path / "snapshots" / "LATEST").exists()
-    assert [path for path in (tmp_path / "snapshots").iterdir()] == []
-
-
-def test_two_stage_topk_is_exact() -> None:
-    """The grouped search finds the same values as a plain one, with duplicates and negatives among them."""
-    torch.manual_seed(0)
-    for rows, n, k in ((50, 4096, 32), (7, 1024, 1), (3, 512, 15)):
-        values = torch.randn(rows, n).mul_(4).round_().div_(4)
-        value, index = topk(values, k)
-
-        torch.testing.assert_close(value.sort(1).values, values.topk(k).values.sort(1).values)
-        torch.testing.assert_close(values.gather(1, index), value)
-        assert all(k == len(set(row.tolist())) for row in index)
-
-
-def test_sparse_products_equal_dense_ones() -> None:
-    """multiply, sample, transpose: each against its dense formula, with empty rows and columns."""
-    torch.manual_seed(0)
-    pre_acts = torch.randn(9, 16, dtype=torch.float64)
-    pre_acts[4] = -5.0
-    entries = positive_entries(pre_acts)
-    dense, W, X = entries.dense(), torch.randn(16, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    by_column = transpose(entries)
-
-    torch.testing.assert_close(dense, pre_acts.relu())
-    torch.testing.assert_close(multiply(entries, W), dense @ W)
-    torch.testing.assert_close(sample(entries, X, W), (X @ W.T)[entries.row(), entries.column])
-    torch.testing.assert_close(by_column.multiply(entries.value, X), dense.T @ X)
-    torch.testing.assert_close(by_column.sums(entries.value), dense.sum(0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positive_entries_are_those_above_zero(dtype: torch.dtype) -> None:
-    """Zero, minus zero, negatives and the smallest positive number, in every format the encoder product has."""
-    values = torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype)
-    entries = positive_entries(values)
-
-    assert torch.stack([entries.row(), entries.column], 1).tolist() == [[0, 2], [1, 1]]
-
-
-def test_sparse_products_repeat_bit_for_bit() -> None:
-    """Sums have a fixed order: the same batch gives the same bits."""
-    sae, x = make("topk", torch.float32)
-    first, second = sae.gradients(x, some_dead()).of, sae.gradients(x, some_dead()).of
-
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_no_entries_at_all() -> None:
-    """A batch on which nothing fires is a batch like others."""
-    empty = Entries(torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 8)
-
-    assert tuple(multiply(empty, torch.randn(8, 5)).shape) == (3, 5)
-    assert float(transpose(empty).sums(empty.value).sum()) == 0
+        assert torch.equal(weights(sae, x, y, 3), weights(sae, x, y, 3))
+        assert not torch.equal(weights(sae, x, y, 3), weights(sae, x, y, 4))
 
 
 def test_the_geometric_median_shrugs_off_outliers() -> None:
@@ -279,3 +56,322 @@ def test_the_geometric_median_shrugs_off_outliers() -> None:
     x[0] = 1e4
 
     torch.testing.assert_close(geometric_median(x), torch.full((4,), 2.0), atol=0.2, rtol=0)
+
+
+def test_b_dec_begins_where_it_is_told() -> None:
+    """zero, the mean, or the geometric median, which of three points far apart is their Fermat point."""
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3.0]])
+
+    assert initial_bias(x, "zero").tolist() == [0, 0]
+    assert initial_bias(x, "mean").tolist() == [1, 1]
+    # From (1, 1/√3) the three are seen at 120° of each other.
+    torch.testing.assert_close(initial_bias(x, "geometric_median"), torch.tensor([1.0, 3**-0.5]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu l1", "gated", "jumprelu", "tied"])
+def test_encoder_and_decoder_begin_alike(kind: str) -> None:
+    """Both matrices start with the same unit rows; nothing is reconstructed in directions it does not read."""
+    settings = settings_of(kind)
+    trainee = trainee_of(settings)
+    trainee.initialise(rows_of(settings, 512, 0), [1.0])
+
+    assert torch.equal(trainee.sae.W_enc, trainee.sae.W_dec)
+    torch.testing.assert_close(trainee.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILY if "transcoder" in kind])
+def test_a_transcoder_begins_as_the_mean_of_its_target(kind: str) -> None:
+    """W_dec and W_skip are zero, so that b_dec alone speaks; the encoder has directions to learn in."""
+    settings = settings_of(kind, initial_bias="mean")
+    trainee, rows = trainee_of(settings), rows_of(settings, 512, 0)
+    trainee.initialise(rows, [1.0, 1.0])
+    gradients = trainee.sae.gradients(rows[0], rows[1], NOBODY)
+
+    torch.testing.assert_close(gradients.y_hat, rows[1].mean(0).expand_as(rows[1]))
+    assert float(gradients.loss["reconstruction"]) == pytest.approx(1.0, rel=1e-5)
+    assert trainee.sae.W_enc.norm(dim=1).min() > 0.9
+
+
+def test_jumprelu_begins_with_a_given_l0() -> None:
+    """Every latent fires equally often: INITIAL_L0 times the target, together."""
+    settings = settings_of("jumprelu", target_l0=2.0)
+    trainee, rows = trainee_of(settings), rows_of(settings, 4096, 0)
+    trainee.initialise(rows, [1.0])
+    firings = trainee.sae.gradients(rows[0], rows[0], NOBODY).fired.firings() / 4096
+
+    torch.testing.assert_close(
+        firings.double(), torch.full((D_SAE,), INITIAL_L0 * 2.0 / D_SAE).double(), atol=0.01, rtol=0
+    )
+
+
+def test_directions_can_begin_at_the_data() -> None:
+    """initial_directions = "data": rows closer to the data's directions than random ones are."""
+    best = {}
+    for how in ("data", "random"):
+        settings = settings_of("topk", initial_directions=how)
+        trainee, (rows,) = trainee_of(settings), rows_of(settings, 512, 0)
+        trainee.initialise([rows], [1.0])
+        centred = rows - rows.mean(0)
+        best[how] = (trainee.sae.W_enc @ (centred / centred.norm(dim=1, keepdim=True)).T).amax(1)
+
+    assert best["data"].min() > 0.9
+    assert best["random"].mean() < 0.9
+
+
+# No latent is special
+
+
+def shuffled(settings: SaeSettings) -> Tensor:
+    """An order of the latents; with nested dictionaries each stays in its segment."""
+    torch.manual_seed(2)
+    ends = [0, *(settings.matryoshka or [D_SAE])]
+    parts = [torch.randperm(end - begin) + begin for begin, end in pairwise(ends)]
+    return torch.cat(parts)
+
+
+def permuted(sae: Sae, order: Tensor) -> dict[str, Tensor]:
+    return {name: value.clone() if name in SHARED else value[order] for name, value in sae.parameters.items()}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_permuting_latents_permutes_everything(kind: str) -> None:
+    """Gradients, reconstruction, losses, exported weights, and what a latent becomes when it starts anew."""
+    sae, x, y = make(kind)
+    dead, order = dead_latents(), shuffled(sae.settings)
+    other, _, _ = make(kind)
+    other.parameters = permuted(sae, order)
+    plain, ours = sae.gradients(x, y, dead), other.gradients(x, y, dead[order])
+    exported, ours_exported = sae.export()[1], other.export()[1]
+    anew = torch.tensor([3, 8, 30])
+    sae.reinitialise(anew, x[:3], y[:3])
+    other.reinitialise(torch.argsort(order)[anew], x[:3], y[:3])
+
+    def agree(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value if name in SHARED else value[order], rtol=1e-9, atol=1e-12)
+
+    agree(plain.of, ours.of)
+    agree(exported, ours_exported)
+    agree(sae.parameters, other.parameters)
+    torch.testing.assert_close(ours.y_hat, plain.y_hat, rtol=1e-12, atol=1e-12)
+    assert torch.equal(ours.fired.firings(), plain.fired.firings()[order])
+    assert {name: float(value) for name, value in ours.loss.items()} == pytest.approx(
+        {name: float(value) for name, value in plain.loss.items()}
+    )
+
+
+# Rows and batches
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILY if "batchtopk" not in kind])
+def test_bug_37_a_row_is_encoded_the_same_in_any_batch(kind: str) -> None:
+    """Latents of a row do not depend on its neighbours, in training neither; BatchTopK's do so there on purpose."""
+    sae, x, y = make(kind)
+    alone, together = sae.gradients(x[:1], y[:1], NOBODY), sae.gradients(x, y, NOBODY)
+
+    torch.testing.assert_close(alone.y_hat, together.y_hat[:1], rtol=1e-12, atol=1e-12)
+
+
+def test_batchtopk_spends_k_per_row_on_average() -> None:
+    """Exactly batch · k are active, and rows differ in how many they get."""
+    sae, x, y = make("batchtopk")
+    active = (sae.gradients(x, y, NOBODY).fired.dense() != 0).sum(1)
+
+    assert int(active.sum()) == 6 * len(x)
+    assert int(active.max()) > 6 > int(active.min())
+
+
+def test_the_same_batch_gives_the_same_bits() -> None:
+    """Sums have a fixed order, in every architecture."""
+    for kind in FAMILY:
+        sae, x, y = make(kind, torch.float32)
+        first, second = (sae.gradients(x, y, dead_latents()).of for _ in range(2))
+
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_the_encoder_product_is_in_bfloat16() -> None:
+    """Gradients stay near those of float32, and everything that is summed is float32."""
+    for kind in FAMILY:
+        sae, x, y = make(kind, torch.float32)
+        exact = sae.gradients(x, y, NOBODY)
+        sae.matmul_dtype = torch.bfloat16
+        fast = sae.gradients(x, y, NOBODY)
+
+        assert all(value.dtype == torch.float32 for value in (*fast.of.values(), *fast.loss.values(), fast.y_hat))
+        assert float(sum(fast.loss.values())) == pytest.approx(float(sum(exact.loss.values())), rel=0.05)
+
+
+# Starting anew
+
+
+def test_a_latent_that_starts_anew_by_hand() -> None:
+    """Encoder row a fifth of the mean norm of the others, decoder row a unit vector, bias zero: Bricken et al. 2023."""
+    sae, _, _ = make("relu l1", torch.float32)
+    sae.parameters["W_enc"] = torch.zeros(D_SAE, 12)
+    sae.parameters["W_enc"][:, 0] = 10.0
+    sae.parameters["W_enc"][5] = 1000.0
+    before = {name: value.clone() for name, value in sae.parameters.items()}
+    x, y = torch.zeros(1, 12), torch.zeros(1, 12)
+    x[0, 1], y[0, :2] = 7.0, torch.tensor([3.0, 4.0])
+    sae.reinitialise(torch.tensor([5]), x, y)
+    others = torch.arange(D_SAE) != 5
+
+    assert sae.W_enc[5, :3].tolist() == [0.0, 2.0, 0.0]
+    torch.testing.assert_close(sae.W_dec[5, :3], torch.tensor([0.6, 0.8, 0.0]))
+    assert sae.b_enc[5] == 0.0
+    for name in ("W_enc", "W_dec", "b_enc"):
+        assert torch.equal(sae.parameters[name][others], before[name][others])
+    assert torch.equal(sae.b_dec, before["b_dec"])
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_all_latents_may_start_anew(kind: str) -> None:
+    """With nobody left to take a norm from, weights stay finite."""
+    sae, x, y = make(kind)
+    sae.reinitialise(torch.arange(D_SAE), x.repeat(2, 1)[:D_SAE], y.repeat(2, 1)[:D_SAE])
+
+    assert all(bool(value.isfinite().all()) for value in sae.parameters.values())
+
+
+def test_a_jumprelu_starts_anew_above_a_low_threshold() -> None:
+    """Otherwise it would begin below the threshold it died at."""
+    for threshold in ("linear", "log"):
+        sae, x, y = make("jumprelu", threshold=threshold)
+        assert isinstance(sae, JumpReLU)
+        before = sae.threshold.clone()
+        sae.reinitialise(torch.tensor([2, 4]), x[:2], y[:2])
+
+        torch.testing.assert_close(sae.threshold[[2, 4]], torch.full((2,), 1e-3, dtype=torch.float64))
+        torch.testing.assert_close(sae.threshold[5:], before[5:])
+
+
+# Responses to settings
+
+
+def l0_of(settings: SaeSettings, steps: int = 150) -> float:
+    trainee = trained(settings, steps=steps)
+    (x, *_) = rows_of(settings, 2048, 999)
+    return float(trainee.sae.gradients(x, x, NOBODY).fired.firings().sum()) / 2048
+
+
+def test_bug_15b_l0_responds_to_its_target() -> None:
+    """A sweep: what Adam divides out of a penalty's weight, it cannot divide out of a target."""
+    l0 = {target: l0_of(settings_of("jumprelu", target_l0=target, l0_weight=1.0)) for target in (2.0, 4.0, 8.0)}
+
+    for target, value in l0.items():
+        assert value == pytest.approx(target, rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["relu l1", "relu l1_norm", "relu tanh", "tied", "gated"])
+def test_bug_15b_l0_responds_to_the_weight_of_the_penalty(kind: str) -> None:
+    """Ten times the weight: clearly fewer active latents."""
+    light, heavy = (l0_of(settings_of(kind, sparsity_weight=weight), steps=100) for weight in (0.3, 6.0))
+
+    assert heavy < 0.8 * light
+
+
+def test_thresholds_stay_above_zero() -> None:
+    """A step that would take a threshold below the minimum stops there."""
+    sae, _, _ = make("jumprelu")
+    sae.parameters["threshold"].fill_(-1.0)
+    sae.after_step()
+
+    assert float(sae.parameters["threshold"].min()) == 1e-3
+
+
+# Repair
+
+
+def suppressed(directory: Path) -> tuple[Path, Tensor]:
+    """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh rows)."""
+    settings = SaeSettings(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
+    trainee = trained(settings, steps=300)
+    (x,) = rows_of(settings, 1024, 77)
+    exported = export(trainee.sae, trainee.frame([1.0]), "s", trainee.statistics.firing_rate(), x, {}, {})
+    return publish(directory, 1000, [exported], {}, check) / "s", x
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    return suppressed(tmp_path_factory.mktemp("shrunk"))
+
+
+def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> Trainee:
+    settings = SaeSettings(
+        name="r",
+        architecture="repair",
+        start_from=str(folder),
+        d_sae=D_SAE,
+        **{"train": train},  # type: ignore[arg-type]
+    )
+    trainee = trainee_of(settings)
+    trainee.initialise([rows * scale for rows in rows_of(settings, 512, 0)], [scale], read_start(settings))
+    learn(trainee, [[rows * scale for rows in rows_of(settings, 64, 1000 + step)] for step in range(steps)])
+    return trainee
+
+
+def quality(trainee: Trainee, x: Tensor) -> tuple[float, float]:
+    """(FVU, shrinkage) on rows nothing was trained on."""
+    x_hat = trainee.sae.gradients(x, x, NOBODY).y_hat
+    centred, decoded = x - x.mean(0), x_hat - x.mean(0)
+    fvu = (x - x_hat).square().sum() / centred.square().sum()
+    return float(fvu), float(decoded.square().sum() / (centred * decoded).sum())
+
+
+@pytest.mark.parametrize("train", ["scale", "scale+decoder"])
+def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
+    train: str, shrunk: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    """Through start, training and export every row keeps its active latents; less is unexplained, less suppressed."""
+    folder, x = shrunk
+    begun, mended = repairing(folder, train, 0), repairing(folder, train, 150)
+    exported = export(mended.sae, mended.frame([1.0]), "r", mended.statistics.firing_rate(), x, {}, {})
+    after = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "r")
+    support = load_sae(folder).encode(x) > 0
+    (fvu, shrinkage), (fvu_after, shrinkage_after) = quality(begun, x), quality(mended, x)
+
+    assert torch.equal(after.encode(x) > 0, support)
+    assert torch.equal(mended.sae.gradients(x, x, NOBODY).fired.dense() > 0, support)
+    assert fvu_after < 0.9 * fvu
+    assert shrinkage < 0.95
+    assert abs(1 - shrinkage_after) < 0.5 * abs(1 - shrinkage)
+
+
+@pytest.mark.parametrize(
+    ("train", "learns"),
+    [
+        ("scale", {"scale"}),
+        ("scale+decoder", {"scale", "W_dec", "b_dec"}),
+        ("scale+encoder", {"scale", "W_enc", "b_enc"}),
+        ("all", {"scale", "W_dec", "b_dec", "W_enc", "b_enc"}),
+    ],
+)
+def test_repair_changes_what_it_may_and_nothing_else(train: str, learns: set[str], shrunk: tuple[Path, Tensor]) -> None:
+    """`train` is kept to the bit, but for the last digit of unit decoder rows."""
+    before, after = repairing(shrunk[0], train, 0).sae.parameters, repairing(shrunk[0], train, 3).sae.parameters
+    changed = {name for name in before if not torch.allclose(before[name], after[name], rtol=1e-6, atol=1e-7)}
+
+    assert changed == learns
+
+
+def test_repair_begins_where_the_other_ended(shrunk: tuple[Path, Tensor]) -> None:
+    """Also on a stream with another input scale, and though the SAE it repairs subtracted b_dec from x."""
+    folder, x = shrunk
+    for scale in (1.0, 0.3):
+        begun = repairing(folder, "scale", 0, scale)
+        x_hat = begun.sae.gradients(x * scale, x * scale, NOBODY).y_hat / scale
+
+        torch.testing.assert_close(x_hat, load_sae(folder)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_that_would_be_negative_or_zero_stays_above(shrunk: tuple[Path, Tensor]) -> None:
+    """At zero the latent would be gone from every row, and below it would write backwards."""
+    trainee = repairing(shrunk[0], "scale", 0)
+    trainee.sae.parameters["scale"].fill_(-1.0)
+    before = trainee.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired.firings()
+    trainee.sae.after_step()
+    after: Any = trainee.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired
+
+    assert torch.equal(after.firings(), before)
+    assert float(after.value.min()) >= 0

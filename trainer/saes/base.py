@@ -46,7 +46,7 @@ class Gradients:
     y_hat: Tensor
     """[batch, d_out], in the scale of y."""
     fired: Latents
-    """Latents of the batch; a value other than zero has fired."""
+    """Latents of the batch, in segments when there are several levels; a value other than zero has fired."""
 
 
 @dataclass(frozen=True)
@@ -263,17 +263,20 @@ class Sae(ABC):
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
         """Points `latents` (indices [n]) at the directions x [n, d_in] and y [n, d_out] (Bricken et al. 2023).
 
-        Encoder rows get a fifth of the mean norm of the others, so that they begin quietly.
+        Encoder rows get a fifth of the mean norm of the others (of all, when none is left), so that they begin quietly.
         """
         others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
         others[latents] = False
-        norm = self.W_enc[others].norm(dim=1).mean() if others.any() else x.new_ones(())
+        if not others.any():
+            others[latents] = True
         towards, decoded = x.clone(), y.clone()
         normalise_rows(towards)
         normalise_rows(decoded)
-        self.W_enc[latents] = 0.2 * norm * towards
+        if not self.unit_decoder:
+            decoded *= self.W_dec[others].norm(dim=1).mean()
+        self.W_enc[latents] = 0.2 * self.W_enc[others].norm(dim=1).mean() * towards
         self.b_enc[latents] = 0.0
-        self.W_dec[latents] = decoded if self.unit_decoder else decoded * self.W_dec[others].norm(dim=1).mean()
+        self.W_dec[latents] = decoded
 
     # Publishing
 

@@ -6,7 +6,8 @@
 It starts from a trained ReLU SAE, whose penalty has shrunk each latent, by how much depends on how strong it is.
 `train` says what may change: scale only, scale+decoder, scale+encoder, or all. While the encoder stands still, every
 row keeps exactly the active latents it had. For that, b_dec is not subtracted from x here: an SAE that does has it
-moved into b_enc at the start. s is kept at zero or above and is folded into W_enc and b_enc on export.
+moved into b_enc at the start. s is kept above zero, where the latent would vanish from every row, and is folded into
+W_enc and b_enc on export.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ LEARNS = {
     "scale+encoder": {"scale", "W_enc", "b_enc"},
     "all": {"scale", "W_dec", "b_dec", "W_enc", "b_enc"},
 }
+MINIMUM_SCALE = 1e-3
 
 
 class Repair(Sae):
@@ -52,7 +54,7 @@ class Repair(Sae):
 
     def after_step(self) -> None:
         super().after_step()
-        self.parameters["scale"].clamp_min_(0.0)
+        self.parameters["scale"].clamp_min_(MINIMUM_SCALE)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         weights, scale = self.common_weights(), self.parameters["scale"]

@@ -1,0 +1,134 @@
+"""One small SAE of every kind, away from its first weights, and batches for it; for the tests of the SAE family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.kernels import reference
+from trainer.saes.base import Sae
+from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.trainee import ARCHITECTURES, Trainee, Wiring
+
+D_IN, D_OUT, D_SAE, BATCH = 12, 9, 32, 20
+HOOK_WIDTHS = (7, 5)
+"""Of a crosscoder's two hooks; together D_IN."""
+DEAD = (1, 5, 9, 20, 21, 25)
+NOBODY = torch.zeros(D_SAE, dtype=torch.bool)
+
+JUMPRELU: dict[str, Any] = {
+    "architecture": "jumprelu", "target_l0": 5.0, "bandwidth": 0.8, "initial_threshold": 0.3, "pre_act_weight": 0.01,
+}  # fmt: skip
+TRANSCODER: dict[str, Any] = {"hook": "a", "target": "b"}
+CROSSCODER: dict[str, Any] = {"hooks": ["a", "b"]}
+FAMILY: dict[str, dict[str, Any]] = {
+    "topk": {"architecture": "topk", "k": 6, "k_aux": 4},
+    "topk abs": {"architecture": "topk", "k": 6, "k_aux": 4, "abs": True},
+    "topk multi": {"architecture": "topk", "k": 5, "k_aux": 4, "multi_topk": 0.125},
+    "topk matryoshka": {"architecture": "topk", "k": 6, "k_aux": 4, "matryoshka": [4, 16, 32]},
+    "topk transcoder": {"architecture": "topk", "k": 6, **TRANSCODER},
+    "topk skip transcoder": {"architecture": "topk", "k": 6, "skip": True, **TRANSCODER},
+    "topk crosscoder": {"architecture": "topk", "k": 6, **CROSSCODER},
+    "batchtopk": {"architecture": "batchtopk", "k": 6, "k_aux": 4},
+    "batchtopk matryoshka": {"architecture": "batchtopk", "k": 3, "matryoshka": [8, 32]},
+    "batchtopk transcoder": {"architecture": "batchtopk", "k": 4, "skip": True, **TRANSCODER},
+    "jumprelu": JUMPRELU,
+    "jumprelu log": JUMPRELU | {"threshold": "log", "straight_through": "threshold"},
+    "jumprelu matryoshka": JUMPRELU | {"matryoshka": [4, 16, 32]},
+    "jumprelu transcoder": JUMPRELU | TRANSCODER,
+    "jumprelu skip transcoder": JUMPRELU | TRANSCODER | {"skip": True},
+    "jumprelu crosscoder": JUMPRELU | CROSSCODER,
+    "relu l1": {"architecture": "relu", "penalty": "l1", "sparsity_weight": 3.0},
+    "relu l1_norm": {"architecture": "relu", "sparsity_weight": 3.0},
+    "relu tanh": {"architecture": "relu", "penalty": "tanh", "sparsity_weight": 2.0},
+    "relu transcoder": {"architecture": "relu", "sparsity_weight": 2.0, "skip": True, **TRANSCODER},
+    "relu crosscoder": {"architecture": "relu", "sparsity_weight": 2.0, **CROSSCODER},
+    "tied": {"architecture": "tied", "sparsity_weight": 3.0},
+    "gated": {"architecture": "gated", "sparsity_weight": 3.0},
+    "repair": {"architecture": "repair", "train": "all", "start_from": "somewhere"},
+}
+"""Every architecture, alone and in the roles it can have."""
+
+
+def settings_of(kind: str, **options: Any) -> SaeSettings:
+    return SaeSettings(**({"name": "s", "d_sae": D_SAE} | FAMILY[kind] | options))
+
+
+def dead_latents(count: int = len(DEAD)) -> Tensor:
+    dead = NOBODY.clone()
+    dead[list(DEAD[:count])] = True
+    return dead
+
+
+def widths_of(settings: SaeSettings) -> tuple[int, ...]:
+    return HOOK_WIDTHS if settings.hooks else (D_IN,)
+
+
+def build(settings: SaeSettings, dtype: torch.dtype = torch.float64) -> tuple[Sae, Tensor, Tensor]:
+    """(SAE, x, y): its parameters moved a little from where they begin, so that nothing is zero or symmetric."""
+    torch.manual_seed(0)
+    sae = ARCHITECTURES[settings.architecture](settings, widths_of(settings), D_OUT if settings.target else None)
+    x = torch.randn(BATCH, D_IN, dtype=torch.float64) + 0.3
+    y = torch.randn(BATCH, D_OUT, dtype=torch.float64) if settings.target else x
+    sae.initialise(x.float(), y.float(), torch.Generator().manual_seed(1))
+    sae.parameters = {
+        name: (value.double() + 0.05 * torch.randn_like(value.double())).to(dtype)
+        for name, value in sae.parameters.items()
+    }
+    sae.matmul_dtype = dtype
+    return sae, x.to(dtype), y.to(dtype)
+
+
+def make(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Sae, Tensor, Tensor]:
+    """`build` for one of the family."""
+    return build(settings_of(kind, **options), dtype)
+
+
+def dense_loss(sae: Sae, parameters: dict[str, Tensor], x: Tensor, y: Tensor, dead: Tensor, sparsity: float) -> Tensor:
+    """The loss by dense autograd."""
+    widths = sae.widths if sae.settings.hooks else ()
+    return reference.loss(sae.settings, parameters, x, y, sae.variance, dead, sparsity, widths)
+
+
+# Trainees
+
+
+def wiring_of(settings: SaeSettings) -> Wiring:
+    """An SAE on hook 0; crosscoders read 0 and 1, transcoders write 1."""
+    if settings.hooks:
+        return Wiring((0, 1), None, HOOK_WIDTHS)
+    return Wiring((0,), 1, (D_IN, D_OUT)) if settings.target else Wiring((0,), None, (D_IN,))
+
+
+def trainee_of(
+    settings: SaeSettings, device: str = "cpu", dtype: torch.dtype = torch.float32, **optimizer: Any
+) -> Trainee:
+    chosen = OptimizerSettings(**({"learning_rate": 1e-2, "warmup_tokens": 0} | optimizer))
+    return Trainee(settings, chosen, wiring_of(settings), torch.device(device), dtype)
+
+
+def rows_of(settings: SaeSettings, count: int, seed: int) -> list[Tensor]:
+    """Rows of every hook, from sparse sums of fixed directions about a common mean: something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.rand(count, 24, generator=generator) * (torch.rand(count, 24, generator=generator) < 0.15)
+    rows = []
+    for hook, width in enumerate(wiring_of(settings).widths):
+        directions = torch.randn(24, width, generator=torch.Generator().manual_seed(100 + hook))
+        rows.append(1.5 * active @ directions + 0.3)
+    return rows
+
+
+def trained(settings: SaeSettings, steps: int, **optimizer: Any) -> Trainee:
+    """A trainee after some steps of 64 rows."""
+    trainee = trainee_of(settings, **optimizer)
+    trainee.initialise(rows_of(settings, 512, 0), [1.0] * len(trainee.wiring.widths))
+    learn(trainee, [rows_of(settings, 64, seed) for seed in range(1, steps + 1)])
+    return trainee
+
+
+def learn(trainee: Trainee, batches: Sequence[list[Tensor]], run_tokens: int | None = None) -> None:
+    for rows in batches:
+        trainee.step(rows, run_tokens)

@@ -1,0 +1,251 @@
+"""What is published does on raw rows what training did on scaled ones: scales, whitening, norms, thresholds folded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.small_saes import FAMILY, NOBODY, make, rows_of, settings_of, trained
+from trainer.saes.batchtopk import BatchTopK
+from trainer.saes.folding import Frame, fold, fold_norms, unfold, whitening_of
+from trainer.saes.inference import InferenceSae, check, export, load_sae
+from trainer.snapshot import SnapshotError, publish, read_sae
+from trainer.trainee import Trainee
+
+SCALES = [0.37, 2.5]
+"""Of hook 0 and hook 1, far enough apart to notice when they are mixed up."""
+AUTOENCODERS = [kind for kind in FAMILY if "coder" not in kind and kind != "repair"]
+
+
+def published(trainee: Trainee, directory: Path) -> InferenceSae:
+    """The trainee's SAE through export, its self-test, and the files of a snapshot."""
+    settings = trainee.settings
+    scaled = rows_of(settings, 512, 77)
+    trainee.calibrate(trainee.sae, scaled)
+    raw = trainee.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
+    exported = export(trainee.sae, trainee.frame(SCALES), "s", trainee.statistics.firing_rate(), raw, {}, {})
+    return load_sae(publish(directory, 1000, [exported], {}, check) / "s")
+
+
+def raw_and_expected(trainee: Trainee) -> tuple[Tensor, Tensor]:
+    """(raw x, what training's forward pass makes of it in raw units), on rows nothing has seen."""
+    scaled = rows_of(trainee.settings, 256, 99)
+    raw = trainee.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
+    frame, sae, x = trainee.frame(SCALES), trainee.sae, trainee.wiring.read(scaled)
+    y = x if trainee.wiring.target is None else scaled[trainee.wiring.target]
+    seen = x if frame.whitening is None else frame.whitening.apply(x)
+    if isinstance(sae, BatchTopK):  # in training a row's latents depend on its batch; in use there is a threshold
+        pre_acts = sae.in_float32(seen)
+        y_hat = (pre_acts * (pre_acts > sae.threshold)) @ sae.W_dec + sae.b_dec
+        y_hat = y_hat + seen @ sae.parameters["W_skip"].T if "W_skip" in sae.parameters else y_hat
+    else:
+        y_hat = sae.gradients(seen, seen if trainee.wiring.target is None else y, NOBODY).y_hat
+    return raw, (y_hat if frame.whitening is None else frame.whitening.undo(y_hat)) / frame.s_out
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bug_13_a_snapshot_reconstructs_raw_rows_as_training_did_scaled_ones(kind: str, tmp_path: Path) -> None:
+    """To 1e-5, for every architecture: transcoders with two scales and a skip, crosscoders with unequal ones."""
+    trainee = trained(settings_of(kind), steps=12)
+    sae = published(trainee, tmp_path)
+    raw, expected = raw_and_expected(trainee)
+
+    assert apart(sae(raw), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_whitening_is_undone_in_a_snapshot(kind: str, tmp_path: Path) -> None:
+    """Learned from whitened rows, used on raw ones: to 1e-5, for every autoencoder of one hook."""
+    trainee = trained(settings_of(kind, whitening=True), steps=12)
+    sae = published(trainee, tmp_path)
+    raw, expected = raw_and_expected(trainee)
+
+    assert apart(sae(raw), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bug_12_published_decoder_rows_have_unit_norm(kind: str, tmp_path: Path) -> None:
+    """In float32 to 1e-6, but for top-k where free norms or unequal scales decide what is chosen."""
+    trainee = trained(settings_of(kind), steps=5)
+    norms = published(trainee, tmp_path).W_dec.norm(dim=1)
+
+    if kind in ("topk transcoder", "topk skip transcoder", "topk crosscoder"):
+        assert not torch.allclose(norms, torch.ones_like(norms), atol=1e-3)
+    else:
+        # A transcoder's latent that has never learned has a decoder row of zeros.
+        torch.testing.assert_close(norms[norms > 0], torch.ones_like(norms[norms > 0]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu l1", "gated"])
+def test_latents_come_out_in_the_units_of_the_raw_rows(kind: str, tmp_path: Path) -> None:
+    """With unit rows a latent of 3 means that 3 of its direction are in x: training's latents divided by the scale."""
+    trainee = trained(settings_of(kind), steps=5)
+    raw, _ = raw_and_expected(trainee)
+    fired = trainee.sae.gradients(raw * SCALES[0], raw * SCALES[0], NOBODY).fired.dense()
+
+    torch.testing.assert_close(published(trainee, tmp_path).encode(raw), fired / SCALES[0], rtol=1e-4, atol=1e-5)
+
+
+def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path) -> None:
+    """The self-test on disk fails when weights and expected latents do not belong together; nothing appears."""
+    sae, x, _ = make("jumprelu", torch.float32)
+    sae.after_step()
+    frame = Frame(torch.full((12,), 0.5), torch.full((12,), 0.5))
+    exported = export(sae, frame, "s", torch.full((32,), 0.1), x / 0.5, {}, {})
+    exported.weights["threshold"] = exported.weights["threshold"] * 0.5
+
+    with pytest.raises(SnapshotError, match="self-test"):
+        publish(tmp_path, 1000, [exported], {}, check)
+    assert not (tmp_path / "snapshots" / "LATEST").exists()
+    assert [path for path in (tmp_path / "snapshots").iterdir()] == []
+
+
+def test_a_snapshot_holds_what_the_readers_of_its_layout_expect(tmp_path: Path) -> None:
+    """W_enc [d_in, d_sae], W_dec [d_sae, d_in], float32, the threshold in raw units."""
+    trainee = trained(settings_of("jumprelu"), steps=5)
+    published(trainee, tmp_path)
+    cfg, weights = read_sae(tmp_path / "snapshots" / "000000001000" / "s")
+
+    assert {name: array.shape for name, array in weights.items()} == {
+        "W_enc": (12, 32), "W_dec": (32, 12), "b_enc": (32,), "b_dec": (12,), "threshold": (32,),
+    }  # fmt: skip
+    assert all(array.dtype == np.float32 for array in weights.values())
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == ("jumprelu", 12, 32)
+    np.testing.assert_allclose(weights["threshold"], trainee.sae.parameters["threshold"] / SCALES[0], rtol=1e-6)
+
+
+# The parts of folding
+
+
+def test_one_latent_folded_by_hand() -> None:
+    """s_in = 2, s_out = 4, a decoder row of norm 5: every weight on paper."""
+    weights = {
+        "W_enc": torch.tensor([[3.0]]),
+        "W_dec": torch.tensor([[3.0, 4.0]]),
+        "b_enc": torch.tensor([8.0]),
+        "b_dec": torch.tensor([4.0, 8.0]),
+        "threshold": torch.tensor([2.0]),
+        "W_skip": torch.tensor([[1.0], [2.0]]),
+    }
+    frame = Frame(torch.tensor([2.0]), torch.tensor([4.0, 4.0]))
+    folded, unit = fold(weights, frame, unit_rows=False), fold(weights, frame, unit_rows=True)
+
+    assert {name: value.tolist() for name, value in folded.items()} == {
+        "W_enc": [[1.5]], "W_dec": [[3, 4]], "b_enc": [2], "b_dec": [1, 2], "threshold": [0.5],
+        "W_skip": [[0.5], [1.0]],
+    }  # fmt: skip
+    assert unit["W_enc"].tolist() == [[7.5]]
+    torch.testing.assert_close(unit["W_dec"], torch.tensor([[0.6, 0.8]]))
+    assert (unit["b_enc"].tolist(), unit["threshold"].tolist()) == ([10], [2.5])
+
+
+def test_unfolding_undoes_folding() -> None:
+    """Published weights come back into any run's scales."""
+    torch.manual_seed(0)
+    sae, _, _ = make("topk skip transcoder", torch.float32)
+    frame = Frame(torch.full((12,), 0.37), torch.full((9,), 2.5))
+    _, weights = sae.export()
+    again = unfold(fold(weights, frame, unit_rows=False), frame)
+
+    for name, value in weights.items():
+        torch.testing.assert_close(again[name], value)
+
+
+def test_a_decoder_row_of_zeros_folds_to_a_silent_latent() -> None:
+    """Not to NaN: a transcoder's latent that has never learned writes nothing and fires never."""
+    folded = fold_norms(
+        {"W_enc": torch.ones(1, 2), "W_dec": torch.zeros(1, 2), "b_enc": torch.ones(1), "b_dec": torch.zeros(2)}
+    )
+
+    assert not folded["W_enc"].any() and not folded["W_dec"].any() and not folded["b_enc"].any()
+
+
+def test_whitened_rows_have_the_identity_as_covariance() -> None:
+    """Of strongly correlated rows, but for the floor that keeps empty directions from being blown up."""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 6) @ torch.randn(6, 6) + 5.0
+    white = whitening_of(x)
+    seen = white.apply(x)
+
+    torch.testing.assert_close(seen.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.cov(seen.T), torch.eye(6), atol=0.1, rtol=0)
+    torch.testing.assert_close(white.undo(seen), x, atol=1e-4, rtol=1e-4)
+
+
+def test_a_direction_without_variance_does_not_explode() -> None:
+    """Rows in a plane of three dimensions: the third is left small, not divided by zero."""
+    torch.manual_seed(0)
+    x = torch.randn(1000, 3) * torch.tensor([1.0, 1.0, 0.0])
+
+    assert float(whitening_of(x).apply(x).abs().max()) < 10
+
+
+# Thresholds that inference needs
+
+
+def test_gated_is_exactly_a_jumprelu() -> None:
+    """π_mag where it exceeds max(θ, 0), θ = b_mag − exp(r_mag) b_gate: the same latents, in float64."""
+    sae, x, y = make("gated")
+    b_mag, rate = sae.parameters["b_mag"], sae.parameters["r_mag"].exp()
+    magnitude = sae._encoded(x) @ (rate[:, None] * sae.W_enc).T + b_mag
+    theta = (b_mag - rate * sae.parameters["b_gate"]).clamp_min(0)
+    latents = magnitude * (magnitude > theta)
+
+    torch.testing.assert_close(latents, sae.gradients(x, y, NOBODY).fired.dense(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "batchtopk matryoshka", "batchtopk transcoder"])
+def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path) -> None:
+    """On fresh rows of the same distribution the mean L0 of the published SAE is k within 5 %."""
+    settings = settings_of(kind)
+    trainee = trained(settings, steps=60)
+    trainee.calibrate(trainee.sae, rows_of(settings, 8192, 5))
+    fresh = rows_of(settings, 8192, 6)
+    exported = export(
+        trainee.sae, trainee.frame([1.0, 1.0]), "s", trainee.statistics.firing_rate(), fresh[0][:512], {}, {}
+    )
+    sae = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "s")
+    l0 = float((sae.encode(fresh[0]) > 0).sum(1).double().mean())
+
+    assert settings.k is not None
+    assert l0 == pytest.approx(settings.k, rel=0.05)
+
+
+def test_a_threshold_worked_out_on_paper() -> None:
+    """Ten rows, k = 1, identity encoder: the threshold is the eleventh largest value, which ten exceed."""
+    sae, _, _ = make("batchtopk", torch.float32, d_sae=12, k=1)
+    assert isinstance(sae, BatchTopK)
+    sae.parameters |= {"W_enc": torch.eye(12), "b_enc": torch.zeros(12), "b_dec": torch.zeros(12)}
+    x = torch.zeros(10, 12)
+    x.view(-1)[:30] = torch.arange(30.0)
+    sae.calibrate(x)
+
+    assert sae.threshold == 19.0
+
+
+def test_too_few_positive_values_give_a_threshold_of_zero() -> None:
+    """When less than k per row is above zero everything above zero is kept."""
+    sae, x, _ = make("batchtopk", torch.float32)
+    assert isinstance(sae, BatchTopK)
+    sae.parameters["b_enc"] -= 100.0
+    sae.calibrate(x)
+
+    assert sae.threshold == 0.0
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bug_37_a_published_sae_encodes_a_row_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
+    """Latents of a row do not depend on its neighbours; BatchTopK's neither."""
+    trainee = trained(settings_of(kind), steps=5)
+    sae = published(trainee, tmp_path)
+    raw, _ = raw_and_expected(trainee)
+
+    torch.testing.assert_close(sae.encode(raw[:1]), sae.encode(raw)[:1], rtol=1e-5, atol=1e-6)
