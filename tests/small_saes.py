@@ -54,7 +54,8 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 
 def settings_of(kind: str, **options: Any) -> SaeSettings:
-    return SaeSettings(**({"name": "s", "d_sae": D_SAE} | FAMILY[kind] | options))
+    chosen: dict[str, Any] = {"name": "s", "d_sae": D_SAE} | FAMILY[kind] | options
+    return SaeSettings(**chosen)
 
 
 def dead_latents(count: int = len(DEAD)) -> Tensor:

@@ -1,19 +1,31 @@
-"""Statistics, optimizer and schedules: hand-computed values and float64 references."""
+"""Statistics, optimizer, schedules and what a trainee does between steps: numbers on paper and float64 references."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from trainer.kernels.sparse import Entries, topk_entries
-from trainer.optimizer import RowAdam, default_learning_rate, learning_rate_factor, make_tangent
+from producer.settings import ModelSettings, RunSettings
+from producer.wire import Hello, Hook
+from tests.small_saes import FAMILY, learn, rows_of, settings_of, trained, trainee_of
+from trainer.buffer import Batch
+from trainer.checkpoint import load_newest, save
+from trainer.kernels import select
+from trainer.kernels.select import largest
+from trainer.kernels.sparse import Entries
+from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, make_tangent, warmup_factor
 from trainer.report import DENSITY_EDGES
 from trainer.saes.base import normalise_rows
-from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.statistics import HALF_LIFE_TOKENS, Statistics
-from trainer.trainee import Trainee
+from trainer.train import Run
+from trainer.trainee import Trainee, Wiring
 
 
 def nothing_fired(rows: int, d_sae: int) -> Entries:
@@ -27,7 +39,7 @@ def test_bug_21_predicting_the_mean_gives_fvu_one() -> None:
     statistics = Statistics(4, torch.full((8,), 999.0))
     statistics.update(x, x.mean(0).expand_as(x), nothing_fired(len(x), 4))
 
-    assert pytest.approx(statistics.summary().fvu, rel=1e-4) == 1.0
+    assert statistics.summary().fvu == pytest.approx(1.0, rel=1e-4)
 
 
 def test_statistics_equal_a_two_pass_computation_in_float64() -> None:
@@ -70,13 +82,19 @@ def test_a_constant_error_is_an_error() -> None:
     assert statistics.summary().fvu > 0.9
 
 
-def test_l0_counts_positive_entries_only() -> None:
-    """TopK lists k entries a row; those clipped to zero are not active."""
-    statistics = Statistics(4, torch.zeros(2))
-    fired = topk_entries(torch.tensor([[1.0, -1, -1, -1], [1.0, 2.0, -1, -1]]), 2)
-    statistics.update(torch.randn(2, 2), torch.zeros(2, 2), fired)
+@pytest.mark.parametrize("dense_above", [2.0, 0.0], ids=["sparse", "dense"])
+def test_bug_1_l0_counts_entries_that_are_not_zero(dense_above: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TopK lists k entries a row; those clipped to zero are not active, negative ones of abs are."""
+    monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
+    pre_acts = torch.tensor([[1.0, -1, -2, -1], [1.0, 2.0, -1, -1]])
+    plain, signed = Statistics(4, torch.zeros(2)), Statistics(4, torch.zeros(2))
+    plain.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2))
+    signed.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2, magnitude=True))
 
-    assert statistics.summary().l0 == 1.5
+    assert plain.summary().l0 == 1.5
+    assert plain.firings.tolist() == [2, 1, 0, 0]
+    assert signed.summary().l0 == 2.0
+    assert signed.tokens_since_fired[2] == 0
 
 
 def test_bug_9_deadness_is_counted_in_tokens() -> None:
@@ -90,7 +108,7 @@ def test_bug_9_deadness_is_counted_in_tokens() -> None:
         statistics = Statistics(3, torch.zeros(2))
         for start in range(0, 600, size):
             part = slice(start, start + size)
-            statistics.update(x[part], x[part], topk_entries(pre_acts[part], 2))
+            statistics.update(x[part], x[part], largest(pre_acts[part], 2))
         counted.append(statistics.dead(300))
 
     assert counted == [2, 2, 2]
@@ -105,10 +123,21 @@ def test_deadness_is_unknown_until_enough_was_seen() -> None:
     assert statistics.dead(10) == 3
 
 
+def test_bug_23_reports_change_nothing() -> None:
+    """A trainee's neither: state before and after a report are the same bits."""
+    trainee = trained(settings_of("topk", ema_tokens=64), steps=3)
+    before = {name: value.clone() for name, value in trainee.state()[1].items()}
+    first, second = trainee.report([1.0]), trainee.report([1.0])
+
+    assert first == second
+    assert all(torch.equal(before[name], value) for name, value in trainee.state()[1].items())
+
+
 def test_bug_23_reading_statistics_changes_nothing() -> None:
     """Logging is pure: two readings agree, and so does the state."""
-    statistics = Statistics(3, torch.zeros(2))
-    statistics.update(torch.randn(10, 2), torch.randn(10, 2), nothing_fired(10, 3))
+    torch.manual_seed(0)
+    statistics, x = Statistics(3, torch.zeros(2)), torch.randn(10, 2)
+    statistics.update(x, 0.9 * x, nothing_fired(10, 3))
     before = {name: value.clone() for name, value in statistics.state().items()}
     first = statistics.summary(), statistics.density(), statistics.dead(5)
 
@@ -122,7 +151,7 @@ def test_density_sorts_latents_by_their_firing_rate() -> None:
     pre_acts = torch.full((1000, 3), -1.0)
     pre_acts[:, 0] = 1.0
     pre_acts[::10, 1] = 1.0
-    statistics.update(torch.zeros(1000, 2), torch.zeros(1000, 2), topk_entries(pre_acts, 2))
+    statistics.update(torch.zeros(1000, 2), torch.zeros(1000, 2), largest(pre_acts, 2))
     density = dict(zip((*DENSITY_EDGES, "never"), statistics.density(), strict=True))
 
     assert {edge: count for edge, count in density.items() if count} == {0.0: 1, -1.0: 1, "never": 1}
@@ -144,77 +173,455 @@ def test_clipping_scales_the_whole_gradient() -> None:
     optimizer = RowAdam(parameters, OptimizerSettings(betas=[0.0, 0.0], eps=1.0, clip=1.0))
     norm = optimizer.step({"W_dec": torch.zeros(1, 2), "b_dec": torch.tensor([6.0, 8.0])}, 1.0)
 
-    assert pytest.approx(float(norm)) == 10.0
+    assert norm == pytest.approx(10.0)
     # Adam without memory steps −g / (|g| + 1), here with g = (0.6, 0.8).
     torch.testing.assert_close(parameters["b_dec"], torch.tensor([-0.6 / 1.6, -0.8 / 1.8]))
 
 
-def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
-    """One NaN row costs its step, not the run, and the count says so."""
-    settings = SaeSettings(name="s", architecture="topk", d_sae=16, k=2)
-    trainee = Trainee(settings, OptimizerSettings(), 4, 0, torch.device("cpu"), torch.float32)
-    trainee.initialise(torch.randn(64, 4), torch.Generator().manual_seed(0))
-    before = {name: value.clone() for name, value in trainee.sae.parameters.items()}
-    x = torch.randn(8, 4)
-    x[3, 2] = math.nan
-    trainee.step(x, 0, None)
+def test_a_parameter_that_does_not_learn_is_left_alone() -> None:
+    """Gradients of others are passed over, in the update and in the norm."""
+    parameters = {"scale": torch.ones(2)}
+    optimizer = RowAdam(parameters, OptimizerSettings(learning_rate=0.1))
+    norm = optimizer.step({"scale": torch.tensor([3.0, 4.0]), "W_dec": torch.full((2, 2), 100.0)}, 0.1)
+
+    assert norm == pytest.approx(5.0)
+    assert parameters["scale"].tolist() != [1.0, 1.0]
+
+
+def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
+    """And of parameters that belong to a latent only."""
+    parameters = {"W_dec": torch.zeros(3, 2), "b_enc": torch.zeros(3), "b_dec": torch.zeros(3)}
+    optimizer = RowAdam(parameters, OptimizerSettings(), unit_decoder=False)
+    optimizer.step({name: torch.ones_like(value) for name, value in parameters.items()}, 0.1)
+    before = {name: value.clone() for name, value in optimizer.state().items()}
+    optimizer.forget(torch.tensor([1]))
+    after = optimizer.state()
+
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not after[f"W_dec.{moment}"][1].any() and after[f"b_enc.{moment}"][1] == 0
+        assert torch.equal(after[f"W_dec.{moment}"][[0, 2]], before[f"W_dec.{moment}"][[0, 2]])
+        assert torch.equal(after[f"b_dec.{moment}"], before[f"b_dec.{moment}"])
+
+
+# Steps
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
+    """One NaN row costs its step, not the run, and the count says so; the next step is as good as ever."""
+    trainee = trained(settings_of(kind, ema_tokens=64), steps=2)
+    before = {name: value.clone() for name, value in trainee.state()[1].items()}
+    rows = rows_of(trainee.settings, 64, 50)
+    rows[0][3, 2] = math.nan
+    trainee.step(rows)
+    after = {name: value.clone() for name, value in trainee.state()[1].items()}
+    trainee.step(rows_of(trainee.settings, 64, 51))
 
     assert trainee.skipped_steps == 1
-    assert all(torch.equal(before[name], value) for name, value in trainee.sae.parameters.items())
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert math.isfinite(trainee.report([1.0, 1.0]).grad_norm)
+    assert trainee.tokens == 4 * 64
 
 
-def test_bug_12_decoder_rows_have_unit_norm_after_every_step() -> None:
-    """Adam's update leaves the sphere; what anyone can see does not."""
-    settings = SaeSettings(name="s", architecture="topk", d_sae=16, k=2)
-    trainee = Trainee(settings, OptimizerSettings(learning_rate=0.1), 4, 0, torch.device("cpu"), torch.float32)
-    trainee.initialise(torch.randn(64, 4), torch.Generator().manual_seed(0))
-    for _ in range(5):
-        trainee.step(torch.randn(8, 4), 2_000_000, None)
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bug_12_decoder_rows_have_unit_norm_after_every_step(kind: str) -> None:
+    """Adam's update leaves the sphere; what anyone can see does not. Where norms are free they are used."""
+    trainee = trainee_of(settings_of(kind), learning_rate=0.1)
+    trainee.initialise(rows_of(trainee.settings, 512, 0), [1.0, 1.0])
+    for step in range(4):
+        trainee.step(rows_of(trainee.settings, 64, step))
+        norms = trainee.sae.W_dec.norm(dim=1)
 
-        torch.testing.assert_close(trainee.sae.parameters["W_dec"].norm(dim=1), torch.ones(16), atol=1e-6, rtol=0)
+        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6) == trainee.sae.unit_decoder
 
 
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_bug_11_a_restored_trainee_goes_on_bit_for_bit(architecture: str) -> None:
-    """Weights, moments, dead counters, statistics: resuming in the middle equals not stopping."""
-    options = {"k": 2} if architecture == "topk" else {"target_l0": 2.0}
-    settings = SaeSettings(name="s", architecture=architecture, d_sae=16, revive_tokens=16, **options)
-    torch.manual_seed(0)
-    batches = [torch.randn(8, 4) for _ in range(12)]
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_sae_learns(kind: str) -> None:
+    """The reconstruction loss falls on rows nothing was trained on."""
+    few, many = trained(settings_of(kind), steps=1), trained(settings_of(kind), steps=60)
+    rows = rows_of(few.settings, 512, 999)
+
+    def unexplained(trainee: Trainee) -> float:
+        x = trainee.wiring.read(rows)
+        y = x if trainee.wiring.target is None else rows[trainee.wiring.target]
+        nobody = torch.zeros(trainee.settings.d_sae, dtype=torch.bool)
+        return float(trainee.sae.gradients(x, y, nobody).loss["reconstruction"])
+
+    assert unexplained(many) < 0.8 * unexplained(few)
+
+
+def test_bug_10_each_sae_counts_its_own_rows() -> None:
+    """Every row once, whatever the size of the batches, and however late it joined."""
+    settings = settings_of("topk")
+    trainee = Trainee(
+        settings, OptimizerSettings(), Wiring((0,), None, (12,)), torch.device("cpu"), torch.float32, joined_at=5000
+    )
+    trainee.initialise(rows_of(settings, 512, 0), [1.0])
+    learn(trainee, [rows_of(settings, count, 1) for count in (64, 10, 1)])
+
+    assert (trainee.tokens, trainee.statistics.tokens, trainee.joined_at) == (75, 75, 5000)
+
+
+# Resuming
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ema": {"ema_tokens": 200},
+    "own budget": {"tokens": 700},
+    "last resort": {"revive_tokens": 96, "reinitialise_tokens": 128},
+}
+
+
+def resumable() -> list[tuple[str, str, dict[str, Any]]]:
+    """Every architecture with whatever of these it may have."""
+    cases = []
+    for kind in FAMILY:
+        extras = dict(EXTRAS)
+        if "coder" not in kind and kind != "repair":
+            extras["whitening"] = {"whitening": True, "ema_tokens": 200}
+        if kind in ("tied", "repair"):
+            del extras["last resort"]
+        if kind in ("relu l1", "gated", "relu l1_norm"):
+            extras["resampling"] = {"revive": "resample", "revive_tokens": 96}
+        if "sparsity_weight" in FAMILY[kind]:
+            extras["penalty's warm-up"] = {"sparsity_warmup_tokens": 600}
+        cases += [(kind, extra, options) for extra, options in extras.items()]
+    return cases
+
+
+@pytest.mark.parametrize(("kind", "extra", "options"), resumable(), ids=lambda value: str(value).replace("{}", ""))
+def test_bug_11_a_restored_trainee_goes_on_bit_for_bit(kind: str, extra: str, options: dict[str, Any]) -> None:
+    """Weights, moments, dead counters, averages, schedules: resuming in the middle equals not stopping."""
+    settings = settings_of(kind, **options)
+    batches = [rows_of(settings, 64, seed) for seed in range(1, 9)]
 
     def fresh() -> Trainee:
-        return Trainee(settings, OptimizerSettings(learning_rate=0.01), 4, 0, torch.device("cpu"), torch.float32)
+        return trainee_of(settings, warmup_tokens=128)
 
     whole = fresh()
-    whole.initialise(torch.randn(64, 4), torch.Generator().manual_seed(0))
-    for number, batch in enumerate(batches):
-        if number == 6:
-            document, tensors = whole.state()
-            tensors = {name: value.clone() for name, value in tensors.items()}
-        whole.step(batch, 8 * number, 96)
+    whole.initialise(rows_of(settings, 512, 0), [1.0, 1.0])
+    # Latents that nothing wakes: they die, and are worked on before and after the interruption.
+    whole.sae.b_enc[:4] = -50.0
+    learn(whole, batches[:4], 1024)
+    document, tensors = whole.state()
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    learn(whole, batches[4:], 1024)
     resumed = fresh()
     resumed.restore(document, tensors)
-    for number, batch in enumerate(batches[6:], start=6):
-        resumed.step(batch, 8 * number, 96)
+    learn(resumed, batches[4:], 1024)
 
-    ours, theirs = resumed.state()[1], whole.state()[1]
+    (ours_said, ours), (theirs_said, theirs) = resumed.state(), whole.state()
+    assert ours_said == theirs_said
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert resumed.learning_rate == whole.learning_rate
 
 
-def test_the_schedule_counts_tokens() -> None:
-    """Warm-up over the first rows, full, then linear to zero over the last fifth; endless runs never cool down."""
+def test_an_interrupted_cooldown_goes_on() -> None:
+    """One an operator asked for: the rate falls on, and ends where it would have."""
+    settings = settings_of("topk")
+    whole = trained(settings, steps=10)
+    whole.cool_down()
+    learn(whole, [rows_of(settings, 64, 20)])
+    document, tensors = whole.state()
+    resumed = trainee_of(settings)
+    resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
+    learn(resumed, [rows_of(settings, 64, 21)])
 
-    def factor(tokens: int, target: int | None = 1000) -> float:
-        return learning_rate_factor(tokens, target, warmup_tokens=100, cooldown=0.2)
+    # Ten batches seen, two to go: the second of them begins at half of the way.
+    assert resumed.learning_rate == pytest.approx(1e-2 * 0.5)
+    assert resumed.finished
 
-    assert factor(49) == 0.5
-    assert 1.0 == factor(500) == factor(800)
-    assert pytest.approx(factor(900)) == 0.5
-    assert factor(1000) == 0.0
-    assert factor(10**12, None) == 1.0
+
+HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
+
+
+def family_run(directory: Path) -> Run:
+    """One SAE of every kind on a stream of two hooks."""
+    roles: dict[str, dict[str, Any]] = {
+        "transcoder": {"hook": HOOKS[0], "target": HOOKS[1]}, "crosscoder": {"hooks": HOOKS}, "": {"hook": HOOKS[0]}
+    }  # fmt: skip
+    saes = []
+    for kind, options in FAMILY.items():
+        role = next(role for name, role in roles.items() if kind.endswith(name))
+        if kind != "repair":  # it needs files to begin from
+            named = {"name": kind.replace(" ", "-"), "d_sae": 32, "ema_tokens": 100, "revive_tokens": 64}
+            saes.append(SaeSettings(**(options | role | named)))
+    settings = TrainerSettings(
+        run=RunSettings(directory=str(directory), tokens=2000, threads=1),
+        model=ModelSettings(name="m", hooks=HOOKS),
+        buffer=BufferSettings(rows=256),
+        optimizer=OptimizerSettings(batch=64, matmul="float32", learning_rate=1e-2, warmup_tokens=100),
+        sae=saes,
+    )
+    hello = Hello(
+        producer="p", session="s", name="n", fingerprint="f", shards=4, held_out=0.0, context=8, dtype="float32",
+        hooks=[Hook(name=HOOKS[0], module="a", width=7), Hook(name=HOOKS[1], module="b", width=5)],
+        chunk_rows=8, norm_bounds=None, provenance={},
+    )  # fmt: skip
+    return Run(settings, hello)
+
+
+def batch_of(seed: int) -> Batch:
+    torch.manual_seed(seed)
+    names = np.zeros(64, np.int64)
+    return Batch([torch.randn(64, 7) + 1, 5 * torch.randn(64, 5)], names, names)
+
+
+def test_bug_11_a_run_of_every_architecture_resumes_from_disk_bit_for_bit(tmp_path: Path) -> None:
+    """Through a checkpoint's files: everything every SAE has, as if it had never stopped."""
+    whole = family_run(tmp_path)
+    whole.initialise(batch_of(0).x)
+    for seed in range(1, 5):
+        whole.learn(batch_of(seed))
+    save(tmp_path, 256, *whole.state(), keep=1)
+    for seed in range(5, 9):
+        whole.learn(batch_of(seed))
+    resumed, saved = family_run(tmp_path), load_newest(tmp_path)
+    assert saved is not None
+    resumed.restore(*saved)
+    for seed in range(5, 9):
+        resumed.learn(batch_of(seed))
+
+    ours, theirs = resumed.state(), whole.state()
+    assert ours[0] == theirs[0]
+    assert ours[1].keys() == theirs[1].keys()
+    assert all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
+
+
+# Schedules
+
+
+def test_the_warm_up_counts_tokens() -> None:
+    """Linear from the first row to the hundredth, then full; without one, full at once."""
+    assert [warmup_factor(tokens, 100) for tokens in (0, 49, 99, 10**9)] == [0.01, 0.5, 1.0, 1.0]
+    assert warmup_factor(0, 0) == 1.0
+
+
+def test_a_cooldown_falls_linearly_to_zero() -> None:
+    """Full until its start, half in the middle, zero at the end and after."""
+    cooldown = Cooldown(800, 1000)
+
+    assert [cooldown.factor(tokens) for tokens in (0, 800, 900, 950, 1000, 2000)] == [1.0, 1.0, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_the_cooldown_of_a_budget() -> None:
+    """The last fifth of whichever ends first: the SAE's own rows, or the run's, counted from when it joined."""
+
+    def planned(tokens: int | None, run_tokens: int | None, joined_at: int = 0) -> Cooldown | None:
+        settings = settings_of("topk") if tokens is None else settings_of("topk", tokens=tokens)
+        trainee = trainee_of(settings)
+        trainee.joined_at = joined_at
+        return trainee.cooldown(run_tokens)
+
+    assert planned(None, None) is None
+    assert planned(1000, None) == Cooldown(800, 1000)
+    assert planned(None, 1000) == Cooldown(800, 1000)
+    assert planned(1000, 500) == Cooldown(400, 500)
+    assert planned(None, 1000, joined_at=500) == Cooldown(400, 500)
+
+
+def test_no_cooldown_at_all() -> None:
+    """optimizer.cooldown = 0: the rate stays to the last row."""
+    assert trainee_of(settings_of("topk", tokens=1000), cooldown=0.0).cooldown(1000) is None
+
+
+def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
+    """640 rows: full for 512, then 1 and a half of the last two batches; then it learns no more."""
+    settings = settings_of("topk", tokens=640)
+    trainee = trained(settings, steps=7)
+    rates = []
+    for seed in range(3):
+        assert not trainee.finished
+        learn(trainee, [rows_of(settings, 64, seed)])
+        rates.append(trainee.learning_rate)
+
+    assert rates == pytest.approx([1e-2, 1e-2, 0.5e-2])
+    assert trainee.finished
+
+
+def test_an_operator_asks_for_a_cooldown() -> None:
+    """Over a fifth of the rows seen, from now on; asking twice changes nothing; then it is finished."""
+    settings = settings_of("topk")
+    trainee = trained(settings, steps=10)
+    first = trainee.cool_down()
+    learn(trainee, [rows_of(settings, 64, 20)])
+    again = trainee.cool_down()
+    learn(trainee, [rows_of(settings, 64, 21)])
+
+    assert (first, again) == (128, 64)
+    assert trainee.learning_rate == pytest.approx(0.5e-2)
+    assert trainee.finished
+
+
+def test_an_sae_without_an_end_is_never_finished() -> None:
+    """The end of the run is the run's own business."""
+    trainee = trained(settings_of("topk"), steps=3)
+
+    assert trainee.cooldown(None) is None
+    assert not trainee.finished
 
 
 def test_the_default_learning_rate_falls_with_the_root_of_the_width() -> None:
     """2e-4 at 2¹⁴ latents, half of it at 2¹⁶."""
     assert (default_learning_rate(2**14), default_learning_rate(2**16)) == (2e-4, 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("relu l1", "sparsity"), ("jumprelu", "sparsity"), ("gated", "sparsity")])
+def test_the_penalty_warms_up(kind: str, part: str) -> None:
+    """With 640 rows of warm-up the first batch pays a 640th, the sixth (320 + 1) of 640 parts."""
+    plain, warming = trained(settings_of(kind), 0), trained(settings_of(kind, sparsity_warmup_tokens=640), 0)
+    rows = [rows_of(plain.settings, 64, 1)]
+    paid = []
+    for trainee in (plain, warming):
+        learn(trainee, rows)
+        paid.append(trainee.report([1.0]).loss[part])
+    warming.tokens = 320
+    full = trained(settings_of(kind), 0)
+    full.sae.parameters = {name: value.clone() for name, value in warming.sae.parameters.items()}
+    learn(full, rows)
+    learn(warming, rows)
+
+    assert paid[1] == pytest.approx(paid[0] / 640, rel=1e-4)
+    assert warming.report([1.0]).loss[part] == pytest.approx(full.report([1.0]).loss[part] * 321 / 640, rel=1e-4)
+
+
+# Averages
+
+
+def test_the_average_is_a_plain_mean_at_first() -> None:
+    """While fewer rows were seen than it spans, every step weighs the same."""
+    settings = settings_of("topk", ema_tokens=10**9)
+    trainee = trained(settings, steps=0)
+    seen: list[Tensor] = []
+    for seed in range(4):
+        learn(trainee, [rows_of(settings, 64, seed)])
+        seen.append(trainee.sae.parameters["W_enc"].clone())
+    averaged = trainee.averaged
+
+    assert averaged is not None
+    torch.testing.assert_close(averaged.parameters["W_enc"], torch.stack(seen).mean(0))
+
+
+def test_the_average_forgets_exponentially() -> None:
+    """Over 640 rows, a batch of 64 weighs 1 − exp(−1/10) once the plain mean would weigh less."""
+    settings = settings_of("topk", ema_tokens=640)
+    trainee = trained(settings, steps=30)
+    assert trainee.averaged is not None
+    before = trainee.averaged.parameters["W_enc"]
+    learn(trainee, [rows_of(settings, 64, 99)])
+    weight = 1 - math.exp(-0.1)
+    expected = (1 - weight) * before + weight * trainee.sae.parameters["W_enc"]
+
+    assert trainee.averaged is not None
+    torch.testing.assert_close(trainee.averaged.parameters["W_enc"], expected)
+
+
+def test_reading_the_average_does_not_touch_training() -> None:
+    """It is an SAE of its own, with tensors of its own; without ema_tokens there is none."""
+    trainee = trained(settings_of("topk", ema_tokens=640), steps=3)
+    averaged, again = trainee.averaged, trainee.averaged
+    assert averaged is not None and again is not None
+    averaged.parameters["W_enc"].zero_()
+
+    assert again.parameters["W_enc"].any()
+    assert trainee.sae.parameters["W_enc"].any()
+    assert trained(settings_of("topk"), steps=1).averaged is None
+
+
+# Starting anew
+
+
+def dying(revive: str, **options: Any) -> Trainee:
+    """A ReLU SAE whose latents 0 … 3 nothing wakes."""
+    settings = settings_of("relu l1", revive=revive, **options)
+    trainee = trainee_of(settings)
+    trainee.initialise(rows_of(settings, 512, 0), [1.0])
+    trainee.sae.b_enc[:4] = -50.0
+    return trainee
+
+
+def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> None:
+    """Every two spans of 128 rows: at 256, and not before, silent latents move and begin without a history."""
+    trainee = dying("resample", revive_tokens=128)
+    before = {name: value.clone() for name, value in trainee.sae.parameters.items()}
+    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(3)])
+    untouched = torch.equal(trainee.sae.W_enc[:4], before["W_enc"][:4])
+    learn(trainee, [rows_of(trainee.settings, 64, 3)])
+    adam = trainee.optimizer.state()
+    others = trainee.sae.W_enc[4:].norm(dim=1).mean()
+
+    assert untouched
+    assert (trainee.sae.W_enc[:4] != before["W_enc"][:4]).any(1).all()
+    assert trainee.sae.b_enc[:4].tolist() == [0.0] * 4
+    torch.testing.assert_close(trainee.sae.W_enc[:4].norm(dim=1), (0.2 * others).expand(4))
+    for name in ("W_enc", "W_dec", "b_enc"):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not adam[f"{name}.{moment}"][:4].any()
+            assert adam[f"{name}.{moment}"][4:].any()
+    assert trainee.statistics.tokens_since_fired[:4].tolist() == [0] * 4
+
+
+def test_resampled_latents_point_at_rows_of_the_batch_with_a_large_loss() -> None:
+    """One row is far from everything: the first latent to move reads and writes its direction."""
+    trainee = dying("resample", revive_tokens=128)
+    trainee.sae.b_enc[1:4] = 5.0  # only latent 0 is dead
+    (rows,) = rows_of(trainee.settings, 64, 9)
+    rows[17] = 0.0
+    rows[17, 5] = 40.0
+    trainee.tokens, trainee.statistics.tokens_since_fired[0] = 192, 192
+    trainee.step([rows])
+    wanted = rows[17] - trainee.sae.b_dec
+
+    torch.testing.assert_close(trainee.sae.W_dec[0], wanted / wanted.norm())
+    torch.testing.assert_close(trainee.sae.W_enc[0] / trainee.sae.W_enc[0].norm(), wanted / wanted.norm())
+
+
+def test_resampling_leaves_living_latents_alone() -> None:
+    """With nobody silent, the step at which it is due is a step like others."""
+    batches = [rows_of(settings_of("relu l1"), 64, seed) for seed in range(4)]
+    resampling, plain = (
+        trainee_of(settings_of("relu l1", revive=revive, revive_tokens=128)) for revive in ("resample", "none")
+    )
+    for trainee in (resampling, plain):
+        trainee.initialise(rows_of(trainee.settings, 512, 0), [1.0])
+        trainee.sae.b_enc.fill_(1.0)
+        learn(trainee, batches)
+
+    assert torch.equal(resampling.sae.W_enc, plain.sae.W_enc)
+
+
+def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
+    """Silent for 192 rows and below zero on the whole batch: anew. Silent, but above zero somewhere: not."""
+    settings = settings_of("jumprelu", revive_tokens=64, reinitialise_tokens=192, learning_rate=1e-9)
+    trainee = trainee_of(settings)
+    trainee.initialise(rows_of(settings, 512, 0), [1.0])
+    trainee.sae.b_enc[0] = -50.0
+    trainee.sae.parameters["threshold"][1] = 50.0  # above zero, below its threshold: the pre-act loss reaches it
+    before = trainee.sae.W_enc.clone()
+    learn(trainee, [rows_of(settings, 64, seed) for seed in range(2)])
+    waited = bool((trainee.sae.W_enc[0] - before[0]).norm() < 1e-3)
+    learn(trainee, [rows_of(settings, 64, 2)])
+
+    assert waited
+    assert (trainee.sae.W_enc[0] - before[0]).norm() > 0.1
+    assert (trainee.sae.W_enc[1] - before[1]).norm() < 1e-3
+    assert trainee.sae.parameters["threshold"][0] == pytest.approx(1e-3)
+    assert trainee.statistics.tokens_since_fired[:2].tolist() == [0, 192]
+
+
+def test_more_dead_latents_than_rows() -> None:
+    """As many move as there are rows to point at; the others wait for the next time."""
+    trainee = dying("resample", revive_tokens=4)
+    trainee.sae.b_enc.fill_(-50.0)
+    learn(trainee, [rows_of(trainee.settings, 4, seed) for seed in range(2)])
+
+    assert (trainee.sae.b_enc == 0).sum() == 4
+
+
+def test_what_started_anew_lives() -> None:
+    """A few steps later the latents that were moved fire and have left their first weights."""
+    trainee = dying("resample", revive_tokens=128)
+    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(6)])
+
+    assert (trainee.statistics.tokens_since_fired[:4] < 128).all()
