@@ -26,6 +26,11 @@ class BatchTopK(TopK):
     """For inference, in the scale of x; 0 before the first `calibrate`."""
     _smallest = 0.0
 
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        super().adopt(weights)
+        if "threshold" in weights:  # one for all latents, until the first `calibrate`
+            self.threshold = float(weights["threshold"][0])
+
     def choose(self, pre_acts: Tensor, k: int) -> Latents:
         latents, self._smallest = largest_of_batch(pre_acts, k * len(pre_acts), self._smallest)
         return latents.split(self.ends)

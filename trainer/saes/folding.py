@@ -24,8 +24,10 @@ PER_LATENT = ("b_enc", "b_gate", "b_mag", "threshold")
 """Weights in the units of the latents."""
 WHITENING_FLOOR = 1e-3
 """Directions with less than this times the mean variance are not blown up further."""
-UNIT = 1e-4
-"""How far from 1 the norm of a decoder row may be to count as a unit row."""
+UNIT = 1e-6
+"""How far from 1 the norm of a decoder row may be to be a unit row."""
+ALMOST_UNIT = 1e-2
+"""How far it may be for top-k to choose as if it were: rounding to bfloat16, input scales of another sample."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,18 @@ def unfold(weights: dict[str, Tensor], frame: Frame) -> dict[str, Tensor]:
 def fold_norms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Unit decoder rows, each latent grown by what its row had; a row of zeros gives a latent that is always zero."""
     norm = weights["W_dec"].norm(dim=1)
+    w = grow(weights, norm)
+    w["W_dec"] = weights["W_dec"] / norm.clamp_min(1e-12)[:, None]
+    return w
+
+
+def grow(weights: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+    """Latents `factor` [d_sae] times as large, with the same reconstruction."""
     w = dict(weights)
-    w["W_dec"] = w["W_dec"] / norm.clamp_min(1e-12)[:, None]
-    w["W_enc"] = w["W_enc"] * norm[:, None]
+    w["W_enc"] = w["W_enc"] * factor[:, None]
+    w["W_dec"] = w["W_dec"] / factor[:, None]
     for name in PER_LATENT & w.keys():
-        w[name] = w[name] * norm
+        w[name] = w[name] * factor
     return w
 
 
@@ -113,16 +122,25 @@ def recentre(weights: dict[str, Tensor], was_centred: bool, centred: bool) -> di
     """Moves b_dec out of, or into, what the encoder reads: (x − b_dec) W + b = x W + (b − b_dec W)."""
     if was_centred == centred:
         return weights
-    shift = weights["W_enc"] @ weights["b_dec"]
-    return weights | {
-        name: weights[name] + (shift if centred else -shift) for name in ("b_enc", "b_gate", "b_mag") if name in weights
-    }
+    # b and b_dec W may be much larger than what is left of them.
+    shift = (weights["W_enc"].double() @ weights["b_dec"].double()) * (1.0 if centred else -1.0)
+    moved: dict[str, Tensor] = {}
+    for name in ("b_enc", "b_gate"):
+        if name in weights:
+            moved[name] = (weights[name] + shift).float()
+    if "b_mag" in weights:
+        moved["b_mag"] = (weights["b_mag"] + weights["r_mag"].double().exp() * shift).float()
+    return weights | moved
 
 
-def require_unit_rows(W_dec: Tensor) -> None:
-    """Raises SnapshotError unless every decoder row has unit norm."""
-    if float((W_dec.norm(dim=1) - 1).abs().max()) > UNIT:
+def has_unit_rows(W_dec: Tensor) -> bool:
+    return not float((W_dec.norm(dim=1) - 1).abs().max()) > UNIT
+
+
+def require_almost_unit_rows(W_dec: Tensor) -> None:
+    """Raises SnapshotError unless every decoder row has unit norm, or so nearly that top-k does not notice."""
+    if float((W_dec.norm(dim=1) - 1).abs().max()) > ALMOST_UNIT:
         raise SnapshotError(
-            "its decoder rows have no unit norm, and bringing them to it would change which latents a top-k chooses; "
-            "rescale the file so that they have"
+            "its decoder rows have no unit norm, as after whitening, and to give them one would change which latents "
+            "its top-k chooses: start from another"
         )

@@ -45,7 +45,7 @@ class InferenceSae:
         if architecture not in ACTIVATION:
             raise SnapshotError(f"architecture {architecture!r} is not known; known are {', '.join(ACTIVATION)}")
         self.activation = ACTIVATION[architecture]
-        self.centred = bool(cfg.get("apply_b_dec_to_input", False))
+        self.centred = bool(cfg.get("apply_b_dec_to_input", not architecture.endswith("transcoder")))
         self.W_enc, self.W_dec, self.b_dec = weights["W_enc"], weights["W_dec"], weights["b_dec"]
         self.b_enc = weights["b_gate" if self.activation == "gated" else "b_enc"]
         self.threshold = weights.get("threshold")
@@ -165,23 +165,26 @@ def _transcoder_name(architecture: str, skip: bool) -> str:
     return f"{prefix}{'skip_' if skip else ''}transcoder"
 
 
-def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
-    """The SELFTEST_ROWS rows on which no latent is a close call.
+def margins(sae: InferenceSae, x: Tensor) -> Tensor:
+    """How close a call the closest latent of each row x [rows, d_in] is, [rows].
 
     A pre-activation within rounding of its threshold (or two that compete for the last place of a top-k) may fall
-    either way in another library's summation order; such a row would test luck.
+    either way in another library's summation order.
     """
     pre_acts = sae.pre_acts(x)
     if sae.activation in ("topk", "abstopk"):
         if sae.activation == "abstopk":
             pre_acts = pre_acts.abs()
         best = torch.topk(pre_acts, min(sae.cfg["k"] + 1, pre_acts.shape[1])).values
-        margin = best[:, -2] - best[:, -1] if best.shape[1] > sae.cfg["k"] else best[:, 0]
-    elif sae.threshold is not None:
-        margin = ((pre_acts - sae.threshold).abs() / (1 + sae.threshold)).amin(1)
-    else:
-        margin = pre_acts.abs().amin(1)
-    return x[margin.topk(min(SELFTEST_ROWS, len(x))).indices]
+        return best[:, -2] - best[:, -1] if best.shape[1] > sae.cfg["k"] else best[:, 0]
+    if sae.threshold is not None:
+        return ((pre_acts - sae.threshold).abs() / (1 + sae.threshold)).amin(1)
+    return pre_acts.abs().amin(1)
+
+
+def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
+    """The SELFTEST_ROWS rows with the widest margins: others would test luck."""
+    return x[margins(sae, x).topk(min(SELFTEST_ROWS, len(x))).indices]
 
 
 def _unfolded_reconstruction(cfg: dict[str, Any], scaled: dict[str, Tensor], frame: Frame, x: Tensor) -> Tensor:

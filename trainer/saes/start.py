@@ -1,59 +1,99 @@
 """Weights that an SAE goes on from: a folder of a Sluice snapshot, of SAELens, or of sparsify.
 
-Read without running code: JSON and safetensors. Which of our architectures may adopt what:
+Which of our architectures may adopt what, transcoders of the same kind included when there is a target:
 
-    standard → relu, repair      topk → topk (and batchtopk)      abstopk → topk with abs      gated → gated
-    jumprelu → jumprelu, batchtopk                    transcoders of these → the same with a target
+    standard → relu, repair      topk → topk, batchtopk       abstopk → topk with abs
+    jumprelu → jumprelu, and batchtopk when its latents share one threshold            gated → gated
+
+Optimizer and statistics begin anew, and so do the run's input scales: the weights are brought into them.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.formats import Published, read_published
 from trainer.saes.base import Sae
-from trainer.saes.folding import Frame, fold_norms, recentre, require_unit_rows, unfold
-from trainer.settings import SaeSettings
-from trainer.snapshot import SnapshotError, read_sae
+from trainer.saes.folding import Frame, fold_norms, grow, recentre, require_almost_unit_rows, unfold
+from trainer.settings import SaeSettings, TrainerSettings
+from trainer.snapshot import SnapshotError
+
+log = logging.getLogger("sluice.trainer")
 
 ADOPTS = {
-    "relu": {"standard", "transcoder", "skip_transcoder"},
-    "repair": {"standard"},
-    "topk": {"topk", "topk_transcoder", "topk_skip_transcoder"},
-    "batchtopk": {"topk", "jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"},
-    "jumprelu": {"jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"},
+    "relu": {"relu"},
+    "repair": {"relu"},
+    "topk": {"topk"},
+    "batchtopk": {"topk", "jumprelu"},
+    "jumprelu": {"jumprelu"},
     "gated": {"gated"},
 }
+"""Activations by architecture."""
+ONE_THRESHOLD = 0.01
+"""How far thresholds may be apart to count as one: input scales of another sample."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Published weights, one row per latent, for raw activations."""
+    """Published weights, and the folder they are from."""
 
     path: Path
-    cfg: dict[str, Any]
-    weights: dict[str, Tensor]
+    sae: Published
 
     def weights_for(self, sae: Sae, frame: Frame) -> dict[str, Tensor]:
-        """In the layout and the scale that `sae` learns in. Raises SnapshotError when the shapes differ."""
-        shape, ours = tuple(self.weights["W_enc"].shape), (sae.d_sae, sae.d_in)
-        if shape != ours or self.weights["W_dec"].shape[1] != sae.d_out:
+        """In the layout and the scale that `sae` learns in. Raises SnapshotError when it cannot hold them."""
+        self.require_widths(sae)
+        weights = unfold(self.sae.weights, frame)
+        try:
+            if sae.unit_decoder:
+                if self.sae.activation in ("topk", "abstopk"):
+                    require_almost_unit_rows(weights["W_dec"])
+                weights = fold_norms(weights)
+            if sae.settings.architecture == "batchtopk" and "threshold" in weights:
+                weights = _with_one_threshold(weights, sae.unit_decoder)
+        except SnapshotError as error:
+            raise SnapshotError(f"sae {sae.settings.name!r}: start_from = {self.path}: {error}") from None
+        return recentre(weights, self.sae.cfg["apply_b_dec_to_input"], sae.centred)
+
+    def require_widths(self, sae: Sae) -> None:
+        """Raises SnapshotError unless the hooks of `sae` are as wide as those it was trained on."""
+        if (self.sae.d_in, self.sae.d_out) != (sae.d_in, sae.d_out):
             raise SnapshotError(
-                f"start_from = {self.path} has {shape[0]} latents for rows of {shape[1]} numbers; "
-                f"sae {sae.settings.name!r} has d_sae = {ours[0]} and its hook {ours[1]} numbers"
+                f"sae {sae.settings.name!r}: start_from = {self.path} is for rows of {_widths(self.sae)} numbers, its "
+                f"hooks have {_widths(sae)}: choose the hooks it was trained on"
             )
-        weights = unfold(self.weights, frame)
-        if sae.unit_decoder:
-            if "k" in self.cfg and not self.cfg.get("rescale_acts_by_decoder_norm", False):
-                require_unit_rows(weights["W_dec"])
-            weights = fold_norms(weights)
-        return recentre(weights, bool(self.cfg.get("apply_b_dec_to_input", False)), sae.centred)
+
+
+def _widths(sae: Published | Sae) -> str:
+    return str(sae.d_in) if sae.d_in == sae.d_out else f"{sae.d_in} → {sae.d_out}"
+
+
+def _with_one_threshold(weights: dict[str, Tensor], unit_decoder: bool) -> dict[str, Tensor]:
+    """Equal thresholds: they are so up to rounding, or free decoder norms allow to make them so."""
+    reads = weights["W_enc"].abs().amax(1) > 0
+    threshold = weights["threshold"]
+    if not reads.any():
+        return weights
+    one = threshold[reads].mean()
+    if not unit_decoder and (threshold[reads] > 0).all():
+        weights = grow(weights, (one / threshold).where(reads, one.new_ones(())))
+    elif ((threshold[reads] - one).abs() > ONE_THRESHOLD * one).any():
+        raise SnapshotError("its latents have thresholds of their own: go on from it with architecture jumprelu")
+    return weights | {"threshold": one.expand(len(threshold))}
+
+
+def check_starts(settings: TrainerSettings) -> None:
+    """Reads what each `start_from` names before anything waits for it. Raises SnapshotError at the first of no use."""
+    for sae in settings.sae:
+        start = read_start(sae)
+        told = start.sae.metadata.get("hook_name") if start else None
+        named = [settings.hooks[index] for index in settings.inputs_of(sae)]
+        if start is not None and told not in (None, *named):
+            log.warning("sae %s: start_from was trained on %s, not on %s", sae.name, told, ", ".join(named))
 
 
 def read_start(settings: SaeSettings) -> Start | None:
@@ -62,53 +102,28 @@ def read_start(settings: SaeSettings) -> Start | None:
         return None
     path = Path(settings.start_from)
     try:
-        cfg, weights = _read_sparsify(path) if (path / "sae.safetensors").is_file() else _read_saelens(path)
+        sae = read_published(path)
     except SnapshotError as error:
         raise SnapshotError(f"sae {settings.name!r}: start_from = {path}: {error}") from None
-    known = ADOPTS[settings.architecture] if not settings.abs else {"abstopk"}
-    if cfg["architecture"] not in known:
-        raise SnapshotError(
-            f"sae {settings.name!r}: start_from = {path} is a {cfg['architecture']} SAE; architecture "
-            f"{settings.architecture} goes on from {', '.join(sorted(known))}"
-        )
-    if ("transcoder" in cfg["architecture"]) != (settings.target is not None):
-        raise SnapshotError(
-            f"sae {settings.name!r}: start_from = {path} is a {cfg['architecture']}; "
-            + ("remove target" if settings.target is not None else "set target to the hook it reconstructs")
-        )
-    return Start(path, cfg, weights)
+    if fault := _fault(settings, sae):
+        raise SnapshotError(f"sae {settings.name!r}: start_from = {path} is a {sae.architecture} SAE; {fault}")
+    return Start(path, sae)
 
 
-def _read_saelens(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    cfg, arrays = read_sae(path)
-    if cfg.get("normalize_activations", "none") not in ("none", None):
-        raise SnapshotError(
-            f"it expects inputs normalised by {cfg['normalize_activations']!r}, which is not stored with it; "
-            "fold that into its weights first"
-        )
-    weights = {name: torch.from_numpy(array).float() for name, array in arrays.items()}
-    if missing := {"W_enc", "W_dec", "b_dec"} - weights.keys():
-        raise SnapshotError(f"its weights lack {', '.join(sorted(missing))}")
-    weights["W_enc"] = weights["W_enc"].T.contiguous()
-    return cfg, weights
-
-
-def _read_sparsify(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        told = json.loads((path / "cfg.json").read_text("utf-8"))
-        tensors = {name: value.float() for name, value in load_file(path / "sae.safetensors").items()}
-        weights = {
-            "W_enc": tensors["encoder.weight"],
-            "W_dec": tensors["W_dec"],
-            "b_enc": tensors["encoder.bias"],
-            "b_dec": tensors["b_dec"],
-        }
-    except Exception as error:
-        raise SnapshotError(f"no readable sparsify SAE: {error}") from None
-    if told.get("activation", "topk") != "topk":
-        raise SnapshotError(f"its activation is {told['activation']!r}; only topk can be gone on from")
-    transcoder = bool(told.get("transcode"))
-    if "W_skip" in tensors:
-        weights["W_skip"] = tensors["W_skip"]
-    name = "topk" if not transcoder else f"topk_{'skip_' if 'W_skip' in tensors else ''}transcoder"
-    return {"architecture": name, "k": told["k"], "apply_b_dec_to_input": not transcoder}, weights
+def _fault(settings: SaeSettings, sae: Published) -> str | None:
+    """Why these settings cannot go on from it, and what to change."""
+    known = {"abstopk"} if settings.abs else ADOPTS[settings.architecture]
+    if sae.activation not in known:
+        wanted = f"architecture {settings.architecture}{' with abs' if settings.abs else ''}"
+        return f"{wanted} goes on from {' or '.join(sorted(known))}"
+    if sae.is_transcoder and settings.target is None:
+        return "set target to the hook it reconstructs"
+    if settings.target is not None and not sae.is_transcoder:
+        return "remove target"
+    if "W_skip" in sae.weights and not settings.skip:
+        return "set skip = true"
+    if sae.d_sae != settings.d_sae:
+        return f"set d_sae = {sae.d_sae}"
+    if settings.k is not None and sae.cfg.get("k", settings.k) != settings.k:
+        return f"set k = {sae.cfg['k']}"
+    return None
