@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from producer.settings import ProducerSettings, SettingsError, is_loopback, read_run_file, show_settings
-from trainer.settings import TrainerSettings
+from producer.settings import ModelSettings, ProducerSettings, SettingsError, is_loopback, read_run_file, show_settings
+from tests.small_saes import FAMILY
+from trainer.settings import SaeSettings, TrainerSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,12 +97,130 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
         ("stream.dead_seconds=1.5", "is under three heartbeats"),
         ("sae.0.name=a/b", "becomes a folder"),
         ("optimizer.device=gpu", "`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one"),
-        ("sae.0.bandwidth=1.0", "bandwidth belong to jumprelu; remove them"),
+        ("sae.0.target=blocks.9.hook_mlp_out", "hook 'blocks.9.hook_mlp_out' is not streamed"),
+        ("sae.0.target=blocks.6.hook_resid_post", "target is the hook it reads, blocks.6.hook_resid_post"),
+        (
+            'sae.0.hooks=["blocks.6.hook_resid_post", "blocks.7.hook_mlp_out"]',
+            "'blocks.7.hook_mlp_out' is not streamed",
+        ),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(run_file: Path, override: str, sentence: str) -> None:
     """A conflict names both sides and what to change."""
     assert sentence in faults(run_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"architecture": "topk"}, "architecture topk needs k, such as k = 32"),
+        ({"architecture": "batchtopk"}, "architecture batchtopk needs k, such as k = 32"),
+        ({"k": 5000}, "k = 5000 exceeds d_sae = 4096; lower k or raise d_sae"),
+        (
+            {"k": 2000, "multi_topk": 0.125},
+            "multi_topk uses 4 k = 8000 latents, more than d_sae = 4096; lower k or raise",
+        ),
+        ({"name": ".x", "k": 8}, "name '.x' becomes a folder: use letters, digits, dot, dash, underscore"),
+        ({"architecture": "jumprelu"}, "architecture jumprelu needs target_l0, such as target_l0 = 32"),
+        ({"architecture": "jumprelu", "target_l0": 5000.0}, "target_l0 = 5000 exceeds d_sae = 4096; lower target_l0"),
+        ({"architecture": "jumprelu", "penalty": "l1"}, "penalty l1 is not one of jumprelu: use l0, tanh, target_l0"),
+        ({"architecture": "relu", "penalty": "l0"}, "penalty l0 is not one of relu: use l1, l1_norm, tanh"),
+        ({"architecture": "relu"}, "penalty l1_norm needs sparsity_weight, such as 5"),
+        ({"architecture": "jumprelu", "penalty": "tanh"}, "penalty tanh needs sparsity_weight, such as 1"),
+        ({"architecture": "tied"}, "penalty l1 needs sparsity_weight, such as 5"),
+        ({"architecture": "gated"}, "penalty l1 needs sparsity_weight, such as 5"),
+        ({"k": 8, "matryoshka": [512, 1024]}, "matryoshka = [512, 1024] must rise and end at d_sae = 4096"),
+        ({"k": 8, "matryoshka": [1024, 512, 4096]}, "matryoshka = [1024, 512, 4096] must rise and end at d_sae = 4096"),
+        ({"k": 8, "matryoshka": []}, "matryoshka = [] must rise and end at d_sae = 4096"),
+        (
+            {"k": 8, "revive": "pre_act"},
+            "revive = pre_act needs a threshold, which topk has not: use auxk, resample or",
+        ),
+        ({"architecture": "tied", "revive": "auxk"}, "nothing revives the latents of tied: remove revive and"),
+        ({"architecture": "tied", "reinitialise_tokens": 9}, "nothing revives the latents of tied: remove revive and"),
+        ({"architecture": "repair", "revive": "resample"}, "nothing revives the latents of repair: remove revive and"),
+        ({"architecture": "repair"}, "architecture repair needs start_from, the folder of a trained relu or tied SAE"),
+        ({"architecture": "tied", "start_from": "x"}, "start_from is not for tied: no file says that two matrices are"),
+        ({"k": 8, "hook": "a", "hooks": ["a", "b"]}, "hook and hooks are both set: hooks alone names those of"),
+        ({"k": 8, "hooks": ["a"]}, "hooks = ['a'] must name two or more different hooks; for one use hook"),
+        ({"k": 8, "hooks": ["a", "a"]}, "hooks = ['a', 'a'] must name two or more different hooks"),
+        ({"k": 8, "hooks": ["a", "b"], "target": "c"}, "hooks and target are both set: a crosscoder reconstructs what"),
+        ({"k": 8, "hook": "a", "target": "a"}, "target is the hook it reads, a: remove target, or name another hook"),
+        ({"architecture": "gated", "target": "b"}, "target is not for gated: use topk, batchtopk, jumprelu or relu"),
+        (
+            {"architecture": "relu", "penalty": "l1", "sparsity_weight": 5.0, "target": "b"},
+            "penalty l1 needs decoder rows of unit norm, which a transcoder has not: use l1_norm or tanh",
+        ),
+        (
+            {"architecture": "jumprelu", "penalty": "tanh", "sparsity_weight": 1.0, "target": "b"},
+            "penalty tanh needs decoder rows of unit norm, which a transcoder has not: use target_l0 or l0",
+        ),
+        ({"k": 8, "whitening": True, "target": "b"}, "whitening is for autoencoders of one hook: remove whitening, or"),
+        ({"k": 8, "whitening": True, "hooks": ["a", "b"]}, "whitening is for autoencoders of one hook"),
+        (
+            {"k": 8, "whitening": True, "start_from": "x"},
+            "whitening would change the space that start_from was trained",
+        ),
+        ({"k": 8, "bandwidth": 1.0}, "bandwidth means nothing for topk; remove"),
+        ({"k": 8, "skip": True}, "skip means nothing for topk; remove"),
+        ({"k": 8, "penalty": "target_l0"}, "penalty means nothing for topk; remove"),
+        ({"k": 8, "penalty": "l1", "sparsity_weight": 1.0}, "penalty, sparsity_weight mean nothing for topk; remove"),
+        ({"k": 8, "revive": "none", "k_aux": 4}, "k_aux means nothing for topk; remove"),
+        (
+            {"architecture": "jumprelu", "target_l0": 8.0, "tanh_scale": 2.0, "sparsity_weight": 1.0},
+            "sparsity_weight, tanh_scale mean nothing for jumprelu with penalty target_l0; remove",
+        ),
+        (
+            {"architecture": "relu", "sparsity_weight": 5.0, "matryoshka": [4096], "k": 3},
+            "matryoshka, k mean nothing for relu with penalty l1_norm; remove",
+        ),
+        (
+            {"architecture": "relu", "penalty": "l1", "sparsity_weight": 5.0, "initial_norm": 0.2},
+            "initial_norm means nothing for relu with penalty l1; remove",
+        ),
+        ({"architecture": "batchtopk", "k": 8, "abs": True}, "abs means nothing for batchtopk; remove"),
+        ({"k": 8, "train": "all"}, "train means nothing for topk; remove"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_sae_that_does_not_fit_together_is_refused(options: dict[str, Any], sentence: str) -> None:
+    """Each fault is a sentence with what to change."""
+    with pytest.raises(ValidationError) as raised:
+        SaeSettings(**({"name": "s", "architecture": "topk", "d_sae": 4096} | options))
+
+    assert sentence in str(raised.value)
+
+
+def test_faults_of_one_sae_are_told_together() -> None:
+    """And no sentence about a key that means nothing asks for more of its kind."""
+    with pytest.raises(ValidationError) as raised:
+        SaeSettings(name="s", architecture="topk", d_sae=64, penalty="l1", bandwidth=1.0)
+
+    assert (
+        "sae 's': architecture topk needs k, such as k = 32; penalty, bandwidth mean nothing for topk; remove"
+        in str(raised.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("saes", "sentence"),
+    [
+        ([{"name": "a"}, {"name": "a"}], "sae.name: a is used more than once; each SAE needs its own name"),
+        ([{"name": "a", "ema_tokens": 5}, {"name": "a-ema"}], "sae.name: a-ema is also the name of an EMA copy"),
+        ([{"name": "a", "hook": None}], "names no hook and model.hooks has 2; choose one of h0, h1"),
+        ([{"name": "a", "hook": None, "target": "h1"}], "names no hook and model.hooks has 2; choose one of h0, h1"),
+        ([{"name": "a", "hook": "h2"}], "hook 'h2' is not streamed; model.hooks has h0, h1"),
+    ],
+)
+def test_saes_that_do_not_fit_the_run_are_refused(saes: list[dict[str, Any]], sentence: str) -> None:
+    """Names and hooks are checked against each other and against the stream."""
+    common = {"architecture": "topk", "d_sae": 64, "k": 4, "hook": "h0"}
+    with pytest.raises(ValidationError) as raised:
+        TrainerSettings(
+            model=ModelSettings(name="m", hooks=["h0", "h1"]), sae=[SaeSettings(**(common | s)) for s in saes]
+        )
+
+    assert sentence in str(raised.value)
 
 
 def test_resolved_settings_can_be_read_back(run_file: Path, tmp_path: Path) -> None:
@@ -108,6 +229,23 @@ def test_resolved_settings_can_be_read_back(run_file: Path, tmp_path: Path) -> N
     (tmp_path / "again.toml").write_text(show_settings(settings))
 
     assert settings == read_run_file(TrainerSettings, tmp_path / "again.toml", [])
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_settings_of_every_architecture_can_be_read_back(kind: str, tmp_path: Path) -> None:
+    """Through TOML and back: every default that applies is written, none that does not, and all mean the same."""
+    sae = SaeSettings(**({"hook": "a"} | FAMILY[kind] | ({"hook": None} if "hooks" in FAMILY[kind] else {})
+        | {"name": "s", "d_sae": 32, "ema_tokens": 5, "tokens": 10**7}))  # fmt: skip
+    settings = TrainerSettings(model=ModelSettings(name="m", hooks=["a", "b"]), sae=[sae])
+    shown = show_settings(settings)
+    (tmp_path / "again.toml").write_text(shown)
+    again = read_run_file(TrainerSettings, tmp_path / "again.toml", []).sae[0]
+    table = shown[shown.index("[[sae]]") : shown.index("[snapshots]")]
+
+    assert again.model_dump() == sae.model_dump()
+    assert (again.sparsity, again.reviving, again.reads) == (sae.sparsity, sae.reviving, sae.reads)
+    assert ("bandwidth" in table) == (sae.architecture == "jumprelu")
+    assert ("aux_weight" in table) == (sae.reviving == "auxk")
 
 
 @pytest.mark.parametrize(

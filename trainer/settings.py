@@ -165,9 +165,8 @@ class SaeSettings(Table):
     @property
     def sparsity(self) -> str | None:
         """The penalty in force; None for topk, batchtopk and repair."""
-        return self.penalty or {"jumprelu": "target_l0", "relu": "l1_norm", "tied": "l1", "gated": "l1"}.get(
-            self.architecture
-        )
+        default = {"jumprelu": "target_l0", "relu": "l1_norm", "tied": "l1", "gated": "l1"}.get(self.architecture)
+        return self.penalty or default if self.architecture in _PENALTIES else default
 
     @property
     def reviving(self) -> str:
@@ -237,16 +236,14 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
             yield f"multi_topk uses 4 k = {4 * sae.k} latents, more than d_sae = {sae.d_sae}; lower k or raise d_sae"
     if sae.penalty is not None and sae.penalty not in _PENALTIES.get(kind, {sae.penalty}):
         yield f"penalty {sae.penalty} is not one of {kind}: use {', '.join(sorted(_PENALTIES[kind]))}"
-    elif sae.sparsity == "target_l0" and kind == "jumprelu":
+    elif sae.sparsity == "target_l0":
         if sae.target_l0 is None:
             yield "architecture jumprelu needs target_l0, such as target_l0 = 32"
         elif sae.target_l0 > sae.d_sae:
             yield f"target_l0 = {sae.target_l0:g} exceeds d_sae = {sae.d_sae}; lower target_l0 or raise d_sae"
     elif sae.sparsity is not None and sae.sparsity_weight is None:
         yield f"penalty {sae.sparsity} needs sparsity_weight, such as {_TYPICAL_WEIGHT[sae.sparsity]}"
-    if sae.matryoshka is not None and (
-        sae.matryoshka != sorted(set(sae.matryoshka)) or sae.matryoshka[-1] != sae.d_sae
-    ):
+    if sae.matryoshka is not None and sorted({*sae.matryoshka, sae.d_sae}) != sae.matryoshka:
         yield f"matryoshka = {sae.matryoshka} must rise and end at d_sae = {sae.d_sae}"
     if sae.revive == "pre_act" and kind != "jumprelu":
         yield f"revive = pre_act needs a threshold, which {kind} has not: use auxk, resample or none"
@@ -267,6 +264,10 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
         yield f"target is the hook it reads, {sae.hook}: remove target, or name another hook"
     if sae.target is not None and kind in ("tied", "gated", "repair"):
         yield f"target is not for {kind}: use topk, batchtopk, jumprelu or relu"
+    if sae.target is not None and (kind, sae.sparsity) in (("relu", "l1"), ("jumprelu", "tanh")):
+        # Latents would shrink and decoder rows grow for it.
+        better = "l1_norm or tanh" if kind == "relu" else "target_l0 or l0"
+        yield f"penalty {sae.sparsity} needs decoder rows of unit norm, which a transcoder has not: use {better}"
     if sae.whitening and (sae.target is not None or sae.hooks is not None):
         yield "whitening is for autoencoders of one hook: remove whitening, or target and hooks"
     if sae.whitening and sae.start_from is not None:
