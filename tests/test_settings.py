@@ -185,8 +185,9 @@ def test_values_that_do_not_go_together_are_refused(run_file: Path, override: st
 )
 def test_an_sae_that_does_not_fit_together_is_refused(options: dict[str, Any], sentence: str) -> None:
     """Each fault is a sentence with what to change."""
+    common: dict[str, Any] = {"name": "s", "architecture": "topk", "d_sae": 4096}
     with pytest.raises(ValidationError) as raised:
-        SaeSettings(**({"name": "s", "architecture": "topk", "d_sae": 4096} | options))
+        SaeSettings(**(common | options))
 
     assert sentence in str(raised.value)
 
@@ -214,7 +215,7 @@ def test_faults_of_one_sae_are_told_together() -> None:
 )
 def test_saes_that_do_not_fit_the_run_are_refused(saes: list[dict[str, Any]], sentence: str) -> None:
     """Names and hooks are checked against each other and against the stream."""
-    common = {"architecture": "topk", "d_sae": 64, "k": 4, "hook": "h0"}
+    common: dict[str, Any] = {"architecture": "topk", "d_sae": 64, "k": 4, "hook": "h0"}
     with pytest.raises(ValidationError) as raised:
         TrainerSettings(
             model=ModelSettings(name="m", hooks=["h0", "h1"]), sae=[SaeSettings(**(common | s)) for s in saes]
@@ -234,8 +235,8 @@ def test_resolved_settings_can_be_read_back(run_file: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", FAMILY)
 def test_settings_of_every_architecture_can_be_read_back(kind: str, tmp_path: Path) -> None:
     """Through TOML and back: every default that applies is written, none that does not, and all mean the same."""
-    sae = SaeSettings(**({"hook": "a"} | FAMILY[kind] | ({"hook": None} if "hooks" in FAMILY[kind] else {})
-        | {"name": "s", "d_sae": 32, "ema_tokens": 5, "tokens": 10**7}))  # fmt: skip
+    role: dict[str, Any] = {} if "hooks" in FAMILY[kind] else {"hook": "a"}
+    sae = SaeSettings(**(role | FAMILY[kind] | {"name": "s", "d_sae": 32, "ema_tokens": 5, "tokens": 10**7}))
     settings = TrainerSettings(model=ModelSettings(name="m", hooks=["a", "b"]), sae=[sae])
     shown = show_settings(settings)
     (tmp_path / "again.toml").write_text(shown)
