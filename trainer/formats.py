@@ -132,7 +132,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published:
-    architecture = told.get("architecture")
+    architecture = str(told.get("architecture"))
     if "topk_threshold" in tensors:
         raise SnapshotError("it is a checkpoint of SAELens' training; write it with save_inference_model")
     if architecture not in ACTIVATION:
@@ -144,7 +144,7 @@ def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published
         raise SnapshotError(
             f"it normalises its input ({told.get('normalize_activations')}); fold that into its weights first"
         )
-    if "W_enc" in tensors:
+    if "W_enc" in tensors and tensors["W_enc"].dim() == 2:
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     cfg = told | {
         "apply_b_dec_to_input": bool(told.get("apply_b_dec_to_input", not architecture.endswith("transcoder"))),

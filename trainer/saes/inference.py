@@ -166,20 +166,22 @@ def _transcoder_name(architecture: str, skip: bool) -> str:
 
 
 def margins(sae: InferenceSae, x: Tensor) -> Tensor:
-    """How close a call the closest latent of each row x [rows, d_in] is, [rows].
+    """How close a call the closest latent of each row x [rows, d_in] is, [rows]; infinite where nothing jumps.
 
     A pre-activation within rounding of its threshold (or two that compete for the last place of a top-k) may fall
     either way in another library's summation order.
     """
+    if sae.activation == "relu":
+        return x.new_full((len(x),), torch.inf)
     pre_acts = sae.pre_acts(x)
     if sae.activation in ("topk", "abstopk"):
         if sae.activation == "abstopk":
             pre_acts = pre_acts.abs()
         best = torch.topk(pre_acts, min(sae.cfg["k"] + 1, pre_acts.shape[1])).values
         return best[:, -2] - best[:, -1] if best.shape[1] > sae.cfg["k"] else best[:, 0]
-    if sae.threshold is not None:
-        return ((pre_acts - sae.threshold).abs() / (1 + sae.threshold)).amin(1)
-    return pre_acts.abs().amin(1)
+    away = pre_acts.abs() if sae.threshold is None else (pre_acts - sae.threshold).abs() / (1 + sae.threshold)
+    # A latent that reads nothing, as after folding a decoder row of zeros, is never a close call.
+    return away.masked_fill(~sae.W_enc.any(0), torch.inf).amin(1)
 
 
 def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
