@@ -526,6 +526,7 @@ class Evaluator:
         settings = self._settings
         assert settings.model is not None, "why_not_evaluated() is asked first"
         torch.set_num_threads(settings.monitor.evaluation_threads)
+        log.info("loading %s and held-out text, to evaluate with", settings.model.name)
         corpus = open_corpus(settings.corpus)
         model = load_language_model(settings.model, whole=True)
         if not model.causal:

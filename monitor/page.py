@@ -74,10 +74,11 @@ def _saes(run: dict[str, Any], newest: dict[str, Any] | None) -> str:
     if newest is None:
         return '<p class="dim">None published yet.</p>'
     rows = [_sae_row(name, sae["metrics"] or {}, sae["evaluation"] or {}) for name, sae in newest["saes"].items()]
-    head = (
-        "<th>name</th><th>reads → writes</th><th class=n>L0</th><th class=n>FVU</th><th class=n>dead latents</th>"
-        + "".join(f"<th class=n>{title}</th>" for title in ("ΔCE", "CE recovered", "KL", "held-out FVU"))
+    words, numbers = (
+        ("name", "architecture", "reads → writes"),
+        ("latents", "L0", "FVU", "dead latents", "ΔCE", "CE recovered", "KL", "held-out FVU"),
     )
+    head = "".join(f"<th>{title}</th>" for title in words) + "".join(f"<th class=n>{title}</th>" for title in numbers)
     return f"""<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>
 <p class="dim">Of snapshot {escape(newest["name"])}. FVU is the variance left unexplained, 0 is perfect. ΔCE is what
 the language model loses by reading the reconstruction, KL how far its predictions move, both in nats per token; CE
@@ -88,6 +89,7 @@ A dash: not known (yet).</p>"""
 
 def _sae_row(name: str, metrics: dict[str, Any], evaluation: dict[str, Any]) -> str:
     cells = [
+        _number(metrics.get("d_sae"), ","),
         _number(metrics.get("l0"), ".1f"),
         _number(metrics.get("fvu"), ".4f"),
         _number(metrics.get("dead_latents_ratio"), ".1%"),
@@ -96,8 +98,8 @@ def _sae_row(name: str, metrics: dict[str, Any], evaluation: dict[str, Any]) -> 
         _number(evaluation.get("kl"), ".4f"),
         _number(evaluation.get("fvu"), ".4f"),
     ]
-    place = f"<td class=long>{escape(wiring(metrics) or '–')}</td>"
-    return f"<tr><td>{escape(name)}</td>{place}{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
+    what = f"<td>{escape(metrics.get('architecture') or '–')}</td><td class=long>{escape(wiring(metrics) or '–')}</td>"
+    return f"<tr><td>{escape(name)}</td>{what}{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _snapshots(snapshots: list[dict[str, Any]]) -> str:

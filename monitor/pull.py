@@ -216,7 +216,8 @@ def _explain(address: str, error: urllib.error.HTTPError) -> Exception:
     try:
         reason = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
-        reason = error.reason
+        # A Sluice monitor explains itself in JSON; the metrics port of one, and anybody else, does not.
+        reason = f"{error.reason}; is this the address of a Sluice monitor, and its monitor.service_port?"
     if error.code in (429, 500, 502, 503, 504):
         return ConnectionError(f"{address} answers {error.code}: {reason}")
     return (Gone if error.code in (404, 410) else PullError)(f"{address} answers {error.code}: {reason}")

@@ -31,6 +31,7 @@ from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel, load_language_model
 from producer.corpus import open_corpus
+from producer.produce import _pack_rows
 from producer.settings import ModelSettings, read_run_file
 from producer.tokens import Windows
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
@@ -296,6 +297,19 @@ def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel
     assert result["rows"] == int(within.sum()) < int(kept.sum())
     zero = {HOOK: _where(within, torch.zeros(WIDTH))}
     assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, zero), abs=1e-6)
+
+
+def test_rows_are_dropped_as_the_producer_drops_them():
+    """The same rows of the same activations, those included that are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    seen = {hook: torch.randn(3, 8, width, generator=generator).bfloat16() for hook, width in (("a", 4), ("b", 6))}
+    seen["a"][0, 1] = math.inf
+    seen["b"][1, 2] = math.nan
+    kept = torch.rand(3, 8, generator=generator) < 0.9
+    bounds = {"a": 2.0, "b": 2.5}
+    sent, _ = _pack_rows(list(seen.values()), kept.numpy(), list(bounds.values()), torch.bfloat16)
+    streamed = monitor.evaluate._in_stream(seen, kept, bounds)
+    assert np.array_equal(streamed.numpy(), sent) and 0 < sent.sum() < kept.sum()
 
 
 def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):

@@ -171,9 +171,13 @@ def test_wrong_usage_is_2_and_no_server_is_1(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_another_kind_of_server_is_recognised(tmp_path: Path):
-    """JSON that is no manifest is refused with a hint about the address."""
-    with _answering(b"[]") as port, pytest.raises(PullError, match="is this the address of a Sluice monitor"):
-        pull(f"127.0.0.1:{port}", tmp_path)
+    """JSON that is no manifest, or a 404 that says nothing, is refused with a hint about the address."""
+    for status in (b"200 OK", b"404 Not Found"):
+        with (
+            _answering(b"[]", status) as port,
+            pytest.raises(PullError, match="is this the address of a Sluice monitor"),
+        ):
+            pull(f"127.0.0.1:{port}", tmp_path)
 
 
 def _large_sae() -> Export:
@@ -202,11 +206,12 @@ def _breaking_line(port: int, after_bytes: int) -> Iterator[int]:
 
 
 @contextmanager
-def _answering(body: bytes) -> Iterator[int]:
+def _answering(body: bytes, status: bytes) -> Iterator[int]:
     def answer(client: socket.socket) -> None:
         with client:
             client.recv(65536)
-            client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            head = b"HTTP/1.1 %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+            client.sendall(head + body)
 
     with _listening(answer) as port:
         yield port

@@ -247,7 +247,7 @@ def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient)
     for export, numbers in zip(
         exports,
         (
-            {"hook": "blocks.0.hook_resid_post"},
+            {"hook": "blocks.0.hook_resid_post", "architecture": "batchtopk", "d_sae": 4096},
             {"hook": "blocks.1.hook_resid_mid", "target": "blocks.1.hook_mlp_out"},
             {"hook": "blocks.2.hook_mlp_out", "hooks": ["blocks.2.hook_mlp_out", "blocks.3.hook_mlp_out"]},
             {"hook": "blocks.0.hook_resid_post", "l0": None, "fvu": None, "dead_latents_ratio": None},
@@ -257,11 +257,12 @@ def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient)
         export.metrics.update(numbers)
     publish_snapshot(run_directory, 1000, exports)
     page = client.get("/").text
-    assert "<td>plain</td><td class=long>blocks.0.hook_resid_post</td>" in page
+    plain = page.split("<td>plain</td>")[1].split("</tr>")[0]
+    assert ">batchtopk<" in plain and ">4,096<" in plain and ">blocks.0.hook_resid_post<" in plain
     assert "blocks.1.hook_resid_mid → blocks.1.hook_mlp_out" in page
     assert "blocks.2.hook_mlp_out + blocks.3.hook_mlp_out" in page
     averaged = page.split("<td>plain-ema</td>")[1].split("</tr>")[0]
-    assert averaged.count("–") == 7
+    assert averaged.count("–") == 9
     listed = client.get("/v1/snapshots").json()["snapshots"][0]["saes"]
     assert listed["trans"]["metrics"]["target"] == "blocks.1.hook_mlp_out" and listed["plain-ema"]["evaluation"] is None
 
