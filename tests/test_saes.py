@@ -234,16 +234,30 @@ def test_all_latents_may_start_anew(kind: str) -> None:
     assert all(bool(value.isfinite().all()) for value in sae.parameters.values())
 
 
-def test_a_jumprelu_starts_anew_above_a_low_threshold() -> None:
-    """Otherwise it would begin below the threshold it died at."""
+def test_a_jumprelu_starts_anew_halfway_to_its_own_row() -> None:
+    """The row a latent is pointed at makes it fire, with twice its threshold; others keep theirs."""
     for threshold in ("linear", "log"):
         sae, x, y = make("jumprelu", threshold=threshold)
         assert isinstance(sae, JumpReLU)
         before = sae.threshold.clone()
         sae.reinitialise(torch.tensor([2, 4]), x[:2], y[:2])
+        own = (sae.W_enc[[2, 4]] * x[:2]).sum(1)
 
-        torch.testing.assert_close(sae.threshold[[2, 4]], torch.full((2,), 1e-3, dtype=torch.float64))
+        torch.testing.assert_close(sae.threshold[[2, 4]], own / 2)
         torch.testing.assert_close(sae.threshold[5:], before[5:])
+
+
+def test_jumprelus_that_start_anew_are_quiet() -> None:
+    """Not half of all rows, as with a threshold near zero: half the dictionary moved at once would be an explosion."""
+    torch.manual_seed(0)
+    sae, _, _ = make("jumprelu", torch.float32)
+    x = torch.randn(2000, 12)
+    sae.parameters["b_dec"].zero_()
+    sae.reinitialise(torch.arange(16), x[:16], x[:16])
+    rate = sae.gradients(x, x, NOBODY).fired.firings()[:16] / 2000
+
+    assert (rate > 0).all()
+    assert float(rate.mean()) < 0.1
 
 
 # Responses to settings

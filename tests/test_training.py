@@ -598,15 +598,15 @@ def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
     trainee.initialise(rows_of(settings, 512, 0), [1.0])
     trainee.sae.b_enc[0] = -50.0
     trainee.sae.parameters["threshold"][1] = 50.0  # above zero, below its threshold: the pre-act loss reaches it
-    before = trainee.sae.W_enc.clone()
+    before, last = trainee.sae.W_enc.clone(), rows_of(settings, 64, 2)
     learn(trainee, [rows_of(settings, 64, seed) for seed in range(2)])
     waited = bool((trainee.sae.W_enc[0] - before[0]).norm() < 1e-3)
-    learn(trainee, [rows_of(settings, 64, 2)])
+    learn(trainee, [last])
 
     assert waited
     assert (trainee.sae.W_enc[0] - before[0]).norm() > 0.1
     assert (trainee.sae.W_enc[1] - before[1]).norm() < 1e-3
-    assert trainee.sae.parameters["threshold"][0] == pytest.approx(1e-3)
+    assert trainee.sae.reach(last[0], torch.tensor([0])).amax() > trainee.sae.parameters["threshold"][0]
     assert trainee.statistics.tokens_since_fired[:2].tolist() == [0, 192]
 
 
@@ -625,3 +625,14 @@ def test_what_started_anew_lives() -> None:
     learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(6)])
 
     assert (trainee.statistics.tokens_since_fired[:4] < 128).all()
+
+
+def test_nothing_starts_anew_in_the_cooldown() -> None:
+    """With the rate on its way to zero it would never learn, and the last snapshot would hold it half born."""
+    trainee = dying("resample", revive_tokens=64, reinitialise_tokens=128, tokens=640)
+    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(7)])
+    trainee.sae.b_enc[:4] = -50.0
+    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(3)])
+
+    assert trainee.finished
+    assert (trainee.sae.b_enc[:4] < -49).all()

@@ -133,9 +133,10 @@ class JumpReLU(Sae):
         losses["pre_act"] = weight * below.sum()
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
+        """As the base, with a threshold halfway to what a latent's own row gives: most other rows stay below it."""
         super().reinitialise(latents, x, y)
         theta = self.threshold.clone()
-        theta[latents] = MINIMUM_THRESHOLD
+        theta[latents] = (0.5 * (self.W_enc[latents] * x).sum(1)).clamp_min(MINIMUM_THRESHOLD)
         self._set_threshold(theta)
 
     def after_step(self) -> None:
