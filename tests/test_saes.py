@@ -234,16 +234,17 @@ def test_all_latents_may_start_anew(kind: str) -> None:
     assert all(bool(value.isfinite().all()) for value in sae.parameters.values())
 
 
-def test_a_jumprelu_starts_anew_halfway_to_its_own_row() -> None:
-    """The row a latent is pointed at makes it fire, with twice its threshold; others keep theirs."""
+def test_a_jumprelu_starts_anew_below_what_its_own_row_gives() -> None:
+    """Halfway there, or two standard deviations of the others, whichever is less; others keep their thresholds."""
     for threshold in ("linear", "log"):
         sae, x, y = make("jumprelu", threshold=threshold)
         assert isinstance(sae, JumpReLU)
         before = sae.threshold.clone()
         sae.reinitialise(torch.tensor([2, 4]), x[:2], y[:2])
-        own = (sae.W_enc[[2, 4]] * x[:2]).sum(1)
+        W_enc = sae.W_enc[[2, 4]]
+        expected = torch.minimum((W_enc * x[:2]).sum(1) / 2, 2 * W_enc.norm(dim=1))
 
-        torch.testing.assert_close(sae.threshold[[2, 4]], own / 2)
+        torch.testing.assert_close(sae.threshold[[2, 4]], expected)
         torch.testing.assert_close(sae.threshold[5:], before[5:])
 
 

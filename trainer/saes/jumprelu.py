@@ -133,10 +133,14 @@ class JumpReLU(Sae):
         losses["pre_act"] = weight * below.sum()
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
-        """As the base, with a threshold halfway to what a latent's own row gives: most other rows stay below it."""
+        """As the base, with a threshold that the row a latent is pointed at exceeds, and most others do not.
+
+        Halfway to what x gives, or two standard deviations of a projection of rows whose elements have mean square 1.
+        """
         super().reinitialise(latents, x, y)
-        theta = self.threshold.clone()
-        theta[latents] = (0.5 * (self.W_enc[latents] * x).sum(1)).clamp_min(MINIMUM_THRESHOLD)
+        theta, W_enc = self.threshold.clone(), self.W_enc[latents]
+        halfway, usual = 0.5 * (W_enc * x).sum(1), 2.0 * W_enc.norm(dim=1)
+        theta[latents] = torch.minimum(halfway, usual).clamp_min(MINIMUM_THRESHOLD)
         self._set_threshold(theta)
 
     def after_step(self) -> None:
