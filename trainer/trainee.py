@@ -148,7 +148,8 @@ class Trainee:
             self.sae.after_step()
             y_hat = gradients.y_hat if self._whitening is None else self._whitening.undo(gradients.y_hat)
             self.statistics.update(y, y_hat, gradients.fired)
-            self._start_anew(before, x_seen, x_seen if self.wiring.target is None else y, gradients.y_hat)
+            if cooldown is None or self.tokens < cooldown.start:  # what begins later has no rate left to learn at
+                self._start_anew(before, x_seen, x_seen if self.wiring.target is None else y, gradients.y_hat)
             self._average(len(x))
         else:
             self.skipped_steps += 1
