@@ -89,12 +89,13 @@ class SaeSettings(Table):
     sparsity_weight: Annotated[float, Field(ge=0.0)] | None = None
     """Weight of the penalty beside |x − x_hat|², where x has a mean square norm of d_in; all penalties but
     target_l0."""
-    sparsity_warmup_tokens: int = Field(default=0, ge=0)
-    """The weight of the penalty rises linearly over these rows."""
+    sparsity_warmup_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The weight of the penalty rises linearly over these rows. Without it: four times optimizer.warmup_tokens for
+    target_l0, whose pull is strongest while L0 is still far off; none for the others."""
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """jumprelu: mean number of latents per row to aim at."""
-    l0_weight: float = Field(default=0.1, ge=0.0)
-    """jumprelu: weight of (L0 / target_l0 − 1)²; a larger one reaches the target sooner and reconstructs worse."""
+    l0_weight: float = Field(default=1.0, ge=0.0)
+    """jumprelu: weight of (L0 / target_l0 − 1)²; with 1, L0 ends about 2 % above its target."""
     tanh_scale: float = Field(default=4.0, gt=0.0)
     """Penalty tanh: c in tanh(c · latent · decoder norm)."""
 
@@ -134,6 +135,8 @@ class SaeSettings(Table):
     """b_dec at the start."""
     initial_directions: Literal["random", "data"] = "random"
     """Decoder rows at the start: random, or towards rows of the data."""
+    initial_rates: Literal["equal", "free"] = "equal"
+    """topk, batchtopk, jumprelu: begin with encoder biases that let every latent fire equally often, or with none."""
     initial_norm: Annotated[float, Field(gt=0)] | None = None
     """Norm of decoder rows at the start where it is free (relu with l1_norm or tanh; 0.1 without it)."""
     whitening: bool = False
@@ -211,6 +214,7 @@ _BELONGS: dict[str, Callable[[SaeSettings], bool]] = {
     "aux_weight": lambda s: s.reviving == "auxk",
     "pre_act_weight": lambda s: s.reviving == "pre_act",
     "pre_act_on": lambda s: s.reviving == "pre_act",
+    "initial_rates": lambda s: s.architecture in ("topk", "batchtopk", "jumprelu"),
     "skip": lambda s: s.target is not None,
     "initial_norm": lambda s: s.architecture == "relu" and s.sparsity != "l1",
     "train": lambda s: s.architecture == "repair",

@@ -34,6 +34,9 @@ from trainer.kernels.select import Latents, largest, widen
 from trainer.settings import SaeSettings
 
 NO_SUMS: Mapping[str, Tensor] = {}
+ROWS_AT_FIRST = 8192
+LATENTS_AT_ONCE = 4096
+"""The first biases are found from so many rows, for so many latents at a time."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,16 @@ class Sae(ABC):
             self.b_enc.copy_(-(directions @ initial_bias(x, self.settings.initial_bias)))
         else:
             self.W_dec.copy_(directions if self.unit_decoder else directions * (self.settings.initial_norm or 0.1))
+
+    def equalise(self, x: Tensor, rate: float, level: float) -> None:
+        """Sets b_enc such that each latent's pre_act exceeds `level` on the fraction `rate` of the rows x [rows, d_in].
+
+        Without it, directions of large variance win nearly every row at first, and the rest begins dead.
+        """
+        sample = self._encoded(x[:ROWS_AT_FIRST].to(self.W_enc.device))
+        rank = min(len(sample), max(1, round((1 - rate) * len(sample))))
+        quantile = [(sample @ some.T).kthvalue(rank, dim=0).values for some in self.W_enc.split(LATENTS_AT_ONCE)]
+        self.b_enc.copy_(level - torch.cat(quantile))
 
     def _directions(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Unit rows [d_sae, d_in]: random, or 4 parts towards random rows of the centred data and 1 part random."""

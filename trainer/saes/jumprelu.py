@@ -31,8 +31,6 @@ INITIAL_L0 = 4.0
 """The first batches have this many times the target's L0: enough for a gradient everywhere, few enough to be fast."""
 INITIAL_L0_WITHOUT_TARGET = 128.0
 MINIMUM_THRESHOLD = 1e-3
-ROWS_AT_FIRST = 8192
-LATENTS_AT_ONCE = 4096
 
 
 class JumpReLU(Sae):
@@ -53,16 +51,12 @@ class JumpReLU(Sae):
         self.parameters[name].copy_(theta.log() if self._log else theta)
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        """As the base, with b_enc such that every latent fires equally often: INITIAL_L0 × target_l0 together."""
+        """As the base; latents that fire equally often give INITIAL_L0 × target_l0 together."""
         super().initialise(x, y, generator)
         self._set_threshold(torch.full((self.d_sae,), self.settings.initial_threshold))
         wanted = INITIAL_L0 * self.settings.target_l0 if self.settings.target_l0 else INITIAL_L0_WITHOUT_TARGET
-        sample = x[:ROWS_AT_FIRST].to(self.W_enc.device)
-        rank = max(1, round((1 - min(0.5, wanted / self.d_sae)) * len(sample)))
-        z = [
-            (self._encoded(sample) @ some.T).kthvalue(rank, dim=0).values for some in self.W_enc.split(LATENTS_AT_ONCE)
-        ]
-        self.b_enc.copy_(self.settings.initial_threshold - torch.cat(z))
+        if self.settings.initial_rates == "equal":
+            self.equalise(x, min(0.5, wanted / self.d_sae), self.settings.initial_threshold)
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)

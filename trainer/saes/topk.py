@@ -10,14 +10,23 @@ the source. With `abs`, TopK chooses by |pre_acts| and there is no ReLU (arXiv 2
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from trainer.kernels.select import Latents, largest
 from trainer.saes.base import Gradients, Sae, add
 
+INITIAL_PRE_ACT = 1.0
+"""A latent that only just is among the k begins with this value (elements of x have a mean square of 1)."""
+
 
 class TopK(Sae):
     """See the module's docstring."""
+
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        super().initialise(x, y, generator)
+        if self.settings.initial_rates == "equal":
+            self.equalise(x, self.k / self.d_sae, INITIAL_PRE_ACT)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         pre_acts = self.pre_acts(x)
