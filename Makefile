@@ -5,18 +5,21 @@ BIN := $(VENV)/bin
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
 
-.PHONY: demo test lint bench gpu peers clean
+.PHONY: demo test lint bench gpu peers proofs clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -q -m "not gpu and not peers"
+	$(BIN)/python -m pytest -q -m "not gpu and not peers and not proof"
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+proofs: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m proof --durations=0
 
 bench: $(VENV)/ready-dev
 	$(BIN)/python -m tests.benchmarks.throughput

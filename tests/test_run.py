@@ -1,4 +1,4 @@
-"""A whole run's state: several hooks, what it publishes, how it resumes, and that it really learns."""
+"""A whole run's state: several hooks, what it publishes, how it resumes. That it learns: test_ground_truth."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-from producer.corpus import SyntheticCorpus, open_corpus
-from producer.settings import CorpusSettings, ModelSettings, RunSettings, SyntheticSettings
+from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from trainer.buffer import Batch
 from trainer.ledger import Ledger, Limits
-from trainer.optimizer import RowAdam
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.snapshot import forget_after, snapshot_names
 from trainer.train import Run, written
-from trainer.trainee import Trainee
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
 
@@ -122,83 +118,3 @@ def test_a_full_disk_does_not_end_training() -> None:
     assert not written("snapshot", lambda: save_file({"x": torch.zeros(4)}, "/proc/no/such/place"))
     assert not written("snapshot", lambda: Path("/proc/no/such/place").write_text(""))
     assert written("snapshot", lambda: None)
-
-
-# Ground truth -----------------------------------------------------------------------------------------------------
-
-
-def truth(features: int, shards: int) -> tuple[SyntheticCorpus, torch.Tensor]:
-    settings = SyntheticSettings(d_in=64, features=features, active=3.0, decay=0.99, shards=shards, shard_windows=64)
-    corpus = open_corpus(CorpusSettings(kind="synthetic", synthetic=settings))
-    assert isinstance(corpus, SyntheticCorpus)
-    return corpus, torch.from_numpy(np.concatenate([corpus.rows(shard) for shard in range(shards)]))
-
-
-def learned(sae: SaeSettings, rows: torch.Tensor, spoil: bool = False, steps: int = 1500) -> Trainee:
-    optimizer = OptimizerSettings(learning_rate=3e-3, warmup_tokens=50_000, cooldown=0.2)
-    trainee = Trainee(sae, optimizer, 64, 0, torch.device("cpu"), torch.float32)
-    rows = rows * float((64 / rows.square().sum(1).mean()).sqrt())
-    trainee.initialise(rows[:32768], torch.Generator().manual_seed(0))
-    if spoil:
-        trainee.sae.parameters["W_enc"][64:] *= 0.01
-        trainee.optimizer = RowAdam(trainee.sae.parameters, optimizer)
-    generator = torch.Generator().manual_seed(1)
-    for step in range(steps):
-        trainee.step(rows[torch.randint(len(rows), (512,), generator=generator)], 512 * step, 512 * steps)
-    return trainee
-
-
-def recovered(trainee: Trainee, corpus: SyntheticCorpus) -> torch.Tensor:
-    """For each true direction the largest cosine with a decoder row."""
-    directions = torch.from_numpy(corpus.directions).float()
-    return (directions @ trainee.sae.parameters["W_dec"].T).amax(1)
-
-
-TOPK = SaeSettings(name="topk", architecture="topk", d_sae=256, k=3, dead_tokens=50_000)
-WIDE_JUMPRELU = SaeSettings(
-    name="jumprelu",
-    architecture="jumprelu",
-    d_sae=256,
-    target_l0=2.0,
-    bandwidth=2.0,
-    initial_threshold=1.0,
-    dead_tokens=50_000,
-)
-
-
-@pytest.mark.parametrize("settings", [TOPK, WIDE_JUMPRELU], ids=lambda sae: sae.architecture)
-def test_the_true_features_are_found(settings: SaeSettings) -> None:
-    """128 directions superposed in 64 dimensions (Sharkey et al.): all are found by twice as many latents."""
-    corpus, rows = truth(features=128, shards=8)
-    trainee = learned(settings, rows)
-    found = recovered(trainee, corpus)
-
-    assert found.mean() > 0.98
-    assert found.min() > 0.9
-    assert trainee.statistics.summary().fvu < 0.12
-
-
-def test_random_directions_find_nothing() -> None:
-    """The control of the test above: without learning the mean best cosine is below 0.4."""
-    corpus, rows = truth(features=128, shards=2)
-    settings = SaeSettings(name="topk", architecture="topk", d_sae=256, k=3)
-
-    assert recovered(learned(settings, rows, steps=0), corpus).mean() < 0.4
-
-
-def test_auxk_rescues_latents_that_were_born_dead() -> None:
-    """Half the encoder shrunk a hundredfold (algorithms.md §7b): with AuxK the features are found, without it not."""
-    corpus, rows = truth(features=128, shards=8)
-
-    def rescued(weight: float) -> tuple[float, float]:
-        settings = SaeSettings(
-            name="topk", architecture="topk", d_sae=128, k=3, dead_tokens=20_000, k_aux=32, aux_weight=weight
-        )
-        trainee = learned(settings, rows, spoil=True)
-        return float(recovered(trainee, corpus).mean()), (trainee.statistics.dead(20_000) or 0) / 128
-
-    helped, plain = rescued(1 / 32), rescued(0.0)
-    assert helped[0] > 0.95
-    assert helped[1] < 0.05
-    assert plain[0] < 0.9
-    assert plain[1] > 0.2

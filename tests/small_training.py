@@ -1,0 +1,212 @@
+"""A whole training run on rows of known ground truth, in one process: corpus → wire → buffer → SAEs → snapshot.
+
+Everything is the real thing: a producer's thread sends the synthetic corpus over a socket, `trainer.train.train` takes
+batches from the shuffling buffer, and what is judged is the snapshot it publishes, on raw rows it never saw.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from producer.corpus import SyntheticCorpus, open_corpus
+from producer.settings import CorpusSettings, ProducerSettings, RunSettings, SyntheticSettings
+from producer.source import SyntheticSource
+from producer.wire import Hello
+from tests.small_stream import Producing, hello_of, new_ledger, stream_settings, wait_for
+from trainer.buffer import ShuffleBuffer
+from trainer.intake import TORCH_DTYPE, Intake
+from trainer.report import StepReport
+from trainer.saes.inference import InferenceSae, load_sae
+from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
+from trainer.snapshot import snapshot_names
+from trainer.train import Run, train
+
+HELD_OUT = 1 / 16
+CONTEXT = 128
+SHARD_WINDOWS = 64
+BATCH = 512
+ROWS = 1_200_000
+"""Enough for every candidate on every truth."""
+
+SHARKEY = SaeSettings(name="topk-sharkey", architecture="topk", d_sae=1024, k=5, dead_tokens=100_000)
+AtStart = Callable[[Run], None]
+
+TRUTHS: dict[str, dict[str, Any]] = {
+    "equal": {},
+    "decay": {"decay": 0.99},
+    "correlated": {"decay": 0.99, "correlated": True},
+}
+"""The variants of Sharkey et al. 2022: features equally frequent, less and less frequent, and coming in company."""
+
+
+def candidates() -> dict[str, SaeSettings]:
+    """SAEs with twice as many latents as there are true features, each with settings that find them all."""
+    return {sae.name: sae for sae in map(_candidate, _CANDIDATES)}
+
+
+_CANDIDATES: list[dict[str, Any]] = [
+    {"name": "topk", "architecture": "topk", "k": 3},
+    {"name": "batchtopk", "architecture": "batchtopk", "k": 3},
+    {
+        "name": "jumprelu",
+        "architecture": "jumprelu",
+        "target_l0": 2.0,
+        "bandwidth": 2.0,
+        "initial_threshold": 1.0,
+        "revive": "auxk",
+        "learning_rate": 1e-2,
+    },
+    {"name": "matryoshka", "architecture": "topk", "k": 3, "matryoshka": [64, 256]},
+    {
+        "name": "gated",
+        "architecture": "gated",
+        "sparsity_weight": 6.0,
+        "sparsity_warmup_tokens": 300_000,
+        "revive": "none",
+        "learning_rate": 5e-3,
+    },
+]
+
+
+def _candidate(settings: dict[str, Any]) -> SaeSettings:
+    return SaeSettings(d_sae=256, dead_tokens=50_000, **settings)
+
+
+def truth(
+    features: int = 128, d_in: int = 64, active: float = 3.0, tokens: int = 1_000_000, **more: Any
+) -> CorpusSettings:
+    """Sharkey's recipe, with enough rows to train on for `tokens` and more that are held out."""
+    shards = 2 + int(1.15 * tokens / (CONTEXT * SHARD_WINDOWS * (1 - HELD_OUT)))
+    synthetic = SyntheticSettings(
+        d_in=d_in, features=features, active=active, shards=shards, shard_windows=SHARD_WINDOWS, **more
+    )
+    return CorpusSettings(kind="synthetic", context=CONTEXT, held_out=HELD_OUT, synthetic=synthetic)
+
+
+def ground_truth(corpus: CorpusSettings) -> SyntheticCorpus:
+    opened = open_corpus(corpus)
+    assert isinstance(opened, SyntheticCorpus)
+    return opened
+
+
+def train_on_truth(
+    saes: list[SaeSettings],
+    corpus: CorpusSettings,
+    tokens: int,
+    directory: Path,
+    *,
+    learning_rate: float = 3e-3,
+    batch: int = BATCH,
+    seed: int = 0,
+    at_start: AtStart | None = None,
+) -> Run:
+    """Trains on `tokens` rows of the stream and publishes; `at_start` may change the SAEs before the first step."""
+    # ipc addresses are short, temporary folders of tests are not.
+    with tempfile.TemporaryDirectory() as door:
+        stream = stream_settings(f"ipc://{door}/s")
+        settings = TrainerSettings(
+            run=RunSettings(directory=str(directory), tokens=tokens, threads=1, seed=seed),
+            stream=stream,
+            corpus=corpus,
+            buffer=BufferSettings(rows=65_536),
+            optimizer=OptimizerSettings(
+                batch=batch, device="cpu", matmul="float32", learning_rate=learning_rate, warmup_tokens=100_000
+            ),
+            sae=saes,
+        )
+
+        def make_buffer(hello: Hello) -> ShuffleBuffer:
+            widths = [hook.width for hook in hello.hooks]
+            return ShuffleBuffer(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], seed)
+
+        ledger = new_ledger(stream, settings.buffer.rows)
+        source = SyntheticSource(ProducerSettings(stream=stream, corpus=corpus))
+        with Intake(stream, ledger, make_buffer) as intake:
+            producer = Producing(stream, source, hello_of(source, stream.dtype, held_out=corpus.held_out))
+            wait_for(lambda: ledger.stream is not None)
+            assert ledger.stream is not None
+            run = (Run if at_start is None else _beginning_with(at_start))(settings, ledger.stream)
+            assert train(run, intake, threading.Event(), Silent())
+            intake.drain(finished=True)
+            assert producer.ended() is None
+            assert ledger.rows_trained == tokens
+        return run
+
+
+def train_on_sharkey(directory: Path) -> Run:
+    """The recipe's own size: 512 features in 256 dimensions, five of them active, 1024 latents."""
+    corpus = truth(features=512, d_in=256, active=5.0, tokens=1_500_000)
+    return train_on_truth([SHARKEY], corpus, 1_500_000, directory, batch=1024, learning_rate=2e-3)
+
+
+def _beginning_with(at_start: AtStart) -> type[Run]:
+    class Changed(Run):
+        def initialise(self, sample: list[Tensor]) -> None:
+            super().initialise(sample)
+            at_start(self)
+
+    return Changed
+
+
+class Silent:
+    """A listener that nothing is heard of."""
+
+    def report(self, report: StepReport) -> None: ...
+    def published(self, tokens: int) -> None: ...
+    def saved(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a published SAE is worth against the truth, on raw rows that were held out."""
+
+    cosine: Tensor
+    """For each true direction, the largest cosine with a decoder row: its mean is MMCS."""
+    fvu: float
+    l0: float
+    dead: float
+    """Fraction of latents that no held-out row makes fire."""
+    sae: InferenceSae
+
+    @property
+    def mmcs(self) -> float:
+        return float(self.cosine.mean())
+
+    @property
+    def worst(self) -> float:
+        return float(self.cosine.min())
+
+
+def found(run: Run, name: str) -> Found:
+    """Judges the run's newest snapshot of one SAE."""
+    directory = Path(run.settings.run.directory)
+    return judge(load_sae(directory / "snapshots" / snapshot_names(directory)[-1] / name), run.settings.corpus)
+
+
+def judge(sae: InferenceSae, corpus: CorpusSettings) -> Found:
+    """Judges an SAE that takes raw rows."""
+    opened = ground_truth(corpus)
+    x = torch.cat([torch.from_numpy(opened.rows(shard)) for shard in opened.held_out_shards[:2]])
+    latents = sae.encode(x)
+    error = (x - sae.decode(latents)).double().square().sum()
+    return Found(
+        cosine=best_cosines(sae.W_dec, opened),
+        fvu=float(error / (x - x.mean(0)).double().square().sum()),
+        l0=float((latents != 0).sum(1).double().mean()),
+        dead=float((latents == 0).all(0).double().mean()),
+        sae=sae,
+    )
+
+
+def best_cosines(W_dec: Tensor, corpus: SyntheticCorpus) -> Tensor:
+    """For each true direction, the largest cosine with a row of W_dec [d_sae, d_in]."""
+    rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return (torch.from_numpy(corpus.directions) @ rows.T).amax(1)
