@@ -333,6 +333,22 @@ def test_an_interrupted_cooldown_goes_on() -> None:
     assert resumed.finished
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 200), (200, None), (200, 400)])
+def test_an_average_may_be_asked_for_or_given_up_when_a_run_is_resumed(before: int | None, after: int | None) -> None:
+    """A new one begins with the weights as they are; one that nobody wants any more is dropped."""
+    whole = trained(settings_of("topk", ema_tokens=before), steps=4)
+    document, tensors = whole.state()
+    resumed = trainee_of(settings_of("topk", ema_tokens=after))
+    resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
+    begun = resumed.averaged
+    learn(resumed, [rows_of(resumed.settings, 64, 9)])
+
+    assert (begun is None) == (after is None)
+    if begun is not None:
+        expected = (whole.averaged or whole.sae).parameters
+        assert all(torch.equal(value, expected[name]) for name, value in begun.parameters.items())
+
+
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
 
 
