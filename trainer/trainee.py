@@ -140,7 +140,7 @@ class Trainee:
             x_seen,
             x_seen if self.wiring.target is None else y,
             dead,
-            warmup_factor(self.tokens, self.settings.sparsity_warmup_tokens),
+            warmup_factor(self.tokens, self._sparsity_warmup_tokens),
         )
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         before, self.tokens = self.tokens, self.tokens + len(x)
@@ -159,7 +159,18 @@ class Trainee:
     def _revive_tokens(self) -> int:
         return self.settings.revive_tokens or self.settings.dead_tokens
 
+    @property
+    def _sparsity_warmup_tokens(self) -> int:
+        if self.settings.sparsity_warmup_tokens is not None:
+            return self.settings.sparsity_warmup_tokens
+        return 4 * self._optimizer_settings.warmup_tokens if self.settings.sparsity == "target_l0" else 0
+
     # Schedule
+
+    @property
+    def warmup_tokens(self) -> int:
+        """Rows over which its learning rate rises."""
+        return self._optimizer_settings.warmup_tokens
 
     def cooldown(self, run_tokens: int | None) -> Cooldown | None:
         """When its learning rate falls to zero: asked for by an operator, by its own budget, or by the run's."""
@@ -170,12 +181,20 @@ class Trainee:
         fraction = self._optimizer_settings.cooldown
         return Cooldown(round((1 - fraction) * end), end) if end is not None and fraction else None
 
-    def cool_down(self) -> int:
-        """Begins to cool down now, over a fifth (optimizer.cooldown) of the rows seen; returns over how many."""
-        if self._cooldown is None:
+    def cool_down(self, run_tokens: int | None = None, now: bool = False) -> int:
+        """Begins to cool down, over a fifth (optimizer.cooldown) of the rows seen; returns over how many.
+
+        A cooldown that has begun already goes on as it is: the rate never rises again. `now`: finished at once.
+        """
+        if now:
+            self._cooldown = Cooldown(self.tokens, self.tokens)
+        elif self._cooldown is None:
             rows = max(1, round(self._optimizer_settings.cooldown * self.tokens))
-            self._cooldown = Cooldown(self.tokens, self.tokens + rows)
-        return self._cooldown.end - self.tokens
+            planned = self.cooldown(run_tokens)
+            begun = planned is not None and planned.start <= self.tokens
+            self._cooldown = planned if begun else Cooldown(self.tokens, self.tokens + rows)
+        assert self._cooldown is not None
+        return max(0, self._cooldown.end - self.tokens)
 
     @property
     def finished(self) -> bool:
