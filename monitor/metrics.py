@@ -61,7 +61,7 @@ class Metric:
 
 # --- The trainer -----------------------------------------------------------------------------------------------------
 
-TRAINER_STATES = ("filling", "training", "starved", "draining")
+TRAINER_STATES = ("filling", "training", "starved", "paused", "draining")
 
 
 @dataclass(frozen=True)

@@ -256,12 +256,20 @@ def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
     ]
     wanted = {name: table for name, table in document.items() if name in kind.model_fields}
     try:
-        settings = kind.model_validate(wanted)
-    except ValidationError as error:
-        faults += [_explain(kind, wanted, fault) for fault in error.errors()]
+        settings = settings_from(kind, wanted)
+    except SettingsError as error:
+        faults += str(error).split("\n")
     if faults:
         raise SettingsError("\n".join(f"{path}: {fault}" for fault in faults))
     return settings
+
+
+def settings_from(kind: type[S], document: dict[str, Any]) -> S:
+    """`document` as settings of this kind. Raises SettingsError naming every fault, one a line."""
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(kind, document, fault) for fault in error.errors())) from None
 
 
 def show_settings(settings: BaseModel) -> str:

@@ -21,9 +21,9 @@ from trainer import checkpoint
 from trainer.buffer import Batch
 from trainer.checkpoint import CheckpointError, load_newest, save
 from trainer.durable import sweep
+from trainer.run import Run, roster_of
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, retire, snapshot_names, verify
-from trainer.train import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     """With both formats and what to do."""
     save(tmp_path, 1000, {"format": 99}, TENSORS, keep=2)
 
-    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 1: resume with the version"):
+    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 2: resume with the version"):
         load_newest(tmp_path)
 
 
@@ -291,16 +291,26 @@ def test_a_run_resumed_from_disk_goes_on_bit_for_bit(tmp_path: Path) -> None:
 )
 def test_a_run_file_with_other_saes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     """Weights are never put where they do not belong; the sentence shows both."""
-    run = fresh_run(tmp_path)
-    run.initialise(batches(1)[0].x)
-    document, tensors = run.state()
-    saes = [sae.model_dump(exclude_none=True) for sae in run.settings.sae]
-    other = fresh_run(tmp_path, sae=[saes[0] | change, saes[1]])
+    document, _ = fresh_run(tmp_path).state()
+    saes = [sae.model_dump(exclude_none=True) for sae in settings_for(tmp_path).sae]
 
     with pytest.raises(CheckpointError, match="restore the file, or start a new run directory"):
-        other.restore(document, tensors)
+        roster_of(document, settings_for(tmp_path, sae=[saes[0] | change, saes[1]]))
     with pytest.raises(CheckpointError, match=r"'top'.*'jump'"):
-        fresh_run(tmp_path, sae=saes[:1]).restore(document, tensors)
+        roster_of(document, settings_for(tmp_path, sae=saes[:1]))
+
+
+def test_what_may_change_of_a_run_file_is_taken_from_it(tmp_path: Path) -> None:
+    """A learning rate, for one; an SAE whose budget was raised goes back to work."""
+    run = fresh_run(tmp_path)
+    run.roster.members[0].ended = run.roster.members[1].ended = True
+    document, _ = run.state()
+    saes = [sae.model_dump(exclude_none=True) for sae in run.settings.sae]
+    changed = [saes[0] | {"learning_rate": 0.5}, saes[1] | {"tokens": 100_000}]
+    roster = roster_of(document, settings_for(tmp_path, sae=changed))
+
+    assert roster.members[0].settings.learning_rate == 0.5
+    assert [member.ended for member in roster.members] == [True, False]
 
 
 def test_a_resumed_run_keeps_its_number_format(tmp_path: Path) -> None:

@@ -687,6 +687,41 @@ def test_everyone_is_told_of_the_end_and_so_is_who_comes_late() -> None:
     assert not leases(late) and not credit(late)
 
 
+def test_winding_down_takes_in_what_was_granted_and_gives_nothing_more() -> None:
+    """Rows under credit still arrive and count; then the ledger is dry, but the data is not exhausted."""
+    ledger = make_ledger(capacity=16)
+    lease, _ = leases(join(ledger))
+    granted = ledger.sessions["ada-1"].granted
+    ledger.wind_down()
+    assert not ledger.dry and granted == 4
+
+    send_windows(ledger, lease, 1, [0, 1, 2])
+    ledger.shard_end("ada-1", end_of(lease), 1.0)
+    assert not ledger.dry  # one chunk of the second lease is still under way
+    second = ledger.sessions["ada-1"].leases[0]
+    send_windows(ledger, Lease(shard=second.shard, epoch=second.epoch, attempt=second.attempt), 4, [0])
+    assert ledger.dry and not ledger.exhausted and not ledger.finished
+    assert ledger.rows_buffered == 12
+
+    late = join(ledger, "bob", now=2.0)
+    assert [type(send.message) for send in late if send.session == "bob-1"] == [Welcome, Heartbeat]
+    assert not leases(late) and not credit(late) and ledger.dry
+
+
+def test_winding_down_does_not_wait_for_the_dead_or_the_idle() -> None:
+    """Credit of a producer that has no work, or that is no more, brings no row."""
+    ledger = make_ledger()
+    join(ledger)
+    ledger.wind_down()
+    assert not ledger.dry
+    ledger.tick(100.0)
+    assert not ledger.sessions and ledger.dry
+
+    nobody = make_ledger()
+    nobody.wind_down()
+    assert nobody.dry and not nobody.exhausted
+
+
 # Checkpoints
 
 

@@ -1,8 +1,8 @@
 """`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
 
-Settings are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write
-a checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad
-settings.
+`python -m trainer ctl …` speaks to one that is running, `python -m trainer export …` converts a snapshot. Settings
+are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write a
+checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from producer.settings import parse_command_line, show_settings
+from producer.settings import parse_command_line
+from trainer import ctl
+from trainer.ctl import Inbox, listening
 from trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -26,21 +28,33 @@ if TYPE_CHECKING:
 
     from monitor.metrics import TrainerMetrics
     from producer.wire import Hello
-    from trainer.intake import Intake
     from trainer.ledger import Ledger
     from trainer.report import StepReport
+    from trainer.roster import Roster
 
     Saved = tuple[dict[str, Any], dict[str, Tensor]]
 
 PURPOSE = """Trains sparse autoencoders from the activations that producers stream to it.
 
 Owns the run directory: checkpoint, snapshots, metrics.jsonl, summary.json. Start it again with the same file and it
-goes on where it was; every row of the corpus is trained on once per epoch, whatever was killed."""
+goes on where it was; every row of the corpus is trained on once per epoch, whatever was killed.
+
+Beside it:
+  python -m trainer ctl RUN_DIR COMMAND    speak to a running trainer: status, snapshot, attach, detach, cooldown, …
+  python -m trainer export SNAPSHOT …      write a snapshot in another library's format
+Each has a --help of its own."""
 
 log = logging.getLogger("sluice.trainer")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["ctl"]:
+        return ctl.main(arguments[1:])
+    if arguments[:1] == ["export"]:
+        from trainer.export import main as export
+
+        return export(arguments[1:])
     settings = parse_command_line("python -m trainer", PURPOSE, TrainerSettings, arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", datefmt="%H:%M:%S")
     stop = threading.Event()
@@ -59,27 +73,36 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError:
             log.error("run.directory = %s belongs to a trainer that is running; stop it or choose another", directory)
             return 1
-        return _run(settings, directory, stop)
+        # Open from the first moment, so that who asks waits for an answer and is not told that nobody is there.
+        inbox = Inbox(stop)
+        with listening(directory, inbox):
+            return _run(settings, directory, inbox)
 
 
-def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> int:
+def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     import torch
 
     from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
     from producer.keys import KeysError
     from trainer.checkpoint import CheckpointError, load_newest
-    from trainer.durable import replace_text, sweep
+    from trainer.durable import sweep
     from trainer.intake import IntakeError
-    from trainer.snapshot import forget_after
-    from trainer.train import DeviceError, pick_device
+    from trainer.roster import Roster
+    from trainer.run import DeviceError, pick_device, roster_of
+    from trainer.saes.start import check_starts
+    from trainer.snapshot import SnapshotError, forget_after
+    from trainer.train import write_settings
 
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     try:
         pick_device(settings.optimizer.device)
         sweep(directory / "snapshots")
-        replace_text(directory / "settings.toml", show_settings(settings) + "\n")
         saved = load_newest(directory)
+        if saved is None:
+            check_starts(settings)
+        roster = Roster.of(settings.sae) if saved is None else roster_of(saved[0], settings)
+        write_settings(settings, roster)
         ledger = _ledger(settings, saved)
         forget_after(directory, ledger.rows_trained)
         registry = new_registry()
@@ -88,11 +111,11 @@ def _run(settings: TrainerSettings, directory: Path, stop: threading.Event) -> i
         port, close_metrics = start_metrics_server(registry, settings.monitor.host, settings.monitor.trainer_port)
         log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
         try:
-            _train(settings, directory, stop, ledger, saved, metrics)
+            _train(settings, directory, inbox, ledger, roster, saved, metrics)
         finally:
             close_metrics()
         return 0
-    except (CheckpointError, DeviceError, IntakeError, KeysError, OSError) as error:
+    except (CheckpointError, DeviceError, IntakeError, KeysError, SnapshotError, OSError) as error:
         log.error("%s", error)
         return 1
 
@@ -129,17 +152,19 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
 def _train(
     settings: TrainerSettings,
     directory: Path,
-    stop: threading.Event,
+    inbox: Inbox,
     ledger: Ledger,
+    roster: Roster,
     saved: Saved | None,
     metrics: TrainerMetrics,
 ) -> None:
-    """Opens the stream, trains until the end or `stop`, and leaves everything on disk."""
+    """Opens the stream, trains until the end or until told to stop, and leaves everything on disk."""
     from trainer.buffer import ShuffleBuffer
+    from trainer.commands import answer
     from trainer.durable import replace_text
     from trainer.intake import TORCH_DTYPE, Intake, IntakeError
     from trainer.publishing import summary
-    from trainer.train import Run, is_complete, save_checkpoint, train, written
+    from trainer.train import Loop, is_complete
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
@@ -150,25 +175,26 @@ def _train(
         return buffer
 
     with Intake(settings.stream, ledger, make_buffer) as intake, Reports(directory, metrics) as reports:
-        if is_complete(settings, ledger):
-            log.info("the run is complete with %s rows; raise run.tokens to go on", f"{ledger.rows_trained:,}")
+        if is_complete(settings, ledger) or roster.ended:
+            what = "every SAE is finished" if roster.ended else "raise run.tokens to go on"
+            log.info("the run is complete with %s rows; %s", f"{ledger.rows_trained:,}", what)
             return intake.drain(finished=True)
         (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
-        if not _first_producer(intake, stop):
-            return None
-        assert ledger.stream is not None
-        run = Run(settings, ledger.stream)
-        if saved is not None:
-            run.restore(*saved)
-        complete = train(run, intake, stop, reports)
+        if roster.paused:
+            log.info("the run is paused: `python -m trainer ctl %s resume` goes on", directory)
+        loop = Loop(settings, roster, intake, inbox, reports, answer, saved)
+        complete = loop.work()
+        inbox.close()
         if complete and reports.last is None:
             intake.drain(finished=True)
             raise IntakeError(f"not one row could be trained on; shards set aside: {ledger.set_aside[:3]}")
         # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
-        if complete and reports.last is not None:
-            replace_text(directory / "summary.json", json.dumps(summary(run, intake, reports.last), indent=1) + "\n")
-        written("checkpoint", lambda: save_checkpoint(run, intake))
+        if complete and loop.run is not None and reports.last is not None:
+            told = summary(loop.run, intake, reports.last)
+            replace_text(directory / "summary.json", json.dumps(told, indent=1) + "\n")
+        if loop.run is not None:
+            loop.save()
         intake.drain(finished=complete)
         if complete:
             log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
@@ -201,18 +227,6 @@ class Reports:
 
     def saved(self) -> None:
         self._metrics.set_checkpoint_time(time.time())
-
-
-def _first_producer(intake: Intake, stop: threading.Event) -> bool:
-    """Waits until the stream's shape is known; False when stopped before."""
-    began, told = time.monotonic(), 0.0
-    while intake.ledger.stream is None:
-        if stop.wait(0.05):
-            return False
-        if (waited := time.monotonic() - began) - told > 15:
-            told = waited
-            log.info("still no producer after %.0f s: start one with `python -m producer RUN.toml`", waited)
-    return True
 
 
 def _without_nan(value: Any) -> Any:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -62,6 +63,12 @@ class BufferReport:
     data_wait_seconds: float
 
 
+class Interrupt(Protocol):
+    """What ends a wait early: an event, or something else that can be set."""
+
+    def is_set(self) -> bool: ...
+
+
 class Intake:
     """See the module's docstring. Used as a context manager; `take` and `trained` belong to one training thread."""
 
@@ -105,7 +112,12 @@ class Intake:
 
     # The training thread's side
 
-    def wait_until_filled(self, count: int, stop: threading.Event) -> bool:
+    def filled(self, count: int) -> bool:
+        """Whether `take(count)` would not wait."""
+        with self.lock:
+            return self._ready(count)
+
+    def wait_until_filled(self, count: int, stop: Interrupt) -> bool:
         """Waits until `take(count)` would not; False when `stop` was set or the data ended without a row."""
         with self._changed:
             while not self._ready(count):
@@ -114,7 +126,7 @@ class Intake:
                 self._wait()
             return True
 
-    def take(self, count: int, stop: threading.Event) -> Batch | None:
+    def take(self, count: int, stop: Interrupt) -> Batch | None:
         """The next batch: `count` rows, fewer at the very end; None when the data is over or `stop` was set.
 
         Rows are handed out while the buffer is at least half full, so that each batch mixes many contexts; once no
@@ -133,10 +145,9 @@ class Intake:
             self.ledger.trained(batch.serial, batch.position)
 
     def peek(self, count: int) -> list[torch.Tensor]:
-        """Copies of up to `count` waiting rows per hook; they stay."""
+        """Copies of up to `count` waiting rows per hook, none while no producer has come; they stay."""
         with self.lock:
-            assert self.buffer is not None
-            return self.buffer.peek(count)
+            return self.buffer.peek(count) if self.buffer is not None else []
 
     def drain(self, finished: bool) -> None:
         """Tells every producer that this trainer is done or leaves, and waits a moment for them to go.
@@ -158,7 +169,7 @@ class Intake:
         with self.lock:
             rows = self.buffer.rows if self.buffer else 0
             capacity = self.ledger.limits.capacity_rows
-            if self.ledger.exhausted:
+            if self.ledger.exhausted or self.ledger.winding_down:
                 state = "draining"
             elif not self._served:
                 state = "filling"
@@ -171,12 +182,12 @@ class Intake:
             raise IntakeError(f"the stream's thread failed: {self._failure!r}") from self._failure
         if self.buffer is None:
             return False
-        if self.ledger.exhausted:
+        if self.ledger.dry:
             return self.buffer.rows > 0
         return self.buffer.rows >= max(count, self.buffer.capacity // 2)
 
     def _is_over(self) -> bool:
-        return self.ledger.finished
+        return self.ledger.dry and not self.ledger.rows_buffered
 
     def _wait(self) -> None:
         began = time.monotonic()

@@ -190,6 +190,8 @@ class Ledger:
         self._turn = 0
         self._queue = np.zeros(0, np.int64)
         self._drained: bool | None = None
+        self.winding_down = False
+        """No lease and no credit is given any more; what was given is used up."""
 
     # What the owner asks
 
@@ -214,6 +216,13 @@ class Ledger:
             and not self._epochs_left()
             and all(shard.complete for shard in self.open.values())
         )
+
+    @property
+    def dry(self) -> bool:
+        """No further row will come to this trainer: the data is exhausted, or what was given before winding down is
+        used up."""
+        under_way = any(session.leases and session.credit_rows for session in self.sessions.values())
+        return self.exhausted or (self.winding_down and not under_way)
 
     @property
     def finished(self) -> bool:
@@ -363,6 +372,10 @@ class Ledger:
         self.rows_trained += len(serial)
         self.progress += 1
 
+    def wind_down(self) -> None:
+        """This trainer is going to leave, but first takes in what producers may still send under their credit."""
+        self.winding_down = True
+
     def drain(self, finished: bool) -> list[Send]:
         """The run is over, or this trainer is leaving: nothing more is leased."""
         self._drained = finished
@@ -371,7 +384,7 @@ class Ledger:
     def tick(self, now: float) -> list[Send]:
         """Time passes: the silent are dropped, shards and credit handed out, heartbeats sent."""
         sends = self._drop_silent(now)
-        if self._drained is None:
+        if self._drained is None and not self.winding_down:
             sends += self._assign(now)
             sends += self._reclaim()
             sends += self._grant(now)

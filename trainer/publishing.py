@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from trainer.intake import Intake
 from trainer.report import SaeReport, StepReport
+from trainer.run import Run
 from trainer.saes.inference import check, export
 from trainer.snapshot import Export, finite, publish, retire
 from trainer.trainee import Trainee
-
-if TYPE_CHECKING:
-    from trainer.train import Run
 
 SELFTEST_CANDIDATES = 1024
 """Rows among which the self-test's are found."""
 
 
 def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: dict[str, Any]) -> Path:
-    """Writes a snapshot of every SAE, self-tested, and retires old ones.
+    """Writes a snapshot of every SAE that has learned something, self-tested, and retires old ones.
 
     `rows` are raw rows of every hook, for calibration and self-test; `facts` what the manifest tells of the run.
     """
     directory = Path(run.settings.run.directory)
-    exports = [export for trainee in run.trainees for export in _exports(run, trainee, report, rows, facts)]
+    exports = [export for trainee in run.taught for export in _exports(run, trainee, report, rows, facts)]
     folder = publish(directory, report.tokens, exports, facts, check)
     retire(directory, run.settings.snapshots.keep)
     return folder
@@ -111,7 +109,7 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
     hooks, bounds = run.stream.hooks, intake.ledger.norm_bounds
     return {
         "id": intake.ledger.run,
-        "settings": run.settings.model_dump(mode="json", exclude_none=True),
+        "settings": run.resolved_settings.model_dump(mode="json", exclude_none=True),
         "stream": {
             **run.stream.provenance,
             "fingerprint": run.stream.fingerprint,
@@ -133,7 +131,7 @@ def summary(run: Run, intake: Intake, report: StepReport) -> dict[str, Any]:
         "rows_trained": intake.ledger.rows_trained,
         "rows_set_aside": intake.ledger.rows_set_aside,
         "shards_set_aside": intake.ledger.set_aside,
-        "saes": {trainee.settings.name: numbers_of(run, trainee, _of(report, trainee)) for trainee in run.trainees},
+        "saes": {trainee.settings.name: numbers_of(run, trainee, _of(report, trainee)) for trainee in run.taught},
     }
 
 

@@ -81,11 +81,11 @@ class StepReport:
     data_wait_seconds: float
     """Time the loop has waited for data in all."""
     state: str
-    """filling, training, starved or draining."""
+    """filling, training, starved, paused (no step until an operator says so) or draining (no further row will come)."""
     buffer_rows: int
     buffer_capacity_rows: int
     same_context_mates: float
-    """Expected number of other rows of the same window in a row's batch."""
+    """Expected number of other rows of the same window in a row's batch; NaN before the first batch."""
     stream: StreamReport
     saes: tuple[SaeReport, ...]
 

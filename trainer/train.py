@@ -1,17 +1,15 @@
 """The training loop: take → step → report, with a snapshot and a checkpoint now and then.
 
-A `Run` is the whole state of training at one instant. It learns its shape from the first producer's HELLO, its input
-scales and first weights from the first half bufferful of rows, and everything after that from batches.
+Between two steps, and while it waits, the loop does what a person asks for: SAEs join and leave, the run pauses or
+drains. Whatever changes the run happens there and nowhere else.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +17,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from producer.precision import fastest_dtype
-from producer.wire import Hello
+from producer.settings import show_settings
 from trainer import checkpoint
 from trainer.buffer import Batch, same_context_mates
+from trainer.ctl import Inbox, Request
+from trainer.durable import replace_text
 from trainer.intake import Intake
 from trainer.ledger import Ledger
 from trainer.publishing import publish_snapshot, run_facts
 from trainer.report import StepReport
-from trainer.saes.start import read_start
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.roster import Roster
+from trainer.run import Run
+from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
-from trainer.trainee import Trainee, Wiring
 
 log = logging.getLogger("sluice.trainer")
 
@@ -39,101 +38,13 @@ SAMPLE_ROWS = 32_768
 SNAPSHOT_ROWS = 8_192
 """Rows that a snapshot's thresholds are estimated from."""
 REPORT_SECONDS = 2.0
+PAUSED_REPORT_SECONDS = 30.0
+RETRY_SECONDS = 30.0
+"""After a last snapshot of an SAE could not be written."""
 
-
-class Run:
-    """The SAEs of a run and what they share. `stream` is the frozen HELLO of the first producer."""
-
-    def __init__(self, settings: TrainerSettings, stream: Hello) -> None:
-        self.settings = settings
-        self.stream = stream
-        self.step = 0
-        self.seconds = 0.0
-        """Time spent training, restarts included."""
-        self.scales: list[float] | None = None
-        """One per hook: rows are multiplied by it, so that an element's mean square is 1. Frozen."""
-        self.last_batch: Batch | None = None
-        self.device = pick_device(settings.optimizer.device)
-        self.trainees = [self._trainee(sae, number) for number, sae in enumerate(settings.sae)]
-        self._pool = self._side_by_side()
-
-    def _side_by_side(self) -> ThreadPoolExecutor | None:
-        """On a CPU several SAEs learn at the same time, each on its share of the threads.
-
-        Their steps are independent, and half of a step does not profit from a second thread: two SAEs on two cores
-        take little longer than one. A GPU is kept busy by one thread.
-        """
-        if self.device.type != "cpu" or len(self.trainees) == 1:
-            return None
-        threads = os.cpu_count() or 1
-        if self.settings.run.threads is None:
-            torch.set_num_threads(max(1, threads // len(self.trainees)))
-        return ThreadPoolExecutor(min(len(self.trainees), threads), thread_name_prefix="sae")
-
-    def _trainee(self, sae: SaeSettings, number: int) -> Trainee:
-        widths = tuple(hook.width for hook in self.stream.hooks)
-        wiring = Wiring(tuple(self.settings.inputs_of(sae)), self.settings.target_of(sae), widths)
-        d_in, optimizer = sum(widths[hook] for hook in wiring.inputs), self.settings.optimizer
-        if optimizer.matmul == "auto":
-            dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
-        else:
-            dtype = getattr(torch, optimizer.matmul)
-        log.info("sae %s: %s, %d → %d, encoder product in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
-        return Trainee(sae, optimizer, wiring, self.device, dtype, self.settings.run.seed * 1000 + number)
-
-    def initialise(self, sample: list[Tensor]) -> None:
-        """Scales and first weights from raw rows per hook; does nothing for a run that was restored."""
-        if self.scales is not None:
-            return
-        rows = [x.float() for x in sample]
-        self.scales = [float((x.shape[1] / x.double().square().sum(1).mean()).sqrt()) for x in rows]
-        scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
-        for trainee in self.trainees:
-            trainee.initialise(scaled, self.scales, read_start(trainee.settings))
-
-    def learn(self, batch: Batch) -> None:
-        """One step of every SAE on the same rows; what they share is done once."""
-        assert self.scales is not None
-        learning = [trainee for trainee in self.trainees if not trainee.finished]
-        needed = set().union(*(trainee.wiring.hooks for trainee in learning))
-        scaled = [
-            x.to(self.device).float() * scale if hook in needed else x
-            for hook, (x, scale) in enumerate(zip(batch.x, self.scales, strict=True))
-        ]
-
-        def step(trainee: Trainee) -> None:
-            trainee.step(scaled, self.settings.run.tokens)
-
-        for _ in self._pool.map(step, learning) if self._pool else map(step, learning):
-            pass
-        self.step += 1
-        self.last_batch = batch
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(plain JSON, tensors) from which `restore` continues."""
-        document: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "scales": self.scales, "saes": {}}
-        tensors: dict[str, Tensor] = {}
-        for trainee in self.trainees:
-            document["saes"][trainee.settings.name], more = trainee.state()
-            document["saes"][trainee.settings.name]["shape"] = _shape(trainee.settings)
-            document["saes"][trainee.settings.name]["matmul"] = str(trainee.sae.matmul_dtype).removeprefix("torch.")
-            tensors |= more
-        return document, tensors
-
-    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Raises CheckpointError when the run file names other SAEs than the checkpoint holds."""
-        ours = {trainee.settings.name: _shape(trainee.settings) for trainee in self.trainees}
-        theirs = {name: saved["shape"] for name, saved in document["saes"].items()}
-        if ours != theirs:
-            raise checkpoint.CheckpointError(
-                f"the run file has SAEs {ours}, the checkpoint of {self.settings.run.directory} has {theirs}: "
-                "restore the file, or start a new run directory"
-            )
-        self.step, self.seconds, self.scales = document["step"], document["seconds"], document["scales"]
-        for trainee in self.trainees:
-            saved = document["saes"][trainee.settings.name]
-            trainee.restore(saved, tensors)
-            trainee.sae.matmul_dtype = getattr(torch, saved["matmul"])
+Saved = tuple[dict[str, Any], dict[str, Tensor]]
+"""A checkpoint: (plain JSON, tensors)."""
+NEW: Saved = ({"step": 0, "seconds": 0.0, "scales": None, "saes": {}, "buffer_random": None}, {})
 
 
 class Listener(Protocol):
@@ -146,42 +57,228 @@ class Listener(Protocol):
 
 def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -> bool:
     """Trains until the token budget or the data is used up, or `stop` is set. True when the run is complete."""
-    settings = run.settings
-    if not intake.wait_until_filled(settings.optimizer.batch, stop):
-        return intake.ledger.finished
-    run.initialise(intake.peek(SAMPLE_ROWS))
-    clock = Clock(run, intake)
-    # Counted from the run's beginning, so that a trainer restarted more often than it publishes publishes all the same.
-    every = settings.snapshots.every_tokens
-    next_snapshot = (clock.tokens // every + 1) * every
-    next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
-    while (count := _rows_due(settings, clock.tokens)) and (batch := intake.take(count, stop)):
-        clock.work(batch)
-        snapshot_due = clock.tokens >= next_snapshot
-        if snapshot_due or clock.report_due():
-            listener.report(report := clock.report())
-            if snapshot_due:
-                next_snapshot += every
-                _publish(run, intake, report, listener)
-        if time.monotonic() >= next_checkpoint and not is_complete(settings, intake.ledger):
-            if written("checkpoint", lambda: save_checkpoint(run, intake)):
-                listener.saved()
-            next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
-    complete = is_complete(settings, intake.ledger)
-    if run.last_batch is not None:
-        listener.report(report := clock.report())
-        if complete:
-            _publish(run, intake, report, listener)
-    return complete
+    loop = Loop(run.settings, run.roster, intake, Inbox(stop), listener)
+    loop.begin(run)
+    return loop.work()
 
 
-def _publish(run: Run, intake: Intake, report: StepReport, listener: Listener) -> None:
-    assert run.last_batch is not None
-    # Rows that are still to be trained on; at the end of the data there are none left.
-    waiting = intake.peek(SNAPSHOT_ROWS)
-    rows = waiting if len(waiting[0]) else run.last_batch.x
-    if written("snapshot", lambda: publish_snapshot(run, report, rows, run_facts(run, intake))):
-        listener.published(report.tokens)
+class Loop:
+    """A run at work. `run` is None until the first producer has told the stream's shape."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        roster: Roster,
+        intake: Intake,
+        inbox: Inbox,
+        listener: Listener,
+        answer: Callable[[Loop, Request], None] | None = None,
+        saved: Saved | None = None,
+    ) -> None:
+        """`answer` does what requests of the `inbox` ask for; `saved` is the checkpoint to go on from."""
+        self.settings = settings
+        self.roster = roster
+        self.intake = intake
+        self.run: Run | None = None
+        self._inbox = inbox
+        self._listener = listener
+        self._answer = answer
+        self._saved = saved or NEW
+        self._told = time.monotonic()
+        self._next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
+        self._retry_at = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.intake.ledger.rows_trained
+
+    @property
+    def complete(self) -> bool:
+        """The token budget or the data is used up, or every SAE is finished."""
+        return is_complete(self.settings, self.intake.ledger) or (self.run is not None and self.run.finished)
+
+    @property
+    def drained(self) -> bool:
+        """It was asked to leave, and everything that was under way is trained."""
+        ledger = self.intake.ledger
+        with self.intake.lock:
+            return ledger.winding_down and ledger.dry and not ledger.rows_buffered
+
+    def work(self) -> bool:
+        """Trains until the run is complete (True), or until it is told to stop (False)."""
+        self._begin()
+        while not (self.complete or self.drained or self._inbox.stopping):
+            if (request := self._inbox.next()) is not None and self._answer is not None:
+                self._answer(self, request)
+            else:
+                self._turn()
+        if self.run is not None and self.run.taught:
+            self.report()
+            if self.complete:
+                self.publish()
+                for member in self.roster.members:
+                    member.ended |= self.run.trainee(member).finished
+        return self.complete
+
+    def begin(self, run: Run) -> None:
+        """Goes on with `run`, whose roster is this loop's."""
+        self.run = run
+        self.clock = Clock(run, self.intake)
+        # Counted from the run's beginning, so that a trainer restarted more often than it publishes publishes all the
+        # same.
+        every = self.settings.snapshots.every_tokens
+        self._next_snapshot = (self.tokens // every + 1) * every
+
+    def _turn(self) -> None:
+        """One step, or a moment of waiting for what a step needs."""
+        if self.run is None:
+            self._wait_for_producer()
+            return
+        self._see_off()
+        if self.roster.paused:
+            self._rest()
+        elif self.intake.wait_until_filled(rows := _rows_due(self.settings, self.tokens), self._inbox):
+            self.initialise()
+            if not self.run.finished and (batch := self.intake.take(rows, self._inbox)) is not None:
+                self._step(batch)
+
+    def initialise(self) -> None:
+        """Draws the first weights of newcomers, from the rows that wait.
+
+        One that was attached and cannot begin is let go again: it must not take the others with it.
+        """
+        run = self.run
+        assert run is not None
+        while run.newcomers:
+            try:
+                run.initialise(self.intake.peek(SAMPLE_ROWS))
+            except (SnapshotError, RuntimeError) as error:
+                member = self.roster.find(run.newcomers[0].settings.name)
+                if not member.attached:
+                    raise
+                log.error("sae %s cannot begin, and is out of the run again: %s", member.name, error)
+                run.detach(member)
+                self.write_settings()
+
+    def _step(self, batch: Batch) -> None:
+        self.clock.work(batch)
+        snapshot_due = self.tokens >= self._next_snapshot
+        if snapshot_due or self.clock.report_due(REPORT_SECONDS):
+            self.report()
+        if snapshot_due:
+            self._next_snapshot += self.settings.snapshots.every_tokens
+            self.publish()
+        self._see_off()
+        if time.monotonic() >= self._next_checkpoint and not self.complete:
+            self.save()
+
+    def _see_off(self) -> None:
+        """Publishes the SAEs that have come to their end, and lets go of those that were told to leave."""
+        assert self.run is not None
+        ended = [member for member in self.roster.members if not member.ended and self.run.trainee(member).finished]
+        if not ended or time.monotonic() < self._retry_at:
+            return
+        if any(self.run.trainee(member).tokens for member in ended):
+            if not self.has_rows:
+                return
+            self.report()
+            if not self.publish():
+                self._retry_at = time.monotonic() + RETRY_SECONDS
+                return
+        for member in ended:
+            member.ended = True
+            log.info("sae %s %s", member.name, "has left the run" if member.leaving else "is finished")
+            if member.leaving:
+                self.run.detach(member)
+        self.write_settings()
+        self.save()
+
+    def _begin(self) -> None:
+        """Goes on with the run as it was saved, or with a new one, once the stream's shape is known."""
+        if self.run is None and self.intake.ledger.stream is not None:
+            run = Run(self.settings, self.intake.ledger.stream, self.roster)
+            run.restore(*self._saved)
+            self.begin(run)
+
+    def _wait_for_producer(self) -> None:
+        self._inbox.wait(0.05)
+        self._begin()
+        if time.monotonic() - self._told > 15:
+            self._told = time.monotonic()
+            log.info("still no producer: start one with `python -m producer RUN.toml`")
+
+    def _rest(self) -> None:
+        """A moment of a pause. Producers come to rest by themselves, when the buffer is full."""
+        self._inbox.wait(0.1)
+        if self.clock.report_due(PAUSED_REPORT_SECONDS):
+            self.report()
+
+    # What the loop does now and then, and at a person's request
+
+    def report(self) -> StepReport | None:
+        """Tells the listener how things stand; None while there is nothing to tell."""
+        if self.run is None or self.run.scales is None:
+            return None
+        report = self.clock.report()
+        self._listener.report(report)
+        return report
+
+    @property
+    def has_rows(self) -> bool:
+        """There are rows to calibrate and test a snapshot with."""
+        return bool(self._snapshot_rows())
+
+    def _snapshot_rows(self) -> list[Tensor]:
+        """Rows that are still to be trained on; at the end of the data there are none left."""
+        assert self.run is not None
+        waiting = self.intake.peek(SNAPSHOT_ROWS)
+        if waiting and len(waiting[0]):
+            return waiting
+        return self.run.last_batch.x if self.run.last_batch is not None else []
+
+    def publish(self) -> bool:
+        """A snapshot of this moment; False, with a line in the log, when it could not be written."""
+        run = self.run
+        assert run is not None
+        if not (rows := self._snapshot_rows()):
+            return False
+        report = self.clock.look()
+        if not written("snapshot", lambda: publish_snapshot(run, report, rows, run_facts(run, self.intake))):
+            return False
+        self._listener.published(report.tokens)
+        return True
+
+    def save(self) -> bool:
+        """One instant on disk: weights, roster and ledger between two steps. False, with a line in the log, if not."""
+        self._next_checkpoint = time.monotonic() + self.settings.checkpoint.every_seconds
+        if done := written("checkpoint", self._save):
+            self._listener.saved()
+        return done
+
+    def _save(self) -> None:
+        saved, tensors = self._saved
+        # Before the run has begun, what an earlier trainer left is passed on.
+        document, tensors = self.run.state() if self.run is not None else (saved, tensors)
+        document = document | {"roster": self.roster.state()}
+        with self.intake.lock:
+            buffer = self.intake.buffer
+            document["ledger"], bits = self.intake.ledger.state()
+            document["buffer_random"] = buffer.random_state() if buffer is not None else saved["buffer_random"]
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("ledger/")}
+        tensors |= {f"ledger/{name}": torch.from_numpy(value) for name, value in bits.items()}
+        checkpoint.save(
+            Path(self.settings.run.directory), self.tokens, document, tensors, self.settings.checkpoint.keep
+        )
+
+    def write_settings(self) -> None:
+        """settings.toml, with the SAEs that live at this moment."""
+        write_settings(self.settings, self.roster)
+
+
+def write_settings(settings: TrainerSettings, roster: Roster) -> None:
+    """The resolved settings, in the run directory: those of the run file, with the roster's SAEs."""
+    resolved = settings.model_copy(update={"sae": roster.settings})
+    replace_text(Path(settings.run.directory) / "settings.toml", show_settings(resolved) + "\n")
 
 
 def written(what: str, write: Callable[[], object]) -> bool:
@@ -202,23 +299,19 @@ def is_complete(settings: TrainerSettings, ledger: Ledger) -> bool:
 def _rows_due(settings: TrainerSettings, tokens: int) -> int:
     """Rows of the next batch: a whole one, or what the budget leaves; 0 ends the run."""
     left = settings.optimizer.batch if settings.run.tokens is None else settings.run.tokens - tokens
-    return min(settings.optimizer.batch, left)
+    return max(0, min(settings.optimizer.batch, left))
 
 
 class Clock:
-    """Does steps and keeps their times: the only place of the loop that looks at a clock."""
+    """Does steps and keeps their times: the only place of the loop that counts them."""
 
     def __init__(self, run: Run, intake: Intake) -> None:
         self._run, self._intake = run, intake
         self._reported_at = time.monotonic()
-        self._reported_tokens = self.tokens
+        self._reported_tokens = intake.ledger.rows_trained
         self._busy = 0.0
         self._steps = 0
-        self._waited_before = intake.buffer_report().data_wait_seconds
-
-    @property
-    def tokens(self) -> int:
-        return self._intake.ledger.rows_trained
+        self._rate = 0.0
 
     def work(self, batch: Batch) -> None:
         began = time.monotonic()
@@ -227,67 +320,45 @@ class Clock:
         self._busy += time.monotonic() - began
         self._steps += 1
 
-    def report_due(self) -> bool:
-        return time.monotonic() - self._reported_at >= REPORT_SECONDS
+    def rate(self) -> float:
+        """Rows per second, lately."""
+        if self._run.roster.paused:
+            return 0.0
+        elapsed = time.monotonic() - self._reported_at
+        trained = self._intake.ledger.rows_trained - self._reported_tokens
+        # Just after a report its own rate tells more.
+        return trained / elapsed if elapsed > REPORT_SECONDS / 2 else self._rate
+
+    def report_due(self, seconds: float) -> bool:
+        return time.monotonic() - self._reported_at >= seconds
 
     def report(self) -> StepReport:
         """The state of the run, with rates since the report before."""
-        now, run, buffer = time.monotonic(), self._run, self._intake.buffer_report()
-        assert run.scales is not None and run.last_batch is not None
-        elapsed = now - self._reported_at
-        run.seconds += elapsed
-        report = StepReport(
-            time=time.time(),
-            tokens=self.tokens,
-            step=run.step,
-            target_tokens=run.settings.run.tokens,
-            tokens_per_second=(self.tokens - self._reported_tokens) / max(elapsed, 1e-9),
-            step_seconds=self._busy / max(self._steps, 1),
-            data_wait_seconds=buffer.data_wait_seconds,
-            state=buffer.state,
-            buffer_rows=buffer.rows,
-            buffer_capacity_rows=buffer.capacity,
-            same_context_mates=same_context_mates(run.last_batch, run.stream.context),
-            stream=self._intake.stream_report(),
-            saes=tuple(trainee.report(run.scales) for trainee in run.trainees),
-        )
-        self._reported_at, self._reported_tokens, self._busy, self._steps = now, self.tokens, 0.0, 0
+        report, now = self.look(), time.monotonic()
+        if report.state != "paused":
+            self._run.seconds += now - self._reported_at
+        if now - self._reported_at > REPORT_SECONDS / 2:
+            self._rate = report.tokens_per_second
+        self._reported_at, self._reported_tokens, self._busy, self._steps = now, report.tokens, 0.0, 0
         return report
 
-
-def save_checkpoint(run: Run, intake: Intake) -> None:
-    """One instant on disk: weights and ledger between two steps."""
-    document, tensors = run.state()
-    with intake.lock:
-        document["ledger"], bits = intake.ledger.state()
-        document["buffer_random"] = intake.buffer.random_state() if intake.buffer else None
-    tensors |= {f"ledger/{name}": torch.from_numpy(value) for name, value in bits.items()}
-    settings = run.settings
-    directory = Path(settings.run.directory)
-    checkpoint.save(directory, intake.ledger.rows_trained, document, tensors, settings.checkpoint.keep)
-
-
-class DeviceError(ValueError):
-    """The device asked for is not here."""
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of optimizer.device; auto takes a GPU when there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"optimizer.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            'set it to "auto" or "cpu", or install a torch build for your CUDA'
+    def look(self) -> StepReport:
+        """What `report` would say, without beginning a new interval."""
+        run, buffer, tokens = self._run, self._intake.buffer_report(), self._intake.ledger.rows_trained
+        elapsed = time.monotonic() - self._reported_at
+        mates = same_context_mates(run.last_batch, run.stream.context) if run.last_batch is not None else float("nan")
+        return StepReport(
+            time=time.time(),
+            tokens=tokens,
+            step=run.step,
+            target_tokens=run.settings.run.tokens,
+            tokens_per_second=(tokens - self._reported_tokens) / max(elapsed, 1e-9),
+            step_seconds=self._busy / max(self._steps, 1),
+            data_wait_seconds=buffer.data_wait_seconds,
+            state="paused" if run.roster.paused else buffer.state,
+            buffer_rows=buffer.rows,
+            buffer_capacity_rows=buffer.capacity,
+            same_context_mates=mates,
+            stream=self._intake.stream_report(),
+            saes=tuple(trainee.report(run.scales or [1.0] * len(run.stream.hooks)) for trainee in run.taught),
         )
-    return device
-
-
-def _shape(sae: SaeSettings) -> dict[str, Any]:
-    """What of an SAE's settings must not change when a run is resumed."""
-    return sae.model_dump(
-        mode="json",
-        include={"architecture", "d_sae", "hook", "hooks", "target", "skip", "k", "matryoshka", "whitening", "train"},
-        exclude_none=True,
-    )

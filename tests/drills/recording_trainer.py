@@ -4,12 +4,15 @@
 
 With the synthetic source's `naming`, a row's content is its name, so ROWS_FILE tells which rows were trained, in
 which order. Its length is part of each checkpoint: what a killed trainer wrote after its last checkpoint is cut off
-when the next one resumes, so that the file always holds the surviving lineage.
+when the next one resumes, so that the file always holds the surviving lineage. SECONDS_PER_STEP in the environment
+makes each step last that long, so that a test can do something in the middle of a short run.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from trainer.__main__ import main
 from trainer.buffer import Batch
 
 ROWS_FILE = Path(sys.argv[1])
+PACE = float(os.environ.get("SECONDS_PER_STEP", "0"))
 
 
 class RecordingRun(trainer.train.Run):
@@ -30,10 +34,9 @@ class RecordingRun(trainer.train.Run):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._file = open(ROWS_FILE, "ab")  # noqa: SIM115 (open as long as the process)
-        if not (Path(self.settings.run.directory) / "checkpoint").exists():
-            self._file.truncate(0)
 
     def learn(self, batch: Batch) -> None:
+        time.sleep(PACE)
         super().learn(batch)
         self._file.write(batch.x[0][:, :3].numpy().astype(np.int32).tobytes())
 
@@ -44,7 +47,7 @@ class RecordingRun(trainer.train.Run):
 
     def restore(self, document: dict[str, Any], tensors: dict[str, Any]) -> None:
         super().restore(document, tensors)
-        self._file.truncate(document["rows_file"])
+        self._file.truncate(document.get("rows_file", 0))
 
 
 if __name__ == "__main__":
