@@ -234,7 +234,7 @@ PAPER: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # x = (1, 0.3), θ = 0.5, ε = 0.6: z_0 is beyond the kernel; z_1 is off, inside, K/ε = 1/0.6, and with the decoder
     # row (0.6, 0.8) would change the loss at ∂latent_1 = −0.6 · 0.8 = −0.48. L0 = 1 of 2: 0.1 · 0.25, ∂H = −0.05.
     "jumprelu": (
-        {"architecture": "jumprelu", "target_l0": 2.0, "bandwidth": 0.6},
+        {"architecture": "jumprelu", "target_l0": 2.0, "l0_weight": 0.1, "bandwidth": 0.6},
         {"x": [[1, 0.3]], "W_dec": [[1, 0], [0.6, 0.8]], "threshold": [0.5, 0.5]},
         {
             "loss": 0.09 + 0.025,
@@ -246,13 +246,19 @@ PAPER: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "jumprelu, threshold only": (
-        {"architecture": "jumprelu", "target_l0": 2.0, "bandwidth": 0.6, "straight_through": "threshold"},
+        {
+            "architecture": "jumprelu",
+            "target_l0": 2.0,
+            "l0_weight": 0.1,
+            "bandwidth": 0.6,
+            "straight_through": "threshold",
+        },
         {"x": [[1, 0.3]], "W_dec": [[1, 0], [0.6, 0.8]], "threshold": [0.5, 0.5]},
         {"threshold": [0, 0.29 / 0.6], "b_enc": [0, 0], "W_enc": [[0, 0], [0, 0]], "b_dec": [0, -0.6]},
     ),
     # ∂/∂log θ = θ ∂/∂θ, once
     "jumprelu, log threshold": (
-        {"architecture": "jumprelu", "target_l0": 2.0, "bandwidth": 0.6, "threshold": "log"},
+        {"architecture": "jumprelu", "target_l0": 2.0, "l0_weight": 0.1, "bandwidth": 0.6, "threshold": "log"},
         {"x": [[1, 0.3]], "W_dec": [[1, 0], [0.6, 0.8]], "log_threshold": [math.log(0.5), math.log(0.5)]},
         {"log_threshold": [0, 0.5 * 0.29 / 0.6], "b_enc": [0, -0.29 / 0.6]},
     ),
@@ -264,7 +270,7 @@ PAPER: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     # Latent 1 is dead: 0.01 · (0.5 − 0.3) lifts it, z up and θ down, on top of the above
     "jumprelu, pre_act": (
-        {"architecture": "jumprelu", "target_l0": 2.0, "bandwidth": 0.6, "pre_act_weight": 0.01},
+        {"architecture": "jumprelu", "target_l0": 2.0, "l0_weight": 0.1, "bandwidth": 0.6, "pre_act_weight": 0.01},
         {"x": [[1, 0.3]], "W_dec": [[1, 0], [0.6, 0.8]], "threshold": [0.5, 0.5], "dead": [1]},
         {"loss": 0.115 + 0.002, "threshold": [0, 0.29 / 0.6 + 0.01], "b_enc": [0, -0.29 / 0.6 - 0.01]},
     ),
