@@ -11,6 +11,9 @@ from urllib.parse import quote
 
 from monitor.run_directory import wiring
 
+SILENT_SECONDS = 120.0
+"""A report older than this tells how it was, not how it is."""
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2321; --dim: #66706c; --line: #dfe3e0; --paper: #fbfbf9; --gold: #9a6b00; }
 @media (prefers-color-scheme: dark) {
@@ -57,13 +60,17 @@ def _headline(run: dict[str, Any]) -> str:
     settings, report = run["settings"] or {}, run["report"] or {}
     model = settings.get("model", {})
     facts = [f'<span class="state">{escape(run["state"])}</span>']
-    if run["state"] == "running" and report.get("state"):
+    silent = (run["silent_seconds"] or 0.0) if run["state"] == "running" else 0.0
+    is_silent = silent > SILENT_SECONDS
+    if run["state"] == "running" and report.get("state") and not is_silent:
         facts.append(escape(report["state"]))
     tokens = (run["summary"] or {}).get("tokens") if run["state"] == "finished" else report.get("tokens")
     if tokens is not None:
         target = report.get("target_tokens") if run["state"] == "running" else None
         facts.append(f"{tokens:,} tokens trained" + (f" of {target:,}" if target else ""))
-    if run["state"] == "running" and report.get("tokens_per_second"):
+    if is_silent:
+        facts.append(f"nothing heard for {silent / 60:,.0f} min: the trainer is stopped, or waits for producers")
+    elif run["state"] == "running" and report.get("tokens_per_second"):
         facts.append(f"{report['tokens_per_second']:,.0f} tokens/s")
     source = f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else ""
     return f"<p>{' · '.join(facts)}</p><p>{escape(source)}</p>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
@@ -37,7 +38,10 @@ def why_not_ready(run_directory: Path) -> str | None:
 
 
 def read_run(run_directory: Path) -> dict[str, Any]:
-    """The run as it stands: state (waiting, running, finished), settings, newest report, summary, newest snapshot."""
+    """The run as it stands: state (waiting, running, finished), settings, newest report, summary, newest snapshot.
+
+    `silent_seconds` is the newest report's age: a trainer that was killed says nothing, nor does one that waits.
+    """
     summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
     names = snapshot_names(run_directory)
     return {
@@ -46,6 +50,7 @@ def read_run(run_directory: Path) -> dict[str, Any]:
         "latest": names[-1] if names else None,
         "settings": _read_toml(run_directory / "settings.toml"),
         "report": report,
+        "silent_seconds": None if report is None or "time" not in report else max(0.0, time.time() - report["time"]),
         "summary": summary,
     }
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -62,6 +63,19 @@ def test_run_is_finished_until_it_goes_on(run_directory: Path, client: TestClien
     assert client.get("/v1/run").json()["state"] == "finished"
     (run_directory / "metrics.jsonl").write_text('{"tokens": 1500}\n')
     assert client.get("/v1/run").json()["state"] == "running"
+
+
+def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: TestClient):
+    """A killed trainer leaves its last report behind, which soon says nothing about now."""
+    for age, shown, hidden in (
+        (1, "training · 5 tokens", "nothing heard"),
+        (600, "nothing heard for 10 min", "9 tokens/s"),
+    ):
+        report = {"time": time.time() - age, "tokens": 5, "state": "training", "tokens_per_second": 9.0}
+        (run_directory / "metrics.jsonl").write_text(json.dumps(report) + "\n")
+        assert client.get("/v1/run").json()["silent_seconds"] == pytest.approx(age, abs=60)
+        page = client.get("/").text
+        assert shown in page and hidden not in page
 
 
 def test_last_report_is_found_in_a_long_file(run_directory: Path):
