@@ -104,6 +104,22 @@ def test_jumprelu_begins_with_a_given_l0() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "topk transcoder", "topk crosscoder"])
+def test_topk_latents_begin_equally_likely(kind: str) -> None:
+    """Each reaches 1 on k of d_sae rows, however little variance its direction has; "free" leaves the biases alone."""
+    settings = settings_of(kind)
+    trainee, rows = trainee_of(settings), rows_of(settings, 4096, 0)
+    trainee.initialise(rows, [1.0, 1.0])
+    reached = (trainee.sae.in_float32(trainee.wiring.read(rows)) > 1.0).double().mean(0)
+    free = trainee_of(settings_of(kind, initial_rates="free"))
+    free.initialise(rows, [1.0, 1.0])
+
+    assert settings.k is not None
+    torch.testing.assert_close(reached, torch.full((D_SAE,), settings.k / D_SAE).double(), atol=1e-3, rtol=0)
+    if settings.target is None:
+        assert not free.sae.b_enc.any()
+
+
 def test_directions_can_begin_at_the_data() -> None:
     """initial_directions = "data": rows closer to the data's directions than random ones are."""
     best = {}

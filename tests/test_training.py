@@ -21,10 +21,10 @@ from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
 from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, make_tangent, warmup_factor
 from trainer.report import DENSITY_EDGES
+from trainer.run import Run
 from trainer.saes.base import normalise_rows
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.statistics import HALF_LIFE_TOKENS, Statistics
-from trainer.train import Run
 from trainer.trainee import Trainee, Wiring
 
 
