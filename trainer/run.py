@@ -100,8 +100,10 @@ class Run:
         member = self.roster.join(sae, joined_at)
         try:
             trainee = self._trainee(member)
-            if start is not None:  # does it fit? The scales come later
-                start.weights_for(trainee.sae, trainee.wiring.frame([1.0] * len(self.stream.hooks)))
+            if start is not None:  # does it fit?
+                start.require_widths(trainee.sae)
+                if self.scales is not None:
+                    start.weights_for(trainee.sae, trainee.wiring.frame(self.scales))
         except BaseException:
             self.roster.members.remove(member)
             raise
