@@ -463,6 +463,16 @@ def test_the_roster_wins_over_the_run_file(tmp_path: Path) -> None:
             assert again.sae("wide")["tokens"] == tokens
 
 
+def test_one_that_never_began_leaves_no_trace(trainer: Trainer) -> None:
+    """It goes at once, publishes nothing, and its name is free again."""
+    trainer.produce().ask("pause")
+    trainer.ask("attach", sae=WIDE)
+    assert "nothing is published" in trainer.ask("detach", name="wide")["said"]
+    trainer.ask("attach", sae=WIDE | {"k": 4})
+    trainer.ask("resume")
+    wait_for(lambda: trainer.sae("wide")["tokens"])
+
+
 # Bits
 
 
@@ -520,6 +530,21 @@ def test_a_restart_in_the_middle_changes_no_bit(tmp_path: Path, what: str) -> No
 
     assert same(run, resumed)
     assert run.trainees[0].finished == (what in ("cooling", "leaving"))
+
+
+def test_an_sae_has_its_threads_for_good(tmp_path: Path) -> None:
+    """With another number sums would round otherwise: neither who joins nor a restart changes it."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run = Run(settings_for(tmp_path / "run", run={"directory": "x"}, sae=[TOP]), hello_of(named_source()))
+        run.attach(settings_for(tmp_path, sae=[WIDE]).sae[0], joined_at=0)
+        assert (torch.get_num_threads(), run.roster.threads) == (2, 2)
+        torch.set_num_threads(1)
+        through_the_disk(run, tmp_path)
+        assert torch.get_num_threads() == min(2, os.cpu_count() or 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_cooldown_that_has_begun_goes_on_when_it_is_asked_for(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def listening(directory: Path, inbox: Inbox) -> Iterator[None]:
 
 class _Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
-    request_queue_size = 16
+    request_queue_size = 64
 
     def __init__(self, directory: Path, inbox: Inbox) -> None:
         self.inbox = inbox
@@ -230,8 +230,8 @@ def ask(directory: Path, request: dict[str, Any]) -> Answer:
         raise CtlError(f"{directory} {kind}; name the run's directory, [run] directory of its file", 2)
     try:
         with _address(directory) as address, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(address)  # waits for its turn, which a connection with a timeout does not
             connection.settimeout(ANSWER_SECONDS)
-            connection.connect(address)
             connection.sendall(json.dumps(request, default=str).encode() + b"\n")
             line = connection.makefile("rb").readline()
     except (FileNotFoundError, ConnectionRefusedError):

@@ -86,9 +86,10 @@ class Roster:
         self.joined += 1
         return member
 
-    def leave(self, member: Member) -> None:
+    def leave(self, member: Member, known: bool) -> None:
+        """`known`: snapshots and metrics tell of it; the name of one that never began is free again."""
         self.members.remove(member)
-        self.gone += _names(member.settings)
+        self.gone += _names(member.settings) if known else []
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, from which `resumed` goes on."""

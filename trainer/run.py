@@ -105,7 +105,7 @@ class Run:
                 if self.scales is not None:
                     start.weights_for(trainee.sae, trainee.wiring.frame(self.scales))
         except BaseException:
-            self.roster.members.remove(member)
+            self.roster.leave(member, known=False)
             raise
         self.trainees.append(trainee)
         self.newcomers.append(trainee)
@@ -117,7 +117,7 @@ class Run:
         self.trainees.remove(trainee)
         if trainee in self.newcomers:
             self.newcomers.remove(trainee)
-        self.roster.leave(member)
+        self.roster.leave(member, known=trainee.tokens > 0)
 
     def initialise(self, sample: list[Tensor]) -> None:
         """The newcomers' first weights from raw rows per hook, and the run's scales when they are the first."""
@@ -182,6 +182,9 @@ def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
         roster = resumed(document["roster"], settings.sae, settings.run.directory)
     except RosterError as error:
         raise CheckpointError(str(error)) from None
+    for sae in settings.sae:
+        if sae.name in roster.gone:
+            log.info("sae %s was detached from this run; the run file still names it", sae.name)
     for member in roster.members:
         if fault := settings.hook_fault(member.settings):
             raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.directory}: {fault}")
