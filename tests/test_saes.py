@@ -68,15 +68,26 @@ def test_b_dec_begins_where_it_is_told() -> None:
     torch.testing.assert_close(initial_bias(x, "geometric_median"), torch.tensor([1.0, 3**-0.5]), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["topk", "relu l1", "gated", "jumprelu", "tied"])
-def test_encoder_and_decoder_begin_alike(kind: str) -> None:
-    """Both matrices start with the same unit rows; nothing is reconstructed in directions it does not read."""
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        ("topk", 1),
+        ("relu l1", 1),
+        ("gated", 1),
+        ("jumprelu", 1),
+        ("tied", 1),
+        ("relu l1_norm", 0.1),
+        ("relu tanh", 0.1),
+    ],
+)
+def test_encoder_and_decoder_begin_alike(kind: str, norm: float) -> None:
+    """Both matrices start with the same rows: of unit norm where that is kept, small where it is free (April 2024)."""
     settings = settings_of(kind)
     trainee = trainee_of(settings)
     trainee.initialise(rows_of(settings, 512, 0), [1.0])
 
     assert torch.equal(trainee.sae.W_enc, trainee.sae.W_dec)
-    torch.testing.assert_close(trainee.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    torch.testing.assert_close(trainee.sae.W_dec.norm(dim=1), torch.full((D_SAE,), float(norm)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILY if "transcoder" in kind])

@@ -315,6 +315,10 @@ def test_bug_11_a_restored_trainee_goes_on_bit_for_bit(kind: str, extra: str, op
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert resumed.learning_rate == whole.learning_rate
+    assert (resumed.averaged is None) == (whole.averaged is None) == (settings.ema_tokens is None)
+    if resumed.averaged is not None and whole.averaged is not None:
+        for name, value in whole.averaged.parameters.items():
+            assert torch.equal(resumed.averaged.parameters[name], value)
 
 
 def test_an_interrupted_cooldown_goes_on() -> None:

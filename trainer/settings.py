@@ -138,7 +138,7 @@ class SaeSettings(Table):
     initial_rates: Literal["equal", "free"] = "equal"
     """topk, batchtopk, jumprelu: begin with encoder biases that let every latent fire equally often, or with none."""
     initial_norm: Annotated[float, Field(gt=0)] | None = None
-    """Norm of decoder rows at the start where it is free (relu with l1_norm or tanh; 0.1 without it)."""
+    """Norm of encoder and decoder rows at the start where it is free (relu with l1_norm or tanh; 0.1 without it)."""
     whitening: bool = False
     """Learn from rows whose covariance is the identity; undone in every snapshot."""
     start_from: str | None = None
@@ -276,7 +276,9 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
         yield "whitening is for autoencoders of one hook: remove whitening, or target and hooks"
     if sae.whitening and sae.start_from is not None:
         yield "whitening would change the space that start_from was trained in: remove one"
-    if foreign := [name for name in _foreign(sae) if name in sae.model_fields_set]:
+    if sae.skip and sae.target is None:
+        yield "skip needs target, the hook that a transcoder reconstructs: set target or remove skip"
+    if foreign := [name for name in _foreign(sae) if name != "skip" if name in sae.model_fields_set]:
         what = f"{kind} with penalty {sae.sparsity}" if kind in _PENALTIES else kind
         yield f"{', '.join(foreign)} {'mean' if len(foreign) > 1 else 'means'} nothing for {what}; remove"
 

@@ -129,7 +129,11 @@ class Sae(ABC):
             # Begins as the target's mean, and with pre_acts about zero (sparsify's choice).
             self.b_enc.copy_(-(directions @ initial_bias(x, self.settings.initial_bias)))
         else:
-            self.W_dec.copy_(directions if self.unit_decoder else directions * (self.settings.initial_norm or 0.1))
+            self.W_dec.copy_(directions)
+            if not self.unit_decoder:
+                # Both small: latents that begin loud would be silenced by the penalty before they have learned.
+                self.W_enc.mul_(self.settings.initial_norm or 0.1)
+                self.W_dec.mul_(self.settings.initial_norm or 0.1)
 
     def equalise(self, x: Tensor, rate: float, level: float) -> None:
         """Sets b_enc such that each latent's pre_act exceeds `level` on the fraction `rate` of the rows x [rows, d_in].
