@@ -107,7 +107,7 @@ def test_sharkeys_full_recipe(tmp_path: Path) -> None:
 
 def small(name: str, architecture: str = "topk", **more: Any) -> SaeSettings:
     kind: dict[str, Any] = {
-        "topk": {"k": 3},
+        "topk": {"k": 3, "initial_rates": "free"},
         "relu": {"penalty": "l1", "sparsity_weight": 2.0},
         "gated": {"sparsity_weight": 5.0, "sparsity_warmup_tokens": 200_000},
     }[architecture]
@@ -115,7 +115,10 @@ def small(name: str, architecture: str = "topk", **more: Any) -> SaeSettings:
 
 
 def whisper(sae: Sae) -> None:
-    """Half the encoder is shrunk a hundredfold: those latents lose against all others (algorithms.md §7b)."""
+    """Half the encoder is shrunk a hundredfold: those latents lose against all others (algorithms.md §7b).
+
+    With no bias at the start: beside one below zero, what is left of their rows would lift them on no row at all.
+    """
     sae.W_enc[64:] *= 0.01
 
 
