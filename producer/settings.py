@@ -85,6 +85,11 @@ class StreamSettings(Table):
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> StreamSettings:
+        if not self.endpoint.startswith(("tcp://", "ipc://", "inproc://")):
+            raise ValueError(
+                f"stream.endpoint = {self.endpoint!r} names no transport: write tcp://HOST:PORT, or ipc://FILE on one "
+                "machine"
+            )
         if not is_loopback(self.endpoint) and self.keys is None:
             raise ValueError(
                 f"stream.endpoint = {self.endpoint!r} is reachable from other machines and stream.keys is not set: "
@@ -241,13 +246,15 @@ def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
     Raises SettingsError naming every fault: key, value, what is expected and what to do.
     """
     try:
-        document = tomllib.loads(Path(path).read_text("utf-8"))
+        text = Path(path).read_text("utf-8")
+        document = tomllib.loads(text)
     except FileNotFoundError:
         raise SettingsError(f"run file {path} does not exist; deploy/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"run file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"run file {path} is not valid TOML: {error}") from None
+        hint = "; each SAE is a table [[sae]], with two brackets" if re.search(r"(?m)^\s*\[sae\]", text) else ""
+        raise SettingsError(f"run file {path} is not valid TOML: {error}{hint}") from None
     faults = [fault for override in overrides if (fault := _apply(document, override))]
     faults += [
         f"[{name}]: no such table{_nearest(name, TABLES)}; the tables are {', '.join(TABLES)}"
@@ -382,10 +389,12 @@ def parse_command_line(program: str, purpose: str, kind: type[S], arguments: lis
     parser = argparse.ArgumentParser(
         prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_file", metavar="RUN.toml", help="the run's settings; deploy/ holds examples")
+    parser.add_argument("run_file", metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
     parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
     given = parser.parse_intermixed_args(arguments)
+    if given.run_file is None:
+        parser.error("which run file? deploy/ holds examples, such as deploy/demo.toml")
     try:
         settings = read_run_file(kind, given.run_file, given.overrides)
     except SettingsError as error:

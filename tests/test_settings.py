@@ -162,7 +162,7 @@ def test_values_that_do_not_go_together_are_refused(run_file: Path, override: st
             "whitening would change the space that start_from was trained",
         ),
         ({"k": 8, "bandwidth": 1.0}, "bandwidth means nothing for topk; remove"),
-        ({"k": 8, "skip": True}, "skip means nothing for topk; remove"),
+        ({"k": 8, "skip": True}, "skip needs target, the hook that a transcoder reconstructs"),
         ({"k": 8, "penalty": "target_l0"}, "penalty means nothing for topk; remove"),
         ({"k": 8, "penalty": "l1", "sparsity_weight": 1.0}, "penalty, sparsity_weight mean nothing for topk; remove"),
         ({"k": 8, "revive": "none", "k_aux": 4}, "k_aux means nothing for topk; remove"),

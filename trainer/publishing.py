@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from trainer.intake import Intake
 from trainer.report import SaeReport, StepReport
 from trainer.run import Run
 from trainer.saes.inference import check, export
-from trainer.snapshot import Export, finite, publish, retire
+from trainer.snapshot import Export, SnapshotError, finite, publish, retire
 from trainer.trainee import Trainee
+
+log = logging.getLogger("sluice.trainer")
 
 SELFTEST_CANDIDATES = 1024
 """Rows among which the self-test's are found."""
@@ -22,10 +25,18 @@ SELFTEST_CANDIDATES = 1024
 def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: dict[str, Any]) -> Path:
     """Writes a snapshot of every SAE that has learned something, self-tested, and retires old ones.
 
+    An SAE that fails its self-test is told in the log and left out; it does not keep the others from appearing.
     `rows` are raw rows of every hook, for calibration and self-test; `facts` what the manifest tells of the run.
     """
     directory = Path(run.settings.run.directory)
-    exports = [export for trainee in run.taught for export in _exports(run, trainee, report, rows, facts)]
+    exports: list[Export] = []
+    for trainee in run.taught:
+        try:
+            exports += _exports(run, trainee, report, rows, facts)
+        except SnapshotError as error:
+            log.error("sae %s is left out of this snapshot: %s", trainee.settings.name, error)
+    if not exports:
+        raise SnapshotError("there is no SAE to publish")
     folder = publish(directory, report.tokens, exports, facts, check)
     retire(directory, run.settings.snapshots.keep)
     return folder
@@ -45,8 +56,8 @@ def _exports(
     if (averaged := trainee.averaged) is not None:
         trainee.calibrate(averaged, scaled)
         # What was measured in training was measured on the other weights.
-        numbers |= {name: None for name in ("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage")}
-        yield export(averaged, frame, f"{trainee.settings.name}-ema", rate, x, metadata, numbers)
+        unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
+        yield export(averaged, frame, f"{trainee.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
 
 
 def numbers_of(run: Run, trainee: Trainee, report: SaeReport) -> dict[str, Any]:

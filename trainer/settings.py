@@ -60,7 +60,8 @@ class SaeSettings(Table):
     architecture: Literal["topk", "batchtopk", "jumprelu", "relu", "tied", "gated", "repair"]
     """topk: the k largest latents of each row. batchtopk: k per row on average. jumprelu: a learned threshold per
     latent. relu: an L1-like penalty. tied: relu with one matrix for both directions. gated: which and how much apart.
-    repair: a trained relu or tied SAE, its suppressed activations rescaled."""
+    repair: a trained relu or tied SAE, its suppressed activations rescaled. (Matryoshka is a key, not an
+    architecture.)"""
 
     hook: str | None = None
     """Which of model.hooks it reads; without it, the only one."""
@@ -278,7 +279,7 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
         yield "whitening would change the space that start_from was trained in: remove one"
     if sae.skip and sae.target is None:
         yield "skip needs target, the hook that a transcoder reconstructs: set target or remove skip"
-    if foreign := [name for name in _foreign(sae) if name != "skip" if name in sae.model_fields_set]:
+    if foreign := [name for name in _foreign(sae) if name != "skip" and name in sae.model_fields_set]:
         what = f"{kind} with penalty {sae.sparsity}" if kind in _PENALTIES else kind
         yield f"{', '.join(foreign)} {'mean' if len(foreign) > 1 else 'means'} nothing for {what}; remove"
 

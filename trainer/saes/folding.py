@@ -22,8 +22,9 @@ from trainer.snapshot import SnapshotError
 
 PER_LATENT = ("b_enc", "b_gate", "b_mag", "threshold")
 """Weights in the units of the latents."""
-WHITENING_FLOOR = 1e-3
-"""Directions with less than this times the mean variance are not blown up further."""
+WHITENING_FLOOR = 1e-2
+"""Directions with less than this times the mean variance are not blown up further: how little they vary is known badly
+from a sample, and later text may vary more there."""
 UNIT = 1e-6
 """How far from 1 the norm of a decoder row may be to be a unit row."""
 ALMOST_UNIT = 1e-2
@@ -69,11 +70,14 @@ class Frame:
 
 
 def fold(weights: dict[str, Tensor], frame: Frame, unit_rows: bool) -> dict[str, Tensor]:
-    """Weights for raw activations, from `Sae.export`'s; `unit_rows` folds decoder norms into the encoder."""
-    w = {name: value.detach().float().cpu() for name, value in weights.items()}
+    """Weights for raw activations, from `Sae.export`'s; `unit_rows` folds decoder norms into the encoder.
+
+    float64 on the way, float32 at the end.
+    """
+    w = {name: value.detach().double().cpu() for name, value in weights.items()}
     s_in, s_out, unit = frame.s_in.cpu(), frame.s_out.cpu(), float(frame.s_out[0])
     if (white := frame.whitening) is not None:
-        matrix, inverse = white.matrix.cpu(), white.inverse.cpu()
+        matrix, inverse = white.matrix.double().cpu(), white.inverse.double().cpu()
         w["W_enc"], w["W_dec"] = w["W_enc"] @ matrix, w["W_dec"] @ inverse
         w["b_dec"] = w["b_dec"] @ inverse + white.centre.cpu()
     w["W_enc"] = w["W_enc"] * (s_in / unit)
@@ -83,7 +87,8 @@ def fold(weights: dict[str, Tensor], frame: Frame, unit_rows: bool) -> dict[str,
         w[name] = w[name] / unit
     if "W_skip" in w:
         w["W_skip"] = w["W_skip"] * s_in / s_out[:, None]
-    return fold_norms(w) if unit_rows else w
+    w = fold_norms(w) if unit_rows else w
+    return {name: value.float() for name, value in w.items()}
 
 
 def unfold(weights: dict[str, Tensor], frame: Frame) -> dict[str, Tensor]:

@@ -190,14 +190,14 @@ def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
 
 
 def _unfolded_reconstruction(cfg: dict[str, Any], scaled: dict[str, Tensor], frame: Frame, x: Tensor) -> Tensor:
-    """What the SAE in training gives for raw x, in float32 throughout: the other side of the folding."""
-    weights = {name: value.detach().float().cpu() for name, value in scaled.items()}
+    """What the SAE in training gives for raw x, in float64: the other side of the folding."""
+    weights = {name: value.detach().double().cpu() for name, value in scaled.items()}
     training = InferenceSae(cfg, weights | {"W_enc": weights["W_enc"].T})
-    x = x * frame.s_in.cpu()
+    x = x.double() * frame.s_in.cpu()
     if (white := frame.whitening) is None:
-        return training(x) / frame.s_out.cpu()
-    x = (x - white.centre.cpu()) @ white.matrix.cpu()
-    return (training(x) @ white.inverse.cpu() + white.centre.cpu()) / frame.s_out.cpu()
+        return (training(x) / frame.s_out.cpu()).float()
+    centre, matrix, inverse = (part.double().cpu() for part in (white.centre, white.matrix, white.inverse))
+    return ((training((x - centre) @ matrix) @ inverse + centre) / frame.s_out.cpu()).float()
 
 
 def check(folder: Path) -> None:
