@@ -1,0 +1,196 @@
+"""Every SAE that Sluice trains, small, on real activations of the demo LM: published as a run publishes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from producer.activations import load_language_model
+from producer.corpus import open_corpus
+from producer.settings import CorpusSettings, ModelSettings
+from producer.tokens import windows_of
+from trainer.saes.inference import InferenceSae, check, export, load_sae
+from trainer.saes.start import read_start
+from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.snapshot import publish
+from trainer.trainee import Trainee, Wiring
+
+ROOT = Path(__file__).parent.parent.parent
+HOOKS = ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"]
+READ, TARGET = HOOKS[1], HOOKS[2]
+WIDTH, D_SAE, STEPS, BATCH = 256, 512, 200, 512
+TESTED_ROWS = 2000
+OPTIMIZER = OptimizerSettings(learning_rate=2e-3, warmup_tokens=10 * BATCH, cooldown=0.0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw activations of every hook, aligned; the first TESTED_ROWS are never trained on."""
+
+    of: list[Tensor]
+    scales: list[float]
+
+    def sample(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Scaled rows of every hook."""
+        at = TESTED_ROWS + torch.randint(len(self.of[0]) - TESTED_ROWS, (count,), generator=generator)
+        return [x[at] * scale for x, scale in zip(self.of, self.scales, strict=True)]
+
+    def scaled_by(self, factor: float) -> Rows:
+        """The same rows, as a run sees them whose sample had another mean square."""
+        return Rows(self.of, [scale * factor ** (1 + hook) for hook, scale in enumerate(self.scales)])
+
+    def read_by(self, settings: SaeSettings) -> Tensor:
+        """x of the rows for tests."""
+        return wiring(settings).read(self.of)[:TESTED_ROWS]
+
+    def wanted_by(self, settings: SaeSettings) -> Tensor:
+        """y of the rows for tests."""
+        target = wiring(settings).target
+        return self.read_by(settings) if target is None else self.of[target][:TESTED_ROWS]
+
+
+def real_rows() -> Rows:
+    """About 16,000 rows of held-out text."""
+    settings = CorpusSettings(kind="stdlib")
+    model = load_language_model(
+        ModelSettings(name=str(ROOT / "producer/demo_lm"), hooks=HOOKS, device="cpu", dtype="float32")
+    )
+    corpus = open_corpus(settings)
+    windows = windows_of(corpus.documents(corpus.held_out_shards[0]), model.tokenizer, settings)
+    ids, kept = torch.from_numpy(windows.ids[:72]), torch.from_numpy(windows.kept[:72])
+    of = [x[kept].clone() for x in model.activations(ids)]
+    return Rows(of, [float((x.shape[1] / x.double().square().sum(1).mean()).sqrt()) for x in of])
+
+
+def wiring(settings: SaeSettings) -> Wiring:
+    inputs = tuple(HOOKS.index(hook) for hook in settings.reads or [READ])
+    return Wiring(inputs, None if settings.target is None else HOOKS.index(settings.target), (WIDTH,) * len(HOOKS))
+
+
+def sae(name: str, architecture: str, **options: Any) -> SaeSettings:
+    hooks = {} if "hooks" in options else {"hook": READ}
+    return SaeSettings(name=name, architecture=architecture, d_sae=D_SAE, dead_tokens=20_000, **hooks, **options)
+
+
+ENDS = [64, 192, D_SAE]
+FAMILY = {
+    settings.name: settings
+    for settings in [
+        sae("topk", "topk", k=16, ema_tokens=20_000),
+        sae("topk-abs", "topk", k=16, abs=True),
+        sae("topk-matryoshka", "topk", k=16, matryoshka=ENDS),
+        sae("topk-whitening", "topk", k=16, whitening=True),
+        sae("topk-crosscoder", "topk", k=16, hooks=HOOKS[:2]),
+        sae("topk-transcoder", "topk", k=16, target=TARGET),
+        sae("topk-skip-transcoder", "topk", k=16, target=TARGET, skip=True),
+        sae("batchtopk", "batchtopk", k=16, ema_tokens=20_000),
+        sae("batchtopk-matryoshka", "batchtopk", k=16, matryoshka=ENDS),
+        sae("batchtopk-whitening", "batchtopk", k=16, whitening=True),
+        sae("batchtopk-crosscoder", "batchtopk", k=16, hooks=HOOKS[:2]),
+        sae("batchtopk-transcoder", "batchtopk", k=16, target=TARGET),
+        sae("jumprelu", "jumprelu", target_l0=16.0),
+        sae("jumprelu-log", "jumprelu", target_l0=16.0, threshold="log", straight_through="threshold"),
+        sae("jumprelu-tanh", "jumprelu", penalty="tanh", sparsity_weight=0.3, bandwidth=2.0, pre_act_on="all"),
+        sae("jumprelu-matryoshka", "jumprelu", target_l0=16.0, matryoshka=ENDS),
+        sae("jumprelu-crosscoder", "jumprelu", target_l0=16.0, hooks=HOOKS[:2]),
+        sae("jumprelu-transcoder", "jumprelu", target_l0=16.0, target=TARGET),
+        sae("jumprelu-skip-transcoder", "jumprelu", target_l0=16.0, target=TARGET, skip=True),
+        sae("relu-l1", "relu", penalty="l1", sparsity_weight=3.0),
+        sae("relu-l1-norm", "relu", penalty="l1_norm", sparsity_weight=3.0),
+        sae("relu-tanh", "relu", penalty="tanh", sparsity_weight=3.0),
+        sae("relu-crosscoder", "relu", sparsity_weight=3.0, hooks=HOOKS[:2]),
+        sae("relu-transcoder", "relu", sparsity_weight=3.0, target=TARGET),
+        sae("relu-skip-transcoder", "relu", sparsity_weight=3.0, target=TARGET, skip=True),
+        sae("tied", "tied", sparsity_weight=3.0),
+        sae("gated", "gated", sparsity_weight=3.0),
+        sae("gated-whitening", "gated", sparsity_weight=3.0, whitening=True),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One SAE in training and in print."""
+
+    trainee: Trainee
+    folder: Path
+
+    @property
+    def published(self) -> InferenceSae:
+        return load_sae(self.folder)
+
+
+@dataclass
+class Zoo:
+    """Trains each SAE of the family when it is first asked for."""
+
+    rows: Rows
+    directory: Path
+    _trained: dict[str, Trained] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Trained:
+        if name not in self._trained:
+            settings = self.settings(name)
+            trainee = begin(settings, self.rows)
+            learn(trainee, self.rows, STEPS)
+            self._trained[name] = Trained(trainee, print_snapshot(trainee, self.rows, self.directory / name) / name)
+        return self._trained[name]
+
+    def settings(self, name: str) -> SaeSettings:
+        if name == "repair":
+            return sae("repair", "repair", start_from=str(self["relu-l1"].folder), train="scale")
+        return FAMILY[name]
+
+    def averaged(self, name: str) -> Path:
+        """The folder of its EMA copy."""
+        folder = self[name].folder
+        return folder.with_name(f"{name}-ema")
+
+
+def begin(settings: SaeSettings, rows: Rows) -> Trainee:
+    """An SAE before its first step."""
+    trainee = Trainee(settings, OPTIMIZER, wiring(settings), torch.device("cpu"), torch.float32)
+    sample = rows.sample(8192, torch.Generator().manual_seed(1))
+    trainee.initialise(sample, rows.scales, read_start(settings))
+    return trainee
+
+
+def learn(trainee: Trainee, rows: Rows, steps: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        trainee.step(rows.sample(BATCH, generator))
+
+
+def print_snapshot(trainee: Trainee, rows: Rows, directory: Path, calibrated: bool = True) -> Path:
+    """Publishes it, and its averaged copy beside it."""
+    settings, scaled = trainee.settings, rows.sample(4096, torch.Generator().manual_seed(3))
+    x = wiring(settings).read(rows.of)[TESTED_ROWS:][:1024]
+    metadata = {
+        "hook_name": READ,
+        "hf_hook_name": "model.layers.1",
+        "model_name": "producer/demo_lm",
+        "context_size": 256,
+        "trained_with": "sluice",
+        "settings": settings.model_dump(mode="json", exclude_none=True),
+    }
+    copies = {settings.name: trainee.sae} | ({f"{settings.name}-ema": twin} if (twin := trainee.averaged) else {})
+    exports = []
+    for name, copy in copies.items():
+        if calibrated:
+            trainee.calibrate(copy, scaled)
+        rate, frame = trainee.statistics.firing_rate(), trainee.frame(rows.scales)
+        exports.append(export(copy, frame, name, rate, x, metadata, {}))
+    return publish(directory, 1 + trainee.tokens, exports, {"id": "peers"}, check)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Relative, over all rows."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
+
+
+def fvu(y_hat: Tensor, y: Tensor) -> float:
+    return float((y - y_hat).double().square().sum() / (y - y.mean(0)).double().square().sum())
