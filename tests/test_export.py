@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -357,3 +358,32 @@ def test_all_starts_of_a_run_are_read_before_anyone_waits(tmp_path: Path) -> Non
     with pytest.raises(SnapshotError, match=r"sae 'second'.*holds no cfg.json; name the folder of one SAE"):
         check_starts(TrainerSettings(corpus=synthetic, sae=tables))
     check_starts(TrainerSettings(corpus=synthetic, sae=tables[:1]))
+
+
+def test_a_trainer_with_a_bad_start_ends_at_once(tmp_path: Path) -> None:
+    """One line and exit code 1, though no producer is there to wait for."""
+    start = written(tmp_path / "start", published("topk"))
+    (tmp_path / "run.toml").write_text(
+        f"""
+[run]
+directory = "run"
+[stream]
+endpoint = "ipc://door"
+[corpus]
+kind = "synthetic"
+synthetic = {{d_in = {D_IN}, features = 8, shards = 4}}
+[[sae]]
+name = "on"
+architecture = "topk"
+d_sae = {D_SAE}
+k = 8
+start_from = "{start}"
+"""
+    )
+    command = [sys.executable, "-m", "trainer", "run.toml"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"sae 'on': start_from = {start} is a topk SAE; set k = 4")
+    assert "Traceback" not in done.stderr

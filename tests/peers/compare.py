@@ -90,7 +90,7 @@ class Comparison:
     def of(cls, peers: Peers, zoo: Zoo, directory: Path) -> Comparison:
         verdicts, jobs = {}, {}
         for name in NAMES:
-            folder = zoo.averaged(name.removesuffix("-ema")) if name.endswith("-ema") else zoo[name].folder
+            folder = zoo.folder(name)
             sae = load_sae(folder)
             x = zoo.rows.read_by(zoo.settings(name.removesuffix("-ema")))
             save_file({"x": x[is_clear_cut(sae, x)].contiguous()}, directory / f"{name}.safetensors")
@@ -144,7 +144,7 @@ def _export(folder: Path, format_name: str, target: Path) -> str:
 
 def start_difference(zoo: Zoo, name: str, directory: Path) -> float | None:
     """How far a run that starts from our own snapshot is from it before its first step; None when it is refused."""
-    settings, folder = zoo.settings(name), zoo[name].folder
+    settings, folder = zoo.settings(name.removesuffix("-ema")), zoo.folder(name)
     told = settings.model_dump(exclude_none=True, exclude_defaults=True)
     told |= {"start_from": str(folder), "architecture": "relu" if name in ("tied", "repair") else told["architecture"]}
     told |= {"sparsity_weight": 1.0} if name == "repair" else {}
@@ -156,7 +156,8 @@ def start_difference(zoo: Zoo, name: str, directory: Path) -> float | None:
         return None
     x = zoo.rows.read_by(settings)
     x = x[is_clear_cut(load_sae(folder), x)]
-    new = load_sae(print_snapshot(adopted, zoo.rows, directory / name, calibrated=False) / name)
+    printed = print_snapshot(adopted, zoo.rows, directory / name, calibrated=False)
+    new = load_sae(printed / settings.name)
     return difference(new(x), load_sae(folder)(x))
 
 
@@ -168,7 +169,7 @@ def table(comparison: Comparison, zoo: Zoo, directory: Path) -> str:
         for format_name in LIBRARY:
             verdict = comparison[name, format_name]
             cells.append("–" if verdict.refused else f"{(verdict.told or {})['class']} {_digit(verdict.worst)}")
-        started = None if name.endswith("-ema") else start_difference(zoo, name, directory)
+        started = start_difference(zoo, name, directory)
         cells.append("–" if started is None else _digit(started))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

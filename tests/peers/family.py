@@ -145,10 +145,11 @@ class Zoo:
             return sae("repair", "repair", start_from=str(self["relu-l1"].folder), train="scale")
         return FAMILY[name]
 
-    def averaged(self, name: str) -> Path:
-        """The folder of its EMA copy."""
-        folder = self[name].folder
-        return folder.with_name(f"{name}-ema")
+    def folder(self, name: str) -> Path:
+        """Where it is published; NAME-ema is the averaged copy of NAME."""
+        if name.endswith("-ema"):
+            return self[name.removesuffix("-ema")].folder.with_name(name)
+        return self[name].folder
 
 
 def begin(settings: SaeSettings, rows: Rows) -> Trainee:
