@@ -209,13 +209,17 @@ class Trainee:
         span = 2 * self._revive_tokens
         if self.settings.reviving == "resample" and before // span < self.tokens // span:
             latents = self.statistics.silent_for(self._revive_tokens).nonzero().squeeze(1)
-            self._move(latents, x, y, y_hat, x - self.sae.b_dec if self.sae.centred else x, y - self.sae.b_dec)
+            # A transcoder has no bias at what it reads; about zero, a large mean would make all moved latents alike.
+            centre = self.sae.b_dec if self.sae.centred else x.mean(0)
+            self._move(latents, x, y, y_hat, x - centre, y - self.sae.b_dec)
         if limit := self.settings.reinitialise_tokens:
             latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
             if len(latents):
-                out_of_reach = latents[self.sae.reach(x, latents).amax(0) <= 0]
+                reach = self.sae.reach(x, latents)
+                out_of_reach = latents[(reach.abs() if self.settings.abs else reach).amax(0) <= 0]
                 error = y - y_hat
-                self._move(out_of_reach, x, y, y_hat, error if self.wiring.target is None else x, error)
+                towards = error if self.wiring.target is None else x - x.mean(0)
+                self._move(out_of_reach, x, y, y_hat, towards, error)
 
     def _move(self, latents: Tensor, x: Tensor, y: Tensor, y_hat: Tensor, towards: Tensor, decoded: Tensor) -> None:
         """Points `latents` at rows drawn with a probability that grows as the square of their loss."""

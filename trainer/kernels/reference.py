@@ -72,7 +72,8 @@ def loss(
     if s.reviving == "auxk" and n_dead:
         y_hat = latents @ W_dec + b_dec + skipped
         error = (y - y_hat).detach()
-        helpers = keep_largest(pre_acts.masked_fill(~dead, -torch.inf), min(s.k_aux or x.shape[1] // 2, n_dead))
+        of_dead = pre_acts.masked_fill(~dead, 0.0 if s.abs else -torch.inf)
+        helpers = keep_largest(of_dead, min(s.k_aux or x.shape[1] // 2, n_dead), s.abs)
         difference = helpers @ W_dec - error
         total = total + s.aux_weight * difference.square().sum() / (error - error.mean(0)).square().sum()
     return total

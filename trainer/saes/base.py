@@ -268,10 +268,11 @@ class Sae(ABC):
             return
         weight, W_dec = self.settings.aux_weight, self.W_dec[indices]
         of_dead = pre_acts[:, indices]
-        latents = largest(of_dead if plus is None else widen(of_dead) + plus[indices], k_aux)
+        of_dead = of_dead if plus is None else widen(of_dead) + plus[indices]
+        latents = largest(of_dead, k_aux, magnitude=self.settings.abs)
         difference = latents.multiply(W_dec) - error
         de_hat = difference * (2.0 * weight / spread)
-        dz = latents.sample(de_hat, W_dec).mul_(latents.value > 0)
+        dz = latents.sample(de_hat, W_dec).mul_(latents.value != 0)
         add(grads, self.backward(x, latents, dz, de_hat, indices), indices)
         losses["auxiliary"] = weight * difference.square().sum() / spread
 
