@@ -54,7 +54,7 @@ def candidates() -> dict[str, SaeSettings]:
 
 _CANDIDATES: list[dict[str, Any]] = [
     {"name": "topk", "architecture": "topk", "k": 3},
-    {"name": "batchtopk", "architecture": "batchtopk", "k": 3},
+    {"name": "batchtopk", "architecture": "batchtopk", "k": 3, "learning_rate": 1e-2},
     {
         "name": "jumprelu",
         "architecture": "jumprelu",
