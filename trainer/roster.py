@@ -130,9 +130,12 @@ def shape(sae: SaeSettings) -> dict[str, Any]:
     """What of an SAE's settings must not change when a run is resumed."""
     return sae.model_dump(
         mode="json",
-        include={"architecture", "d_sae", "hook", "hooks", "target", "skip", "k", "matryoshka", "whitening", "train"},
+        include={
+            "architecture", "d_sae", "hook", "hooks", "target", "skip", "k", "abs", "matryoshka", "threshold",
+            "whitening", "train",
+        },
         exclude_none=True,
-    )
+    )  # fmt: skip
 
 
 def _names(sae: SaeSettings) -> list[str]:

@@ -114,7 +114,7 @@ def trainer_alone(seconds: float, device: str, rows: torch.Tensor) -> float:
         if began is None and tokens >= WARM_TOKENS:
             began, warm = time.monotonic(), tokens
         batch = buffer.draw(settings.optimizer.batch)
-        run.learn(batch, tokens)
+        run.learn(batch)
         buffer.insert(batch.x, 0, batch.position)
         tokens += settings.optimizer.batch
     return (tokens - warm) / (time.monotonic() - began)
