@@ -45,6 +45,8 @@ Beside it:
 Each has a --help of its own."""
 
 log = logging.getLogger("sluice.trainer")
+PROGRESS_SECONDS = 30.0
+"""A line of the log tells how training goes this often."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,6 +209,7 @@ class Reports:
 
     def __init__(self, directory: Path, metrics: TrainerMetrics) -> None:
         self.last: StepReport | None = None
+        self._told = time.monotonic()
         self._history = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
         self._metrics = metrics
 
@@ -217,6 +220,7 @@ class Reports:
         self._history.close()
 
     def report(self, report: StepReport) -> None:
+        self._tell(report, self.last)
         self.last = report
         self._metrics.update(report)
         self._history.write(json.dumps(_without_nan(report.as_json())) + "\n")
@@ -224,6 +228,20 @@ class Reports:
 
     def published(self, tokens: int) -> None:
         self._metrics.set_snapshot_tokens(tokens)
+        log.info("snapshot of %s rows published", f"{tokens:,}")
+
+    def _tell(self, report: StepReport, before: StepReport | None) -> None:
+        """A line for people: at once when something is wrong, every half minute when nothing is."""
+        stream = report.stream
+        if before is not None and (lost := stream.sessions_lost - before.stream.sessions_lost) > 0:
+            log.warning("%d producer(s) lost; what they had leased goes to others", lost)
+        if report.state == "starved" and (before is None or before.state != "starved"):
+            at_work = sum(stream.producers.values())
+            log.warning("the buffer is under half full and training waits; producers at work: %d", at_work)
+        if time.monotonic() - self._told >= PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            saes = " · ".join(f"{sae.name} fvu {sae.fvu:.4f} l0 {sae.l0:.1f}" for sae in report.saes)
+            log.info("%s rows · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
 
     def saved(self) -> None:
         self._metrics.set_checkpoint_time(time.time())

@@ -117,11 +117,12 @@ class Intake:
         with self.lock:
             return self._ready(count)
 
-    def wait_until_filled(self, count: int, stop: Interrupt) -> bool:
-        """Waits until `take(count)` would not; False when `stop` was set or the data ended without a row."""
+    def wait_until_filled(self, count: int, stop: Interrupt, seconds: float = float("inf")) -> bool:
+        """Waits until `take(count)` would not; False when `stop` was set, the data ended or `seconds` have passed."""
+        deadline = time.monotonic() + seconds
         with self._changed:
             while not self._ready(count):
-                if stop.is_set() or self._is_over():
+                if stop.is_set() or self._is_over() or time.monotonic() >= deadline:
                     return False
                 self._wait()
             return True

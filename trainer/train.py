@@ -38,6 +38,7 @@ SAMPLE_ROWS = 32_768
 SNAPSHOT_ROWS = 8_192
 """Rows that a snapshot's thresholds are estimated from."""
 REPORT_SECONDS = 2.0
+STARVED_REPORT_SECONDS = 5.0
 PAUSED_REPORT_SECONDS = 30.0
 RETRY_SECONDS = 30.0
 """After a last snapshot of an SAE could not be written."""
@@ -137,10 +138,14 @@ class Loop:
         self._see_off()
         if self.roster.paused:
             self._rest()
-        elif self.intake.wait_until_filled(rows := _rows_due(self.settings, self.tokens), self._inbox):
+        elif self.intake.wait_until_filled(
+            rows := _rows_due(self.settings, self.tokens), self._inbox, STARVED_REPORT_SECONDS
+        ):
             self.initialise()
             if not self.run.finished and (batch := self.intake.take(rows, self._inbox)) is not None:
                 self._step(batch)
+        elif self.clock.report_due(STARVED_REPORT_SECONDS):
+            self.report()
 
     def initialise(self) -> None:
         """Draws the first weights of newcomers, from the rows that wait.
