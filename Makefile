@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
 
-.PHONY: demo test lint bench gpu peers proofs clean
+.PHONY: demo test lint bench gpu peers proofs quality clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
@@ -32,6 +32,9 @@ gpu: $(VENV)/ready-dev
 peers: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers
 
+quality: $(VENV)-peers/ready $(VENV)/ready-dev
+	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m tests.benchmarks.quality
+
 $(VENV)/ready: pyproject.toml deploy/pins.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Sluice needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV) (once; about a minute)"
@@ -45,10 +48,12 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@touch $@
 
 $(VENV)-peers/ready: deploy/pins-peers.txt
-	@echo "setting up $(VENV)-peers with SAELens (once; some minutes)"
+	@echo "setting up $(VENV)-peers with SAELens, sparsify and dictionary_learning (once; some minutes)"
 	@$(PYTHON) -m venv $(VENV)-peers
 	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt torch
-	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt sae-lens
+	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt sae-lens eai-sparsify
+	@# Its dependencies, a buffer's nnsight above all, hold other libraries back; its trainers need none beyond these.
+	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt --no-deps dictionary-learning
 	@touch $@
 
 clean:

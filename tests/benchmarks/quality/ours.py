@@ -1,0 +1,73 @@
+"""One SAE trained by our trainer's own step on the same batches as the peers'.
+
+    python -m tests.benchmarks.quality.ours '{"architecture": "topk", ...}' ACTIVATIONS FOLDER
+
+The stream, the buffer and the ledger are left out: the shuffled batches that the peers get go straight to
+`trainer.trainee.Trainee`, set up as `trainer.train.Run` does it, and come out of the trainer's own export.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.benchmarks.quality.activations import HOOK
+from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
+from trainer.saes.inference import export
+from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.trainee import Trainee, Wiring
+
+SAMPLE_BATCHES = 16
+"""Rows that scale, centre and thresholds are estimated from; they are trained on as well."""
+CALIBRATION_BATCHES = 4
+"""Newest rows that a threshold for inference is estimated from."""
+
+
+def main() -> None:
+    cell, activations, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    began = time.monotonic()
+    sparsity = {"target_l0": float(cell["k"])} if cell["architecture"] == "jumprelu" else {"k": cell["k"]}
+    of_optimizer = {name: value for name, value in cell["options"].items() if name in OptimizerSettings.model_fields}
+    of_sae = {name: value for name, value in cell["options"].items() if name not in of_optimizer}
+    settings = SaeSettings.model_validate(
+        dict(name="sae", architecture=cell["architecture"], d_sae=D_SAE, **sparsity)
+        | dict(dead_tokens=500_000, revive_tokens=cell["dead_tokens"])
+        | of_sae
+    )
+    optimizer = OptimizerSettings.model_validate(
+        dict(batch=BATCH, learning_rate=cell["rate"], warmup_tokens=WARMUP_TOKENS, cooldown=COOLDOWN) | of_optimizer
+    )
+    rows = batches(activations, cell["tokens"], cell["seed"])
+    first = list(itertools.islice(rows, SAMPLE_BATCHES))
+    sample = torch.cat(first)
+    scale = float((sample.shape[1] / sample.double().square().sum(1).mean()).sqrt())
+    dtype = torch.bfloat16 if cell["autocast"] else torch.float32
+    wiring = Wiring((0,), None, (sample.shape[1],))
+    trainee = Trainee(settings, optimizer, wiring, torch.device("cpu"), dtype, cell["seed"])
+    trainee.initialise([sample * scale], [scale])
+    target = cell["tokens"] // BATCH * BATCH
+    newest = first[-CALIBRATION_BATCHES:]
+    for batch in itertools.chain(first, rows):
+        trainee.step([batch * scale], target)
+        newest = [*newest[1:], batch]
+    x = torch.cat(newest)
+    trainee.calibrate(trainee.sae, [x * scale])
+    rate = trainee.statistics.firing_rate()
+    published = export(trainee.sae, trainee.frame([scale]), "sae", rate, x[:1024], {"hook_name": HOOK}, {})
+    assert published.cfg["apply_b_dec_to_input"]
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: torch.from_numpy(value).contiguous() for name, value in published.weights.items()}
+    save_file(weights, folder / "sae.safetensors")
+    seconds = time.monotonic() - began
+    report = {"architecture": published.cfg["architecture"], "k": cell["k"], "seconds": seconds}
+    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

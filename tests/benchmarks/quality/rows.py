@@ -1,0 +1,37 @@
+"""What every trainer in the comparison is given: one file of activations, one order, one batch.
+
+Imported by our side and, in an environment with nothing of ours, by the peers' side: torch and safetensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+BATCH = 2048
+D_SAE = 4096
+WARMUP_TOKENS = 100_000
+COOLDOWN = 0.3
+"""The learning rate rises over WARMUP_TOKENS and falls to zero over this last fraction, where a trainer has a say."""
+
+
+def read(path: Path, name: str, rows: int | None = None) -> Tensor:
+    """The first `rows` of `train` or `held_out` [rows, d_in], bfloat16, in the units of the language model."""
+    with safe_open(path, framework="pt") as file:
+        kept = file.get_slice(name)
+        return kept[: kept.get_shape()[0] if rows is None else rows]
+
+
+def batches(path: Path, tokens: int, seed: int) -> Iterator[Tensor]:
+    """Batches [BATCH, d_in] in float32, `tokens` // BATCH of them; more tokens than the file has are another epoch."""
+    rows = read(path, "train")
+    rows = rows[: min(tokens, len(rows))]
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-tokens // len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
+    for start in range(0, tokens - BATCH + 1, BATCH):
+        yield rows[order[start : start + BATCH]].float()

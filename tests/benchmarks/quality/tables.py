@@ -1,0 +1,132 @@
+"""What was measured, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from tests.benchmarks.quality.cells import FRONTIER, LONG_TOKENS, SEEDS, Cell
+
+Results = Mapping[str, dict[str, Any]]
+
+NAMES = {
+    "ours": "**Sluice**",
+    "saelens": "SAELens",
+    "dictionary_learning": "dictionary_learning",
+    "sparsify": "sparsify",
+}
+ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+COLUMNS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "FVU": lambda rs: _spread(rs, "fvu", "{:.4f}"),
+    "L0": lambda rs: _spread(rs, "l0", "{:.1f}"),
+    "silent, 20k rows": lambda rs: _spread(rs, "silent_20k", "{:.1%}", False),
+    "silent, all rows": lambda rs: _spread(rs, "silent", "{:.1%}", False),
+    "ΔCE": lambda rs: _spread(rs, "ce_delta", "{:.4f}"),
+    "CE recovered": lambda rs: _spread(rs, "ce_recovered", "{:.4f}", False),
+    "s": lambda rs: _spread(rs, "seconds", "{:.0f}", False),
+}
+
+
+def tables(results: Results, best: Sequence[Cell]) -> str:
+    """Seeds at the best rate, the grid of rates, the frontier, the long run, the search; without what was not run."""
+    parts = (
+        _seeds(results, best),
+        _rates(results, best),
+        _frontier(results, best),
+        _long(results, best),
+        _search(results, best),
+    )
+    return "\n\n".join(filter(None, parts))
+
+
+def _seeds(results: Results, best: Sequence[Cell]) -> str:
+    rows = []
+    for cell in best:
+        done = _done(results, (cell.but(seed=seed) for seed in SEEDS))
+        if done:
+            rows.append([*_who(cell), f"{cell.rate:g}", str(len(done)), *_told(done)])
+    return _table("L0 32, best rate; mean ± deviation over seeds", ["trainer", "", "rate", "seeds", *COLUMNS], rows)
+
+
+def _rates(results: Results, best: Sequence[Cell]) -> str:
+    found = {cell.contender: _like(results, cell) for cell in best}
+    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    rows = []
+    for cell in best:
+        told = (found[cell.contender].get(rate) for rate in rates)
+        rows.append([*_who(cell), *(f"{r['fvu']:.4f} ({r['silent']:.1%})" if r else "" for r in told)])
+    return _table("FVU (silent) by learning rate; one seed", ["trainer", "", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _like(results: Results, cell: Cell) -> dict[float, dict[str, Any]]:
+    """Results of this cell at any rate, by the rate."""
+    alike = [result for result in results.values() if cell.but(rate=result["cell"]["rate"]).name == _name(result)]
+    return {result["cell"]["rate"]: result for result in alike}
+
+
+def _search(results: Results, best: Sequence[Cell]) -> str:
+    """Every other cell at the standard L0 and tokens: what the contenders' settings were chosen from."""
+    shown = {_name(result) for cell in best for result in _like(results, cell).values()}
+    standard = Cell("", "", 0.0)
+    rows = []
+    for result in sorted(results.values(), key=_order):
+        cell = Cell(**result["cell"])
+        if _name(result) in shown or cell.seed or cell.k != standard.k or cell.tokens != standard.tokens:
+            continue
+        settings = [f"dead after {cell.dead_tokens:,}"] + ["float32"] * (not cell.autocast)
+        settings += [f"{name} {value}" for name, value in cell.options.items()]
+        rows.append([*_who(cell), f"{cell.rate:g}", ", ".join(settings), *_told([result])])
+    return _table("Search; one seed", ["trainer", "", "rate", "settings", *COLUMNS], rows)
+
+
+def _frontier(results: Results, best: Sequence[Cell]) -> str:
+    rows = []
+    for cell in best:
+        by_k = {k: _done(results, [cell.but(k=k)]) for k in FRONTIER}
+        if sum(map(bool, by_k.values())) > 1:
+            told = (f"{r[0]['l0']:.1f}: {r[0]['fvu']:.4f}, {r[0]['ce_delta']:.4f}" if r else "" for r in by_k.values())
+            rows.append([*_who(cell), *told])
+    return _table("L0: FVU, ΔCE; one seed", ["trainer", "", *(f"k = {k}" for k in FRONTIER)], rows)
+
+
+def _long(results: Results, best: Sequence[Cell]) -> str:
+    rows = []
+    for cell in best:
+        if done := _done(results, [cell.but(tokens=LONG_TOKENS)]):
+            rows.append([*_who(cell), f"{cell.rate:g}", *_told(done)])
+    return _table(f"{LONG_TOKENS:,} tokens, one seed", ["trainer", "", "rate", *COLUMNS], rows)
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    return Cell(**result["cell"]).name
+
+
+def _order(result: Mapping[str, Any]) -> tuple[int, int, float, str]:
+    cell = Cell(**result["cell"])
+    return list(ARCHITECTURES).index(cell.architecture), list(NAMES).index(cell.library), cell.rate, cell.name
+
+
+def _told(results: Sequence[dict[str, Any]]) -> list[str]:
+    return [column(results) for column in COLUMNS.values()]
+
+
+def _who(cell: Cell) -> list[str]:
+    return [NAMES[cell.library], ARCHITECTURES[cell.architecture]]
+
+
+def _done(results: Results, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    return [results[cell.name] for cell in cells if cell.name in results]
+
+
+def _spread(results: Sequence[dict[str, Any]], name: str, form: str, deviation: bool = True) -> str:
+    values = [result[name] for result in results]
+    told = form.format(mean(values))
+    return f"{told} ± {form.format(stdev(values))}" if deviation and len(values) > 1 else told
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
