@@ -50,7 +50,8 @@ class OptimizerSettings(Table):
     warmup_tokens: Annotated[int, Field(ge=0)] = 1_000_000
     """The learning rate rises linearly over these rows."""
     cooldown: float = Field(default=0.2, ge=0.0, le=1.0)
-    """The learning rate falls linearly to zero over this last fraction of run.tokens; needs run.tokens."""
+    """The learning rate falls linearly to zero over this last fraction of run.tokens or of an SAE's own tokens; `ctl
+    cooldown` and `detach` take the same fraction of the rows seen so far."""
 
 
 class SaeSettings(Table):

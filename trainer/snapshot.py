@@ -2,15 +2,16 @@
 
     snapshots/000001234567/              named by tokens trained
         <sae name>/cfg.json                     architecture, sizes, provenance under `metadata`
-        <sae name>/sae_weights.safetensors      W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc, b_dec (, threshold)
+        <sae name>/sae_weights.safetensors      W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_dec [d_out], and per latent
+                                                b_enc (, threshold), or b_gate, b_mag, r_mag; transcoders: W_skip
         <sae name>/sparsity.safetensors         log10 firing rate of each latent
         <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
         <sae name>/evaluation.json              added later by the monitor
         manifest.json                           written last: every file with its size and sha256
     snapshots/LATEST                     the newest complete snapshot's name
 
-A folder without a manifest does not exist for readers. What is published takes raw activations: the input scale is
-folded in, decoder rows have unit norm in float32.
+A folder without a manifest does not exist for readers. What is published takes raw activations: input scale and
+whitening are folded in. Decoder rows have unit norm in float32, but for top-k SAEs whose choice that would change.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Export:
     firing_rate: np.ndarray
     """[d_sae], 0 where a latent never fired."""
     selftest: dict[str, np.ndarray]
-    """x [rows, d_in], latents [rows, d_sae], x_hat [rows, d_in]."""
+    """x [rows, d_in], latents [rows, d_sae], x_hat [rows, d_out]."""
     metrics: dict[str, Any]
 
 

@@ -31,7 +31,7 @@ class Summary:
 
 
 class Statistics:
-    """See the module's docstring. `reference` [d_in] is a point near the mean of x, such as b_dec at the start."""
+    """Of what is reconstructed, here x (a transcoder's y). `reference` [d] is near its mean: that of the first rows."""
 
     def __init__(self, d_sae: int, reference: Tensor) -> None:
         device = reference.device
@@ -45,7 +45,7 @@ class Statistics:
         """rows, active latents, |x−r|², |x_hat−r|², (x−r)·(x_hat−r), |x−x_hat|², each over the window"""
 
     def update(self, x: Tensor, x_hat: Tensor, fired: Latents) -> None:
-        """Takes in one batch: x and x_hat [batch, d_in]; a value of `fired` other than zero counts."""
+        """Takes in one batch: x and x_hat [batch, d]; a value of `fired` other than zero counts."""
         rows = len(x)
         decay = 0.5 ** (rows / HALF_LIFE_TOKENS)
         counts = fired.firings()
