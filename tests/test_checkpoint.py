@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from producer.wire import Hello, Hook
-from tests.small_run import publish_snapshot
+from tests.small_run import identity_sae, publish_snapshot
 from trainer import checkpoint
 from trainer.buffer import Batch
 from trainer.checkpoint import CheckpointError, load_newest, save
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     """With both formats and what to do."""
     save(tmp_path, 1000, {"format": 99}, TENSORS, keep=2)
 
-    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 2: resume with the version"):
+    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 3: resume with the version"):
         load_newest(tmp_path)
 
 
@@ -356,6 +356,17 @@ def test_old_snapshots_are_retired(tmp_path: Path) -> None:
     assert names(tmp_path / "snapshots") == ["000000003000", "000000004000", "LATEST"]
     for name in snapshot_names(tmp_path):
         verify(tmp_path / "snapshots" / name)
+
+
+def test_the_last_snapshot_of_an_sae_that_left_is_not_retired(tmp_path: Path) -> None:
+    """There is no other copy of it."""
+    publish_snapshot(tmp_path, 1000, [identity_sae("left"), identity_sae("small")])
+    publish_snapshot(tmp_path, 2000, [identity_sae("left"), identity_sae("small")])
+    for tokens in (3000, 4000, 5000):
+        publish_snapshot(tmp_path, tokens)
+    retire(tmp_path, keep=2)
+
+    assert snapshot_names(tmp_path) == ["000000002000", "000000004000", "000000005000"]
 
 
 def test_a_snapshot_that_is_there_is_not_written_again(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
 from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, make_tangent, warmup_factor
 from trainer.report import DENSITY_EDGES
-from trainer.run import Run
+from trainer.run import Run, scale_of
 from trainer.saes.base import normalise_rows
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.statistics import HALF_LIFE_TOKENS, Statistics
@@ -248,6 +248,36 @@ def test_every_sae_learns(kind: str) -> None:
         return float(trainee.sae.gradients(x, y, nobody).loss["reconstruction"])
 
     assert unexplained(many) < 0.8 * unexplained(few)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
+def test_a_large_mean_changes_nothing(kind: str) -> None:
+    """The same rows, thirty standard deviations away: b_dec takes the mean, and all else is learned as before."""
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(32, 16), dim=1)
+    rows = (torch.rand(40_000, 32) * (torch.rand(40_000, 32) < 0.1)) @ directions
+    fvu = []
+    for offset in (0.0, 30.0):
+        x = rows + offset * rows.std()
+        scale = scale_of(x)
+        trainee = Trainee(
+            settings_of(kind, d_sae=64, dead_tokens=10_000), OptimizerSettings(learning_rate=3e-3, warmup_tokens=2000),
+            Wiring((0,), None, (16,)), torch.device("cpu"), torch.float32,
+        )  # fmt: skip
+        trainee.initialise([x[:8192] * scale], [scale])
+        for batch in x.split(256):
+            trainee.step([batch * scale])
+        fvu.append(trainee.statistics.summary().fvu)
+
+    assert fvu[1] == pytest.approx(fvu[0], rel=0.1)
+
+
+def test_an_sae_may_have_any_name() -> None:
+    """Its tensors in a checkpoint cannot be taken for others, such as the ledger's."""
+    settings = SaeSettings(name="ledger", architecture="topk", d_sae=16, k=2)
+    trainee = Trainee(settings, OptimizerSettings(), Wiring((0,), None, (4,)), torch.device("cpu"), torch.float32)
+
+    assert all(name.startswith("sae/ledger/") for name in trainee.state()[1])
 
 
 def test_bug_10_each_sae_counts_its_own_rows() -> None:

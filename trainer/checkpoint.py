@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.durable import new_folder, remove_folder, sweep
 from trainer.snapshot import file_sha256
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"\d{12,}-\d{6,}")
 FILES = ("state.json", "state.safetensors")
 

@@ -115,10 +115,14 @@ def snapshot(loop: Loop, _: dict[str, Any]) -> Answer:
     if not run.taught or not loop.has_rows:
         raise Refused("no rows are here to make a snapshot with; try again when a producer is at work", 1)
     loop.report()
-    if not loop.publish():
+    published = loop.publish()
+    if not published:
         raise Refused("the snapshot was not written; the trainer's log says why", 1)
+    _keep(loop)  # a trainer that goes on from an older checkpoint takes later snapshots away
     path = f"{loop.settings.run.directory}/snapshots/{snapshot_name(loop.tokens)}"
-    return {"said": f"published {path}", "snapshot": path}
+    missing = [trainee.settings.name for trainee in run.taught if trainee.settings.name not in published]
+    without = f", without {', '.join(missing)}: the log says why" if missing else ""
+    return {"said": f"published {path}{without}", "snapshot": path}
 
 
 def cooldown(loop: Loop, given: dict[str, Any]) -> Answer:

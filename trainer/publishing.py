@@ -22,11 +22,12 @@ SELFTEST_CANDIDATES = 1024
 """Rows among which the self-test's are found."""
 
 
-def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: dict[str, Any]) -> Path:
+def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: dict[str, Any]) -> list[str]:
     """Writes a snapshot of every SAE that has learned something, self-tested, and retires old ones.
 
     An SAE that fails its self-test is told in the log and left out; it does not keep the others from appearing.
-    `rows` are raw rows of every hook, for calibration and self-test; `facts` what the manifest tells of the run.
+    Returns the names of those in it. `rows` are raw rows of every hook, for calibration and self-test; `facts` what
+    the manifest tells of the run.
     """
     directory = Path(run.settings.run.directory)
     exports: list[Export] = []
@@ -37,9 +38,9 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
             log.error("sae %s is left out of this snapshot: %s", trainee.settings.name, error)
     if not exports:
         raise SnapshotError("there is no SAE to publish")
-    folder = publish(directory, report.tokens, exports, facts, check)
+    publish(directory, report.tokens, exports, facts, check)
     retire(directory, run.settings.snapshots.keep)
-    return folder
+    return [export.name for export in exports]
 
 
 def _exports(

@@ -123,6 +123,9 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: str) 
             # A budget that was raised brings a finished SAE back to work.
             member.ended &= sae.tokens == member.settings.tokens
             member.settings = sae
+    names = [name for member in members for name in _names(member.settings)]
+    if clash := sorted({name for name in names if names.count(name) > 1}):
+        raise RosterError(f"{', '.join(clash)} would be the name of an SAE and of an EMA copy: remove ema_tokens")
     return roster
 
 
@@ -135,7 +138,7 @@ def shape(sae: SaeSettings) -> dict[str, Any]:
             "whitening", "train",
         },
         exclude_none=True,
-    )  # fmt: skip
+    ) | ({"penalty": sae.sparsity} if sae.architecture == "relu" else {})  # fmt: skip
 
 
 def _names(sae: SaeSettings) -> list[str]:

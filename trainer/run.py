@@ -26,6 +26,16 @@ from trainer.trainee import Trainee, Wiring
 log = logging.getLogger("sluice.trainer")
 
 
+def scale_of(x: Tensor) -> float:
+    """What raw rows [rows, width] are multiplied by so that the variance of an element is 1.
+
+    About the mean, not about zero: a mean far larger than the spread, which b_dec takes away at once, would otherwise
+    shrink what is to be learned, and with it every threshold, bandwidth and learning rate.
+    """
+    x = x.double()
+    return float((x.shape[1] / (x - x.mean(0)).square().sum(1).mean()).sqrt())
+
+
 class Run:
     """See the module's docstring. `stream` is the frozen HELLO of the first producer."""
 
@@ -37,7 +47,7 @@ class Run:
         self.seconds = 0.0
         """Time spent training, restarts included and pauses not."""
         self.scales: list[float] | None = None
-        """One per hook: rows are multiplied by it, so that an element's mean square is 1. Frozen."""
+        """One per hook: rows are multiplied by it, so that an element's variance is 1. Frozen."""
         self.last_batch: Batch | None = None
         self.device = pick_device(settings.optimizer.device)
         self.trainees = [self._trainee(member) for member in self.roster.members]
@@ -123,7 +133,7 @@ class Run:
         """The newcomers' first weights from raw rows per hook, and the run's scales when they are the first."""
         rows = [x.float() for x in sample]
         if self.scales is None:
-            self.scales = [float((x.shape[1] / x.double().square().sum(1).mean()).sqrt()) for x in rows]
+            self.scales = [scale_of(x) for x in rows]
         scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
         while self.newcomers:
             trainee = self.newcomers[0]

@@ -90,8 +90,7 @@ class SaeSettings(Table):
     """What makes it sparse. jumprelu: target_l0 (default), l0 or tanh. relu: l1 on unit decoder rows (Bricken 2023),
     l1_norm weighted by free decoder norms (default; Anthropic, April 2024) or tanh."""
     sparsity_weight: Annotated[float, Field(ge=0.0)] | None = None
-    """Weight of the penalty beside |x − x_hat|², where x has a mean square norm of d_in; all penalties but
-    target_l0."""
+    """Weight of the penalty beside |x − x_hat|², where an element of x has variance 1; all penalties but target_l0."""
     sparsity_warmup_tokens: Annotated[int, Field(ge=0)] | None = None
     """The weight of the penalty rises linearly over these rows. Without it: four times optimizer.warmup_tokens for
     target_l0, whose pull is strongest while L0 is still far off; none for the others."""
@@ -103,7 +102,7 @@ class SaeSettings(Table):
     """Penalty tanh: c in tanh(c · latent · decoder norm)."""
 
     bandwidth: float = Field(default=0.5, gt=0.0)
-    """jumprelu: width of the straight-through kernel, where the mean square of an element of x is 1. 2 is the wide
+    """jumprelu: width of the straight-through kernel, where an element of x has variance 1. 2 is the wide
     kernel (Anthropic's), which on ground truth finds the rarest features too; 0.5 reconstructs the demo's activations
     better and touches fewer entries."""
     initial_threshold: float = Field(default=0.25, gt=0.0)
@@ -234,6 +233,8 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
     kind = sae.architecture
     if not re.fullmatch(r"[A-Za-z0-9._-]+", sae.name) or sae.name.startswith("."):
         yield f"name {sae.name!r} becomes a folder: use letters, digits, dot, dash, underscore"
+    if sae.name in ("manifest.json", "LATEST"):
+        yield f"name {sae.name!r} is that of a file in every snapshot: choose another"
     if kind in ("topk", "batchtopk"):
         if sae.k is None:
             yield f"architecture {kind} needs k, such as k = 32"

@@ -178,9 +178,17 @@ def read_sparsity(folder: Path) -> np.ndarray:
 
 
 def retire(run_directory: Path, keep: int) -> None:
-    """Removes the oldest snapshots beyond `keep`, each at one stroke, so that no reader sees half of one."""
-    for name in snapshot_names(run_directory)[:-keep]:
-        remove_folder(run_directory / "snapshots" / name)
+    """Removes the oldest snapshots beyond `keep`, each at one stroke, so that no reader sees half of one.
+
+    The newest that holds an SAE stays: of one that has left the run there is no other copy.
+    """
+    seen: set[str] = set()
+    for age, name in enumerate(reversed(snapshot_names(run_directory))):
+        folder = run_directory / "snapshots" / name
+        saes = set(read_manifest(folder)["saes"])
+        if age >= keep and saes <= seen:
+            remove_folder(folder)
+        seen |= saes
 
 
 def forget_after(run_directory: Path, tokens: int) -> None:

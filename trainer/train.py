@@ -109,14 +109,18 @@ class Loop:
         """Trains until the run is complete (True), or until it is told to stop (False)."""
         self._begin()
         while not (self.complete or self.drained or self._inbox.stopping):
+            # One request a turn: a flood of them must not stop the training.
             if (request := self._inbox.next()) is not None and self._answer is not None:
                 self._answer(self, request)
-            else:
-                self._turn()
+            self._turn()
         if self.run is not None and self.run.taught:
             self.report()
             if self.complete:
-                self.publish()
+                if not self.publish():
+                    raise SnapshotError(
+                        "the last snapshot could not be written: mend what the log says, then start the trainer again; "
+                        "it goes on from its checkpoint"
+                    )
                 for member in self.roster.members:
                     member.ended |= self.run.trainee(member).finished
         return self.complete
@@ -157,7 +161,7 @@ class Loop:
         while run.newcomers:
             try:
                 run.initialise(self.intake.peek(SAMPLE_ROWS))
-            except (SnapshotError, RuntimeError) as error:
+            except Exception as error:
                 member = self.roster.find(run.newcomers[0].settings.name)
                 if not member.attached:
                     raise
@@ -187,7 +191,10 @@ class Loop:
             if not self.has_rows:
                 return
             self.report()
-            if not self.publish():
+            published = self.publish()
+            # One that was left out stays, and is tried again: what leaves unpublished would be lost.
+            ended = [member for member in ended if member.name in published or not self.run.trainee(member).tokens]
+            if not ended:
                 self._retry_at = time.monotonic() + RETRY_SECONDS
                 return
         for member in ended:
@@ -241,17 +248,17 @@ class Loop:
             return waiting
         return self.run.last_batch.x if self.run.last_batch is not None else []
 
-    def publish(self) -> bool:
-        """A snapshot of this moment; False, with a line in the log, when it could not be written."""
+    def publish(self) -> list[str]:
+        """A snapshot of this moment: the names of the SAEs in it, none, with a line in the log, when it failed."""
         run = self.run
         assert run is not None
         if not (rows := self._snapshot_rows()):
-            return False
-        report = self.clock.look()
-        if not written("snapshot", lambda: publish_snapshot(run, report, rows, run_facts(run, self.intake))):
-            return False
-        self._listener.published(report.tokens)
-        return True
+            return []
+        report, published = self.clock.look(), list[str]()
+        facts = run_facts(run, self.intake)
+        if written("snapshot", lambda: published.extend(publish_snapshot(run, report, rows, facts))):
+            self._listener.published(report.tokens)
+        return published
 
     def save(self) -> bool:
         """One instant on disk: weights, roster and ledger between two steps. False, with a line in the log, if not."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
+from trainer.optimizer import SHARED, Cooldown, RowAdam, default_learning_rate, warmup_factor
 from trainer.report import SaeReport
 from trainer.saes.base import Gradients, Sae
 from trainer.saes.batchtopk import BatchTopK
@@ -232,6 +232,8 @@ class Trainee:
         self.sae.reinitialise(latents, towards[rows], decoded[rows])
         self.optimizer.forget(latents)
         self.statistics.tokens_since_fired[latents] = 0
+        for name in self._ema.keys() - set(SHARED):
+            self._ema[name][latents] = self.sae.parameters[name][latents]
 
     # The averaged copy
 
@@ -297,8 +299,9 @@ class Trainee:
             "ema": self._ema,
             "whitening": {} if white is None else vars(white),
         }
-        name = self.settings.name
-        tensors = {f"{name}/{part}/{key}": value for part, values in parts.items() for key, value in values.items()}
+        tensors = {
+            f"{self._prefix(part)}{key}": value for part, values in parts.items() for key, value in values.items()
+        }
         return {
             "variance": self.sae.variance,
             "skipped_steps": self.skipped_steps,
@@ -325,8 +328,11 @@ class Trainee:
         self.optimizer.restore(self._part(tensors, "adam"))
         self.statistics.restore(self._part(tensors, "statistics"))
 
+    def _prefix(self, part: str) -> str:
+        return f"sae/{self.settings.name}/{part}/"
+
     def _part(self, tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        prefix = f"{self.settings.name}/{part}/"
+        prefix = self._prefix(part)
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

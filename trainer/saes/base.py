@@ -1,7 +1,7 @@
 """What every sparse autoencoder has: parameters, a gradient for a batch, an inference form.
 
 Inside, both matrices have one row per latent, contiguous, so that everything after the encoder touches rows only:
-W_enc [d_sae, d_in], W_dec [d_sae, d_out]. Rows arrive scaled to a mean square of 1 per element; what is published
+W_enc [d_sae, d_in], W_dec [d_sae, d_out]. Rows arrive scaled to a variance of 1 per element; what is published
 takes raw activations.
 
     pre_acts = (x − b_dec) W_encᵀ + b_enc        latents = act(pre_acts)        y_hat = latents W_dec + b_dec

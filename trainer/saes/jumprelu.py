@@ -13,7 +13,7 @@ H has no useful derivative; the straight-through one spreads the jump over a ban
 
 With `straight_through = "encoder"` it flows into z as well as into θ: the encoder learns what to leave out. With
 "threshold" the terms with K reach θ only. θ is trained itself, in float32 and above zero, or as exp(t) with `log`,
-where ∂L/∂t = θ ∂L/∂θ. Rows of x have a mean square of 1 per element, which is the scale ε is measured in.
+where ∂L/∂t = θ ∂L/∂θ. Elements of x have variance 1, which is the scale ε is measured in.
 
 The gradient lives on the entries with z > θ − ε/2 and nowhere else, apart from the dead latents' pre-act loss.
 """
@@ -129,7 +129,7 @@ class JumpReLU(Sae):
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
         """As the base, with a threshold that the row a latent is pointed at exceeds, and most others do not.
 
-        Halfway to what x gives, or two standard deviations of a projection of rows whose elements have mean square 1.
+        Halfway to what x gives, or two standard deviations of a projection of rows whose elements have variance 1.
         """
         super().reinitialise(latents, x, y)
         theta, W_enc = self.threshold.clone(), self.W_enc[latents]

@@ -57,5 +57,9 @@ class Tied(ReLU):
         del grads["b_dec"]
         return grads
 
+    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        keys, weights = super().export()
+        return keys, weights | {"W_enc": weights["W_dec"].clone()}
+
     def output_gradients(self, x: Tensor, total: Tensor) -> dict[str, Tensor]:
         return {}

@@ -17,7 +17,7 @@ from trainer.kernels.select import Latents, largest
 from trainer.saes.base import Gradients, Sae, add
 
 INITIAL_PRE_ACT = 1.0
-"""A latent that only just is among the k begins with this value (elements of x have a mean square of 1)."""
+"""A latent that only just is among the k begins with this value (elements of x have variance 1)."""
 
 
 class TopK(Sae):
