@@ -15,8 +15,7 @@ FRONTIER = (8, 16, 32, 64, 128)
 L0 = 32
 MOST_SILENT = 0.02
 """Ours must leave at most this fraction of latents silent; of a peer the lowest FVU counts, whatever it leaves."""
-QUICK = MappingProxyType({"betas": [0.9, 0.95]})
-"""In a run of 732 steps Adam's usual memory of 1000 squared gradients is all beginning."""
+NEVER = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,14 @@ class Cell:
 
 
 CONTENDERS = (
-    Cell("ours", "topk", 3e-3, dead_tokens=10_000, options=QUICK),
-    Cell("ours", "batchtopk", 3e-3, dead_tokens=10_000, options=QUICK),
-    Cell("ours", "jumprelu", 3e-3, dead_tokens=10_000, options=QUICK),
+    Cell("ours", "topk", 3e-3, dead_tokens=10_000),
+    Cell("ours", "batchtopk", 3e-3, dead_tokens=10_000),
+    Cell("ours", "jumprelu", 3e-3, dead_tokens=10_000),
     Cell("dictionary_learning", "topk", 3e-3),
     Cell("dictionary_learning", "batchtopk", 3e-3),
     Cell("dictionary_learning", "jumprelu", 3e-3),
-    Cell("saelens", "topk", 3e-3),
-    Cell("saelens", "batchtopk", 3e-3),
+    Cell("saelens", "topk", 3e-3, dead_tokens=NEVER),
+    Cell("saelens", "batchtopk", 3e-3, dead_tokens=NEVER),
     Cell("saelens", "jumprelu", 3e-3),
     Cell("sparsify", "topk", 3e-3),
 )

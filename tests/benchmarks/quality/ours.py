@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from tests.benchmarks.quality.activations import HOOK
 from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
+from trainer.run import scale_of
 from trainer.saes.inference import export
 from trainer.settings import OptimizerSettings, SaeSettings
 from trainer.trainee import Trainee, Wiring
@@ -46,7 +47,7 @@ def main() -> None:
     rows = batches(activations, cell["tokens"], cell["seed"])
     first = list(itertools.islice(rows, SAMPLE_BATCHES))
     sample = torch.cat(first)
-    scale = float((sample.shape[1] / sample.double().square().sum(1).mean()).sqrt())
+    scale = scale_of(sample)
     dtype = torch.bfloat16 if cell["autocast"] else torch.float32
     wiring = Wiring((0,), None, (sample.shape[1],))
     trainee = Trainee(settings, optimizer, wiring, torch.device("cpu"), dtype, cell["seed"])
