@@ -66,7 +66,7 @@ class Cell:
 CONTENDERS = (
     Cell("ours", "topk", 3e-3, dead_tokens=10_000),
     Cell("ours", "batchtopk", 3e-3, dead_tokens=10_000),
-    Cell("ours", "jumprelu", 3e-3, dead_tokens=10_000),
+    Cell("ours", "jumprelu", 3e-3, dead_tokens=10_000, options=MappingProxyType({"revive": "auxk"})),
     Cell("dictionary_learning", "topk", 3e-3),
     Cell("dictionary_learning", "batchtopk", 3e-3),
     Cell("dictionary_learning", "jumprelu", 3e-3),
