@@ -13,10 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
@@ -56,18 +56,22 @@ def main() -> int:
         console.print(f"starting afresh: removing {directory}", style="dim")
         shutil.rmtree(directory)
     (directory / "logs").mkdir(parents=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    # Remembered, not raised: an exception in the midst of a Popen would leave a process that nobody knows of.
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: interrupted.set())
     processes: dict[str, subprocess.Popen[bytes]] = {}
     began = time.monotonic()
     try:
         for name, command in COMMANDS.items():
+            if interrupted.is_set():
+                raise KeyboardInterrupt
             log = open(directory / "logs" / f"{name}.log", "wb")  # noqa: SIM115 (the child keeps it open)
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
             processes[name] = subprocess.Popen(
                 [sys.executable, *command, RUN_FILE, *overrides], stdout=log, stderr=log, start_new_session=True
             )
-        failed = _watch(console, directory, processes, began)
+        failed = _watch(console, directory, processes, began, interrupted)
     except KeyboardInterrupt:
         _stop(processes)
         console.print(f"stopped; nothing is left running. The run so far lies in {directory}.")
@@ -94,14 +98,14 @@ def _is_an_old_run(directory: Path) -> bool:
     return (directory / "settings.toml").is_file()
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _watch(
-    console: Console, directory: Path, processes: dict[str, subprocess.Popen[bytes]], began: float
-) -> str | None:
-    """Shows the run until all three are through; the name of the first that failed, or None."""
+    console: Console, directory: Path, processes: dict[str, subprocess.Popen[bytes]], began: float,
+    interrupted: threading.Event,
+) -> str | None:  # fmt: skip
+    """Shows the run until all three are through; the name of the first that failed, or None.
+
+    Raises KeyboardInterrupt soon after `interrupted` was set.
+    """
     printed = 0.0
     with Live(console=console, refresh_per_second=4, transient=False, auto_refresh=False) as screen:
         while any(process.poll() is None for process in processes.values()):
@@ -115,7 +119,8 @@ def _watch(
             elif elapsed - printed >= PLAIN_EVERY_SECONDS:
                 printed = elapsed
                 console.print(frame)
-            time.sleep(0.25)
+            if interrupted.wait(0.25):
+                raise KeyboardInterrupt
     return next((name for name, process in processes.items() if process.returncode), None)
 
 
