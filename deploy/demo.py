@@ -109,6 +109,8 @@ def _watch(
     printed = 0.0
     with Live(console=console, refresh_per_second=4, transient=False, auto_refresh=False) as screen:
         while any(process.poll() is None for process in processes.values()):
+            if interrupted.is_set():
+                raise KeyboardInterrupt  # before anything is called a failure that the same signal has stopped
             for name, process in processes.items():
                 if process.poll():
                     return name
@@ -119,8 +121,7 @@ def _watch(
             elif elapsed - printed >= PLAIN_EVERY_SECONDS:
                 printed = elapsed
                 console.print(frame)
-            if interrupted.wait(0.25):
-                raise KeyboardInterrupt
+            interrupted.wait(0.25)
     return next((name for name, process in processes.items() if process.returncode), None)
 
 
