@@ -657,7 +657,7 @@ def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
     assert waited
     assert (trainee.sae.W_enc[0] - before[0]).norm() > 0.1
     assert (trainee.sae.W_enc[1] - before[1]).norm() < 1e-3
-    assert trainee.sae.reach(last[0], torch.tensor([0])).amax() > trainee.sae.parameters["threshold"][0]
+    assert trainee.sae.in_float32(last[0], torch.tensor([0])).amax() > trainee.sae.parameters["threshold"][0]
     assert trainee.statistics.tokens_since_fired[:2].tolist() == [0, 192]
 
 

@@ -215,8 +215,8 @@ class Trainee:
         if limit := self.settings.reinitialise_tokens:
             latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
             if len(latents):
-                reach = self.sae.reach(x, latents)
-                out_of_reach = latents[(reach.abs() if self.settings.abs else reach).amax(0) <= 0]
+                pre_acts = self.sae.in_float32(x, latents)
+                out_of_reach = latents[(pre_acts.abs() if self.settings.abs else pre_acts).amax(0) <= 0]
                 error = y - y_hat
                 towards = error if self.wiring.target is None else x - x.mean(0)
                 self._move(out_of_reach, x, y, y_hat, towards, error)

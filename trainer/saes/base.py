@@ -184,12 +184,8 @@ class Sae(ABC):
         # b_dec is subtracted in float32: in bfloat16 it would cost the digits that matter.
         return linear(self._encoded(x).to(dtype), self.W_enc.to(dtype), (self.b_enc - less).to(dtype))
 
-    def in_float32(self, x: Tensor) -> Tensor:
-        """pre_acts as inference will have them."""
-        return linear(self._encoded(x), self.W_enc, self.b_enc)
-
-    def reach(self, x: Tensor, latents: Tensor) -> Tensor:
-        """pre_acts of some latents (indices [n]) only, [batch, n]."""
+    def in_float32(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
+        """pre_acts as inference will have them, [batch, d_sae]; of some `latents` (indices [n]) only, [batch, n]."""
         return linear(self._encoded(x), self.W_enc[latents], self.b_enc[latents])
 
     def _encoded(self, x: Tensor) -> Tensor:
