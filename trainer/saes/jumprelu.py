@@ -39,16 +39,18 @@ class JumpReLU(Sae):
     def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
         self._log = settings.threshold == "log"
-        self.parameters["log_threshold" if self._log else "threshold"] = torch.zeros(self.d_sae)
+        self._parameter = "log_threshold" if self._log else "threshold"
+        """Name of the one that θ is kept in."""
+        self.parameters[self._parameter] = torch.zeros(self.d_sae)
 
     @property
     def threshold(self) -> Tensor:
         """θ [d_sae]"""
-        return self.parameters["log_threshold"].exp() if self._log else self.parameters["threshold"]
+        kept = self.parameters[self._parameter]
+        return kept.exp() if self._log else kept
 
     def _set_threshold(self, theta: Tensor) -> None:
-        name = "log_threshold" if self._log else "threshold"
-        self.parameters[name].copy_(theta.log() if self._log else theta)
+        self.parameters[self._parameter].copy_(theta.log() if self._log else theta)
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """As the base; latents that fire equally often give INITIAL_L0 × target_l0 together."""
@@ -81,8 +83,7 @@ class JumpReLU(Sae):
         if self.settings.straight_through == "encoder":
             dz = dz + through_kernel
         dtheta = -through_kernel * theta_here if self._log else -through_kernel
-        name = "log_threshold" if self._log else "threshold"
-        grads = self.backward(x, latents, dz, main.rows, sums={name: dtheta})
+        grads = self.backward(x, latents, dz, main.rows, sums={self._parameter: dtheta})
         add(grads, self.output_gradients(x, main.total))
         self._pull_up(grads, losses, above_floor, x, dead)
         self.auxiliary(grads, losses, above_floor, x, y - main.y_hat, dead, theta - bandwidth / 2)
@@ -122,7 +123,7 @@ class JumpReLU(Sae):
         more = {"W_enc": -(under.T @ self._encoded(x)), "b_enc": -count}
         if self.centred:
             more["b_dec"] = count @ self.W_enc[indices]
-        more |= {"log_threshold": count * self.threshold[indices]} if self._log else {"threshold": count}
+        more[self._parameter] = count * self.threshold[indices] if self._log else count
         add(grads, more, indices)
         losses["pre_act"] = weight * below.sum()
 
@@ -140,7 +141,7 @@ class JumpReLU(Sae):
     def after_step(self) -> None:
         super().after_step()
         if not self._log:
-            self.parameters["threshold"].clamp_min_(MINIMUM_THRESHOLD)
+            self.parameters[self._parameter].clamp_min_(MINIMUM_THRESHOLD)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         return {"architecture": "jumprelu"}, self.common_weights() | {"threshold": self.threshold.clone()}
