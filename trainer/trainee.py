@@ -87,7 +87,8 @@ class Trainee:
         self.tokens = 0
         """Rows this SAE has learned from."""
         d_out = None if wiring.target is None else wiring.widths[wiring.target]
-        self.sae = ARCHITECTURES[settings.architecture](settings, [wiring.widths[i] for i in wiring.inputs], d_out)
+        widths = tuple(wiring.widths[hook] for hook in wiring.inputs)
+        self.sae = ARCHITECTURES[settings.architecture](settings, widths, d_out)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
         self._optimizer_settings = optimizer

@@ -22,7 +22,7 @@ Gradients are written out by hand (algorithms.md §9a) and are tested against de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,10 +74,10 @@ class Sae(ABC):
     trained: frozenset[str] | None = None
     """Names of the parameters that learn; None for all."""
 
-    def __init__(self, settings: SaeSettings, widths: Sequence[int], d_out: int | None = None) -> None:
+    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         """`widths` of the hooks it reads; `d_out` is the width of a transcoder's target, None for all others."""
         self.settings = settings
-        self.widths = tuple(widths)
+        self.widths = widths
         self.d_in = sum(widths)
         self.d_out = self.d_in if d_out is None else d_out
         self.d_sae = settings.d_sae
