@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.saes.base import SHARED
 from trainer.settings import OptimizerSettings
-
-SHARED = ("b_dec", "W_skip")
-"""Parameters that belong to no single latent; all others have one row per latent."""
 
 
 class RowAdam:

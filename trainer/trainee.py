@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optimizer import SHARED, Cooldown, RowAdam, default_learning_rate, warmup_factor
+from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
 from trainer.report import SaeReport
-from trainer.saes.base import Gradients, Sae
+from trainer.saes.base import SHARED, Gradients, Sae
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Frame, Whitening, whitening_of
 from trainer.saes.gated import Gated

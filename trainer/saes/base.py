@@ -33,6 +33,8 @@ from torch.nn.functional import linear
 from trainer.kernels.select import Latents, largest, widen
 from trainer.settings import SaeSettings
 
+SHARED = ("b_dec", "W_skip")
+"""Parameters that belong to no single latent; all others have one row per latent."""
 NO_SUMS: Mapping[str, Tensor] = {}
 ROWS_AT_FIRST = 8192
 LATENTS_AT_ONCE = 4096
@@ -323,7 +325,7 @@ def add(grads: dict[str, Tensor], more: dict[str, Tensor], rows: Tensor | None =
     for name, value in more.items():
         if name not in grads:
             grads[name] = value
-        elif rows is None or name == "b_dec":
+        elif rows is None or name in SHARED:
             grads[name] += value
         else:
             grads[name].index_add_(0, rows, value)
