@@ -35,7 +35,7 @@ from trainer.saes.folding import fold_norms, has_unit_rows, recentre
 from trainer.saes.inference import ACTIVATION
 from trainer.snapshot import SAELENS_LAYOUT, SnapshotError
 
-PER_LATENT = {
+VECTORS = {
     "relu": ("b_enc",),
     "topk": ("b_enc",),
     "abstopk": ("b_enc",),
@@ -180,7 +180,7 @@ def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
 def _require_shapes(sae: Published) -> None:
     """Raises SnapshotError unless every weight is there, has its shape, and is finite."""
     weights, kind = sae.weights, sae.activation
-    if missing := {"W_enc", "W_dec", "b_dec", *PER_LATENT[kind]} - weights.keys():
+    if missing := {"W_enc", "W_dec", "b_dec", *VECTORS[kind]} - weights.keys():
         raise SnapshotError(f"its weights lack {', '.join(sorted(missing))}")
     if weights["W_enc"].dim() != 2 or weights["W_dec"].dim() != 2:
         raise SnapshotError("its W_enc and W_dec are no matrices")
@@ -190,7 +190,7 @@ def _require_shapes(sae: Published) -> None:
         "W_dec": (sae.d_sae, d_out),
         "b_dec": (d_out,),
     }
-    shapes |= {name: (sae.d_sae,) for name in PER_LATENT[kind]} | {"W_skip": (d_out, sae.d_in)}
+    shapes |= {name: (sae.d_sae,) for name in VECTORS[kind]} | {"W_skip": (d_out, sae.d_in)}
     for name, value in weights.items():
         if name not in shapes or tuple(value.shape) != shapes[name]:
             raise SnapshotError(f"its {name} has shape {list(value.shape)}; expected is {shapes.get(name, 'none')}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.snapshot import SnapshotError
 
-PER_LATENT = ("b_enc", "b_gate", "b_mag", "threshold")
+IN_LATENT_UNITS = ("b_enc", "b_gate", "b_mag", "threshold")
 """Weights in the units of the latents."""
 WHITENING_FLOOR = 1e-2
 """Directions with less than this times the mean variance are not blown up further: how little they vary is known badly
@@ -83,7 +83,7 @@ def fold(weights: dict[str, Tensor], frame: Frame, unit_rows: bool) -> dict[str,
     w["W_enc"] = w["W_enc"] * (s_in / unit)
     w["W_dec"] = w["W_dec"] * (unit / s_out)
     w["b_dec"] = w["b_dec"] / s_out
-    for name in PER_LATENT & w.keys():
+    for name in IN_LATENT_UNITS & w.keys():
         w[name] = w[name] / unit
     if "W_skip" in w:
         w["W_skip"] = w["W_skip"] * s_in / s_out[:, None]
@@ -98,7 +98,7 @@ def unfold(weights: dict[str, Tensor], frame: Frame) -> dict[str, Tensor]:
     w["W_enc"] = w["W_enc"] * (unit / s_in)
     w["W_dec"] = w["W_dec"] * (s_out / unit)
     w["b_dec"] = w["b_dec"] * s_out
-    for name in PER_LATENT & w.keys():
+    for name in IN_LATENT_UNITS & w.keys():
         w[name] = w[name] * unit
     if "W_skip" in w:
         w["W_skip"] = w["W_skip"] / s_in * s_out[:, None]
@@ -118,7 +118,7 @@ def grow(weights: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
     w = dict(weights)
     w["W_enc"] = w["W_enc"] * factor[:, None]
     w["W_dec"] = w["W_dec"] / factor[:, None]
-    for name in PER_LATENT & w.keys():
+    for name in IN_LATENT_UNITS & w.keys():
         w[name] = w[name] * factor
     return w
 
