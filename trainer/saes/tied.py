@@ -11,13 +11,9 @@ row of the data would at once fire as loudly as it reads, and a hundred such mak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
-from trainer.kernels.select import Latents
-from trainer.saes.base import NO_SUMS
+from trainer.saes.base import Gradients
 from trainer.saes.relu import ReLU
 from trainer.settings import SaeSettings
 
@@ -28,7 +24,6 @@ class Tied(ReLU):
     def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
         del self.parameters["W_enc"], self.parameters["b_dec"]
-        self._no_bias = torch.zeros(self.d_out)
 
     @property
     def W_enc(self) -> Tensor:
@@ -36,30 +31,15 @@ class Tied(ReLU):
 
     @property
     def b_dec(self) -> Tensor:
-        self._no_bias = self._no_bias.to(self.W_dec.device, self.W_dec.dtype)
-        return self._no_bias
+        """Zero, whatever is written into it."""
+        return self.W_dec.new_zeros(self.d_out)
 
-    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        super().initialise(x, y, generator)
-        self._no_bias.zero_()
-
-    def backward(
-        self,
-        x: Tensor,
-        latents: Latents,
-        dz: Tensor,
-        rows: Tensor,
-        only: Tensor | None = None,
-        sums: Mapping[str, Tensor] = NO_SUMS,
-    ) -> dict[str, Tensor]:
-        grads = super().backward(x, latents, dz, rows, only, sums)
-        grads["W_dec"] += grads.pop("W_enc")
-        del grads["b_dec"]
-        return grads
+    def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
+        found = super().gradients(x, y, dead, sparsity)
+        found.of["W_dec"] += found.of.pop("W_enc")
+        del found.of["b_dec"]
+        return found
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         keys, weights = super().export()
         return keys, weights | {"W_enc": weights["W_dec"].clone()}
-
-    def output_gradients(self, x: Tensor, total: Tensor) -> dict[str, Tensor]:
-        return {}
