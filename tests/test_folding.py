@@ -35,8 +35,7 @@ def raw_and_expected(trainee: Trainee) -> tuple[Tensor, Tensor]:
     """(raw x, what training's forward pass makes of it in raw units), on rows nothing has seen."""
     scaled = rows_of(trainee.settings, 256, 99)
     raw = trainee.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
-    frame, sae, x = trainee.frame(SCALES), trainee.sae, trainee.wiring.read(scaled)
-    y = x if trainee.wiring.target is None else scaled[trainee.wiring.target]
+    frame, sae, (x, y) = trainee.frame(SCALES), trainee.sae, trainee.wiring.pair(scaled)
     seen = x if frame.whitening is None else frame.whitening.apply(x)
     if isinstance(sae, BatchTopK):  # in training a row's latents depend on its batch; in use there is a threshold
         pre_acts = sae.in_float32(seen)

@@ -242,8 +242,7 @@ def test_every_sae_learns(kind: str) -> None:
     rows = rows_of(few.settings, 512, 999)
 
     def unexplained(trainee: Trainee) -> float:
-        x = trainee.wiring.read(rows)
-        y = x if trainee.wiring.target is None else rows[trainee.wiring.target]
+        x, y = trainee.wiring.pair(rows)
         nobody = torch.zeros(trainee.settings.d_sae, dtype=torch.bool)
         return float(trainee.sae.gradients(x, y, nobody).loss["reconstruction"])
 

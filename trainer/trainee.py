@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
 from trainer.report import SaeReport
-from trainer.saes.base import SHARED, Gradients, Sae
+from trainer.saes.base import SHARED, Sae
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Frame, Whitening, whitening_of
 from trainer.saes.gated import Gated
@@ -58,6 +58,11 @@ class Wiring:
     def read(self, rows: Sequence[Tensor]) -> Tensor:
         """x [batch, d_in] from the rows of every hook."""
         return rows[self.inputs[0]] if len(self.inputs) == 1 else torch.cat([rows[hook] for hook in self.inputs], 1)
+
+    def pair(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(x [batch, d_in], y [batch, d_out]): what is read and what is to be reconstructed."""
+        x = self.read(rows)
+        return x, x if self.target is None else rows[self.target]
 
     def frame(self, scales: Sequence[float]) -> Frame:
         """The scales of every element it reads and writes; `scales` of every hook of the stream."""
@@ -111,12 +116,11 @@ class Trainee:
 
     def initialise(self, rows: Sequence[Tensor], scales: Sequence[float], start: Start | None = None) -> None:
         """First weights, from a sample of scaled rows of every hook, on the CPU; `start` are weights to go on from."""
-        x = self.wiring.read(rows)
-        y = x if self.wiring.target is None else rows[self.wiring.target]
+        x, y = self.wiring.pair(rows)
         centre = y.mean(0)
         if self.settings.whitening:
             self._whitening = whitening_of(x)
-            x = y = self._whitening.apply(x)
+            x, y = self._whitened(x, y)
             self._whitening = _moved(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
@@ -128,21 +132,15 @@ class Trainee:
 
     def step(self, rows: Sequence[Tensor], run_tokens: int | None = None) -> None:
         """Learns from one batch of scaled rows, those of every hook of the stream; `run_tokens` ends the run."""
-        x = x_seen = self.wiring.read(rows)
-        y = x if self.wiring.target is None else rows[self.wiring.target]
-        if self._whitening is not None:
-            x_seen = self._whitening.apply(x)
+        x, y = self.wiring.pair(rows)
+        x_seen, y_seen = self._whitened(x, y)
         factor = warmup_factor(self.tokens, self._optimizer_settings.warmup_tokens)
         if (cooldown := self.cooldown(run_tokens)) is not None:
             factor = min(factor, cooldown.factor(self.tokens))
         self.learning_rate = self._peak * factor
         dead = self.statistics.silent_for(self._revive_tokens)
-        gradients: Gradients = self.sae.gradients(
-            x_seen,
-            x_seen if self.wiring.target is None else y,
-            dead,
-            warmup_factor(self.tokens, self._sparsity_warmup_tokens),
-        )
+        sparsity = warmup_factor(self.tokens, self._sparsity_warmup_tokens)
+        gradients = self.sae.gradients(x_seen, y_seen, dead, sparsity)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         before, self.tokens = self.tokens, self.tokens + len(x)
         if math.isfinite(norm):
@@ -150,11 +148,18 @@ class Trainee:
             y_hat = gradients.y_hat if self._whitening is None else self._whitening.undo(gradients.y_hat)
             self.statistics.update(y, y_hat, gradients.fired)
             if cooldown is None or self.tokens < cooldown.start:  # what begins later has no rate left to learn at
-                self._start_anew(before, x_seen, x_seen if self.wiring.target is None else y, gradients.y_hat)
+                self._start_anew(before, x_seen, y_seen, gradients.y_hat)
             self._average(len(x))
         else:
             self.skipped_steps += 1
         self._last = gradients.loss, norm
+
+    def _whitened(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y as the SAE sees them."""
+        if self._whitening is None:
+            return x, y
+        white = self._whitening.apply(x)
+        return white, white  # what is whitened reconstructs what it reads
 
     @property
     def _revive_tokens(self) -> int:
