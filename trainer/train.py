@@ -269,9 +269,10 @@ class Loop:
 
     def _save(self) -> None:
         saved, tensors = self._saved
-        # Before the run has begun, what an earlier trainer left is passed on.
-        document, tensors = self.run.state() if self.run is not None else (saved, tensors)
-        document = document | {"roster": self.roster.state()}
+        if self.run is not None:
+            document, tensors = self.run.state()
+        else:  # what an earlier trainer left is passed on
+            document = saved | {"roster": self.roster.state()}
         with self.intake.lock:
             buffer = self.intake.buffer
             document["ledger"], bits = self.intake.ledger.state()
