@@ -121,7 +121,7 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
     hooks, bounds = run.stream.hooks, intake.ledger.norm_bounds
     return {
         "id": intake.ledger.run,
-        "settings": run.resolved_settings.model_dump(mode="json", exclude_none=True),
+        "settings": run.roster.resolve(run.settings).model_dump(mode="json", exclude_none=True),
         "stream": {
             **run.stream.provenance,
             "fingerprint": run.stream.fingerprint,

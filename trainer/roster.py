@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.settings import SaeSettings
+from trainer.settings import SaeSettings, TrainerSettings
 
 
 class RosterError(ValueError):
@@ -60,6 +60,10 @@ class Roster:
     @property
     def settings(self) -> list[SaeSettings]:
         return [member.settings for member in self.members]
+
+    def resolve(self, settings: TrainerSettings) -> TrainerSettings:
+        """Those of the run file, with the SAEs that live at this moment."""
+        return settings.model_copy(update={"sae": self.settings})
 
     @property
     def ended(self) -> bool:

@@ -87,11 +87,6 @@ class Run:
         return Trainee(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at)
 
     @property
-    def resolved_settings(self) -> TrainerSettings:
-        """Those of the run file, with the SAEs that live at this moment."""
-        return self.settings.model_copy(update={"sae": self.roster.settings})
-
-    @property
     def taught(self) -> list[Trainee]:
         """Those that have learned something: what is reported and published."""
         return [trainee for trainee in self.trainees if trainee.tokens]

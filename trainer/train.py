@@ -289,9 +289,8 @@ class Loop:
 
 
 def write_settings(settings: TrainerSettings, roster: Roster) -> None:
-    """The resolved settings, in the run directory: those of the run file, with the roster's SAEs."""
-    resolved = settings.model_copy(update={"sae": roster.settings})
-    replace_text(Path(settings.run.directory) / "settings.toml", show_settings(resolved) + "\n")
+    """The resolved settings, in the run directory."""
+    replace_text(Path(settings.run.directory) / "settings.toml", show_settings(roster.resolve(settings)) + "\n")
 
 
 def written(what: str, write: Callable[[], object]) -> bool:
