@@ -24,15 +24,12 @@ from trainer.ctl import Inbox, listening
 from trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from monitor.metrics import TrainerMetrics
     from producer.wire import Hello
+    from trainer.checkpoint import Saved
     from trainer.ledger import Ledger
     from trainer.report import StepReport
     from trainer.roster import Roster
-
-    Saved = tuple[dict[str, Any], dict[str, Tensor]]
 
 PURPOSE = """Trains sparse autoencoders from the activations that producers stream to it.
 

@@ -25,6 +25,9 @@ FORMAT = 3
 NAME = re.compile(r"\d{12,}-\d{6,}")
 FILES = ("state.json", "state.safetensors")
 
+Saved = tuple[dict[str, Any], dict[str, Tensor]]
+"""A checkpoint: (plain JSON, tensors)."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used for this run. The message says what to do."""
@@ -48,8 +51,8 @@ def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: di
     return final
 
 
-def load_newest(run_directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(document, tensors) of the newest complete checkpoint, or None for a new run.
+def load_newest(run_directory: Path) -> Saved | None:
+    """The newest complete checkpoint, or None for a new run.
 
     Raises CheckpointError when the newest complete one is damaged or of a format this version does not read.
     """

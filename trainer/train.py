@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from torch import Tensor
 from producer.settings import show_settings
 from trainer import checkpoint
 from trainer.buffer import Batch, same_context_mates
+from trainer.checkpoint import Saved
 from trainer.ctl import Inbox, Request
 from trainer.durable import replace_text
 from trainer.intake import Intake
@@ -43,8 +44,6 @@ PAUSED_REPORT_SECONDS = 30.0
 RETRY_SECONDS = 30.0
 """After a last snapshot of an SAE could not be written."""
 
-Saved = tuple[dict[str, Any], dict[str, Tensor]]
-"""A checkpoint: (plain JSON, tensors)."""
 NEW: Saved = ({"step": 0, "seconds": 0.0, "scales": None, "saes": {}, "buffer_random": None}, {})
 
 
