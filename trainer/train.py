@@ -237,7 +237,8 @@ class Loop:
     @property
     def has_rows(self) -> bool:
         """There are rows to calibrate and test a snapshot with."""
-        return bool(self._snapshot_rows())
+        assert self.run is not None
+        return self.intake.buffer_report().rows > 0 or self.run.last_batch is not None
 
     def _snapshot_rows(self) -> list[Tensor]:
         """Rows that are still to be trained on; at the end of the data there are none left."""
