@@ -24,10 +24,11 @@ from tests.small_stream import Producing, hello_of, new_ledger, stream_settings,
 from trainer.buffer import ShuffleBuffer
 from trainer.intake import TORCH_DTYPE, Intake
 from trainer.report import StepReport
+from trainer.run import Run
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.snapshot import snapshot_names
-from trainer.train import Run, train
+from trainer.train import train
 
 HELD_OUT = 1 / 16
 CONTEXT = 128

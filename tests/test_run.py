@@ -12,9 +12,10 @@ from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from trainer.buffer import Batch
 from trainer.ledger import Ledger, Limits
+from trainer.run import Run
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.snapshot import forget_after, snapshot_names
-from trainer.train import Run, written
+from trainer.train import written
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
 

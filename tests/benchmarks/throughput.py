@@ -37,8 +37,8 @@ from producer.wire import Hello, Hook
 from trainer.buffer import ShuffleBuffer
 from trainer.intake import TORCH_DTYPE, Intake
 from trainer.ledger import Ledger, Limits
+from trainer.run import Run
 from trainer.settings import TrainerSettings
-from trainer.train import Run
 
 RUN_FILE = "deploy/demo.toml"
 WARM_TOKENS = 300_000

@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import trainer.train
 from trainer.__main__ import main
 from trainer.buffer import Batch
+from trainer.run import Run
 
 ROWS_FILE = Path(sys.argv[1])
 PACE = float(os.environ.get("SECONDS_PER_STEP", "0"))
 
 
-class RecordingRun(trainer.train.Run):
+class RecordingRun(Run):
     """Every batch's first three numbers (shard, window, position) go into ROWS_FILE as int32."""
 
     def __init__(self, *arguments: Any) -> None:
