@@ -21,8 +21,8 @@ lint: $(VENV)/ready-dev
 proofs: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m proof --durations=0
 
-bench: $(VENV)/ready-dev
-	$(BIN)/python -m tests.benchmarks.throughput
+bench: $(VENV)-peers/ready $(VENV)/ready-dev
+	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m tests.benchmarks
 
 gpu: $(VENV)/ready-dev
 	$(BIN)/python -m tests.benchmarks.require_gpu

@@ -1,0 +1,163 @@
+"""`make bench`: ours, the peers and the physical limit, side by side in one run.
+
+    python -m tests.benchmarks [--only step,wire] [--rounds 3] [--quick] [--device cuda]
+
+Contenders take turns within each round (A B C A B C …); medians are told, and ratios are medians of each round's own.
+Prints a table per section and all goals, and writes bench.json; sections that were not run keep what it held of them.
+Peers run in an environment of their own, named by SLUICE_PEERS_PYTHON. A benchmark, not a test: it never fails on a
+number, and a section that breaks says so and lets the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tests.benchmarks.measure import Goal, Options, Result, console
+
+BENCH = Path("bench.json")
+PEERS = Path(".venv-peers/bin/python")
+
+Section = Callable[[Options], Iterator[Result]]
+
+
+def _section(module: str, *arguments: Any) -> Section:
+    """Imported when it runs, so that --help is quick and one broken section does not take the others with it."""
+
+    def run(options: Options) -> Iterator[Result]:
+        yield from partial(import_module(f"tests.benchmarks.{module}").run, *arguments)(options)
+
+    return run
+
+
+SECTIONS: dict[str, Section] = {
+    "step-topk": _section("step", "topk"),
+    "step-batchtopk": _section("step", "batchtopk"),
+    "step-jumprelu": _section("step", "jumprelu"),
+}
+
+
+def main() -> None:
+    chosen, options = _command_line()
+    document = _read()
+    for name in chosen:
+        results = []
+        try:
+            for result in SECTIONS[name](options):
+                results.append(result)
+                console.print(_table(result))
+                for note in result.notes:
+                    console.print(f"  {note}", style="dim")
+                console.print()
+        except Exception as error:
+            console.print(f"{name} broke off: {type(error).__name__}: {error}\n", style="red")
+        document["sections"][name] = _section_document(results, options)
+        BENCH.write_text(json.dumps(document, indent=1) + "\n")
+    console.print(_goals_table([Goal(**goal) for goal in _all_goals(document, chosen)]))
+    console.print(f"written to {BENCH}")
+
+
+def _command_line() -> tuple[list[str], Options]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", default="", metavar="NAMES", help=f"sections, by name or its beginning, of: {', '.join(SECTIONS)}"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender is measured (default 3)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    given = parser.parse_args()
+    wanted = [word for word in given.only.split(",") if word]
+    if strange := [word for word in wanted if not any(name.startswith(word) for name in SECTIONS)]:
+        parser.error(f"no section begins with {', '.join(strange)}; there are {', '.join(SECTIONS)}")
+    chosen = [name for name in SECTIONS if not wanted or name.startswith(tuple(wanted))]
+    peers = os.environ.get("SLUICE_PEERS_PYTHON") or (str(PEERS.absolute()) if PEERS.exists() else None)
+    return chosen, Options(given.rounds, given.quick, given.device, peers)
+
+
+def _table(result: Result) -> Table:
+    table = Table(title=result.title, title_justify="left")
+    table.add_column("")
+    table.add_column(f"median, {result.unit}", justify="right")
+    table.add_column("lowest … highest", justify="right")
+    for name, values in result.measured.items():
+        spread = f"{_number(min(values))} … {_number(max(values))}" if len(values) > 1 else ""
+        table.add_row(name, _number(median(values)), spread)
+    if result.goals:
+        table.add_section()
+    for goal in result.goals:
+        figure, bound, verdict = _told(goal)
+        table.add_row(goal.what, figure, f"{bound}: {verdict}")
+    return table
+
+
+def _goals_table(goals: list[Goal]) -> Table:
+    table = Table(title="Goals", title_justify="left")
+    for column in ("", "measured", "goal", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    for goal in goals:
+        table.add_row(goal.what, *_told(goal))
+    return table
+
+
+def _told(goal: Goal) -> tuple[str, str, str]:
+    """(figure, goal, verdict) in words."""
+    colour = {"met": "green", "not met": "red", "skipped": "dim"}[goal.verdict]
+    figure = "–" if goal.figure is None else f"{goal.figure:.2f} {goal.unit}"
+    return figure, f"{'≥' if goal.at_least else '≤'} {goal.bound:g} {goal.unit}", f"[{colour}]{goal.verdict}[/]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _read() -> dict[str, Any]:
+    """What bench.json holds of earlier runs of this machine, device and torch; those of others are let go."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    here = {"cores": os.cpu_count(), "cpu": _cpu(), "gpu": device, "torch": torch.__version__}
+    document = json.loads(BENCH.read_text()) if BENCH.exists() else {}
+    return document if document.get("machine") == here and "sections" in document else {"machine": here, "sections": {}}
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _section_document(results: list[Result], options: Options) -> dict[str, Any]:
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["python", "-m", "tests.benchmarks", *sys.argv[1:]]),
+        "device": options.device,
+        "rounds": options.rounds,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _all_goals(document: dict[str, Any], chosen: list[str]) -> Iterator[dict[str, Any]]:
+    for name in chosen:
+        for result in document["sections"][name]["results"]:
+            yield from result["goals"]
+
+
+if __name__ == "__main__":
+    main()

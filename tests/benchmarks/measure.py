@@ -1,0 +1,158 @@
+"""What every section shares: options, contenders that take turns, results with their goals, the peers' process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+console = Console()
+THEIRS = Path(__file__).with_name("theirs.py")
+WITHOUT_PEERS = "peers skipped: SLUICE_PEERS_PYTHON names no Python with the peers in it (`make bench` sets one up)"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    rounds: int
+    quick: bool
+    device: str
+    peers: str | None
+    """Python of the peers' environment; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and what it should be. A figure of None could not be measured."""
+
+    what: str
+    figure: float | None
+    bound: float
+    at_least: bool = False
+    unit: str = "×"
+
+    @property
+    def verdict(self) -> str:
+        if self.figure is None:
+            return "skipped"
+        return "met" if (self.figure >= self.bound if self.at_least else self.figure <= self.bound) else "not met"
+
+
+@dataclass
+class Result:
+    """One table: what was measured, in one unit, round by round, and the goals these figures are held against."""
+
+    title: str
+    unit: str
+    measured: dict[str, list[float]] = field(default_factory=dict)
+    goals: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take_turns(self, rounds: int, contenders: Mapping[str, Callable[[], float]]) -> Result:
+        """Measures every contender once in each round. One of the peers' that fails is left out, and said so."""
+        failed: set[str] = set()
+        for number in range(1, rounds + 1):
+            for name, measure in contenders.items():
+                if name in failed:
+                    continue
+                with console.status(f"{self.title}: {name} (round {number} of {rounds})"):
+                    try:
+                        self.measured.setdefault(name, []).append(measure())
+                    except PeerError as error:
+                        failed.add(name)
+                        self.measured.pop(name, None)
+                        self.notes.append(f"{name} failed: {error}")
+        return self
+
+    def middle(self, name: str) -> float:
+        return median(self.measured[name])
+
+    def ratio(self, above: str, below: str) -> float | None:
+        """The median over rounds of above / below in the same round, so that a machine's drift cancels."""
+        if above not in self.measured or below not in self.measured:
+            return None
+        return median(a / b for a, b in zip(self.measured[above], self.measured[below], strict=True))
+
+    def least(self, *names: str) -> str:
+        """Which of `names` has the smallest median; the first when none was measured."""
+        return min((name for name in names if name in self.measured), key=self.middle, default=names[0])
+
+
+def seconds_of(act: Callable[[], object], device: str = "cpu", at_least: float = 0.4) -> float:
+    """Median seconds of one call, of as many as fit into `at_least` seconds."""
+    times: list[float] = []
+    while sum(times) < at_least:
+        times.append(seconds_once(act, device))
+    return median(times)
+
+
+def seconds_once(act: Callable[[], object], device: str = "cpu") -> float:
+    synchronise(device)
+    began = time.perf_counter()
+    act()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def copying(size: int, device: str) -> Callable[[], object]:
+    """Moves `size` bytes through memory: half of them are read, half are written."""
+    source, sink = (torch.ones(size // 8, device=device) for _ in range(2))
+    return lambda: sink.copy_(source)
+
+
+class PeerError(RuntimeError):
+    """The peers' process could not do what it was asked for."""
+
+
+class Peers:
+    """The peers' own code in their own environment: one process that answers a line of JSON with another.
+
+    It lives as long as a section, so that what it has set up waits for its turn in every round.
+    """
+
+    def __init__(self, python: str) -> None:
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        self._process = subprocess.Popen(
+            [python, "-P", str(THEIRS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": "its process ended"}
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer

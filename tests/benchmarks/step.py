@@ -1,0 +1,114 @@
+"""A whole training step per architecture, beside the physical limit and the peers' own steps at the same size.
+
+The limit is one bfloat16 product of the encoder, and the optimizer's bytes at the bandwidth of a plain copy, both
+measured here in the same rounds. Nothing is dead in so short a run, so that nobody's auxiliary loss is at work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.benchmarks.measure import WITHOUT_PEERS, Goal, Options, Peers, Result, copying, seconds_of
+from tests.benchmarks.subject import BATCHES, Size, correlated_rows, size_for, trainee
+from trainer.trainee import Trainee
+
+TITLES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+LIBRARIES = {
+    "topk": ("saelens", "dictionary_learning", "sparsify"),
+    "batchtopk": ("saelens", "dictionary_learning"),
+    "jumprelu": ("saelens", "dictionary_learning"),
+}
+NAMES = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
+PRODUCT, WRITTEN, BYTES = "encoder product, bf16", "the same into memory that is there", "optimizer's bytes, copied"
+
+
+def run(architecture: str, options: Options) -> Iterator[Result]:
+    size, device = size_for(options.device, options.quick), options.device
+    rows = correlated_rows(BATCHES * size.batch, size.d_in)
+    made = trainee(architecture, size, device, rows)
+    contenders = {"Sluice": stepping(made, rows.to(device), size.batch), **limit(size, rows, device)}
+    result = Result(f"Training step, {TITLES[architecture]}: {size}", "ms")
+    with ExitStack() as stack:
+        theirs = {}
+        if options.peers:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            peers = stack.enter_context(Peers(options.peers))
+            theirs = _peers_steps(architecture, size, rows, device, peers, folder)
+        else:
+            result.notes.append(WITHOUT_PEERS)
+        result.take_turns(options.rounds, contenders | theirs)
+    result.notes.append(f"L0 of ours as measured: {made.report([1.0]).l0:.1f}")
+    result.goals += _goals(result, architecture, device, list(theirs))
+    yield result
+
+
+def stepping(made: Trainee, rows: Tensor, batch: int) -> Callable[[], float]:
+    """Milliseconds of a step on batches of `rows` that take turns; the first two steps are not counted."""
+    batches = itertools.cycle(rows.split(batch))
+    for _ in range(2):
+        made.step([next(batches)])
+    return lambda: 1e3 * seconds_of(lambda: made.step([next(batches)]), str(rows.device.type))
+
+
+def limit(size: Size, rows: Tensor, device: str) -> dict[str, Callable[[], float]]:
+    """What a step cannot do without, in milliseconds."""
+    x = rows[: size.batch].to(device, torch.bfloat16)
+    W = torch.randn(size.d_sae, size.d_in, device=device).to(torch.bfloat16)
+    there = torch.zeros(size.batch, size.d_sae, dtype=torch.bfloat16, device=device)
+    acts: dict[str, Callable[[], object]] = {
+        PRODUCT: lambda: x @ W.T,
+        WRITTEN: lambda: torch.mm(x, W.T, out=there),
+        BYTES: copying(size.optimizer_bytes, device),
+    }
+    return {name: partial(_milliseconds, act, device) for name, act in acts.items()}
+
+
+def _milliseconds(act: Callable[[], object], device: str) -> float:
+    return 1e3 * seconds_of(act, device)
+
+
+def _peers_steps(
+    architecture: str, size: Size, rows: Tensor, device: str, peers: Peers, folder: Path
+) -> dict[str, Callable[[], float]]:
+    path = folder / "rows.safetensors"
+    save_file({"rows": rows}, path)
+
+    def step(library: str, autocast: bool) -> float:
+        cell = {"library": library, "architecture": architecture, "autocast": autocast}
+        more = {"k": size.k, "d_sae": size.d_sae, "batch": size.batch}
+        return 1e3 * peers.ask("step", rows=str(path), device=device, **cell, **more)["seconds"]
+
+    return {
+        f"{NAMES[library]}, {'bf16 autocast' if autocast else 'float32'}": partial(step, library, autocast)
+        for library in LIBRARIES[architecture]
+        for autocast in (False, True)
+    }
+
+
+def _goals(result: Result, architecture: str, device: str, theirs: list[str]) -> list[Goal]:
+    name = TITLES[architecture]
+    if device == "cpu":
+        goals = [
+            Goal(f"{name} step / encoder product", result.ratio("Sluice", PRODUCT), 1.8 if name == "TopK" else 2.5)
+        ]
+        times_faster = 6.0
+    else:
+        result.measured["lower bound"] = [
+            product + copy for product, copy in zip(result.measured[PRODUCT], result.measured[BYTES], strict=True)
+        ]
+        goals = [Goal(f"{name} step / lower bound", result.ratio("Sluice", "lower bound"), 1.6)]
+        times_faster = 2.0
+    fastest = result.least(*theirs) if theirs else "the fastest peer"
+    goals.append(
+        Goal(f"{fastest} / {name} step", result.ratio(fastest, "Sluice"), times_faster, at_least=True),
+    )
+    return goals
