@@ -13,6 +13,7 @@ from producer.activations import load_language_model
 from producer.corpus import open_corpus
 from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import windows_of
+from trainer.run import scale_of
 from trainer.saes.inference import InferenceSae, check, export, load_sae
 from trainer.saes.start import read_start
 from trainer.settings import OptimizerSettings, SaeSettings
@@ -40,7 +41,7 @@ class Rows:
         return [x[at] * scale for x, scale in zip(self.of, self.scales, strict=True)]
 
     def scaled_by(self, factor: float) -> Rows:
-        """The same rows, as a run sees them whose sample had another mean square."""
+        """The same rows, as a run sees them whose sample had another variance."""
         return Rows(self.of, [scale * factor ** (1 + hook) for hook, scale in enumerate(self.scales)])
 
     def read_by(self, settings: SaeSettings) -> Tensor:
@@ -63,7 +64,7 @@ def real_rows() -> Rows:
     windows = windows_of(corpus.documents(corpus.held_out_shards[0]), model.tokenizer, settings)
     ids, kept = torch.from_numpy(windows.ids[:72]), torch.from_numpy(windows.kept[:72])
     of = [x[kept].clone() for x in model.activations(ids)]
-    return Rows(of, [float((x.shape[1] / x.double().square().sum(1).mean()).sqrt()) for x in of])
+    return Rows(of, [scale_of(x) for x in of])
 
 
 def wiring(settings: SaeSettings) -> Wiring:
