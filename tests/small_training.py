@@ -1,6 +1,6 @@
 """A whole training run on rows of known ground truth, in one process: corpus → wire → buffer → SAEs → snapshot.
 
-Everything is the real thing: a producer's thread sends the synthetic corpus over a socket, `trainer.train.train` takes
+Everything is the real thing: a producer's thread sends the synthetic corpus over a socket, `trainer.train.Loop` takes
 batches from the shuffling buffer, and what is judged is the snapshot it publishes, on raw rows it never saw.
 """
 
@@ -22,13 +22,14 @@ from producer.source import SyntheticSource
 from producer.wire import Hello
 from tests.small_stream import Producing, hello_of, new_ledger, stream_settings, wait_for
 from trainer.buffer import ShuffleBuffer
+from trainer.ctl import Inbox
 from trainer.intake import TORCH_DTYPE, Intake
 from trainer.report import StepReport
 from trainer.run import Run
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
 from trainer.snapshot import snapshot_names
-from trainer.train import train
+from trainer.train import Loop
 
 HELD_OUT = 1 / 16
 CONTEXT = 128
@@ -135,7 +136,9 @@ def train_on_truth(
             wait_for(lambda: ledger.stream is not None)
             assert ledger.stream is not None
             run = (Run if at_start is None else _beginning_with(at_start))(settings, ledger.stream)
-            assert train(run, intake, threading.Event(), Silent())
+            loop = Loop(settings, run.roster, intake, Inbox(threading.Event()), Silent())
+            loop.begin(run)
+            assert loop.work()
             intake.drain(finished=True)
             assert producer.ended() is None
             assert ledger.rows_trained == tokens

@@ -42,7 +42,7 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from trainer import checkpoint` names a module, `from trainer.train import Run` something in one.
+            # `from trainer import checkpoint` names a module, `from trainer.train import Loop` something in one.
             found |= {
                 f"{node.module}.{alias.name}" if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists()
                 else node.module

@@ -7,7 +7,6 @@ drains. Whatever changes the run happens there and nowhere else.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,13 +52,6 @@ class Listener(Protocol):
     def report(self, report: StepReport) -> None: ...
     def published(self, tokens: int) -> None: ...
     def saved(self) -> None: ...
-
-
-def train(run: Run, intake: Intake, stop: threading.Event, listener: Listener) -> bool:
-    """Trains until the token budget or the data is used up, or `stop` is set. True when the run is complete."""
-    loop = Loop(run.settings, run.roster, intake, Inbox(stop), listener)
-    loop.begin(run)
-    return loop.work()
 
 
 class Loop:
