@@ -114,7 +114,3 @@ def write(folders: dict[str, Path], format_name: str, target: Path) -> str | Non
 def _fail(code: int, message: str) -> int:
     print(f"python -m trainer export: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
