@@ -49,12 +49,13 @@ SECTIONS: dict[str, Section] = {
     "step-topk": _section("step", "topk"),
     "step-batchtopk": _section("step", "batchtopk"),
     "step-jumprelu": _section("step", "jumprelu"),
+    "producer": _section("producer"),
+    "wire": _section("wire"),
 }
 
 
 def main() -> None:
     chosen, options = _command_line()
-    document = _read()
     for name in chosen:
         results = []
         try:
@@ -66,9 +67,10 @@ def main() -> None:
                 console.print()
         except Exception as error:
             console.print(f"{name} broke off: {type(error).__name__}: {error}\n", style="red")
+        document = _read()
         document["sections"][name] = _section_document(results, options)
         BENCH.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(_goals_table([Goal(**goal) for goal in _all_goals(document, chosen)]))
+    console.print(_goals_table(list(_goals(_read(), chosen))))
     console.print(f"written to {BENCH}")
 
 
@@ -153,10 +155,10 @@ def _section_document(results: list[Result], options: Options) -> dict[str, Any]
     }
 
 
-def _all_goals(document: dict[str, Any], chosen: list[str]) -> Iterator[dict[str, Any]]:
+def _goals(document: dict[str, Any], chosen: list[str]) -> Iterator[Goal]:
     for name in chosen:
         for result in document["sections"][name]["results"]:
-            yield from result["goals"]
+            yield from (Goal(**goal) for goal in result["goals"])
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ count of dead latents, and in the activation paths tokenisation, batching, hooks
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import sys
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -145,6 +147,185 @@ def _sparsify(cell: dict[str, Any], d_in: int, device: str) -> Step:
     return learn
 
 
+# Activations ---------------------------------------------------------------------------------------------------------
+
+BUFFER_ROWS = 16_384
+TRAIN_BATCH = 4096
+PIECE = 1024
+"""Characters of a text for dictionary_learning, which keeps the first window of each and no more."""
+
+Take = Callable[[], int]
+
+
+def activations(seconds: float, **path: Any) -> dict[str, float]:
+    """Rows per second of a library's own activation path. The first buffer is not counted."""
+    take = _activations(json.dumps(path, sort_keys=True))
+    take()
+    rows, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        rows += take()
+    return {"rows_per_second": rows / (time.perf_counter() - began)}
+
+
+@cache
+def _activations(path: str) -> Take:
+    """Takes half a buffer of rows, which is what a refill replaces, and returns how many they were."""
+    given = json.loads(path)
+    make = {
+        "saelens": _saelens_store,
+        "dictionary_learning": _dictionary_learning_buffer,
+        "sparsify": _sparsify_loop,
+    }
+    with open(given["texts"]) as file:
+        return make[given["library"]](given, json.load(file))
+
+
+def _saelens_store(path: dict[str, Any], texts: list[str]) -> Take:
+    """ActivationsStore over its HookedProxyLM, which ends the pass at the hook."""
+    import datasets
+    from sae_lens.load_model import load_model
+    from sae_lens.training.activations_store import ActivationsStore
+
+    hook = f"model.layers.{path['layer']}"
+    options = {"dtype": getattr(torch, path["dtype"])}
+    model = load_model("AutoModelForCausalLM", path["model"], path["device"], options, [hook])
+    store = ActivationsStore(
+        model=model,
+        dataset=datasets.Dataset.from_dict({"text": texts}),
+        streaming=False,
+        hook_name=hook,
+        hook_head_index=None,
+        context_size=path["context"],
+        d_in=model.model.config.hidden_size,
+        n_batches_in_buffer=BUFFER_ROWS // path["context"],
+        total_training_tokens=1,
+        store_batch_size_prompts=path["windows"],
+        train_batch_size_tokens=TRAIN_BATCH,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device(path["device"]),
+        dtype="float32",
+        exclude_special_tokens=torch.tensor(model.tokenizer.all_special_ids, device=path["device"]),
+    )
+    return lambda: sum(len(store.next_batch()) for _ in range(BUFFER_ROWS // 2 // TRAIN_BATCH))
+
+
+def _dictionary_learning_buffer(path: dict[str, Any], texts: list[str]) -> Take:
+    """ActivationBuffer; in place of nnsight, which traces each pass, a plain hook that ends it."""
+    _without_nnsight()
+    from dictionary_learning.buffer import ActivationBuffer
+
+    pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
+    model = _Traced(path)
+    buffer = ActivationBuffer(
+        itertools.cycle(pieces),
+        model,
+        model,
+        d_submodule=model.network.config.hidden_size,
+        n_ctxs=BUFFER_ROWS // path["context"],
+        ctx_len=path["context"],
+        refresh_batch_size=path["windows"],
+        out_batch_size=TRAIN_BATCH,
+        device=path["device"],
+        remove_bos=True,
+    )
+    return lambda: sum(len(next(buffer)) for _ in range(BUFFER_ROWS // 2 // TRAIN_BATCH))
+
+
+class _Saved:
+    """What nnsight calls a proxy: `save` keeps it, `value` is what it held."""
+
+    value: Any = None
+
+    def save(self) -> _Saved:
+        return self
+
+    def stop(self) -> None:
+        """The hook has ended the pass already."""
+
+
+class _Traced:
+    """As much of nnsight's LanguageModel as ActivationBuffer asks for; also the submodule that it reads."""
+
+    def __init__(self, path: dict[str, Any]) -> None:
+        self.network, self.tokenizer, self._layer = _model_of(path)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.dtype = self.network.dtype
+        self.inputs, self.output = _Saved(), _Saved()
+
+    @contextlib.contextmanager
+    def trace(self, texts: list[str], invoker_args: dict[str, Any], **_: Any) -> Iterator[None]:
+        given = self.tokenizer(texts, return_tensors="pt", padding=True, **invoker_args).to(self.network.device)
+        self.inputs.value = ((), given)
+        self.output.value = _until(self._layer, lambda: self.network(**given, use_cache=False))
+        yield
+
+
+def _sparsify_loop(path: dict[str, Any], texts: list[str]) -> Take:
+    """The loop of its Trainer up to the SAE, line by line: a hook on the model, which runs to its end.
+
+    The text became tokens before the loop, as there; that time is not counted.
+    """
+    import datasets
+    from sparsify.data import chunk_and_tokenize
+    from torch.utils.data import DataLoader
+
+    model, tokenizer, layer = _model_of(path)
+    model.requires_grad_(False)
+    data = chunk_and_tokenize(
+        datasets.Dataset.from_dict({"text": texts}), tokenizer, max_seq_len=path["context"], num_proc=1
+    )
+    exclude = torch.tensor(tokenizer.all_special_ids, device=path["device"])
+    loader = DataLoader(data, batch_size=path["windows"], shuffle=False)
+    tokens = itertools.chain.from_iterable(itertools.repeat(loader))
+    rows = [0]
+
+    def take() -> int:
+        rows[0] = 0
+        while rows[0] < BUFFER_ROWS // 2:
+            x = next(tokens)["input_ids"].to(path["device"])
+            mask = torch.isin(x, exclude, invert=True).flatten(0, 1)
+
+            def hook(module: Any, inputs: Any, outputs: Any, mask: Tensor = mask) -> None:
+                outputs = (outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, 1)
+                rows[0] += len(outputs[mask])
+
+            handle = layer.register_forward_hook(hook)
+            model(x)
+            handle.remove()
+        return rows[0]
+
+    return take
+
+
+def _model_of(path: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(the model without its head, its tokenizer, the hooked block)"""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(path["model"], dtype=getattr(torch, path["dtype"])).to(path["device"])
+    return model, AutoTokenizer.from_pretrained(path["model"]), model.layers[path["layer"]]
+
+
+class _Ended(Exception):
+    """The hooked block has run; its output is the argument."""
+
+
+def _until(layer: Any, forward: Callable[[], object]) -> Tensor:
+    """What `layer` gives when `forward` runs, which goes no further."""
+
+    def hook(module: Any, inputs: Any, outputs: Any) -> None:
+        raise _Ended(outputs[0] if isinstance(outputs, tuple) else outputs)
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        forward()
+    except _Ended as end:
+        return end.args[0]
+    finally:
+        handle.remove()
+    raise RuntimeError("the hooked block did not run")
+
+
 def _without_nnsight() -> None:
     """dictionary_learning imports nnsight for its buffer; its trainers need none."""
     sys.modules.setdefault("nnsight", types.SimpleNamespace(LanguageModel=None))  # type: ignore[arg-type]
@@ -165,7 +346,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = {"step": step}[request.pop("do")](**request)
+            answer = {"step": step, "activations": activations}[request.pop("do")](**request)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             answer = {"error": f"{type(error).__name__} in {place.name}, {place.line}: {error}"[:300]}
