@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -231,9 +232,12 @@ class Trainer:
         ledger = new_ledger(self.settings.stream, epochs=None)
         roster = Roster.of(self.settings.sae)
         if saved is not None:
-            names = {name: bits for name, bits in saved[1].items() if name.startswith("ledger/")}
-            ledger.restore(saved[0]["ledger"], {name[7:]: bits.numpy() for name, bits in names.items()})
-            roster = roster_of(saved[0], self.settings)
+            document, tensors = saved
+            ledger.restore(
+                document["ledger"],
+                {name[7:]: bits.numpy() for name, bits in tensors.items() if name.startswith("ledger/")},
+            )
+            roster = roster_of(document, self.settings)
 
         def make_buffer(hello: Hello) -> ShuffleBuffer:
             return ShuffleBuffer(CAPACITY, [hook.width for hook in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
@@ -446,6 +450,21 @@ def test_orders_given_before_the_first_producer_last(tmp_path: Path) -> None:
         assert second.ask("status")["state"] == "paused"
         second.ask("resume")
         second.reach(64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_resumed_run_lets_go_of_its_checkpoint(tmp_path: Path) -> None:
+    """No tensor of the file it went on from is kept: it would take as much memory, and as much disk, as the run."""
+    saes = [TOP | {"whitening": True}, JUMP]
+    with Trainer(tmp_path / "run", sae=saes).at_work() as first:
+        first.produce().ask("snapshot")  # and a checkpoint with it
+    mapped = re.escape(f"{tmp_path}/run/checkpoint/") + ".*safetensors"
+    tensors = load_newest(tmp_path / "run")
+    assert tensors and re.search(mapped, Path("/proc/self/maps").read_text())
+    del tensors
+    with Trainer(tmp_path / "run", sae=saes).at_work() as again:
+        again.produce()
+        assert not re.search(mapped, Path("/proc/self/maps").read_text())
 
 
 def test_the_roster_wins_over_the_run_file(tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ class Loop:
         answer: Callable[[Loop, Request], None] | None = None,
         saved: Saved | None = None,
     ) -> None:
-        """`answer` does what requests of the `inbox` ask for; `saved` is the checkpoint to go on from."""
+        """`answer` does what requests of the `inbox` ask for; `saved` is the checkpoint to go on from.
+
+        Its tensors are taken out when the run has them: whoever loaded it may hold on to it as long as the run lasts.
+        """
         self.settings = settings
         self.roster = roster
         self.intake = intake
@@ -200,7 +203,9 @@ class Loop:
         """Goes on with the run as it was saved, or with a new one, once the stream's shape is known."""
         if self.run is None and self.intake.ledger.stream is not None:
             run = Run(self.settings, self.intake.ledger.stream, self.roster)
-            run.restore(*self._saved)
+            document, tensors = self._saved
+            run.restore(document, tensors)
+            tensors.clear()
             self.begin(run)
 
     def _wait_for_producer(self) -> None:

@@ -322,14 +322,14 @@ class Trainee:
         self.sae.variance, self.skipped_steps = document["variance"], document["skipped_steps"]
         self.tokens, self.joined_at, self._seed = document["tokens"], document["joined_at"], document["seed"]
         self._cooldown = None if document["cooldown"] is None else Cooldown(*document["cooldown"])
-        device = self.sae.b_dec.device
         for name, value in self._part(tensors, "parameters").items():
             self.sae.parameters[name].copy_(value)
         if self.settings.ema_tokens:  # which may be new in the run file; an average begins with the weights then
-            averaged = self._part(tensors, "ema") or self.sae.parameters
-            self._ema = {name: value.to(device, copy=True) for name, value in averaged.items()}
+            self._ema = self._part(tensors, "ema") or {
+                name: value.clone() for name, value in self.sae.parameters.items()
+            }
         if white := self._part(tensors, "whitening"):
-            self._whitening = _moved(Whitening(**white), device)
+            self._whitening = Whitening(**white)
         self._begin(self.sae.b_dec)
         self.optimizer.restore(self._part(tensors, "adam"))
         self.statistics.restore(self._part(tensors, "statistics"))
@@ -338,8 +338,13 @@ class Trainee:
         return f"sae/{self.settings.name}/{part}/"
 
     def _part(self, tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        prefix = self._prefix(part)
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        """Copies, where the parameters are: what was loaded is one mapped file, which each piece of it would keep."""
+        prefix, device = self._prefix(part), self.sae.b_dec.device
+        return {
+            key.removeprefix(prefix): value.to(device, copy=True)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
 
 
 def _moved(white: Whitening, device: torch.device) -> Whitening:
