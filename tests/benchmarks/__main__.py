@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tests.benchmarks.measure import Goal, Options, Result, console
+from tests.benchmarks.measure import Goal, Options, Others, Result, console
 
 BENCH = Path("bench.json")
 PEERS = Path(".venv-peers/bin/python")
+DISTURBED = 0.03
+"""Fraction of the machine that other processes may use before a table says so."""
 
 Section = Callable[[Options], Iterator[Result]]
 
@@ -57,10 +59,12 @@ SECTIONS: dict[str, Section] = {
 def main() -> None:
     chosen, options = _command_line()
     for name in chosen:
-        results = []
+        results, others = [], Others()
         try:
             for result in SECTIONS[name](options):
                 results.append(result)
+                if (share := others.share()) > DISTURBED:
+                    result.notes.append(f"disturbed: other processes used {share:.0%} of the machine meanwhile")
                 console.print(_table(result))
                 for note in result.notes:
                     console.print(f"  {note}", style="dim")

@@ -13,6 +13,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -114,6 +115,27 @@ def copying(size: int, device: str) -> Callable[[], object]:
     """Moves `size` bytes through memory: half of them are read, half are written."""
     source, sink = (torch.ones(size // 8, device=device) for _ in range(2))
     return lambda: sink.copy_(source)
+
+
+class Others:
+    """How much of the machine other processes use, so that figures taken beside them are not believed."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._ours = time.monotonic(), *self._seconds()
+
+    def share(self) -> float:
+        """The mean fraction of all cores, since this was made, that was busy with what is not ours."""
+        busy, ours = self._seconds()
+        elapsed = (time.monotonic() - self._began) * (os.cpu_count() or 1)
+        return max(0.0, (busy - self._busy) - (ours - self._ours)) / elapsed
+
+    def _seconds(self) -> tuple[float, float]:
+        """(the machine's busy time, that of this process and of those it has waited for)"""
+        machine, own = psutil.cpu_times(), psutil.Process()
+        children = sum(sum(child.cpu_times()[:2]) for child in own.children(recursive=True))
+        idle = machine.idle + getattr(machine, "iowait", 0.0)
+        busy = sum(machine[:8]) - idle if hasattr(machine, "iowait") else sum(machine) - idle
+        return busy, sum(own.cpu_times()[:4]) + children
 
 
 class PeerError(RuntimeError):
