@@ -27,7 +27,7 @@ bench: $(VENV)-peers/ready $(VENV)/ready-dev
 gpu: $(VENV)/ready-dev
 	$(BIN)/python -m tests.benchmarks.require_gpu
 	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python -m tests.benchmarks.throughput --device cuda
+	$(BIN)/python -m tests.benchmarks --device cuda
 
 peers: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers

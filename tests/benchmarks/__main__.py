@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tests.benchmarks.measure import Goal, Options, Others, Result, console
+from tests.benchmarks.measure import Figure, Options, Others, Result, console
 
 BENCH = Path("bench.json")
 PEERS = Path(".venv-peers/bin/python")
@@ -51,31 +51,46 @@ SECTIONS: dict[str, Section] = {
     "step-topk": _section("step", "topk"),
     "step-batchtopk": _section("step", "batchtopk"),
     "step-jumprelu": _section("step", "jumprelu"),
-    "producer": _section("producer"),
+    "memory": _section("memory"),
+    "kernels": _section("kernels"),
+    "buffer": _section("buffer"),
     "wire": _section("wire"),
+    "producer": _section("producer"),
+    "together": _section("together"),
+    "start": _section("start"),
+    "scaling": _section("scaling"),
 }
 
 
 def main() -> None:
     chosen, options = _command_line()
+    goals: list[Figure] = []
     for name in chosen:
-        results, others = [], Others()
-        try:
-            for result in SECTIONS[name](options):
-                results.append(result)
-                if (share := others.share()) > DISTURBED:
-                    result.notes.append(f"disturbed: other processes used {share:.0%} of the machine meanwhile")
-                console.print(_table(result))
-                for note in result.notes:
-                    console.print(f"  {note}", style="dim")
-                console.print()
-        except Exception as error:
-            console.print(f"{name} broke off: {type(error).__name__}: {error}\n", style="red")
-        document = _read()
-        document["sections"][name] = _section_document(results, options)
-        BENCH.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(_goals_table(list(_goals(_read(), chosen))))
-    console.print(f"written to {BENCH}")
+        results = _measure(name, options)
+        goals += [figure for result in results for figure in result.figures if figure.goal is not None]
+        if not options.quick:
+            document = _read()
+            document["sections"][name] = _section_document(results, options)
+            BENCH.write_text(json.dumps(document, indent=1) + "\n")
+    console.print(_goals_table(goals))
+    console.print("nothing is written of small sizes" if options.quick else f"written to {BENCH}")
+
+
+def _measure(name: str, options: Options) -> list[Result]:
+    """Runs a section and prints its tables as they come; those it had when it broke off are kept."""
+    results, others = list[Result](), Others()
+    try:
+        for result in SECTIONS[name](options):
+            results.append(result)
+            if (share := others.share()) > DISTURBED:
+                result.notes.append(f"disturbed: other processes used {share:.0%} of the machine meanwhile")
+            console.print(_table(result))
+            for note in result.notes:
+                console.print(f"  {note}", style="dim")
+            console.print()
+    except Exception as error:
+        console.print(f"{name} broke off: {type(error).__name__}: {error}\n", style="red")
+    return results
 
 
 def _command_line() -> tuple[list[str], Options]:
@@ -103,28 +118,31 @@ def _table(result: Result) -> Table:
     for name, values in result.measured.items():
         spread = f"{_number(min(values))} … {_number(max(values))}" if len(values) > 1 else ""
         table.add_row(name, _number(median(values)), spread)
-    if result.goals:
+    if result.figures:
         table.add_section()
-    for goal in result.goals:
-        figure, bound, verdict = _told(goal)
-        table.add_row(goal.what, figure, f"{bound}: {verdict}")
+    for figure in result.figures:
+        table.add_row(figure.what, *_told(figure))
     return table
 
 
-def _goals_table(goals: list[Goal]) -> Table:
+def _goals_table(figures: list[Figure]) -> Table:
     table = Table(title="Goals", title_justify="left")
-    for column in ("", "measured", "goal", ""):
-        table.add_column(column, justify="left" if not column else "right")
-    for goal in goals:
-        table.add_row(goal.what, *_told(goal))
+    table.add_column("")
+    table.add_column("measured", justify="right")
+    table.add_column("goal", justify="right")
+    for figure in figures:
+        table.add_row(figure.what, *_told(figure))
     return table
 
 
-def _told(goal: Goal) -> tuple[str, str, str]:
-    """(figure, goal, verdict) in words."""
-    colour = {"met": "green", "not met": "red", "skipped": "dim"}[goal.verdict]
-    figure = "–" if goal.figure is None else f"{goal.figure:.2f} {goal.unit}"
-    return figure, f"{'≥' if goal.at_least else '≤'} {goal.bound:g} {goal.unit}", f"[{colour}]{goal.verdict}[/]"
+def _told(figure: Figure) -> tuple[str, str]:
+    """(value, goal and verdict) in words."""
+    value = "–" if figure.value is None else f"{figure.value:.2f} {figure.unit}"
+    if figure.goal is None:
+        return value, ""
+    colour = {"met": "green", "not met": "red", "skipped": "dim"}[figure.verdict]
+    bound = f"{'≥' if figure.at_least else '≤'} {figure.goal:g} {figure.unit}"
+    return value, f"{bound}: [{colour}]{figure.verdict}[/]"
 
 
 def _number(value: float) -> str:
@@ -157,12 +175,6 @@ def _section_document(results: list[Result], options: Options) -> dict[str, Any]
         "rounds": options.rounds,
         "results": [asdict(result) for result in results],
     }
-
-
-def _goals(document: dict[str, Any], chosen: list[str]) -> Iterator[Goal]:
-    for name in chosen:
-        for result in document["sections"][name]["results"]:
-            yield from (Goal(**goal) for goal in result["goals"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every section shares: options, contenders that take turns, results with their goals, the peers' process."""
+"""What every section shares: options, contenders that take turns, results and their figures, the peers' process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -34,34 +34,39 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A figure and what it should be. A figure of None could not be measured."""
+class Figure:
+    """What the measurements say, and what they should say."""
 
     what: str
-    figure: float | None
-    bound: float
+    value: float | None
+    """None when it could not be measured."""
+    goal: float | None = None
+    """None for figures that only inform."""
     at_least: bool = False
+    """The goal is a lower bound."""
     unit: str = "×"
 
     @property
     def verdict(self) -> str:
-        if self.figure is None:
+        if self.goal is None:
+            return ""
+        if self.value is None:
             return "skipped"
-        return "met" if (self.figure >= self.bound if self.at_least else self.figure <= self.bound) else "not met"
+        return "met" if (self.value >= self.goal if self.at_least else self.value <= self.goal) else "not met"
 
 
 @dataclass
 class Result:
-    """One table: what was measured, in one unit, round by round, and the goals these figures are held against."""
+    """One table: what was measured, in one unit, round by round, and the figures that follow from it."""
 
     title: str
     unit: str
     measured: dict[str, list[float]] = field(default_factory=dict)
-    goals: list[Goal] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def take_turns(self, rounds: int, contenders: Mapping[str, Callable[[], float]]) -> Result:
-        """Measures every contender once in each round. One of the peers' that fails is left out, and said so."""
+        """Measures every contender once in each round. One that fails is left out, and the notes say why."""
         failed: set[str] = set()
         for number in range(1, rounds + 1):
             for name, measure in contenders.items():
@@ -70,10 +75,10 @@ class Result:
                 with console.status(f"{self.title}: {name} (round {number} of {rounds})"):
                     try:
                         self.measured.setdefault(name, []).append(measure())
-                    except PeerError as error:
+                    except Exception as error:
                         failed.add(name)
                         self.measured.pop(name, None)
-                        self.notes.append(f"{name} failed: {error}")
+                        self.notes.append(f"{name} failed: {type(error).__name__}: {error}")
         return self
 
     def middle(self, name: str) -> float:
@@ -85,9 +90,13 @@ class Result:
             return None
         return median(a / b for a, b in zip(self.measured[above], self.measured[below], strict=True))
 
-    def least(self, *names: str) -> str:
-        """Which of `names` has the smallest median; the first when none was measured."""
-        return min((name for name in names if name in self.measured), key=self.middle, default=names[0])
+    def least(self, names: Iterable[str], default: str) -> str:
+        """Which of `names` has the smallest median; `default` when none was measured."""
+        return min((name for name in names if name in self.measured), key=self.middle, default=default)
+
+    def most(self, names: Iterable[str], default: str) -> str:
+        """Which of `names` has the largest median; `default` when none was measured."""
+        return max((name for name in names if name in self.measured), key=self.middle, default=default)
 
 
 def seconds_of(act: Callable[[], object], device: str = "cpu", at_least: float = 0.4) -> float:
@@ -109,6 +118,11 @@ def seconds_once(act: Callable[[], object], device: str = "cpu") -> float:
 def synchronise(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def milliseconds(act: Callable[[], object], device: str = "cpu") -> Callable[[], float]:
+    """A contender: the median milliseconds of one call."""
+    return lambda: 1e3 * seconds_of(act, device)
 
 
 def copying(size: int, device: str) -> Callable[[], object]:

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from producer.settings import read_run_file
 from producer.source import LanguageModelSource, batches
 from producer.wire import held_out_shards
-from tests.benchmarks.measure import WITHOUT_PEERS, Goal, Options, Peers, Result, synchronise
+from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result, synchronise
 from trainer.buffer import ShuffleBuffer
 from trainer.intake import TORCH_DTYPE, Intake
 from trainer.ledger import Ledger, Limits
@@ -67,11 +67,10 @@ def run(options: Options) -> Iterator[Result]:
         else:
             result.notes.append(WITHOUT_PEERS)
         result.take_turns(options.rounds, contenders | theirs)
-    # Ratios of rates: the larger, the better.
-    best = max((name for name in theirs if name in result.measured), key=result.middle, default="the best peer")
-    result.goals = [
-        Goal("producer / bare forward", result.ratio("Sluice", "bare forward"), 0.95, at_least=True),
-        Goal(f"producer / {best}", result.ratio("Sluice", best), 1.5, at_least=True),
+    best = result.most(theirs, "the best peer")
+    result.figures = [
+        Figure("producer / bare forward", result.ratio("Sluice", "bare forward"), 0.95, at_least=True),
+        Figure(f"producer / {best}", result.ratio("Sluice", best), 1.5, at_least=True),
     ]
     result.notes.append(f"the language model computes in {source.model.dtype}")
     yield result
@@ -126,6 +125,10 @@ class RunningProducer:
         rows, began = self._ledger.rows_received, time.monotonic()
         self._take_for(seconds)
         return (self._ledger.rows_received - rows) / (time.monotonic() - began)
+
+    def rows(self) -> torch.Tensor:
+        """Copies of the rows that wait, at most a bufferful."""
+        return self._intake.peek(self._intake.ledger.limits.capacity_rows)[0]
 
     def _take_for(self, seconds: float) -> None:
         """From the first batch on that can be had."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from producer.wire import Hello, Hook
 from trainer.saes.jumprelu import MINIMUM_THRESHOLD
 from trainer.settings import OptimizerSettings, SaeSettings
 from trainer.trainee import Trainee, Wiring
@@ -65,6 +66,15 @@ def correlated_rows(rows: int, d_in: int, seed: int = 0) -> Tensor:
         parts.append(active @ directions)
     x = torch.cat(parts)
     return (x - x.mean(0)) / x.std()
+
+
+def hello_of(hook: str, width: int) -> Hello:
+    """What a producer of one hook would say."""
+    return Hello(
+        producer="p", session="s", name="bench", fingerprint="f", shards=1, held_out=0.0, context=256,
+        hooks=[Hook(name=hook, module="m", width=width)], dtype="bfloat16", chunk_rows=4096, norm_bounds=None,
+        provenance={},
+    )  # fmt: skip
 
 
 def trainee(architecture: str, size: Size, device: str, sample: Tensor, **more: Any) -> Trainee:

@@ -28,7 +28,7 @@ import zmq
 
 from producer.keys import serve_encrypted, write_keys
 from producer.settings import StreamSettings
-from tests.benchmarks.measure import Goal, Options, Result, seconds_once
+from tests.benchmarks.measure import Figure, Options, Result, seconds_once
 from tests.benchmarks.sending import chunk_rows
 from tests.benchmarks.subject import Size, correlated_rows, trainee
 from trainer.buffer import Batch, ShuffleBuffer
@@ -62,8 +62,10 @@ def _rates(options: Options) -> Result:
                 end = stack.enter_context(kind(_endpoint(way, folder / f"{name}-{way}"), keys, WIDTH))
                 contenders[f"{name}, {way}"] = partial(end.rate, seconds)
         result.take_turns(options.rounds, contenders)
-    result.goals = [
-        Goal(f"wire / bare sockets, {way}", result.ratio(f"Sluice, {way}", f"bare sockets, {way}"), 0.8, at_least=True)
+    result.figures = [
+        Figure(
+            f"wire / bare sockets, {way}", result.ratio(f"Sluice, {way}", f"bare sockets, {way}"), 0.8, at_least=True
+        )
         for way in WAYS
     ]
     return result
@@ -96,7 +98,7 @@ def _cost(options: Options) -> Result:
                 result.take_turns(options.rounds, {"intake busy": beside_intake, "intake idle": alone})
     finally:
         torch.set_num_threads(threads)
-    result.goals = [Goal("step, intake busy / idle", result.ratio("intake busy", "intake idle"), 1.05)]
+    result.figures = [Figure("step, intake busy / idle", result.ratio("intake busy", "intake idle"), 1.05)]
     return result
 
 
