@@ -54,6 +54,7 @@ def _run(settings: ProducerSettings) -> int:
     from producer.corpus import CorpusError
     from producer.keys import KeysError
     from producer.link import Link, NoTrainer, Refused
+    from producer.memory import keep_freed_memory
     from producer.produce import Producer, chunk_windows
     from producer.source import fingerprint, norm_bounds, open_source
     from producer.wire import DTYPE_BYTES, Hello, held_out_shards
@@ -63,6 +64,8 @@ def _run(settings: ProducerSettings) -> int:
         torch.set_num_threads(settings.run.threads)
     try:
         source = open_source(settings)
+        keep_freed_memory()
+        source.choose_batch()
         held_out = set(held_out_shards(source.shards, settings.corpus.held_out))
         training = (shard for shard in range(source.shards) if shard not in held_out)
         bounds = norm_bounds(source, training, settings.corpus.outlier_factor)

@@ -11,10 +11,12 @@ was not received is leased again, to this producer or another.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 import uuid
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import zmq
@@ -90,6 +92,8 @@ class Link:
         self._context = zmq.Context()
         self._changed = threading.Condition()
         self._outbox: deque[tuple[Message, Payload | None]] = deque()
+        self._bell, self._clapper = socket.socketpair()
+        self._clapper.setblocking(False)
         self._session = _Session("")
         self._ending: Exception | None = None
         self._leaving = False
@@ -110,8 +114,11 @@ class Link:
         with self._changed:
             self._leaving = True
             self._changed.notify_all()
+        self._ring()
         self._thread.join()
         self._context.term()
+        self._bell.close()
+        self._clapper.close()
 
     # The loop's side
 
@@ -128,6 +135,12 @@ class Link:
             lease, mask = self._session.leases[0]
             assert self._session.welcome is not None
             return lease, mask, self._session.welcome
+
+    @property
+    def next_shard(self) -> int | None:
+        """The shard that `next_lease` will give after the present one, when it is known already."""
+        with self._changed:
+            return self._session.leases[1][0].shard if len(self._session.leases) > 1 else None
 
     def send_chunk(self, lease: Lease, chunk: dict, payload: Payload) -> None:
         """Sends one chunk of the lease as soon as credit allows. `payload` must not be written to afterwards.
@@ -152,6 +165,7 @@ class Link:
             )
             self._outbox.append((message, payload))
             self._progress += 1
+        self._ring()
 
     def end_shard(self, lease: Lease, message: ShardEnd | ShardFail) -> None:
         """Says that the lease is done or cannot be. Raises SessionLost when it is no longer ours."""
@@ -160,6 +174,7 @@ class Link:
             self._session.leases.popleft()
             self._outbox.append((message, None))
             self._progress += 1
+        self._ring()
 
     def moved(self) -> None:
         """Tells the trainer, with the next heartbeat, that work goes on although no chunk is ready."""
@@ -176,6 +191,11 @@ class Link:
     def _check(self, lease: Lease) -> None:
         if self._leaving or not self._session.leases or self._session.leases[0][0] is not lease:
             raise SessionLost
+
+    def _ring(self) -> None:
+        """Wakes the socket's thread: there is something to send."""
+        with suppress(BlockingIOError):  # it has been rung before, and not heard yet
+            self._clapper.send(b"!")
 
     def _wait(self, cause: str) -> None:
         began = time.monotonic()
@@ -242,20 +262,20 @@ class Link:
             self._changed.notify_all()
 
     def _open(self) -> None:
-        self._socket = socket = self._context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.immediate = 1
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 2000
-        socket.maxmsgsize = MAX_MASK_BYTES + 1024  # CURVE adds some bytes to a frame
-        socket.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
-        socket.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
+        self._socket = dealer = self._context.socket(zmq.DEALER)
+        dealer.linger = 0
+        dealer.immediate = 1
+        dealer.reconnect_ivl, dealer.reconnect_ivl_max = 200, 2000
+        dealer.maxmsgsize = MAX_MASK_BYTES + 1024  # CURVE adds some bytes to a frame
+        dealer.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
+        dealer.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
         if self._settings.keys is not None:
-            connect_encrypted(socket, self._settings.keys)
-        self._monitor = socket.get_monitor_socket(
+            connect_encrypted(dealer, self._settings.keys)
+        self._monitor = dealer.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
         try:
-            socket.connect(self._settings.endpoint)
+            dealer.connect(self._settings.endpoint)
         except zmq.ZMQError as error:
             raise NoTrainer(f"stream.endpoint = {self._settings.endpoint!r} is no address: {error.strerror}") from None
         with self._changed:
@@ -265,8 +285,15 @@ class Link:
         self._outbox.append((self._hello.model_copy(update={"session": self._session.name}), None))
 
     def _receive(self, session: _Session) -> None:
+        """Waits until the trainer says something or there is something to send, and takes in one message."""
         assert self._socket is not None
-        if not self._socket.poll(POLL_MILLISECONDS):
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
+        events = dict(poller.poll(POLL_MILLISECONDS))
+        if self._bell.fileno() in events:
+            self._bell.recv(4096)
+        if self._socket not in events:
             self._watch_handshake()
             return
         frames = self._socket.recv_multipart(copy=True)

@@ -3,16 +3,21 @@
     for each lease:   wanted rows = the shard's rows that the trainer does not have yet
         for each forward pass:   activations, then per chunk: drop outliers, pack the rows, send
 
-The forward pass of the next windows is started before the rows of the last ones are packed and sent, so that on a GPU
-the language model never waits for a copy, and on a CPU the socket's thread sends while the model computes.
+The language model is all that should take time. Where it leaves a core free, the text of the next lease is tokenized in
+a thread meanwhile; where it does not, that would only make its threads wait for each other, and the tokenizer gets all
+cores in between. The forward pass of the next windows is started before the rows of the last ones are packed and sent,
+so that on a GPU the model never waits for a copy; on a CPU rows are copied once, from the activations into the message,
+and the socket's thread sends while the model computes.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +42,15 @@ from producer.wire import (
 log = logging.getLogger("sluice.producer")
 
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CHUNK_ROWS = 4096
+"""Most rows in a chunk, however narrow they are: a small buffer holds several chunks, whatever the forward pass."""
+NEAR = 0.98
+"""A norm up to this share of its bound is within it, even if computed in bfloat16's three digits."""
 
 
 def chunk_windows(context: int, row_bytes: int, batch_windows: int) -> int:
-    """Windows per chunk: about TARGET_CHUNK_BYTES, at most one forward pass."""
-    return max(1, min(batch_windows, TARGET_CHUNK_BYTES // (context * row_bytes)))
+    """Windows per chunk: about TARGET_CHUNK_BYTES, at most CHUNK_ROWS and one forward pass."""
+    return max(1, min(batch_windows, CHUNK_ROWS // context, TARGET_CHUNK_BYTES // (context * row_bytes)))
 
 
 def chunk_parts(chosen: np.ndarray, windows: int, context: int) -> Iterator[slice]:
@@ -81,9 +90,17 @@ class Producer:
         self._tokens = self._chunks = self._shards = self._forwards = 0
         self._forward_seconds = self._text_seconds = 0.0
         self._dropped: Counter[str] = Counter()
+        self._text = ReadingAhead(source.windows)
+        self._core_to_spare = self._side is not None or torch.get_num_threads() < len(os.sched_getaffinity(0))
 
     def run(self) -> None:
         """Raises Refused or NoTrainer when there is no run to serve."""
+        try:
+            self._run()
+        finally:
+            self._text.close()
+
+    def _run(self) -> None:
         while True:
             try:
                 lease, mask, welcome = self._link.next_lease()
@@ -113,7 +130,7 @@ class Producer:
         """Everything of one shard. A shard that cannot be read or run is reported, not fatal."""
         try:
             began = time.monotonic()
-            windows = self._source.windows(lease.shard)
+            windows = self._text.windows(lease.shard)
             self._text_seconds += time.monotonic() - began
             had = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
             wanted = windows.kept & ~had
@@ -139,6 +156,8 @@ class Producer:
         """Forward passes over the windows that have wanted rows, one pass ahead of what is yielded on a GPU."""
         ahead: Pass | None = None
         for chosen in batches(windows, wanted, self._source.batch_windows):
+            if self._core_to_spare and (following := self._link.next_shard) is not None:
+                self._text.ahead(following)
             began = time.monotonic()
             activations = self._source.activations(shard, windows, chosen)
             done = torch.cuda.current_stream(self._source.device).record_event() if self._side is not None else None
@@ -195,22 +214,82 @@ class Producer:
             return _pack_rows(activations, wanted, bounds, self._dtype)
 
 
+class ReadingAhead:
+    """Reads shards with `read`, the next one in a thread while the present one is worked on."""
+
+    def __init__(self, read: Callable[[int], Windows]) -> None:
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._next: tuple[int, Future[Windows]] | None = None
+
+    def ahead(self, shard: int) -> None:
+        """`windows` will probably be asked for this shard next."""
+        if self._next is None or self._next[0] != shard:
+            self._drop()
+            self._next = shard, self._thread.submit(self._read, shard)
+
+    def windows(self, shard: int) -> Windows:
+        """Of this shard; raises what reading it raises."""
+        if self._next is None or self._next[0] != shard:
+            return self._read(shard)
+        future, self._next = self._next[1], None
+        return future.result()
+
+    def close(self) -> None:
+        self._drop()
+        self._thread.shutdown(wait=False)
+
+    def _drop(self) -> None:
+        if self._next is not None:
+            self._next[1].cancel()
+            self._next = None
+
+
 def _pack_rows(
     activations: list[Tensor], wanted: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
 ) -> tuple[np.ndarray, memoryview]:
+    if activations[0].device.type == "cpu":
+        return _pack_rows_on_cpu(activations, wanted, bounds, dtype)
     device = activations[0].device
     keep = torch.from_numpy(wanted).to(device)
     if bounds is not None:
         for x, bound in zip(activations, bounds, strict=True):
-            # A row that is not finite is not an outlier: it must reach the trainer, which refuses it aloud.
-            norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-            keep = keep & ((norm <= bound) | ~norm.isfinite())
+            keep = keep & ~_is_outlier(x, bound)
     rows = int(keep.sum())
     sizes = [rows * x.shape[-1] for x in activations]
-    payload = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+    payload = torch.empty(sum(sizes), dtype=dtype, pin_memory=True)
     for block, x in zip(payload.split(sizes), activations, strict=True):
         block.view(rows, x.shape[-1]).copy_(x[keep], non_blocking=True)
     kept = keep.cpu().numpy()
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    torch.cuda.current_stream(device).synchronize()
     return kept, payload.view(torch.uint8).numpy().data
+
+
+def _pack_rows_on_cpu(
+    activations: list[Tensor], wanted: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
+) -> tuple[np.ndarray, memoryview]:
+    """The same in a fifth of the time: the norm is exact only where that matters, and each row is copied once."""
+    kept = wanted
+    rows_of = [x.reshape(-1, x.shape[-1]) for x in activations]
+    for x, bound in zip(rows_of, bounds or [], strict=bounds is not None):
+        near = torch.linalg.vector_norm(x, dim=-1)
+        doubtful = (~(near <= NEAR * bound)).nonzero().view(-1)
+        if len(doubtful):
+            outlier = np.zeros(len(x), bool)
+            outlier[doubtful.numpy()] = _is_outlier(x[doubtful], bound).numpy()
+            kept = kept & ~outlier.reshape(kept.shape)
+    index = torch.from_numpy(np.flatnonzero(kept))
+    payload = torch.empty(len(index) * sum(x.shape[-1] for x in rows_of), dtype=dtype)
+    for block, x in zip(payload.split([len(index) * x.shape[-1] for x in rows_of]), rows_of, strict=True):
+        rows = block.view(len(index), x.shape[-1])
+        if x.dtype == dtype:
+            torch.index_select(x, 0, index, out=rows)
+        else:
+            rows.copy_(x.index_select(0, index))
+    return kept, payload.view(torch.uint8).numpy().data
+
+
+def _is_outlier(x: Tensor, bound: float) -> Tensor:
+    # A row that is not finite is not an outlier: it must reach the trainer, which refuses it aloud.
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return (norm > bound) & norm.isfinite()

@@ -117,7 +117,7 @@ class ModelSettings(Table):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the language model; auto is bfloat16 on a GPU, and on a CPU that is measured to be faster in it."""
     batch_windows: Positive | None = None
-    """Windows in one forward pass; without it, about 4096 tokens on a CPU and 32768 on a GPU."""
+    """Windows in one forward pass; without it, as many as are measured to be fast: about 4096 tokens on a CPU."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
 

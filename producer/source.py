@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
@@ -26,7 +27,12 @@ from producer.wire import Hook
 log = logging.getLogger("sluice.producer")
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32_768
-"""About how many tokens one forward pass takes, unless model.batch_windows says otherwise."""
+"""About how many tokens one forward pass takes, unless model.batch_windows says otherwise or others are faster."""
+CALIBRATION_SECONDS, CALIBRATION_ROUNDS = 2.5, 5
+WORTH = 1.05
+"""Passes of another size must be this much faster to be preferred."""
+BOUND_TOKENS = 4096
+"""Tokens whose rows tell the usual norm. Not a forward pass: the bound must not depend on how large one is."""
 
 
 class Source(Protocol):
@@ -38,6 +44,10 @@ class Source(Protocol):
     batch_windows: int
     facts: dict[str, Any]
     device: torch.device
+
+    def choose_batch(self) -> None:
+        """Sets `batch_windows` to what is fastest here, unless the settings say it."""
+        ...
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -62,6 +72,7 @@ class LanguageModelSource:
     def __init__(self, settings: ProducerSettings) -> None:
         assert settings.model is not None
         self._settings = settings.corpus
+        self._batch_is_set = settings.model.batch_windows is not None
         self.context = settings.corpus.context
         # The corpus first: a wrong path should not wait for a model to load.
         self._corpus: Corpus = open_corpus(settings.corpus)
@@ -95,6 +106,50 @@ class LanguageModelSource:
             "exclude_special": settings.corpus.exclude_special,
             "outlier_factor": settings.corpus.outlier_factor,
         }
+
+    def choose_batch(self) -> None:
+        """Measures how many windows a forward pass should take here, unless the settings say it.
+
+        Rows do not depend on it but for rounding. Takes CALIBRATION_SECONDS at most; a model that is too slow for that
+        keeps the usual number.
+        """
+        if self._batch_is_set:
+            return
+        usual = self.batch_windows
+        best = self._seconds_a_window(usual)
+        if best:
+            fastest = min(best.values())
+            if best.get(usual, float("inf")) > WORTH * fastest:
+                self.batch_windows = min(size for size in best if best[size] <= (1 + WORTH) / 2 * fastest)
+        told = ", ".join(f"{size}: {self.context / best[size]:,.0f}" for size in sorted(best))
+        log.info("%d windows in a forward pass (tokens/s by windows: %s)", self.batch_windows, told or "not measured")
+
+    def _seconds_a_window(self, usual: int) -> dict[int, float]:
+        """Of passes of several sizes, the best of some rounds; empty when there is no time to try the usual one."""
+        sizes = {max(1, usual // 4), max(1, usual // 2), usual, 2 * usual, 4 * usual}
+        self._pass(1)
+        windows = CALIBRATION_SECONDS / self._pass(1)
+        while 2 * sum(sizes) > windows:
+            if max(sizes) <= usual:
+                return {}
+            sizes.remove(max(sizes))
+        rounds = int(windows / sum(sizes))
+        best: dict[int, float] = {}
+        for _ in range(min(rounds, CALIBRATION_ROUNDS)):
+            for size in sorted(sizes):
+                try:
+                    best[size] = min(self._pass(size) / size, best.get(size, float("inf")))
+                except torch.OutOfMemoryError:
+                    sizes = {one for one in sizes if one < size}
+        return {size: seconds for size, seconds in best.items() if size in sizes}
+
+    def _pass(self, size: int) -> float:
+        """Seconds of one forward pass over so many windows."""
+        tokens = torch.arange(size * self.context).view(size, self.context) % self.model.vocabulary
+        began = time.monotonic()
+        x = self.model.activations(tokens)[-1]
+        x[-1, -1, -1].item()  # a GPU is done only then
+        return time.monotonic() - began
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -136,7 +191,8 @@ class SyntheticSource:
         corpus = open_corpus(settings.corpus)
         assert isinstance(corpus, SyntheticCorpus)
         self._corpus = corpus
-        self._rows: tuple[int, np.ndarray] | None = None
+        self._rows: dict[int, np.ndarray] = {}
+        """Of the shard that is worked on and of the one that is read ahead."""
         self.context = settings.corpus.context
         self.shards = corpus.shards
         self.hooks = [Hook(name="synthetic", module="synthetic", width=settings.corpus.synthetic.d_in)]
@@ -148,6 +204,9 @@ class SyntheticSource:
             "outlier_factor": settings.corpus.outlier_factor,
         }
 
+    def choose_batch(self) -> None:
+        """There is nothing to choose: a pass is a copy."""
+
     def windows(self, shard: int) -> Windows:
         count = len(self._shard(shard)) // self.context
         shape = (count, self.context)
@@ -158,9 +217,10 @@ class SyntheticSource:
         return [torch.from_numpy(rows.reshape(-1, self.context, rows.shape[1])[chosen])]
 
     def _shard(self, shard: int) -> np.ndarray:
-        if self._rows is None or self._rows[0] != shard:
-            self._rows = (shard, self._corpus.rows(shard))
-        return self._rows[1]
+        if (rows := self._rows.get(shard)) is None:
+            rows = self._corpus.rows(shard)
+            self._rows = dict([*self._rows.items()][-1:]) | {shard: rows}
+        return rows
 
 
 def open_source(settings: ProducerSettings) -> Source:
@@ -183,11 +243,18 @@ def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[fl
         return None
     for shard in shards:
         windows = source.windows(shard)
-        chosen = np.flatnonzero(windows.kept.any(1))[: source.batch_windows]
+        chosen = np.flatnonzero(windows.kept.any(1))[: max(1, BOUND_TOKENS // source.context)]
         if len(chosen):
-            kept = torch.from_numpy(windows.kept[chosen])
-            rows = [x[kept.to(x.device)] for x in source.activations(shard, windows, chosen)]
-            return [factor * float(x.float().norm(dim=1).median()) for x in rows]
+            norms = [
+                [
+                    x.float().norm(dim=-1).cpu().numpy()[windows.kept[some]]
+                    for x in source.activations(shard, windows, some)
+                ]
+                for some in np.array_split(chosen, -(-len(chosen) // source.batch_windows))
+            ]
+            return [
+                factor * float(torch.from_numpy(np.concatenate(hook)).median()) for hook in zip(*norms, strict=True)
+            ]
     return None
 
 

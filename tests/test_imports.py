@@ -17,7 +17,7 @@ CONTRACTS = {
         "producer.wire", "producer.report", "producer.settings", "producer.keys",
         # for evaluation: the LM loader, and the text it reads
         "producer.activations", "producer.corpus", "producer.tokens",
-        "producer.precision",
+        "producer.precision", "producer.memory",
     },
     "trainer": {"trainer.snapshot", "trainer.report", "trainer.settings", "trainer.durable", "trainer.saes.inference"},
     "monitor": set(),

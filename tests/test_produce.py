@@ -14,8 +14,8 @@ import torch
 import zmq
 from torch import Tensor
 
-from producer.produce import chunk_parts, chunk_windows
-from producer.source import norm_bounds
+from producer.produce import CHUNK_ROWS, ReadingAhead, chunk_parts, chunk_windows
+from producer.source import CALIBRATION_SECONDS, LanguageModelSource, norm_bounds
 from producer.tokens import Windows
 from producer.wire import (
     MAX_CHUNK_POSITIONS,
@@ -37,7 +37,8 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
-from tests.small_stream import Producing, hello_of, stream_settings, trainer
+from tests.small_stream import Producing, every_name, hello_of, stream_settings, trainer
+from tests.small_stream import finish as finish_stream
 from trainer.intake import TORCH_DTYPE
 
 CONTEXT = 4
@@ -272,7 +273,101 @@ def test_the_first_pass_proposes_the_bounds() -> None:
     assert source.forwarded == [[0, 1]]
 
 
+def test_the_bound_does_not_depend_on_the_size_of_a_pass() -> None:
+    """Passes are as large as is fast on the machine at hand; the rows that are kept must not depend on the machine."""
+    few, many = tensors(9, context=1024, batch_windows=2), tensors(9, context=1024, batch_windows=7)
+
+    assert norm_bounds(few, [0], 10.0) == norm_bounds(many, [0], 10.0)
+    assert (few.forwarded, many.forwarded) == ([[0, 1], [2, 3]], [[0, 1, 2, 3]])
+
+
+# Reading ahead
+
+
+def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
+    """Once, in another thread; and what reading it raises is raised when it is asked for."""
+    readers: dict[int, str] = {}
+
+    def read(shard: int) -> Windows:
+        assert shard not in readers
+        readers[shard] = threading.current_thread().name
+        if shard == 2:
+            raise OSError("gone")
+        return tensors(shard + 1).windows(0)
+
+    text = ReadingAhead(read)
+    assert len(text.windows(0)) == 1
+    text.ahead(1)
+    text.ahead(1)
+    assert len(text.windows(1)) == 2
+    text.ahead(2)
+    with pytest.raises(OSError, match="gone"):
+        text.windows(2)
+    text.ahead(3)
+    assert len(text.windows(4)) == 5  # the lease went to somebody else
+    text.close()
+
+    assert readers[0] == readers[4] == threading.current_thread().name
+    assert readers[1] == readers[2] == "text_0"
+
+
+@pytest.mark.parametrize("to_spare", [True, False])
+def test_every_shard_comes_as_it_is_whether_read_ahead_or_not(endpoint: str, to_spare: bool) -> None:
+    """Each shard's rows carry their names."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        producer = Producing(settings)
+        producer.producer._core_to_spare = to_spare
+        assert finish_stream(intake, producer) == every_name()
+
+
 # Geometry
+
+
+class Timed(LanguageModelSource):
+    """A source whose passes take as long as the test says, and no time."""
+
+    def __init__(self, seconds: dict[int, float], is_set: bool = False) -> None:
+        self.batch_windows, self.context, self._batch_is_set, self._seconds = 16, 256, is_set, seconds
+        self.passes: list[int] = []
+
+    def _pass(self, size: int) -> float:
+        self.passes.append(size)
+        if self._seconds[size] == float("inf"):
+            raise torch.OutOfMemoryError
+        return self._seconds[size]
+
+
+FLAT = {1: 0.01, 4: 0.04, 8: 0.08, 16: 0.16, 32: 0.32, 64: 0.64}
+"""A second for a hundred windows, whatever the pass."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, 16),
+        ({32: 0.31}, 16),  # hardly faster
+        ({32: 0.2}, 32),
+        ({8: 0.05, 32: 0.2}, 8),  # as fast, with less memory
+        ({64: float("inf")}, 16),
+        ({16: float("inf"), 32: float("inf"), 64: float("inf")}, 4),
+        ({1: 1.0}, 16),  # a slow model is left alone
+    ],
+)
+def test_a_pass_is_as_large_as_is_fast(changes: dict[int, float], chosen: int) -> None:
+    """The usual size unless another is clearly faster; sizes without room in memory or time are left out."""
+    source = Timed(FLAT | changes)
+    source.choose_batch()
+
+    assert source.batch_windows == chosen
+    assert sum(FLAT[size] for size in source.passes) <= CALIBRATION_SECONDS + 0.1
+
+
+def test_the_size_of_a_pass_that_is_set_is_not_measured() -> None:
+    source = Timed(FLAT, is_set=True)
+    source.choose_batch()
+
+    assert (source.batch_windows, source.passes) == (16, [])
 
 
 def test_a_chunk_is_about_two_megabytes_and_at_most_one_pass() -> None:
@@ -282,6 +377,7 @@ def test_a_chunk_is_about_two_megabytes_and_at_most_one_pass() -> None:
     assert chunk_windows(256, row_bytes, batch_windows=128) == TARGET_CHUNK_BYTES // (256 * row_bytes) == 5
     assert chunk_windows(256, row_bytes, batch_windows=3) == 3
     assert chunk_windows(4096, 4096 * 4, batch_windows=1) == 1
+    assert chunk_windows(256, 64 * 2, batch_windows=64) == CHUNK_ROWS // 256 == 16
 
 
 def test_passes_are_cut_into_chunks(hand: Trainer, endpoint: str) -> None:
