@@ -90,7 +90,9 @@ class Loop:
     @property
     def complete(self) -> bool:
         """The token budget or the data is used up, or every SAE is finished."""
-        return is_complete(self.settings, self.intake.ledger) or (self.run is not None and self.run.finished)
+        with self.intake.lock:  # the ledger is not to be looked at while it turns to the next epoch
+            used_up = is_complete(self.settings, self.intake.ledger)
+        return used_up or (self.run is not None and self.run.finished)
 
     @property
     def drained(self) -> bool:
