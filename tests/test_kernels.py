@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.kernels import select
+from trainer.kernels import cpu, portable, select
 from trainer.kernels.dense import Dense
-from trainer.kernels.select import exceeds, largest, largest_of_batch, positive, topk
+from trainer.kernels.select import dense_if_many, exceeding, joined, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
 
 SPARSE, DENSE = 2.0, 0.0
@@ -17,7 +19,7 @@ SPARSE, DENSE = 2.0, 0.0
 
 @pytest.fixture(params=[SPARSE, DENSE], ids=["sparse", "dense"])
 def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(select, "DENSE_ABOVE", request.param)
+    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, request.param))
     return float(request.param)
 
 
@@ -33,16 +35,43 @@ def some_pre_acts() -> Tensor:
 # Choosing
 
 
-def test_two_stage_topk_is_exact() -> None:
-    """The grouped search finds the same values as a plain one, with duplicates and negatives among them."""
-    torch.manual_seed(0)
-    for rows, n, k in ((50, 4096, 32), (7, 1024, 1), (3, 512, 15)):
-        values = torch.randn(rows, n).mul_(4).round_().div_(4)
-        value, index = topk(values, k)
+@pytest.fixture(params=[portable, cpu], ids=["portable", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    """Each set of kernels that runs on a CPU; `test_cuda_kernels.py` has the third."""
+    return request.param
 
-        torch.testing.assert_close(value.sort(1).values, values.topk(k).values.sort(1).values)
-        torch.testing.assert_close(values.gather(1, index), value)
-        assert all(k == len(set(row.tolist())) for row in index)
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(50, 4096, 32), (7, 1024, 1), (3, 512, 15), (5, 4000, 400), (2, 9, 9)])
+def test_topk_is_exact(kernels: ModuleType, rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """The search by groups finds the same values as a plain one, with duplicates and negatives among them."""
+    torch.manual_seed(0)
+    values = torch.randn(rows, n).mul_(4).round_().div_(4).to(dtype)
+    value, index = kernels.topk(values, k)
+
+    torch.testing.assert_close(value.sort(1).values, values.topk(k).values.sort(1).values)
+    torch.testing.assert_close(values.gather(1, index), value)
+    assert all(k == len(set(row.tolist())) for row in index)
+
+
+def test_of_equal_values_the_first_are_chosen() -> None:
+    """All the same, or k in the middle of a run of equal ones: positions decide, so that a choice repeats."""
+    values = torch.zeros(2, 6000)
+    values[1, [5000, 3, 4000]] = 1.0
+    _, index = cpu.topk(values, 4)
+
+    assert [sorted(row) for row in index.tolist()] == [[0, 1, 2, 3], [0, 3, 4000, 5000]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_is_chosen(dtype: torch.dtype) -> None:
+    """So that the loss is not a number either, and the step is skipped and counted."""
+    values = torch.randn(3, 4000).to(dtype)
+    values[1, 2000] = float("nan")
+    value, _ = cpu.topk(values, 8)
+
+    assert value.isnan().sum(1).tolist() == [0, 1, 0]
+    assert exceeding(values, 0.0).value.isnan().sum() == 1
 
 
 def test_bug_1_a_zero_winner_has_not_fired(representation: float) -> None:
@@ -64,60 +93,66 @@ def test_the_largest_magnitudes_keep_their_signs(representation: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_positive_entries_are_those_above_zero(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero, minus zero, negatives and the smallest positive number, in every format the encoder product has."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", SPARSE)
+    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, SPARSE))
     latents = positive(torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype))
 
     assert isinstance(latents, Entries)
     assert torch.stack([latents.row(), latents.column], 1).tolist() == [[0, 2], [1, 1]]
 
 
-def test_bfloat16_is_compared_by_its_bits() -> None:
-    """The fast comparison is the plain one, for every floor that is used and every kind of number."""
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_that_is_above_a_floor(kernels: ModuleType, dtype: torch.dtype, floor: float) -> None:
+    """Row by row, for every kind of number; bfloat16 is compared by its bits."""
     torch.manual_seed(0)
-    values = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-38, -1e-38, 3e38, -3e38, 0.5])]).bfloat16()
-    for floor in (0.0, 0.5, 1e-3):
-        assert torch.equal(exceeds(values, floor), values > torch.tensor(floor).bfloat16())
+    values = torch.cat([torch.randn(993), torch.tensor([0.0, -0.0, 1e-38, -1e-38, 3e38, -3e38, 0.5])]).to(dtype)
+    values = values.view(5, 200)
+    start = kernels.count_above(values, floor)
+    column, value = kernels.above(values, floor, start)
+    expected = values > torch.tensor(floor).to(dtype)
+
+    assert start.diff().tolist() == expected.sum(1).tolist()
+    assert torch.equal(column, expected.nonzero()[:, 1])
+    assert torch.equal(value, values[expected].to(value.dtype))
 
 
-@pytest.mark.parametrize("guess", [0.0, 0.9, 50.0])
-def test_the_largest_of_a_batch_whatever_the_guess(guess: float, representation: float) -> None:
-    """The guess of where the smallest one lies decides the speed, never the choice."""
+@pytest.mark.parametrize("floor", [0.0, 0.9])
+def test_the_largest_of_a_batch(floor: float, representation: float) -> None:
+    """Where candidates were cut off decides the speed, never the choice."""
     torch.manual_seed(0)
     pre_acts = torch.randn(20, 32)
-    latents, smallest = largest_of_batch(pre_acts, 40, guess)
+    chosen = largest_of(exceeding(pre_acts, floor), 40)
+    latents = dense_if_many(chosen, torch.float32)
     value = pre_acts.flatten().topk(40).values
 
     assert isinstance(latents, Dense if representation == DENSE else Entries)
-    assert smallest == float(value.min())
-    assert torch.equal(latents.dense(), pre_acts * (pre_acts >= smallest))
+    assert torch.equal(latents.dense(), pre_acts * (pre_acts >= value.min()))
 
 
-def test_ties_at_the_end_of_a_batch_go_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_at_the_end_of_a_batch_go_to_the_first() -> None:
     """Exactly `count` are chosen, and the same ones every time."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", SPARSE)
-    latents, smallest = largest_of_batch(torch.tensor([[1.0, 2.0], [1.0, 1.0], [3.0, -1.0]]), 4, 0.0)
+    latents = largest_of(exceeding(torch.tensor([[1.0, 2.0], [1.0, 1.0], [3.0, -1.0]]), 0.0), 4)
 
     assert latents.dense().tolist() == [[1, 2], [1, 0], [3, 0]]
-    assert smallest == 1.0
 
 
-def test_fewer_positive_values_than_asked_for(representation: float) -> None:
-    """BatchTopK takes what is above zero and no more; with nothing at all there is no smallest."""
-    latents, smallest = largest_of_batch(torch.tensor([[1.0, -2.0], [-1.0, 0.5]]), 4, 0.0)
-    nothing, none = largest_of_batch(torch.full((3, 2), -1.0), 4, 0.7)
+def test_fewer_positive_values_than_asked_for() -> None:
+    """BatchTopK takes what is above zero and no more, or nothing."""
+    latents = largest_of(exceeding(torch.tensor([[1.0, -2.0], [-1.0, 0.5]]), 0.0), 4)
+    nothing = largest_of(exceeding(torch.full((3, 2), -1.0), 0.0), 4)
 
     assert latents.dense().tolist() == [[1, 0], [0, 0.5]]
-    assert smallest == 0.5
     assert not nothing.firings().any()
-    assert none == 0.0
 
 
-def test_a_guess_that_is_not_a_number_is_forgiven() -> None:
-    """After a batch of NaN the next one is chosen from as ever."""
-    for dtype in (torch.float32, torch.bfloat16):
-        latents, _ = largest_of_batch(torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=dtype), 2, float("nan"))
+def test_blocks_of_rows_are_joined(representation: float) -> None:
+    """A batch that was encoded in blocks has the latents of one that was not; one dense block makes all dense."""
+    torch.manual_seed(0)
+    pre_acts = torch.randn(7, 16)
+    blocks = [positive(block) for block in pre_acts.split(3)]
 
-        assert latents.dense().tolist() == [[0, 2], [3, 0]]
+    assert torch.equal(joined(blocks).dense(), pre_acts.relu())
+    assert torch.equal(joined([*blocks, Dense(torch.ones(1, 16), (16,))]).dense()[:7], pre_acts.relu())
 
 
 # Products
@@ -194,6 +229,75 @@ def test_occurrences_are_counted_where_asked() -> None:
 
     assert occurrences(index, 4).tolist() == [1, 0, 3, 0]
     assert occurrences(index, 4, torch.tensor([True, False, True, False])).tolist() == [0, 0, 2, 0]
+
+
+def test_every_kernel_agrees_with_torchs_own(kernels: ModuleType) -> None:
+    """Each product, in each type of matrix, from entries with empty rows, empty columns and one full column."""
+    torch.manual_seed(0)
+    pre_acts = torch.randn(9, 16)
+    pre_acts[4], pre_acts[:, 3], pre_acts[:, 7] = -5.0, -5.0, 1.0
+    start = portable.count_above(pre_acts, 0.0)
+    column, value = portable.above(pre_acts, 0.0, start)
+    W, X = torch.randn(16, 37), torch.randn(9, 37)
+    first, row, order = kernels.transpose(start, column, 16)
+    matrix = pre_acts.relu()
+
+    assert torch.equal(order, torch.argsort(column, stable=True))
+    torch.testing.assert_close(kernels.sums(first, value[order]), matrix.sum(0))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        wide = torch.promote_types(dtype, torch.float32)
+        v, w, x = value.to(wide), W.to(dtype), X.to(dtype)
+        dense = matrix.to(wide)
+        torch.testing.assert_close(kernels.multiply(start, column, v, w), dense @ w.to(wide))
+        torch.testing.assert_close(
+            kernels.multiply_transposed(first, row, v[order], x, torch.empty(16, 37, dtype=wide)), dense.T @ x.to(wide)
+        )
+        sampled = kernels.sample(start, column, X.to(wide), w)
+        torch.testing.assert_close(sampled, (X.to(wide) @ w.to(wide).T)[dense > 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("unit", [True, False])
+def test_adam_is_torchs(kernels: ModuleType, dtype: torch.dtype, unit: bool) -> None:
+    """Five steps of torch.optim.Adam on the same gradients, clipped by half; unit rows projected before and after."""
+    torch.manual_seed(0)
+    W = torch.randn(6, 21, dtype=dtype)
+    W /= W.norm(dim=1, keepdim=True)
+    theirs = torch.nn.Parameter(W.clone())
+    adam = torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-6)
+    m, v, half = torch.zeros_like(W), torch.zeros_like(W), torch.zeros(6, 21, dtype=torch.bfloat16)
+    for step in range(1, 6):
+        grad = torch.randn(6, 21, dtype=dtype)
+        tangent = grad - (grad * W).sum(1, keepdim=True) * W if unit else grad.clone()
+        theirs.grad = 0.5 * tangent
+        square = kernels.project(grad, W if unit else None)
+        scale = torch.tensor(0.5, dtype=dtype)
+        kernels.adam_rows(W, grad, m, v, half, 0.01, (0.9, 0.95), 1e-6, step, scale, unit)
+        adam.step()
+        if unit:
+            theirs.data /= theirs.data.norm(dim=1, keepdim=True)
+
+        torch.testing.assert_close(square, tangent.square().sum(1))
+        torch.testing.assert_close(W, theirs.data)
+        assert torch.equal(half, W.bfloat16())
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    """Whoever computes a row computes all of it."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    latents, W, X = largest(torch.randn(500, 640), 8), torch.randn(640, 50), torch.randn(500, 50)
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            by_latent = latents.transpose()
+            grad = by_latent.multiply(latents.value, X)
+            results.append((latents.multiply(W), latents.sample(X, W), grad, cpu.project(grad.clone(), W)))
+    finally:
+        torch.set_num_threads(before)
+
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_sums_repeat_bit_for_bit(representation: float) -> None:

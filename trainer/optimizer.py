@@ -8,75 +8,83 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.kernels.operands import Operands
+from trainer.kernels.sparse import kernels
 from trainer.saes.base import SHARED
 from trainer.settings import OptimizerSettings
 
 
 class RowAdam:
-    """Adam over an SAE's parameters, with the decoder's gradient made tangent to its rows where these are of unit norm.
+    """Adam over an SAE's parameters; with `unit_decoder` the rows of W_dec stay on the unit sphere.
 
-    Renormalising the rows is the SAE's `after_step`: Adam's update leaves the sphere even when the gradient does not.
+    Their gradient is made tangent to them, and Adam's update, which leaves the sphere even so, is followed by a
+    projection back. `operands` holds copies of weights that are written with them.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], settings: OptimizerSettings, unit_decoder: bool = True) -> None:
-        self.parameters = {name: torch.nn.Parameter(tensor) for name, tensor in parameters.items()}
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        settings: OptimizerSettings,
+        unit_decoder: bool = True,
+        operands: Operands | None = None,
+    ) -> None:
+        self.parameters = parameters
         self.clip = settings.clip
-        self._unit_decoder = unit_decoder
-        self._adam = torch.optim.Adam(
-            self.parameters.values(), betas=(settings.betas[0], settings.betas[1]), eps=settings.eps, fused=True
-        )
+        self._betas, self._eps = (settings.betas[0], settings.betas[1]), settings.eps
+        self._operands = operands or Operands()
+        self._unit = {"W_dec"} if unit_decoder else set()
+        self._steps = 0
+        self._moments = {name: (torch.zeros_like(W), torch.zeros_like(W)) for name, W in parameters.items()}
 
-    @torch.no_grad()
     def step(self, grads: dict[str, Tensor], learning_rate: float) -> float:
         """One update in place; returns the gradient's norm before clipping.
 
         `grads` of parameters that do not learn are passed over. A gradient that is not finite changes nothing: the
         norm returned says so.
         """
-        grads = {name: grads[name] for name in self.parameters}
-        if self._unit_decoder and "W_dec" in grads:
-            make_tangent(grads["W_dec"], self.parameters["W_dec"])
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()]))
+        squares = []
+        for name, W in self.parameters.items():
+            tangent_to = _rows(W) if name in self._unit else None
+            squares.append(kernels(W.device).project(_rows(grads[name]), tangent_to).double().sum())
+        norm = torch.stack(squares).sum().sqrt()
         length = float(norm)  # looked at once: on a GPU each look waits for all that is under way
         if not math.isfinite(length):
             return length
-        if self.clip and length > self.clip:
-            for grad in grads.values():
-                grad.mul_(self.clip / norm)
-        for name, parameter in self.parameters.items():
-            parameter.grad = grads[name]
-        self._adam.param_groups[0]["lr"] = learning_rate
-        self._adam.step()
+        scale = (self.clip / norm).clamp(max=1.0) if self.clip else torch.ones_like(norm)
+        self._steps += 1
+        for name, W in self.parameters.items():
+            kernels(W.device).adam_rows(
+                *(_rows(tensor) for tensor in (W, grads[name], *self._moments[name])),
+                self._operands.writable(name, W),
+                learning_rate, self._betas, self._eps, self._steps, scale.to(W.dtype), name in self._unit,
+            )  # fmt: skip
         return length
 
-    @torch.no_grad()
     def forget(self, latents: Tensor) -> None:
         """Zeroes the moments of `latents` (indices): what they began anew has no history."""
-        for name, parameter in self.parameters.items():
+        for name, moments in self._moments.items():
             if name not in SHARED:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment in self._adam.state[parameter]:
-                        self._adam.state[parameter][moment][latents] = 0.0
+                for moment in moments:
+                    moment[latents] = 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts, named by parameter."""
-        return {
-            f"{name}.{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self._adam.state[parameter].items()
-        }
+        state = {}
+        for name, (first, second) in self._moments.items():
+            state[f"{name}.exp_avg"], state[f"{name}.exp_avg_sq"] = first, second
+            state[f"{name}.step"] = torch.tensor(float(self._steps))
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        for key, value in state.items():
-            name, _, moment = key.rpartition(".")
-            parameter = self.parameters[name]
-            # The count of steps too: the fused kernel reads it where the parameter is.
-            self._adam.state[parameter][moment] = value.to(parameter.device)
+        for name, (first, second) in self._moments.items():
+            first.copy_(state[f"{name}.exp_avg"])
+            second.copy_(state[f"{name}.exp_avg_sq"])
+            self._steps = int(state[f"{name}.step"])
 
 
-def make_tangent(grad: Tensor, W: Tensor) -> None:
-    """Removes from each row of `grad`, in place, its component along the unit row of W."""
-    grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1.0)
+def _rows(tensor: Tensor) -> Tensor:
+    """A vector as a matrix of one row."""
+    return tensor if tensor.dim() == 2 else tensor[None]
 
 
 def warmup_factor(tokens: int, warmup_tokens: int) -> float:

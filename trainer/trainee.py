@@ -111,7 +111,7 @@ class Trainee:
         """Optimizer and statistics for the parameters as they are; `centre` is near the mean of y."""
         learning = self.sae.trained or self.sae.parameters.keys()
         parameters = {name: value for name, value in self.sae.parameters.items() if name in learning}
-        self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder)
+        self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder, self.sae.operands)
         self.statistics = Statistics(self.settings.d_sae, centre)
 
     def initialise(self, rows: Sequence[Tensor], scales: Sequence[float], start: Start | None = None) -> None:
@@ -142,6 +142,7 @@ class Trainee:
         sparsity = warmup_factor(self.tokens, self._sparsity_warmup_tokens)
         gradients = self.sae.gradients(x_seen, y_seen, dead, sparsity)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
+        self.sae.recycle(gradients.of)
         before, self.tokens = self.tokens, self.tokens + len(x)
         if math.isfinite(norm):
             self.sae.after_step()

@@ -1,7 +1,8 @@
-"""The methods of `sparse.Entries` on a full matrix: faster once more than a tenth of it is not zero.
+"""The methods of `sparse.Entries` on a full matrix: faster once enough of it is not zero.
 
 JumpReLU and ReLU begin with many active latents, and dead latents are few columns with many entries; products of
-matrices then beat any gather. A value of zero means that there is no entry.
+matrices then beat any gather. A value of zero means that there is no entry. Products are taken in the type of the
+matrix that the latents meet, W or X, and are float32 afterwards.
 """
 
 from __future__ import annotations
@@ -41,18 +42,20 @@ class Dense:
 
     def multiply(self, W: Tensor) -> Tensor:
         """self @ W, segment below segment: W [columns, d] → [segments × batch, d]."""
-        return torch.cat([self.value[:, part] @ W[part] for part in self._segments()])
+        return _below([product(self.value[:, part], W[part]) for part in self.segments()])
 
     def sample(self, A: Tensor, W: Tensor) -> Tensor:
         """A @ W.T at the entries, zero elsewhere: A [segments × batch, d], W [columns, d] → [batch, columns]."""
         rows = A.view(len(self.ends), len(self.value), -1)
-        products = [rows[level] @ W[part].T for level, part in enumerate(self._segments())]
-        return torch.cat(products, 1).mul_(self.value != 0)
+        products = [product(rows[level], W[part].T) for level, part in enumerate(self.segments())]
+        sampled = products[0] if len(products) == 1 else torch.cat(products, 1)
+        return sampled.mul_(self.value != 0)
 
     def transpose(self) -> TransposedDense:
         return TransposedDense(self)
 
-    def _segments(self) -> list[slice]:
+    def segments(self) -> list[slice]:
+        """The columns of each segment."""
         return [slice(begin, end) for begin, end in zip((0, *self.ends), self.ends, strict=False)]
 
 
@@ -62,13 +65,28 @@ class TransposedDense:
 
     of: Dense
 
-    def multiply(self, value: Tensor, X: Tensor) -> Tensor:
-        """value.T @ X, value [batch, columns]; X [segments × batch, d], or [batch, d] the same for all segments."""
+    def multiply(self, value: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """value.T @ X, written to `out` if given; value [batch, columns].
+
+        X is [segments × batch, d], or [batch, d] the same for all segments.
+        """
         if len(X) == len(value):
-            return value.T @ X
-        rows = X.view(len(self.of.ends), len(value), -1)
-        return torch.cat([value[:, part].T @ rows[level] for level, part in enumerate(self.of._segments())])
+            found = product(value.T, X)
+        else:
+            rows = X.view(len(self.of.ends), len(value), -1)
+            found = _below([product(value[:, part].T, rows[level]) for level, part in enumerate(self.of.segments())])
+        return found if out is None else out.copy_(found)
 
     def sums(self, value: Tensor) -> Tensor:
         """The sum of `value` over each column, [columns]."""
         return value.sum(0)
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B in the narrower of their types, as float32 at least."""
+    dtype = A.dtype if A.element_size() < B.element_size() else B.dtype
+    return (A.to(dtype) @ B.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+
+
+def _below(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

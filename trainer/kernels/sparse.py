@@ -1,23 +1,35 @@
 """Products with a sparse [batch, d_sae] matrix: everything a step does after its one dense encoder product.
 
 `Entries` is compressed by row: the latents of row b are `column[start[b] : start[b + 1]]`. All products cost what the
-entries cost, not batch × d_sae, and each output row is summed by one worker in a fixed order, so results repeat bit
-for bit. Formulas and their dense autograd twins: `reference.py`. Where too many latents are active for this to pay,
-`dense.py` has the same methods on a full matrix, and `select.py` chooses.
+entries cost, not batch × d_sae, and repeat bit for bit. Their kernels are chosen by device: `cpu.py`, `cuda.py`, or
+`portable.py` where neither fits. Formulas and their dense autograd twins: `reference.py`. Where too many latents are
+active for this to pay, `dense.py` has the same methods on a full matrix, and `select.py` chooses.
 """
 
 from __future__ import annotations
 
-import warnings
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-torch.sparse.check_sparse_tensor_invariants.disable()
+from trainer.kernels.portable import occurrences
+
+
+def kernels(device: torch.device) -> ModuleType:
+    """The module with the kernels for a device; all of them have the same functions."""
+    return _kernels_of(device.type)
+
+
+@cache
+def _kernels_of(device_type: str) -> ModuleType:
+    if device_type == "cpu" or (device_type == "cuda" and importlib.util.find_spec("triton") is not None):
+        return importlib.import_module(f"trainer.kernels.{device_type}")
+    return importlib.import_module("trainer.kernels.portable")
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,12 @@ class Entries:
         """On how many rows each latent has a value other than zero, int64 [columns]."""
         return occurrences(self.column, self.columns, self.value != 0)
 
+    def where(self, kept: Tensor) -> Entries:
+        """Only the entries where `kept` [entries] is True."""
+        before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
+        torch.cumsum(kept, 0, out=before[1:])
+        return Entries(before[self.start], self.column[kept], self.value[kept], self.columns)
+
     def split(self, ends: Sequence[int]) -> Entries:
         """The columns cut into segments that end at `ends`, below each other: [segments × rows, columns]."""
         if len(ends) == 1:
@@ -67,28 +85,20 @@ class Entries:
         return Entries(start, self.column[order], self.value[order], self.columns)
 
     def multiply(self, W: Tensor) -> Tensor:
-        """self @ W: for each row the weighted sum of the rows of W it names. W [columns, d] → [rows, d]."""
-        return embedding_bag(
-            self.column, W, self.start, per_sample_weights=self.value, mode="sum", include_last_offset=True
-        )
+        """self @ W: for each row the weighted sum of the rows of W it names. W [columns, d] → [rows, d].
+
+        W, like the matrices of the other products, may be bfloat16; sums are in float32 at least.
+        """
+        return kernels(W.device).multiply(self.start, self.column, self.value, W)
 
     def sample(self, A: Tensor, W: Tensor) -> Tensor:
-        """A @ W.T, computed only at the entries: A [rows, d], W [columns, d] → float32 [entries]."""
-        if not len(self.column):
-            return self.value  # cuSPARSE is not asked for nothing at all
-        pattern = torch.sparse_csr_tensor(
-            self.start, self.column, torch.zeros_like(self.value), (self.rows, self.columns)
-        )
-        return torch.sparse.sampled_addmm(pattern, A, W.T, beta=0.0).values()
+        """A @ W.T, computed only at the entries: A [rows, d], W [columns, d] → [entries]."""
+        return kernels(W.device).sample(self.start, self.column, A, W)
 
     def transpose(self) -> Transposed:
         """A stable sort by column: rows stay ascending, so that every sum has a fixed order."""
-        # A narrow key is sorted by radix, several times faster.
-        key = self.column.to(torch.int16 if self.columns <= 2**15 else torch.int32)
-        order = torch.argsort(key, stable=True)
-        start = torch.zeros(self.columns + 1, dtype=torch.int64, device=order.device)
-        torch.cumsum(occurrences(self.column, self.columns), 0, out=start[1:])
-        return Transposed(start, self.row()[order], order)
+        start, row, order = kernels(self.column.device).transpose(self.start, self.column, self.columns)
+        return Transposed(start, row, order, self.rows)
 
 
 @dataclass(frozen=True)
@@ -101,30 +111,16 @@ class Transposed:
     """int64 [entries], ascending within a column"""
     order: Tensor
     """int64 [entries]: where each entry stood in the row-compressed form"""
+    rows: int
 
-    def multiply(self, value: Tensor, X: Tensor) -> Tensor:
-        """entries.T @ X with other values, value [entries] in row order: [columns, d].
+    def multiply(self, value: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """entries.T @ X with other values, value [entries] in row order: [columns, d], written to `out` if given.
 
         X is [rows, d], or [batch, d] for entries that were split into segments: these all see the same rows.
         """
-        return embedding_bag(
-            self.row % len(X),
-            X,
-            self.start,
-            per_sample_weights=value[self.order],
-            mode="sum",
-            include_last_offset=True,
-        )
+        row = self.row if self.rows == len(X) else self.row % len(X)
+        return kernels(X.device).multiply_transposed(self.start, row, value[self.order], X, out)
 
     def sums(self, value: Tensor) -> Tensor:
         """The sum of `value` over each column, [columns]."""
-        return torch.segment_reduce(value[self.order], "sum", offsets=self.start, initial=0.0)
-
-
-def occurrences(index: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
-    """How often each of 0 … size − 1 stands in `index` (where `counted` is True), int64 [size].
-
-    A bincount that does not look at the values first, for which the host would have to wait for the GPU.
-    """
-    ones = index.new_ones(()).expand_as(index) if counted is None else counted.to(index.dtype)
-    return index.new_zeros(size).scatter_add_(0, index, ones)
+        return kernels(value.device).sums(self.start, value[self.order])

@@ -22,7 +22,7 @@ Gradients are written out by hand (algorithms.md §9a) and are tested against de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from trainer.kernels.select import Latents, largest, widen
+from trainer.kernels.operands import Operands
+from trainer.kernels.select import Latents, joined, largest, widen
 from trainer.settings import SaeSettings
 
 SHARED = ("b_dec", "W_skip")
@@ -39,6 +40,8 @@ NO_SUMS: Mapping[str, Tensor] = {}
 ROWS_AT_FIRST = 8192
 LATENTS_AT_ONCE = 4096
 """The first biases are found from so many rows, for so many latents at a time."""
+BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**30}
+"""So much of the pre_acts is held at a time: they are chosen from while they are in reach of the caches."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ class Gradients:
     """[batch, d_out], in the scale of y."""
     fired: Latents
     """Latents of the batch, in segments when there are several levels; a value other than zero has fired."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder makes of a batch."""
+
+    read: Tensor
+    """What its product took in, [batch, d_in] in the type of products: x without b_dec."""
+    latents: list[Latents]
+    """One set of active latents for each way of choosing."""
+    kept: Tensor
+    """Indices [n] of latents whose pre_acts are wanted afterwards: those to revive."""
+    pre_acts: Tensor
+    """[batch, n], theirs."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,9 @@ class Sae(ABC):
         }
         if settings.skip:
             self.parameters["W_skip"] = torch.zeros(self.d_out, self.d_in)
+        self.operands = Operands()
+        self._spare: dict[str, Tensor] = {}
+        self._block = torch.empty(0)
 
     # The parts by name; architectures that keep them otherwise override these
 
@@ -164,6 +184,8 @@ class Sae(ABC):
         """Takes over published weights, brought into this SAE's layout and scale: parameters it knows, by name."""
         for name in self.parameters.keys() & weights.keys():
             self.parameters[name].copy_(weights[name])
+        if self.unit_decoder:
+            normalise_rows(self.W_dec)
 
     # Learning
 
@@ -176,26 +198,55 @@ class Sae(ABC):
         """
 
     def after_step(self) -> None:
-        """Restores what the optimizer does not know: decoder rows of unit norm."""
-        if self.unit_decoder:
-            normalise_rows(self.W_dec)
+        """Restores what the optimizer does not know. Decoder rows of unit norm it knows."""
+        return
 
-    def pre_acts(self, x: Tensor, less: Tensor | float = 0.0) -> Tensor:
-        """The one dense product of a step, [batch, d_sae], in `matmul_dtype`; `less` is subtracted on the way."""
-        dtype = self.matmul_dtype
-        # b_dec is subtracted in float32: in bfloat16 it would cost the digits that matter.
-        return linear(self._encoded(x).to(dtype), self.W_enc.to(dtype), (self.b_enc - less).to(dtype))
+    def encode(
+        self, x: Tensor, kept: Tensor, *choices: Callable[[Tensor], Latents], less: Tensor | float = 0.0
+    ) -> Encoded:
+        """The one dense product of a step, in blocks of rows; `choices` take [rows, d_sae] of it, less `less`.
+
+        A block is overwritten by the next, so that the whole product never has to be held; `kept` are the latents
+        whose pre_acts are.
+        """
+        read, W_enc = self._encoded(x).to(self.matmul_dtype), self.operand("W_enc")
+        bias = (self.b_enc - less).to(self.matmul_dtype)
+        rows = max(256, BLOCK_BYTES[x.device.type] // (self.d_sae * W_enc.element_size()))
+        if self._block.shape != (min(rows, len(x)), self.d_sae) or self._block.dtype != self.matmul_dtype:
+            self._block = read.new_empty(min(rows, len(x)), self.d_sae)
+        parts: list[list[Latents]] = [[] for _ in choices]
+        pre_acts_kept = read.new_empty(len(x), len(kept))
+        for begin in range(0, len(x), rows):
+            some = read[begin : begin + rows]
+            pre_acts = torch.addmm(bias, some, W_enc.T, out=self._block[: len(some)])
+            for part, choose in zip(parts, choices, strict=True):
+                part.append(choose(pre_acts))
+            if len(kept):
+                pre_acts_kept[begin : begin + rows] = pre_acts[:, kept]
+        return Encoded(read, [joined(part) for part in parts], kept, pre_acts_kept)
+
+    def revived(self, dead: Tensor) -> Tensor:
+        """Indices of the latents that a loss of their own revives, of those that are dead [d_sae]."""
+        return dead.nonzero().squeeze(1) if self.settings.reviving == "auxk" else dead.new_empty(0, dtype=torch.int64)
 
     def in_float32(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
-        """pre_acts as inference will have them, [batch, d_sae]; of some `latents` (indices [n]) only, [batch, n]."""
+        """pre_acts as inference will have them, [batch, n]; `latents` are indices [n] of some."""
         return linear(self._encoded(x), self.W_enc[latents], self.b_enc[latents])
 
     def _encoded(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.centred else x
 
+    def operand(self, name: str) -> Tensor:
+        """A weight matrix in the type of products."""
+        return self.operands.of(name, getattr(self, name), self.matmul_dtype)
+
+    def recycle(self, gradients: dict[str, Tensor]) -> None:
+        """Lends the next step the memory of these gradients: to get it anew takes longer than to fill it."""
+        self._spare = {name: gradients[name] for name in ("W_enc", "W_dec") if name in gradients}
+
     def reconstruct(self, latents: Latents, x: Tensor, y: Tensor) -> Reconstruction:
         """`latents` are split at `ends`; with several levels each of them has to reconstruct y."""
-        parts = latents.multiply(self.W_dec).view(len(self.ends), len(y), -1)
+        parts = latents.multiply(self.operand("W_dec")).view(len(self.ends), len(y), -1)
         base = self.b_dec if "W_skip" not in self.parameters else self.b_dec + x @ self.parameters["W_skip"].T
         y_hats = parts.cumsum(0) + base if len(parts) > 1 else parts + base
         errors = y - y_hats
@@ -206,7 +257,7 @@ class Sae(ABC):
 
     def backward(
         self,
-        x: Tensor,
+        read: Tensor,
         latents: Latents,
         dz: Tensor,
         rows: Tensor,
@@ -215,15 +266,16 @@ class Sae(ABC):
     ) -> dict[str, Tensor]:
         """Gradients of the four common parameters, b_dec's through the encoder.
 
-        latents W_dec received `rows` [levels × batch, d_out], pre_acts received `dz` at the entries. `only` are the
-        latents that the columns stand for, when they are not all. `sums` are gradients at the entries of other
-        parameters that each latent has one of.
+        `read` [batch, d_in] is what the encoder saw; latents W_dec received `rows` [levels × batch, d_out], pre_acts
+        received `dz` at the entries. `only` are the latents that the columns stand for, when they are not all. `sums`
+        are gradients at the entries of other parameters that each latent has one of.
         """
         by_latent = latents.transpose()
         db_enc = by_latent.sums(dz)
+        spare = self._spare if only is None else {}
         grads = {
-            "W_enc": by_latent.multiply(dz, self._encoded(x)),
-            "W_dec": by_latent.multiply(latents.value, rows),
+            "W_enc": by_latent.multiply(dz, read, spare.pop("W_enc", None)),
+            "W_dec": by_latent.multiply(latents.value, rows.to(self.matmul_dtype), spare.pop("W_dec", None)),
             self.encoder_bias: db_enc,
             **{name: by_latent.sums(value) for name, value in sums.items()},
         }
@@ -243,10 +295,8 @@ class Sae(ABC):
         self,
         grads: dict[str, Tensor],
         losses: dict[str, Tensor],
-        pre_acts: Tensor,
-        x: Tensor,
+        encoded: Encoded,
         error: Tensor,
-        dead: Tensor,
         plus: Tensor | None = None,
     ) -> None:
         """AuxK (Gao et al. 2024): lets dead latents explain the residual; adds to `grads` and `losses`.
@@ -259,19 +309,18 @@ class Sae(ABC):
         """
         if self.settings.reviving != "auxk":
             return
-        indices = dead.nonzero().squeeze(1)
+        indices, of_dead = encoded.kept, encoded.pre_acts
         k_aux = min(self.settings.k_aux or max(1, self.d_in // 2), len(indices))
         spread = (error - error.mean(0)).square().sum()
         if not k_aux or not spread > 0:
             return
-        weight, W_dec = self.settings.aux_weight, self.W_dec[indices]
-        of_dead = pre_acts[:, indices]
+        weight, W_dec = self.settings.aux_weight, self.operand("W_dec")[indices]
         of_dead = of_dead if plus is None else widen(of_dead) + plus[indices]
         latents = largest(of_dead, k_aux, magnitude=self.settings.abs)
         difference = latents.multiply(W_dec) - error
         de_hat = difference * (2.0 * weight / spread)
         dz = latents.sample(de_hat, W_dec).mul_(latents.value != 0)
-        add(grads, self.backward(x, latents, dz, de_hat, indices), indices)
+        add(grads, self.backward(encoded.read, latents, dz, de_hat, indices), indices)
         losses["auxiliary"] = weight * difference.square().sum() / spread
 
     # Starting anew

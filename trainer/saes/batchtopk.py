@@ -10,13 +10,19 @@ rows that the weights of that moment encode; running averages lag behind while w
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from trainer.kernels.select import Latents, largest_of_batch, topk
+from trainer.kernels.select import dense_if_many, exceeding, largest_of, topk
+from trainer.kernels.sparse import Entries
+from trainer.saes.base import Encoded
 from trainer.saes.topk import TopK
 
 ROWS_AT_ONCE = 2048
+ROWS_AT_FIRST = 64
 
 
 class BatchTopK(TopK):
@@ -25,15 +31,34 @@ class BatchTopK(TopK):
     threshold = 0.0
     """For inference, in the scale of x; 0 before the first `calibrate`."""
     _smallest = 0.0
+    """The smallest value chosen last: it decides how many candidates are looked at, never what is chosen."""
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)
         if "threshold" in weights:  # one for all latents, until the first `calibrate`
             self.threshold = float(weights["threshold"][0])
 
-    def choose(self, pre_acts: Tensor, k: int) -> Latents:
-        latents, self._smallest = largest_of_batch(pre_acts, k * len(pre_acts), self._smallest)
-        return latents.split(self.ends)
+    def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
+        """As TopK's. Most of what is below the smallest value of the last batch is not looked at twice."""
+        wanted = max(ks) * len(x)
+        encoded, candidates = self._candidates(x, kept, 0.8 * (self._smallest or self._estimate(x, max(ks))))
+        if len(candidates.value) < wanted:
+            encoded, candidates = self._candidates(x, kept, 0.0)
+        chosen = [largest_of(candidates, k * len(x)) for k in ks]
+        self._smallest = float(chosen[-1].value.min()) if len(chosen[-1].value) else 0.0
+        latents = [dense_if_many(entries, self.matmul_dtype).split(self.ends) for entries in chosen]
+        return replace(encoded, latents=latents)
+
+    def _candidates(self, x: Tensor, kept: Tensor, floor: float) -> tuple[Encoded, Entries]:
+        encoded = self.encode(x, kept, partial(exceeding, floor=max(0.0, floor)))
+        (candidates,) = encoded.latents
+        assert isinstance(candidates, Entries)
+        return encoded, candidates
+
+    def _estimate(self, x: Tensor, k: int) -> float:
+        """About what the smallest value of a batch will be, from a few rows."""
+        some = self.in_float32(x[:ROWS_AT_FIRST]).flatten()
+        return float(some.kthvalue(max(1, len(some) - k * len(x[:ROWS_AT_FIRST]))).values)
 
     def calibrate(self, x: Tensor) -> None:
         """Sets `threshold` such that k latents per row exceed it on the scaled rows x [rows, d_in]."""

@@ -23,8 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainer.kernels.dense import product
 from trainer.kernels.select import positive, widen
-from trainer.saes.base import Gradients, Sae, add
+from trainer.saes.base import Encoded, Gradients, Sae, add
 from trainer.settings import SaeSettings
 
 INITIAL_L0 = 4.0
@@ -66,8 +67,8 @@ class JumpReLU(Sae):
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         theta, bandwidth = self.threshold, self.settings.bandwidth
-        above_floor = self.pre_acts(x, less=theta - bandwidth / 2)
-        near = positive(above_floor).split(self.ends)
+        encoded = self.encode(x, self.revived(dead), positive, less=theta - bandwidth / 2)
+        near = encoded.latents[0].split(self.ends)
         above = near.value - bandwidth / 2  # z − θ
         on = (above > 0).to(above.dtype)
         kernel = ((near.value > 0) & (near.value < bandwidth)).to(above.dtype) / bandwidth
@@ -77,16 +78,16 @@ class JumpReLU(Sae):
         losses = {"reconstruction": main.loss}
 
         losses["sparsity"], dstep, through_value = self._penalty(latents.value, on, len(x), sparsity)
-        dlatents = near.sample(main.rows, self.W_dec) + through_value
+        dlatents = near.sample(main.rows, self.operand("W_dec")) + through_value
         through_kernel = (theta_here * dlatents + dstep) * kernel
         dz = dlatents * on
         if self.settings.straight_through == "encoder":
             dz = dz + through_kernel
         dtheta = -through_kernel * theta_here if self._log else -through_kernel
-        grads = self.backward(x, latents, dz, main.rows, sums={self._parameter: dtheta})
+        grads = self.backward(encoded.read, latents, dz, main.rows, sums={self._parameter: dtheta})
         add(grads, self.output_gradients(x, main.total))
-        self._pull_up(grads, losses, above_floor, x, dead)
-        self.auxiliary(grads, losses, above_floor, x, y - main.y_hat, dead, theta - bandwidth / 2)
+        self._pull_up(grads, losses, encoded)
+        self.auxiliary(grads, losses, encoded, y - main.y_hat, theta - bandwidth / 2)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def _penalty(
@@ -107,20 +108,21 @@ class JumpReLU(Sae):
         tanh = (c * latents).tanh()
         return weight * tanh.sum(), 0.0, weight * c * (1 - tanh.square())
 
-    def _pull_up(
-        self, grads: dict[str, Tensor], losses: dict[str, Tensor], above_floor: Tensor, x: Tensor, dead: Tensor
-    ) -> None:
+    def revived(self, dead: Tensor) -> Tensor:
+        if self.settings.reviving != "pre_act":
+            return super().revived(dead)
+        return (torch.ones_like(dead) if self.settings.pre_act_on == "all" else dead).nonzero().squeeze(1)
+
+    def _pull_up(self, grads: dict[str, Tensor], losses: dict[str, Tensor], encoded: Encoded) -> None:
         """Adds the pre-act loss, which lifts latents towards their threshold: the dead ones, or all."""
-        settings = self.settings
-        lifted = torch.ones_like(dead) if settings.pre_act_on == "all" else dead
-        indices = lifted.nonzero().squeeze(1)
+        settings, indices, read = self.settings, encoded.kept, encoded.read
         if settings.reviving != "pre_act" or not len(indices):
             return
-        weight = settings.pre_act_weight / len(x)
-        below = (settings.bandwidth / 2 - widen(above_floor[:, indices])).relu_()
-        under = (below > 0).to(x.dtype) * weight
-        count = under.sum(0)
-        more = {"W_enc": -(under.T @ self._encoded(x)), "b_enc": -count}
+        weight = settings.pre_act_weight / len(read)
+        below = (settings.bandwidth / 2 - widen(encoded.pre_acts)).relu_()
+        under = below > 0
+        count = weight * under.sum(0, dtype=below.dtype)
+        more = {"W_enc": product(under.T.to(read.dtype), read).mul_(-weight), "b_enc": -count}
         if self.centred:
             more["b_dec"] = count @ self.W_enc[indices]
         more[self._parameter] = count * self.threshold[indices] if self._log else count

@@ -30,18 +30,18 @@ class ReLU(Sae):
         self.unit_decoder = self.unit_decoder and settings.sparsity == "l1"
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        pre_acts = self.pre_acts(x)
-        latents = positive(pre_acts)
+        encoded = self.encode(x, self.revived(dead), positive)
+        latents = encoded.latents[0]
         main = self.reconstruct(latents, x, y)
         losses = {"reconstruction": main.loss}
-        dlatents = latents.sample(main.rows, self.W_dec)
+        dlatents = latents.sample(main.rows, self.operand("W_dec"))
         losses["sparsity"], through_value, dW_dec = self._penalty(latents, sparsity / len(x))
         dz = (dlatents + through_value) * (latents.value > 0)
-        grads = self.backward(x, latents, dz, main.rows)
+        grads = self.backward(encoded.read, latents, dz, main.rows)
         add(grads, self.output_gradients(x, main.total))
         if dW_dec is not None:
             grads["W_dec"] += dW_dec
-        self.auxiliary(grads, losses, pre_acts, x, y - main.y_hat, dead)
+        self.auxiliary(grads, losses, encoded, y - main.y_hat)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def _penalty(self, latents: Latents, sparsity: float) -> tuple[Tensor, Tensor | float, Tensor | None]:

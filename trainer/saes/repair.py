@@ -42,13 +42,14 @@ class Repair(Sae):
         self.parameters["scale"].fill_(1.0)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        active = positive(self.pre_acts(x))
+        encoded = self.encode(x, self.revived(dead), positive)
+        active = encoded.latents[0]
         scale = active.at(self.parameters["scale"])
         latents = active.with_value(active.value * scale)
         main = self.reconstruct(latents, x, y)
-        dlatents = active.sample(main.rows, self.W_dec)
+        dlatents = active.sample(main.rows, self.operand("W_dec"))
         dz = dlatents * scale * (active.value > 0)
-        grads = self.backward(x, latents, dz, main.rows, sums={"scale": dlatents * active.value})
+        grads = self.backward(encoded.read, latents, dz, main.rows, sums={"scale": dlatents * active.value})
         add(grads, self.output_gradients(x, main.total))
         return Gradients(grads, {"reconstruction": main.loss}, main.y_hat, latents)
 

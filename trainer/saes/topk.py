@@ -10,11 +10,14 @@ the source. With `abs`, TopK chooses by |pre_acts| and there is no ReLU (arXiv 2
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from trainer.kernels.select import Latents, largest
-from trainer.saes.base import Gradients, Sae, add
+from trainer.kernels.select import largest
+from trainer.saes.base import Encoded, Gradients, Sae, add
 
 INITIAL_PRE_ACT = 1.0
 """A latent that only just is among the k begins with this value (elements of x have variance 1)."""
@@ -29,28 +32,30 @@ class TopK(Sae):
             self.equalise(x, self.k / self.d_sae, INITIAL_PRE_ACT)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        pre_acts = self.pre_acts(x)
-        latents = self.choose(pre_acts, self.k)
-        main = self.reconstruct(latents, x, y)
-        grads = self.through(x, latents, main.rows)
+        weight = self.settings.multi_topk
+        encoded = self.choose(x, self.revived(dead), [self.k, 4 * self.k] if weight else [self.k])
+        main = self.reconstruct(encoded.latents[0], x, y)
+        grads = self.through(encoded, 0, main.rows)
         add(grads, self.output_gradients(x, main.total))
         losses = {"reconstruction": main.loss}
-        if weight := self.settings.multi_topk:
-            more = self.choose(pre_acts, 4 * self.k)
-            multi = self.reconstruct(more, x, y)
-            add(grads, self.through(x, more, multi.rows * weight))
+        if weight:
+            multi = self.reconstruct(encoded.latents[1], x, y)
+            add(grads, self.through(encoded, 1, multi.rows * weight))
             add(grads, self.output_gradients(x, multi.total * weight))
             losses["multi_topk"] = weight * multi.loss
-        self.auxiliary(grads, losses, pre_acts, x, y - main.y_hat, dead)
-        return Gradients(grads, losses, main.y_hat, latents)
+        self.auxiliary(grads, losses, encoded, y - main.y_hat)
+        return Gradients(grads, losses, main.y_hat, encoded.latents[0])
 
-    def choose(self, pre_acts: Tensor, k: int) -> Latents:
-        """The active latents of a batch, split into segments."""
-        return largest(pre_acts, k, magnitude=self.settings.abs).split(self.ends)
+    def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
+        """One set of active latents for each k, split into segments."""
+        encoded = self.encode(x, kept, *(partial(largest, k=k, magnitude=self.settings.abs) for k in ks))
+        return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
 
-    def through(self, x: Tensor, latents: Latents, rows: Tensor) -> dict[str, Tensor]:
-        """Gradients through the chosen entries; one that ReLU set to zero passes none."""
-        return self.backward(x, latents, latents.sample(rows, self.W_dec).mul_(latents.value != 0), rows)
+    def through(self, encoded: Encoded, choice: int, rows: Tensor) -> dict[str, Tensor]:
+        """Gradients through the entries of a choice; one that ReLU set to zero passes none."""
+        latents = encoded.latents[choice]
+        dz = latents.sample(rows, self.operand("W_dec")).mul_(latents.value != 0)
+        return self.backward(encoded.read, latents, dz, rows)
 
     @property
     def k(self) -> int:

@@ -1,0 +1,444 @@
+"""The sparse kernels for a CPU, compiled by numba when first used and kept on disk.
+
+What torch's own operations lose here is memory traffic: temporaries of the size of the weights, and indices in 64 bit.
+Each function walks once over rows that it owns, so that any number of threads gives the same bits. Matrices are
+float32, float64 or bfloat16, which is read as float32; sums are at least float32. `cuda.py` has the same functions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+_intrinsic: Any = intrinsic  # calls of what it makes lack the first argument; a type checker cannot know
+compiled = njit(
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    # Sums may be vectorised; what is not a number stays one.
+    fastmath={"contract", "reassoc", "nsz"},
+)
+GROUPS = 384
+"""Groups that one row's latents are cut into by `topk`: their maxima are three cache lines times four."""
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernel")
+
+
+def _over(count: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    """kernel(begin, end, *arguments) for pieces of 0 … count, on as many threads as torch uses here."""
+    threads = torch.get_num_threads()
+    pieces = min(4 * threads, count // 32) if threads > 1 else 1
+    if pieces <= 1:
+        kernel(0, count, *arguments)
+        return
+    bounds = [count * piece // pieces for piece in range(pieces + 1)]
+    work = [_pool().submit(kernel, *span, *arguments) for span in pairwise(bounds[1:])]
+    kernel(bounds[0], bounds[1], *arguments)
+    for piece in work:
+        piece.result()
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers, row after row; bfloat16 as its bits."""
+    return _memory(tensor.contiguous())
+
+
+def _memory(tensor: Tensor) -> np.ndarray:
+    """What is written here is written to the tensor."""
+    assert tensor.is_contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+
+
+@_intrinsic
+def load(typing_context: Any, number: Any) -> Any:
+    """A float as it is; 16 bits as the bfloat16 number that they stand for."""
+    if number != types.int16:
+        return number(number), lambda context, builder, signature, arguments: arguments[0]
+
+    def widen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to = context.get_value_type(types.uint32)
+        bits = builder.shl(builder.zext(arguments[0], to), to(16))
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return types.float32(number), widen
+
+
+# Products
+
+
+def multiply(start: Tensor, column: Tensor, value: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
+    """Row b: Σ value · W[column] over the entries of b. W [columns, d] → [rows, d], written to `out` if given."""
+    if out is None:
+        out = torch.empty(len(start) - 1, W.shape[1], dtype=value.dtype)
+    _over(len(out), _multiply, _array(start), _array(column), _array(value), _array(W), _memory(out))
+    return out
+
+
+multiply_transposed = multiply
+"""The same with the entries in the order of columns, and X [batch, d] in W's place: [columns, d]."""
+
+
+@compiled
+def _multiply(begin, end, start, column, value, W, out):  # type: ignore[no-untyped-def]
+    for b in range(begin, end):
+        row = out[b]
+        row[:] = 0
+        e, last = start[b], start[b + 1]
+        while e + 4 <= last:  # four at a time: the sum is loaded and stored once for all of them
+            w0, w1, w2, w3 = W[column[e]], W[column[e + 1]], W[column[e + 2]], W[column[e + 3]]
+            v0, v1, v2, v3 = value[e], value[e + 1], value[e + 2], value[e + 3]
+            for j in range(len(row)):
+                row[j] += v0 * load(w0[j]) + v1 * load(w1[j]) + v2 * load(w2[j]) + v3 * load(w3[j])
+            e += 4
+        while e < last:
+            w0, v0 = W[column[e]], value[e]
+            for j in range(len(row)):
+                row[j] += v0 * load(w0[j])
+            e += 1
+
+
+def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
+    """A[row] · W[column] at each entry: A [rows, d], W [columns, d] → [entries]."""
+    out = torch.empty(len(column), dtype=A.dtype)
+    _over(len(A), _sample, _array(start), _array(column), _array(A), _array(W), _array(out))
+    return out
+
+
+@compiled
+def _sample(begin, end, start, column, A, W, out):  # type: ignore[no-untyped-def]
+    for b in range(begin, end):
+        _dots(A[b], start[b], start[b + 1], column, W, out)
+
+
+@compiled
+def _dots(a, begin, end, column, W, out):  # type: ignore[no-untyped-def]
+    """out[e] = a · W[column[e]], four at a time: `a` is loaded once for all of them."""
+    zero, e = out.dtype.type(0), begin
+    while e + 4 <= end:
+        w0, w1, w2, w3 = W[column[e]], W[column[e + 1]], W[column[e + 2]], W[column[e + 3]]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(len(a)):
+            s0 += a[j] * load(w0[j])
+            s1 += a[j] * load(w1[j])
+            s2 += a[j] * load(w2[j])
+            s3 += a[j] * load(w3[j])
+        out[e], out[e + 1], out[e + 2], out[e + 3] = s0, s1, s2, s3
+        e += 4
+    while e < end:
+        w0, s0 = W[column[e]], zero
+        for j in range(len(a)):
+            s0 += a[j] * load(w0[j])
+        out[e] = s0
+        e += 1
+
+
+def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(start [columns + 1], row [entries], order [entries]): a counting sort by column, rows ascending within each."""
+    first = torch.empty(columns + 1, dtype=torch.int64)
+    row, order = torch.empty_like(column), torch.empty_like(column)
+    _transpose(*(_array(tensor) for tensor in (start, column, first, row, order)))
+    return first, row, order
+
+
+@compiled
+def _transpose(start, column, first, row, order):  # type: ignore[no-untyped-def]
+    first[:] = 0
+    for e in range(len(column)):
+        first[column[e] + 1] += 1
+    for i in range(1, len(first)):
+        first[i] += first[i - 1]
+    free = first[:-1].copy()
+    for b in range(len(start) - 1):
+        for e in range(start[b], start[b + 1]):
+            place = free[column[e]]
+            free[column[e]] = place + 1
+            row[place] = b
+            order[place] = e
+
+
+def sums(start: Tensor, value: Tensor) -> Tensor:
+    """Σ value over the entries of each column, `value` in the order of columns: [columns]."""
+    out = torch.empty(len(start) - 1, dtype=value.dtype)
+    _over(len(out), _sums, _array(start), _array(value), _array(out))
+    return out
+
+
+@compiled
+def _sums(begin, end, start, value, out):  # type: ignore[no-untyped-def]
+    for i in range(begin, end):
+        total = out.dtype.type(0)
+        for e in range(start[i], start[i + 1]):
+            total += value[e]
+        out[i] = total
+
+
+# Choosing
+
+
+@_intrinsic
+def key(typing_context: Any, number: Any) -> Any:
+    """A number with the same order; 16 bits of bfloat16 become an integer that is ordered as they are.
+
+    What is not a number comes after all others, as in torch, so that it is chosen and noticed.
+    """
+
+    def number_or_largest(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        return builder.select(is_nan, value.type(float("inf")), value)
+
+    if number != types.int16:
+        return number(number), number_or_largest
+
+    def ordered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (bits,) = arguments
+        negative = builder.ashr(bits, bits.type(15))  # all ones below zero, where larger bits are smaller numbers
+        return builder.xor(bits, builder.and_(negative, bits.type(0x7FFF)))
+
+    return types.int16(number), ordered
+
+
+def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(value, index) of the k largest in each row of [rows, n], in no order; of equal ones the first. Exact.
+
+    A row is cut into groups. A floor that k of their maxima reach is found by halving; no element below it is among
+    the k largest, because k others are above. What reaches it, few more than k, is collected and chosen from.
+    """
+    rows, n = values.shape
+    groups = max(GROUPS, 2 * k)
+    index = torch.zeros(rows, k, dtype=torch.int64)
+    _over(rows, _topk, _array(values), k, groups if 8 * groups <= n else n, _array(index))
+    return values.gather(1, index), index
+
+
+@compiled
+def _topk(begin, end, values, k, groups, index):  # type: ignore[no-untyped-def]
+    n = values.shape[1]
+    best, scratch = np.empty(groups, values.dtype), np.empty(n, values.dtype)
+    found, position = np.empty(n, values.dtype), np.empty(n, np.int64)
+    for b in range(begin, end):
+        row = values[b]
+        # Group g holds g, g + groups, g + 2 groups, …: the maxima then run over contiguous memory.
+        for g in range(groups):
+            best[g] = key(row[g])
+        for first in range(groups, n, groups):
+            part = row[first : first + groups]
+            for g in range(len(part)):
+                best[g] = max(best[g], key(part[g]))
+        floor = _floor(best, k)
+        count = 0
+        for g in range(groups):
+            if best[g] >= floor:
+                for i in range(g, n, groups):
+                    if key(row[i]) >= floor:
+                        found[count] = key(row[i])
+                        position[count] = i
+                        count += 1
+        scratch[:count] = found[:count]
+        smallest = _kth_largest(scratch, count, k)
+        place = 0
+        for c in range(count):
+            if found[c] > smallest:
+                index[b, place] = position[c]
+                place += 1
+        equal = np.sort(position[:count][found[:count] == smallest])
+        index[b, place:] = equal[: k - place]
+
+
+@compiled
+def _floor(values, k):  # type: ignore[no-untyped-def]
+    """A number that at least k of `values` reach, and hardly more of them."""
+    low, high = values.min(), values.max()
+    for _ in range(20):
+        middle = values.dtype.type(low + 0.5 * (high - low))
+        count = _reaching(values, middle)
+        if count >= k:
+            low = middle
+        else:
+            high = middle
+        if k <= count <= k + k // 8:
+            break
+    return low
+
+
+@compiled
+def _reaching(values, floor):  # type: ignore[no-untyped-def]
+    count = np.int32(0)
+    for i in range(len(values)):
+        count += np.int32(values[i] >= floor)
+    return count
+
+
+@compiled
+def _kth_largest(values, count, k):  # type: ignore[no-untyped-def]
+    """The k-th largest of values[:count], which are left in another order (Hoare's selection)."""
+    low, high, wanted = 0, count - 1, k - 1
+    while low < high:
+        pivot, i, j = values[(low + high) // 2], low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if wanted <= j:
+            high = j
+        elif wanted >= i:
+            low = i
+        else:
+            break
+    return values[wanted]
+
+
+CHUNK = 64
+"""Elements that `above` looks at together before it looks at each."""
+
+
+def count_above(values: Tensor, floor: float) -> Tensor:
+    """Where the elements of each row of [rows, n] above `floor` begin, if listed row by row: [rows + 1]."""
+    start = torch.zeros(len(values) + 1, dtype=torch.int64)
+    _over(len(values), _count_above, _array(values), _bound(values, floor), _array(start))
+    return torch.cumsum(start, 0, out=start)
+
+
+def above(values: Tensor, floor: float, start: Tensor) -> tuple[Tensor, Tensor]:
+    """(column, value) of the elements above `floor`, where `count_above` says; bfloat16 becomes float32."""
+    column = torch.empty(int(start[-1]), dtype=torch.int64)
+    value = torch.empty(len(column), dtype=torch.promote_types(values.dtype, torch.float32))
+    arrays = [_array(tensor) for tensor in (start, column, value)]
+    _over(len(values), _above, _array(values), _bound(values, floor), *arrays)
+    return column, value
+
+
+def _bound(values: Tensor, floor: float) -> np.ndarray:
+    """The floor in the format of `values`, as compiled functions can have it in 16 bits."""
+    return _array(torch.tensor([floor]).to(values.dtype))
+
+
+@compiled
+def _count_above(begin, end, values, floor, start):  # type: ignore[no-untyped-def]
+    for b in range(begin, end):
+        start[b + 1] = _exceeding(values[b], key(floor[0]))
+
+
+@compiled
+def _exceeding(values, floor):  # type: ignore[no-untyped-def]
+    count = np.int32(0)
+    for i in range(len(values)):
+        count += np.int32(key(values[i]) > floor)
+    return count
+
+
+@compiled
+def _above(begin, end, values, floor, start, column, value):  # type: ignore[no-untyped-def]
+    bound = key(floor[0])
+    for b in range(begin, end):
+        e = start[b]
+        for first in range(0, values.shape[1], CHUNK):
+            chunk = values[b, first : first + CHUNK]
+            if _exceeding(chunk, bound):
+                for i in range(len(chunk)):
+                    if key(chunk[i]) > bound:
+                        column[e] = first + i
+                        value[e] = load(chunk[i])
+                        e += 1
+
+
+# Learning
+
+
+def project(grad: Tensor, W: Tensor | None) -> Tensor:
+    """The squared norm of each row of `grad` [rows, d], after its part along the unit row of W was taken out of it."""
+    out = torch.empty(len(grad), dtype=grad.dtype)
+    _over(len(grad), _project, _memory(grad), _array(grad if W is None else W), W is not None, _memory(out))
+    return out
+
+
+@compiled
+def _project(begin, end, grad, W, tangent, out):  # type: ignore[no-untyped-def]
+    for i in range(begin, end):
+        g, along, square = grad[i], out.dtype.type(0), out.dtype.type(0)
+        if tangent:
+            for j in range(len(g)):
+                along += g[j] * W[i, j]
+            for j in range(len(g)):
+                g[j] -= along * W[i, j]
+        for j in range(len(g)):
+            square += g[j] * g[j]
+        out[i] = square
+
+
+def adam_rows(
+    W: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    half: Tensor | None,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    scale: Tensor,
+    unit: bool,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) in place, for W [rows, d] with `grad` · `scale` and moments m, v.
+
+    `step` counts from 1. With `unit` each row then has norm 1. `half` [rows, d] receives the rows in bfloat16.
+    """
+    number = W.numpy().dtype.type
+    constants = (
+        rate / (1 - betas[0] ** step), 1 - betas[0], betas[1], 1 - betas[1], (1 - betas[1] ** step) ** -0.5, eps,
+        float(scale),
+    )  # fmt: skip
+    arrays = [_memory(tensor) for tensor in (W, grad, m, v)]
+    bits = np.empty((0, 0), np.int16) if half is None else _memory(half)
+    _over(len(W), _adam_rows, *arrays, bits, *(number(constant) for constant in constants), unit)
+
+
+@compiled
+def _adam_rows(begin, end, W, grad, m, v, half, rate, new_m, old_v, new_v, debias, eps, scale, unit):  # type: ignore[no-untyped-def]
+    for i in range(begin, end):
+        w, g, first, second, square = W[i], grad[i], m[i], v[i], scale * 0
+        for j in range(len(w)):
+            x = scale * g[j]
+            first[j] += new_m * (x - first[j])
+            second[j] = old_v * second[j] + new_v * x * x
+            w[j] -= rate * first[j] / (np.sqrt(second[j]) * debias + eps)
+            square += w[j] * w[j]
+        if unit:
+            norm = 1 / max(np.sqrt(square), W.dtype.type(1e-12))
+            for j in range(len(w)):
+                w[j] *= norm
+        if len(half):
+            for j in range(len(w)):
+                half[i, j] = rounded(w[j])
+
+
+@_intrinsic
+def rounded(typing_context: Any, number: Any) -> Any:
+    """The bits of the bfloat16 number nearest to a float32; of two, the even one."""
+
+    def bits_of(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to = context.get_value_type(types.uint32)
+        bits = builder.bitcast(context.cast(builder, arguments[0], number, types.float32), to)
+        odd = builder.and_(builder.lshr(bits, to(16)), to(1))
+        bits = builder.add(bits, builder.add(odd, to(0x7FFF)))
+        return builder.trunc(builder.lshr(bits, to(16)), context.get_value_type(types.int16))
+
+    return types.int16(number), bits_of
