@@ -58,7 +58,7 @@ SECTIONS: dict[str, Section] = {
     "producer": _section("producer"),
     "together": _section("together"),
     "start": _section("start"),
-    "scaling": _section("scaling"),
+    **{f"scaling-{name}": _section("scaling", name) for name in ("d_sae", "d_in", "k", "batch", "SAEs")},
 }
 
 
@@ -72,6 +72,8 @@ def main() -> None:
             document = _read()
             document["sections"][name] = _section_document(results, options)
             BENCH.write_text(json.dumps(document, indent=1) + "\n")
+    if not options.quick and any(name.startswith("scaling") for name in chosen):
+        import_module("tests.benchmarks.scaling").redraw(_read()["sections"])
     console.print(_goals_table(goals))
     console.print("nothing is written of small sizes" if options.quick else f"written to {BENCH}")
 

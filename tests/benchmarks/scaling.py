@@ -1,7 +1,7 @@
 """How the time of a TopK step grows with d_sae, d_in, k, the batch and the number of SAEs, beside its lower bound.
 
 The lower bound is the encoder product and the optimizer's bytes at the bandwidth of a copy, both measured at each
-point. A point that would not fit into memory is left out. Draws scaling.svg here; with --quick, in runs/.
+point. A point that would not fit into memory is left out. scaling.svg is drawn from what bench.json holds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,7 +26,7 @@ from trainer.buffer import Batch
 from trainer.run import Run
 from trainer.settings import SaeSettings
 
-PICTURE = Path("tests/benchmarks/scaling.svg")
+PICTURE = Path(__file__).with_name("scaling.svg")
 OURS, BOUND = "TopK step", "lower bound"
 COLOURS = {OURS: "#c2410c", BOUND: "#64748b"}
 AXES = {
@@ -53,16 +54,8 @@ class Point:
         return self.saes * of_one + 16 * self.size.batch * self.size.d_in
 
 
-def run(options: Options) -> Iterator[Result]:
-    results = {name: _along(name, options) for name in AXES}
-    picture = Path("runs") / PICTURE.name if options.quick else PICTURE
-    picture.parent.mkdir(exist_ok=True)
-    picture.write_text(draw({name: _series(result) for name, result in results.items()}))
-    list(results.values())[-1].notes.append(f"drawn in {picture}")
-    yield from results.values()
-
-
-def _along(name: str, options: Options) -> Result:
+def run(name: str, options: Options) -> Iterator[Result]:
+    """Along one of AXES."""
     size = size_for(options.device, options.quick)
     values = AXES[name][:3] if options.quick else AXES[name]
     result = Result(f"Step time against {name} (otherwise {size})", "ms")
@@ -72,7 +65,7 @@ def _along(name: str, options: Options) -> Result:
             result.notes.append(f"{name} {value:,} left out: it needs {point.bytes / 1e9:.1f} GB")
             continue
         _measure(point, f"{name} {value}", options, result)
-    return result
+    yield result
 
 
 def _measure(point: Point, label: str, options: Options, result: Result) -> None:
@@ -120,16 +113,26 @@ WIDTH, HEIGHT, LEFT, TOP, GAP, BOTTOM = 200, 210, 66, 66, 24, 48
 Series = dict[str, Points]
 
 
-def _series(result: Result) -> Series:
+def redraw(sections: dict[str, Any]) -> None:
+    """The picture of all that was measured, from the sections of bench.json."""
+    panels = {
+        name: _series(result["measured"])
+        for name in AXES
+        for result in sections.get(f"scaling-{name}", {"results": []})["results"]
+    }
+    PICTURE.write_text(_draw(panels))
+
+
+def _series(measured: dict[str, list[float]]) -> Series:
     """(value, milliseconds) of our step and of the lower bound."""
     series: Series = {OURS: [], BOUND: []}
-    for name, times in result.measured.items():
+    for name, times in measured.items():
         which, _, point = name.rpartition(", ")
         series[which].append((float(point.split()[-1]), median(times)))
     return series
 
 
-def draw(panels: dict[str, Series]) -> str:
+def _draw(panels: dict[str, Series]) -> str:
     """One log-log panel per quantity, beside each other, on one scale of milliseconds."""
     times = [y for series in panels.values() for points in series.values() for _, y in points] or [1.0, 10.0]
     y_axis = Axis(min(times) / 1.3, max(times) * 1.3, TOP + HEIGHT, TOP)

@@ -1,5 +1,7 @@
 """The peers' own training steps and activation paths, timed in their own environment with nothing of ours installed.
 
+Also a plain Hugging Face forward pass, in any environment that has the library.
+
 Reads one JSON object per line from standard input and answers each with one on standard output: `do` names a function
 below, the rest are its arguments. What a request sets up is kept for the next one like it.
 
@@ -10,6 +12,7 @@ count of dead latents, and in the activation paths tokenisation, batching, hooks
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -33,11 +36,11 @@ LONG = 10**9
 
 
 def step(rows: str, device: str, **cell: Any) -> dict[str, float]:
-    """Seconds of one training step; the first call of a cell takes a step more, which is not counted."""
+    """Seconds of one training step; the first call of a cell takes two steps more, which are not counted."""
     batches = _batches(rows, cell["batch"], device)
     learn, count = _learner(json.dumps(cell, sort_keys=True), rows, device)
-    if not count:
-        learn(batches[0])
+    while len(count) < 2:
+        learn(batches[len(count)])
         count.append(1)
     batch = batches[len(count) % len(batches)]
     count.append(1)
@@ -298,6 +301,41 @@ def _sparsify_loop(path: dict[str, Any], texts: list[str]) -> Take:
     return take
 
 
+def forward(tokens: str, seconds: float, keep_memory: bool, **path: Any) -> dict[str, float]:
+    """Passes per second of the bare model, cut after the hooked block, over batches [passes, windows, context]."""
+    if keep_memory:
+        _keep_memory()
+    run, device = _cut_model(json.dumps(path, sort_keys=True)), path["device"]
+    batches = load_file(tokens)["tokens"].to(device)
+    for batch in batches[:3]:
+        run(batch)
+    passes, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        run(batches[passes % len(batches)])
+        _synchronise(device)
+        passes += 1
+    return {"passes_per_second": passes / (time.perf_counter() - began)}
+
+
+@cache
+def _cut_model(path: str) -> Callable[[Tensor], object]:
+    model, _, _ = _model_of(given := json.loads(path))
+    model.layers, model.norm = model.layers[: given["layer"] + 1], torch.nn.Identity()
+
+    def run(tokens: Tensor) -> None:
+        with torch.inference_mode():
+            model(input_ids=tokens, use_cache=False)
+
+    return run
+
+
+def _keep_memory() -> None:
+    """Freed memory is used again instead of being returned to the system and cleared anew (GNU C library)."""
+    library = ctypes.CDLL(None)
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        library.mallopt(option, 2**30)
+
+
 def _model_of(path: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(the model without its head, its tokenizer, the hooked block)"""
     from transformers import AutoModel, AutoTokenizer
@@ -346,7 +384,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = {"step": step, "activations": activations}[request.pop("do")](**request)
+            answer = {"step": step, "activations": activations, "forward": forward}[request.pop("do")](**request)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             answer = {"error": f"{type(error).__name__} in {place.name}, {place.line}: {error}"[:300]}
