@@ -59,7 +59,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=[2.0, 0.0], ids=["sparse", "dense"])
 def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     """Sparse or dense latents, whatever the fraction that is active."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, request.param))
+    monkeypatch.setattr(select, "DENSE_ABOVE", request.param)
     return float(request.param)
 
 
@@ -83,7 +83,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sparse_products_are_those_of_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """multiply, sample, transpose, sums, segments: with rows and columns that are empty, and columns in no order."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, 2.0))
+    monkeypatch.setattr(select, "DENSE_ABOVE", 2.0)
     torch.manual_seed(0)
     pre_acts = torch.randn(65, 512, dtype=dtype) - 1
     pre_acts[4] = -5.0

@@ -64,7 +64,7 @@ def test_gradients_equal_dense_autograd(
     name: str, kind: type, dense_above: float, number_dead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and every gradient to 1e-9 in float64, in both representations, with 0, 1, under and over k_aux dead."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, dense_above))
+    monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
     sae, x, y = build_sae(case(name))
     dead = dead_latents(number_dead)
     ours = sae.gradients(x, y, dead, 0.7)
@@ -85,7 +85,7 @@ def test_both_representations_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     for kind in FAMILY:
         results = []
         for dense_above in (2.0, 0.0):
-            monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, dense_above))
+            monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
             sae, x, y = make(kind)
             results.append(sae.gradients(x, y, dead_latents()))
 

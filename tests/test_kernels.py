@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.kernels import cpu, portable, select
 from trainer.kernels.dense import Dense
-from trainer.kernels.select import dense_if_many, exceeding, joined, largest, largest_of, positive, topk
+from trainer.kernels.select import dense_if_many, exceeding, joined, largest, largest_of, positive
 from trainer.kernels.sparse import Entries, occurrences
 
 SPARSE, DENSE = 2.0, 0.0
@@ -19,7 +19,7 @@ SPARSE, DENSE = 2.0, 0.0
 
 @pytest.fixture(params=[SPARSE, DENSE], ids=["sparse", "dense"])
 def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, request.param))
+    monkeypatch.setattr(select, "DENSE_ABOVE", request.param)
     return float(request.param)
 
 
@@ -93,7 +93,7 @@ def test_the_largest_magnitudes_keep_their_signs(representation: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_positive_entries_are_those_above_zero(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero, minus zero, negatives and the smallest positive number, in every format the encoder product has."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, SPARSE))
+    monkeypatch.setattr(select, "DENSE_ABOVE", SPARSE)
     latents = positive(torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype))
 
     assert isinstance(latents, Entries)
@@ -122,7 +122,7 @@ def test_the_largest_of_a_batch(floor: float, representation: float) -> None:
     torch.manual_seed(0)
     pre_acts = torch.randn(20, 32)
     chosen = largest_of(exceeding(pre_acts, floor), 40)
-    latents = dense_if_many(chosen, torch.float32)
+    latents = dense_if_many(chosen)
     value = pre_acts.flatten().topk(40).values
 
     assert isinstance(latents, Dense if representation == DENSE else Entries)
@@ -164,7 +164,7 @@ def test_products_equal_dense_ones(representation: float) -> None:
     W, X = torch.randn(16, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     latents, matrix = positive(pre_acts), pre_acts.relu()
     by_column = latents.transpose()
-    sampled = latents.with_value(latents.sample(X, W))
+    sampled = latents.with_value(latents.sample(X, W) * (latents.value != 0))
     other = latents.value * 2
 
     torch.testing.assert_close(latents.dense(), matrix)
@@ -193,7 +193,7 @@ def test_segments_are_products_of_their_own(representation: float) -> None:
     segment = torch.tensor([0, 0, 0, 0, 1] + [2] * 11)
     cut = torch.cat([matrix * (segment == number) for number in range(3)])  # [27, 16]
     by_column = latents.transpose()
-    sampled = latents.sample(A, W)
+    sampled = latents.sample(A, W) * (latents.value != 0)
 
     torch.testing.assert_close(latents.multiply(W), cut @ W)
     torch.testing.assert_close(by_column.multiply(latents.value, A), cut.T @ A)
@@ -252,8 +252,27 @@ def test_every_kernel_agrees_with_torchs_own(kernels: ModuleType) -> None:
         torch.testing.assert_close(
             kernels.multiply_transposed(first, row, v[order], x, torch.empty(16, 37, dtype=wide)), dense.T @ x.to(wide)
         )
+        y_hat, g, square, both = kernels.decode(start, column, v, w, W[0].to(wide), X.to(wide), 0.3)
+        error = dense @ w.to(wide) + W[0].to(wide) - X.to(wide)
+        torch.testing.assert_close(y_hat - X.to(wide), error)
+        torch.testing.assert_close(g, 0.6 * error)
+        torch.testing.assert_close(square, error.square().sum(1))
+        torch.testing.assert_close(both, (0.6 * error @ w.to(wide).T)[dense > 0])
         sampled = kernels.sample(start, column, X.to(wide), w)
         torch.testing.assert_close(sampled, (X.to(wide) @ w.to(wide).T)[dense > 0])
+
+
+def test_moments_are_sums_in_float64(kernels: ModuleType) -> None:
+    """More rows than are added at a time, far from the centre that is taken off."""
+    torch.manual_seed(0)
+    centre = 100 * torch.randn(7)
+    x, y = torch.randn(150, 7) + centre, torch.randn(150, 7) + centre
+    sum_x, sum_y, squares = kernels.moments(x, y, centre)
+    x, y = x.double() - centre.double(), y.double() - centre.double()
+    expected = torch.stack([x.square().sum(), y.square().sum(), (x * y).sum(), (x - y).square().sum()])
+
+    torch.testing.assert_close((sum_x, sum_y), (x.sum(0), y.sum(0)), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(squares, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -85,7 +85,7 @@ def test_a_constant_error_is_an_error() -> None:
 @pytest.mark.parametrize("dense_above", [2.0, 0.0], ids=["sparse", "dense"])
 def test_bug_1_l0_counts_entries_that_are_not_zero(dense_above: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """TopK lists k entries a row; those clipped to zero are not active, negative ones of abs are."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dict.fromkeys(select.DENSE_ABOVE, dense_above))
+    monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
     pre_acts = torch.tensor([[1.0, -1, -2, -1], [1.0, 2.0, -1, -1]])
     plain, signed = Statistics(4, torch.zeros(2)), Statistics(4, torch.zeros(2))
     plain.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.select import Latents
+from trainer.kernels.sparse import kernels
 from trainer.report import DENSITY_EDGES
 
 HALF_LIFE_TOKENS = 100_000
@@ -52,14 +53,10 @@ class Statistics:
         self.tokens += rows
         self.tokens_since_fired.add_(rows).masked_fill_(counts > 0, 0)
         self.firings.mul_(decay).add_(counts)
-        x, x_hat = x - self.reference, x_hat - self.reference
-        self.x_sum.mul_(decay).add_(x.sum(0))
-        self.x_hat_sum.mul_(decay).add_(x_hat.sum(0))
-        batch = [
-            x.new_full((), rows), counts.sum(), x.square().sum(), x_hat.square().sum(), (x * x_hat).sum(),
-            (x - x_hat).square().sum(),
-        ]  # fmt: skip
-        self.sums.mul_(decay).add_(torch.stack([value.double() for value in batch]))
+        sum_x, sum_x_hat, squares = kernels(x.device).moments(x, x_hat, self.reference)
+        self.x_sum.mul_(decay).add_(sum_x)
+        self.x_hat_sum.mul_(decay).add_(sum_x_hat)
+        self.sums.mul_(decay).add_(torch.cat([squares.new_tensor([rows]), counts.sum().double()[None], squares]))
 
     def silent_for(self, tokens: int) -> Tensor:
         """bool [d_sae]: latents that have not fired on the last `tokens` rows; none until that many were seen."""

@@ -37,10 +37,10 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernel")
 
 
-def _over(count: int, kernel: Callable[..., None], *arguments: Any) -> None:
+def _over(count: int, kernel: Callable[..., None], *arguments: Any, at_least: int = 32) -> None:
     """kernel(begin, end, *arguments) for pieces of 0 … count, on as many threads as torch uses here."""
     threads = torch.get_num_threads()
-    pieces = min(4 * threads, count // 32) if threads > 1 else 1
+    pieces = min(4 * threads, count // at_least) if threads > 1 else 1
     if pieces <= 1:
         kernel(0, count, *arguments)
         return
@@ -94,20 +94,25 @@ multiply_transposed = multiply
 @compiled
 def _multiply(begin, end, start, column, value, W, out):  # type: ignore[no-untyped-def]
     for b in range(begin, end):
-        row = out[b]
-        row[:] = 0
-        e, last = start[b], start[b + 1]
-        while e + 4 <= last:  # four at a time: the sum is loaded and stored once for all of them
-            w0, w1, w2, w3 = W[column[e]], W[column[e + 1]], W[column[e + 2]], W[column[e + 3]]
-            v0, v1, v2, v3 = value[e], value[e + 1], value[e + 2], value[e + 3]
-            for j in range(len(row)):
-                row[j] += v0 * load(w0[j]) + v1 * load(w1[j]) + v2 * load(w2[j]) + v3 * load(w3[j])
-            e += 4
-        while e < last:
-            w0, v0 = W[column[e]], value[e]
-            for j in range(len(row)):
-                row[j] += v0 * load(w0[j])
-            e += 1
+        out[b] = 0
+        _add_rows(out[b], start[b], start[b + 1], column, value, W)
+
+
+@compiled
+def _add_rows(total, begin, end, column, value, W):  # type: ignore[no-untyped-def]
+    """total += Σ value[e] · W[column[e]], four at a time: the sum is loaded and stored once for all of them."""
+    e = begin
+    while e + 4 <= end:
+        w0, w1, w2, w3 = W[column[e]], W[column[e + 1]], W[column[e + 2]], W[column[e + 3]]
+        v0, v1, v2, v3 = value[e], value[e + 1], value[e + 2], value[e + 3]
+        for j in range(len(total)):
+            total[j] += v0 * load(w0[j]) + v1 * load(w1[j]) + v2 * load(w2[j]) + v3 * load(w3[j])
+        e += 4
+    while e < end:
+        w0, v0 = W[column[e]], value[e]
+        for j in range(len(total)):
+            total[j] += v0 * load(w0[j])
+        e += 1
 
 
 def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
@@ -143,6 +148,35 @@ def _dots(a, begin, end, column, W, out):  # type: ignore[no-untyped-def]
             s0 += a[j] * load(w0[j])
         out[e] = s0
         e += 1
+
+
+def decode(
+    start: Tensor, column: Tensor, value: Tensor, W: Tensor, b: Tensor, y: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
+
+    y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
+    is [entries]. A row of W that is read for y_hat is still in the cache for the other.
+    """
+    y_hat, g, sampled = torch.empty_like(y), torch.empty_like(y), torch.empty_like(value)
+    square, factor = y.new_empty(len(y)), y.new_tensor(2 * weight).numpy()[()]
+    inputs = [_array(tensor) for tensor in (start, column, value, W, b, y)]
+    _over(len(y), _decode, *inputs, factor, *(_memory(tensor) for tensor in (y_hat, g, square, sampled)))
+    return y_hat, g, square, sampled
+
+
+@compiled
+def _decode(begin, end, start, column, value, W, b, y, factor, y_hat, g, square, sampled):  # type: ignore[no-untyped-def]
+    for r in range(begin, end):
+        y_hat[r] = b
+        _add_rows(y_hat[r], start[r], start[r + 1], column, value, W)
+        total = square.dtype.type(0)
+        for j in range(len(b)):
+            error = y_hat[r, j] - y[r, j]
+            g[r, j] = factor * error
+            total += error * error
+        square[r] = total
+        _dots(g[r], start[r], start[r + 1], column, W, sampled)
 
 
 def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +217,36 @@ def _sums(begin, end, start, value, out):  # type: ignore[no-untyped-def]
         for e in range(start[i], start[i + 1]):
             total += value[e]
         out[i] = total
+
+
+ROWS_OF_MOMENTS = 64
+"""Rows that `moments` adds up at a time: the same however many threads there are."""
+
+
+def moments(x: Tensor, y: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ x, Σ y, [Σ |x|², Σ |y|², Σ x · y, Σ |x − y|²]) over rows x, y [rows, d] less `centre` [d], in float64."""
+    pieces = -(-len(x) // ROWS_OF_MOMENTS)
+    sums_x, sums_y = (torch.zeros(pieces, x.shape[1], dtype=torch.float64) for _ in range(2))
+    squares = torch.zeros(pieces, 4, dtype=torch.float64)
+    arrays = [_array(tensor) for tensor in (x, y, centre)]
+    _over(pieces, _moments, *arrays, *(_memory(tensor) for tensor in (sums_x, sums_y, squares)), at_least=4)
+    return sums_x.sum(0), sums_y.sum(0), squares.sum(0)
+
+
+@compiled
+def _moments(begin, end, x, y, centre, sums_x, sums_y, squares):  # type: ignore[no-untyped-def]
+    for piece in range(begin, end):
+        for b in range(piece * ROWS_OF_MOMENTS, min(len(x), (piece + 1) * ROWS_OF_MOMENTS)):
+            xx, yy, xy, ee = 0.0, 0.0, 0.0, 0.0
+            for j in range(len(centre)):
+                one, other = np.float64(x[b, j] - centre[j]), np.float64(y[b, j] - centre[j])
+                sums_x[piece, j] += one
+                sums_y[piece, j] += other
+                xx += one * one
+                yy += other * other
+                xy += one * other
+                ee += (one - other) * (one - other)
+            squares[piece] += np.array([xx, yy, xy, ee])
 
 
 # Choosing

@@ -45,11 +45,17 @@ class Dense:
         return _below([product(self.value[:, part], W[part]) for part in self.segments()])
 
     def sample(self, A: Tensor, W: Tensor) -> Tensor:
-        """A @ W.T at the entries, zero elsewhere: A [segments × batch, d], W [columns, d] → [batch, columns]."""
+        """A @ W.T, also where no entry is: A [segments × batch, d], W [columns, d] → [batch, columns]."""
         rows = A.view(len(self.ends), len(self.value), -1)
         products = [product(rows[level], W[part].T) for level, part in enumerate(self.segments())]
-        sampled = products[0] if len(products) == 1 else torch.cat(products, 1)
-        return sampled.mul_(self.value != 0)
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+    def decode(self, W: Tensor, b: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(y_hat = self @ W + b, g = ∂/∂y_hat of weight · |y − y_hat|², |y − y_hat|² [batch], g @ W.T)."""
+        y_hat = self.multiply(W) + b
+        error = y_hat - y
+        g = 2 * weight * error
+        return y_hat, g, error.square().sum(1), self.sample(g, W)
 
     def transpose(self) -> TransposedDense:
         return TransposedDense(self)

@@ -39,6 +39,20 @@ def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, A, W.to(A.dtype).T, beta=0.0).values()
 
 
+def decode(
+    start: Tensor, column: Tensor, value: Tensor, W: Tensor, b: Tensor, y: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
+
+    y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
+    is [entries].
+    """
+    y_hat = multiply(start, column, value, W) + b
+    error = y_hat - y
+    g = 2 * weight * error
+    return y_hat, g, error.square().sum(1), sample(start, column, g, W)
+
+
 def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """(start [columns + 1], row [entries], order [entries]): the entries by column, rows ascending within each."""
     # A narrow key is sorted by radix, several times faster.
@@ -52,6 +66,13 @@ def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tens
 def sums(start: Tensor, value: Tensor) -> Tensor:
     """Σ value over the entries of each column, `value` in the order of columns: [columns]."""
     return torch.segment_reduce(value, "sum", offsets=start, initial=0.0)
+
+
+def moments(x: Tensor, y: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ x, Σ y, [Σ |x|², Σ |y|², Σ x · y, Σ |x − y|²]) over rows x, y [rows, d] less `centre` [d], in float64."""
+    x, y = x - centre, y - centre
+    squares = [part.sum(dtype=torch.float64) for part in (x.square(), y.square(), x * y, (x - y).square())]
+    return x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64), torch.stack(squares)
 
 
 def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

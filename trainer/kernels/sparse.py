@@ -95,6 +95,10 @@ class Entries:
         """A @ W.T, computed only at the entries: A [rows, d], W [columns, d] → [entries]."""
         return kernels(W.device).sample(self.start, self.column, A, W)
 
+    def decode(self, W: Tensor, b: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(y_hat = self @ W + b, g = ∂/∂y_hat of weight · |y − y_hat|², |y − y_hat|² [rows], g @ W.T at entries)."""
+        return kernels(W.device).decode(self.start, self.column, self.value, W, b, y, weight)
+
     def transpose(self) -> Transposed:
         """A stable sort by column: rows stay ascending, so that every sum has a fixed order."""
         start, row, order = kernels(self.column.device).transpose(self.start, self.column, self.columns)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,8 @@ class Reconstruction:
     """∂L/∂(latents W_dec) [levels × batch, d_out], one block per segment of the latents."""
     total: Tensor
     """∂L/∂y_hat summed over levels, [batch, d_out]: what b_dec and W_skip receive."""
+    dlatents: Tensor
+    """∂L/∂latents at the entries. Where latents are dense, whoever uses it sets it to zero beside them."""
 
 
 class Sae(ABC):
@@ -246,14 +248,21 @@ class Sae(ABC):
 
     def reconstruct(self, latents: Latents, x: Tensor, y: Tensor) -> Reconstruction:
         """`latents` are split at `ends`; with several levels each of them has to reconstruct y."""
-        parts = latents.multiply(self.operand("W_dec")).view(len(self.ends), len(y), -1)
-        base = self.b_dec if "W_skip" not in self.parameters else self.b_dec + x @ self.parameters["W_skip"].T
-        y_hats = parts.cumsum(0) + base if len(parts) > 1 else parts + base
-        errors = y - y_hats
-        factor = 1.0 / (errors.shape[0] * errors.shape[1] * self.variance)
-        d_levels = errors * (-2.0 * factor)
-        rows = d_levels.flip(0).cumsum(0).flip(0) if len(parts) > 1 else d_levels
-        return Reconstruction(y_hats[-1], errors.square().sum() * factor, rows.flatten(0, 1), d_levels.sum(0))
+        W_dec, skipped = self.operand("W_dec"), x @ self.parameters["W_skip"].T if self.settings.skip else None
+        y = y if skipped is None else y - skipped
+        levels = len(self.ends)
+        weight = 1.0 / (levels * len(y) * self.variance)
+        if levels == 1:
+            y_hat, rows, square, sampled = latents.decode(W_dec, self.b_dec, y, weight)
+            found = Reconstruction(y_hat, weight * square.sum(), rows, rows, sampled)
+        else:
+            y_hats = latents.multiply(W_dec).view(levels, len(y), -1).cumsum(0) + self.b_dec
+            errors = y_hats - y
+            g = 2 * weight * errors
+            rows = g.flip(0).cumsum(0).flip(0).flatten(0, 1)
+            sampled = latents.sample(rows, W_dec)
+            found = Reconstruction(y_hats[-1], weight * errors.square().sum(), rows, g.sum(0), sampled)
+        return found if skipped is None else replace(found, y_hat=found.y_hat + skipped)
 
     def backward(
         self,
@@ -296,7 +305,8 @@ class Sae(ABC):
         grads: dict[str, Tensor],
         losses: dict[str, Tensor],
         encoded: Encoded,
-        error: Tensor,
+        y: Tensor,
+        y_hat: Tensor,
         plus: Tensor | None = None,
     ) -> None:
         """AuxK (Gao et al. 2024): lets dead latents explain the residual; adds to `grads` and `losses`.
@@ -307,12 +317,13 @@ class Sae(ABC):
         `plus` [d_sae] is what pre_acts lack. ReLU as in the main path. Nothing happens when nothing is dead or nothing
         is left to explain.
         """
-        if self.settings.reviving != "auxk":
-            return
         indices, of_dead = encoded.kept, encoded.pre_acts
+        if self.settings.reviving != "auxk" or not len(indices):
+            return
         k_aux = min(self.settings.k_aux or max(1, self.d_in // 2), len(indices))
+        error = y - y_hat
         spread = (error - error.mean(0)).square().sum()
-        if not k_aux or not spread > 0:
+        if not spread > 0:
             return
         weight, W_dec = self.settings.aux_weight, self.operand("W_dec")[indices]
         of_dead = of_dead if plus is None else widen(of_dead) + plus[indices]

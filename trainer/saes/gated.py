@@ -46,14 +46,14 @@ class Gated(Sae):
         l1 = sparsity * self.settings.sparsity_weight * weight
         losses = {"reconstruction": main.loss, "sparsity": l1 * gate.value.sum(), "gate": frozen.loss}
 
-        dmag = gate.sample(main.rows, self.operand("W_dec")) * (latents.value > 0)
-        dgate = (gate.sample(frozen.rows, self.operand("W_dec")) + l1) * open_
+        dmag = main.dlatents * (latents.value > 0)
+        dgate = (frozen.dlatents + l1) * open_
         # The gate's bias does not receive what reaches u through the magnitude.
         sums = {"b_mag": dmag, "b_gate": dgate, "r_mag": dmag * scaled}
         grads = self.backward(encoded.read, latents, dgate + r * dmag, main.rows, sums=sums)
         add(grads, self.output_gradients(x, main.total))
         # A latent whose gate never opens is dead; AuxK works on the gate's pre-activations.
-        self.auxiliary(grads, losses, encoded, y - main.y_hat)
+        self.auxiliary(grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:

@@ -78,7 +78,7 @@ class JumpReLU(Sae):
         losses = {"reconstruction": main.loss}
 
         losses["sparsity"], dstep, through_value = self._penalty(latents.value, on, len(x), sparsity)
-        dlatents = near.sample(main.rows, self.operand("W_dec")) + through_value
+        dlatents = main.dlatents + through_value
         through_kernel = (theta_here * dlatents + dstep) * kernel
         dz = dlatents * on
         if self.settings.straight_through == "encoder":
@@ -87,7 +87,7 @@ class JumpReLU(Sae):
         grads = self.backward(encoded.read, latents, dz, main.rows, sums={self._parameter: dtheta})
         add(grads, self.output_gradients(x, main.total))
         self._pull_up(grads, losses, encoded)
-        self.auxiliary(grads, losses, encoded, y - main.y_hat, theta - bandwidth / 2)
+        self.auxiliary(grads, losses, encoded, y, main.y_hat, theta - bandwidth / 2)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def _penalty(

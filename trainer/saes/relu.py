@@ -34,14 +34,13 @@ class ReLU(Sae):
         latents = encoded.latents[0]
         main = self.reconstruct(latents, x, y)
         losses = {"reconstruction": main.loss}
-        dlatents = latents.sample(main.rows, self.operand("W_dec"))
         losses["sparsity"], through_value, dW_dec = self._penalty(latents, sparsity / len(x))
-        dz = (dlatents + through_value) * (latents.value > 0)
+        dz = (main.dlatents + through_value) * (latents.value > 0)
         grads = self.backward(encoded.read, latents, dz, main.rows)
         add(grads, self.output_gradients(x, main.total))
         if dW_dec is not None:
             grads["W_dec"] += dW_dec
-        self.auxiliary(grads, losses, encoded, y - main.y_hat)
+        self.auxiliary(grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def _penalty(self, latents: Latents, sparsity: float) -> tuple[Tensor, Tensor | float, Tensor | None]:

@@ -47,9 +47,8 @@ class Repair(Sae):
         scale = active.at(self.parameters["scale"])
         latents = active.with_value(active.value * scale)
         main = self.reconstruct(latents, x, y)
-        dlatents = active.sample(main.rows, self.operand("W_dec"))
-        dz = dlatents * scale * (active.value > 0)
-        grads = self.backward(encoded.read, latents, dz, main.rows, sums={"scale": dlatents * active.value})
+        dz = main.dlatents * scale * (active.value > 0)
+        grads = self.backward(encoded.read, latents, dz, main.rows, sums={"scale": main.dlatents * active.value})
         add(grads, self.output_gradients(x, main.total))
         return Gradients(grads, {"reconstruction": main.loss}, main.y_hat, latents)
 

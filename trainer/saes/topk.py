@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.select import largest
-from trainer.saes.base import Encoded, Gradients, Sae, add
+from trainer.saes.base import Encoded, Gradients, Reconstruction, Sae, add
 
 INITIAL_PRE_ACT = 1.0
 """A latent that only just is among the k begins with this value (elements of x have variance 1)."""
@@ -35,15 +35,15 @@ class TopK(Sae):
         weight = self.settings.multi_topk
         encoded = self.choose(x, self.revived(dead), [self.k, 4 * self.k] if weight else [self.k])
         main = self.reconstruct(encoded.latents[0], x, y)
-        grads = self.through(encoded, 0, main.rows)
+        grads = self.through(encoded, 0, main)
         add(grads, self.output_gradients(x, main.total))
         losses = {"reconstruction": main.loss}
         if weight:
             multi = self.reconstruct(encoded.latents[1], x, y)
-            add(grads, self.through(encoded, 1, multi.rows * weight))
-            add(grads, self.output_gradients(x, multi.total * weight))
+            add(grads, self.through(encoded, 1, multi, weight))
+            add(grads, self.output_gradients(x, weight * multi.total))
             losses["multi_topk"] = weight * multi.loss
-        self.auxiliary(grads, losses, encoded, y - main.y_hat)
+        self.auxiliary(grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, encoded.latents[0])
 
     def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
@@ -51,10 +51,12 @@ class TopK(Sae):
         encoded = self.encode(x, kept, *(partial(largest, k=k, magnitude=self.settings.abs) for k in ks))
         return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
 
-    def through(self, encoded: Encoded, choice: int, rows: Tensor) -> dict[str, Tensor]:
-        """Gradients through the entries of a choice; one that ReLU set to zero passes none."""
+    def through(self, encoded: Encoded, choice: int, of: Reconstruction, weight: float = 1.0) -> dict[str, Tensor]:
+        """Gradients of `weight` times a loss through the entries of a choice; one that ReLU set to zero passes none."""
         latents = encoded.latents[choice]
-        dz = latents.sample(rows, self.operand("W_dec")).mul_(latents.value != 0)
+        dz, rows = of.dlatents * (latents.value != 0), of.rows
+        if weight != 1.0:
+            dz, rows = weight * dz, weight * rows
         return self.backward(encoded.read, latents, dz, rows)
 
     @property
