@@ -99,7 +99,7 @@ class Result:
         return max((name for name in names if name in self.measured), key=self.middle, default=default)
 
 
-def seconds_of(act: Callable[[], object], device: str = "cpu", at_least: float = 0.4) -> float:
+def seconds_of(act: Callable[[], object], device: str, at_least: float) -> float:
     """Median seconds of one call, of as many as fit into `at_least` seconds."""
     times: list[float] = []
     while sum(times) < at_least:
@@ -120,9 +120,9 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(act: Callable[[], object], device: str = "cpu") -> Callable[[], float]:
-    """A contender: the median milliseconds of one call."""
-    return lambda: 1e3 * seconds_of(act, device)
+def milliseconds(act: Callable[[], object], device: str = "cpu", at_least: float = 0.4) -> Callable[[], float]:
+    """A contender: the median milliseconds of one call, of as many as fit into `at_least` seconds."""
+    return lambda: 1e3 * seconds_of(act, device, at_least)
 
 
 def copying(size: int, device: str) -> Callable[[], object]:

@@ -1,7 +1,8 @@
 """How the time of a TopK step grows with d_sae, d_in, k, the batch and the number of SAEs, beside its lower bound.
 
-The lower bound is the encoder product and the optimizer's bytes at the bandwidth of a copy, both measured at each
-point. A point that would not fit into memory is left out. scaling.svg is drawn from what bench.json holds.
+The lower bound is the encoder product, written to memory that is there, and the optimizer's bytes at the bandwidth of
+a copy, both measured at each point. A point that would not fit into memory is left out. scaling.svg is drawn from what
+bench.json holds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from tests.benchmarks.measure import Options, Result, milliseconds
 from tests.benchmarks.producer import demo_settings
-from tests.benchmarks.step import BYTES, PRODUCT, limit, stepping
+from tests.benchmarks.step import BYTES, WRITTEN, limit, stepping
 from tests.benchmarks.subject import SAMPLE_ROWS, Size, correlated_rows, hello_of, size_for, trainee
 from tests.benchmarks.svg import Axis, Points, document, frame, level, line, text, upright
 from trainer.buffer import Batch
@@ -75,13 +76,13 @@ def _measure(point: Point, label: str, options: Options, result: Result) -> None
         options.rounds,
         {
             label: _learning(point, rows, options.device),
-            **{name: act for name, act in limit(point.size, rows, options.device).items() if name in (PRODUCT, BYTES)},
+            **{name: act for name, act in limit(point.size, rows, options.device).items() if name in (WRITTEN, BYTES)},
         },
     )
     result.notes += bound.notes
     if label in bound.measured:
         result.measured[f"{OURS}, {label}"] = bound.measured[label]
-        parts = zip(bound.measured[PRODUCT], bound.measured[BYTES], strict=True)
+        parts = zip(bound.measured[WRITTEN], bound.measured[BYTES], strict=True)
         result.measured[f"{BOUND}, {label}"] = [point.saes * sum(part) for part in parts]
 
 
@@ -90,6 +91,7 @@ def _learning(point: Point, rows: torch.Tensor, device: str) -> Callable[[], flo
     size = point.size
     if point.saes == 1:
         return stepping(trainee("topk", size, device, rows), rows.to(device), size.batch)
+    cores = torch.get_num_threads()
     settings = demo_settings(f"optimizer.batch={size.batch}", f"optimizer.device={device}", "run.threads=1")
     saes = [SaeSettings(name=f"{i}", architecture="topk", d_sae=size.d_sae, k=size.k) for i in range(point.saes)]
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +102,17 @@ def _learning(point: Point, rows: torch.Tensor, device: str) -> Callable[[], flo
     batch = Batch([narrow[: size.batch]], np.zeros(size.batch, np.int64), np.arange(size.batch))
     for _ in range(2):
         run.learn(batch)
-    return milliseconds(lambda: run.learn(batch), device)
+    torch.set_num_threads(cores)
+    return lambda: _on_one_thread(milliseconds(lambda: run.learn(batch), device), cores)
+
+
+def _on_one_thread(measure: Callable[[], float], cores: int) -> float:
+    """As the run's own threads are, of which each takes care of one SAE; the lower bound has all cores."""
+    torch.set_num_threads(1)
+    try:
+        return measure()
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _free(device: str) -> int:

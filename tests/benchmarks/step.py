@@ -58,7 +58,7 @@ def stepping(made: Trainee, rows: Tensor, batch: int) -> Callable[[], float]:
     batches = itertools.cycle(rows.split(batch))
     for _ in range(2):
         made.step([next(batches)])
-    return milliseconds(lambda: made.step([next(batches)]), rows.device.type)
+    return milliseconds(lambda: made.step([next(batches)]), rows.device.type, at_least=1.5)
 
 
 def limit(size: Size, rows: Tensor, device: str) -> dict[str, Callable[[], float]]:
