@@ -42,7 +42,9 @@ from tests.small_stream import (
     trainer,
     wait_for,
 )
-from trainer.intake import GOODBYE_SECONDS, Intake, IntakeError
+from trainer.buffer import bits_of
+from trainer.intake import GOODBYE_SECONDS, Intake, IntakeError, is_finite
+from trainer.report import StreamReport
 
 
 @pytest.fixture
@@ -173,6 +175,46 @@ def test_a_frame_that_is_too_large_costs_its_connection(endpoint: str) -> None:
         assert peer.hear(Reject).code == "unknown_session"
         peer.join().leave()
         assert finish(intake, Producing(settings)) == every_name()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_number_that_is_not_finite_is_seen_and_no_other(dtype: torch.dtype) -> None:
+    """Judged by bits: the largest and smallest numbers of either sign are finite, all of their successors are not."""
+    largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal / 4
+    finite = torch.tensor([[0.0, -0.0, 1.0, -1.0], [largest, -largest, tiny, -tiny]], dtype=dtype)
+    assert is_finite([bits_of(finite)])
+    nan = float("nan")
+    for value in (float("inf"), -float("inf"), nan, torch.copysign(torch.tensor(nan), torch.tensor(-1.0)).item()):
+        for place in range(8):
+            spoiled = finite.clone()
+            spoiled.view(-1)[place] = value
+            assert not is_finite([bits_of(finite), bits_of(spoiled)])
+    everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    if dtype == torch.bfloat16:
+        assert [is_finite([one[None]]) for one in everything.numpy()] == everything.view(dtype).isfinite().tolist()
+
+
+def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody takes rows: producers wait for room. Nobody brings any: training waits for rows."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake:
+        intake._waits[0] = (time.monotonic(), 0.0, 0.0)
+        producer = Producing(settings)
+        wait_for(lambda: intake.buffer_report().rows == CAPACITY)
+        wait_for(lambda: intake.stream_report().credit_wait_ratio > 0.4)
+        full = intake.stream_report()
+        train(intake)
+        wait_for(lambda: not intake.wait_until_filled(1, threading.Event(), 0.2))
+        intake.drain(finished=True)
+        assert producer.ended() is None
+    assert full.data_wait_ratio == 0 and "the trainer is the bottleneck" in full.bottleneck
+
+    with trainer(stream_settings(f"{endpoint}2")) as alone:
+        for _ in range(12):
+            alone.wait_until_filled(1, threading.Event(), 0.1)
+        empty = alone.stream_report()
+    assert empty.data_wait_ratio > 0.4 and "the producers are the bottleneck" in empty.bottleneck
+    assert "neither" in StreamReport().bottleneck
 
 
 def nan_in_the_middle(value: float) -> bytes:

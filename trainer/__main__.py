@@ -239,6 +239,7 @@ class Reports:
             self._told = time.monotonic()
             saes = " · ".join(f"{sae.name} fvu {sae.fvu:.4f} l0 {sae.l0:.1f}" for sae in report.saes)
             log.info("%s rows · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
+            log.info("%s", stream.bottleneck)
 
     def saved(self) -> None:
         self._metrics.set_checkpoint_time(time.time())

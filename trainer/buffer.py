@@ -6,10 +6,14 @@ behind the border and its slots are free at once. Nothing is ever concatenated, 
 memory is capacity × row bytes plus 24 bytes of bookkeeping per slot, from the start.
 
 Rows of several hooks share a slot: one draw gives the same tokens for every hook.
+
+Rows are brought in by the socket's thread, with numpy: one thread, which leaves the interpreter and torch's threads to
+the training, and copies a row at once where torch goes element by element.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +38,7 @@ class ShuffleBuffer:
         self.capacity = capacity
         self.rows = 0
         self._x = [torch.empty(capacity, width, dtype=dtype) for width in widths]
+        self._bits = [bits_of(x) for x in self._x]
         self._serial = np.zeros(capacity, np.int64)
         self._position = np.zeros(capacity, np.int64)
         self._order = np.arange(capacity)
@@ -45,18 +50,18 @@ class ShuffleBuffer:
         books = self._serial.nbytes + self._position.nbytes + self._order.nbytes
         return books + sum(x.nbytes for x in self._x)
 
-    def insert(self, x: list[torch.Tensor], serial: int, position: np.ndarray) -> None:
+    def insert(self, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray) -> None:
         """Copies rows in, once: x[hook] is [rows, width], `position` [rows] their places in shard `serial`.
 
-        Raises OverflowError when they do not fit; credit makes that impossible.
+        An array holds the numbers' bits, as integers. Raises OverflowError when they do not fit; credit makes that
+        impossible.
         """
         end = self.rows + len(position)
         if end > self.capacity:
             raise OverflowError(f"{len(position)} rows do not fit: {self.rows} of {self.capacity} are taken")
         slots = self._order[self.rows : end]
-        index = torch.from_numpy(slots)
-        for store, rows in zip(self._x, x, strict=True):
-            store.index_copy_(0, index, rows)
+        for store, rows in zip(self._bits, x, strict=True):
+            store[slots] = bits_of(rows)
         self._serial[slots] = serial
         self._position[slots] = position
         self.rows = end
@@ -95,6 +100,11 @@ class ShuffleBuffer:
 
     def restore_random_state(self, state: dict[str, Any]) -> None:
         self._random.bit_generator.state = state
+
+
+def bits_of(x: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The same memory as integers, since numpy does not know bfloat16; an array is taken to be that already."""
+    return x if isinstance(x, np.ndarray) else x.view({2: torch.int16, 4: torch.int32}[x.element_size()]).numpy()
 
 
 def same_context_mates(batch: Batch, context: int) -> float:

@@ -61,6 +61,20 @@ class StreamReport:
     """Rows that producers may still send under the credit granted."""
     sessions_lost: int = 0
     """Producers that fell silent or were refused in mid-session."""
+    data_wait_ratio: float = 0.0
+    """Share of the last ten seconds in which training waited for rows."""
+    credit_wait_ratio: float = 0.0
+    """Share of the last ten seconds in which producers had text and no leave to send, because the buffer was full."""
+
+    @property
+    def bottleneck(self) -> str:
+        """Which side the other one waits for, in words."""
+        data, credit = self.data_wait_ratio, self.credit_wait_ratio
+        if max(data, credit) < 0.05:
+            return "neither side waits for the other"
+        if data > credit:
+            return f"the producers are the bottleneck: training waits {data:.0%} of the time for rows"
+        return f"the trainer is the bottleneck: producers wait {credit:.0%} of the time for room in the buffer"
 
 
 @dataclass(frozen=True)
