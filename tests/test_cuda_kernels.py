@@ -91,6 +91,23 @@ def test_products_are_those_of_full_matrices(dtype: torch.dtype, d: int, device:
     close(cuda.multiply_transposed(start_there, row, value[order], X), matrix.T.double() @ X.double())
 
 
+@pytest.mark.parametrize("d", [5, 130])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
+def test_decoding_and_its_gradient(dtype: torch.dtype, d: int, device: torch.device) -> None:
+    """y_hat, the gradient of the squared error, the error of each row, and what the gradient makes of the entries."""
+    wide = torch.promote_types(dtype, torch.float32)
+    matrix = some_matrix(7, 12, 0.4, device, wide)
+    W, b, y = torch.randn(12, d, device=device).to(dtype), *torch.randn(8, d, device=device, dtype=wide).split([1, 7])
+    y_hat, g, square, sampled = cuda.decode(*compressed(matrix), W, b[0], y, 0.3)
+    expected = matrix.double() @ W.double() + b.double()
+    grad = 2 * 0.3 * (expected - y.double())
+
+    close(y_hat, expected)
+    close(g, grad)
+    close(square, (y - expected).square().sum(1))
+    close(sampled, (grad @ W.double().T)[matrix != 0])
+
+
 def test_products_are_written_where_they_are_wanted(device: torch.device) -> None:
     """`out` is filled, whatever stood there, and returned."""
     matrix, W = some_matrix(9, 20, 0.3, device, torch.float32), torch.randn(20, 5, device=device)
@@ -164,6 +181,7 @@ def test_no_entries_at_all(device: torch.device) -> None:
     assert cuda.multiply(start, none, value, W).tolist() == [[0.0] * 5] * 3
     assert cuda.multiply(start[:1], none, value, W).shape == (0, 5)
     assert cuda.sample(start, none, X, W).shape == (0,)
+    assert cuda.decode(start, none, value, W, W[0], X, 1.0)[0].tolist() == [W[0].tolist()] * 3
     assert start_there.tolist() == [0] * 9
     assert len(row) == len(order) == 0
     assert cuda.multiply_transposed(start_there, row, value, X).tolist() == [[0.0] * 5] * 8
@@ -178,9 +196,10 @@ def test_blocks_do_not_change_the_sums(device: torch.device, monkeypatch: pytest
     monkeypatch.setattr(cuda, "SLICE_BYTES", 0)
     assert cuda._tile(W)["BLOCK"] == 64
     close(cuda.multiply(start, column, value, W), matrix @ W)
-    for most in (2**26, 5 * len(column), 1):
+    for most in (2**26, 3 * len(column), 1):
         monkeypatch.setattr(cuda, "PARTIAL_SUMS", most)
         close(cuda.sample(start, column, X, W), (X @ W.T)[matrix != 0])
+        close(cuda.decode(start, column, value, W, W[0], X, 0.5)[3], ((matrix @ W + W[0] - X) @ W.T)[matrix != 0])
 
 
 def test_products_repeat_bit_for_bit(device: torch.device) -> None:
@@ -230,7 +249,7 @@ def check_topk(values: Tensor, k: int) -> None:
     ("rows", "n", "k"),
     [(3, 1, 1), (3, 100, 7), (1, 100, 100), (1, 4096, 512), (1, 5000, 33), (1, 8192, 1), (1, 2**17, 64)],
 )
-@pytest.mark.parametrize("dtype", ALL_FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_topk_is_exact(dtype: torch.dtype, rows: int, n: int, k: int, device: torch.device) -> None:
     """Of random numbers, and of few different ones, of which most are tied."""
     values = torch.randn(rows, n, device=device)
@@ -303,6 +322,18 @@ def test_projection_leaves_what_is_tangent(dtype: torch.dtype, d: int, device: t
     close(grad, expected)
 
 
+@pytest.mark.parametrize(("rows", "d"), [(1, 1), (70, 130)])
+def test_moments_are_taken_in_float64(rows: int, d: int, device: torch.device) -> None:
+    """Sums and sums of squares of two matrices, far from the origin but not from their centre."""
+    x, y = (torch.randn(rows, d, device=device) + 100 for _ in range(2))
+    centre = torch.full((d,), 100.0, device=device)
+    sum_x, sum_y, squares = cuda.moments(x, y, centre)
+    x, y = (x - centre).double(), (y - centre).double()
+    expected = torch.stack([x.square().sum(), y.square().sum(), (x * y).sum(), (x - y).square().sum()])
+
+    torch.testing.assert_close((sum_x, sum_y, squares), (x.sum(0), y.sum(0), expected), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("shape", [(6, 5), (3, 2304), (6000,)])
 def test_adam_is_torchs(shape: tuple[int, ...], unit: bool, device: torch.device) -> None:
@@ -370,22 +401,24 @@ def compile_only(kernel, *arguments, grid, warmup, **options):
 
 compiled, run, JITFunction.run = set(), JITFunction.run, compile_only
 driver.set_active(Hopper())
-from trainer.kernels import cuda, cuda_select
+from trainer.kernels import cuda, cuda_rows, cuda_select
 
 start, index = torch.tensor([0, 600, 600]), torch.zeros(600, dtype=torch.int64)
 for dtype in (torch.float32, torch.bfloat16):
     W, value = torch.zeros(2, 768, dtype=dtype), torch.zeros(600)
     cuda.multiply(start, index, value, W)
     cuda.sample(start, index, W, W)
+    cuda.decode(start, index, value, W, W[0].float(), W.float(), 0.5)
     cuda.multiply_transposed(start, index, value, W)
     cuda.topk(torch.zeros(1, 8192, dtype=dtype), 32)
     cuda.above(W, 0.5, cuda.count_above(W, 0.5))
 cuda.sums(start, value)
 W, half = W.float(), W
 cuda.project(W, W)
+cuda.moments(W, W, W[0])
 for unit in (True, False):
     cuda.adam_rows(W, W, W, W, half, 1e-3, (0.9, 0.999), 1e-8, 1, torch.ones(()), unit)
-kernels = {name for module in (cuda, cuda_select) for name, kernel in vars(module).items()
+kernels = {name for module in (cuda, cuda_rows, cuda_select) for name, kernel in vars(module).items()
            if isinstance(kernel, JITFunction) and kernel.fn.__annotations__["return"] == "None"}
 assert compiled == kernels, compiled ^ kernels
 """

@@ -1,9 +1,10 @@
-"""Sparse products and the optimizer's step as Triton kernels: plain functions over plain tensors of one GPU.
+"""Sparse products as Triton kernels, plain functions over plain tensors of one GPU; and the module of all such kernels.
 
-What the methods of `sparse.Entries`, `select` and `optimizer` become on CUDA; `cpu.py` has the same functions for
-processors, `cuda_select.py` holds the choice of latents. Every element of an output is written by one program that adds
-in a fixed order: there are no atomics, and block sizes follow from shapes alone, never from timing. The same input
-gives the same bits. The host never waits, except in `above` for the number of entries.
+What the methods of `sparse.Entries`, `select`, the optimizer and the statistics become on CUDA: `cuda_select.py`
+chooses latents, `cuda_rows.py` passes over full matrices, `cpu.py` has the same functions for processors. Every element
+of an output is written by one program that adds in a fixed order: there are no atomics, and block sizes follow from
+shapes alone, never from timing. The same input gives the same bits. The host waits in `above` only, for the number of
+entries.
 
 Indices are int64, what torch indexes with (int32 is taken too; indices are a hundredth of the bytes a product moves).
 `value` is float32 or float64 and decides what sums are taken in; matrices may also be bfloat16.
@@ -15,19 +16,19 @@ element instead of once per entry. Own design from the formulas of algorithms.md
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from trainer.kernels.cuda_select import above, count_above, launch, power_of_two, topk
+from trainer.kernels.cuda_rows import adam_rows, moments, project
+from trainer.kernels.cuda_select import above, count_above, topk
+from trainer.kernels.launch import launch, power_of_two
 
 __all__ = [
-    "above", "adam_rows", "count_above", "multiply", "multiply_transposed", "project", "sample", "sums", "topk",
-    "transpose",
+    "above", "adam_rows", "count_above", "decode", "moments", "multiply", "multiply_transposed", "project", "sample",
+    "sums", "topk", "transpose",
 ]  # fmt: skip
 
 SLICE_BYTES = 24 * 2**20
@@ -36,8 +37,6 @@ CHUNK = 512
 """A column's entries are shared out among programs in chunks of this size, so that dense latents do not take long."""
 PARTIAL_SUMS = 2**26
 """`sample` holds no more partial sums than this."""
-FLAT = 4096
-"""Elements of a program of the optimizer that need not see a whole row."""
 
 
 # Products
@@ -115,6 +114,56 @@ def _sample(
             w = tl.load(W + which * d + at[None, :], present[:, None] & (at < d)[None, :], 0.0)
             product += a[None, :] * w.to(product.dtype)
         tl.store(out + tl.program_id(1).to(tl.int64) * entries + entry, tl.sum(product, 1), present)
+
+
+def decode(
+    start: Tensor, column: Tensor, value: Tensor, W: Tensor, b: Tensor, y: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
+
+    y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
+    is [entries]. `multiply` and `sample` at once: what is read of W for the one is still near for the other.
+    """
+    (rows, d), entries = y.shape, len(column)
+    tile = _tile(W)
+    slices = triton.cdiv(d, tile["BLOCK"])
+    if slices * entries > PARTIAL_SUMS:
+        y_hat = multiply(start, column, value, W) + b
+        error = y_hat - y
+        g = 2 * weight * error
+        return y_hat, g, error.square().sum(1), sample(start, column, g, W)
+    y_hat, g = y.new_empty(rows, d), y.new_empty(rows, d)
+    square, sampled = y.new_empty(slices, rows), y.new_empty(slices, entries)
+    operands = start, column, value.contiguous(), W.contiguous(), b.contiguous(), y.contiguous()
+    results = y_hat, g, square, sampled
+    launch(_decode, (rows, slices), *operands, y.new_full((), 2 * weight), *results, entries, d, **tile)
+    return y_hat, g, square.sum(0), sampled.sum(0)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _decode(
+    start: tensor, column: tensor, value: tensor, W: tensor, b: tensor, y: tensor, factor: tensor,
+    y_hat: tensor, g: tensor, square: tensor, sampled: tensor, entries: tensor, d: int,
+    ENTRIES: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    """y_hat = Σ_j value_j · W[column_j] + b,  g = factor · (y_hat − y),  sampled_j = g · W[column_j], for one slice."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin, end = tl.load(start + row), tl.load(start + row + 1)
+    total = tl.zeros((ENTRIES, BLOCK), y.dtype.element_ty)
+    total = _gather(total, begin, end, column, value, W, at, d, ENTRIES)
+    found = tl.sum(total, 0) + tl.load(b + at, at < d, 0.0)
+    error = found - tl.load(y + row * d + at, at < d, 0.0)
+    grad = error * tl.load(factor)
+    tl.store(y_hat + row * d + at, found, at < d)
+    tl.store(g + row * d + at, grad, at < d)
+    tl.store(square + part * tl.num_programs(0) + row, tl.sum(error * error, 0))
+    for first in range(begin, end, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        present = entry < end
+        which = tl.load(column + entry, present, 0).to(tl.int64)[:, None]
+        w = tl.load(W + which * d + at[None, :], present[:, None] & (at < d)[None, :], 0.0).to(grad.dtype)
+        tl.store(sampled + part * entries + entry, tl.sum(grad[None, :] * w, 1), present)
 
 
 # Products with the transpose
@@ -255,124 +304,3 @@ def _tile(X: Tensor) -> dict[str, int]:
     while block > 64 and (rows * block * size > SLICE_BYTES or -d % block > d // 8):
         block //= 2
     return {"ENTRIES": 2 * size, "BLOCK": block, "num_warps": max(1, block * size // 512)}
-
-
-# The optimizer
-
-
-def project(grad: Tensor, W: Tensor | None) -> Tensor:
-    """Removes from each row of `grad` [rows, d], in place, its component along the unit row of W, when W is given.
-
-    Returns the squared norm of each row afterwards, [rows].
-    """
-    rows, d = grad.shape
-    # Without W a long row, which a vector is, can be shared out.
-    width = d if W is not None else min(d, FLAT)
-    pieces = triton.cdiv(d, width)
-    square = grad.new_empty(rows, pieces)
-    launch(_project, (rows, pieces), grad, W, square, d, width, **_row(width))
-    return square[:, 0] if pieces == 1 else square.sum(1)
-
-
-@triton.jit
-def _project(grad: tensor, W: tensor, square: tensor, d: int, width: int, BLOCK: constexpr) -> None:
-    """grad[row] −= (grad[row] · W[row]) W[row];  square[row, piece] = |grad[row, piece]|², pieces `width` wide."""
-    row = tl.program_id(0).to(tl.int64) * d
-    first = tl.program_id(1) * width
-    along = tl.zeros((BLOCK,), grad.dtype.element_ty)
-    if W is not None:
-        for block in range(0, width, BLOCK):
-            at = first + block + tl.arange(0, BLOCK)
-            g = tl.load(grad + row + at, at < d, 0.0)
-            along += g * tl.load(W + row + at, at < d, 0.0)
-    component = tl.sum(along, 0)
-    total = tl.zeros((BLOCK,), grad.dtype.element_ty)
-    for block in range(0, width, BLOCK):
-        at = first + block + tl.arange(0, BLOCK)
-        g = tl.load(grad + row + at, at < d, 0.0)
-        if W is not None:
-            g -= component * tl.load(W + row + at, at < d, 0.0)
-            tl.store(grad + row + at, g, at < d)
-        total += g * g
-    tl.store(square + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 0))
-
-
-def adam_rows(
-    W: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    half: Tensor | None,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    scale: Tensor,
-    unit: bool,
-) -> None:
-    """One step of Adam on W with the gradient grad · scale, in place; all float32, of one shape.
-
-    `step` counts this step too. `scale` is a 0-d tensor on the device, so that nobody waits for the norm it comes from;
-    one that is not finite changes nothing. With `unit`, rows of W [rows, d] are renormalised. `half`, bfloat16,
-    receives W rounded.
-    """
-    assert all(x.dtype == torch.float32 and x.shape == W.shape for x in (W, grad, m, v))
-    # Only `unit` knows rows; a vector would otherwise be the work of one program.
-    width = W.shape[1] if unit else FLAT
-    launch(
-        _adam, (triton.cdiv(W.numel(), width),), W, grad, m, v, half, scale, W.numel(), width,
-        rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), betas[0], 1 - betas[0], betas[1], 1 - betas[1],
-        eps, UNIT=unit, **_row(width),
-    )  # fmt: skip
-
-
-@triton.jit
-def _adam(
-    W: tensor, grad: tensor, m: tensor, v: tensor, half: tensor, scale: tensor, size: tensor, width: int,
-    rate: float, root: float, beta1: float, rest1: float, beta2: float, rest2: float, eps: float,
-    UNIT: constexpr, BLOCK: constexpr,
-) -> None:  # fmt: skip
-    """m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  W ← W − rate · m / (√v / root + ε),  W ← W / |W| when UNIT.
-
-    rate = learning rate / (1 − β₁ᵗ), root = √(1 − β₂ᵗ), as torch.optim.Adam.
-    """
-    begin = tl.program_id(0).to(tl.int64) * width
-    factor = tl.load(scale)
-    square = tl.zeros((BLOCK,), tl.float32)
-    if tl.abs(factor) < float("inf"):
-        for block in range(0, width, BLOCK):
-            at = block + tl.arange(0, BLOCK)
-            inside = (at < width) & (begin + at < size)
-            at = begin + at
-            g = tl.load(grad + at, inside, 0.0) * factor
-            first = beta1 * tl.load(m + at, inside, 0.0) + rest1 * g
-            second = beta2 * tl.load(v + at, inside, 0.0) + rest2 * g * g
-            w = tl.load(W + at, inside, 0.0)
-            w -= tl.div_rn(rate * first, tl.div_rn(tl.sqrt_rn(second), root) + eps)
-            tl.store(m + at, first, inside)
-            tl.store(v + at, second, inside)
-            tl.store(W + at, w, inside)
-            if UNIT:
-                square += w * w
-            elif half is not None:
-                tl.store(half + at, w, inside)
-        if UNIT:
-            # What other threads of this program have stored is read again, from a cache.
-            tl.debug_barrier()
-            norm = tl.maximum(tl.sqrt_rn(tl.sum(square, 0)), 1e-12)
-            for block in range(0, width, BLOCK):
-                at = block + tl.arange(0, BLOCK)
-                inside = at < width
-                w = tl.div_rn(tl.load(W + begin + at, inside, 0.0), norm)
-                tl.store(W + begin + at, w, inside)
-                if half is not None:
-                    tl.store(half + begin + at, w, inside)
-
-
-def _row(d: int) -> dict[str, int]:
-    """Elements of a row of d that an optimizer's program works on at a time, and its warps.
-
-    Four for each thread, 16 bytes: with more, Triton would shuffle them before every store because of `half`.
-    """
-    block = min(1024, max(128, power_of_two(d)))
-    return {"BLOCK": block, "num_warps": block // 128}

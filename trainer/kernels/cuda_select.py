@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -11,26 +10,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from trainer.kernels.launch import launch, power_of_two
+
 DIRECT = 4096
 """Rows of so many values are searched at once."""
 LANES = 8192
 CANDIDATES = 16384
 """What one program can hold at most, in registers."""
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Runs a kernel on the GPU that its tensors are on; of no programs, nothing happens."""
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    assert all(x.is_contiguous() for x in tensors)
-    if all(grid):
-        with torch.cuda.device_of(tensors[0]):
-            # Said here, because the default differs between versions of Triton.
-            kernel[grid](*arguments, **constants, enable_fp_fusion=True)
-
-
-def power_of_two(number: float) -> int:
-    """The smallest power of two that is not below it."""
-    return 1 << max(0, math.ceil(number) - 1).bit_length()
 
 
 # The k largest
