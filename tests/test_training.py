@@ -249,6 +249,21 @@ def test_every_sae_learns(kind: str) -> None:
     assert unexplained(many) < 0.8 * unexplained(few)
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+def test_products_see_the_weights_of_this_moment(kind: str) -> None:
+    """Copies in bfloat16 follow every change: the optimizer's, which writes both, and those that torch makes."""
+    settings = settings_of(kind)
+    trainee = trainee_of(settings, dtype=torch.bfloat16)
+    trainee.initialise(rows_of(settings, 64, 0), [1.0] * 3)
+    for seed in (1, 2):
+        trainee.step(rows_of(settings, 32, seed))
+        for name in ("W_enc", "W_dec"):
+            assert torch.equal(trainee.sae.operand(name), getattr(trainee.sae, name).bfloat16())
+    trainee.sae.W_dec[1] += 1.0
+
+    assert torch.equal(trainee.sae.operand("W_dec"), trainee.sae.W_dec.bfloat16())
+
+
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
 def test_a_large_mean_changes_nothing(kind: str) -> None:
     """The same rows, thirty standard deviations away: b_dec takes the mean, and all else is learned as before."""

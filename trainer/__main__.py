@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -79,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
+    # Read when torch is loaded: its threads, waiting for the next product, would spin where the kernels' threads work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server

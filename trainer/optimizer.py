@@ -55,7 +55,7 @@ class RowAdam:
         for name, W in self.parameters.items():
             kernels(W.device).adam_rows(
                 *(_rows(tensor) for tensor in (W, grads[name], *self._moments[name])),
-                self._operands.writable(name, W),
+                self._operands.writable(W),
                 learning_rate, self._betas, self._eps, self._steps, scale.to(W.dtype), name in self._unit,
             )  # fmt: skip
         return length

@@ -477,21 +477,26 @@ def adam_rows(
 
 @compiled
 def _adam_rows(begin, end, W, grad, m, v, half, rate, new_m, old_v, new_v, debias, eps, scale, unit):  # type: ignore[no-untyped-def]
+    one = scale / scale
     for i in range(begin, end):
         w, g, first, second, square = W[i], grad[i], m[i], v[i], scale * 0
         for j in range(len(w)):
             x = scale * g[j]
-            first[j] += new_m * (x - first[j])
-            second[j] = old_v * second[j] + new_v * x * x
-            w[j] -= rate * first[j] / (np.sqrt(second[j]) * debias + eps)
-            square += w[j] * w[j]
-        if unit:
-            norm = 1 / max(np.sqrt(square), W.dtype.type(1e-12))
+            mean = first[j] + new_m * (x - first[j])
+            spread = old_v * second[j] + new_v * x * x
+            moved = w[j] - rate * mean / (np.sqrt(spread) * debias + eps)
+            first[j], second[j], w[j] = mean, spread, moved
+            square += moved * moved
+        norm = one / max(np.sqrt(square), W.dtype.type(1e-12)) if unit else one
+        if len(half):
+            narrow = half[i]
+            for j in range(len(w)):
+                moved = norm * w[j]
+                w[j] = moved
+                narrow[j] = rounded(moved)
+        elif unit:
             for j in range(len(w)):
                 w[j] *= norm
-        if len(half):
-            for j in range(len(w)):
-                half[i, j] = rounded(w[j])
 
 
 @_intrinsic

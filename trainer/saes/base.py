@@ -240,7 +240,7 @@ class Sae(ABC):
 
     def operand(self, name: str) -> Tensor:
         """A weight matrix in the type of products."""
-        return self.operands.of(name, getattr(self, name), self.matmul_dtype)
+        return self.operands.of(getattr(self, name), self.matmul_dtype)
 
     def recycle(self, gradients: dict[str, Tensor]) -> None:
         """Lends the next step the memory of these gradients: to get it anew takes longer than to fill it."""
