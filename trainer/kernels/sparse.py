@@ -9,6 +9,7 @@ active for this to pay, `dense.py` has the same methods on a full matrix, and `s
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from trainer.kernels.portable import occurrences
 
+log = logging.getLogger(__name__)
+
 
 def kernels(device: torch.device) -> ModuleType:
     """The module with the kernels for a device; all of them have the same functions."""
@@ -27,8 +30,15 @@ def kernels(device: torch.device) -> ModuleType:
 
 @cache
 def _kernels_of(device_type: str) -> ModuleType:
-    if device_type == "cpu" or (device_type == "cuda" and importlib.util.find_spec("triton") is not None):
-        return importlib.import_module(f"trainer.kernels.{device_type}")
+    if device_type == "cpu":
+        return importlib.import_module("trainer.kernels.cpu")
+    if device_type == "cuda":
+        try:
+            module = importlib.import_module("trainer.kernels.cuda")
+            module.sums(torch.tensor([0, 1], device=device_type), torch.ones(1, device=device_type))
+            return module
+        except Exception as error:  # whatever Triton says where it, or the C compiler that it calls, is missing
+            log.warning("the kernels for CUDA cannot be built, slower ones are used: %s", error)
     return importlib.import_module("trainer.kernels.portable")
 
 

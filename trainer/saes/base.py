@@ -40,7 +40,7 @@ NO_SUMS: Mapping[str, Tensor] = {}
 ROWS_AT_FIRST = 8192
 LATENTS_AT_ONCE = 4096
 """The first biases are found from so many rows, for so many latents at a time."""
-BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**30}
+BLOCK_BYTES, BLOCK_BYTES_ON_CPU = 2**30, 2**25
 """So much of the pre_acts is held at a time: they are chosen from while they are in reach of the caches."""
 
 
@@ -213,7 +213,8 @@ class Sae(ABC):
         """
         read, W_enc = self._encoded(x).to(self.matmul_dtype), self.operand("W_enc")
         bias = (self.b_enc - less).to(self.matmul_dtype)
-        rows = max(256, BLOCK_BYTES[x.device.type] // (self.d_sae * W_enc.element_size()))
+        block_bytes = BLOCK_BYTES_ON_CPU if x.device.type == "cpu" else BLOCK_BYTES
+        rows = max(256, block_bytes // (self.d_sae * W_enc.element_size()))
         if self._block.shape != (min(rows, len(x)), self.d_sae) or self._block.dtype != self.matmul_dtype:
             self._block = read.new_empty(min(rows, len(x)), self.d_sae)
         parts: list[list[Latents]] = [[] for _ in choices]
