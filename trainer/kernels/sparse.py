@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.kernels.portable import occurrences
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sluice.trainer")
 
 
 def kernels(device: torch.device) -> ModuleType:
