@@ -255,11 +255,21 @@ def test_every_kernel_agrees_with_torchs_own(kernels: ModuleType) -> None:
         y_hat, g, square, both = kernels.decode(start, column, v, w, W[0].to(wide), X.to(wide), 0.3)
         error = dense @ w.to(wide) + W[0].to(wide) - X.to(wide)
         torch.testing.assert_close(y_hat - X.to(wide), error)
-        torch.testing.assert_close(g, 0.6 * error)
+        torch.testing.assert_close(g.to(dtype), (0.6 * error).to(dtype))  # it may be in W's type already
         torch.testing.assert_close(square, error.square().sum(1))
         torch.testing.assert_close(both, (0.6 * error @ w.to(wide).T)[dense > 0])
         sampled = kernels.sample(start, column, X.to(wide), w)
         torch.testing.assert_close(sampled, (X.to(wide) @ w.to(wide).T)[dense > 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_centred_before_they_are_rounded(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """Rounded first, rows about a large mean would lose the digits that matter."""
+    torch.manual_seed(0)
+    b = 1000 + torch.randn(7)
+    x = b + torch.randn(5, 7)
+
+    assert torch.equal(kernels.centred(x, b, dtype), (x - b).to(dtype))
 
 
 def test_moments_are_sums_in_float64(kernels: ModuleType) -> None:

@@ -76,6 +76,23 @@ def load(typing_context: Any, number: Any) -> Any:
     return types.float32(number), widen
 
 
+@_intrinsic
+def store(typing_context: Any, number: Any, place: Any) -> Any:
+    """A float in the format of `place`; for 16 bits those of the nearest bfloat16 number, of two the even one."""
+
+    def nearest(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to = context.get_value_type(types.uint32)
+        bits = builder.bitcast(context.cast(builder, arguments[0], number, types.float32), to)
+        odd = builder.and_(builder.lshr(bits, to(16)), to(1))
+        bits = builder.add(bits, builder.add(odd, to(0x7FFF)))
+        return builder.trunc(builder.lshr(bits, to(16)), context.get_value_type(types.int16))
+
+    def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], number, place)
+
+    return place(number, place), nearest if place == types.int16 else cast
+
+
 # Products
 
 
@@ -156,9 +173,10 @@ def decode(
     """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
 
     y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
-    is [entries]. A row of W that is read for y_hat is still in the cache for the other.
+    is [entries]. g is in the type of W, as products take it. A row of W that is read for y_hat is still in the cache
+    for the other.
     """
-    y_hat, g, sampled = torch.empty_like(y), torch.empty_like(y), torch.empty_like(value)
+    y_hat, g, sampled = torch.empty_like(y), torch.empty_like(y, dtype=W.dtype), torch.empty_like(value)
     square, factor = y.new_empty(len(y)), y.new_tensor(2 * weight).numpy()[()]
     inputs = [_array(tensor) for tensor in (start, column, value, W, b, y)]
     _over(len(y), _decode, *inputs, factor, *(_memory(tensor) for tensor in (y_hat, g, square, sampled)))
@@ -167,16 +185,33 @@ def decode(
 
 @compiled
 def _decode(begin, end, start, column, value, W, b, y, factor, y_hat, g, square, sampled):  # type: ignore[no-untyped-def]
+    wide = np.empty_like(b)
     for r in range(begin, end):
-        y_hat[r] = b
-        _add_rows(y_hat[r], start[r], start[r + 1], column, value, W)
-        total = square.dtype.type(0)
-        for j in range(len(b)):
-            error = y_hat[r, j] - y[r, j]
-            g[r, j] = factor * error
+        found, wanted, narrow, total = y_hat[r], y[r], g[r], square.dtype.type(0)
+        found[:] = b
+        _add_rows(found, start[r], start[r + 1], column, value, W)
+        for j in range(len(wide)):
+            error = found[j] - wanted[j]
+            wide[j] = factor * error
+            narrow[j] = store(factor * error, narrow[j])
             total += error * error
         square[r] = total
-        _dots(g[r], start[r], start[r + 1], column, W, sampled)
+        _dots(wide, start[r], start[r + 1], column, W, sampled)
+
+
+def centred(x: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """x − b in `dtype`, rounded once: x [rows, d], b [d]."""
+    out = torch.empty_like(x, dtype=dtype)
+    _over(len(x), _centred, _array(x), _array(b), _memory(out))
+    return out
+
+
+@compiled
+def _centred(begin, end, x, b, out):  # type: ignore[no-untyped-def]
+    for r in range(begin, end):
+        row, narrow = x[r], out[r]
+        for j in range(len(row)):
+            narrow[j] = store(row[j] - b[j], narrow[j])
 
 
 def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -493,21 +528,7 @@ def _adam_rows(begin, end, W, grad, m, v, half, rate, new_m, old_v, new_v, debia
             for j in range(len(w)):
                 moved = norm * w[j]
                 w[j] = moved
-                narrow[j] = rounded(moved)
+                narrow[j] = store(moved, narrow[j])
         elif unit:
             for j in range(len(w)):
                 w[j] *= norm
-
-
-@_intrinsic
-def rounded(typing_context: Any, number: Any) -> Any:
-    """The bits of the bfloat16 number nearest to a float32; of two, the even one."""
-
-    def bits_of(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        to = context.get_value_type(types.uint32)
-        bits = builder.bitcast(context.cast(builder, arguments[0], number, types.float32), to)
-        odd = builder.and_(builder.lshr(bits, to(16)), to(1))
-        bits = builder.add(bits, builder.add(odd, to(0x7FFF)))
-        return builder.trunc(builder.lshr(bits, to(16)), context.get_value_type(types.int16))
-
-    return types.int16(number), bits_of

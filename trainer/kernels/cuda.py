@@ -25,10 +25,11 @@ from triton.language import constexpr, tensor
 from trainer.kernels.cuda_rows import adam_rows, moments, project
 from trainer.kernels.cuda_select import above, count_above, topk
 from trainer.kernels.launch import launch, power_of_two
+from trainer.kernels.portable import centred
 
 __all__ = [
-    "above", "adam_rows", "count_above", "decode", "moments", "multiply", "multiply_transposed", "project", "sample",
-    "sums", "topk", "transpose",
+    "above", "adam_rows", "centred", "count_above", "decode", "moments", "multiply", "multiply_transposed", "project",
+    "sample", "sums", "topk", "transpose",
 ]  # fmt: skip
 
 SLICE_BYTES = 24 * 2**20

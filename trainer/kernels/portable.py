@@ -53,6 +53,11 @@ def decode(
     return y_hat, g, error.square().sum(1), sample(start, column, g, W)
 
 
+def centred(x: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """x − b in `dtype`, rounded once: x [rows, d], b [d]."""
+    return (x - b).to(dtype)
+
+
 def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """(start [columns + 1], row [entries], order [entries]): the entries by column, rows ascending within each."""
     # A narrow key is sorted by radix, several times faster.

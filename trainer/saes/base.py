@@ -32,6 +32,7 @@ from torch.nn.functional import linear
 
 from trainer.kernels.operands import Operands
 from trainer.kernels.select import Latents, joined, largest, widen
+from trainer.kernels.sparse import kernels
 from trainer.settings import SaeSettings
 
 SHARED = ("b_dec", "W_skip")
@@ -40,7 +41,7 @@ NO_SUMS: Mapping[str, Tensor] = {}
 ROWS_AT_FIRST = 8192
 LATENTS_AT_ONCE = 4096
 """The first biases are found from so many rows, for so many latents at a time."""
-BLOCK_BYTES, BLOCK_BYTES_ON_CPU = 2**30, 2**25
+BLOCK_BYTES, BLOCK_BYTES_ON_CPU = 2**30, 2**24
 """So much of the pre_acts is held at a time: they are chosen from while they are in reach of the caches."""
 
 
@@ -211,7 +212,10 @@ class Sae(ABC):
         A block is overwritten by the next, so that the whole product never has to be held; `kept` are the latents
         whose pre_acts are.
         """
-        read, W_enc = self._encoded(x).to(self.matmul_dtype), self.operand("W_enc")
+        # b_dec is subtracted before rounding: in bfloat16 it would cost the digits that matter.
+        centred = kernels(x.device).centred
+        read = centred(x, self.b_dec, self.matmul_dtype) if self.centred else x.to(self.matmul_dtype)
+        W_enc = self.operand("W_enc")
         bias = (self.b_enc - less).to(self.matmul_dtype)
         block_bytes = BLOCK_BYTES_ON_CPU if x.device.type == "cpu" else BLOCK_BYTES
         rows = max(256, block_bytes // (self.d_sae * W_enc.element_size()))
@@ -296,9 +300,9 @@ class Sae(ABC):
 
     def output_gradients(self, x: Tensor, total: Tensor) -> dict[str, Tensor]:
         """Gradients of what is added to the latents' part of y_hat, from ∂L/∂y_hat [batch, d_out]."""
-        grads = {"b_dec": total.sum(0)}
+        grads = {"b_dec": total.sum(0, dtype=x.dtype)}
         if "W_skip" in self.parameters:
-            grads["W_skip"] = total.T @ x
+            grads["W_skip"] = total.to(x.dtype).T @ x
         return grads
 
     def auxiliary(
