@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -126,30 +127,27 @@ class LanguageModel:
         self._places = tuple(places)
         self._network = loaded.full if whole else loaded.decoder
         self.parameters_held = sum(parameter.numel() for parameter in self._network.parameters())
+        self._mine = threading.local()
+        """Of the pass that a thread is in: what its hooks have kept, and the blocks it has run."""
         for block in loaded.blocks:
             block.register_forward_pre_hook(self._count)
+        for index, place in enumerate(places):
+            _hook(place, partial(self._keep, index))
 
     def activations(self, tokens: Tensor, padding: Tensor | None = None) -> list[Tensor]:
         """One `[windows, context, width]` per hook, in the order of the settings, on `device`, in `dtype`.
 
         `tokens` are ids, int64 `[windows, context]`. `padding` is bool of the same shape, True where a position holds
         no text. Causal models need none for padding on the right: nothing before it can see it. What comes back are
-        inference tensors: autograd takes only a clone of them.
+        inference tensors: autograd takes only a clone of them. Several threads may call this at the same time.
         """
         kept: dict[int, Tensor] = {}
-
-        def keep(index: int, x: Tensor) -> None:
-            last = len(kept) + 1 == len(self._places)
-            # Models may write into a tensor after the hook has seen it (Falcon does), so only the last needs no copy.
-            kept[index] = x if last else x.clone()
-            if last:
-                raise _Stop
-
-        with torch.inference_mode(), ExitStack() as attached:
-            for index, place in enumerate(self._places):
-                attached.enter_context(_attach(place, partial(keep, index)))
-            with suppress(_Stop):
+        self._mine.kept = kept
+        try:
+            with torch.inference_mode(), suppress(_Stop):
                 self._run(tokens, padding)
+        finally:
+            self._mine.kept = None
         return [kept[index].reshape(*tokens.shape, -1).to(self.dtype) for index in range(len(self._places))]
 
     def logits(self, tokens: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
@@ -196,11 +194,24 @@ class LanguageModel:
         extra = {}
         if not self.causal and padding is not None and padding.any():
             extra["attention_mask"] = (~padding).to(self.device, torch.int64)
-        self.layers_run = 0
-        return self._network(input_ids=tokens.to(self.device, non_blocking=True), **extra)
+        self._mine.layers = 0
+        try:
+            return self._network(input_ids=tokens.to(self.device, non_blocking=True), **extra)
+        finally:
+            self.layers_run = self._mine.layers
 
     def _count(self, *_: Any) -> None:
-        self.layers_run += 1
+        self._mine.layers = getattr(self._mine, "layers", 0) + 1
+
+    def _keep(self, index: int, x: Tensor) -> None:
+        kept = getattr(self._mine, "kept", None)
+        if kept is None:
+            return
+        last = len(kept) + 1 == len(self._places)
+        # Models may write into a tensor after the hook has seen it (Falcon does), so only the last needs no copy.
+        kept[index] = x if last else x.clone()
+        if last:
+            raise _Stop
 
 
 def load_language_model(settings: ModelSettings, *, whole: bool = False) -> LanguageModel:
@@ -248,6 +259,14 @@ Act = Callable[[Tensor], Tensor | None]
 
 @contextmanager
 def _attach(place: _Place, act: Act) -> Iterator[RemovableHandle]:
+    handle = _hook(place, act)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def _hook(place: _Place, act: Act) -> RemovableHandle:
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         x = _input(args, kwargs)
         new = act(x)
@@ -266,13 +285,8 @@ def _attach(place: _Place, act: Act) -> Iterator[RemovableHandle]:
 
     if place.side == "input":
         # Ahead of the counter of blocks: a pass that ends here has not run this block.
-        handle = place.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-    else:
-        handle = place.module.register_forward_hook(after)
-    try:
-        yield handle
-    finally:
-        handle.remove()
+        return place.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    return place.module.register_forward_hook(after)
 
 
 def _replacing(name: str, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Act:

@@ -3,22 +3,22 @@
     for each lease:   wanted rows = the shard's rows that the trainer does not have yet
         for each forward pass:   activations, then per chunk: drop outliers, pack the rows, send
 
-The language model is all that should take time. Where it leaves a core free, the text of the next lease is tokenized in
-a thread meanwhile; where it does not, that would only make its threads wait for each other, and the tokenizer gets all
-cores in between. The forward pass of the next windows is started before the rows of the last ones are packed and sent,
-so that on a GPU the model never waits for a copy; on a CPU rows are copied once, from the activations into the message,
-and the socket's thread sends while the model computes.
+The language model is all that should take time. The text of the next lease is tokenized in a thread meanwhile. On a CPU
+several passes run side by side, each in a thread that also packs its rows, copied once, from the activations into the
+message; on a GPU the pass of the next windows is started before the rows of the last ones are packed, so that it never
+waits for a copy. The socket's thread sends all the while.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from producer.link import Finished, Link, SessionLost
 from producer.report import ProducerReport
-from producer.source import Source, batches
+from producer.source import Source, batches, open_lanes
 from producer.tokens import Windows
 from producer.wire import (
     DTYPE_BYTES,
@@ -67,13 +67,18 @@ def chunk_parts(chosen: np.ndarray, windows: int, context: int) -> Iterator[slic
         start = end
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass on its way out: `chosen` window indices and their activations per hook."""
+Packed = tuple[dict[str, Any], memoryview, int]
+"""A chunk: the fields of its header, its payload, and how many outliers it names."""
 
-    chosen: np.ndarray
-    activations: list[Tensor]
-    done: torch.cuda.Event | None
+
+@dataclass(frozen=True)
+class Work:
+    """One lease: what of its shard is to be run, and which rows are outliers."""
+
+    shard: int
+    windows: Windows
+    wanted: np.ndarray
+    bounds: list[float] | None
 
 
 class Producer:
@@ -91,7 +96,7 @@ class Producer:
         self._forward_seconds = self._text_seconds = 0.0
         self._dropped: Counter[str] = Counter()
         self._text = ReadingAhead(source.windows)
-        self._core_to_spare = self._side is not None or torch.get_num_threads() < len(os.sched_getaffinity(0))
+        self._lanes = open_lanes(source.lanes)
 
     def run(self) -> None:
         """Raises Refused or NoTrainer when there is no run to serve."""
@@ -99,6 +104,7 @@ class Producer:
             self._run()
         finally:
             self._text.close()
+            self._lanes.shutdown(cancel_futures=True)
 
     def _run(self) -> None:
         while True:
@@ -135,8 +141,9 @@ class Producer:
             had = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
             wanted = windows.kept & ~had
             self._dropped["excluded"] += int((~windows.kept).sum())
-            for one in self._forward_ahead(lease.shard, windows, wanted):
-                self._send(lease, one, wanted, bounds)
+            work = Work(lease.shard, windows, wanted, bounds)
+            for chunks in self._on_gpu(work) if self._side is not None else self._on_cpu(work):
+                self._send(lease, chunks)
         except SessionLost:
             raise
         except Exception as error:
@@ -152,50 +159,87 @@ class Producer:
         self._shards += 1
         self._tell(self.report())
 
-    def _forward_ahead(self, shard: int, windows: Windows, wanted: np.ndarray) -> Iterator[Pass]:
-        """Forward passes over the windows that have wanted rows, one pass ahead of what is yielded on a GPU."""
-        ahead: Pass | None = None
-        for chosen in batches(windows, wanted, self._source.batch_windows):
-            if self._core_to_spare and (following := self._link.next_shard) is not None:
+    def _passes(self, work: Work) -> Iterator[np.ndarray]:
+        """The windows of each forward pass."""
+        for chosen in batches(work.windows, work.wanted, self._source.batch_windows):
+            if (following := self._link.next_shard) is not None:
                 self._text.ahead(following)
-            began = time.monotonic()
-            activations = self._source.activations(shard, windows, chosen)
-            done = torch.cuda.current_stream(self._source.device).record_event() if self._side is not None else None
-            self._forward_seconds += time.monotonic() - began
-            self._forwards += 1
-            self._link.moved()
-            made = Pass(chosen, activations, done)
-            if self._side is None:
-                yield made
-            else:
-                if ahead is not None:
-                    yield ahead
-                ahead = made
-        if ahead is not None:
-            yield ahead
+            yield chosen
 
-    def _send(self, lease: Lease, one: Pass, wanted: np.ndarray, bounds: list[float] | None) -> None:
-        """Cuts one pass into chunks and sends them."""
-        for part in chunk_parts(one.chosen, self._chunk_windows, self._source.context):
-            chosen = one.chosen[part]
-            kept, payload = self._pack([x[part] for x in one.activations], wanted[chosen], bounds, one.done)
+    def _on_cpu(self, work: Work) -> Iterator[list[Packed]]:
+        """The chunks of each pass, in order; passes run in all lanes, and one more is ready when a lane is free."""
+        ahead: deque[Future[tuple[list[Packed], float]]] = deque()
+
+        def run(chosen: np.ndarray) -> tuple[list[Packed], float]:
+            began = time.monotonic()
+            activations = self._source.activations(work.shard, work.windows, chosen)
+            seconds = time.monotonic() - began
+            return self._cut(work, chosen, activations, None), seconds
+
+        def first() -> list[Packed]:
+            chunks, seconds = ahead.popleft().result()
+            self._count_pass(seconds)
+            return chunks
+
+        try:
+            for chosen in self._passes(work):
+                ahead.append(self._lanes.submit(run, chosen))
+                if len(ahead) > self._source.lanes:
+                    yield first()
+            while ahead:
+                yield first()
+        finally:
+            for one in ahead:
+                one.cancel()
+
+    def _on_gpu(self, work: Work) -> Iterator[list[Packed]]:
+        """The chunks of each pass, in order; the next pass is under way when they are cut."""
+        ahead: Callable[[], list[Packed]] | None = None
+        for chosen in self._passes(work):
+            began = time.monotonic()
+            activations = self._source.activations(work.shard, work.windows, chosen)
+            done = torch.cuda.current_stream(self._source.device).record_event()
+            self._count_pass(time.monotonic() - began)
+            if ahead is not None:
+                yield ahead()
+            ahead = partial(self._cut, work, chosen, activations, done)
+        if ahead is not None:
+            yield ahead()
+
+    def _count_pass(self, seconds: float) -> None:
+        self._forward_seconds += seconds
+        self._forwards += 1
+        self._link.moved()
+
+    def _cut(
+        self, work: Work, windows: np.ndarray, activations: list[Tensor], done: torch.cuda.Event | None
+    ) -> list[Packed]:
+        """Cuts one pass, of the windows with these indices, into chunks."""
+        chunks: list[Packed] = []
+        for part in chunk_parts(windows, self._chunk_windows, self._source.context):
+            chosen = windows[part]
+            kept, payload = self._pack([x[part] for x in activations], work.wanted[chosen], work.bounds, done)
             # The windows of a chunk are a range; those in between that had nothing wanted hold no bits.
             first, count = int(chosen[0]), int(chosen[-1] - chosen[0]) + 1
             bits, outliers = np.zeros((2, count, self._source.context), bool)
             bits[chosen - first] = kept
-            outliers[chosen - first] = wanted[chosen] & ~kept
-            rows = int(kept.sum())
-            chunk = {
+            outliers[chosen - first] = work.wanted[chosen] & ~kept
+            header = {
                 "first_window": first,
                 "windows": count,
-                "rows": rows,
+                "rows": int(kept.sum()),
                 "kept": pack_bits(bits),
                 "outliers": pack_bits(outliers) if outliers.any() else b"",
             }
-            self._link.send_chunk(lease, chunk, payload)
-            self._tokens += rows
+            chunks.append((header, payload, int(outliers.sum())))
+        return chunks
+
+    def _send(self, lease: Lease, chunks: list[Packed]) -> None:
+        for header, payload, outliers in chunks:
+            self._link.send_chunk(lease, header, payload)
+            self._tokens += header["rows"]
             self._chunks += 1
-            self._dropped["outlier"] += int(outliers.sum())
+            self._dropped["outlier"] += outliers
         self._tell(self.report())
 
     def _pack(

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ log = logging.getLogger("sluice.producer")
 CPU_TOKENS, GPU_TOKENS = 4096, 32_768
 """About how many tokens one forward pass takes, unless model.batch_windows says otherwise or others are faster."""
 CALIBRATION_SECONDS, CALIBRATION_ROUNDS = 2.5, 5
+MAX_LANES = 4
+"""Most forward passes side by side on a CPU; each needs memory of its own."""
 WORTH = 1.05
 """Passes of another size must be this much faster to be preferred."""
 BOUND_TOKENS = 4096
@@ -42,6 +45,8 @@ class Source(Protocol):
     context: int
     shards: int
     batch_windows: int
+    lanes: int
+    """How many forward passes should run side by side."""
     facts: dict[str, Any]
     device: torch.device
 
@@ -91,7 +96,9 @@ class LanguageModelSource:
         self.device = self.model.device
         self.shards = self._corpus.shards
         self.hooks = [Hook(name=hook.name, module=hook.module, width=hook.width) for hook in self.model.hooks]
-        tokens = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS
+        on_gpu = self.device.type == "cuda"
+        self.lanes = 1 if on_gpu else min(MAX_LANES, torch.get_num_threads())
+        tokens = GPU_TOKENS if on_gpu else CPU_TOKENS // self.lanes
         self.batch_windows = settings.model.batch_windows or max(1, tokens // self.context)
         self.facts = {
             "model": settings.model.name,
@@ -116,19 +123,23 @@ class LanguageModelSource:
         if self._batch_is_set:
             return
         usual = self.batch_windows
-        best = self._seconds_a_window(usual)
+        with open_lanes(self.lanes) as lanes:
+            best = self._seconds_a_window(usual, lanes)
         if best:
             fastest = min(best.values())
             if best.get(usual, float("inf")) > WORTH * fastest:
                 self.batch_windows = min(size for size in best if best[size] <= (1 + WORTH) / 2 * fastest)
         told = ", ".join(f"{size}: {self.context / best[size]:,.0f}" for size in sorted(best))
-        log.info("%d windows in a forward pass (tokens/s by windows: %s)", self.batch_windows, told or "not measured")
+        log.info(
+            "%d windows in a forward pass, %d at a time (tokens/s by windows: %s)",
+            self.batch_windows, self.lanes, told or "not measured",
+        )  # fmt: skip
 
-    def _seconds_a_window(self, usual: int) -> dict[int, float]:
+    def _seconds_a_window(self, usual: int, lanes: ThreadPoolExecutor) -> dict[int, float]:
         """Of passes of several sizes, the best of some rounds; empty when there is no time to try the usual one."""
         sizes = {max(1, usual // 4), max(1, usual // 2), usual, 2 * usual, 4 * usual}
-        self._pass(1)
-        windows = CALIBRATION_SECONDS / self._pass(1)
+        self._pass_seconds(1, lanes)
+        windows = CALIBRATION_SECONDS / self._pass_seconds(1, lanes)
         while 2 * sum(sizes) > windows:
             if max(sizes) <= usual:
                 return {}
@@ -138,17 +149,22 @@ class LanguageModelSource:
         for _ in range(min(rounds, CALIBRATION_ROUNDS)):
             for size in sorted(sizes):
                 try:
-                    best[size] = min(self._pass(size) / size, best.get(size, float("inf")))
+                    seconds = self._pass_seconds(size, lanes) / (size * self.lanes)
+                    best[size] = min(seconds, best.get(size, float("inf")))
                 except torch.OutOfMemoryError:
                     sizes = {one for one in sizes if one < size}
         return {size: seconds for size, seconds in best.items() if size in sizes}
 
-    def _pass(self, size: int) -> float:
-        """Seconds of one forward pass over so many windows."""
+    def _pass_seconds(self, size: int, lanes: ThreadPoolExecutor) -> float:
+        """Of one forward pass over so many windows in every lane."""
         tokens = torch.arange(size * self.context).view(size, self.context) % self.model.vocabulary
+
+        def forward(_lane: int) -> None:
+            x = self.model.activations(tokens)[-1]
+            x[-1, -1, -1].item()  # a GPU is done only then
+
         began = time.monotonic()
-        x = self.model.activations(tokens)[-1]
-        x[-1, -1, -1].item()  # a GPU is done only then
+        list(lanes.map(forward, range(self.lanes)))
         return time.monotonic() - began
 
     @property
@@ -183,6 +199,7 @@ class SyntheticSource:
     """Sparse sums of known directions; no language model."""
 
     device = torch.device("cpu")
+    lanes = 1
     layers = (0, 0)
     findings: ClassVar[dict[str, Any]] = {}
 
@@ -221,6 +238,16 @@ class SyntheticSource:
             rows = self._corpus.rows(shard)
             self._rows = dict([*self._rows.items()][-1:]) | {shard: rows}
         return rows
+
+
+def open_lanes(lanes: int) -> ThreadPoolExecutor:
+    """Threads for forward passes side by side, each with its share of the cores.
+
+    As fast as one pass after the other on all cores where nothing else runs; but those wait for their slowest core in
+    each of their hundred operations, and lose a third of their speed to any other process that wakes now and then.
+    """
+    share = max(1, torch.get_num_threads() // lanes)
+    return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(share,))
 
 
 def open_source(settings: ProducerSettings) -> Source:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,8 +39,7 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
-from tests.small_stream import Producing, every_name, hello_of, stream_settings, trainer
-from tests.small_stream import finish as finish_stream
+from tests.small_stream import Producing, hello_of, stream_settings, trainer
 from trainer.intake import TORCH_DTYPE
 
 CONTEXT = 4
@@ -55,6 +56,7 @@ class Tensors:
     forwarded: list[list[int]] = field(default_factory=list)
     """The windows of each forward pass."""
     device: ClassVar[torch.device] = torch.device("cpu")
+    lanes: ClassVar[int] = 1
     layers: ClassVar[tuple[int, int]] = (1, 2)
     findings: ClassVar[dict[str, Any]] = {}
     facts: ClassVar[dict[str, Any]] = {"corpus": "tensors"}
@@ -311,14 +313,29 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
     assert readers[1] == readers[2] == "text_0"
 
 
-@pytest.mark.parametrize("to_spare", [True, False])
-def test_every_shard_comes_as_it_is_whether_read_ahead_or_not(endpoint: str, to_spare: bool) -> None:
-    """Each shard's rows carry their names."""
-    settings = stream_settings(endpoint)
-    with trainer(settings) as intake:
-        producer = Producing(settings)
-        producer.producer._core_to_spare = to_spare
-        assert finish_stream(intake, producer) == every_name()
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endpoint: str, lanes: int) -> None:
+    """Early windows take longest; they come first all the same. What fails in one lane fails its shard alone."""
+
+    class Uneven(Tensors):
+        def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+            time.sleep(0.03 / (1 + chosen[0]))
+            if shard == 1 and chosen[0] == 2:
+                raise RuntimeError("lane broken")
+            return super().activations(shard, windows, chosen)
+
+    given = tensors(9)
+    source = Uneven(given.x, given.kept)
+    source.lanes = lanes  # type: ignore[misc]
+    producer = start(endpoint, source)
+    hand.welcome()
+    whole, broken, again = hand.lease(), hand.lease(1), hand.lease(2)
+    finish(hand, producer)
+
+    assert whole.positions(CONTEXT) == again.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
+    assert whole.payloads == again.payloads
+    assert isinstance(broken.end, ShardFail) and "lane broken" in broken.end.error
+    assert producer.producer.report().forwards == 5 + 1 + 5
 
 
 # Geometry
@@ -329,9 +346,10 @@ class Timed(LanguageModelSource):
 
     def __init__(self, seconds: dict[int, float], is_set: bool = False) -> None:
         self.batch_windows, self.context, self._batch_is_set, self._seconds = 16, 256, is_set, seconds
+        self.lanes = 1
         self.passes: list[int] = []
 
-    def _pass(self, size: int) -> float:
+    def _pass_seconds(self, size: int, lanes: ThreadPoolExecutor) -> float:
         self.passes.append(size)
         if self._seconds[size] == float("inf"):
             raise torch.OutOfMemoryError
