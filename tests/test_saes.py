@@ -217,8 +217,8 @@ def test_the_same_batch_gives_the_same_bits() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_only_the_encoder_product_is_in_bfloat16() -> None:
-    """Gradients stay near those of float32, and everything that is summed is float32."""
+def test_products_of_bfloat16_are_summed_in_float32() -> None:
+    """Matrices are rounded, sums are not: gradients stay near those of float32."""
     for kind in FAMILY:
         sae, x, y = make(kind, torch.float32)
         exact = sae.gradients(x, y, NOBODY)

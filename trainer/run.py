@@ -82,7 +82,7 @@ class Run:
             dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
         else:
             dtype = getattr(torch, optimizer.matmul)
-        log.info("sae %s: %s, %d → %d, encoder product in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
+        log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
         seed = self.settings.run.seed * 1000 + member.number
         return Trainee(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at)
 
