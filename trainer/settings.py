@@ -36,7 +36,7 @@ class OptimizerSettings(Table):
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one."""
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the matrices in products, whose sums are float32; auto takes bfloat16 where it is faster here."""
+    """Number format of matrices in products, whose sums are float32; auto takes bfloat16 where it is faster here."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Adam's rate; without it, 2e-4 / sqrt(d_sae / 16384) per SAE, the field's rule for long runs."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
