@@ -1,8 +1,9 @@
 """`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
 
-`python -m trainer ctl …` speaks to one that is running, `python -m trainer export …` converts a snapshot. Settings
-are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write a
-checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
+`python -m trainer ctl …` speaks to one that is running, `python -m trainer export …` converts a snapshot, `python -m
+trainer estimate …` tells what a run will cost. Settings are read first, so that `--help` and faults answer at once;
+torch is imported after. SIGTERM and Ctrl-C write a checkpoint and leave; the same command goes on from there. Exit
+codes: 0 finished or stopped, 1 failed, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ goes on where it was; every row of the corpus is trained on once per epoch, what
 Beside it:
   python -m trainer ctl RUN_DIR COMMAND    speak to a running trainer: status, snapshot, attach, detach, cooldown, …
   python -m trainer export SNAPSHOT …      write a snapshot in another library's format
+  python -m trainer estimate RUN.toml      how fast a run would be, and what it would hold, before it starts
 Each has a --help of its own."""
 
 log = logging.getLogger("sluice.trainer")
@@ -55,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.export import main as export
 
         return export(arguments[1:])
+    if arguments[:1] == ["estimate"]:
+        from trainer.estimate import main as estimate
+
+        return estimate(arguments[1:])
     settings = parse_command_line("python -m trainer", PURPOSE, TrainerSettings, arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", datefmt="%H:%M:%S")
     stop = threading.Event()
@@ -89,6 +95,7 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     from trainer.checkpoint import CheckpointError, load_newest
     from trainer.durable import sweep
     from trainer.intake import IntakeError
+    from trainer.kernels.cpu import warm_up
     from trainer.roster import Roster
     from trainer.run import DeviceError, pick_device, roster_of
     from trainer.saes.start import check_starts
@@ -98,7 +105,8 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     try:
-        pick_device(settings.optimizer.device)
+        if pick_device(settings.optimizer.device).type == "cpu":
+            threading.Thread(target=warm_up, name="warm-up").start()
         sweep(directory / "snapshots")
         saved = load_newest(directory)
         if saved is None:

@@ -532,3 +532,21 @@ def _adam_rows(begin, end, W, grad, m, v, half, rate, new_m, old_v, new_v, debia
         elif unit:
             for j in range(len(w)):
                 w[j] *= norm
+
+
+def warm_up() -> None:
+    """Compiles what a first step needs, or reads it from the disk: seconds that need not pass while rows wait."""
+    x, zeros = torch.ones(2, 2), torch.zeros(2, 2)
+    start, column, value = torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2)
+    first, row, _ = transpose(start, column, 2)
+    sums(first, value)
+    moments(x, x, x[0])
+    project(zeros.clone(), x)
+    for dtype in (torch.bfloat16, torch.float32):
+        W = x.to(dtype)
+        topk(W, 1)
+        above(W, 0.0, count_above(W, 0.0))
+        g = decode(start, column, value, W, x[0], centred(x, x[0], torch.float32), 1.0)[1]
+        grad = multiply_transposed(first, row, value, centred(g.float(), x[0], dtype))
+        half = W if dtype == torch.bfloat16 else None
+        adam_rows(x.clone(), grad, zeros.clone(), zeros.clone(), half, 1.0, (0.9, 0.9), 1.0, 1, torch.ones(()), True)
