@@ -287,6 +287,12 @@ def _moments(begin, end, x, y, centre, sums_x, sums_y, squares):  # type: ignore
 # Choosing
 
 
+def _nan_is_largest(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    (value,) = arguments
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.select(is_nan, value.type(float("inf")), value)
+
+
 @_intrinsic
 def key(typing_context: Any, number: Any) -> Any:
     """A number with the same order; 16 bits of bfloat16 become an integer that is ordered as they are.
@@ -294,20 +300,19 @@ def key(typing_context: Any, number: Any) -> Any:
     What is not a number comes after all others, as in torch, so that it is chosen and noticed.
     """
 
-    def number_or_largest(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,) = arguments
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        return builder.select(is_nan, value.type(float("inf")), value)
-
-    if number != types.int16:
-        return number(number), number_or_largest
-
     def ordered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (bits,) = arguments
         negative = builder.ashr(bits, bits.type(15))  # all ones below zero, where larger bits are smaller numbers
         return builder.xor(bits, builder.and_(negative, bits.type(0x7FFF)))
 
-    return types.int16(number), ordered
+    return number(number), ordered if number == types.int16 else _nan_is_largest
+
+
+@_intrinsic
+def size(typing_context: Any, number: Any) -> Any:
+    """As `key`, where only numbers from zero on are compared: their bits are ordered as they stand."""
+    as_it_is = lambda context, builder, signature, arguments: arguments[0]  # noqa: E731
+    return number(number), as_it_is if number == types.int16 else _nan_is_largest
 
 
 def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -410,7 +415,7 @@ CHUNK = 64
 
 
 def count_above(values: Tensor, floor: float) -> Tensor:
-    """Where the elements of each row of [rows, n] above `floor` begin, if listed row by row: [rows + 1]."""
+    """Where the elements of each row of [rows, n] above `floor` ≥ 0 begin, if listed row by row: [rows + 1]."""
     start = torch.zeros(len(values) + 1, dtype=torch.int64)
     _over(len(values), _count_above, _array(values), _bound(values, floor), _array(start))
     return torch.cumsum(start, 0, out=start)
@@ -433,27 +438,27 @@ def _bound(values: Tensor, floor: float) -> np.ndarray:
 @compiled
 def _count_above(begin, end, values, floor, start):  # type: ignore[no-untyped-def]
     for b in range(begin, end):
-        start[b + 1] = _exceeding(values[b], key(floor[0]))
+        start[b + 1] = _exceeding(values[b], size(floor[0]))
 
 
 @compiled
 def _exceeding(values, floor):  # type: ignore[no-untyped-def]
     count = np.int32(0)
     for i in range(len(values)):
-        count += np.int32(key(values[i]) > floor)
+        count += np.int32(size(values[i]) > floor)
     return count
 
 
 @compiled
 def _above(begin, end, values, floor, start, column, value):  # type: ignore[no-untyped-def]
-    bound = key(floor[0])
+    bound = size(floor[0])
     for b in range(begin, end):
         e = start[b]
         for first in range(0, values.shape[1], CHUNK):
             chunk = values[b, first : first + CHUNK]
             if _exceeding(chunk, bound):
                 for i in range(len(chunk)):
-                    if key(chunk[i]) > bound:
+                    if size(chunk[i]) > bound:
                         column[e] = first + i
                         value[e] = load(chunk[i])
                         e += 1
