@@ -164,6 +164,7 @@ class Peers:
 
     def __init__(self, python: str) -> None:
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        environment.pop("OMP_WAIT_POLICY", None)  # ours, not theirs
         self._process = subprocess.Popen(
             [python, "-P", str(THEIRS)],
             stdin=subprocess.PIPE,
