@@ -1,0 +1,240 @@
+"""The cost model on sizes that can be worked out by hand, and the command that tells it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import cost
+from trainer.cost import CUDA, Machine, Work
+from trainer.estimate import blocks_parameters, main, threads_at_work, works_of
+from trainer.settings import TrainerSettings
+
+ROOT = Path(__file__).parent.parent
+DEMO = str(ROOT / "deploy" / "demo.toml")
+GROWTH = str(ROOT / "tests" / "benchmarks" / "growth.toml")
+TINY = Work("tiny", "topk", d_in=4, d_out=4, d_sae=10, batch=3, active=2, chosen=2)
+UNIT = Machine("unit", matmul_flops=1.0, bandwidth=1.0, memory=1e9)
+"""One FLOP and one byte a second: seconds are counts."""
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def works(*saes: dict[str, Any], width: int = 4, hooks: int = 1) -> list[Work]:
+    model = {"name": "m", "hooks": [f"blocks.{number}.hook_resid_post" for number in range(hooks)]}
+    settings = TrainerSettings.model_validate({"model": model, "optimizer": {"batch": 3}, "sae": list(saes)})
+    return works_of(settings, width, cost.HALF)
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_tiny_step_are_those_of_the_formulas() -> None:
+    """B 3, d 4, n 10, k 2: 240 FLOPs of the product, 192 gathered bytes, 2 × 40 weights in the optimizer."""
+    parts = cost.step_parts(TINY, UNIT)
+
+    assert parts["encoder product"] == 2 * 3 * 4 * 10
+    assert parts["sparse products"] == 4 * (3 * 2) * 4 * 2
+    assert parts["optimizer"] == 40 * (4 + 4 + 28 + 2 + 4) + 40 * (4 + 4 + 28 + 2 + 8)  # 88 per d_in × d_sae
+    assert parts["optimizer"] == 88 * 40
+    assert parts["pre-activations"] == 3 * 2 * (3 * 10)
+    assert cost.step_seconds(TINY, UNIT) == sum(parts.values())
+
+
+def test_memory_is_four_bytes_a_parameter_and_eight_of_moments() -> None:
+    """Two matrices of 40, ten biases, one of 4 outputs: 94 numbers."""
+    parts = cost.memory_parts(TINY, cost.CPU)
+
+    assert TINY.parameters == 94
+    assert parts["parameters"] == 4 * 94
+    assert parts["two moments"] == 8 * 94
+    assert parts["gradients"] == 4 * 94
+    assert parts["bfloat16 copies"] == 2 * 80
+    assert parts["pre-activations"] == 2 * 3 * 10  # the batch is smaller than a block
+
+
+def test_pre_activations_are_held_in_blocks() -> None:
+    """32 MB at a time on a CPU, or 256 rows."""
+    (sae,) = works({"name": "a", "architecture": "topk", "d_sae": 2**15, "k": 2})
+    wide = Work("wide", "topk", 4, 4, 2**15, 4096, 2, 2)
+
+    assert cost.memory_parts(sae, cost.CPU)["pre-activations"] == 2 * 3 * 2**15
+    assert cost.memory_parts(wide, cost.CPU)["pre-activations"] == 2**25
+
+
+def test_what_is_written_to_disk_has_the_size_of_its_numbers() -> None:
+    """A snapshot: matrices, biases, perhaps a threshold; a checkpoint: weights, moments, two counters."""
+    assert cost.snapshot_bytes(TINY) == 4 * (80 + 20 + 4)
+    assert cost.checkpoint_bytes(TINY) == 12 * 94 + 16 * 10
+    assert cost.buffer_bytes(100, [4, 4], 2) == 100 * (16 + 24)
+
+
+@pytest.mark.parametrize("field", ["d_sae", "d_in", "batch", "active", "chosen"])
+@pytest.mark.parametrize("machine", [UNIT, cost.MACHINES["h200"]])
+def test_more_of_anything_is_never_faster(field: str, machine: Machine) -> None:
+    sizes = [Work(**{**vars(TINY), field: getattr(TINY, field) * factor}) for factor in (1, 2, 4, 8)]
+    seconds = [cost.step_seconds(size, machine) for size in sizes]
+
+    assert seconds == sorted(seconds)
+
+
+def test_an_sae_costs_what_its_settings_ask_for() -> None:
+    """A tied SAE has one matrix, a crosscoder reads two hooks, Multi-TopK has 5 k, a transcoder keeps no norms."""
+    first, second = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+    plain, tied, cross, multi, trans = works(
+        {"name": "plain", "architecture": "topk", "d_sae": 32, "k": 2, "hook": first},
+        {"name": "tied", "architecture": "tied", "d_sae": 32, "sparsity_weight": 1.0, "hook": first},
+        {"name": "cross", "architecture": "topk", "d_sae": 32, "k": 2, "hooks": [first, second]},
+        {"name": "multi", "architecture": "topk", "d_sae": 32, "k": 2, "hook": first, "multi_topk": 0.125},
+        {"name": "trans", "architecture": "topk", "d_sae": 32, "k": 2, "hook": first, "target": second, "skip": True},
+        hooks=2,
+    )
+
+    assert (tied.encoder, tied.decoder) == (0, 128)
+    assert (cross.d_in, cross.d_out) == (8, 8)
+    assert (plain.active, multi.active) == (2, 10)
+    assert trans.parameters == plain.parameters + 16
+    assert cost.optimizer_bytes(trans) == 128 * 38 * 2
+    assert tied.l0_is_assumed and not plain.l0_is_assumed
+
+
+# Sharded --------------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_latents_divide_the_weights_and_not_the_rows() -> None:
+    """On four GPUs: a quarter of product and Adam each; candidates of three; the reconstruction is summed whole."""
+    machine = Machine("gpu", 1.0, 1.0, 1e9, CUDA, link=1.0, network=1.0)
+    work = Work("sae", "topk", 4, 4, 64, 3, 2, 2)
+    one, four = (cost.sharded([work], machine, gpus, row_bytes=8) for gpus in (1, 4))
+
+    for part in ("encoder product", "optimizer", "pre-activations"):
+        assert four.seconds[part] == one.seconds[part] / 4
+    assert one.bytes["candidates"] == one.bytes["reconstruction summed"] == one.bytes["x to all"] == 0
+    assert four.bytes["rows in"] == four.bytes["x to all"] == 3 * 8
+    assert four.bytes["candidates"] == 3 * (3 * 2 * 8)
+    assert four.bytes["reconstruction summed"] == 4 * 3 * 4
+    assert four.seconds["reconstruction summed"] == 2 * 3 / 4 * 48
+
+
+def test_the_fewest_gpus_hold_the_weights_and_meet_the_days() -> None:
+    """18 bytes a weight and 2²⁴ × 4096 × 2 of them are 2.5 TB: 8 GPUs of 141 GB are too few, 24 are enough."""
+    machine = cost.MACHINES["h200"]
+    work = Work("sae", "topk", 4096, 4096, 2**24, 16384, 64, 64)
+    by_memory = cost.fewest([work], machine, 8192, None, None)
+    in_three_days = cost.fewest([work], machine, 8192, 40_000_000_000, 3.0)
+
+    assert by_memory is not None and in_three_days is not None
+    assert not cost.sharded([work], machine, 8, 8192).fits
+    assert by_memory.gpus == 24
+    assert in_three_days.gpus > by_memory.gpus
+    assert cost.days_of(40_000_000_000, [work], in_three_days.step_seconds) <= 3.0
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_several_saes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's two SAEs on two numbers given by hand; tokens/s are the batch over their sum."""
+    found = told(capsys, DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")
+    each = [sae["step_seconds"] for sae in found["saes"].values()]
+
+    assert list(found["saes"]) == ["topk", "jumprelu"]
+    assert found["step_seconds"] == pytest.approx(sum(each))
+    assert found["tokens_per_second"] == pytest.approx(2048 / sum(each))
+    assert found["saes"]["topk"]["seconds"]["encoder product"] == pytest.approx(2 * 2048 * 256 * 4096 / 2e12)
+    assert found["wire_bytes_per_token"] == 2 * 256
+    assert found["memory"]["parameters"] == 4 * sum(sae["parameters"] for sae in found["saes"].values())
+    assert found["memory"]["buffer"] == 131_072 * (2 * 256 + 24)
+
+
+def test_the_slower_side_is_told_with_how_many_producers_balance_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's model has two blocks up to its hook: 4 × 256² of attention and 3 × 256 × 768 weights in each."""
+    arguments = (DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")
+    found = told(capsys, *arguments)
+    main(list(arguments))
+    text = " ".join(capsys.readouterr().out.split())
+
+    assert blocks_parameters(ROOT / "producer" / "demo_lm", [1]) == 2 * (4 * 256**2 + 3 * 256 * 768)
+    assert found["producers"] == pytest.approx(found["tokens_per_second"] / found["producer_tokens_per_second"])
+    assert found["producers"] < 1
+    assert "The trainer is the slower side" in text
+    assert "The largest part of a step: " in text
+
+
+def test_what_shards_is_not_sluice_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [GROWTH, "--width", "4096", "--machine", "h200", "--gpus", "24"]
+    assert main(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    found = told(capsys, *arguments)
+
+    assert "Sluice's trainer does not shard" in text
+    assert found["sharded"]["gpus"] == 24 and found["sharded"]["fits"]
+    assert found["sharded"]["bytes"]["rows in"] == 131_072 * 4096 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((DEMO, "--machine", "h300"), "--machine 'h300' is not known; there are h200, h100, a100"),
+        ((DEMO, "--matmul-tflops", "2"), "give both"),
+        ((DEMO, "--machine", "h200", "--bandwidth-gbs", "2"), "remove one"),
+        ((DEMO, "--gpus", "8"), "need --machine"),
+        ((DEMO, "--machine", "h200", "--gpus", "0"), "one at least"),
+        ((DEMO, "--machine", "h200", "optimizer.matmul=float32"), "data sheet for bfloat16"),
+        ((GROWTH, "--machine", "h200"), "add --width"),
+        (("nowhere.toml",), "run file nowhere.toml does not exist"),
+        ((DEMO, "sae.topk.kk=3"), "no such key"),
+    ],
+)
+def test_what_is_missing_is_named(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2 and what to do, on stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    assert main(list(arguments)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_this_machine_is_measured_in_a_few_seconds() -> None:
+    """The whole command, on a small run: two positive numbers, and an answer."""
+    command = [sys.executable, "-m", "trainer", "estimate", DEMO, "optimizer.device=cpu", "--json"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+    assert found["machine"]["name"].startswith("this machine, ")
+    assert found["machine"]["matmul_flops"] > 1e9 and found["machine"]["bandwidth"] > 1e8
+    assert 1 < found["tokens_per_second"] < 1e7
+
+
+def test_help_and_faults_answer_without_torch() -> None:
+    """`--help` comes at once, because nothing heavy is imported for it."""
+    code = "import sys, trainer.estimate; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    began = time.monotonic()
+    help_ = subprocess.run([sys.executable, "-m", "trainer", "estimate", "--help"], cwd=ROOT, capture_output=True)
+
+    assert done.stdout.strip() == "False"
+    assert help_.returncode == 0
+    assert time.monotonic() - began < 5.0
+
+
+def test_threads_are_those_that_learn_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On eight cores: one SAE with run.threads = 2 uses two, four of them all eight, three without it 2 × 3."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+
+    def threads(saes: int, each: int | None) -> int:
+        tables = [{"name": f"s{n}", "architecture": "topk", "d_sae": 8, "k": 2} for n in range(saes)]
+        run = {} if each is None else {"threads": each}
+        model = {"name": "m", "hooks": ["h"]}
+        return threads_at_work(TrainerSettings.model_validate({"run": run, "model": model, "sae": tables}))
+
+    assert (threads(1, 2), threads(4, 2), threads(3, None), threads(1, None)) == (2, 8, 6, 8)
