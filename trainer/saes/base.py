@@ -21,6 +21,7 @@ Gradients are written out by hand (algorithms.md §9a) and are tested against de
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ NO_SUMS: Mapping[str, Tensor] = {}
 ROWS_AT_FIRST = 8192
 LATENTS_AT_ONCE = 4096
 """The first biases are found from so many rows, for so many latents at a time."""
+ROUND = 256
+"""Numbers of dead latents are rounded up to multiples of it."""
 BLOCK_BYTES, BLOCK_BYTES_ON_CPU = 2**30, 2**24
 """So much of the pre_acts is held at a time: they are chosen from while they are in reach of the caches."""
 
@@ -70,6 +73,16 @@ class Encoded:
     """Indices [n] of latents whose pre_acts are wanted afterwards: those to revive."""
     pre_acts: Tensor
     """[batch, n], theirs."""
+
+    def padded(self, fill: float) -> tuple[Tensor, Tensor]:
+        """`kept` and `pre_acts` with columns of `fill` added that stand for some latent again, to a round number.
+
+        A CPU's products in bfloat16 are compiled for each shape they meet, and kept: with every other number of dead
+        latents a step would take longer, and a run hundreds of megabytes.
+        """
+        more = -len(self.kept) % ROUND
+        kept = torch.cat([self.kept, self.kept[:1].expand(more)])
+        return kept, torch.nn.functional.pad(self.pre_acts, (0, more), value=fill)
 
 
 @dataclass(frozen=True)
@@ -322,10 +335,10 @@ class Sae(ABC):
         `plus` [d_sae] is what pre_acts lack. ReLU as in the main path. Nothing happens when nothing is dead or nothing
         is left to explain.
         """
-        indices, of_dead = encoded.kept, encoded.pre_acts
-        if self.settings.reviving != "auxk" or not len(indices):
+        if self.settings.reviving != "auxk" or not len(encoded.kept):
             return
-        k_aux = min(self.settings.k_aux or max(1, self.d_in // 2), len(indices))
+        k_aux = min(self.settings.k_aux or max(1, self.d_in // 2), len(encoded.kept))
+        indices, of_dead = encoded.padded(0.0 if self.settings.abs else -math.inf)  # never among the largest
         error = y - y_hat
         spread = (error - error.mean(0)).square().sum()
         if not spread > 0:

@@ -20,6 +20,8 @@ The gradient lives on the entries with z > θ − ε/2 and nowhere else, apart f
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -115,11 +117,12 @@ class JumpReLU(Sae):
 
     def _pull_up(self, grads: dict[str, Tensor], losses: dict[str, Tensor], encoded: Encoded) -> None:
         """Adds the pre-act loss, which lifts latents towards their threshold: the dead ones, or all."""
-        settings, indices, read = self.settings, encoded.kept, encoded.read
-        if settings.reviving != "pre_act" or not len(indices):
+        settings, read = self.settings, encoded.read
+        if settings.reviving != "pre_act" or not len(encoded.kept):
             return
+        indices, pre_acts = encoded.padded(math.inf)  # above every threshold
         weight = settings.pre_act_weight / len(read)
-        below = (settings.bandwidth / 2 - widen(encoded.pre_acts)).relu_()
+        below = (settings.bandwidth / 2 - widen(pre_acts)).relu_()
         under = below > 0
         count = weight * under.sum(0, dtype=below.dtype)
         more = {"W_enc": product(under.T.to(read.dtype), read).mul_(-weight), "b_enc": -count}
