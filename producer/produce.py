@@ -259,7 +259,10 @@ class Producer:
 
 
 class ReadingAhead:
-    """Reads shards with `read`, the next one in a thread while the present one is worked on."""
+    """Reads shards with `read`, the next one while the present one is worked on.
+
+    Always in the same thread: tokenizers do not bear two.
+    """
 
     def __init__(self, read: Callable[[int], Windows]) -> None:
         self._read = read
@@ -274,8 +277,8 @@ class ReadingAhead:
 
     def windows(self, shard: int) -> Windows:
         """Of this shard; raises what reading it raises."""
-        if self._next is None or self._next[0] != shard:
-            return self._read(shard)
+        self.ahead(shard)
+        assert self._next is not None
         future, self._next = self._next[1], None
         return future.result()
 

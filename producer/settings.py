@@ -152,7 +152,8 @@ class CorpusSettings(Table):
     token_dtype: Literal["uint16", "uint32"] = "uint16"
     """Number format of the files, for kind tokens."""
     shard_bytes: Positive = 1_000_000
-    """About how much text one shard holds (text, jsonl, tokens); a shard is what one producer works on at a time."""
+    """About how much text one shard holds (text, jsonl, tokens); a shard is what one producer works on at a time. Where
+    shards are unlike, several should fit into buffer.rows: a row is about four bytes of text, or one token."""
     held_out: float = Field(default=0.0625, ge=0.0, lt=1.0)
     """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
     epochs: int = Field(default=1, ge=0)

@@ -10,6 +10,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,20 @@ def test_many_hooks_come_in_the_order_of_the_settings(tiny):
     together = load(folder, *names).activations(tokens)
     for name, x in zip(names, together, strict=True):
         assert torch.equal(load(folder, name).activations(tokens)[0], x)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "falcon", "bert"])
+def test_passes_may_run_side_by_side(tiny, architecture):
+    """Each thread is given the activations of its own windows, and counts its own blocks."""
+    model = load(tiny(architecture), "blocks.0.hook_resid_pre", "blocks.2.hook_resid_post")
+    inputs = [(windows(1 + n % 3) + n) % WORDS for n in range(24)]
+    alone = [model.activations(tokens) for tokens in inputs]
+    with ThreadPoolExecutor(4) as lanes:
+        together = list(lanes.map(model.activations, inputs))
+
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    assert model.layers_run == 3
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_the_bound_does_not_depend_on_the_size_of_a_pass() -> None:
 
 
 def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
-    """Once, in another thread; and what reading it raises is raised when it is asked for."""
+    """Once, and by one thread alone; what reading it raises is raised when it is asked for."""
     readers: dict[int, str] = {}
 
     def read(shard: int) -> Windows:
@@ -309,8 +309,7 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
     assert len(text.windows(4)) == 5  # the lease went to somebody else
     text.close()
 
-    assert readers[0] == readers[4] == threading.current_thread().name
-    assert readers[1] == readers[2] == "text_0"
+    assert {readers[shard] for shard in (0, 1, 2, 4)} == {"text_0"}
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5])
