@@ -14,6 +14,7 @@ import pytest
 from trainer import cost
 from trainer.cost import CUDA, Machine, Work
 from trainer.estimate import blocks_parameters, main, threads_at_work, works_of
+from trainer.saes.base import BLOCK_BYTES, BLOCK_BYTES_ON_CPU
 from trainer.settings import TrainerSettings
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ def test_the_parts_of_a_tiny_step_are_those_of_the_formulas() -> None:
     parts = cost.step_parts(TINY, UNIT)
 
     assert parts["encoder product"] == 2 * 3 * 4 * 10
-    assert parts["sparse products"] == 4 * (3 * 2) * 4 * 2
+    assert parts["sparse products"] == pytest.approx(0.85 * 4 * (3 * 2) * 4 * 2)
     assert parts["optimizer"] == 40 * (4 + 4 + 28 + 2 + 4) + 40 * (4 + 4 + 28 + 2 + 8)  # 88 per d_in × d_sae
     assert parts["optimizer"] == 88 * 40
     assert parts["pre-activations"] == 3 * 2 * (3 * 10)
@@ -63,12 +64,13 @@ def test_memory_is_four_bytes_a_parameter_and_eight_of_moments() -> None:
 
 
 def test_pre_activations_are_held_in_blocks() -> None:
-    """32 MB at a time on a CPU, or 256 rows."""
+    """So much at a time as the SAEs themselves hold, or 256 rows."""
     (sae,) = works({"name": "a", "architecture": "topk", "d_sae": 2**15, "k": 2})
     wide = Work("wide", "topk", 4, 4, 2**15, 4096, 2, 2)
 
     assert cost.memory_parts(sae, cost.CPU)["pre-activations"] == 2 * 3 * 2**15
-    assert cost.memory_parts(wide, cost.CPU)["pre-activations"] == 2**25
+    assert cost.memory_parts(wide, cost.CPU)["pre-activations"] == 2**24
+    assert (cost.CPU.block_bytes, cost.CUDA.block_bytes) == (BLOCK_BYTES_ON_CPU, BLOCK_BYTES)
 
 
 def test_what_is_written_to_disk_has_the_size_of_its_numbers() -> None:

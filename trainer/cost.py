@@ -59,6 +59,8 @@ class Kernels:
     """Bytes per pre-activation and k."""
     choice_above: float
     """Bytes per pre-activation, for all that are above a threshold."""
+    gather: float
+    """Of the time in which gathered rows could be copied: some are still in a cache."""
     entry: float
     """Bytes per active latent: sorting, gathering, per-entry arithmetic."""
     row: float
@@ -71,10 +73,10 @@ class Kernels:
     """The interpreter and its libraries."""
 
 
-CPU = Kernels("cpu", 3.0, 0.2, 19.0, 1000.0, 100.0, 2e-3, 2**25, 0.4e9)
-"""From profiles of TopK, BatchTopK and JumpReLU steps on two cores with bfloat16 units (F 2.6e12, W 24e9): d_in 256 to
+CPU = Kernels("cpu", 3.0, 0.2, 13.0, 0.85, 1000.0, 90.0, 2e-3, 2**24, 0.4e9)
+"""From profiles of TopK, BatchTopK and JumpReLU steps on two cores with bfloat16 units (F 2.7e12, W 25e9): d_in 256 to
 1024, d_sae 2¹² to 2¹⁵, k 16 to 64, batch 1024 and 4096; one set for all."""
-CUDA = Kernels("cuda", 1.0, 0.0, 4.0, 100.0, 60.0, 1e-3, 2**30, 2e9)
+CUDA = Kernels("cuda", 1.0, 0.0, 4.0, 1.0, 100.0, 60.0, 1e-3, 2**30, 2e9)
 """Counted from the kernels, NOT measured: a product writes pre-activations once, a choice reads them once or twice."""
 NEAR = 1.5
 """JumpReLU's kernel reaches so many entries per active latent; counted at its default bandwidth of 0.5."""
@@ -210,7 +212,7 @@ def step_parts(work: Work, machine: Machine) -> dict[str, float]:
         "encoder product": product_flops(work) / machine.matmul_flops,
         "pre-activations": kernels.pre_act_passes * work.number * work.batch * work.d_sae / W,
         "choice of latents": choice_bytes(work, kernels) / W,
-        "sparse products": sparse_bytes(work) / W,
+        "sparse products": kernels.gather * sparse_bytes(work) / W,
         "optimizer": optimizer_bytes(work) / W,
         "rows and entries": (kernels.row * elements + kernels.entry * work.batch * work.active) / W,
         "overhead": kernels.step_seconds,
