@@ -20,7 +20,7 @@ from monitor.settings import MonitorSettings
 from producer.settings import is_loopback, parse_command_line
 
 if TYPE_CHECKING:
-    from monitor.evaluate import Evaluator
+    from monitor.follow import Evaluator
     from monitor.metrics import MonitorMetrics
 
 PURPOSE = """Serves a run's snapshots over HTTP, and measures each new one with the language model.
@@ -131,7 +131,7 @@ class Watch:
             return
         if self._evaluator is None:
             self._evaluator = self._new_evaluator()
-        from monitor.evaluate import Stopped
+        from monitor.follow import Stopped
 
         try:
             self._evaluator.look()
@@ -143,7 +143,7 @@ class Watch:
         # On Linux, niceness is the thread's: this one and those that torch starts from it give way to the training,
         # the service's do not.
         os.nice(NICE)
-        from monitor.evaluate import Evaluator
+        from monitor.follow import Evaluator
 
         return Evaluator(self._settings, self._metrics, self._stop)
 

@@ -25,7 +25,9 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import monitor.evaluate
-from monitor.evaluate import Evaluator, Stopped, evaluate_sae, held_out_windows
+from monitor.evaluate import evaluate_sae
+from monitor.follow import Evaluator, Stopped
+from monitor.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
@@ -204,7 +206,7 @@ def test_damage_is_unknown_not_infinite(model: LanguageModel, windows: Windows, 
 def test_sae_of_another_width_is_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
     """The message names both widths."""
     folder = publish_snapshot(tmp_path, 1, [identity_sae("small", 3, HOOK)]) / "small"
-    with pytest.raises(monitor.evaluate.EvaluationError, match=r"reads 3 numbers at .*hook_resid_post \(8\)"):
+    with pytest.raises(EvaluationError, match=r"reads 3 numbers at .*hook_resid_post \(8\)"):
         evaluate_sae(model, windows, folder)
 
 
@@ -252,7 +254,7 @@ def test_skip_transcoder_adds_its_linear_part(wired: LanguageModel, windows: Win
 def test_transcoder_against_the_stream_is_refused(wired: LanguageModel, windows: Windows, tmp_path: Path):
     """It would read what it has changed itself."""
     folder = publish_snapshot(tmp_path, 1, [_rewired(_sae(1.0), [MLP_OUT], HOOK)]) / "small"
-    with pytest.raises(monitor.evaluate.EvaluationError, match=rf"reads '{MLP_OUT}'.* after '{HOOK}'"):
+    with pytest.raises(EvaluationError, match=rf"reads '{MLP_OUT}'.* after '{HOOK}'"):
         evaluate_sae(wired, windows, folder)
 
 
@@ -315,7 +317,7 @@ def test_rows_are_dropped_as_the_producer_drops_them():
 def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
     """Which rows the stream had cannot be told without them."""
     folder = publish_snapshot(tmp_path, 1, [_sae(1.0)]) / "small"
-    with pytest.raises(monitor.evaluate.EvaluationError, match=f"by their norm at {re.escape(MLP_OUT)}"):
+    with pytest.raises(EvaluationError, match=f"by their norm at {re.escape(MLP_OUT)}"):
         evaluate_sae(model, windows, folder, {MLP_OUT: 3.0})
 
 
