@@ -25,9 +25,8 @@ Always over the same rows (`monitor.held_out`), so that the numbers of snapshots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,22 @@ import torch
 from torch import Tensor
 
 from monitor.held_out import EvaluationError
+from monitor.passes import (
+    Act,
+    NormBounds,
+    Rows,
+    in_stream,
+    passes,
+    recording,
+    refuse_unknown_bounds,
+    splicing,
+)
 from producer.activations import LanguageModel
 from producer.tokens import Windows
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite, read_sae
 
-LOGITS_IN_MEMORY = 1 << 24
-"""Elements of one logits tensor, of which a pass holds about six: 64 MB each in float32."""
 LATENTS_IN_MEMORY = 1 << 24
-
-Rows = Mapping[str, Tensor]
-"""Activations by hook, each [rows, width]."""
-NormBounds = Mapping[str, float]
-"""By hook, the longest norm of a row that the stream takes; longer ones no SAE of the run has seen."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def evaluate(
     """
     bounds = dict(norm_bounds or {})
     hooks = [hook.name for hook in model.hooks]
-    _refuse_unknown_bounds(hooks, bounds)
+    refuse_unknown_bounds(hooks, bounds)
     for subject in subjects:
         if reason := misfit(model, subject):
             raise EvaluationError(reason)
@@ -110,7 +112,7 @@ def evaluate(
     tallies = {subject.name: _Tally() for subject in subjects}
     keys = {subject.name: (subject.writes, tuple(sorted(bounds.items()))) for subject in subjects}
     zero = {key: _Mean() for key in keys.values() if key not in baseline.ce_zero}
-    for tokens, kept, predicted in _passes(model, windows):
+    for tokens, kept, predicted in passes(model, windows):
         following = tokens[:, 1:][predicted]
 
         def forward(replace: dict[str, Act], tokens: Tensor = tokens, predicted: Tensor = predicted) -> Tensor:
@@ -119,16 +121,16 @@ def evaluate(
             return torch.log_softmax(logits.float(), -1)
 
         seen: dict[str, Tensor] = {}
-        log_clean = forward(_recording(hooks, seen))
+        log_clean = forward(recording(hooks, seen))
         clean.add(_cross_entropy(log_clean, following))
-        streamed = _in_stream(seen, kept, bounds)
+        streamed = in_stream(seen, kept, bounds)
         rows = {hook: x[streamed].float() for hook, x in seen.items()}
         for key, mean in zero.items():
             nothing = {hook: torch.zeros_like(rows[hook]) for hook in key[0]}
-            mean.add(_cross_entropy(forward(_splicing(streamed, nothing)), following))
+            mean.add(_cross_entropy(forward(splicing(streamed, nothing)), following))
         for subject in subjects:
             tally = tallies[subject.name]
-            log_sae = forward(_splicing(streamed, _reconstruct(subject, rows, tally)))
+            log_sae = forward(splicing(streamed, _reconstruct(subject, rows, tally)))
             tally.ce.add(_cross_entropy(log_sae, following))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
     baseline.ce_zero |= {key: mean.value for key, mean in zero.items()}
@@ -166,61 +168,7 @@ def _result(subject: Subject, clean: _Mean, ce_zero: float, tally: _Tally) -> di
     }
 
 
-# --- One forward pass ------------------------------------------------------------------------------------------------
-
-Act = Callable[[Tensor], Tensor]
-"""Is shown an activation [windows, context, width] and returns what takes its place."""
-
-
-def _passes(model: LanguageModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(tokens, kept, predicted) of as many windows as their logits fit into memory, on the model's device.
-
-    `predicted` [windows, context − 1] is True where a token that is no padding follows one that is none.
-    """
-    count = max(1, LOGITS_IN_MEMORY // (windows.ids.shape[1] * model.vocabulary))
-    for start in range(0, len(windows.ids), count):
-        chosen = slice(start, start + count)
-        real = ~windows.padded[chosen]
-        parts = (windows.ids[chosen], windows.kept[chosen], real[:, :-1] & real[:, 1:])
-        tokens, kept, predicted = (torch.from_numpy(part).to(model.device) for part in parts)
-        yield tokens, kept, predicted
-
-
-def _cross_entropy(log_probabilities: Tensor, following: Tensor) -> Tensor:
-    return -log_probabilities.gather(-1, following[:, None]).squeeze(-1)
-
-
-def _recording(hooks: Sequence[str], seen: dict[str, Tensor]) -> dict[str, Act]:
-    """Changes nothing and puts each activation into `seen`, in the order in which the model computes them."""
-
-    def record(hook: str, activation: Tensor) -> Tensor:
-        seen[hook] = activation.clone()  # models may write into a tensor after the hook has seen it
-        return activation
-
-    return {hook: partial(record, hook) for hook in hooks}
-
-
-def _splicing(streamed: Tensor, rows: Rows) -> dict[str, Act]:
-    """Puts `rows` where `streamed` [windows, context] is True, at the hooks they are named for."""
-
-    def splice(new: Tensor, activation: Tensor) -> Tensor:
-        replaced = activation.clone()
-        replaced[streamed] = new.to(activation.dtype)
-        return replaced
-
-    return {hook: partial(splice, new) for hook, new in rows.items()}
-
-
-def _in_stream(seen: Rows, kept: Tensor, bounds: NormBounds) -> Tensor:
-    """Which positions [windows, context] the stream has: one hook's norm beyond its bound drops the row at all hooks.
-
-    As the producer does it, a row that is not finite is no outlier.
-    """
-    streamed = kept
-    for hook, bound in bounds.items():
-        norm = torch.linalg.vector_norm(seen[hook], dim=-1, dtype=torch.float32)
-        streamed = streamed & ((norm <= bound) | ~norm.isfinite())
-    return streamed
+# --- What is summed up -------------------------------------------------------------------------------------------------
 
 
 def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
@@ -238,6 +186,10 @@ def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
     for hook, found in y_hat.items():
         tally.fits.setdefault(hook, _Fit()).add(rows[hook], found)
     return y_hat
+
+
+def _cross_entropy(log_probabilities: Tensor, following: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, following[:, None]).squeeze(-1)
 
 
 class _Mean:
@@ -343,13 +295,5 @@ def misfit(model: LanguageModel, subject: Subject) -> str | None:
 def _in_order(model: LanguageModel) -> list[str]:
     """The model's hooks as a pass computes them one after the other, seen in a pass over one token."""
     seen: dict[str, Tensor] = {}
-    model.logits(torch.zeros(1, 1, dtype=torch.int64), _recording([hook.name for hook in model.hooks], seen))
+    model.logits(torch.zeros(1, 1, dtype=torch.int64), recording([hook.name for hook in model.hooks], seen))
     return list(seen)
-
-
-def _refuse_unknown_bounds(hooks: Sequence[str], bounds: NormBounds) -> None:
-    if unknown := sorted(bounds.keys() - set(hooks)):
-        raise EvaluationError(
-            f"the stream drops rows by their norm at {', '.join(unknown)}, which the run file's model.hooks lacks; "
-            "give the monitor the run file that the producers have"
-        )
