@@ -23,7 +23,7 @@ from trainer.checkpoint import CheckpointError, load_newest, save
 from trainer.durable import sweep
 from trainer.run import Run, roster_of
 from trainer.settings import TrainerSettings
-from trainer.snapshot import SnapshotError, retire, snapshot_names, verify
+from trainer.snapshot import SnapshotError, forget_after, pin, retire, snapshot_names, unpin, verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -367,6 +367,45 @@ def test_the_last_snapshot_of_an_sae_that_left_is_not_retired(tmp_path: Path) ->
     retire(tmp_path, keep=2)
 
     assert snapshot_names(tmp_path) == ["000000002000", "000000004000", "000000005000"]
+
+
+def test_milestones_and_pinned_snapshots_are_not_retired(tmp_path: Path) -> None:
+    """The first at or after each multiple of keep_every_tokens, and what a person has pinned, as often as one looks."""
+    for tokens in (900, 1900, 2100, 2900, 4100, 4900, 5100):
+        publish_snapshot(tmp_path, tokens)
+        if tokens == 2900:
+            pin(tmp_path, "000000002900")
+        retire(tmp_path, keep=1, keep_every_tokens=2000)
+    assert snapshot_names(tmp_path) == ["000000002100", "000000002900", "000000004100", "000000005100"]
+
+    unpin(tmp_path, "000000002900")
+    retire(tmp_path, keep=1, keep_every_tokens=2000)
+    assert snapshot_names(tmp_path) == ["000000002100", "000000004100", "000000005100"]
+
+
+def test_a_pinned_snapshot_survives_a_return_to_an_older_checkpoint(tmp_path: Path) -> None:
+    """What was trained after the checkpoint is forgotten, but not what a person holds on to, nor what comes new."""
+    for tokens in (1000, 2000, 3000):
+        publish_snapshot(tmp_path, tokens)
+    pin(tmp_path, "000000003000")
+    forget_after(tmp_path, 1500)
+    assert snapshot_names(tmp_path) == ["000000001000", "000000003000"]
+
+    publish_snapshot(tmp_path, 1900)
+    retire(tmp_path, keep=1)
+    assert snapshot_names(tmp_path) == ["000000001900", "000000003000"]
+
+
+def test_a_file_that_is_open_outlives_its_snapshot(tmp_path: Path) -> None:
+    """A download that has begun ends well when its snapshot is retired under it."""
+    folder = publish_snapshot(tmp_path, 1000)
+    publish_snapshot(tmp_path, 2000)
+    whole = (folder / "small" / "sae_weights.safetensors").read_bytes()
+    with open(folder / "small" / "sae_weights.safetensors", "rb") as file:
+        begun = file.read(10)
+        retire(tmp_path, keep=1)
+        assert not folder.exists()
+        assert begun + file.read() == whole
 
 
 def test_a_snapshot_that_is_there_is_not_written_again(tmp_path: Path) -> None:

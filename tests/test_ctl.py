@@ -25,6 +25,7 @@ import torch
 from producer.settings import ProducerSettings, read_run_file
 from producer.source import SyntheticSource
 from producer.wire import Hello, held_out_shards
+from tests.small_run import publish_snapshot
 from tests.small_stream import (
     CAPACITY,
     CHUNK_ROWS,
@@ -45,7 +46,7 @@ from trainer.report import StepReport
 from trainer.roster import Roster
 from trainer.run import Run, roster_of
 from trainer.settings import TrainerSettings
-from trainer.snapshot import read_manifest, snapshot_names
+from trainer.snapshot import is_pinned, read_manifest, snapshot_names
 from trainer.train import Loop
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +174,17 @@ def test_without_a_trainer_the_client_says_how_to_start_one(tmp_path: Path) -> N
     assert not alone.stdout + nowhere.stdout and "Traceback" not in alone.stderr + nowhere.stderr
 
 
+def test_snapshots_are_pinned_without_a_trainer(tmp_path: Path) -> None:
+    """By name, or the newest; a name that is none tells what there is."""
+    publish_snapshot(tmp_path, 1000)
+    newest = publish_snapshot(tmp_path, 2000)
+
+    assert run_ctl(tmp_path, "pin").returncode == 0 and is_pinned(newest)
+    assert run_ctl(tmp_path, "unpin", newest.name).returncode == 0 and not is_pinned(newest)
+    wrong = run_ctl(tmp_path, "pin", "000000000001")
+    assert wrong.returncode == 2 and "there are 2, 000000001000 to 000000002000" in wrong.stderr
+
+
 def test_client_and_help_are_light() -> None:
     """Neither torch nor pydantic's models of a run are needed to ask for a status."""
     code = (
@@ -181,7 +193,7 @@ def test_client_and_help_are_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
     told = run_ctl("--help").stdout
-    assert [name for name in ("status", "snapshot", "cooldown", "attach", "detach", "pause", "resume", "drain")
+    assert [name for name in ("status", "snapshot", "cooldown", "attach", "detach", "pin", "pause", "resume", "drain")
             if name not in told] == []  # fmt: skip
 
 

@@ -208,7 +208,10 @@ def main(arguments: list[str]) -> int:
     try:
         if path is not None:
             given["sae"] = read_sae_table(Path(path))
-        answer = ask(directory, given)
+        if given["command"] in ("pin", "unpin"):
+            answer = pin(directory, given["command"], given["name"])
+        else:
+            answer = ask(directory, given)
     except CtlError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -248,6 +251,26 @@ def ask(directory: Path, request: dict[str, Any]) -> Answer:
     if not answer["ok"]:
         raise CtlError(answer["error"], answer["code"])
     return answer
+
+
+def pin(directory: Path, command: str, name: str | None) -> Answer:
+    """Pins or unpins a snapshot, the newest one without a name. Raises CtlError.
+
+    Needs no trainer: the mark is a file in the snapshot's folder, and whoever retires looks for it.
+    """
+    from trainer import snapshot
+
+    try:
+        name = name or next(reversed(snapshot.snapshot_names(directory)), "")
+        if command == "pin":
+            snapshot.pin(directory, name)
+            said = "pinned {}: it stays until it is unpinned"
+        else:
+            snapshot.unpin(directory, name)
+            said = "unpinned {}: it stays as long as [snapshots] says"
+    except (snapshot.SnapshotError, OSError) as error:
+        raise CtlError(str(error), 2) from None
+    return {"ok": True, "said": said.format(directory / "snapshots" / name), "snapshot": name}
 
 
 def read_sae_table(path: Path) -> dict[str, Any]:
@@ -292,6 +315,8 @@ def _parser() -> argparse.ArgumentParser:
     detach = command("detach", "cool an SAE down, publish it and let it go")
     detach.add_argument("name")
     detach.add_argument("--now", action="store_true", help="without the cooldown")
+    for name, does in (("pin", "keep a snapshot for good, also when no trainer is at work"), ("unpin", "undo `pin`")):
+        command(name, does).add_argument("name", nargs="?", metavar="SNAPSHOT", help="its name (default: the newest)")
     command("pause", "hold training, also across restarts, until `resume`; producers wait")
     command("resume", "go on after `pause`")
     command("drain", "train on the rows that are under way, then stop; nothing has to be computed again")

@@ -39,7 +39,7 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
     if not exports:
         raise SnapshotError("there is no SAE to publish")
     publish(directory, report.tokens, exports, facts, check)
-    retire(directory, run.settings.snapshots.keep)
+    retire(directory, run.settings.snapshots.keep, run.settings.snapshots.keep_every_tokens)
     return [export.name for export in exports]
 
 

@@ -233,8 +233,8 @@ def _faults(sae: SaeSettings) -> Iterator[str]:
     kind = sae.architecture
     if not re.fullmatch(r"[A-Za-z0-9._-]+", sae.name) or sae.name.startswith("."):
         yield f"name {sae.name!r} becomes a folder: use letters, digits, dot, dash, underscore"
-    if sae.name in ("manifest.json", "LATEST"):
-        yield f"name {sae.name!r} is that of a file in every snapshot: choose another"
+    if sae.name in ("manifest.json", "LATEST", "pinned"):
+        yield f"name {sae.name!r} is that of a file in a snapshot: choose another"
     if kind in ("topk", "batchtopk"):
         if sae.k is None:
             yield f"architecture {kind} needs k, such as k = 32"
@@ -296,7 +296,9 @@ class SnapshotSettings(Table):
     every_tokens: Positive = 10_000_000
     """A snapshot after this many rows, and one at the end."""
     keep: Positive = 10
-    """How many of the newest stay on disk."""
+    """How many of the newest stay on disk. What `ctl RUN pin` has pinned stays too."""
+    keep_every_tokens: Positive | None = None
+    """The first snapshot at or after each multiple of this many rows stays for good; without it, none does."""
 
 
 class CheckpointSettings(Table):

@@ -8,6 +8,7 @@
         <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
         <sae name>/evaluation.json              added later by the monitor
         manifest.json                           written last: every file with its size and sha256
+        pinned                                  an empty file, there when a person wants it kept
     snapshots/LATEST                     the newest complete snapshot's name
 
 A folder without a manifest does not exist for readers. What is published takes raw activations: input scale and
@@ -35,6 +36,7 @@ from trainer.durable import new_folder, remove_folder, replace_text
 
 FORMAT = 1
 NAME = re.compile(r"\d{12,}")
+PINNED = "pinned"
 SAELENS_LAYOUT = "6.54.12"
 """The SAELens release whose layout is written; without a version in the metadata it drops the provenance."""
 
@@ -177,30 +179,73 @@ def read_sparsity(folder: Path) -> np.ndarray:
         return file.get_tensor("sparsity")
 
 
-def retire(run_directory: Path, keep: int) -> None:
-    """Removes the oldest snapshots beyond `keep`, each at one stroke, so that no reader sees half of one.
+def pin(run_directory: Path, name: str) -> None:
+    """Keeps a snapshot until it is unpinned, whatever the settings say. Raises SnapshotError when it is not there."""
+    folder = _snapshot(run_directory, name)
+    try:
+        (folder / PINNED).touch()
+    except FileNotFoundError:
+        raise SnapshotError(f"snapshot {name} has just been retired") from None
 
-    The newest that holds an SAE stays: of one that has left the run there is no other copy.
+
+def unpin(run_directory: Path, name: str) -> None:
+    """Leaves a snapshot to the settings again. Raises SnapshotError when it is not there."""
+    (_snapshot(run_directory, name) / PINNED).unlink(missing_ok=True)
+
+
+def is_pinned(folder: Path) -> bool:
+    return (folder / PINNED).exists()
+
+
+def _snapshot(run_directory: Path, name: str) -> Path:
+    names = snapshot_names(run_directory)
+    if name not in names:
+        known = f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
+        raise SnapshotError(f"no snapshot {name!r} in {run_directory}; {known}")
+    return run_directory / "snapshots" / name
+
+
+def retire(run_directory: Path, keep: int, keep_every_tokens: int | None = None) -> None:
+    """Removes snapshots that are not among the newest `keep`, each at one stroke: no reader sees half of one.
+
+    For good stay: the first at or after each multiple of `keep_every_tokens`, those that are pinned, which are not
+    counted, and the newest that holds an SAE, since of one that has left the run there is no other copy.
     """
+    names = snapshot_names(run_directory)
+    milestones = _milestones(names, keep_every_tokens) if keep_every_tokens else set()
     seen: set[str] = set()
-    for age, name in enumerate(reversed(snapshot_names(run_directory))):
+    newer = 0
+    for name in reversed(names):
         folder = run_directory / "snapshots" / name
-        saes = set(read_manifest(folder)["saes"])
-        if age >= keep and saes <= seen:
-            remove_folder(folder)
+        saes = {path.name for path in folder.iterdir() if path.is_dir()}
+        if not is_pinned(folder):
+            if newer >= keep and saes <= seen and name not in milestones:
+                remove_folder(folder)
+            newer += 1
         seen |= saes
 
 
+def _milestones(names: list[str], every: int) -> set[str]:
+    """The first of `names` at or after each multiple of `every`. It stays the first when others are removed."""
+    first: dict[int, str] = {}
+    for name in names:
+        first.setdefault(int(name) // every, name)
+    return {name for multiple, name in first.items() if multiple > 0}
+
+
 def forget_after(run_directory: Path, tokens: int) -> None:
-    """Removes snapshots beyond `tokens`: a trainer that resumes from an older checkpoint never came from them."""
-    names = snapshot_names(run_directory)
-    kept = [name for name in names if int(name) <= tokens]
-    for name in names[len(kept) :]:
-        remove_folder(run_directory / "snapshots" / name)
+    """Removes snapshots beyond `tokens`: a trainer that resumes from an older checkpoint never came from them.
+
+    What a person has pinned stays.
+    """
+    names, folder = snapshot_names(run_directory), run_directory / "snapshots"
+    kept = [name for name in names if int(name) <= tokens or is_pinned(folder / name)]
+    for name in set(names) - set(kept):
+        remove_folder(folder / name)
     if not kept:
-        (run_directory / "snapshots" / "LATEST").unlink(missing_ok=True)
+        (folder / "LATEST").unlink(missing_ok=True)
     elif len(kept) < len(names):
-        replace_text(run_directory / "snapshots" / "LATEST", kept[-1] + "\n")
+        replace_text(folder / "LATEST", kept[-1] + "\n")
 
 
 def finite(value: float | None) -> float | None:
