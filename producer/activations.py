@@ -171,6 +171,40 @@ class LanguageModel:
             raise ModelError(f"model.name = {self.settings.name!r} has no head that gives logits; use a causal model")
         return output.logits
 
+    def unembedding(self) -> tuple[Tensor, Tensor]:
+        """(gain [width], W_U [vocabulary, width]): W_U @ (gain · x) is what x adds to the logits, up to one factor.
+
+        The factor is that of the final norm, which depends on the whole residual stream. Its gain is taken from what
+        it does, not from its parameters: some models keep gain − 1. Raises ModelError for a model without a head.
+        """
+        head = self._network.get_output_embeddings() if self.whole else None
+        if head is None or getattr(head, "weight", None) is None:
+            raise ModelError(f"model.name = {self.settings.name!r} has no unembedding; use a whole, causal model")
+        gain = torch.ones(head.weight.shape[1], device=self.device)
+        norm = self._final_norm(head)
+        if norm is not None:
+            # Mean 0 and mean square 1, so that normalising changes nothing; the bias is the same on both sides.
+            x = torch.ones(1, 1, len(gain), device=self.device, dtype=self.dtype)
+            x[..., ::2] = -1
+            with torch.inference_mode():
+                gain = ((norm(x) - norm(-x)) / 2 * x).flatten().float()
+        return gain, head.weight
+
+    def _final_norm(self, head: nn.Module) -> nn.Module | None:
+        """The module with one gain per channel that gives what the head reads; None when there is none."""
+        given: dict[nn.Module, Tensor] = {}
+        read: list[Tensor] = []
+        width = head.get_parameter("weight").shape[1]
+        with ExitStack() as attached:
+            for module in self._network.modules():
+                gain = getattr(module, "weight", None)
+                if isinstance(gain, Tensor) and gain.shape == (width,):
+                    attached.enter_context(_attach(_Place(module, ""), partial(given.__setitem__, module)))
+            attached.enter_context(_attach(_Place(head, "", "input"), read.append))
+            self.logits(torch.zeros(1, 1, dtype=torch.int64))
+        # Some models hand the head a slice, which is another tensor over the same numbers.
+        return next((module for module, y in given.items() if y.data_ptr() == read[0].data_ptr()), None)
+
     def _move(self, device: torch.device) -> LanguageModel:
         """Moves the model, in place; raises ModelError when it does not fit."""
         try:
@@ -290,7 +324,12 @@ def _hook(place: _Place, act: Act) -> RemovableHandle:
 
 
 def _replacing(name: str, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Act:
-    def act(x: Tensor) -> Tensor:
+    """In the passes of this thread alone: another one may read the model's activations at the same time."""
+    mine = threading.get_ident()
+
+    def act(x: Tensor) -> Tensor | None:
+        if threading.get_ident() != mine:
+            return None
         activation = x.reshape(*shape, -1)
         new = function(activation)
         if new.shape != activation.shape:

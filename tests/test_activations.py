@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +122,8 @@ def save_model(architecture: str, folder: Path) -> None:
     torch.manual_seed(0)
     network = whole_class(architecture).from_config(config)
     for name, parameter in network.named_parameters():
-        if "norm" in name.lower() or "bias" in name:  # fresh ones are all 1 or 0, which would hide mistakes
+        # Fresh ones are all 1 or 0, which would hide mistakes.
+        if any(part in name.lower() for part in ("norm", "ln_", "bias")):
             nn.init.uniform_(parameter, 0.5, 1.5)
     network.save_pretrained(folder)
 
@@ -529,6 +531,36 @@ def test_logits_with_activations_replaced(tiny, architecture):
     assert torch.equal(clean, model.logits(tokens, {name: lambda x: x.clone() for name in REPLACED}))
     for name in REPLACED:
         assert not torch.allclose(clean, model.logits(tokens, {name: torch.zeros_like}), atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma", "opt", "bloom", "gpt_neox sequential"])
+def test_unembedding_is_what_the_model_does_to_its_last_activations(tiny, architecture):
+    """On rows that the final norm only scales by its gain, x and −x lie 2 · W_U @ (gain · x) apart in the logits."""
+    config = AutoConfig.from_pretrained(tiny(architecture))
+    last = f"blocks.{config.num_hidden_layers - 1}.hook_resid_post"
+    model = load(tiny(architecture), last, whole=True)
+    gain, W_U = model.unembedding()
+    x = torch.tensor([1.0, -1.0]).repeat(len(gain) // 2)
+    up, down = (model.logits(windows(), {last: lambda rows, x=x: x.expand_as(rows)}) for x in (x, -x))
+    assert gain.std() > 0.1
+    torch.testing.assert_close((up - down)[0, 0] / 2, W_U @ (gain * x), rtol=1e-3, atol=1e-4)
+
+
+def test_replacing_is_the_threads_own(tiny):
+    """While one thread has put zeros at a hook, another one sees the model's own activations there."""
+    name, tokens = "blocks.1.hook_resid_post", windows()
+    model = load(tiny("llama"), name, whole=True)
+    (clean,) = model.activations(tokens)
+    seen = []
+
+    def zeros(x):
+        other = threading.Thread(target=lambda: seen.append(model.activations(tokens)[0]))
+        other.start()
+        other.join()
+        return torch.zeros_like(x)
+
+    model.logits(tokens, {name: zeros})
+    assert torch.equal(seen[0], clean)
 
 
 @pytest.mark.parametrize("architecture", MIDDLES)
