@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.durable import replace_text
-from trainer.snapshot import SnapshotError, read_manifest, snapshot_names
+from trainer.snapshot import SnapshotError, is_pinned, read_manifest, snapshot_names
 
 EVALUATED = {name: name for name in ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl")} | {
     "fvu": "held_out_fvu",
@@ -42,11 +42,13 @@ def read_run(run_directory: Path) -> dict[str, Any]:
 
     `silent_seconds` is the newest report's age: a trainer that was killed says nothing, nor does one that waits.
     """
+    # The summary comes after the last snapshot: asked in this order, a finished run shows it.
+    state = "finished" if is_finished(run_directory) else "waiting" if why_not_ready(run_directory) else "running"
     summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
     names = snapshot_names(run_directory)
     return {
         "directory": run_directory.name,
-        "state": "finished" if is_finished(run_directory) else "waiting" if why_not_ready(run_directory) else "running",
+        "state": state,
         "latest": names[-1] if names else None,
         "settings": _read_toml(run_directory / "settings.toml"),
         "report": report,
@@ -93,17 +95,32 @@ def read_snapshots(run_directory: Path) -> list[dict[str, Any]]:
 
 def _entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     saes = {
-        sae: {"metrics": metrics, "evaluation": read_json(folder / sae / "evaluation.json")}
+        sae: {"metrics": metrics, "evaluation": _evaluation_of(folder / sae)}
         for sae, metrics in manifest["saes"].items()
     }
     return {
         "name": manifest["name"],
         "tokens": manifest["tokens"],
         "created": manifest["created"],
+        "pinned": is_pinned(folder),
         "bytes": sum(entry["bytes"] for entry in manifest["files"]),
         "files": [entry["path"] for entry in manifest["files"]],
         "saes": saes,
     }
+
+
+def _evaluation_of(folder: Path) -> dict[str, Any] | None:
+    """evaluation.json of one SAE, parsed once; None while there is none."""
+    path = folder / "evaluation.json"
+    try:
+        return _parsed_evaluation(path, path.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=8192)
+def _parsed_evaluation(path: Path, written_ns: int) -> dict[str, Any] | None:
+    return read_json(path)
 
 
 def wiring(told: Mapping[str, Any]) -> str | None:

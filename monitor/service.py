@@ -11,6 +11,8 @@
 What may be read is what a manifest lists, so no path of a request ever reaches the file system unchecked. The sha256
 of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
 when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
+
+All of it happens at the lowest priority: what a flood of clients gets is what the training leaves over.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
+import os
 import socket
 import threading
 import time
@@ -31,10 +35,12 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from monitor.access import TokenGate
 from monitor.page import run_page
 from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
 from trainer.snapshot import NAME, SnapshotError, snapshot_names
@@ -42,15 +48,26 @@ from trainer.snapshot import NAME, SnapshotError, snapshot_names
 LONGEST_WAIT_SECONDS = 300.0
 LOOK_SECONDS = 0.25
 """How often a waiting request looks for a newer snapshot."""
+CLOCK_TICK_NS = 1_000_000_000
+"""Safely more than that of any file system's clock."""
+NICE = 19
+PIECE_BYTES = 1 << 18
+"""Of a file, read and sent at a time: each costs a turn of a thread."""
 IMMUTABLE = "public, max-age=31536000, immutable"
 MUTABLE = "no-cache"
 PAGES = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
 
 
 def make_app(
-    run_directory: Path, registry: CollectorRegistry, unhealthy: Callable[[], str | None] = lambda: None
+    run_directory: Path,
+    registry: CollectorRegistry,
+    unhealthy: Callable[[], str | None] = lambda: None,
+    token: str | None = None,
 ) -> Starlette:
-    """The service over one run directory, which need not exist yet. `unhealthy` says what is wrong, if anything."""
+    """The service over one run directory, which need not exist yet; with a token, only for those who have it.
+
+    `unhealthy` says what is wrong, if anything.
+    """
     routes = _Routes(run_directory, registry, unhealthy)
     return Starlette(
         routes=[
@@ -64,6 +81,7 @@ def make_app(
             Route("/healthz", routes.healthz),
             Route("/readyz", routes.readyz),
         ],
+        middleware=[Middleware(TokenGate, token=token)] if token else [],
         exception_handlers={HTTPException: _explain, Exception: _explain},
     )
 
@@ -85,7 +103,13 @@ def start_service(app: Starlette, host: str, port: int) -> tuple[int, Callable[[
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],), name="service", daemon=True)
+
+    def serve() -> None:
+        # On Linux, niceness is the thread's, and threads it starts inherit it: the service's own give way to training.
+        os.nice(NICE)
+        server.run([listener])
+
+    thread = threading.Thread(target=serve, name="service", daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.01)
@@ -114,6 +138,7 @@ class _Routes:
         self.run_directory = run_directory
         self.registry = registry
         self.unhealthy = unhealthy
+        self.names = _Names(run_directory)
 
     # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
 
@@ -128,12 +153,13 @@ class _Routes:
     def snapshots(self, request: Request) -> Response:
         entries = read_snapshots(self.run_directory)
         newest = entries[-1]["name"] if entries else None
-        return JSONResponse({"latest": newest, "snapshots": entries}, headers={"Cache-Control": MUTABLE})
+        body = json.dumps({"latest": newest, "snapshots": entries}, ensure_ascii=False, allow_nan=False).encode()
+        return _json(request, body, MUTABLE, {})
 
     async def latest(self, request: Request) -> Response:
         after, deadline = _parse_wait(request)
         while True:
-            names = await run_in_threadpool(snapshot_names, self.run_directory)
+            names = await run_in_threadpool(self.names.read)
             if names and names[-1] > after:
                 return await run_in_threadpool(self._newest, request, names[-1])
             if time.monotonic() >= deadline or await request.is_disconnected():
@@ -175,7 +201,7 @@ class _Routes:
         folder = self.run_directory / "snapshots" / name
         if name.isascii() and NAME.fullmatch(name) and (folder / "manifest.json").is_file():
             return folder
-        names = snapshot_names(self.run_directory)
+        names = self.names.read()
         known = f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
         raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {known}")
 
@@ -196,6 +222,26 @@ class _Routes:
         return _verdict(why_not_ready(self.run_directory))
 
 
+class _Names:
+    """The complete snapshots, oldest first; read anew only when one has come or gone: many clients ask at once."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._run_directory = run_directory
+        self._known: tuple[int, list[str]] = (0, [])
+
+    def read(self) -> list[str]:
+        try:
+            changed = (self._run_directory / "snapshots").stat().st_mtime_ns
+        except FileNotFoundError:
+            return []
+        if changed != self._known[0]:
+            names = snapshot_names(self._run_directory)
+            if time.time_ns() - changed < CLOCK_TICK_NS:
+                return names  # another change in the same tick of the clock would not show
+            self._known = (changed, names)
+        return self._known[1]
+
+
 def _verdict(reason: str | None) -> Response:
     body, status = ({"error": reason}, 503) if reason else ({"status": "ok"}, 200)
     return JSONResponse(body, status, {"Cache-Control": "no-store"})
@@ -210,6 +256,10 @@ def _small_file(request: Request, path: Path, caching: str, headers: dict[str, s
         body = path.read_bytes()
     except FileNotFoundError:
         raise HTTPException(404, absent or f"snapshot {path.parent.name} has just been retired") from None
+    return _json(request, body, caching, headers)
+
+
+def _json(request: Request, body: bytes, caching: str, headers: dict[str, str]) -> Response:
     headers = _tags(hashlib.sha256(body).hexdigest(), caching) | headers
     if _has_it_already(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
@@ -225,7 +275,11 @@ def _large_file(request: Request, path: Path, sha256: str) -> Response:
     except FileNotFoundError:
         raise HTTPException(404, f"{path.name} of this snapshot has just been retired") from None
     media_type = "application/json" if path.suffix == ".json" else "application/octet-stream"
-    return FileResponse(path, headers=headers, media_type=media_type, stat_result=found)
+    return _Pieces(path, headers=headers, media_type=media_type, stat_result=found)
+
+
+class _Pieces(FileResponse):
+    chunk_size = PIECE_BYTES
 
 
 def _tags(sha256: str, caching: str) -> dict[str, str]:

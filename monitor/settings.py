@@ -1,15 +1,26 @@
 """What the monitor reads of the run file: the run, the model and text it evaluates with, and all of [monitor].
 
-The other processes read only the addresses in [monitor] and ignore the rest; here an unknown key is refused. An
-address other than loopback is the operator's to give: the service only reads, but it hands the SAEs and the run's
-settings to everyone who can reach it. Light: pydantic only.
+The other processes read only the addresses in [monitor] and ignore the rest; here an unknown key is refused. The
+service only reads, but it hands out the SAEs and the run's settings: other machines reach it with a token, or not at
+all. (The metrics ports, which show numbers, know no token.) Light: pydantic only.
 """
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
 
-from producer.settings import CorpusSettings, MetricsSettings, ModelSettings, Port, Positive, RunSettings, Seconds
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from producer.settings import (
+    CorpusSettings,
+    MetricsSettings,
+    ModelSettings,
+    Port,
+    Positive,
+    RunSettings,
+    Seconds,
+    is_loopback,
+)
 
 
 class MonitorTable(MetricsSettings):
@@ -17,10 +28,10 @@ class MonitorTable(MetricsSettings):
 
     model_config = ConfigDict(extra="forbid")
 
-    port: Port = 9712
-    """Prometheus port of the monitor; 0 takes any free one, which the log names."""
     service_port: Port = 8710
     """HTTP port that serves the run and its snapshots; 0 takes any free one, which the log names."""
+    token_file: str | None = None
+    """A file that holds the token which the HTTP service asks for; needed off loopback."""
     poll_seconds: Seconds = 2.0
     """How often the run directory is looked at for a new snapshot."""
     evaluate: bool = True
@@ -29,6 +40,18 @@ class MonitorTable(MetricsSettings):
     """Held-out rows of one evaluation; the same ones for every snapshot, so that numbers compare."""
     evaluation_threads: Positive = 1
     """CPU threads of the evaluation, at low priority; few, since it runs beside the training."""
+    latents_tokens: Annotated[int, Field(ge=0)] = 65_536
+    """Held-out rows on which each SAE's latents are looked at, for the pages about them; 0 leaves these out."""
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> MonitorTable:
+        if not is_loopback(f"tcp://{self.host}:{self.service_port}") and self.token_file is None:
+            raise ValueError(
+                f"monitor.host = {self.host!r} is reachable from other machines and monitor.token_file is not set: "
+                'write a token with `openssl rand -hex 24 > FILE` and set token_file = "FILE", or use 127.0.0.1 and, '
+                f"on the other machine, `ssh -L {self.service_port}:127.0.0.1:{self.service_port} THIS_HOST`"
+            )
+        return self
 
 
 class MonitorSettings(BaseModel):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import monitor.pull
+from monitor.client import Monitor, MonitorError
 from monitor.metrics import new_registry
-from monitor.pull import PullError, main, pull
+from monitor.pull import main, pull
 from monitor.service import make_app, start_service
 from tests.small_run import identity_sae, publish_snapshot, start_run
 from trainer.durable import replace_text
@@ -42,7 +43,7 @@ def url(run_directory: Path) -> Iterator[str]:
 def test_newest_snapshot_arrives_whole(run_directory: Path, url: str, tmp_path: Path):
     """Every byte of every file, under the snapshot's own name, and nothing half done beside it."""
     publish_snapshot(run_directory, 2000)
-    folder = pull(url, tmp_path / "here")
+    folder = pull(Monitor(url), tmp_path / "here")
     assert folder == tmp_path / "here" / "000000002000"
     assert _contents(folder) == _contents(run_directory / "snapshots" / "000000002000")
     assert [path.name for path in folder.parent.iterdir()] == ["000000002000"]
@@ -51,7 +52,7 @@ def test_newest_snapshot_arrives_whole(run_directory: Path, url: str, tmp_path: 
 def test_evaluation_comes_along(run_directory: Path, url: str, tmp_path: Path):
     """It is in no manifest, and is fetched when it is there."""
     replace_text(run_directory / "snapshots" / "000000001000" / "small" / "evaluation.json", '{"ce_delta": 0.5}')
-    folder = pull(url, tmp_path / "here")
+    folder = pull(Monitor(url), tmp_path / "here")
     assert json.loads((folder / "small" / "evaluation.json").read_text()) == {"ce_delta": 0.5}
     verify(folder)
 
@@ -60,24 +61,24 @@ def test_averaged_copies_come_along(run_directory: Path, url: str, tmp_path: Pat
     """NAME-ema is one more SAE of the snapshot, its evaluation included."""
     source = publish_snapshot(run_directory, 2000, [identity_sae("small"), identity_sae("small-ema")])
     replace_text(source / "small-ema" / "evaluation.json", '{"ce_delta": 0.5}')
-    assert _contents(pull(url, tmp_path / "here")) == _contents(source)
+    assert _contents(pull(Monitor(url), tmp_path / "here")) == _contents(source)
 
 
 def test_a_snapshot_by_name(run_directory: Path, url: str, tmp_path: Path):
     """An older one can be asked for; one that does not exist is an error that says what exists."""
     publish_snapshot(run_directory, 2000)
-    assert pull(url, tmp_path / "here", "000000001000").name == "000000001000"
-    with pytest.raises(PullError, match="there are 2, 000000001000 to 000000002000"):
-        pull(url, tmp_path / "here", "000000000500")
+    assert pull(Monitor(url), tmp_path / "here", "000000001000").name == "000000001000"
+    with pytest.raises(MonitorError, match="there are 2, 000000001000 to 000000002000"):
+        pull(Monitor(url), tmp_path / "here", "000000000500")
 
 
 def test_whole_snapshot_is_not_fetched_again(url: str, tmp_path: Path):
     """The second pull reads nothing but the manifest."""
     told: list[str] = []
-    pull(url, tmp_path / "here", tell=lambda path, done, size: told.append(path))
+    pull(Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(path))
     assert WEIGHTS in told
     told.clear()
-    pull(url, tmp_path / "here", tell=lambda path, done, size: told.append(path))
+    pull(Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(path))
     assert told == []
 
 
@@ -89,7 +90,9 @@ def test_half_a_file_is_resumed(run_directory: Path, url: str, tmp_path: Path):
     part.parent.mkdir(parents=True)
     part.write_bytes(source.read_bytes()[:half])
     told: list[int] = []
-    folder = pull(url, tmp_path / "here", tell=lambda path, done, size: told.append(done) if path == WEIGHTS else None)
+    folder = pull(
+        Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(done) if path == WEIGHTS else None
+    )
     verify(folder)
     assert told[0] == half + monitor.pull.PIECE_BYTES
 
@@ -99,7 +102,7 @@ def test_half_a_wrong_file_is_fetched_anew(run_directory: Path, url: str, tmp_pa
     part = tmp_path / "here" / ".part-000000001000" / f"{WEIGHTS}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"not the beginning of it")
-    verify(pull(url, tmp_path / "here"))
+    verify(pull(Monitor(url), tmp_path / "here"))
 
 
 def test_broken_connections_do_not_start_over(
@@ -109,7 +112,7 @@ def test_broken_connections_do_not_start_over(
     monkeypatch.setattr(monitor.pull, "PAUSE_SECONDS", 0.01)
     publish_snapshot(run_directory, 2000, [_large_sae()])
     with _breaking_line(int(url.rpartition(":")[2]), after_bytes=400_000) as port:
-        verify(pull(f"127.0.0.1:{port}", tmp_path / "here"))
+        verify(pull(Monitor(f"127.0.0.1:{port}"), tmp_path / "here"))
 
 
 def test_damaged_file_is_refused(run_directory: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -131,7 +134,7 @@ def test_snapshot_retired_under_way_gives_way_to_the_newest(run_directory: Path,
             publish_snapshot(run_directory, 2000)
             retire(run_directory, keep=1)
 
-    folder = pull(url, tmp_path / "here", tell=retire_it)
+    folder = pull(Monitor(url), tmp_path / "here", tell=retire_it)
     assert folder.name == "000000002000"
     assert [path.name for path in folder.parent.iterdir()] == ["000000002000"]
     verify(folder)
@@ -140,8 +143,8 @@ def test_snapshot_retired_under_way_gives_way_to_the_newest(run_directory: Path,
 def test_another_runs_snapshot_is_not_mixed_in(run_directory: Path, url: str, tmp_path: Path):
     """Two runs reach the same count of tokens; the second is refused, not merged."""
     publish_snapshot(tmp_path, 1000, [identity_sae("small", gain=2.0)])
-    with pytest.raises(PullError, match="another run"):
-        pull(url, tmp_path / "snapshots")
+    with pytest.raises(MonitorError, match="another run"):
+        pull(Monitor(url), tmp_path / "snapshots")
 
 
 @pytest.mark.parametrize("path", ["../evil", "/tmp/evil", "small/../../evil", "manifest.json", ""])
@@ -151,8 +154,8 @@ def test_manifest_that_leads_out_of_the_folder_is_refused(run_directory: Path, u
     told = json.loads(manifest.read_text())
     told["files"].append({"path": path, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
     manifest.write_text(json.dumps(told))
-    with pytest.raises(PullError, match="refused"):
-        pull(url, tmp_path / "here")
+    with pytest.raises(MonitorError, match="refused"):
+        pull(Monitor(url), tmp_path / "here")
     assert not (tmp_path / "here").exists()
 
 
@@ -175,9 +178,9 @@ def test_another_kind_of_server_is_recognised(tmp_path: Path):
     for status in (b"200 OK", b"404 Not Found"):
         with (
             _answering(b"[]", status) as port,
-            pytest.raises(PullError, match="is this the address of a Sluice monitor"),
+            pytest.raises(MonitorError, match="is this the address of a Sluice monitor"),
         ):
-            pull(f"127.0.0.1:{port}", tmp_path)
+            pull(Monitor(f"127.0.0.1:{port}"), tmp_path)
 
 
 def _large_sae() -> Export:

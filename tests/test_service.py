@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import socket
 import threading
 import time
@@ -14,13 +15,16 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+import monitor.service
+from monitor.access import TokenError, read_token
 from monitor.metrics import MonitorMetrics, new_registry
 from monitor.run_directory import last_report
 from monitor.service import make_app, start_service
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.durable import replace_text
-from trainer.snapshot import retire
+from trainer.snapshot import pin, retire, snapshot_names
 
+TOKEN = "correct-horse-battery-staple"
 WEIGHTS = "/v1/snapshots/000000001000/small/sae_weights.safetensors"
 
 
@@ -190,6 +194,14 @@ def test_nonsense_waits_are_refused(client: TestClient, query: str):
         "/v1/snapshots/000000001000/small/",
         "/v1/snapshots/000000001000/secret.txt",
         "/v1/snapshots/LATEST/manifest.json",
+        "/v1/snapshots/000000001000/%252e%252e/%252e%252e/settings.toml",
+        "/v1/snapshots/000000001000/small/../small/cfg.json",
+        "/v1/snapshots/000000001000/small/cfg.json%00.txt",
+        "/v1/snapshots/000000001000%00/manifest.json",
+        "/v1/snapshots/000000001000/small\\cfg.json",
+        "/v1/snapshots/%2e%2e/manifest.json",
+        "/v1/snapshots/00000000%d9%a1000/manifest.json",
+        "/v1/snapshots/000000001000/pinned",
     ],
 )
 def test_nothing_outside_of_the_manifest_is_served(run_directory: Path, path: str):
@@ -214,6 +226,105 @@ def test_a_manifest_cannot_lead_out_of_its_folder(run_directory: Path, client: T
     (folder / "manifest.json").write_text(json.dumps(manifest))
     answer = client.get("/v1/snapshots/000000001000/..%2f..%2fsettings.toml")
     assert answer.status_code == 404 and "outside" in answer.json()["error"]
+
+
+def test_a_link_out_of_a_snapshot_is_not_followed(run_directory: Path, client: TestClient):
+    """Neither for a file that the manifest lists, nor for an evaluation."""
+    small = publish_snapshot(run_directory, 1000) / "small"
+    (small / "cfg.json").unlink()
+    for name in ("cfg.json", "evaluation.json"):
+        (small / name).symlink_to(run_directory / "settings.toml")
+        assert "outside" in client.get(f"/v1/snapshots/000000001000/small/{name}").json()["error"]
+
+
+def test_a_list_that_has_not_changed_is_not_sent_again(run_directory: Path, client: TestClient):
+    """Who polls sends the tag he has; what changes it is a snapshot, an evaluation or a pin."""
+    folder = publish_snapshot(run_directory, 1000)
+    tag = client.get("/v1/snapshots").headers["etag"]
+    assert client.get("/v1/snapshots", headers={"If-None-Match": tag}).status_code == 304
+    pin(run_directory, folder.name)
+    answer = client.get("/v1/snapshots", headers={"If-None-Match": tag})
+    assert answer.status_code == 200 and answer.json()["snapshots"][0]["pinned"] is True
+
+
+@pytest.fixture
+def closed(run_directory: Path) -> TestClient:
+    """A service that asks for its token."""
+    publish_snapshot(run_directory, 1000)
+    app = make_app(run_directory, new_registry(), token=TOKEN)
+    return TestClient(app, "http://monitor", follow_redirects=False)
+
+
+def test_with_a_token_only_the_pulse_is_public(closed: TestClient):
+    """Every address but /healthz answers 401 and how to ask, also where there is nothing."""
+    assert closed.get("/healthz").status_code == 200
+    for path in ("/", "/v1/run", "/v1/snapshots", "/v1/snapshots/latest", WEIGHTS, "/metrics", "/readyz", "/nothing"):
+        answer = closed.get(path)
+        assert answer.status_code == 401 and "Authorization: Bearer" in answer.json()["error"]
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert closed.get(path, headers={"Authorization": f"Bearer {TOKEN}"}).status_code in (200, 404)
+
+
+@pytest.mark.parametrize(
+    "header", [f"Bearer {TOKEN}x", TOKEN, "Bearer", "Bearer ü", f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}"]
+)
+def test_another_token_opens_nothing(closed: TestClient, header: str):
+    """Longer, shorter, of another scheme, not ASCII: no server error either."""
+    assert closed.get("/v1/run", headers={"Authorization": header.encode()}).status_code == 401
+
+
+def test_a_browser_shows_the_token_once(closed: TestClient):
+    """?token= is exchanged for a cookie that scripts cannot read, that other sites do not send and that is not it."""
+    form = closed.get("/", headers={"Accept": "text/html"})
+    assert form.status_code == 401 and 'name="token"' in form.text
+    welcome = closed.get(f"/v1/snapshots?token={TOKEN}&page=2")
+    assert 'content="0;url=/v1/snapshots?page=2"' in welcome.text and TOKEN not in welcome.text
+    cookie = welcome.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and TOKEN not in cookie
+    assert welcome.headers["cache-control"] == "no-store"
+    assert closed.get("/").status_code == 200  # the client keeps cookies
+    name = next(iter(closed.cookies))
+    closed.cookies.clear()
+    assert closed.get("/", headers={"Cookie": f"{name}={TOKEN}"}).status_code == 401
+
+
+def test_the_token_leads_to_no_other_host(closed: TestClient):
+    """An address that a browser would take for another host's becomes one of this host."""
+    for path in ("//evil.example/", "/\\evil.example/", "/%0a//evil.example"):
+        page = closed.get(f"http://monitor{path}?token={TOKEN}").text
+        target = page.split("0;url=")[1].split('"')[0]
+        assert target.startswith("/") and not target.startswith(("//", "/\\"))
+
+
+@pytest.mark.parametrize("content", [None, "", "short", "two words of a sentence", "ü" * 20])
+def test_a_token_file_that_is_none_is_refused(tmp_path: Path, content: str | None):
+    """The error says how to make one."""
+    if content is not None:
+        (tmp_path / "token").write_text(content)
+    with pytest.raises(TokenError, match="openssl rand"):
+        read_token(tmp_path / "token")
+
+
+def test_the_service_gives_way(run_directory: Path):
+    """Its threads have the lowest priority, those of the process' other work keep theirs."""
+    before = {thread.name for thread in Path("/proc/self/task").iterdir()}
+    _, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0)
+    try:
+        new = {int(thread.name) for thread in Path("/proc/self/task").iterdir()} - {int(name) for name in before}
+        assert new and {os.getpriority(os.PRIO_PROCESS, thread) for thread in new} == {19}
+    finally:
+        close()
+
+
+def test_many_who_wait_cost_little(run_directory: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder is listed when it has changed, not for every look of every client that waits."""
+    publish_snapshot(run_directory, 1000)
+    listed: list[Path] = []
+    monkeypatch.setattr(monitor.service, "CLOCK_TICK_NS", 0)
+    monkeypatch.setattr(monitor.service, "snapshot_names", lambda path: listed.append(path) or snapshot_names(path))
+    client = TestClient(make_app(run_directory, new_registry()))
+    client.get("/v1/snapshots/latest?after=000000001000&wait=1")
+    assert len(listed) == 1
 
 
 def test_errors_say_what_exists(run_directory: Path, client: TestClient):

@@ -1,0 +1,107 @@
+"""A running monitor, as `pull` and `top` ask it over HTTP. The network side is the standard library's."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TIMEOUT_SECONDS = 30.0
+LARGEST_DOCUMENT = 64 << 20
+BROKEN = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+"""What goes wrong between here and the server, as against what goes wrong with this machine's disk."""
+
+
+class MonitorError(Exception):
+    """The monitor did not give what was asked for; `str(error)` says what was wrong and what to do."""
+
+
+class UsageError(MonitorError):
+    """The command line cannot be carried out; exit code 2."""
+
+
+class Gone(MonitorError):
+    """The server does not have it (any more)."""
+
+
+class Monitor:
+    """One monitor's HTTP service. `host:port` is enough of an address; a page's address with ?token= will do too."""
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            shown = url.partition("?")[0]
+            raise UsageError(f"{shown!r} is no address of a monitor; expected one such as http://127.0.0.1:8710")
+        self.base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._token = token or dict(urllib.parse.parse_qsl(parts.query)).get("token")
+
+    @contextmanager
+    def open(self, path: str, headers: dict[str, str] | None = None, wait: float = 0.0) -> Iterator[Any]:
+        """A response, which may take `wait` seconds longer than the network does.
+
+        Raises Gone for a 404, one of BROKEN for what another try may mend, MonitorError for the rest.
+        """
+        address = self.base + path
+        request = urllib.request.Request(address, headers={"Accept-Encoding": "identity", **(headers or {})})
+        if self._token:
+            # To this server only, wherever it may redirect to.
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        try:
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS + wait)
+        except urllib.error.HTTPError as error:
+            raise _explain(address, error) from None
+        except urllib.error.URLError as error:
+            raise ConnectionError(
+                f"{address} cannot be reached ({error.reason}); is the monitor running there?"
+            ) from None
+        except (ValueError, UnicodeError):
+            raise UsageError("the address or the token holds characters that HTTP does not allow") from None
+        with answer:
+            yield answer
+
+    def read(self, path: str, wait: float = 0.0) -> dict[str, Any] | None:
+        """A JSON object; None where there is nothing new (204). Raises as `open` does."""
+        with self.open(path, wait=wait) as answer:
+            text = answer.read(LARGEST_DOCUMENT)
+            if answer.status == 204:
+                return None
+        try:
+            document = json.loads(text)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise MonitorError(f"{self.base}{path} is no JSON object; is this the address of a Sluice monitor?")
+        return document
+
+
+def _explain(address: str, error: urllib.error.HTTPError) -> Exception:
+    with error:
+        body = error.read(1 << 16)
+    try:
+        reason = json.loads(body)["error"]
+    except (ValueError, KeyError, TypeError):
+        # A Sluice monitor explains itself in JSON; the metrics port of one, and anybody else, does not.
+        reason = f"{error.reason}; is this the address of a Sluice monitor, and its monitor.service_port?"
+    if error.code in (429, 500, 502, 503, 504):
+        return ConnectionError(f"{address} answers {error.code}: {reason}")
+    return (Gone if error.code in (404, 410) else MonitorError)(f"{address} answers {error.code}: {reason}")
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a monitor; `monitor_of` makes one of them."""
+    parser.add_argument("url", metavar="URL", help="where the monitor serves, such as http://127.0.0.1:8710")
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="of a monitor that asks for one; better set as SLUICE_TOKEN, which `ps` hides"
+    )
+
+
+def monitor_of(given: argparse.Namespace) -> Monitor:
+    return Monitor(given.url, given.token or os.environ.get("SLUICE_TOKEN"))
