@@ -65,7 +65,9 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     registry = new_registry()
     metrics = MonitorMetrics(registry)
     watch = Watch(settings, metrics, stop)
-    metrics_port, close_metrics = start_metrics_server(registry, table.host, table.port, unhealthy=watch.unhealthy)
+    metrics_port, close_metrics = start_metrics_server(
+        registry, table.host, table.port, alive=watch.alive, ready=watch.ready
+    )
     try:
         port, close_service = start_service(
             make_app(directory, registry, watch.unhealthy), table.host, table.service_port
@@ -108,7 +110,7 @@ class Watch:
         while not self._stop.is_set():
             # The summary comes after the last snapshot: asked in this order, a finished run has shown it.
             finished = is_finished(self._directory)
-            self._look()
+            self._look(finished)
             if finished and self._is_up_to_date():
                 complete_summary(self._directory)
                 if until_evaluated:
@@ -122,11 +124,19 @@ class Watch:
             return f"the evaluation has not moved for {time.monotonic() - moved_at:.0f} s"
         return None
 
-    def _look(self) -> None:
+    def alive(self) -> tuple[bool, str]:
+        return (False, fault) if (fault := self.unhealthy()) else (True, self._off or "ok")
+
+    def ready(self) -> tuple[bool, str]:
+        from monitor.run_directory import why_not_ready
+
+        return (False, missing) if (missing := why_not_ready(self._directory)) else (True, "ok")
+
+    def _look(self, finished: bool) -> None:
         from trainer.snapshot import snapshot_names
 
         names = snapshot_names(self._directory)
-        self._metrics.see_snapshots(len(names), int(names[-1]) if names else None)
+        self._metrics.see_run(len(names), int(names[-1]) if names else None, finished)
         if self._off or not names:
             return
         if self._evaluator is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from errno import EADDRINUSE
 from http.server import BaseHTTPRequestHandler
@@ -48,12 +48,14 @@ Kind = Literal["gauge", "counter", "summary", "histogram", "info"]
 class Metric:
     """One metric. `read` takes the report and returns a number, or None when there is none to show.
 
+    `unit` is what one counts, and stands behind the help text; a `ratio` is a share of 1.
     With `label`, it returns {label value: number}; `summary` is (count, sum), `histogram` is DENSITY_EDGES' counts,
     `info` is {label: text}.
     """
 
     name: str
     kind: Kind
+    unit: str
     help: str
     read: Callable[[Any], Any]
     label: str | None = None
@@ -69,89 +71,111 @@ class Milestones:
     """What the trainer tells beside its reports."""
 
     info: dict[str, str]
+    checkpoint_interval: float | None = None
     checkpoint_time: float | None = None
     snapshot_tokens: int | None = None
+    snapshot_time: float | None = None
 
 
 # fmt: off
 MILESTONES = (
-    Metric("sluice_run_info", "info", "The run that this trainer works on.", lambda m: m.info),
-    Metric("sluice_checkpoint_last_success_timestamp_seconds", "gauge",
+    Metric("sluice_run_info", "info", "text", "The run that this trainer works on.", lambda m: m.info),
+    Metric("sluice_checkpoint_last_success_timestamp_seconds", "gauge", "seconds",
            "When the newest complete checkpoint was written, in seconds since the Unix epoch.",
            lambda m: m.checkpoint_time),
-    Metric("sluice_snapshot_tokens", "gauge",
+    Metric("sluice_checkpoint_interval_seconds", "gauge", "seconds",
+           "How often a checkpoint is written: [checkpoint] every_seconds of the run file.",
+           lambda m: m.checkpoint_interval),
+    Metric("sluice_snapshot_tokens", "gauge", "tokens",
            "Tokens trained when the newest snapshot was published.", lambda m: m.snapshot_tokens),
+    Metric("sluice_snapshot_timestamp_seconds", "gauge", "seconds",
+           "When this trainer published its newest snapshot, in seconds since the Unix epoch.",
+           lambda m: m.snapshot_time),
 )
 
 STEP = (
-    Metric("sluice_report_timestamp_seconds", "gauge",
+    Metric("sluice_report_timestamp_seconds", "gauge", "seconds",
            "When the loop last reported, in seconds since the Unix epoch; it stands still when the loop hangs.",
            lambda r: r.time),
-    Metric("sluice_state", "gauge", "1 for the state the loop is in, 0 for the others.",
+    Metric("sluice_state", "gauge", "0 or 1", "1 for the state the loop is in, 0 for the others.",
            lambda r: _one_of(TRAINER_STATES, r.state), "state"),
-    Metric("sluice_tokens_trained_total", "counter",
+    Metric("sluice_tokens_trained_total", "counter", "tokens",
            "Rows trained on in this run; a restart goes on from the checkpoint's count.", lambda r: r.tokens),
-    Metric("sluice_target_tokens", "gauge", "Rows after which the run ends, when it was told.",
+    Metric("sluice_target_tokens", "gauge", "tokens", "Rows after which the run ends, when it was told.",
            lambda r: r.target_tokens),
-    Metric("sluice_steps_total", "counter", "Training steps of this run.", lambda r: r.step),
-    Metric("sluice_tokens_per_second", "gauge", "Rows trained on per second, between the last two reports.",
+    Metric("sluice_steps_total", "counter", "steps", "Training steps of this run.", lambda r: r.step),
+    Metric("sluice_tokens_per_second", "gauge", "tokens per second",
+           "Rows trained on per second, between the last two reports.",
            lambda r: r.tokens_per_second),
-    Metric("sluice_step_seconds", "gauge",
+    Metric("sluice_step_seconds", "gauge", "seconds",
            "Mean duration of a step between the last two reports, in seconds, without waiting for data.",
            lambda r: r.step_seconds),
-    Metric("sluice_data_wait_seconds_total", "counter", "Seconds the loop has waited for rows.",
+    Metric("sluice_data_wait_seconds_total", "counter", "seconds", "Seconds the loop has waited for rows.",
            lambda r: r.data_wait_seconds),
-    Metric("sluice_data_wait_ratio", "gauge",
+    Metric("sluice_data_wait_ratio", "gauge", "ratio",
            "Share of the last ten seconds in which training waited for rows: the producers are the bottleneck.",
            lambda r: r.stream.data_wait_ratio),
-    Metric("sluice_credit_wait_ratio", "gauge",
+    Metric("sluice_credit_wait_ratio", "gauge", "ratio",
            "Share of the last ten seconds in which producers waited for room: the trainer is the bottleneck.",
            lambda r: r.stream.credit_wait_ratio),
-    Metric("sluice_buffer_rows", "gauge", "Rows in the shuffling buffer.", lambda r: r.buffer_rows),
-    Metric("sluice_buffer_capacity_rows", "gauge", "Rows that the shuffling buffer can hold.",
+    Metric("sluice_buffer_rows", "gauge", "rows", "Rows in the shuffling buffer.", lambda r: r.buffer_rows),
+    Metric("sluice_buffer_capacity_rows", "gauge", "rows", "Rows that the shuffling buffer can hold.",
            lambda r: r.buffer_capacity_rows),
-    Metric("sluice_buffer_same_context_mates", "gauge",
+    Metric("sluice_buffer_same_context_mates", "gauge", "rows",
            "Expected number of other rows of the same window in a row's batch; the smaller, the better shuffled.",
            lambda r: r.same_context_mates),
-    Metric("sluice_epoch", "gauge", "The pass over the corpus being leased, from 0.", lambda r: r.stream.epoch),
-    Metric("sluice_tokens_received_total", "counter", "Rows taken into the buffer.",
+    Metric("sluice_epoch", "gauge", "epochs",
+           "The pass over the corpus being leased, from 0.", lambda r: r.stream.epoch),
+    Metric("sluice_tokens_received_total", "counter", "tokens", "Rows taken into the buffer.",
            lambda r: r.stream.tokens_received),
-    Metric("sluice_tokens_discarded_total", "counter", "Rows that producers named as outliers and did not send.",
+    Metric("sluice_tokens_discarded_total", "counter", "tokens",
+           "Rows that producers named as outliers and did not send.",
            lambda r: r.stream.rows_discarded),
-    Metric("sluice_rows_rejected_total", "counter", "Rows that arrived and were not taken, by reason.",
+    Metric("sluice_rows_rejected_total", "counter", "rows", "Rows that arrived and were not taken, by reason.",
            lambda r: r.stream.rows_rejected, "reason"),
-    Metric("sluice_credit_rows_outstanding", "gauge", "Rows that producers may still send under the credit granted.",
+    Metric("sluice_credit_rows_outstanding", "gauge", "rows",
+           "Rows that producers may still send under the credit granted.",
            lambda r: r.stream.credit_rows_outstanding),
-    Metric("sluice_leases", "gauge", "Shards of this epoch by state.",
+    Metric("sluice_leases", "gauge", "shards", "Shards of this epoch by state.",
            lambda r: {"free": 0, "leased": 0, "received": 0, "trained": 0, "set_aside": 0} | r.stream.leases, "state"),
-    Metric("sluice_producers", "gauge", "Connected producers by state.",
+    Metric("sluice_producers", "gauge", "producers", "Connected producers by state.",
            lambda r: {"working": 0, "idle": 0} | r.stream.producers, "state"),
-    Metric("sluice_sessions_lost_total", "counter", "Producers that fell silent or were refused in mid-session.",
+    Metric("sluice_sessions_lost_total", "counter", "sessions",
+           "Producers that fell silent or were refused in mid-session.",
            lambda r: r.stream.sessions_lost),
-    Metric("sluice_protocol_errors_total", "counter", "Messages dropped, by kind of fault.",
+    Metric("sluice_protocol_errors_total", "counter", "messages", "Messages dropped, by kind of fault.",
            lambda r: r.stream.protocol_errors, "kind"),
-    Metric("sluice_auth_failures_total", "counter", "Connections refused because their key is not known.",
+    Metric("sluice_auth_failures_total", "counter", "connections",
+           "Connections refused because their key is not known.",
            lambda r: r.stream.auth_failures),
+    Metric("sluice_invariant_breaches_total", "counter", "breaches",
+           "Times the books did not balance, by what was broken; each is a fault of Sluice, and the log says more.",
+           lambda r: r.stream.breaches, "invariant"),
 )
 
 SAE = (
-    Metric("sluice_l0", "gauge", "Mean number of latents active on a row.", lambda s: s.l0),
-    Metric("sluice_mse", "gauge", "Mean squared error per element, in the units of the raw activations.",
+    Metric("sluice_l0", "gauge", "latents", "Mean number of latents active on a row.", lambda s: s.l0),
+    Metric("sluice_mse", "gauge", "squared activation",
+           "Mean squared error per element, in the units of the raw activations.",
            lambda s: s.mse),
-    Metric("sluice_fvu", "gauge", "Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean.",
+    Metric("sluice_fvu", "gauge", "ratio",
+           "Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean.",
            lambda s: s.fvu),
-    Metric("sluice_dead_latents", "gauge", "Latents that have not fired for the run's dead_tokens.",
+    Metric("sluice_dead_latents", "gauge", "latents", "Latents that have not fired for the run's dead_tokens.",
            lambda s: s.dead_latents),
-    Metric("sluice_dead_latents_ratio", "gauge", "Share of latents that have not fired for the run's dead_tokens.",
+    Metric("sluice_dead_latents_ratio", "gauge", "ratio",
+           "Share of latents that have not fired for the run's dead_tokens.",
            lambda s: s.dead_latents_ratio),
-    Metric("sluice_shrinkage", "gauge",
+    Metric("sluice_shrinkage", "gauge", "ratio",
            "E|x_hat|² / E[x·x_hat] about the mean of x: 1 is unbiased, less is suppressed.", lambda s: s.shrinkage),
-    Metric("sluice_loss", "gauge", "Loss of the last step, by part.", lambda s: s.loss, "part"),
-    Metric("sluice_learning_rate", "gauge", "Learning rate of the last step.", lambda s: s.learning_rate),
-    Metric("sluice_grad_norm", "gauge", "Norm of the gradient before clipping.", lambda s: s.grad_norm),
-    Metric("sluice_skipped_steps_total", "counter", "Steps whose gradient was not finite; they changed nothing.",
+    Metric("sluice_loss", "gauge", "loss", "Loss of the last step, by part.", lambda s: s.loss, "part"),
+    Metric("sluice_learning_rate", "gauge", "rate", "Learning rate of the last step.", lambda s: s.learning_rate),
+    Metric("sluice_grad_norm", "gauge", "loss per weight",
+           "Norm of the gradient before clipping.", lambda s: s.grad_norm),
+    Metric("sluice_skipped_steps_total", "counter", "steps",
+           "Steps whose gradient was not finite; they changed nothing.",
            lambda s: s.skipped_steps),
-    Metric("sluice_feature_density", "histogram",
+    Metric("sluice_feature_density", "histogram", "latents",
            "Latents by log10 of their recent firing rate; silent ones stand in the lowest bucket. A distribution over "
            "latents at this moment, not over time: read it without rate().", lambda s: s.density),
 )
@@ -161,8 +185,11 @@ SAE = (
 class TrainerMetrics(Collector):
     """What the trainer shows."""
 
-    def __init__(self, registry: CollectorRegistry, run_info: dict[str, str]) -> None:
-        self._milestones = Milestones(run_info)
+    def __init__(
+        self, registry: CollectorRegistry, run_info: dict[str, str], checkpoint_interval: float | None = None
+    ) -> None:
+        """`run_info` is shown as labels; `checkpoint_interval` in seconds."""
+        self._milestones = Milestones(run_info, checkpoint_interval)
         self._report: StepReport | None = None
         registry.register(self)
 
@@ -172,8 +199,8 @@ class TrainerMetrics(Collector):
     def set_checkpoint_time(self, unix_seconds: float) -> None:
         self._milestones = replace(self._milestones, checkpoint_time=unix_seconds)
 
-    def set_snapshot_tokens(self, tokens: int) -> None:
-        self._milestones = replace(self._milestones, snapshot_tokens=tokens)
+    def set_snapshot(self, tokens: int, unix_seconds: float) -> None:
+        self._milestones = replace(self._milestones, snapshot_tokens=tokens, snapshot_time=unix_seconds)
 
     def collect(self) -> Iterator[Family]:
         report = self._report
@@ -192,30 +219,31 @@ PRODUCER_STATES = ("starting", "connecting", "working", "idle", "leaving")
 
 # fmt: off
 PRODUCER = (
-    Metric("sluice_producer_state", "gauge", "1 for the state the producer is in, 0 for the others.",
+    Metric("sluice_producer_state", "gauge", "0 or 1", "1 for the state the producer is in, 0 for the others.",
            lambda r: _one_of(PRODUCER_STATES, r.state), "state"),
-    Metric("sluice_producer_tokens_total", "counter", "Rows sent.", lambda r: r.tokens),
-    Metric("sluice_producer_rows_dropped_total", "counter", "Positions not sent, by reason.",
+    Metric("sluice_producer_tokens_total", "counter", "tokens", "Rows sent.", lambda r: r.tokens),
+    Metric("sluice_producer_rows_dropped_total", "counter", "rows", "Positions not sent, by reason.",
            lambda r: r.rows_dropped, "reason"),
-    Metric("sluice_producer_rows_dropped_ratio", "gauge", "Share of all positions seen that were not sent.",
+    Metric("sluice_producer_rows_dropped_ratio", "gauge", "ratio", "Share of all positions seen that were not sent.",
            lambda r: _dropped_ratio(r)),
-    Metric("sluice_producer_chunks_total", "counter", "Chunks of rows sent.", lambda r: r.chunks),
-    Metric("sluice_producer_shards_total", "counter", "Shards finished.", lambda r: r.shards),
-    Metric("sluice_producer_forward_seconds", "summary",
+    Metric("sluice_producer_chunks_total", "counter", "chunks", "Chunks of rows sent.", lambda r: r.chunks),
+    Metric("sluice_producer_shards_total", "counter", "shards", "Shards finished.", lambda r: r.shards),
+    Metric("sluice_producer_forward_seconds", "summary", "seconds",
            "Forward passes of the language model, and the seconds they took.",
            lambda r: (r.forwards, r.forward_seconds)),
-    Metric("sluice_producer_stall_seconds_total", "counter", "Seconds spent waiting, by cause.",
+    Metric("sluice_producer_stall_seconds_total", "counter", "seconds", "Seconds spent waiting, by cause.",
            lambda r: r.stall_seconds, "cause"),
-    Metric("sluice_producer_sessions_total", "counter", "Times a trainer has welcomed this producer.",
+    Metric("sluice_producer_sessions_total", "counter", "sessions", "Times a trainer has welcomed this producer.",
            lambda r: r.sessions),
     # Not layers_total: that suffix is the counters', and promtool refuses it on a gauge.
-    Metric("sluice_producer_layers", "gauge", "Blocks that the language model has.", lambda r: r.layers_total or None),
-    Metric("sluice_producer_layers_run", "gauge", "Blocks of the language model that execute in one pass.",
+    Metric("sluice_producer_layers", "gauge", "blocks",
+           "Blocks that the language model has.", lambda r: r.layers_total or None),
+    Metric("sluice_producer_layers_run", "gauge", "blocks", "Blocks of the language model that execute in one pass.",
            lambda r: r.layers_run or None),
 )
 # fmt: on
 
-PRODUCER_INFO = (Metric("sluice_producer_info", "info", "What this producer runs.", lambda info: info),)
+PRODUCER_INFO = (Metric("sluice_producer_info", "info", "text", "What this producer runs.", lambda info: info),)
 
 
 class ProducerMetrics(Collector):
@@ -254,37 +282,48 @@ class Watch:
     snapshots: int = 0
     newest_tokens: int | None = None
     failures: int = 0
+    finished: bool = False
 
 
 # fmt: off
 EVALUATION = (
-    Metric("sluice_ce_delta", "gauge",
+    Metric("sluice_ce_delta", "gauge", "nats per token",
            "Cross-entropy that the language model loses by reading x_hat for x, in nats per token: the primary number.",
            lambda e: e.get("ce_delta")),
-    Metric("sluice_ce_recovered", "gauge",
+    Metric("sluice_ce_recovered", "gauge", "ratio",
            "Share of the cross-entropy lost to zero ablation that the SAE recovers: 1 is no loss at all.",
            lambda e: e.get("ce_recovered")),
-    Metric("sluice_kl", "gauge", "KL(P_clean ‖ P_sae) of the language model's predictions, in nats per token.",
+    Metric("sluice_kl", "gauge", "nats per token",
+           "KL(P_clean ‖ P_sae) of the language model's predictions, in nats per token.",
            lambda e: e.get("kl")),
-    Metric("sluice_ce_clean", "gauge", "Cross-entropy of the untouched language model, in nats per token.",
+    Metric("sluice_ce_clean", "gauge", "nats per token",
+           "Cross-entropy of the untouched language model, in nats per token.",
            lambda e: e.get("ce_clean")),
-    Metric("sluice_ce_sae", "gauge", "Cross-entropy of the language model that reads x_hat, in nats per token.",
+    Metric("sluice_ce_sae", "gauge", "nats per token",
+           "Cross-entropy of the language model that reads x_hat, in nats per token.",
            lambda e: e.get("ce_sae")),
-    Metric("sluice_evaluation_fvu", "gauge", "Fraction of variance unexplained on held-out rows: 0 is perfect.",
+    Metric("sluice_evaluation_fvu", "gauge", "ratio",
+           "Fraction of variance unexplained on held-out rows: 0 is perfect.",
            lambda e: e.get("fvu")),
-    Metric("sluice_evaluation_l0", "gauge", "Mean number of latents active on a held-out row.", lambda e: e.get("l0")),
-    Metric("sluice_evaluated_snapshot_tokens", "gauge",
+    Metric("sluice_evaluation_l0", "gauge", "latents",
+           "Mean number of latents active on a held-out row.", lambda e: e.get("l0")),
+    Metric("sluice_evaluated_snapshot_tokens", "gauge", "tokens",
            "Tokens trained when the newest evaluated snapshot was published.", lambda e: e.get("snapshot_tokens")),
-    Metric("sluice_evaluation_seconds", "gauge", "How long the newest evaluation took, in seconds.",
+    Metric("sluice_evaluation_seconds", "gauge", "seconds", "How long the newest evaluation took, in seconds.",
            lambda e: e.get("seconds")),
 )
 
 WATCH = (
-    Metric("sluice_monitor_snapshots", "gauge", "Complete snapshots in the run directory.", lambda w: w.snapshots),
-    Metric("sluice_monitor_newest_snapshot_tokens", "gauge",
+    Metric("sluice_monitor_snapshots", "gauge", "snapshots",
+           "Complete snapshots in the run directory.", lambda w: w.snapshots),
+    Metric("sluice_monitor_newest_snapshot_tokens", "gauge", "tokens",
            "Tokens trained when the newest snapshot that the monitor has seen was published.",
            lambda w: w.newest_tokens),
-    Metric("sluice_evaluation_failures_total", "counter", "Snapshots that could not be evaluated; the log says why.",
+    Metric("sluice_run_finished", "gauge", "0 or 1",
+           "1 once the run has come to its end: its trainer and producers are gone for a good reason.",
+           lambda w: int(w.finished)),
+    Metric("sluice_evaluation_failures_total", "counter", "snapshots",
+           "Snapshots that could not be evaluated; the log says why.",
            lambda w: w.failures),
 )
 # fmt: on
@@ -306,8 +345,8 @@ class MonitorMetrics(Collector):
         kept = {sae: self._watch.evaluations[sae] for sae in saes if sae in self._watch.evaluations}
         self._watch = replace(self._watch, evaluations=kept)
 
-    def see_snapshots(self, count: int, newest_tokens: int | None) -> None:
-        self._watch = replace(self._watch, snapshots=count, newest_tokens=newest_tokens)
+    def see_run(self, snapshots: int, newest_tokens: int | None, finished: bool) -> None:
+        self._watch = replace(self._watch, snapshots=snapshots, newest_tokens=newest_tokens, finished=finished)
 
     def count_failure(self) -> None:
         self._watch = replace(self._watch, failures=self._watch.failures + 1)
@@ -355,7 +394,12 @@ def _empty(metric: Metric, labels: tuple[str, ...]) -> Any:
         "histogram": HistogramMetricFamily,
         "info": InfoMetricFamily,
     }
-    return kinds[metric.kind](metric.name.removesuffix("_info"), metric.help, labels=all_labels)
+    return kinds[metric.kind](metric.name.removesuffix("_info"), _help_with_unit(metric), labels=all_labels)
+
+
+def _help_with_unit(metric: Metric) -> str:
+    # OpenMetrics' own place for a unit is for names that end with it, which those of ratios and losses do not.
+    return metric.help if metric.kind == "info" else f"{metric.help} [{metric.unit}]"
 
 
 def _fill(family: Any, metric: Metric, values: tuple[str, ...], read: Any) -> None:
@@ -390,22 +434,28 @@ def _names(table: Iterable[Metric]) -> Iterator[Family]:
 
 # --- The port --------------------------------------------------------------------------------------------------------
 
+Verdict = Callable[[], tuple[bool, str]]
+"""Answers whether something holds, with a sentence for people."""
+
 
 def start_metrics_server(
     registry: CollectorRegistry,
     host: str,
     port: int,
     next_free: int = 0,
-    unhealthy: Callable[[], str | None] = lambda: None,
+    leave: Collection[int] = (),
+    alive: Verdict = lambda: (True, "ok"),
+    ready: Verdict = lambda: (True, "ok"),
 ) -> tuple[int, Callable[[], None]]:
-    """Serves /metrics and /healthz from a thread; returns the port and what closes it.
+    """Serves /metrics, /healthz and /readyz from a thread; returns the port and what closes it.
 
-    Port 0 takes any free one. When `port` is taken, the `next_free` ports after it are tried: several producers share
-    a machine. `unhealthy` says what is wrong, and /healthz answers 503 with it; a process that waits for its peers is
-    healthy. Raises OSError, naming host and port, when nothing could be bound.
+    Port 0 takes any free one. When `port` is taken, the `next_free` ports after it are tried, without those in `leave`:
+    several producers share a machine. /healthz tells whether the process is `alive`, /readyz whether it is `ready` for
+    its peers: 200 or 503, and the sentence. A process that waits for its peers is alive. Raises OSError, naming host
+    and port, when nothing could be bound.
     """
-    server = _bind(host, port, next_free)
-    server.registry, server.unhealthy = registry, unhealthy
+    server = _bind(host, port, next_free, leave)
+    server.registry, server.alive, server.ready = registry, alive, ready
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
 
@@ -417,15 +467,16 @@ def start_metrics_server(
     return server.server_address[1], close
 
 
-def _bind(host: str, port: int, next_free: int) -> _MetricsServer:
+def _bind(host: str, port: int, next_free: int, leave: Collection[int]) -> _MetricsServer:
     last = min(port + next_free, 65535) if port else 0
+    candidates = [one for one in range(port, last + 1) if one == port or one not in leave]
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        for candidate in range(port, last + 1):
+        for candidate in candidates:
             try:
                 return _MetricsServer(family, (str(address[0]), candidate))
             except OSError as error:
-                if error.errno != EADDRINUSE or candidate == last:
+                if error.errno != EADDRINUSE or candidate == candidates[-1]:
                     raise
     except OSError as error:
         ports = f"port {port}" if port == last else f"ports {port} to {last}"
@@ -440,7 +491,8 @@ class _MetricsServer(ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     registry: CollectorRegistry
-    unhealthy: Callable[[], str | None]
+    alive: Verdict
+    ready: Verdict
 
     def __init__(self, family: int, address: tuple[str, int]) -> None:
         self.address_family = family
@@ -453,7 +505,7 @@ class _MetricsServer(ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The two routes. Prometheus' own server answers every path with the metrics, /healthz included."""
+    """The three routes. Prometheus' own server answers every path with the metrics, /healthz included."""
 
     server: _MetricsServer
     timeout = 10.0
@@ -463,11 +515,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/metrics":
             encode, content_type = choose_encoder(self.headers.get("Accept", ""))
             self._answer(200, content_type, encode(self.server.registry))
-        elif path == "/healthz":
-            reason = self.server.unhealthy()
-            self._answer(503 if reason else 200, "text/plain; charset=utf-8", f"{reason or 'ok'}\n".encode())
+        elif path in ("/healthz", "/readyz"):
+            holds, said = (self.server.alive if path == "/healthz" else self.server.ready)()
+            self._answer(200 if holds else 503, "text/plain; charset=utf-8", f"{said}\n".encode())
         else:
-            self._answer(404, "text/plain; charset=utf-8", b"there are /metrics and /healthz\n")
+            self._answer(404, "text/plain; charset=utf-8", b"there are /metrics, /healthz and /readyz\n")
 
     do_HEAD = do_GET
 

@@ -52,6 +52,7 @@ def _run(settings: ProducerSettings) -> int:
     from monitor.metrics import ProducerMetrics, new_registry, start_metrics_server
     from producer.activations import ModelError
     from producer.corpus import CorpusError
+    from producer.health import Health
     from producer.keys import KeysError
     from producer.link import Link, NoTrainer, Refused
     from producer.memory import keep_freed_memory
@@ -87,17 +88,26 @@ def _run(settings: ProducerSettings) -> int:
         norm_bounds=bounds,
         provenance=source.facts | source.findings,
     )
-    registry = new_registry()
+    registry, table = new_registry(), settings.monitor
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})
+    health = Health(settings.stream.stall_seconds)
     try:
-        address = settings.monitor.host, settings.monitor.producer_port
-        port, close_metrics = start_metrics_server(registry, *address, next_free=64)
+        port, close_metrics = start_metrics_server(
+            registry,
+            table.host,
+            table.producer_port,
+            next_free=64,
+            leave=(table.trainer_port, table.port),
+            alive=health.alive,
+            ready=health.ready,
+        )
     except OSError as error:
         log.error("%s", error)
         return 1
-    log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
+    log.info("metrics at http://%s:%d/metrics", table.host, port)
     try:
         with Link(settings.stream, hello) as link:
+            health.watch(link)
             producer = Producer(source, link, settings.stream.dtype, metrics.update)
             with _told_every_second(lambda: metrics.update(producer.report())):
                 producer.run()

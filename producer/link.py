@@ -102,6 +102,8 @@ class Link:
         self._progress = 0
         self._failed_handshakes = 0
         self._warn_at = self._give_up_at = 0.0
+        self.moved_at = time.monotonic()
+        """When the loop last got on with its work, or waited for the trainer: it stands still when the loop hangs."""
         self.sessions = 0
         self.stall_seconds = {"credit": 0.0, "lease": 0.0}
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
@@ -164,7 +166,7 @@ class Link:
                 **chunk,
             )
             self._outbox.append((message, payload))
-            self._progress += 1
+            self._move()
         self._ring()
 
     def end_shard(self, lease: Lease, message: ShardEnd | ShardFail) -> None:
@@ -173,13 +175,13 @@ class Link:
             self._check(lease)
             self._session.leases.popleft()
             self._outbox.append((message, None))
-            self._progress += 1
+            self._move()
         self._ring()
 
     def moved(self) -> None:
         """Tells the trainer, with the next heartbeat, that work goes on although no chunk is ready."""
         with self._changed:
-            self._progress += 1
+            self._move()
 
     @property
     def state(self) -> str:
@@ -197,10 +199,15 @@ class Link:
         with suppress(BlockingIOError):  # it has been rung before, and not heard yet
             self._clapper.send(b"!")
 
+    def _move(self) -> None:
+        self._progress += 1
+        self.moved_at = time.monotonic()
+
     def _wait(self, cause: str) -> None:
         began = time.monotonic()
         self._changed.wait(timeout=0.1)
-        self.stall_seconds[cause] += time.monotonic() - began
+        self.moved_at = time.monotonic()
+        self.stall_seconds[cause] += self.moved_at - began
 
     # The socket's thread
 

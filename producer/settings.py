@@ -218,6 +218,8 @@ class MetricsSettings(BaseModel):
     """Prometheus port of the trainer; 0 takes any free one, which the log names."""
     producer_port: Port = 9711
     """Prometheus port of the first producer on a machine; the next ones take the next free port."""
+    port: Port = 9712
+    """Prometheus port of the monitor; 0 takes any free one, which the log names. Producers leave it alone."""
 
 
 class ProducerSettings(BaseModel):

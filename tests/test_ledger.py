@@ -445,6 +445,23 @@ def test_shard_is_closed_when_its_last_row_is_trained() -> None:
     assert (ledger.rows_trained, ledger.rows_buffered, ledger.report().leases["trained"]) == (9, 0, 1)
 
 
+def test_books_that_do_not_balance_are_counted_and_told() -> None:
+    """A row that a step names twice, and a buffer that holds more than was received; kept over a restart."""
+    ledger = make_ledger()
+    first = leases(join(ledger))[0]
+    send_windows(ledger, first, 1, [0, 1])
+    train(ledger, (0, 1), (0, 2))
+    assert ledger.audit(rows_in_buffer=4) == []
+    assert sum(ledger.report().breaches.values()) == 0
+
+    train(ledger, (0, 2))
+    told = ledger.audit(rows_in_buffer=5)
+
+    assert len(told) == 2 and "trained twice" in told[0] and "the buffer holds 5 rows, the ledger 3" in told[1]
+    assert ledger.audit(rows_in_buffer=3) == []
+    assert restart(ledger).report().breaches == {"trained_once": 1, "rows_accounted": 1, "memory_bound": 0}
+
+
 def test_shard_that_came_short_is_leased_again_without_what_is_here() -> None:
     """One window never arrived; the next lease masks the other two, and its holder need send only the third."""
     ledger = make_ledger()

@@ -30,6 +30,7 @@ sluice_checkpoint_last_success_timestamp_seconds sluice_snapshot_tokens sluice_r
 sluice_producer_forward_seconds sluice_producer_stall_seconds_total sluice_ce_delta sluice_ce_recovered
 sluice_kl""",
 )
+"""Those that architecture.md promises."""
 
 DENSITY = (1, *[0] * (len(DENSITY_EDGES) - 2), 4, 2)
 """One latent at 10⁻⁷ or below, four near 1, two that did not fire."""
@@ -55,6 +56,7 @@ STREAM = StreamReport(
     protocol_errors={"too_large": 1},
     auth_failures=4,
     credit_rows_outstanding=50,
+    breaches={"trained_once": 0},
 )
 REPORT = StepReport(
     time=1.7e9,
@@ -78,6 +80,24 @@ def test_every_promised_name_is_in_the_tables():
     assert set(PROMISED) <= {metric.name for metric in metrics.ALL}
 
 
+@pytest.mark.parametrize("metric", metrics.ALL, ids=lambda metric: metric.name)
+def test_every_metric_says_what_it_is_and_in_which_unit(metric: metrics.Metric):
+    """A sentence and a unit; a name that ends with a base unit means it, and only counters end with _total."""
+    assert metric.help.endswith(".") and metric.unit
+    assert (metric.kind == "counter") == metric.name.endswith("_total")
+    stem = metric.name.removesuffix("_total")
+    for suffix, unit in (("_seconds", "seconds"), ("_ratio", "ratio"), ("_per_second", "tokens per second")):
+        if stem.endswith(suffix):
+            assert metric.unit == unit
+    registry = CollectorRegistry()
+    TrainerMetrics(registry, {})
+    ProducerMetrics(registry, {})
+    MonitorMetrics(registry)
+    shown = {family.name: family.documentation for family in registry.collect()}
+    unit_shown = "" if metric.kind == "info" else f" [{metric.unit}]"
+    assert shown[stem.removesuffix("_info")] == metric.help + unit_shown
+
+
 def test_trainer_shows_its_last_report():
     """Counters, labelled gauges and per-SAE values appear as the report has them."""
     registry = CollectorRegistry()
@@ -90,6 +110,7 @@ def test_trainer_shows_its_last_report():
     assert registry.get_sample_value("sluice_producers", {"state": "idle"}) == 0
     assert registry.get_sample_value("sluice_leases", {"state": "free"}) == 7
     assert registry.get_sample_value("sluice_rows_rejected_total", {"reason": "stale_lease"}) == 3
+    assert registry.get_sample_value("sluice_invariant_breaches_total", {"invariant": "trained_once"}) == 0
     assert registry.get_sample_value("sluice_fvu", {"sae": "a"}) == 0.2
     assert registry.get_sample_value("sluice_loss", {"sae": "a", "part": "reconstruction"}) == 0.2
     assert registry.get_sample_value("sluice_state", {"state": "training"}) == 1
@@ -109,12 +130,14 @@ def test_unknown_values_are_absent_and_nan_is_shown():
 def test_milestones_are_set_beside_the_reports():
     """Checkpoints and snapshots happen between reports; their values stay when a report comes."""
     registry = CollectorRegistry()
-    trainer = TrainerMetrics(registry, {})
+    trainer = TrainerMetrics(registry, {}, checkpoint_interval=300.0)
     trainer.set_checkpoint_time(1.7e9)
-    trainer.set_snapshot_tokens(5000)
+    trainer.set_snapshot(5000, 1.6e9)
     trainer.update(REPORT)
+    assert registry.get_sample_value("sluice_checkpoint_interval_seconds") == 300
     assert registry.get_sample_value("sluice_checkpoint_last_success_timestamp_seconds") == 1.7e9
     assert registry.get_sample_value("sluice_snapshot_tokens") == 5000
+    assert registry.get_sample_value("sluice_snapshot_timestamp_seconds") == 1.6e9
 
 
 def test_density_is_one_cumulative_histogram():
@@ -162,6 +185,9 @@ def test_monitor_shows_each_saes_newest_evaluation():
     monitor.update("a", {"ce_delta": 0.5, "ce_recovered": 0.9, "kl": 0.4, "snapshot_tokens": 1000})
     monitor.update("b", {"ce_delta": 0.7, "ce_recovered": None})
     monitor.count_failure()
+    monitor.see_run(snapshots=3, newest_tokens=1500, finished=True)
+    assert registry.get_sample_value("sluice_monitor_newest_snapshot_tokens") == 1500
+    assert registry.get_sample_value("sluice_run_finished") == 1
     assert registry.get_sample_value("sluice_ce_delta", {"sae": "a"}) == 0.5
     assert registry.get_sample_value("sluice_evaluated_snapshot_tokens", {"sae": "a"}) == 1000
     assert registry.get_sample_value("sluice_ce_delta", {"sae": "b"}) == 0.7
@@ -191,25 +217,23 @@ def test_a_scrape_over_http_is_valid_openmetrics():
     assert families["sluice_tokens_trained"].samples[0].value == 1000
 
 
-def test_health_is_asked_apart_from_metrics():
-    """/healthz turns 503 with the reason; other paths are 404 and not a scrape."""
-    wrong: list[str] = []
-    with _served(new_registry(), lambda: wrong[0] if wrong else None) as port:
-        assert _get(port, "/healthz") == "ok\n"
-        wrong.append("the loop has not reported for 70 s")
+def test_health_and_readiness_are_asked_apart_from_metrics():
+    """Each is 200 or 503 with a sentence; other paths are 404 and not a scrape."""
+    with _served(new_registry(), alive=lambda: (True, "starved"), ready=lambda: (False, "no trainer yet")) as port:
+        assert _get(port, "/healthz") == "starved\n"
         with pytest.raises(urllib.error.HTTPError, match="503") as caught:
-            _get(port, "/healthz")
-        assert "70 s" in caught.value.read().decode()
+            _get(port, "/readyz")
+        assert caught.value.read() == b"no trainer yet\n"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             _get(port, "/health")
 
 
 def test_second_producer_takes_the_next_free_port():
-    """Several producers of one machine share a run file; each finds a port of its own."""
+    """Several producers of one machine share a run file; each finds a port, and none takes the monitor's."""
     with _served(new_registry()) as port:
-        second, close = start_metrics_server(new_registry(), "127.0.0.1", port, next_free=20)
+        second, close = start_metrics_server(new_registry(), "127.0.0.1", port, next_free=20, leave=[port + 1])
         try:
-            assert port < second <= port + 20
+            assert port + 1 < second <= port + 20
             assert "process_cpu_seconds_total" in _get(second, "/metrics")
         finally:
             close()
@@ -222,8 +246,8 @@ def test_occupied_port_is_named():
 
 
 @contextmanager
-def _served(registry: CollectorRegistry, unhealthy=lambda: None) -> Iterator[int]:
-    port, close = start_metrics_server(registry, "127.0.0.1", 0, unhealthy=unhealthy)
+def _served(registry: CollectorRegistry, **verdicts: metrics.Verdict) -> Iterator[int]:
+    port, close = start_metrics_server(registry, "127.0.0.1", 0, **verdicts)
     try:
         yield port
     finally:

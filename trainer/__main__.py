@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from monitor.metrics import TrainerMetrics
     from producer.wire import Hello
     from trainer.checkpoint import Saved
+    from trainer.health import Health
     from trainer.ledger import Ledger
     from trainer.report import StepReport
     from trainer.roster import Roster
@@ -94,6 +95,7 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     from producer.keys import KeysError
     from trainer.checkpoint import CheckpointError, load_newest
     from trainer.durable import sweep
+    from trainer.health import Health
     from trainer.intake import IntakeError
     from trainer.kernels.cpu import warm_up
     from trainer.roster import Roster
@@ -117,11 +119,15 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
         forget_after(directory, ledger.rows_trained)
         registry = new_registry()
         model = settings.model.name if settings.model else "synthetic"
-        metrics = TrainerMetrics(registry, {"run": ledger.run, "model": model})
-        port, close_metrics = start_metrics_server(registry, settings.monitor.host, settings.monitor.trainer_port)
-        log.info("metrics at http://%s:%d/metrics", settings.monitor.host, port)
+        info = {"id": ledger.run, "directory": settings.run.directory, "model": model}
+        metrics = TrainerMetrics(registry, info, settings.checkpoint.every_seconds)
+        health, table = Health(), settings.monitor
+        port, close_metrics = start_metrics_server(
+            registry, table.host, table.trainer_port, alive=health.alive, ready=health.ready
+        )
+        log.info("metrics at http://%s:%d/metrics", table.host, port)
         try:
-            _train(settings, directory, inbox, ledger, roster, saved, metrics)
+            _train(settings, directory, inbox, ledger, roster, saved, metrics, health)
         finally:
             close_metrics()
         return 0
@@ -167,6 +173,7 @@ def _train(
     roster: Roster,
     saved: Saved | None,
     metrics: TrainerMetrics,
+    health: Health,
 ) -> None:
     """Opens the stream, trains until the end or until told to stop, and leaves everything on disk."""
     from trainer.buffer import ShuffleBuffer
@@ -194,6 +201,7 @@ def _train(
         if roster.paused:
             log.info("the run is paused: `python -m trainer ctl %s resume` goes on", directory)
         loop = Loop(settings, roster, intake, inbox, reports, answer, saved)
+        health.watch(loop)
         complete = loop.work()
         inbox.close()
         if complete and reports.last is None:
@@ -235,7 +243,7 @@ class Reports:
         self._history.flush()
 
     def published(self, tokens: int) -> None:
-        self._metrics.set_snapshot_tokens(tokens)
+        self._metrics.set_snapshot(tokens, time.time())
         log.info("snapshot of %s rows published", f"{tokens:,}")
 
     def _tell(self, report: StepReport, before: StepReport | None) -> None:

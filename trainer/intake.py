@@ -124,6 +124,11 @@ class Intake:
 
     # The training thread's side
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the socket's thread, if anything has."""
+        return self._failure
+
     def filled(self, count: int) -> bool:
         """Whether `take(count)` would not wait."""
         with self.lock:
@@ -259,7 +264,7 @@ class Intake:
             self._close()
 
     def _watch_waits(self) -> None:
-        """Who waits for whom: kept for the last ten seconds."""
+        """Who waits for whom, kept for the last ten seconds; and, every second, whether the books balance."""
         now = time.monotonic()
         sessions = self.ledger.sessions.values()
         if any(one.leases for one in sessions) and not any(one.leases and one.credit_rows for one in sessions):
@@ -267,6 +272,8 @@ class Intake:
         self._looked = now
         if now - self._waits[-1][0] >= 1.0:
             self._waits.append((now, self._data_wait, self._credit_wait))
+            for fault in self.ledger.audit(self.buffer.rows if self.buffer is not None else 0):
+                log.error("an invariant is broken, please report it: %s", fault)
 
     def _close(self) -> None:
         self._socket.disable_monitor()

@@ -184,12 +184,14 @@ class Ledger:
         self.rejected: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.auth_failures = 0
+        self.breaches: Counter[str] = Counter()
         self.progress = 0
         self._next_serial = 0
         self._cursor = 0
         self._turn = 0
         self._queue = np.zeros(0, np.int64)
         self._drained: bool | None = None
+        self._faults: list[str] = []
         self.winding_down = False
         """No lease and no credit is given any more; what was given is used up."""
 
@@ -252,6 +254,7 @@ class Ledger:
             rows_discarded=self.rows_discarded,
             protocol_errors=dict(self.errors),
             auth_failures=self.auth_failures,
+            breaches={"trained_once": 0, "rows_accounted": 0, "memory_bound": 0} | self.breaches,
             credit_rows_outstanding=self.rows_credited,
             sessions_lost=self.sessions_lost,
         )
@@ -367,10 +370,27 @@ class Ledger:
         """A step has consumed these rows."""
         for one in np.unique(serial):
             shard = self.open[int(one)]
-            shard.trained[position[serial == one]] = True
+            named = position[serial == one]
+            if shard.trained[named].any() or not shard.had[named].all():
+                self._breach("trained_once", f"rows of shard {shard.shard} are trained twice, or were never received")
+            shard.trained[named] = True
             self._close_if_finished(shard)
         self.rows_trained += len(serial)
         self.progress += 1
+
+    def audit(self, rows_in_buffer: int) -> list[str]:
+        """What does not balance, in sentences: now, and in the steps since the last audit. Empty, or Sluice is wrong.
+
+        These are the checks that cost nothing; that each row is in exactly one place is for the tests to show.
+        """
+        promised = self.rows_buffered + self.rows_credited
+        if promised > self.limits.capacity_rows:
+            room = f"room for {self.limits.capacity_rows}"
+            self._breach("memory_bound", f"{promised} rows are here or may still come, and there is {room}")
+        if not 0 <= rows_in_buffer <= self.rows_buffered:
+            self._breach("rows_accounted", f"the buffer holds {rows_in_buffer} rows, the ledger {self.rows_buffered}")
+        faults, self._faults = self._faults, []
+        return faults
 
     def wind_down(self) -> None:
         """This trainer is going to leave, but first takes in what producers may still send under their credit."""
@@ -416,6 +436,7 @@ class Ledger:
             "rejected": dict(self.rejected),
             "errors": dict(self.errors),
             "auth_failures": self.auth_failures,
+            "breaches": dict(self.breaches),
             "open": [
                 {name: getattr(shard, name) for name in SAVED} | {"positions": len(shard.had)} for shard in shards
             ],
@@ -445,6 +466,7 @@ class Ledger:
             setattr(self, name, document[name])
         self.set_aside = [dict(entry) for entry in document["set_aside"]]
         self.rejected, self.errors = Counter(document["rejected"]), Counter(document["errors"])
+        self.breaches = Counter(document.get("breaches"))  # checkpoints of older releases have none
         self.rows_received = self.rows_trained
         self._cursor, self._next_serial = document["cursor"], document["next_serial"]
         if self.stream:
@@ -461,6 +483,10 @@ class Ledger:
             self._close_if_finished(shard)
 
     # Inside
+
+    def _breach(self, invariant: str, fault: str) -> None:
+        self.breaches[invariant] += 1
+        self._faults.append(fault)
 
     def _refusal(self, hello: Hello) -> tuple[str, str] | None:
         """Why this producer can never serve this run: (code, sentence), or None."""

@@ -57,6 +57,8 @@ class StreamReport:
     protocol_errors: dict[str, int] = field(default_factory=dict)
     """Messages dropped, by kind of fault."""
     auth_failures: int = 0
+    breaches: dict[str, int] = field(default_factory=dict)
+    """Times the books did not balance, by the invariant that was broken: trained_once, rows_accounted, memory_bound."""
     credit_rows_outstanding: int = 0
     """Rows that producers may still send under the credit granted."""
     sessions_lost: int = 0

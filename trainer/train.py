@@ -75,6 +75,7 @@ class Loop:
         self.roster = roster
         self.intake = intake
         self.run: Run | None = None
+        self.last_report: StepReport | None = None
         self._inbox = inbox
         self._listener = listener
         self._answer = answer
@@ -82,6 +83,8 @@ class Loop:
         self._told = time.monotonic()
         self._next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
         self._retry_at = 0.0
+        self.moved_at = time.monotonic()
+        """When the loop last came round; it stands still when a step, a snapshot or a checkpoint hangs."""
 
     @property
     def tokens(self) -> int:
@@ -105,6 +108,7 @@ class Loop:
         """Trains until the run is complete (True), or until it is told to stop (False)."""
         self._begin()
         while not (self.complete or self.drained or self._inbox.stopping):
+            self.moved_at = time.monotonic()
             # One request a turn: a flood of them must not stop the training.
             if (request := self._inbox.next()) is not None and self._answer is not None:
                 self._answer(self, request)
@@ -229,9 +233,9 @@ class Loop:
         """Tells the listener how things stand; None while there is nothing to tell."""
         if self.run is None or self.run.scales is None:
             return None
-        report = self.clock.report()
-        self._listener.report(report)
-        return report
+        self.last_report = self.clock.report()
+        self._listener.report(self.last_report)
+        return self.last_report
 
     @property
     def has_rows(self) -> bool:

@@ -1,0 +1,35 @@
+"""What a producer answers to /healthz and /readyz: (whether it holds, a sentence for people)."""
+
+from __future__ import annotations
+
+import time
+
+from producer.link import Link
+
+
+class Health:
+    """Alive: the loop moves, if only to wait for a trainer, a lease or credit. Ready: a trainer has welcomed it.
+
+    The loop hangs when one forward pass or one shard's text takes longer than `stall_seconds`: the trainer has given
+    its lease to others by then.
+    """
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self._link: Link | None = None
+
+    def watch(self, link: Link) -> None:
+        self._link = link
+
+    def alive(self) -> tuple[bool, str]:
+        if self._link is None:
+            return True, "starting"
+        if (still := time.monotonic() - self._link.moved_at) > self._stall_seconds:
+            return False, f"the loop has not moved for {still:.0f} s: one forward pass, or reading one shard, hangs"
+        return True, self._link.state
+
+    def ready(self) -> tuple[bool, str]:
+        alive, state = self.alive()
+        if alive and state in ("starting", "connecting"):
+            return False, f"{state}: no trainer has welcomed this producer yet"
+        return alive, state
