@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from monitor.settings import MonitorSettings
-from producer.settings import is_loopback, parse_command_line
+from producer.settings import parse_command_line
 
 if TYPE_CHECKING:
     from monitor.follow import Evaluator
@@ -26,8 +27,17 @@ if TYPE_CHECKING:
 PURPOSE = """Serves a run's snapshots over HTTP, and measures each new one with the language model.
 
 It only reads what the trainer publishes: start it before, with or after the run, and stop it at any time.
-`python -m monitor pull URL [--to DIR]` fetches the newest snapshot from a running monitor.
-`--until-evaluated` ends it once the run is finished, its last snapshot is evaluated and summary.json is complete."""
+`--until-evaluated` ends it once the run is finished, its last snapshot is evaluated and summary.json is complete.
+
+Beside it, for a monitor that is running:
+  python -m monitor pull URL       fetch the newest snapshot, or with --follow each new one
+  python -m monitor top URL        the run's live table in this terminal
+and for snapshots on disk:
+  python -m monitor compare A B    what changed between two of them
+Each has a --help of its own."""
+
+BESIDE = {"pull": "monitor.pull", "top": "monitor.top", "compare": "monitor.compare"}
+"""Commands, and the modules whose `main` they are."""
 
 UNTIL_EVALUATED = "--until-evaluated"
 NICE = 10
@@ -39,10 +49,8 @@ log = logging.getLogger("sluice.monitor")
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["pull"]:
-        from monitor.pull import main as pull
-
-        return pull(arguments[1:])
+    if arguments and arguments[0] in BESIDE:
+        return int(import_module(BESIDE[arguments[0]]).main(arguments[1:]))
     until_evaluated = UNTIL_EVALUATED in arguments
     arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]
     settings = parse_command_line("python -m monitor", PURPOSE, MonitorSettings, arguments)
@@ -50,18 +58,25 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    from monitor.access import TokenError
+
     try:
         return _run(settings, until_evaluated, stop)
+    except TokenError as error:
+        log.error("%s", error)
+        return 2
     except OSError as error:
         log.error("%s", error)
         return 1
 
 
 def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
+    from monitor.access import read_token
     from monitor.metrics import MonitorMetrics, new_registry, start_metrics_server
     from monitor.service import make_app, start_service
 
     directory, table = Path(settings.run.directory), settings.monitor
+    token = None if table.token_file is None else read_token(Path(table.token_file))
     registry = new_registry()
     metrics = MonitorMetrics(registry)
     watch = Watch(settings, metrics, stop)
@@ -70,7 +85,7 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     )
     try:
         port, close_service = start_service(
-            make_app(directory, registry, watch.unhealthy), table.host, table.service_port
+            make_app(directory, registry, watch.unhealthy, token), table.host, table.service_port
         )
         log.info(
             "%s at http://%s:%d/, metrics at http://%s:%d/metrics",
@@ -80,8 +95,6 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
             table.host,
             metrics_port,
         )
-        if not is_loopback(f"tcp://{table.host}:{port}"):
-            log.warning("monitor.host = %s: everyone who can reach it can read this run and its settings", table.host)
         try:
             return watch.follow(until_evaluated)
         finally:

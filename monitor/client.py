@@ -24,6 +24,10 @@ class MonitorError(Exception):
     """The monitor did not give what was asked for; `str(error)` says what was wrong and what to do."""
 
 
+class NotModified(MonitorError):
+    """What the tag in If-None-Match names is still what there is."""
+
+
 class UsageError(MonitorError):
     """The command line cannot be carried out; exit code 2."""
 
@@ -47,7 +51,8 @@ class Monitor:
     def open(self, path: str, headers: dict[str, str] | None = None, wait: float = 0.0) -> Iterator[Any]:
         """A response, which may take `wait` seconds longer than the network does.
 
-        Raises Gone for a 404, one of BROKEN for what another try may mend, MonitorError for the rest.
+        Raises Gone for a 404, NotModified for a 304, MonitorError for other refusals, one of BROKEN for what another
+        try may mend.
         """
         address = self.base + path
         request = urllib.request.Request(address, headers={"Accept-Encoding": "identity", **(headers or {})})
@@ -85,6 +90,8 @@ class Monitor:
 def _explain(address: str, error: urllib.error.HTTPError) -> Exception:
     with error:
         body = error.read(1 << 16)
+    if error.code == 304:
+        return NotModified(f"{address} has not changed")
     try:
         reason = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):

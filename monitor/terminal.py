@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -15,62 +16,87 @@ from monitor.run_directory import wiring
 
 Report = Mapping[str, Any]
 BAR = 20
+COLUMNS = {"SAE": 0, "L0": 0, "FVU": 0, "dead": 49, "shrink": 67, "rate": 76, "ΔCE": 40, "CE rec.": 58}
+"""Of the live table, and the width of terminal from which on each is shown."""
+LONGEST_NAME = 18
 
 
-def live(report: Report | None, evaluations: Mapping[str, Report], elapsed: float, note: str) -> RenderableType:
-    """One frame. `evaluations` are the newest evaluation.json per SAE; `note` says what is happening now."""
+def live(
+    report: Report | None, evaluations: Mapping[str, Report], elapsed: float | None, note: str, width: int = 80
+) -> RenderableType:
+    """One frame. `evaluations` are the newest evaluation.json per SAE; `note` says what is happening now.
+
+    `elapsed` seconds are those since the start, where they are known.
+    """
     if report is None:
-        return Text(f"  {note}  ({elapsed:.0f} s)", style="dim")
-    return Group(_progress(report, elapsed), _saes(report, evaluations), Text(f"  {note}", style="dim"))
+        return Text(f"  {note}" + ("" if elapsed is None else f"  ({elapsed:.0f} s)"), style="dim")
+    return Group(
+        _progress(report, elapsed, BAR if width >= 72 else BAR // 2),
+        _saes(report, evaluations, width),
+        Text(f"  {note}", style="dim"),
+    )
 
 
-def _progress(report: Report, elapsed: float) -> RenderableType:
+def _progress(report: Report, elapsed: float | None, length: int) -> RenderableType:
     tokens, target = report["tokens"], report["target_tokens"]
-    stream = report["stream"]
+    producers = sum(report["stream"]["producers"].values())
     rate = report["tokens_per_second"]
     grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right", style="dim", width=8)
-    grid.add_column(width=BAR)
-    grid.add_column(no_wrap=True)
-    left = f"{(target - tokens) / rate:.0f} s left" if target and rate > 0 else ""
-    of = f" of {target:,}" if target else ""
-    grid.add_row(
-        "tokens",
-        ProgressBar(total=target or 1, completed=tokens if target else 1, width=BAR, pulse=not target),
-        f"[bold]{tokens:,}[/]{of} · {rate:,.0f}/s · {left}",
-    )
+    grid.add_column(justify="right", style="dim", min_width=8, no_wrap=True)
+    grid.add_column(width=length)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    told = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
+    if target and rate > 0:
+        told.append(f"{span((target - tokens) / rate)} left")
+    bar = ProgressBar(total=target or 1, completed=tokens if target else 1, width=length, pulse=not target)
+    grid.add_row("tokens", bar, " · ".join(told))
     rows, capacity = report["buffer_rows"], report["buffer_capacity_rows"]
-    grid.add_row(
-        "buffer",
-        ProgressBar(total=capacity, completed=rows, width=BAR, complete_style="cyan", finished_style="cyan"),
-        f"{rows:,} rows · {report['state']} · {sum(stream['producers'].values())} producer(s) · {elapsed:.0f} s",
-    )
+    told = [f"{rows:,} rows", escape(report["state"]), f"{producers} producer{'' if producers == 1 else 's'}"]
+    if elapsed is not None:
+        told.append(span(elapsed))
+    bar = ProgressBar(total=capacity, completed=rows, width=length, complete_style="cyan", finished_style="cyan")
+    grid.add_row("buffer", bar, " · ".join(told))
     return grid
 
 
-def _saes(report: Report, evaluations: Mapping[str, Report]) -> RenderableType:
+def span(seconds: float) -> str:
+    """A length of time, as exact as a person wants it."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _saes(report: Report, evaluations: Mapping[str, Report], width: int) -> RenderableType:
+    shown = [name for name, least in COLUMNS.items() if width >= least]
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("SAE", "L0", "FVU", "dead", "shrink", "rate", "ΔCE", "CE rec."):
-        table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True, min_width=7)
+    for name in shown:
+        if name == "SAE":
+            table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=7, max_width=LONGEST_NAME)
+        else:
+            table.add_column(name, justify="right", no_wrap=True, min_width=7)
+    rows = []
     for sae in report["saes"]:
-        table.add_row(*_sae_row(sae["name"], sae, evaluations.get(sae["name"], {})))
+        rows.append(_sae_row(sae["name"], sae, evaluations.get(sae["name"], {})))
         if averaged := evaluations.get(copy := f"{sae['name']}-ema"):
-            table.add_row(*_sae_row(copy, {}, averaged))
+            rows.append(_sae_row(copy, {}, averaged))
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
     return table
 
 
-def _sae_row(name: str, sae: Report, evaluation: Report) -> list[str]:
+def _sae_row(name: str, sae: Report, evaluation: Report) -> dict[str, str]:
     """`sae` is what training reports: nothing, of an averaged copy."""
-    return [
-        f"[bold]{name}[/]",
-        number(sae.get("l0"), ".1f"),
-        number(sae.get("fvu"), ".4f"),
-        number(sae.get("dead_latents_ratio"), ".1%"),
-        number(sae.get("shrinkage"), ".3f"),
-        number(sae.get("learning_rate"), ".1e"),
-        number(evaluation.get("ce_delta"), ".4f"),
-        number(evaluation.get("ce_recovered"), ".4f"),
-    ]
+    return {
+        "SAE": f"[bold]{escape(name)}[/]",
+        "L0": number(sae.get("l0"), ".1f"),
+        "FVU": number(sae.get("fvu"), ".4f"),
+        "dead": number(sae.get("dead_latents_ratio"), ".1%"),
+        "shrink": number(sae.get("shrinkage"), ".3f"),
+        "rate": number(sae.get("learning_rate"), ".1e"),
+        "ΔCE": number(evaluation.get("ce_delta"), ".4f"),
+        "CE rec.": number(evaluation.get("ce_recovered"), ".4f"),
+    }
 
 
 def results(summary: Report) -> Table:

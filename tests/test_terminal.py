@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from monitor.terminal import live, results
+from monitor.terminal import live, results, span
 
 UNKNOWN: dict[str, Any] = {"d_sae": 4096, "hook": "blocks.1.hook_resid_mid", "dead_latents_ratio": None}
 
@@ -39,6 +39,26 @@ def test_live_shows_averaged_copies_of_the_saes_in_training():
 def test_live_shows_any_state(state: str):
     """A run without an end, at no speed, and nothing known of its SAEs."""
     assert state in _drawn(live(_report(state), {}, 1.0, "note"))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_live_fits_narrow_terminals(width: int):
+    """What matters least is left out, and a long name is cut; no line is broken and no number is."""
+    report = _report("training")
+    report["saes"][0] |= {"name": "a-name-of-some-length-that-people-give", "learning_rate": 3e-4}
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(live(report, {}, None, "note", width))
+    lines = console.export_text().splitlines()
+    assert len(lines) == 5 and "0.5000" in lines[3] and "a-name" in lines[3] and "…" in lines[3]
+    assert ("3.0e-04" in lines[3]) == (width >= 80)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0, "0 s"), (119, "119 s"), (600, "10.0 min"), (9000, "2.5 h"), (14 * 86400, "14.0 d")]
+)
+def test_spans_are_told_in_units_people_use(seconds: float, told: str):
+    """From seconds to the two weeks of a long run."""
+    assert span(seconds) == told
 
 
 def _report(state: str) -> dict[str, Any]:
