@@ -1,34 +1,49 @@
 """How much of the language model's skill an SAE keeps: the model reads x_hat where it would read x, on held-out text.
 
     ce_delta      CE_sae − CE_clean, nats per token. The primary number ("delta LM loss", Gemma Scope, 2408.05147).
-    ce_recovered  (CE_zero − CE_sae) / (CE_zero − CE_clean), against **zero** ablation (Gated SAEs, 2404.16014). A
-                  residual stream of zeros is so bad that 0.99 may still hide a large ce_delta: never read it alone.
+    ce_recovered  (CE_zero − CE_sae) / (CE_zero − CE_clean), against **zero** ablation (Gated SAEs, 2404.16014; SAELens'
+                  ce_loss_score). A residual stream of zeros is so bad that 0.99 may still hide a large ce_delta: never
+                  read it alone.
+    ce_recovered_mean_ablation  the same with every row replaced by the mean of all rows; 0 is what a constant gives.
     kl            KL(P_clean ‖ P_sae), mean over predicted positions, nats per token.
-    fvu           Σ‖y − y_hat‖² / Σ‖y − mean(y)‖² over the held-out rows, mean and sums over all of them, in float64.
+    fvu           Σ‖y − y_hat‖² / Σ‖y − mean(y)‖² over the held-out rows, mean and sums over all of them, in float64
+                  (1 − SAELens' explained_variance).
+    cosine        of y and y_hat, not about their means, mean over rows (SAELens' cossim).
+    norm_ratio    ‖y_hat‖ / ‖y‖, mean over rows (SAELens' l2_ratio). Below 1 it need not be shrinkage: the best linear
+                  estimate of a noisy y is shorter than y.
+    shrinkage     Σ‖y_hat − mean(y)‖² / Σ(y − mean(y))·(y_hat − mean(y)), as in training: 1 is unbiased, less is
+                  suppressed (γ of Gated SAEs, 2404.16014 §4, which leaves the mean in, as SAELens'
+                  relative_reconstruction_bias does).
     l0            mean number of latents other than zero on a row.
+    density       latents by log10 of the share of rows on which they fire: by DENSITY_EDGES' bins, then the silent.
+    dense_latents latents that fire on more than a tenth of the rows (the bound of JumpReLU SAEs, 2407.14435).
+    dead_latents  latents that fire on no row. As many rows as are held out are few: rare latents are among them.
 
 An SAE *reads* hooks and *writes* hooks. An autoencoder writes what it reads. A transcoder (2406.11944) reads one hook
-and writes another that the model computes later; y, its FVU and its zero ablation are the other's. A crosscoder reads
-and writes several: all are replaced in one pass and all set to zero in another; its fvu weighs each hook by its mean
-square, as its training does, and fvu_by_hook tells them apart.
+and writes another that the model computes later; y, what is compared with it, and what is ablated are the other's. A
+crosscoder reads and writes several: all are replaced in one pass, all set to zero in another and to their means in a
+third. Its fvu and shrinkage weigh each hook by its mean square, as its training does, its cosine and norm_ratio are
+means over hooks, and fvu_by_hook tells them apart.
 
 What an SAE reads and should give are the rows of the clean pass: with one hook those are the rows that the pass with
 its reconstruction has there, and with several no reconstruction answers to the errors of an earlier one.
 
-Only rows such as the SAE was trained on are replaced (or set to zero): BOS, special tokens, padding and rows that the
+Only rows such as the SAE was trained on are replaced (or ablated): BOS, special tokens, padding and rows that the
 stream drops because their norm at any of its hooks is beyond that hook's frozen bound stay as the model made them.
 Cross-entropy is counted wherever a real token follows a real token, replaced or not, so ce_clean is the model's plain
 loss on this text. CE and KL are taken from logits in float32.
 
-Always over the same rows (`monitor.held_out`), so that the numbers of snapshots compare.
+Always over the same rows (`monitor.held_out`), so that the numbers of snapshots compare. The text is read once: a pass
+of the clean model and one with each SAE's reconstruction. What does not depend on the SAE is measured with the first,
+the mean rows before it. Nothing is kept but sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,10 +61,17 @@ from monitor.passes import (
 )
 from producer.activations import LanguageModel
 from producer.tokens import Windows
+from trainer.report import DENSITY_EDGES
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite, read_sae
 
 LATENTS_IN_MEMORY = 1 << 24
+DENSE = 0.1
+"""Share of rows from which on a latent is a dense one."""
+
+Bounds = tuple[tuple[str, float], ...]
+Ablation = tuple[Literal["zero", "mean"], tuple[str, ...], Bounds]
+"""What the rows of these hooks, within these norm bounds, are replaced by."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +86,17 @@ class Subject:
 
 @dataclass
 class Baseline:
-    """What does not depend on the SAE, once measured: CE with the rows of hooks set to zero."""
+    """What does not depend on the SAE, once measured."""
 
-    ce_zero: dict[tuple[tuple[str, ...], tuple[tuple[str, float], ...]], float] = field(default_factory=dict)
-    """By (hooks, norm bounds)."""
+    means: dict[Bounds, dict[str, Tensor]] = field(default_factory=dict)
+    """By norm bounds and hook: the mean of the hook's rows, float64 [width]."""
+    ce: dict[Ablation, float] = field(default_factory=dict)
 
 
 def evaluate_sae(
     model: LanguageModel, windows: Windows, sae_folder: Path, norm_bounds: NormBounds | None = None
 ) -> dict[str, Any]:
-    """The numbers above for the SAE in one folder of a snapshot, and ce_clean, ce_sae, ce_zero, rows, predictions.
+    """The numbers above for the SAE in one folder of a snapshot, and those they are made of.
 
     Values that are not finite, and ratios without a denominator, are None. Raises SnapshotError for a folder that
     holds no SAE, EvaluationError for one that does not fit the model's hooks.
@@ -108,10 +131,14 @@ def evaluate(
     for subject in subjects:
         if reason := misfit(model, subject):
             raise EvaluationError(reason)
+    within = tuple(sorted(bounds.items()))
+    if within not in baseline.means:
+        baseline.means[within] = _mean_rows(model, windows, bounds, between)
+    means = baseline.means[within]
     clean = _Mean()
-    tallies = {subject.name: _Tally() for subject in subjects}
-    keys = {subject.name: (subject.writes, tuple(sorted(bounds.items()))) for subject in subjects}
-    zero = {key: _Mean() for key in keys.values() if key not in baseline.ce_zero}
+    tallies = {subject.name: _Tally(subject, means) for subject in subjects}
+    ablations: set[Ablation] = {(put, subject.writes, within) for subject in subjects for put in ("zero", "mean")}
+    ablated = {ablation: _Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
     for tokens, kept, predicted in passes(model, windows):
         following = tokens[:, 1:][predicted]
 
@@ -125,33 +152,57 @@ def evaluate(
         clean.add(_cross_entropy(log_clean, following))
         streamed = in_stream(seen, kept, bounds)
         rows = {hook: x[streamed].float() for hook, x in seen.items()}
-        for key, mean in zero.items():
-            nothing = {hook: torch.zeros_like(rows[hook]) for hook in key[0]}
-            mean.add(_cross_entropy(forward(splicing(streamed, nothing)), following))
+        for (put, ablated_hooks, _), ce in ablated.items():
+            constant = {hook: means[hook] if put == "mean" else torch.zeros_like(means[hook]) for hook in ablated_hooks}
+            ce.add(_cross_entropy(forward(splicing(streamed, constant)), following))
         for subject in subjects:
             tally = tallies[subject.name]
             log_sae = forward(splicing(streamed, _reconstruct(subject, rows, tally)))
             tally.ce.add(_cross_entropy(log_sae, following))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
-    baseline.ce_zero |= {key: mean.value for key, mean in zero.items()}
+    baseline.ce |= {ablation: ce.value for ablation, ce in ablated.items()}
     return {
-        subject.name: _result(subject, clean, baseline.ce_zero[keys[subject.name]], tallies[subject.name])
+        subject.name: _result(
+            subject,
+            clean,
+            baseline.ce["zero", subject.writes, within],
+            baseline.ce["mean", subject.writes, within],
+            tallies[subject.name],
+        )
         for subject in subjects
     }
 
 
-def _result(subject: Subject, clean: _Mean, ce_zero: float, tally: _Tally) -> dict[str, Any]:
+def _mean_rows(
+    model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None]
+) -> dict[str, Tensor]:
+    """By hook, the mean of its rows in float64; NaN where there are none."""
+    hooks = [hook.name for hook in model.hooks]
+    sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in model.hooks}
+    count = 0
+    for tokens, kept, _ in passes(model, windows):
+        seen = dict(zip(hooks, model.activations(tokens), strict=True))
+        streamed = in_stream(seen, kept, bounds)
+        for hook, x in seen.items():
+            sums[hook] += x[streamed].double().sum(0)
+        count += int(streamed.sum())
+        between()
+    return {hook: total / count for hook, total in sums.items()}
+
+
+def _result(subject: Subject, clean: _Mean, ce_zero: float, ce_mean: float, tally: _Tally) -> dict[str, Any]:
     ce_clean, ce_sae = clean.value, tally.ce.value
-    lost = ce_zero - ce_clean
     numbers = {
         "ce_clean": ce_clean,
         "ce_sae": ce_sae,
         "ce_zero": ce_zero,
+        "ce_mean_ablation": ce_mean,
         "ce_delta": ce_sae - ce_clean,
-        "ce_recovered": (ce_zero - ce_sae) / lost if lost else None,
+        "ce_recovered": _recovered(ce_zero, ce_sae, ce_clean),
+        "ce_recovered_mean_ablation": _recovered(ce_mean, ce_sae, ce_clean),
         "kl": tally.kl.value,
-        "fvu": tally.fvu,
-        "l0": tally.active / tally.rows if tally.rows else None,
+        **tally.fit(),
+        "l0": int(tally.firings.sum()) / tally.rows if tally.rows else None,
     }
     result: dict[str, Any] = {"hook": subject.reads[0]}
     if len(subject.reads) > 1:
@@ -163,12 +214,20 @@ def _result(subject: Subject, clean: _Mean, ce_zero: float, tally: _Tally) -> di
         result["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
     return result | {
         "ce_recovered_against": "zero ablation",
+        "density": tally.density(),
+        "dense_latents": int((tally.firings > DENSE * tally.rows).sum()),
+        "dead_latents": int((tally.firings == 0).sum()),
         "rows": tally.rows,
         "predictions": clean.count,
     }
 
 
-# --- What is summed up -------------------------------------------------------------------------------------------------
+def _recovered(ce_ablated: float, ce_sae: float, ce_clean: float) -> float | None:
+    lost = ce_ablated - ce_clean
+    return (ce_ablated - ce_sae) / lost if lost else None
+
+
+# --- What is summed up -----------------------------------------------------------------------------------------------
 
 
 def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
@@ -179,12 +238,12 @@ def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
     for piece in x.split(max(1, LATENTS_IN_MEMORY // sae.W_enc.shape[1])):
         latents = sae.encode(piece)
         parts.append(sae.decode(latents, piece))
-        tally.active += int((latents != 0).sum())
+        tally.firings += (latents != 0).sum(0)
     tally.rows += len(x)
     widths = [rows[hook].shape[1] for hook in subject.writes]
     y_hat = dict(zip(subject.writes, torch.cat(parts).split(widths, 1), strict=True))
     for hook, found in y_hat.items():
-        tally.fits.setdefault(hook, _Fit()).add(rows[hook], found)
+        tally.fits[hook].add(rows[hook], found)
     return y_hat
 
 
@@ -208,60 +267,66 @@ class _Mean:
 
 
 class _Fit:
-    """How well y_hat fits y [rows, width] at one hook, in float64 over rows that arrive in parts."""
+    """How well y_hat fits y [rows, width] at one hook, in float64 over rows that arrive in parts; `mean` is y's."""
 
-    def __init__(self) -> None:
-        self.error = 0.0
-        """Σ‖y − y_hat‖²"""
-        self.weight = 0.0
-        """1 over the mean square of an element of y, up to a factor that all hooks share."""
+    def __init__(self, mean: Tensor) -> None:
+        self._mean = mean
+        self.error = self.variance = self.spread = self.covariance = 0.0
+        """Sums of ‖y − y_hat‖², and about the mean of ‖y‖², ‖y_hat‖² and y·y_hat"""
+        self.cosine, self.norm_ratio = _Mean(), _Mean()
         self._square = 0.0
-        self._rows = 0
-        self._about_centre = 0.0
-        self._centre: Tensor | None = None
-        self._offset: Tensor = torch.zeros(())
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
-        if not len(y):
-            return
         y, y_hat = y.double(), y_hat.double()
-        if self._centre is None:
-            # Sums about the first rows' mean: about zero, Σ‖y‖² and ‖Σy‖² would cancel, the mean being far larger
-            # than the spread.
-            self._centre = y.mean(0)
-            self._offset = torch.zeros_like(self._centre)
-        centred = y - self._centre
-        self._offset += centred.sum(0)
-        self._about_centre += float(centred.square().sum())
         self.error += float((y - y_hat).square().sum())
+        self.cosine.add(torch.cosine_similarity(y, y_hat, dim=1))
+        self.norm_ratio.add(y_hat.norm(dim=1) / y.norm(dim=1))
         self._square += float(y.square().sum())
-        self.weight = y.shape[1] / self._square if self._square else 0.0
-        self._rows += len(y)
-
-    @property
-    def variance(self) -> float:
-        """Σ‖y − mean(y)‖²"""
-        return self._about_centre - float(self._offset.square().sum()) / max(1, self._rows)
+        y, y_hat = y - self._mean, y_hat - self._mean
+        self.variance += float(y.square().sum())
+        self.spread += float(y_hat.square().sum())
+        self.covariance += float((y * y_hat).sum())
 
     @property
     def fvu(self) -> float | None:
         return self.error / self.variance if self.variance > 0 else None
 
+    @property
+    def weight(self) -> float:
+        """1 over the mean square of an element of y, up to a factor that all hooks share."""
+        return len(self._mean) / self._square if self._square else 0.0
+
 
 class _Tally:
     """What is summed up of one SAE."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: Subject, means: Mapping[str, Tensor]) -> None:
         self.ce, self.kl = _Mean(), _Mean()
-        self.rows, self.active = 0, 0
-        self.fits: dict[str, _Fit] = {}
+        self.rows = 0
+        self.firings = torch.zeros(subject.sae.W_enc.shape[1], dtype=torch.int64, device=subject.sae.W_enc.device)
+        self.fits = {hook: _Fit(means[hook]) for hook in subject.writes}
         """By the hooks it writes."""
 
-    @property
-    def fvu(self) -> float | None:
-        """Over all hooks, each in the scale in which an element of its rows has a mean square of 1."""
-        variance = sum(fit.variance * fit.weight for fit in self.fits.values())
-        return sum(fit.error * fit.weight for fit in self.fits.values()) / variance if variance > 0 else None
+    def fit(self) -> dict[str, float | None]:
+        """Over all hooks; sums of squares in the scale in which an element of a hook's rows has a mean square of 1."""
+        fits = self.fits.values()
+        error, variance, spread, covariance = (
+            sum(getattr(fit, name) * fit.weight for fit in fits)
+            for name in ("error", "variance", "spread", "covariance")
+        )
+        return {
+            "fvu": error / variance if variance > 0 else None,
+            "cosine": sum(fit.cosine.value for fit in fits) / len(fits),
+            "norm_ratio": sum(fit.norm_ratio.value for fit in fits) / len(fits),
+            "shrinkage": spread / covariance if covariance > 0 else None,
+        }
+
+    def density(self) -> list[int]:
+        """Latents per bin of DENSITY_EDGES by log10 of the share of rows on which they fire, then the silent ones."""
+        fired = self.firings > 0
+        edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64, device=fired.device)
+        bins = torch.bucketize((self.firings[fired].double() / max(1, self.rows)).log10(), edges)
+        return [*torch.bincount(bins, minlength=len(DENSITY_EDGES)).tolist(), int((~fired).sum())]
 
 
 # --- What fits the model ---------------------------------------------------------------------------------------------

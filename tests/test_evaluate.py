@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from producer.produce import _pack_rows
 from producer.settings import ModelSettings, read_run_file
 from producer.tokens import Windows
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
+from trainer.report import DENSITY_EDGES
 from trainer.snapshot import Export, retire
 
 HOOK = "blocks.0.hook_resid_post"
@@ -46,6 +48,7 @@ WORDS = 40
 MLP_OUT = "blocks.1.hook_mlp_out"
 WIRED = [MLP_OUT, "blocks.1.hook_resid_mid", HOOK, "blocks.1.hook_resid_pre"]
 """Hooks for SAEs of several, not in the order in which the model computes them."""
+MORE = ("ce_mean_ablation", "ce_recovered_mean_ablation", "cosine", "norm_ratio", "shrinkage", "density")
 
 
 @pytest.fixture(scope="session")
@@ -176,6 +179,61 @@ def test_numbers_agree_with_a_direct_computation(model: LanguageModel, windows: 
     assert (result["rows"], result["predictions"]) == (5 * 7 - 2, 5 * 7 - 2)
 
 
+def test_a_perfect_copy_has_the_same_direction_and_size(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Cosine, ratio of norms and shrinkage are 1, and mean ablation is undone as zero ablation is."""
+    result = _evaluate(model, windows, tmp_path, gain=1.0)
+    for name in ("cosine", "norm_ratio", "shrinkage"):
+        assert result[name] == pytest.approx(1, abs=1e-6), name
+    assert result["ce_recovered_mean_ablation"] == pytest.approx(1, abs=1e-3)
+
+
+def test_fit_agrees_with_a_direct_computation(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """An x_hat of another direction and size in each row: cosine, norms and shrinkage from all rows at once."""
+    sae = _sae(1.0)
+    sae.weights["W_dec"] *= np.linspace(0.2, 0.9, 2 * WIDTH, dtype=np.float32)[:, None]
+    result = _evaluate_one(model, windows, tmp_path, sae)
+    x = model.activations(torch.from_numpy(windows.ids))[0][torch.from_numpy(windows.kept)].double()
+    gains = torch.linspace(0.2, 0.9, 2 * WIDTH, dtype=torch.float64)
+    x_hat = torch.where(x > 0, gains[:WIDTH], gains[WIDTH:]) * x
+    centred, centred_hat = x - x.mean(0), x_hat - x.mean(0)
+    assert result["cosine"] == pytest.approx(float(torch.cosine_similarity(x, x_hat).mean()), rel=1e-6)
+    assert result["norm_ratio"] == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-6)
+    shrinkage = float(centred_hat.square().sum() / (centred * centred_hat).sum())
+    assert result["shrinkage"] == pytest.approx(shrinkage, rel=1e-6)
+
+
+def test_the_mean_recovers_nothing_of_mean_ablation(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """An SAE that gives the mean of all rows, whatever it reads, is mean ablation itself."""
+    kept = torch.from_numpy(windows.kept)
+    mean = model.activations(torch.from_numpy(windows.ids))[0][kept].mean(0)
+    sae = _sae(0.0)
+    sae.weights["b_dec"] = mean.numpy()
+    sae.cfg["apply_b_dec_to_input"] = False
+    result = _evaluate_one(model, windows, tmp_path, sae)
+    ce_mean = _cross_entropy(model, windows, {HOOK: _where(kept, mean)})
+    assert result["ce_mean_ablation"] == pytest.approx(ce_mean, abs=1e-6)
+    assert result["ce_recovered_mean_ablation"] == pytest.approx(0, abs=1e-5)
+    assert result["ce_recovered"] != pytest.approx(0, abs=1e-2)
+    assert result["fvu"] == pytest.approx(1, abs=1e-6)
+
+
+def test_latents_are_counted_by_how_often_they_fire(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Thresholds that let one latent fire on one row, one never, and the others on every second row or so."""
+    x = model.activations(torch.from_numpy(windows.ids))[0][torch.from_numpy(windows.kept)]
+    sae = _sae(1.0)
+    sae.weights["threshold"][0] = float(x[:, 0].sort().values[-2])
+    sae.weights["threshold"][1] = 1e9
+    result = _evaluate_one(model, windows, tmp_path, sae)
+    rates = torch.cat([x > 0, x < 0], 1).double().mean(0)
+    rates[:2] = torch.tensor([1 / len(x), 0.0])
+    assert result["dead_latents"] == result["density"][-1] == int((rates == 0).sum()) >= 1
+    assert result["dense_latents"] == int((rates > 0.1).sum()) > 1
+    edges = [-math.inf, *DENSITY_EDGES]
+    expected = [sum(low < math.log10(rate) <= high for rate in rates if rate > 0) for low, high in pairwise(edges)]
+    assert result["density"][:-1] == expected
+    assert result["l0"] == pytest.approx(float(rates.sum()))
+
+
 def test_rows_outside_of_the_stream_stay_clean(model: LanguageModel, windows: Windows, tmp_path: Path):
     """Positions that are not kept, and rows beyond the norm bound, are not replaced; without rows there is no FVU."""
     nothing = Windows(windows.ids, np.zeros_like(windows.kept), windows.padded)
@@ -194,7 +252,7 @@ def test_passes_do_not_change_the_numbers(
     monkeypatch.setattr(monitor.passes, "LOGITS_IN_MEMORY", 1)
     monkeypatch.setattr(monitor.evaluate, "LATENTS_IN_MEMORY", 3 * 2 * WIDTH)
     one_by_one = _evaluate(model, windows, tmp_path, gain=0.5)
-    for name in ("ce_clean", "ce_sae", "ce_zero", "ce_delta", "ce_recovered", "kl", "fvu", "l0"):
+    for name in ("ce_clean", "ce_sae", "ce_zero", "ce_delta", "ce_recovered", "kl", "fvu", "l0", *MORE):
         assert one_by_one[name] == pytest.approx(at_once[name], rel=1e-5), name
 
 
@@ -287,6 +345,11 @@ def test_crosscoder_is_measured_at_all_its_hooks(wired: LanguageModel, windows: 
     error = float((y / 2).square().sum())
     assert result["fvu_by_hook"] == pytest.approx({HOOK: 0.0, MLP_OUT: error / variance[1]}, rel=1e-6)
     assert result["fvu"] == pytest.approx(error / sum(variance), rel=1e-6)
+    assert result["norm_ratio"] == pytest.approx((1 + 0.5) / 2, rel=1e-6)
+    assert result["cosine"] == pytest.approx(1, rel=1e-6)
+    means = [float(rows.mean(0).square().sum()) * len(rows) for rows in (x, y)]
+    spread = variance[0] + variance[1] / 4 + means[1] / 4
+    assert result["shrinkage"] == pytest.approx(spread / (variance[0] + variance[1] / 2), rel=1e-6)
 
 
 def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel, windows: Windows, tmp_path: Path):
