@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
 
-.PHONY: demo test lint bench gpu peers proofs quality clean
+.PHONY: demo test lint bench gpu peers proofs quality watch clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -q -m "not gpu and not peers and not proof"
+	$(BIN)/python -m pytest -q -m "not gpu and not peers and not proof and not watch"
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -31,6 +31,9 @@ gpu: $(VENV)/ready-dev
 
 peers: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers
+
+watch: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m watch
 
 quality: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m tests.benchmarks.quality

@@ -1,0 +1,123 @@
+"""The dashboards' JSON. That their queries return data from a real run: test_watch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import pytest
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from monitor.grafana.generate import COLUMNS, DASHBOARDS, FOLDER, as_text
+from monitor.metrics import ALL, MILESTONES, SAE, STEP
+
+register_default_plugins()
+
+ONE_SCREEN = 24
+"""Height, in Grafana's units of 38 pixels, that a screen of 1080 lines leaves under browser and header."""
+OF_OTHERS = {"up", "scrape_duration_seconds"} | {
+    f"process_{name}"
+    for name in ("resident_memory_bytes", "cpu_seconds_total", "open_fds", "max_fds", "start_time_seconds")
+}
+"""Metrics of Prometheus itself and of prometheus_client."""
+OF_THE_DATA_SOURCE = re.compile(r"\.annotations\.list\[\d+\]\.(useValueForTime|step|titleFormat|textFormat)")
+"""Fields that Grafana leaves to its Prometheus plugin: its schema does not know them."""
+
+
+@pytest.fixture(params=DASHBOARDS)
+def board(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{request.param}.json").read_text())
+
+
+def expressions(board: dict[str, Any]) -> list[str]:
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return asked + [one["expr"] for one in board["annotations"]["list"]]
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_committed_dashboards_are_what_the_script_writes(name: str) -> None:
+    """Who edits one edits monitor/grafana/generate.py, and runs it."""
+    assert (FOLDER / f"{name}.json").read_text() == as_text(DASHBOARDS[name]())
+    assert {path.stem for path in FOLDER.iterdir()} == set(DASHBOARDS)
+
+
+def test_panels_fill_one_screen_and_do_not_overlap(board: dict[str, Any]) -> None:
+    """Every cell of the grid belongs to one panel, down to the lower edge."""
+    places = [panel["gridPos"] for panel in board["panels"]]
+    for one, other in combinations(places, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below, (one, other)
+    height = max(place["y"] + place["h"] for place in places)
+    assert height <= ONE_SCREEN
+    assert sum(place["w"] * place["h"] for place in places) == COLUMNS * height
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_panels_say_what_they_show(board: dict[str, Any]) -> None:
+    """A title each, and help for whatever is not Prometheus' own."""
+    titles = [panel["title"] for panel in board["panels"]]
+    assert len(set(titles)) >= len(titles) - 2, "a number and its curve may share a title, others not"
+    for panel in board["panels"]:
+        if any("sluice_" in target["expr"] for target in panel["targets"]):
+            assert panel["description"], panel["title"]
+
+
+def test_queries_name_only_metrics_that_exist(board: dict[str, Any]) -> None:
+    """And choose by run, so that two runs in one Prometheus do not mix."""
+    known = OF_OTHERS | {f"{metric.name}{part}" for metric in ALL for part in ("", "_sum", "_count", "_bucket")}
+    for expr in expressions(board):
+        names = set(re.findall(r"\b(?:sluice|process|scrape)_\w+|\bup\b", expr))
+        assert names and names <= known, names - known
+        assert expr.count('run="$run"') == len(re.findall(r"\{", expr)) > 0
+
+
+def test_what_the_trainer_says_is_shown() -> None:
+    """All of it, but for what is named here: a new metric is put on a dashboard, or here."""
+    elsewhere = {
+        "sluice_run_info": "the variable `run`",
+        "sluice_snapshot_tokens": "the monitor's is shown, beside what is evaluated",
+        "sluice_report_timestamp_seconds": "the alert SluiceTrainerWedged",
+        "sluice_steps_total": "tokens are shown",
+    }
+    shown = " ".join(expr for make in DASHBOARDS.values() for expr in expressions(make()))
+    hidden = {metric.name for metric in MILESTONES + STEP + SAE if not re.search(rf"\b{metric.name}", shown)}
+    assert hidden == set(elsewhere)
+
+
+def test_grafanas_schema_knows_every_field(board: dict[str, Any]) -> None:
+    """Read and written by Grafana's own library, nothing is lost: each field, panel kind and option is one of its own.
+
+    The library checks names, not types; a field that Grafana 11.6 does not know would be missing in what it writes.
+    """
+    written = json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder))
+    lost = [path for path in differences(board, written) if not OF_THE_DATA_SOURCE.fullmatch(path)]
+    assert lost == []
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
+    """Where `ours` holds something that `theirs` does not, as paths; what only `theirs` holds is a default."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key, value in ours.items():
+            yield from differences(value, theirs.get(key, ...), f"{path}.{key}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(*pair, f"{path}[{index}]")
+    elif ours != theirs:
+        yield path
+
+
+def test_provisioning_names_the_source_and_the_folder() -> None:
+    """Grafana finds Prometheus by its default port, and the dashboards where the operator says."""
+    provisioning = FOLDER.parent / "provisioning"
+    source = yaml.safe_load((provisioning / "datasources" / "sluice.yml").read_text())["datasources"][0]
+    assert (source["type"], source["url"]) == ("prometheus", "http://127.0.0.1:9090")
+    provider = yaml.safe_load((provisioning / "dashboards" / "sluice.yml").read_text())["providers"][0]
+    assert provider["options"]["path"] == "${SLUICE_DASHBOARDS}"

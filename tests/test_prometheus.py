@@ -1,0 +1,74 @@
+"""Scrape settings, recording rules and alerts. What a running Prometheus makes of them: test_watch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from monitor.metrics import ALL
+from producer.settings import MetricsSettings
+
+FOLDER = Path(__file__).parent.parent / "monitor" / "prometheus"
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(
+    PROMTOOL is None, reason="promtool is not installed, so no rule is tested here: apt-get install prometheus"
+)
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+def rules(name: str) -> list[dict[str, Any]]:
+    return [rule for group in load(name)["groups"] for rule in group["rules"]]
+
+
+ALERTS = rules("alerts.yml")
+
+
+@needs_promtool
+@pytest.mark.parametrize("command", [["check", "config", "prometheus.yml"], ["test", "rules", "tests.yml"]])
+def test_promtool_finds_no_fault(command: list[str]) -> None:
+    """Every alert fires when it should and is silent when it should not: the cases stand in tests.yml."""
+    assert PROMTOOL is not None
+    done = subprocess.run([PROMTOOL, *command], cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
+    """What is wrong, how one sees it, and what a person does now; and there are a firing and a silent case of it."""
+    assert set(alert["annotations"]) == {"summary", "description", "action"}
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    cases = [test["name"] for test in load("tests.yml")["tests"]]
+    assert f"{alert['alert']} fires" in cases and f"{alert['alert']} is silent" in cases
+
+
+def test_rules_name_only_what_exists() -> None:
+    """A metric that is renamed takes its alerts along; so does a recording rule."""
+    known = {metric.name for metric in ALL} | {f"{metric.name}_{part}" for metric in ALL for part in ("sum", "count")}
+    recorded = {rule["record"] for rule in rules("recording.yml")}
+    for rule in ALERTS + rules("recording.yml"):
+        for name in re.findall(r"[\w:]*sluice_[\w:]+", rule["expr"]):
+            assert name in recorded if ":" in name else name in known, name
+
+
+def test_every_recording_rule_is_tested() -> None:
+    tested = [case for test in load("tests.yml")["tests"] for case in test.get("promql_expr_test", [])]
+    assert {rule["record"] for rule in rules("recording.yml")} <= {case["expr"] for case in tested}
+
+
+def test_scraped_are_the_ports_that_processes_have_by_default() -> None:
+    """One target each, and all carry the name of their run."""
+    ports = MetricsSettings()
+    jobs = {job["job_name"]: job for job in load("prometheus.yml")["scrape_configs"]}
+    assert jobs["sluice-trainer"]["static_configs"][0]["targets"] == [f"{ports.host}:{ports.trainer_port}"]
+    assert jobs["sluice-monitor"]["static_configs"][0]["targets"] == [f"{ports.host}:{ports.port}"]
+    assert jobs["sluice-producer"]["file_sd_configs"][0]["files"] == ["producers.yml"]
+    assert load("producers.yml") == [{"targets": [f"{ports.host}:{ports.producer_port}"], "labels": {"run": "demo"}}]
