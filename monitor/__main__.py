@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monitor.desk import Desk
 from monitor.settings import MonitorSettings
 from producer.settings import parse_command_line
 
@@ -85,7 +86,7 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     )
     try:
         port, close_service = start_service(
-            make_app(directory, registry, watch.unhealthy, token), table.host, table.service_port
+            make_app(directory, registry, watch.unhealthy, token, watch.desk), table.host, table.service_port
         )
         log.info(
             "%s at http://%s:%d/, metrics at http://%s:%d/metrics",
@@ -113,6 +114,9 @@ class Watch:
         self._stop = stop
         self._evaluator: Evaluator | None = None
         self._off = settings.why_not_evaluated()
+        self.desk = Desk()
+        if self._off or not settings.monitor.latents_tokens:
+            self.desk.close(f"{self._off or 'monitor.latents_tokens is 0'}.")
 
     def follow(self, until_evaluated: bool) -> int:
         """Until `stop` is set or, if so asked, until the finished run is evaluated; returns the exit code."""
@@ -150,8 +154,8 @@ class Watch:
 
         names = snapshot_names(self._directory)
         self._metrics.see_run(len(names), int(names[-1]) if names else None, finished)
-        if self._off or not names:
-            return
+        if self._off or not (names or (self._directory / "metrics.jsonl").is_file()):
+            return  # the language model is loaded while the run works towards its first snapshot, not before it begins
         if self._evaluator is None:
             self._evaluator = self._new_evaluator()
         from monitor.follow import Stopped
@@ -168,7 +172,7 @@ class Watch:
         os.nice(NICE)
         from monitor.follow import Evaluator
 
-        return Evaluator(self._settings, self._metrics, self._stop)
+        return Evaluator(self._settings, self._metrics, self._stop, self.desk)
 
     def _is_up_to_date(self) -> bool:
         return self._off is not None or self._evaluator is None or self._evaluator.is_up_to_date()

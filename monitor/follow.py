@@ -1,6 +1,7 @@
-"""Follows a run directory: each new snapshot is measured with the language model, beside the training.
+"""Follows a run directory: each new snapshot is measured with the language model, and its latents are looked at.
 
-Always the newest one, so that a slow machine skips some instead of falling behind, and always the same rows.
+Always the newest one, so that a slow machine skips some instead of falling behind, and always the same text. First the
+numbers of every SAE (`evaluation.json`), then what each one's latents do (`latents.safetensors`), both beside the SAE.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ import json
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from monitor.desk import Desk
 from monitor.evaluate import Baseline, Subject, evaluate, load_subject, misfit
+from monitor.explore import Explorer
 from monitor.held_out import EvaluationError, held_out_windows
+from monitor.history import append_evaluation
+from monitor.latents import births, gather_latents, load_latents
 from monitor.metrics import MonitorMetrics
-from monitor.run_directory import manifest_of, read_json
+from monitor.run_directory import LATENTS, explained_snapshots, manifest_of, read_json
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel, ModelError, load_language_model
 from producer.corpus import CorpusError, open_corpus
@@ -39,6 +44,9 @@ class _Instruments:
 
     model: LanguageModel
     windows: Windows
+    """The text that SAEs are measured on."""
+    reading: Windows
+    """The text on which their latents are looked at: more of it, and the first is part of it or close to it."""
     facts: dict[str, Any]
     """What must agree with the stream that a snapshot was trained on."""
     baseline: Baseline = field(default_factory=Baseline)
@@ -47,14 +55,23 @@ class _Instruments:
 class Evaluator:
     """Evaluates the newest snapshot of a run, whenever `look` is called and it is not evaluated yet.
 
-    Writes `<sae>/evaluation.json` beside the SAE, whole or not at all, and tells the metrics. A snapshot that cannot be
-    evaluated is logged, counted and not tried again. When the model or the text cannot be loaded, `broken` says why.
+    What it writes beside an SAE is there whole or not at all; numbers go to the metrics too. As soon as the language
+    model is loaded, the `desk` has an explorer. A snapshot that cannot be evaluated is logged, counted and not tried
+    again.
+    When the model or the text cannot be loaded, `broken` says why.
     """
 
-    def __init__(self, settings: MonitorSettings, metrics: MonitorMetrics, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        metrics: MonitorMetrics,
+        stop: threading.Event,
+        desk: Desk | None = None,
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._stop = stop
+        self._desk = desk or Desk()
         self._directory = Path(settings.run.directory)
         self._instruments: _Instruments | None = None
         self._settled: set[str] = set()
@@ -65,16 +82,21 @@ class Evaluator:
 
     def look(self) -> None:
         """Brings the newest snapshot up to date; returns at once when it is. Raises nothing but Stopped."""
+        if self._instruments is None:
+            try:
+                self._instruments = self._load()
+            except (ModelError, CorpusError, EvaluationError) as error:
+                self.broken = str(error)
+                self._desk.close(f"{error}.")
+                log.error("no evaluation: %s", error)
+                return
         names = snapshot_names(self._directory)
         if not names or names[-1] in self._settled:
             return
         try:
-            self._settle(names[-1])
+            self._settle(self._instruments, names[-1])
         except Stopped:
             raise
-        except (ModelError, CorpusError) as error:
-            self.broken = str(error)
-            log.error("no evaluation: %s", error)
         except Exception as error:
             if not is_complete(self._directory / "snapshots" / names[-1]):
                 return  # retired under our hands; the next look takes a newer one
@@ -94,7 +116,7 @@ class Evaluator:
         names = snapshot_names(self._directory)
         return not names or names[-1] in self._settled
 
-    def _settle(self, name: str) -> None:
+    def _settle(self, instruments: _Instruments, name: str) -> None:
         folder = self._directory / "snapshots" / name
         manifest = manifest_of(folder)
         known = {sae: read_json(folder / sae / "evaluation.json") for sae in manifest["saes"]}
@@ -103,25 +125,52 @@ class Evaluator:
             if evaluation is not None:
                 self._metrics.update(sae, evaluation)
         if missing := [sae for sae, evaluation in known.items() if evaluation is None]:
-            self._evaluate(folder, manifest, missing)
+            self._evaluate(instruments, folder, manifest, missing)
+        if self._settings.monitor.latents_tokens:
+            for sae in manifest["saes"]:
+                newest = snapshot_names(self._directory)[-1:]
+                if newest == [name] and not (folder / sae / LATENTS).is_file():
+                    self._look_into(instruments, folder, manifest, sae)
 
-    def _evaluate(self, folder: Path, manifest: dict[str, Any], saes: list[str]) -> None:
-        if self._instruments is None:
-            self._instruments = self._load()
-        _refuse_another_stream(self._instruments.facts, manifest)
+    def _evaluate(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], saes: list[str]) -> None:
+        _refuse_another_stream(instruments.facts, manifest)
         began = time.monotonic()
-        model, baseline = self._instruments.model, self._instruments.baseline
+        model = instruments.model
         subjects = self._fitting(folder, [load_subject(folder / sae, model.device) for sae in saes], model)
         if not subjects:
             return
-        bounds = manifest["run"].get("stream", {}).get("norm_bounds")
-        results = evaluate(model, self._instruments.windows, subjects, baseline, bounds, self._between)
+        results = evaluate(model, instruments.windows, subjects, instruments.baseline, _bounds(manifest), self._between)
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():
             evaluation = {"snapshot": folder.name, "snapshot_tokens": manifest["tokens"], **result, "seconds": seconds}
             replace_text(folder / sae / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
+            append_evaluation(self._directory, sae, evaluation)
             self._metrics.update(sae, evaluation)
             log.info("%s of %s: %s", sae, folder.name, _in_words(evaluation))
+
+    def _look_into(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], sae: str) -> None:
+        """Writes down what the SAE's latents do, and since when each one has its direction."""
+        _refuse_another_stream(instruments.facts, manifest)
+        began = time.monotonic()
+        model = instruments.model
+        subject = load_subject(folder / sae, model.device)
+        if misfit(model, subject):
+            return
+        latents = gather_latents(model, instruments.reading, subject, _bounds(manifest), self._between)
+        earlier = [name for name in explained_snapshots(self._directory, sae) if name < folder.name]
+        before = None
+        if earlier:
+            then = folder.parent / earlier[-1] / sae
+            before = load_subject(then, model.device).sae.W_dec, load_latents(then / LATENTS).born
+        born = births(subject.sae.W_dec, manifest["tokens"], before)
+        replace(latents, born=born).save(folder / sae / LATENTS)
+        log.info(
+            "%s of %s: what its latents do on %s held-out rows (%.1f s)",
+            sae,
+            folder.name,
+            f"{latents.rows:,}",
+            time.monotonic() - began,
+        )
 
     def _fitting(self, folder: Path, subjects: list[Subject], model: LanguageModel) -> list[Subject]:
         """Those that can be spliced into the model; the others are told of, and do not hold up the rest."""
@@ -150,7 +199,10 @@ class Evaluator:
         model = load_language_model(settings.model, whole=True)
         if not model.causal:
             raise ModelError(f"{settings.model.name} does not predict the next token; set monitor.evaluate = false")
-        windows = held_out_windows(corpus, model.tokenizer, settings.corpus, settings.monitor.evaluation_tokens)
+        windows, reading = (
+            held_out_windows(corpus, model.tokenizer, settings.corpus, max(1, rows))
+            for rows in (settings.monitor.evaluation_tokens, settings.monitor.latents_tokens)
+        )
         log.info(
             "evaluating with %s on %s held-out rows in %s windows",
             settings.model.name,
@@ -162,7 +214,13 @@ class Evaluator:
             "tokens_fingerprint": tokens_fingerprint(model.tokenizer, settings.corpus),
             "held_out": settings.corpus.held_out,
         }
-        return _Instruments(model, windows, facts)
+        self._desk.explorer = Explorer(self._directory, model, settings.corpus)
+        return _Instruments(model, windows, reading, facts)
+
+
+def _bounds(manifest: dict[str, Any]) -> dict[str, float] | None:
+    """By hook, the norm beyond which the stream that the snapshot learned from drops a row."""
+    return manifest["run"].get("stream", {}).get("norm_bounds")
 
 
 def _refuse_another_stream(facts: dict[str, Any], manifest: dict[str, Any]) -> None:

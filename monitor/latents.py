@@ -30,8 +30,7 @@ from monitor.passes import NormBounds, in_stream, passes, refuse_unknown_bounds
 from producer.activations import LanguageModel
 from producer.tokens import Windows
 
-FILE = "latents.safetensors"
-MOST_ACTIVATIONS = 1 << 25
+MOST_ACTIVATIONS = 1 << 24
 """Of one SAE, 8 bytes each: an SAE that is not sparse (yet) is shown less text."""
 SAME_DIRECTION = 0.9
 """Cosine of a decoder row with the one before it from which on it counts as the same latent."""

@@ -1,145 +1,183 @@
-"""The page for people: one run and its snapshots, as plain HTML without scripts. A pure function of what was read.
+"""The live page (`/`): a run at a glance, its curves, its latents, its snapshots. Pure functions of what was read.
 
-Everything that comes from files is escaped; a number that is not known is shown as a dash, never as zero.
+The page is whole as it is sent; its script (`static/page.js`) replaces parts of it by newer ones, draws the curves and
+saves clicks a reload. What is not known yet is said in words where it will stand, so nothing jumps.
 """
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
-from urllib.parse import quote
 
+from markupsafe import Markup
+
+from monitor.html import duration, number, render, short_count
 from monitor.run_directory import wiring
 
 SILENT_SECONDS = 120.0
 """A report older than this tells how it was, not how it is."""
+PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
+"""One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
+CHARTS = (
+    ("fvu", "FVU", "variance left unexplained"),
+    ("l0", "L0", "latents active on a row"),
+    ("dead", "Dead latents", "silent for dead_tokens"),
+    ("ce", "ΔCE", "nats per token, on held-out text"),
+    ("density", "Firing rates", "latents by log10 of their recent rate"),
+    ("speed", "Speed", "tokens trained per second"),
+)
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2321; --dim: #66706c; --line: #dfe3e0; --paper: #fbfbf9; --gold: #9a6b00; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9e7; --dim: #98a29d; --line: #343b38; --paper: #161a18; --gold: #e0b04a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2.25rem 0 .5rem; }
-p { margin: .35rem 0; } a { color: var(--gold); }
-.dim { color: var(--dim); } .state { color: var(--gold); font-weight: 600; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem .4rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 500; color: var(--dim); } .long { white-space: normal; min-width: 16rem; }
-.n { text-align: right; padding-right: 1.25rem; }
-code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre { padding: .75rem 1rem; border: 1px solid var(--line); border-radius: 6px; overflow-x: auto; }
-summary { cursor: pointer; color: var(--dim); } ul { margin: .25rem 0; padding-left: 1.1rem; }
-"""
+Run = dict[str, Any]
+Snapshots = list[dict[str, Any]]
 
 
-def run_page(run: dict[str, Any], snapshots: list[dict[str, Any]], base_url: str) -> str:
-    """The whole page, from what /v1/run and /v1/snapshots answer; `base_url` is the address it was asked at."""
-    refresh = "" if run["state"] == "finished" else '<meta http-equiv="refresh" content="30">'
-    newest = snapshots[-1] if snapshots else None
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-{refresh}<title>{escape(run["directory"])} · Sluice</title><style>{STYLE}</style></head><body>
-<h1>{escape(run["directory"])}</h1>
-{_headline(run)}
-<h2>Sparse autoencoders</h2>
-{_saes(run, newest)}
-<h2>Snapshots</h2>
-{_snapshots(snapshots)}
-<h2>Take one with you</h2>
-<pre>python -m monitor pull {escape(base_url.rstrip("/"))}</pre>
-<p class="dim">It fetches the newest snapshot and checks every file; SAELens loads it with nothing of Sluice installed.
-For programs: <a href="/v1/run">run</a>, <a href="/v1/snapshots">snapshots</a>,
-<a href="/v1/snapshots/latest">latest</a>, <a href="/metrics">metrics</a>, <a href="/readyz">ready</a>.</p>
-</body></html>
-"""
-
-
-def _headline(run: dict[str, Any]) -> str:
-    settings, report = run["settings"] or {}, run["report"] or {}
-    model = settings.get("model", {})
-    facts = [f'<span class="state">{escape(run["state"])}</span>']
-    silent = (run["silent_seconds"] or 0.0) if run["state"] == "running" else 0.0
-    is_silent = silent > SILENT_SECONDS
-    if run["state"] == "running" and report.get("state") and not is_silent:
-        facts.append(escape(report["state"]))
-    tokens = (run["summary"] or {}).get("tokens") if run["state"] == "finished" else report.get("tokens")
-    if tokens is not None:
-        target = report.get("target_tokens") if run["state"] == "running" else None
-        facts.append(f"{tokens:,} tokens trained" + (f" of {target:,}" if target else ""))
-    if is_silent:
-        facts.append(f"nothing heard for {silent / 60:,.0f} min: the trainer is stopped, or waits for producers")
-    elif run["state"] == "running" and report.get("tokens_per_second"):
-        facts.append(f"{report['tokens_per_second']:,.0f} tokens/s")
-    source = f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else ""
-    return f"<p>{' · '.join(facts)}</p><p>{escape(source)}</p>"
-
-
-def _saes(run: dict[str, Any], newest: dict[str, Any] | None) -> str:
-    """The SAEs of the newest snapshot: as it was published, and as the language model found it."""
-    if newest is None:
-        return '<p class="dim">None published yet.</p>'
-    rows = [_sae_row(name, sae["metrics"] or {}, sae["evaluation"] or {}) for name, sae in newest["saes"].items()]
-    words, numbers = (
-        ("name", "architecture", "reads → writes"),
-        ("latents", "L0", "FVU", "dead latents", "ΔCE", "CE recovered", "KL", "held-out FVU"),
-    )
-    head = "".join(f"<th>{title}</th>" for title in words) + "".join(f"<th class=n>{title}</th>" for title in numbers)
-    return f"""<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>
-<p class="dim">Of snapshot {escape(newest["name"])}. FVU is the variance left unexplained, 0 is perfect. ΔCE is what
-the language model loses by reading the reconstruction, KL how far its predictions move, both in nats per token; CE
-recovered is against zero ablation; of a transcoder all of them are about the hook it writes, of a crosscoder about all
-its hooks at once. NAME-ema is the mean of an SAE's recent weights: what is counted in training is not counted for it.
-A dash: not known (yet).</p>"""
-
-
-def _sae_row(name: str, metrics: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    cells = [
-        _number(metrics.get("d_sae"), ","),
-        _number(metrics.get("l0"), ".1f"),
-        _number(metrics.get("fvu"), ".4f"),
-        _number(metrics.get("dead_latents_ratio"), ".1%"),
-        _number(evaluation.get("ce_delta"), "+.4f"),
-        _number(evaluation.get("ce_recovered"), ".2%"),
-        _number(evaluation.get("kl"), ".4f"),
-        _number(evaluation.get("fvu"), ".4f"),
-    ]
-    what = f"<td>{escape(metrics.get('architecture') or '–')}</td><td class=long>{escape(wiring(metrics) or '–')}</td>"
-    return f"<tr><td>{escape(name)}</td>{what}{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _snapshots(snapshots: list[dict[str, Any]]) -> str:
-    if not snapshots:
-        return '<p class="dim">None published yet.</p>'
-    rows = "".join(_snapshot_row(entry) for entry in reversed(snapshots))
-    return f"""<div class="scroll"><table>
-<tr><th>name</th><th class=n>tokens</th><th>published</th><th class=n>size</th>
-<th>evaluated</th><th>files</th></tr>{rows}</table></div>"""
-
-
-def _snapshot_row(entry: dict[str, Any]) -> str:
-    address = f"/v1/snapshots/{entry['name']}"
-    evaluated = [f"{sae}/evaluation.json" for sae, told in entry["saes"].items() if told["evaluation"]]
-    links = "".join(
-        f'<li><a href="{address}/{quote(path)}">{escape(path)}</a></li>' for path in [*entry["files"], *evaluated]
-    )
-    return (
-        f'<tr><td><a href="{address}/manifest.json">{escape(entry["name"])}</a></td>'
-        f"<td class=n>{entry['tokens']:,}</td>"
-        f"<td>{escape(entry['created'])}</td><td class=n>{_size(entry['bytes'])}</td>"
-        f"<td>{len(evaluated)} of {len(entry['saes'])}</td>"
-        f"<td><details><summary>{len(entry['files']) + len(evaluated)}</summary><ul>{links}</ul></details></td></tr>"
+def run_page(run: Run, snapshots: Snapshots, latents: dict[str, Any], base_url: str) -> str:
+    """The whole page. `latents`: its `saes`, the one `chosen`, the `search`, and the `table` as HTML."""
+    latents = latents | {"table": Markup(latents["table"])}
+    return render(
+        "page.html",
+        title=run["directory"],
+        charts=CHARTS,
+        latents=latents,
+        base_url=base_url.rstrip("/"),
+        **_live(run, snapshots),
     )
 
 
-def _number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else "–"
+def parts(run: Run, snapshots: Snapshots) -> dict[str, Any]:
+    """What the script puts in place of what is there, by the id of the element; and the colours of its curves."""
+    live = _live(run, snapshots)
+    return {
+        "state": run["state"],
+        "colours": colours_of(run, snapshots),
+        "parts": {
+            "headline": render("headline.html", **live),
+            "saes-part": render("saes.html", **live),
+            "snapshots-part": render("snapshots.html", **live),
+        },
+    }
 
 
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.2f} GB"
+def _live(run: Run, snapshots: Snapshots) -> dict[str, Any]:
+    """What the templates of the parts are made from."""
+    return {
+        "run": run,
+        "glance": glance(run),
+        "saes": saes(run, snapshots),
+        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots],
+    }
+
+
+def colours_of(run: Run, snapshots: Snapshots) -> dict[str, str]:
+    """A colour for each SAE of the run, in the order in which the trainer names them; a mean copy has its SAE's."""
+    names = _names(run, snapshots)
+    own = [name for name in names if not (name.endswith("-ema") and name.removesuffix("-ema") in names)]
+    found = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(own)}
+    return {name: found.get(name) or found[name.removesuffix("-ema")] for name in names}
+
+
+def _names(run: Run, snapshots: Snapshots) -> list[str]:
+    reported = [sae["name"] for sae in (run["report"] or {}).get("saes", [])]
+    return list(dict.fromkeys([*reported, *(snapshots[-1]["saes"] if snapshots else {})]))
+
+
+# --- The run at a glance ---------------------------------------------------------------------------------------------
+
+
+def glance(run: Run) -> dict[str, Any]:
+    """The headline: state, the source of the activations, progress, facts as (number, words), the bottleneck."""
+    report, model = run["report"] or {}, (run["settings"] or {}).get("model", {})
+    tokens, target = _tokens(run), report.get("target_tokens")
+    return {
+        "state": _state(run),
+        "source": f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else "",
+        "share": 1.0 if run["state"] == "finished" else min(1.0, tokens / target) if tokens and target else 0.0,
+        "facts": _facts(run),
+        "bottleneck": _bottleneck(run),
+    }
+
+
+def _tokens(run: Run) -> int | None:
+    told = run["summary"] if run["state"] == "finished" else run["report"]
+    return (told or {}).get("tokens")
+
+
+def _is_silent(run: Run) -> bool:
+    return run["state"] == "running" and (run["silent_seconds"] or 0.0) > SILENT_SECONDS
+
+
+def _state(run: Run) -> str:
+    told = (run["report"] or {}).get("state") if run["state"] == "running" else None
+    return "silent" if _is_silent(run) else told or run["state"]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    report, tokens = run["report"] or {}, _tokens(run)
+    if tokens is None:
+        return [("", "waiting for the trainer's first report: it fills its buffer before the first step")]
+    if run["state"] == "finished":
+        rate = (run["summary"] or {}).get("tokens_per_second")
+        return [(f"{tokens:,}", "tokens trained"), (number(rate, ",.0f"), "tokens/s")]
+    target, rate = report.get("target_tokens"), report.get("tokens_per_second") or 0.0
+    facts = [(f"{tokens:,}", f"of {target:,} tokens trained" if target else "tokens trained")]
+    if _is_silent(run):
+        minutes = run["silent_seconds"] / 60
+        return [*facts, ("", f"nothing heard for {minutes:,.0f} min: the trainer is stopped, or waits for producers")]
+    facts.append((f"{rate:,.0f}", "tokens/s"))
+    if target and rate > 0:
+        facts.append((duration((target - tokens) / rate), "left"))
+    producers = sum(((report.get("stream") or {}).get("producers") or {}).values())
+    facts.append((f"{producers}", "producer" if producers == 1 else "producers"))
+    if (capacity := report.get("buffer_capacity_rows")) and report.get("buffer_rows") is not None:
+        facts.append(
+            (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {short_count(capacity)} rows filled")
+        )
+    return facts
+
+
+def _bottleneck(run: Run) -> str:
+    stream = (run["report"] or {}).get("stream") or {}
+    data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
+    if run["state"] != "running" or _is_silent(run) or not run["report"]:
+        return ""
+    if max(data, credit) < 0.05:
+        return "Neither side waits for the other."
+    if data > credit:
+        return f"Training waits {data:.0%} of the time for rows: the producers are the bottleneck."
+    return f"Producers wait {credit:.0%} of the time for room in the buffer: the trainer is the bottleneck."
+
+
+# --- The SAEs and the snapshots --------------------------------------------------------------------------------------
+
+
+def saes(run: Run, snapshots: Snapshots) -> list[dict[str, Any]]:
+    """Each SAE as it trains at this moment, and as the language model found its newest evaluated snapshot."""
+    reported = {sae["name"]: sae for sae in (run["report"] or {}).get("saes", [])}
+    published = snapshots[-1]["saes"] if snapshots else {}
+    colours = colours_of(run, snapshots)
+    found = []
+    for name in _names(run, snapshots):
+        report, metrics = reported.get(name), (published.get(name) or {}).get("metrics") or {}
+        evaluated = [entry for entry in snapshots if (entry["saes"].get(name) or {}).get("evaluation")]
+        found.append(
+            {
+                "name": name,
+                "colour": colours[name],
+                "metrics": metrics,
+                "wiring": wiring(metrics),
+                "latents": metrics.get("d_sae") or _latents_of(report),
+                "now": report or metrics,
+                "evaluation": evaluated[-1]["saes"][name]["evaluation"] if evaluated else {},
+                "evaluated_at": evaluated[-1]["tokens"] if evaluated else None,
+            }
+        )
+    return found
+
+
+def _latents_of(report: dict[str, Any] | None) -> int | None:
+    """How many there are; a report counts each of them once in its density."""
+    return sum(report["density"]) if report and report.get("density") else None
+
+
+def _paths(entry: dict[str, Any]) -> list[str]:
+    """What can be downloaded of one snapshot, beside its manifest."""
+    return [*entry["files"], *(f"{sae}/evaluation.json" for sae, told in entry["saes"].items() if told["evaluation"])]

@@ -18,6 +18,8 @@ from typing import Any
 from trainer.durable import replace_text
 from trainer.snapshot import SnapshotError, is_pinned, read_manifest, snapshot_names
 
+LATENTS = "latents.safetensors"
+"""What the latents of an SAE do on held-out text (`monitor.latents`), beside it in its snapshot."""
 EVALUATED = {name: name for name in ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl")} | {
     "fvu": "held_out_fvu",
     "l0": "held_out_l0",
@@ -26,6 +28,10 @@ EVALUATED = {name: name for name in ("ce_clean", "ce_sae", "ce_delta", "ce_recov
 """What summary.json tells of an SAE once it is evaluated, by its name in evaluation.json: `fvu` and `l0` there are
 measured on held-out text, those of the trainer in summary.json on the text it is trained on. `fvu_by_hook` have
 crosscoders only."""
+
+
+class NotThere(LookupError):
+    """What was asked for does not exist (yet); `str(error)` says what does."""
 
 
 def why_not_ready(run_directory: Path) -> str | None:
@@ -91,6 +97,22 @@ def read_snapshots(run_directory: Path) -> list[dict[str, Any]]:
             continue  # retired a moment ago
         entries.append(_entry(folder, manifest))
     return entries
+
+
+def explained_snapshots(run_directory: Path, sae: str) -> list[str]:
+    """The snapshots in which this SAE's latents have been looked at, oldest first."""
+    folder = run_directory / "snapshots"
+    return [name for name in snapshot_names(run_directory) if (folder / name / sae / LATENTS).is_file()]
+
+
+def explained_saes(run_directory: Path) -> list[dict[str, Any]]:
+    """The SAEs of the newest snapshot, each with the `snapshot` in which its latents can be read, None without one."""
+    names = snapshot_names(run_directory)
+    try:
+        saes = manifest_of(run_directory / "snapshots" / names[-1])["saes"] if names else {}
+    except SnapshotError:
+        return []  # retired a moment ago
+    return [{"name": sae, "snapshot": (explained_snapshots(run_directory, sae) or (None,))[-1]} for sae in saes]
 
 
 def _entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

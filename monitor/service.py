@@ -1,6 +1,6 @@
 """The HTTP service: reads the run directory, hands out its snapshots, changes nothing.
 
-    GET /                                       the page for people
+    GET / and what belongs to it                the pages for people, and their JSON: `monitor.pages`
     GET /v1/run                                 settings, newest report, summary
     GET /v1/snapshots                           every complete snapshot, oldest first
     GET /v1/snapshots/latest                    the newest manifest; ?after=NAME&wait=SECONDS waits for a newer one
@@ -12,7 +12,8 @@ What may be read is what a manifest lists, so no path of a request ever reaches 
 of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
 when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
 
-All of it happens at the lowest priority: what a flood of clients gets is what the training leaves over.
+All of it happens at the lowest priority, and within the CPU time that `monitor.pace` gives: a flood must not slow the
+training.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from monitor.access import TokenGate
-from monitor.page import run_page
+from monitor.desk import Desk
+from monitor.pages import page_routes
+from monitor.pace import Pace
 from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
 from trainer.snapshot import NAME, SnapshotError, snapshot_names
 
@@ -63,15 +66,16 @@ def make_app(
     registry: CollectorRegistry,
     unhealthy: Callable[[], str | None] = lambda: None,
     token: str | None = None,
+    desk: Desk | None = None,
 ) -> Starlette:
     """The service over one run directory, which need not exist yet; with a token, only for those who have it.
 
-    `unhealthy` says what is wrong, if anything.
+    `unhealthy` says what is wrong, if anything; at the `desk` it finds who answers questions about latents.
     """
     routes = _Routes(run_directory, registry, unhealthy)
     return Starlette(
         routes=[
-            Route("/", routes.page),
+            *page_routes(run_directory, desk or Desk(why_not="Nobody looks at latents here.", coming=False)),
             Route("/v1/run", routes.run),
             Route("/v1/snapshots", routes.snapshots),
             Route("/v1/snapshots/latest", routes.latest),
@@ -94,7 +98,7 @@ def start_service(app: Starlette, host: str, port: int) -> tuple[int, Callable[[
     listener = _listen(host, port)
     # Two seconds: a client that waits for the next snapshot or is in mid-download asks again, it does not hold us up.
     config = uvicorn.Config(
-        app,
+        Pace(app),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -141,11 +145,6 @@ class _Routes:
         self.names = _Names(run_directory)
 
     # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
-
-    def page(self, request: Request) -> Response:
-        text = run_page(read_run(self.run_directory), read_snapshots(self.run_directory), str(request.base_url))
-        policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Cache-Control": MUTABLE})
 
     def run(self, request: Request) -> Response:
         return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})

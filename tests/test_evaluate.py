@@ -496,16 +496,15 @@ def test_snapshot_of_another_stream_is_refused_once(run_file: Path, caplog: pyte
 
 
 def test_snapshot_retired_under_way_is_no_failure(run_file: Path):
-    """Retention may take a snapshot while the model loads; the next look takes the newest one."""
+    """Retention may take a snapshot that is about to be measured; the next look takes the newest one."""
     directory = run_file.parent / "demo"
     publish_snapshot(directory, 1000, [_sae(0.5)])
 
     class Slow(Evaluator):
-        def _load(self) -> Any:
-            loaded = super()._load()
+        def _evaluate(self, instruments: Any, folder: Path, manifest: Any, saes: Any) -> None:
             publish_snapshot(directory, 2000, [_sae(0.5)])
             retire(directory, keep=1)
-            return loaded
+            super()._evaluate(instruments, folder, manifest, saes)
 
     registry = CollectorRegistry()
     evaluator = Slow(_settings(run_file), MonitorMetrics(registry), threading.Event())

@@ -72,8 +72,8 @@ def test_run_is_finished_until_it_goes_on(run_directory: Path, client: TestClien
 def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: TestClient):
     """A killed trainer leaves its last report behind, which soon says nothing about now."""
     for age, shown, hidden in (
-        (1, "training · 5 tokens", "nothing heard"),
-        (600, "nothing heard for 10 min", "9 tokens/s"),
+        (1, ">training<", "nothing heard"),
+        (600, "nothing heard for 10 min", "<b>9</b> tokens/s"),
     ):
         report = {"time": time.time() - age, "tokens": 5, "state": "training", "tokens_per_second": 9.0}
         (run_directory / "metrics.jsonl").write_text(json.dumps(report) + "\n")
@@ -361,9 +361,9 @@ def test_page_shows_the_run_and_links_to_its_files(run_directory: Path, client: 
     replace_text(folder / "small" / "evaluation.json", '{"ce_delta": 0.0123, "ce_recovered": 0.985, "kl": null}')
     page = client.get("/").text
     assert "1,234,567" in page and "0.2500" in page and "+0.0123" in page and "98.50%" in page and "–" in page
-    links = [part.split('"')[0] for part in page.split('href="')[1:]]
-    assert "/v1/snapshots/000001234567/small/cfg.json" in links
-    assert all(client.get(link).status_code == 200 for link in links)
+    links = [part.split('"')[0] for part in page.split('href="/')[1:]]
+    assert "v1/snapshots/000001234567/small/cfg.json" in links
+    assert all(client.get(f"/{link}").status_code == 200 for link in links)
 
 
 def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient):
@@ -382,12 +382,12 @@ def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient)
         export.metrics.update(numbers)
     publish_snapshot(run_directory, 1000, exports)
     page = client.get("/").text
-    plain = page.split("<td>plain</td>")[1].split("</tr>")[0]
+    plain = page.split("</span>plain</td>")[1].split("</tr>")[0]
     assert ">batchtopk<" in plain and ">4,096<" in plain and ">blocks.0.hook_resid_post<" in plain
     assert "blocks.1.hook_resid_mid → blocks.1.hook_mlp_out" in page
     assert "blocks.2.hook_mlp_out + blocks.3.hook_mlp_out" in page
-    averaged = page.split("<td>plain-ema</td>")[1].split("</tr>")[0]
-    assert averaged.count("–") == 9
+    averaged = page.split("</span>plain-ema</td>")[1].split("</tr>")[0]
+    assert averaged.count("–") == 11
     listed = client.get("/v1/snapshots").json()["snapshots"][0]["saes"]
     assert listed["trans"]["metrics"]["target"] == "blocks.1.hook_mlp_out" and listed["plain-ema"]["evaluation"] is None
 
@@ -401,7 +401,7 @@ def test_saes_come_and_go_between_snapshots(run_directory: Path, client: TestCli
     assert client.get("/v1/snapshots/000000001000/second/cfg.json").status_code == 200
     assert client.get("/v1/snapshots/000000002000/second/cfg.json").status_code == 404
     page = client.get("/").text
-    assert "<td>third</td>" in page and "<td>second</td>" not in page
+    assert "</span>third</td>" in page and "</span>second</td>" not in page
 
 
 def test_page_escapes_what_files_say(run_directory: Path, client: TestClient):
@@ -409,7 +409,7 @@ def test_page_escapes_what_files_say(run_directory: Path, client: TestClient):
     replace_text(run_directory / "settings.toml", '[model]\nname = "<script>alert(1)</script>"\nhooks = []\n')
     publish_snapshot(run_directory, 1000, [identity_sae("a&b")])
     page = client.get("/").text
-    assert "<script>" not in page and "a&amp;b" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "a&amp;b" in page
 
 
 def test_occupied_port_is_named(run_directory: Path):

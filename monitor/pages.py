@@ -1,0 +1,228 @@
+"""The routes of the pages for people, and of the JSON behind them; they only read.
+
+GET /                                    the live page; ?sae= &search= &order= &descending= &offset= of its table
+GET /latents/{sae}/{index}               one latent; …/export is the same as a file that stands alone
+GET /parts, /parts/latents, /parts/fires what the script puts into the live page, as HTML
+GET /static/{name}
+GET /v1/history                          curves as columns; with ?generation= and &since= what is new
+GET /v1/latents                          the SAEs, and the snapshot in which the latents of each are shown
+GET /v1/latents/{sae}                    the table, sorted and searched as on the page; ?limit= up to 500
+GET /v1/latents/{sae}/fires?text=        the latents that fire on a text; ?at= on one of its tokens
+GET /v1/latents/{sae}/{index}            everything known of one latent; ?snapshot= of that one
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from monitor.desk import Desk
+from monitor.history import History
+from monitor.html import STATIC, render
+from monitor.latent_page import COLUMNS, fires, latent_page, table
+from monitor.page import parts, run_page
+from monitor.run_directory import NotThere, explained_saes, read_run, read_snapshots
+
+if TYPE_CHECKING:
+    from monitor.explore import Explorer
+
+MUTABLE = "no-cache"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+SCRIPTS = ("page.js", "latent.js", "theme.js")
+PLOTLY = "plotly.min.js"
+ROWS = 50
+MOST_ROWS = 500
+
+
+def page_routes(run_directory: Path, desk: Desk) -> list[Route]:
+    pages = _Pages(run_directory, desk)
+    return [
+        Route("/", pages.run),
+        Route("/latents/{sae}/{index:int}", pages.latent),
+        Route("/latents/{sae}/{index:int}/export", pages.export),
+        Route("/parts", pages.parts),
+        Route("/parts/latents", pages.table_part),
+        Route("/parts/fires", pages.fires_part),
+        Route("/static/{name}", static),
+        Route("/v1/history", pages.history),
+        Route("/v1/latents", pages.saes),
+        Route("/v1/latents/{sae}", pages.table),
+        Route("/v1/latents/{sae}/fires", pages.fires),
+        Route("/v1/latents/{sae}/{index:int}", pages.one),
+    ]
+
+
+class _Pages:
+    def __init__(self, run_directory: Path, desk: Desk) -> None:
+        self._directory = run_directory
+        self._desk = desk
+        self._history = History(run_directory)
+
+    # Starlette runs plain functions in threads, so that reading files here does not hold up other requests.
+
+    # Pages
+
+    def run(self, request: Request) -> Response:
+        run, snapshots = read_run(self._directory), read_snapshots(self._directory)
+        return _page(run_page(run, snapshots, self._latents(request), str(request.base_url)))
+
+    def latent(self, request: Request) -> Response:
+        return _page(latent_page(self._one(request)))
+
+    def export(self, request: Request) -> Response:
+        found = self._one(request)
+        name = f"{found['sae']}-{found['index']}-{found['snapshot']}.html"
+        answer = _page(latent_page(found, exported=True))
+        answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
+        return answer
+
+    # Parts of the live page
+
+    def parts(self, request: Request) -> Response:
+        run, snapshots = read_run(self._directory), read_snapshots(self._directory)
+        return _json(parts(run, snapshots))
+
+    def table_part(self, request: Request) -> Response:
+        return _page(self._table_or_why_not(request, _sae(request)))
+
+    def fires_part(self, request: Request) -> Response:
+        return _page(fires(self._fires(request, _sae(request))))
+
+    # JSON
+
+    def history(self, request: Request) -> Response:
+        return _json(self._history.columns(_integer(request, "generation", -1), _integer(request, "since", 0)))
+
+    def saes(self, request: Request) -> Response:
+        why_not = None if self._desk.explorer is not None else self._desk.why_not
+        return _json({"saes": explained_saes(self._directory), "why_not": why_not})
+
+    def table(self, request: Request) -> Response:
+        return _json(_asked(lambda: self._table(request, _sae(request))))
+
+    def one(self, request: Request) -> Response:
+        return _json(self._one(request))
+
+    def fires(self, request: Request) -> Response:
+        return _json(self._fires(request, _sae(request)))
+
+    # What they are made of
+
+    def _latents(self, request: Request) -> dict[str, Any]:
+        """What the live page needs for its section about latents."""
+        saes = explained_saes(self._directory)
+        names = [sae["name"] for sae in saes]
+        wanted = request.query_params.get("sae")
+        chosen = wanted if wanted in names else names[0] if names else None
+        return {
+            "saes": saes,
+            "chosen": chosen,
+            "search": request.query_params.get("search", ""),
+            "table": self._table_or_why_not(request, chosen),
+        }
+
+    def _table_or_why_not(self, request: Request, sae: str | None) -> str:
+        if sae is None:
+            return _empty("No snapshot yet", "Latents can be read from the first one on.")
+        if self._desk.explorer is None:
+            return _empty("Not yet" if self._desk.coming else "Not here", self._desk.why_not)
+        try:
+            return table(self._table(request, sae))
+        except NotThere:
+            return _empty("Being looked at", "The language model reads held-out text with this SAE; a minute, mostly.")
+
+    def _explorer(self) -> Explorer:
+        if self._desk.explorer is None:
+            raise HTTPException(503, self._desk.why_not, {"Retry-After": "5"})
+        return self._desk.explorer
+
+    def _table(self, request: Request, sae: str) -> dict[str, Any]:
+        query = request.query_params
+        order = query.get("order", "strongest")
+        if order not in COLUMNS:
+            raise HTTPException(400, f"order = {order!r}: expected one of {', '.join(COLUMNS)}")
+        return self._explorer().table(
+            sae,
+            order,  # type: ignore[arg-type]
+            descending=_integer(request, "descending", 1) != 0,
+            search=query.get("search", ""),
+            offset=_integer(request, "offset", 0),
+            limit=min(MOST_ROWS, _integer(request, "limit", ROWS)),
+            snapshot=query.get("snapshot"),
+        )
+
+    def _one(self, request: Request) -> dict[str, Any]:
+        path = request.path_params
+        return _asked(lambda: self._explorer().latent(path["sae"], path["index"], request.query_params.get("snapshot")))
+
+    def _fires(self, request: Request, sae: str) -> dict[str, Any]:
+        at = _integer(request, "at", -1)
+        text = request.query_params.get("text", "")
+        return _asked(lambda: self._explorer().fires(sae, text, None if at < 0 else at))
+
+
+def _asked(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return ask()
+    except NotThere as error:
+        raise HTTPException(404, str(error)) from None
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+
+
+def _sae(request: Request) -> str:
+    return request.path_params.get("sae") or request.query_params.get("sae", "")
+
+
+def _integer(request: Request, name: str, default: int) -> int:
+    text = request.query_params.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError:
+        value = -2
+    if not -1 <= value < 1 << 53:
+        raise HTTPException(400, f"{name} = {text!r}: expected a whole number")
+    return value
+
+
+def _page(text: str) -> Response:
+    return HTMLResponse(text, headers={"Content-Security-Policy": POLICY, "Cache-Control": MUTABLE})
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return JSONResponse(content, headers={"Cache-Control": MUTABLE})
+
+
+def _empty(title: str, told: str) -> str:
+    return render("empty.html", title=title, told=told)
+
+
+# --- Scripts ---------------------------------------------------------------------------------------------------------
+
+
+def static(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name == PLOTLY:
+        headers = {"Content-Encoding": "gzip", "Cache-Control": "public, max-age=86400"}
+        return Response(_plotly(), media_type="text/javascript", headers=headers)
+    if name not in SCRIPTS:
+        raise HTTPException(404, f"no {name!r} here; there are {', '.join((*SCRIPTS, PLOTLY))}")
+    return Response((STATIC / name).read_bytes(), media_type="text/javascript", headers={"Cache-Control": MUTABLE})
+
+
+@lru_cache
+def _plotly() -> bytes:
+    """The library as the Python package carries it, a third as long: it is asked for through tunnels too."""
+    return gzip.compress((files("plotly") / "package_data" / PLOTLY).read_bytes(), 6)
