@@ -23,12 +23,17 @@ Act = Callable[[Tensor], Tensor]
 """Is shown an activation [windows, context, width] and returns what takes its place."""
 
 
+def windows_in_memory(model: LanguageModel, context: int) -> int:
+    """Windows of `context` tokens in one pass."""
+    return max(1, LOGITS_IN_MEMORY // (context * model.vocabulary))
+
+
 def passes(model: LanguageModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(tokens, kept, predicted) of as many windows as their logits fit into memory, on the model's device.
 
     `predicted` [windows, context − 1] is True where a token that is no padding follows one that is none.
     """
-    count = max(1, LOGITS_IN_MEMORY // (windows.ids.shape[1] * model.vocabulary))
+    count = windows_in_memory(model, windows.ids.shape[1])
     for start in range(0, len(windows.ids), count):
         chosen = slice(start, start + count)
         real = ~windows.padded[chosen]

@@ -23,7 +23,6 @@ import pytest
 import torch
 import transformers
 from prometheus_client import CollectorRegistry
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import monitor.evaluate
 import monitor.passes
@@ -33,18 +32,16 @@ from monitor.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
-from producer.activations import LanguageModel, load_language_model
+from producer.activations import LanguageModel
 from producer.corpus import open_corpus
 from producer.produce import _pack_rows
-from producer.settings import ModelSettings, read_run_file
+from producer.settings import read_run_file
 from producer.tokens import Windows
+from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.report import DENSITY_EDGES
 from trainer.snapshot import Export, retire
 
-HOOK = "blocks.0.hook_resid_post"
-WIDTH = 8
-WORDS = 40
 MLP_OUT = "blocks.1.hook_mlp_out"
 WIRED = [MLP_OUT, "blocks.1.hook_resid_mid", HOOK, "blocks.1.hook_resid_pre"]
 """Hooks for SAEs of several, not in the order in which the model computes them."""
@@ -53,46 +50,18 @@ MORE = ("ce_mean_ablation", "ce_recovered_mean_ablation", "cosine", "norm_ratio"
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two small layers, with a tokenizer of one word per token."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS + 2,
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.7,  # so large that zeroing a layer costs a nat, and ratios are not noise
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {"<s>": 0, "</s>": 1} | {f"w{number}": number + 2 for number in range(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def model(model_folder: Path) -> LanguageModel:
-    torch.set_num_threads(1)
-    return load_language_model(
-        ModelSettings(name=str(model_folder), hooks=[HOOK], device="cpu", dtype="float32"), whole=True
-    )
+    return load_model(model_folder)
 
 
 @pytest.fixture(scope="session")
 def wired(model_folder: Path) -> LanguageModel:
     """The same model with the hooks of WIRED."""
-    torch.set_num_threads(1)
-    return load_language_model(
-        ModelSettings(name=str(model_folder), hooks=WIRED, device="cpu", dtype="float32"), whole=True
-    )
+    return load_model(model_folder, WIRED)
 
 
 @pytest.fixture
