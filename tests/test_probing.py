@@ -1,0 +1,122 @@
+"""Sparse probing: labels that one latent tells, labels that nothing tells, and files that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from monitor.evaluate import Subject, load_subject
+from monitor.held_out import EvaluationError
+from monitor.probing import LabelledTexts, fit_logistic, probe_accuracy, read_labelled_texts
+from producer.activations import LanguageModel
+from producer.settings import CorpusSettings
+from producer.tokens import Windows
+from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
+from tests.small_run import identity_sae, publish_snapshot
+from trainer.saes.inference import InferenceSae
+
+TEXTS, CONTEXT = 80, 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_model(write_model(tmp_path_factory.mktemp("model")))
+
+
+def test_a_planted_feature_is_found_by_one_latent(model: LanguageModel):
+    """Texts in which a direction of x that one latent reads has a high mean, and texts in which it has a low one."""
+    planted = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))).Q[:, 0]
+    windows = _windows(200)
+    order = (model.activations(torch.from_numpy(windows.ids))[0][:, 1:].mean(1) @ planted).argsort().numpy()
+    chosen = np.concatenate([order[:40], order[-40:]])
+    texts = LabelledTexts(
+        Windows(windows.ids[chosen], windows.kept[chosen], windows.padded[chosen]), np.array(["low", "high"]).repeat(40)
+    )
+    found = probe_accuracy(model, _reading(planted), texts)
+    assert found["1"] == found["2"] == 1.0
+    assert set(found) == {"1", "2", "5", "dense"} and found["dense"] >= 0.9
+
+
+def test_labels_that_the_text_does_not_tell_are_guessed(model: LanguageModel, tmp_path: Path):
+    """Half of the answers are right; texts that were fitted to do not count, or the dense probe would know them."""
+    subject = load_subject(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
+    windows = _windows(400)
+    found = probe_accuracy(model, subject, LabelledTexts(windows, np.array(["a", "b"] * 200)))
+    assert all(0.35 < value < 0.65 for value in found.values()), found
+
+
+def test_labels_are_told_from_all_others(model: LanguageModel, tmp_path: Path):
+    """Three labels, the rarest with 8 texts of a word of its own: as many others stand against it."""
+    subject = load_subject(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
+    windows = _windows()
+    labels = np.array(["a"] * 8 + ["b"] * 30 + ["c"] * 42)
+    for label, token in (("a", 2), ("b", 9), ("c", 17)):
+        windows.ids[labels == label, 1:] = token
+    found = probe_accuracy(model, subject, LabelledTexts(windows, labels))
+    assert found["dense"] == 1.0 and found["5"] >= 0.9
+
+
+def test_logistic_regression_is_at_its_optimum():
+    """The gradient of the penalised loss is zero there, and the sign of each weight is right."""
+    x = torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = x[:, 0] - 2 * x[:, 1] + 0.3 * torch.sin(7 * x[:, 2]) > 0
+    weights = fit_logistic(x, truth)
+    gradient = x.T @ (torch.sigmoid(x @ weights) - truth.double()) / len(x) + 1e-2 * weights
+    assert weights[0] > 0 > weights[1]
+    assert float(gradient.abs().max()) < 1e-4
+
+
+def test_a_file_of_texts_is_read(model: LanguageModel, tmp_path: Path):
+    """A window each, cut where it is full; a text without tokens is passed over, and labels may be numbers."""
+    lines = [{"text": f"w{i} w{i + 1}", "label": i % 2} for i in range(20)] + [{"text": "", "label": 0}]
+    lines.append({"text": "w1 " * 50, "label": 1})
+    texts = read_labelled_texts(_file(tmp_path, lines), model.tokenizer, CorpusSettings(context=CONTEXT))
+    assert texts.labels.tolist() == [str(i % 2) for i in range(20)] + ["1"]
+    assert texts.windows.ids.shape == (21, CONTEXT)
+    assert texts.windows.kept.sum(1).tolist() == [2] * 20 + [CONTEXT - 1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ([{"text": "w1"}], r"line 1: expected .*label.*found \{"),
+        ([{"text": "w1", "label": 0}] * 20, "two labels or more .* it has: '0' 20"),
+        ([{"text": "w1", "label": i == 0} for i in range(20)], "8 texts or more each; it has: 'False' 19, 'True' 1"),
+        ([], "it has: none"),
+    ],
+)
+def test_files_that_cannot_be_used_say_why(
+    lines: list[dict[str, object]], complaint: str, model: LanguageModel, tmp_path: Path
+):
+    with pytest.raises(EvaluationError, match=complaint):
+        read_labelled_texts(_file(tmp_path, lines), model.tokenizer, CorpusSettings(context=CONTEXT))
+
+
+def test_a_file_that_is_not_there_is_named(model: LanguageModel, tmp_path: Path):
+    with pytest.raises(EvaluationError, match=r"probe_file = .*nowhere"):
+        read_labelled_texts(tmp_path / "nowhere", model.tokenizer, CorpusSettings(context=CONTEXT))
+
+
+def _windows(texts: int = TEXTS) -> Windows:
+    ids = np.random.default_rng(0).integers(2, WORDS + 2, (texts, CONTEXT))
+    ids[:, 0] = 0
+    return Windows(ids, kept=ids != 0, padded=np.zeros_like(ids, bool))
+
+
+def _reading(direction: Tensor) -> Subject:
+    """Three latents of which the second reads one direction of x, far from its threshold, and the others nothing."""
+    W_enc = torch.zeros(WIDTH, 3)
+    W_enc[:, 1] = direction
+    weights = {"W_enc": W_enc, "b_enc": torch.tensor([0.0, 100.0, 0.0]), "W_dec": W_enc.T, "b_dec": torch.zeros(WIDTH)}
+    return Subject("s", InferenceSae({"architecture": "standard"}, weights), (HOOK,), (HOOK,))
+
+
+def _file(folder: Path, lines: list[dict[str, object]]) -> Path:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
