@@ -67,6 +67,18 @@ def test_a_trainer_without_producers_is_alive_and_ready(health: tuple[Trainer, A
     assert ask("/readyz") == (200, "waiting for the first rows")
 
 
+def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its producer is here, and dashboards see it, long before the first step."""
+    monkeypatch.setattr(trainer.train, "STARVED_REPORT_SECONDS", 0.1)
+    at_work, ask = health
+    with Peer(at_work.settings.stream).join() as producer:
+        producer.chunk()
+        wait_for(lambda: ask("/healthz") == (200, "filling the buffer"))
+        assert at_work.reports == []
+        assert at_work.loop.last_report is not None
+        assert at_work.loop.last_report.stream.producers == {"working": 1, "idle": 0}
+
+
 def test_a_starved_trainer_is_alive_and_says_so(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its only producer leaves in the middle of the corpus; the loop waits, comes round, and is not restarted."""
     monkeypatch.setattr(trainer.train, "STARVED_REPORT_SECONDS", 0.1)

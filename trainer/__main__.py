@@ -235,6 +235,9 @@ class Reports:
     def __exit__(self, *_: object) -> None:
         self._history.close()
 
+    def waiting(self, report: StepReport) -> None:
+        self._metrics.update(report)
+
     def report(self, report: StepReport) -> None:
         self._tell(report, self.last)
         self.last = report

@@ -49,6 +49,9 @@ NEW: Saved = ({"step": 0, "seconds": 0.0, "scales": None, "saes": {}, "buffer_ra
 class Listener(Protocol):
     """Who is told what the loop does."""
 
+    def waiting(self, report: StepReport) -> None:
+        """The stream, while the first rows come in; there is nothing of SAEs in it."""
+
     def report(self, report: StepReport) -> None: ...
     def published(self, tokens: int) -> None: ...
     def saved(self) -> None: ...
@@ -230,10 +233,13 @@ class Loop:
     # What the loop does now and then, and at a person's request
 
     def report(self) -> StepReport | None:
-        """Tells the listener how things stand; None while there is nothing to tell."""
-        if self.run is None or self.run.scales is None:
+        """Tells the listener how things stand; None while nothing is trained that one could tell of."""
+        if self.run is None:
             return None
         self.last_report = self.clock.report()
+        if self.run.scales is None:
+            self._listener.waiting(self.last_report)
+            return None
         self._listener.report(self.last_report)
         return self.last_report
 

@@ -299,14 +299,14 @@ def training() -> Json:
         over_time("Gradient norm", query("sluice_grad_norm{SAE}", by_sae),
                   query("increase(sluice_skipped_steps_total{SAE}[RATE])", "{{sae}} skipped steps")),
         over_time("Held out", query("sluice_ce_recovered{SAE}", "{{sae}} CE recovered"),
-                  query("sluice_ce_recovered_mean_ablation{SAE}", "{{sae}} … of mean ablation"),
+                  query("sluice_ce_recovered_mean_ablation{SAE}", "{{sae}} CE recovered, mean ablation"),
                   query("sluice_kl{SAE}", "{{sae}} KL"), query("sluice_evaluation_cosine{SAE}", "{{sae}} cosine")),
     ]  # fmt: skip
     rows: list[Row] = [
         (3, [(3, one) for one in now]),
         (7, [(8, one) for one in by_tokens]),
         (7, [(6, one) for one in by_time]),
-        (7, list(zip((8, 4, 4, 4, 4), why, strict=True))),
+        (7, list(zip((7, 4, 4, 4, 5), why, strict=True))),
     ]
     return dashboard("training", "Sluice · training", rows, by_sae=True)
 

@@ -1,0 +1,286 @@
+"""The demo under a real Prometheus: every query of every dashboard and rule is asked, as Grafana would ask it.
+
+`make watch`; some two minutes. The configuration is ours, with other ports. What each query returned stands in
+runs/queries.md afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.demo import COMMANDS, RUN_FILE
+from monitor.grafana.generate import DASHBOARDS
+
+pytestmark = [pytest.mark.watch, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parent.parent
+RULES = ROOT / "monitor" / "prometheus"
+RUN, SAES = "demo", ["jumprelu", "topk"]
+SCRAPE_SECONDS = 5
+RATE_INTERVAL = f"{4 * SCRAPE_SECONDS}s"
+"""What Grafana puts in the place of $__rate_interval."""
+PATIENCE_SECONDS = 400
+
+EMPTY_IN_A_HEALTHY_RUN = {
+    'sum by (reason) (increase(sluice_rows_rejected_total{run="$run"}[$__rate_interval]))',
+    'sum by (kind) (increase(sluice_protocol_errors_total{run="$run"}[$__rate_interval]))',
+}
+"""Queries of panels without an answer: no row is rejected, no message dropped. All alerts are empty too."""
+
+
+@dataclass
+class Answer:
+    """What one query returned: the values of each series over the run."""
+
+    where: str
+    query: str
+    series: list[list[float]]
+
+    @property
+    def line(self) -> str:
+        values = [value for one in self.series for value in one if value == value]
+        told = f"{min(values):.4g} … {max(values):.4g}" if values else "–"
+        points = sum(map(len, self.series))
+        query = self.query.replace("|", "\\|")
+        return f"| {self.where} | `{query}` | {len(self.series)} | {points} | {told} |"
+
+
+class Prometheus:
+    """Its HTTP API."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.began = time.time()
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=10) as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        with urllib.request.urlopen(f"{self.url}{path}?{urllib.parse.urlencode(parameters)}", timeout=10) as response:
+            return json.load(response)["data"]
+
+    def ask(self, where: str, query: str, seconds: float | None = None) -> Answer:
+        """Over the whole run, or its last `seconds`; raises HTTPError when the query is refused."""
+        now = time.time()
+        begin = self.began if seconds is None else now - seconds
+        found = self.get("/api/v1/query_range", query=query, start=begin, end=now, step=SCRAPE_SECONDS)["result"]
+        return Answer(where, query, [[float(value) for _, value in one["values"]] for one in found])
+
+    def values(self, query: str) -> list[str]:
+        """Of a dashboard's variable: label_values(selector, label)."""
+        selector, label = query.removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
+        return self.get(f"/api/v1/label/{label}/values", **{"match[]": selector})
+
+
+def test_every_query_of_a_dashboard_or_rule_is_answered_by_a_real_prometheus(tmp_path: Path) -> None:
+    """Each returns numbers, or is one of those that a healthy run leaves empty; then a fault is noticed."""
+    with_apt()
+    ports = dict(zip(("trainer", "producer", "monitor", "service", "stream", "prometheus"), free_ports(6), strict=True))
+    processes = Processes(tmp_path)
+    try:
+        prometheus = start_prometheus(processes, tmp_path, ports)
+        for name in COMMANDS:
+            processes.start(name, sys.executable, "-m", name, str(ROOT / RUN_FILE), *overrides(tmp_path, ports))
+        wait_until(lambda: has_all_been_seen(prometheus), processes)
+        answers = list(everything(prometheus))
+        write_table(answers)
+        check_variables(prometheus)
+        check_prometheus_own_view(prometheus)
+        for answer in answers:
+            finite = [value for one in answer.series for value in one if value == value]
+            assert bool(finite) == (not must_be_empty(answer)), answer.line
+        check_that_a_lost_producer_is_noticed(prometheus, processes, ports)
+    finally:
+        processes.stop()
+
+
+def everything(prometheus: Prometheus) -> Iterator[Answer]:
+    """All panels and annotations, as Grafana asks them; all recording rules, by name; all alerts."""
+    for name, make in DASHBOARDS.items():
+        board = make()
+        asked = [(panel["title"], target["expr"]) for panel in board["panels"] for target in panel["targets"]]
+        asked += [(f"annotation {one['name']}", one["expr"]) for one in board["annotations"]["list"]]
+        for title, expr in asked:
+            answer = prometheus.ask(f"{name}: {title}", substituted(expr))
+            answer.query = expr
+            yield answer
+    for rule in rules("recording.yml"):
+        yield prometheus.ask("recording rule", rule["record"])
+    for rule in rules("alerts.yml"):
+        # Lately: while the first rows are awaited and the language model loads, there is no producer.
+        yield prometheus.ask(f"alert {rule['alert']}", " ".join(rule["expr"].split()), seconds=SCRAPE_SECONDS)
+
+
+def must_be_empty(answer: Answer) -> bool:
+    return answer.query in EMPTY_IN_A_HEALTHY_RUN or answer.where.startswith("alert ")
+
+
+def check_variables(prometheus: Prometheus) -> None:
+    """The choices of run and SAE are those of the run."""
+    run, sae = DASHBOARDS["training"]()["templating"]["list"][1:]
+    assert prometheus.values(run["query"]["query"]) == [RUN]
+    assert prometheus.values(substituted(sae["query"]["query"])) == SAES
+
+
+def check_prometheus_own_view(prometheus: Prometheus) -> None:
+    """All three are up, every rule is evaluated without an error, no alert has fired."""
+    targets = prometheus.get("/api/v1/targets")["activeTargets"]
+    assert {one["labels"]["job"]: one["health"] for one in targets} == {f"sluice-{name}": "up" for name in COMMANDS}
+    groups = prometheus.get("/api/v1/rules")["groups"]
+    assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
+    assert [one for one in prometheus.get("/api/v1/alerts")["alerts"] if one["state"] == "firing"] == []
+
+
+def check_that_a_lost_producer_is_noticed(prometheus: Prometheus, processes: Processes, ports: dict[str, int]) -> None:
+    """The only one is killed: the trainer lives on, and the alert begins to wait for its two minutes."""
+    processes.named["producer"].kill()
+    processes.named.pop("producer").wait()
+    wait_until(lambda: "SluiceNoProducers" in alerts(prometheus), processes)
+    with urllib.request.urlopen(f"http://127.0.0.1:{ports['trainer']}/healthz", timeout=10) as response:
+        assert response.status == 200
+
+
+def alerts(prometheus: Prometheus) -> set[str]:
+    return {one["labels"]["alertname"] for one in prometheus.get("/api/v1/alerts")["alerts"]}
+
+
+def has_all_been_seen(prometheus: Prometheus) -> bool:
+    """Training for a minute, dead latents counted, two snapshots evaluated, a checkpoint written."""
+    asked = [
+        "count_over_time(sluice_step_seconds[5m]) > 12",
+        "sluice_dead_latents",
+        "changes(sluice_evaluated_snapshot_tokens[10m]) > 0",
+        "sluice_checkpoint_last_success_timestamp_seconds",
+        f"count_over_time(sluice_ce_delta[5m]) > {30 / SCRAPE_SECONDS}",
+    ]
+    return all(prometheus.ask("", query, seconds=SCRAPE_SECONDS).series for query in asked)
+
+
+def substituted(expr: str) -> str:
+    """With a person's choices and Grafana's own numbers in the place of variables."""
+    for variable, value in (("$__rate_interval", RATE_INTERVAL), ("$run", RUN), ("$sae", "|".join(SAES))):
+        expr = expr.replace(variable, value)
+    return expr
+
+
+def rules(name: str) -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load((RULES / name).read_text())["groups"] for rule in group["rules"]]
+
+
+def write_table(answers: list[Answer]) -> None:
+    head = "| where | query | series | points | values |\n|---|---|---|---|---|\n"
+    table = ROOT / "runs" / "queries.md"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text(head + "\n".join(answer.line for answer in answers) + "\n", encoding="utf-8")
+
+
+# Processes
+
+
+def with_apt() -> None:
+    """Debian's package, where root may install it and it is missing."""
+    if shutil.which("prometheus") is not None:
+        return
+    if os.geteuid() == 0 and shutil.which("apt-get") is not None:
+        install = "apt-get -qq update && apt-get -qq install -y --no-install-recommends prometheus"
+        subprocess.run(install, shell=True, check=False, stdout=subprocess.DEVNULL, timeout=300)
+    if shutil.which("prometheus") is None:
+        pytest.fail("prometheus is not installed: apt-get install prometheus, or put its binary on the PATH")
+
+
+class Processes:
+    """Started with a log each, and stopped together."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.named: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *command: str) -> None:
+        log = open(self._folder / f"{name}.log", "wb")  # noqa: SIM115 (the child keeps it open)
+        self.named[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+    def check(self) -> None:
+        """All still run."""
+        for name, process in self.named.items():
+            assert process.poll() is None, (name, (self._folder / f"{name}.log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        for process in self.named.values():
+            process.terminate()
+        for process in self.named.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until(condition: Callable[[], object], processes: Processes) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        processes.check()
+        time.sleep(1)
+
+
+def free_ports(count: int) -> list[int]:
+    doors = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [door.getsockname()[1] for door in doors]
+    for door in doors:
+        door.close()
+    return ports
+
+
+def overrides(folder: Path, ports: dict[str, int]) -> list[str]:
+    """The demo, without an end that comes too soon, with dead latents and snapshots sooner."""
+    return [
+        f"run.directory={folder / 'run'}",
+        "run.tokens=20_000_000",
+        f"stream.endpoint=tcp://127.0.0.1:{ports['stream']}",
+        "snapshots.every_tokens=150_000",
+        "checkpoint.every_seconds=20.0",
+        f"monitor.trainer_port={ports['trainer']}",
+        f"monitor.producer_port={ports['producer']}",
+        f"monitor.port={ports['monitor']}",
+        f"monitor.service_port={ports['service']}",
+    ]
+
+
+def start_prometheus(processes: Processes, folder: Path, ports: dict[str, int]) -> Prometheus:
+    """With our files, in which only the ports are others."""
+    config = folder / "prometheus"
+    shutil.copytree(RULES, config)
+    for name in ("prometheus.yml", "producers.yml"):
+        text = (config / name).read_text()
+        for process, port in (("trainer", 9710), ("producer", 9711), ("monitor", 9712)):
+            text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{ports[process]}")
+        (config / name).write_text(text)
+    processes.start(
+        "prometheus",
+        "prometheus",
+        f"--config.file={config / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'tsdb'}",
+        f"--web.listen-address=127.0.0.1:{ports['prometheus']}",
+    )
+    prometheus = Prometheus(ports["prometheus"])
+    wait_until(prometheus.is_ready, processes)
+    return prometheus
