@@ -60,6 +60,7 @@ SECTIONS: dict[str, Section] = {
     "producer": _section("producer"),
     "together": _section("together"),
     "start": _section("start"),
+    "flood": _section("flood"),
     "estimate": _section("estimate"),
     **{f"scaling-{name}": _section("scaling", name) for name in ("d_sae", "d_in", "k", "batch", "SAEs")},
 }

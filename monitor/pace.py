@@ -1,0 +1,87 @@
+"""How much of the machine the HTTP service may use, so that a flood of clients does not slow the training beside it.
+
+Low priority is not enough: two threads on one core's two halves, or on one memory, slow each other down whatever their
+priorities. So the service keeps to SHARE of the machine's CPU time in the long run. Who is over it waits in line, one
+request or one piece of a file at a time, which spreads the work evenly instead of in bursts. A person does not notice:
+BURST_SECONDS are saved up while nobody asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from contextlib import suppress
+
+import anyio.to_thread
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+SHARE = 0.02
+"""Of all cores together."""
+BURST_SECONDS = 0.25
+WORKERS = 8
+"""Threads for what reads files."""
+
+
+class Pace:
+    """ASGI: each request, and each further piece of an answer, waits until there is CPU time for it."""
+
+    def __init__(self, app: ASGIApp, share: float = SHARE) -> None:
+        self._app = app
+        self._rate = share * (os.cpu_count() or 1)
+        self._clock = _CpuClock()
+        self._allowed = BURST_SECONDS
+        """CPU seconds that may be used before somebody has to wait; below 0, what has been used ahead of time."""
+        self._used: float | None = None
+        self._at = 0.0
+        self._line = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        anyio.to_thread.current_default_thread_limiter().total_tokens = WORKERS
+        await self._turn()
+
+        async def paced(message: Message) -> None:
+            await send(message)
+            if message.get("more_body"):
+                await self._turn()
+
+        await self._app(scope, receive, paced)
+
+    async def _turn(self) -> None:
+        async with self._line:
+            while (left := self._left()) < 0:
+                await asyncio.sleep(-left / self._rate)
+
+    def _left(self) -> float:
+        """CPU seconds that may be used now."""
+        used, now = self._clock.read(), time.monotonic()
+        earned = (now - self._at) * self._rate
+        if self._used is not None:
+            self._allowed = min(BURST_SECONDS, self._allowed + earned) - (used - self._used)
+        self._used, self._at = used, now
+        return self._allowed
+
+
+class _CpuClock:
+    """CPU seconds of the thread that reads it and of the worker threads that it hands work to."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+        self._gone = 0.0
+
+    def read(self) -> float:
+        before, self._seen = self._seen, {}
+        for thread in threading.enumerate():
+            if thread.name == "AnyIO worker thread" and thread.native_id is not None:
+                with suppress(OSError):  # it has just ended, or this is not Linux
+                    self._seen[thread.native_id] = time.clock_gettime(_clock_of(thread.native_id))
+        self._gone += sum(seconds for thread, seconds in before.items() if thread not in self._seen)
+        return time.thread_time() + sum(self._seen.values()) + self._gone
+
+
+def _clock_of(thread: int) -> int:
+    """Linux' clock of a thread's CPU time, as glibc makes it; an error for a thread that has ended."""
+    return (~thread << 3) | 6
