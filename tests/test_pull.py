@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +20,14 @@ import pytest
 import monitor.pull
 from monitor.client import Monitor, MonitorError
 from monitor.metrics import new_registry
-from monitor.pull import main, pull
+from monitor.pull import Tell, follow, main, pull
 from monitor.service import make_app, start_service
-from tests.small_run import identity_sae, publish_snapshot, start_run
+from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.durable import replace_text
 from trainer.snapshot import Export, retire, verify
 
+ROOT = Path(__file__).parent.parent
+TOKEN = "correct-horse-battery-staple"
 WEIGHTS = "small/sae_weights.safetensors"
 
 
@@ -181,6 +187,159 @@ def test_another_kind_of_server_is_recognised(tmp_path: Path):
             pytest.raises(MonitorError, match="is this the address of a Sluice monitor"),
         ):
             pull(Monitor(f"127.0.0.1:{port}"), tmp_path)
+
+
+def test_the_token_is_sent_and_never_shown(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """From SLUICE_TOKEN or --token; without it the refusal says so."""
+    port, close = start_service(make_app(run_directory, new_registry(), token=TOKEN), "127.0.0.1", 0)
+    try:
+        assert main([f"127.0.0.1:{port}", "--to", str(tmp_path / "here")]) == 1
+        assert "SLUICE_TOKEN" in capsys.readouterr().err
+        assert main([f"127.0.0.1:{port}", "--to", str(tmp_path / "here"), "--token", TOKEN]) == 0
+        monkeypatch.setenv("SLUICE_TOKEN", TOKEN)
+        assert main([f"127.0.0.1:{port}", "--to", str(tmp_path / "there")]) == 0
+        assert main([f"127.0.0.1:{port}", "--name", "000000000001"]) == 1
+        assert TOKEN not in "".join(capsys.readouterr())
+    finally:
+        close()
+
+
+def test_the_token_is_not_carried_to_another_host(tmp_path: Path):
+    """Where a server redirects to, it does not go."""
+    asked: list[bytes] = []
+
+    def listen_in(client: socket.socket) -> None:
+        with client:
+            asked.append(client.recv(65536))
+            client.sendall(b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n")
+
+    with _listening(listen_in) as other:
+
+        def redirect(client: socket.socket) -> None:
+            with client:
+                asked.append(client.recv(65536))
+                client.sendall(
+                    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:%d/\r\nConnection: close\r\n\r\n" % other
+                )
+
+        with _listening(redirect) as port, pytest.raises(MonitorError):
+            pull(Monitor(f"127.0.0.1:{port}", TOKEN), tmp_path)
+    assert len(asked) == 2 and TOKEN.encode() in asked[0] and TOKEN.encode() not in asked[1]
+
+
+def test_following_brings_each_snapshot_in_turn(run_directory: Path, url: str, tmp_path: Path):
+    """From the newest on, in order, those that came while another was fetched too; the end of the run ends it."""
+    publish_snapshot(run_directory, 2000)
+    arrived: list[str] = []
+
+    def arrive(folder: Path) -> None:
+        arrived.append(folder.name)
+        if len(arrived) == 1:
+            publish_snapshot(run_directory, 3000)
+            publish_snapshot(run_directory, 4000)
+            finish_run(run_directory, 4000)
+
+    follow(Monitor(url), tmp_path / "here", _silent, arrive, print)
+    assert arrived == ["000000002000", "000000003000", "000000004000"]
+
+
+def test_following_goes_on_after_what_is_there(run_directory: Path, url: str, tmp_path: Path):
+    """What came while nobody followed is fetched as well, and evaluations that have come since."""
+    pull(Monitor(url), tmp_path / "here")
+    for tokens in (2000, 3000):
+        publish_snapshot(run_directory, tokens)
+    finish_run(run_directory, 3000)
+    arrived: list[str] = []
+
+    def arrive(folder: Path) -> None:
+        arrived.append(folder.name)
+        evaluation = run_directory / "snapshots" / folder.name / "small" / "evaluation.json"
+        replace_text(evaluation, '{"ce_delta": 0.5}')
+
+    follow(Monitor(url), tmp_path / "here", _silent, arrive, print)
+    assert arrived == ["000000002000", "000000003000"]
+    assert (tmp_path / "here" / "000000003000" / "small" / "evaluation.json").read_text() == '{"ce_delta": 0.5}'
+
+
+def test_following_passes_over_what_is_retired_under_it(run_directory: Path, url: str, tmp_path: Path):
+    """The snapshot that was being fetched is given up, nothing of it is left, and the next one comes."""
+
+    @contextmanager
+    def retiring() -> Iterator[Tell]:
+        def tell(path: str, done: int, size: int) -> None:
+            if not (run_directory / "snapshots" / "000000002000").exists():
+                publish_snapshot(run_directory, 2000)
+                retire(run_directory, keep=1)
+                finish_run(run_directory, 2000)
+
+        yield tell
+
+    arrived: list[str] = []
+    follow(Monitor(url), tmp_path / "here", retiring, lambda folder: arrived.append(folder.name), print)
+    assert arrived == ["000000002000"]
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["000000002000"]
+
+
+def test_following_survives_a_killed_monitor(tmp_path: Path):
+    """Real processes: the monitor is killed, snapshots come and go meanwhile, and it is started again."""
+    directory = start_run(tmp_path / "demo")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(f'[run]\ndirectory = "{directory}"\n[monitor]\nport = 0\nservice_port = {port}\n')
+    command = [sys.executable, "-m", "monitor"]
+    publish_snapshot(directory, 1000)
+    with ExitStack() as stack:
+        first = stack.enter_context(_killed_at_last([*command, str(run_file)]))
+        following = [*command, "pull", f"127.0.0.1:{port}", "--to", str(tmp_path / "here"), "--follow"]
+        puller = stack.enter_context(_killed_at_last(following))
+        assert puller.stdout is not None
+        assert puller.stdout.readline().strip() == str(tmp_path / "here" / "000000001000")
+        first.kill()
+        first.wait()
+        for tokens in (2000, 3000):
+            publish_snapshot(directory, tokens)
+            retire(directory, keep=1)
+        finish_run(directory, 3000)
+        stack.enter_context(_killed_at_last([*command, str(run_file)]))
+        assert puller.stdout.read().split() == [str(tmp_path / "here" / "000000003000")]
+        assert puller.wait(30) == 0
+    verify(tmp_path / "here" / "000000003000")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("curl", "awk", "sha256sum"))), reason="curl or coreutils are missing")
+def test_curl_is_enough(run_directory: Path, url: str, tmp_path: Path):
+    """The README's lines, as they stand there: everything arrives, half a file is gone on with, hashes are checked."""
+    readme = (ROOT / "README.md").read_text()
+    lines = readme[readme.index("    curl -fsS $MONITOR") :].split("\n\n")[0]
+
+    def fetch() -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"MONITOR": url}
+        return subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert fetch().returncode == 0
+    weights = tmp_path / "000000001000" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    done = fetch()
+    assert done.returncode == 0 and done.stdout.count(": OK") == 4
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    assert fetch().returncode != 0
+
+
+@contextmanager
+def _silent() -> Iterator[Tell]:
+    yield lambda path, done, size: None
+
+
+@contextmanager
+def _killed_at_last(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _large_sae() -> Export:
