@@ -33,7 +33,7 @@ class History:
         self._points: list[dict[str, Any]] = []
         self._measured: list[dict[str, Any]] = []
         self._every = 1
-        self._skipped = 0
+        self._reported = 0
         self._generation = 0
         """Changes whenever points that were handed out are gone."""
 
@@ -73,13 +73,11 @@ class History:
     def _take(self, point: dict[str, Any]) -> None:
         if self._points and point["tokens"] < self._points[-1]["tokens"]:
             self._points = [known for known in self._points if known["tokens"] < point["tokens"]]
+            self._reported = len(self._points) * self._every
             self._generation += 1
-            self._skipped = 0
-        self._skipped += 1
-        if self._skipped < self._every:
-            return
-        self._skipped = 0
-        self._points.append(point)
+        if self._reported % self._every == 0:
+            self._points.append(point)
+        self._reported += 1
         if len(self._points) >= MOST_POINTS:
             self._points = self._points[::2]
             self._every *= 2

@@ -260,6 +260,7 @@ async function beat(first) {
     if (byId("table").querySelector(".empty") && !byId("search").value && state !== "waiting") showTable();
   } catch (error) {
     document.querySelector("#headline .state")?.replaceChildren("monitor does not answer");
+    delete byId("headline").dataset.html; // so that the next answer is put there, even if it is the last one again
   }
   setTimeout(beat, document.hidden || state === "finished" ? 5 * EVERY_MS : EVERY_MS);
 }

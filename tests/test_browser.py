@@ -1,0 +1,203 @@
+"""The pages in a real browser: they open, move, sort, search and are left by the keyboard, without an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from monitor.desk import Desk
+from monitor.explore import Explorer
+from monitor.metrics import new_registry
+from monitor.service import make_app, start_service
+from tests.small_reading import WORDS, read_run, small_model
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SHIFT = """() => new Promise((done) => {
+  let sum = 0;
+  new PerformanceObserver((list) => { for (const entry of list.getEntries()) sum += entry.value; })
+    .observe({ type: "layout-shift", buffered: true });
+  setTimeout(() => done(sum), 200);
+})"""
+"""The sum of all layout shifts since the page was opened, as browsers measure them; 0.1 and less counts as good."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("browser")
+
+
+@pytest.fixture(scope="module")
+def explorer(folder: Path) -> Explorer:
+    return read_run(folder, small_model())
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path, explorer: Explorer) -> Iterator[str]:
+    port, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{port}"
+    close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address: str) -> Iterator:
+    """The live page; whatever the browser complains of fails the test."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    complaints: list[str] = []
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(address)
+    until(page, "typeof Plotly !== 'undefined'")
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def until(page, expression: str) -> None:
+    """Waits for the page; its policy lets nobody evaluate strings in it, not even Playwright's own waiting."""
+    deadline = time.monotonic() + 15
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, f"still not so: {expression}"
+        page.wait_for_timeout(50)
+
+
+def report(folder: Path, tokens: int, fvu: float) -> None:
+    sae = {"name": "planted", "fvu": fvu, "l0": 3.0, "dead_latents_ratio": 0.0, "density": [0] * 14}
+    line = {"time": 0.0, "tokens": tokens, "tokens_per_second": 5.0, "state": "training", "saes": [sae]}
+    with open(folder / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_curves_and_headline_move_while_the_run_does(page, folder: Path):
+    """A report that the trainer appends is a point of the curve and a number above it, without a reload."""
+    points = "document.querySelector('#chart-fvu').data?.[0]?.y.at(-1)"
+    page.evaluate("window.stayed = true")
+    for tokens, fvu in ((1000, 0.5), (4321, 0.25)):
+        report(folder, tokens, fvu)
+        until(page, f"{points} === {fvu}")
+        assert f"{tokens:,}" in page.inner_text("#headline")
+    assert page.evaluate("window.stayed")
+    assert page.locator("#chart-ce .scatterlayer .trace").count() == 1
+
+
+def test_nothing_jumps_while_the_page_fills(page, folder: Path):
+    """Curves and parts come into places that are kept for them."""
+    report(folder, 5000, 0.2)
+    page.wait_for_selector("#chart-fvu .trace", state="attached")
+    assert page.evaluate(SHIFT) < 0.02
+
+
+def test_headings_sort_the_table(page):
+    """By latent, upwards; again, downwards; the address can be sent to others."""
+    column = page.locator("#latents-table tbody tr td:first-child")
+    page.click("th a[data-order=index]")
+    page.wait_for_selector("th[aria-sort=ascending] a[data-order=index]")
+    assert column.all_inner_texts() == [str(index) for index in range(len(WORDS) + 1)]
+    page.click("th a[data-order=index]")
+    page.wait_for_selector("th[aria-sort=descending] a[data-order=index]")
+    assert column.first.inner_text() == str(len(WORDS))
+    page.reload()
+    assert column.first.inner_text() == str(len(WORDS))
+
+
+def test_search_as_one_types(page):
+    """The table follows; what is not found is said; the slash goes there."""
+    page.keyboard.press("/")
+    page.keyboard.type("import")
+    until(page, "document.querySelectorAll('#latents-table tbody tr').length < 4")
+    assert "import" in page.inner_text("#latents-table tbody tr:first-child")
+    page.keyboard.type("zzz")
+    page.wait_for_selector("#table .empty")
+    assert "No such latent" in page.inner_text("#table")
+
+
+def test_a_sentence_shows_its_latents(page):
+    """Shaded where they fire; a token chosen leaves those that fire on it."""
+    page.fill("#text", "we import a class")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#fires-table")
+    shaded = page.locator(f'#fires-table tr[data-href="/latents/planted/{WORDS.index(" class")}"] .t')
+    assert shaded.all_inner_texts() == [" class"]
+    page.click("#fires a[data-at]:has-text('import')")
+    page.wait_for_selector("#fires a.at")
+    assert page.locator(f'#fires-table tr[data-href="/latents/planted/{WORDS.index(" class")}"]').count() == 0
+    page.click("#clear")
+    assert page.inner_text("#fires") == ""
+
+
+def test_a_latent_is_opened_and_left_by_keyboard(page, address: str):
+    """Down, enter; its page; right to its neighbour; up to the table again."""
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Where it fires most")
+    index = int(page.url.rsplit("/", 1)[1])
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(f"{address}/latents/planted/{(index + 1) % (len(WORDS) + 1)}")
+    page.keyboard.press("u")
+    page.wait_for_selector("#latents-table")
+
+
+def test_light_and_dark(page):
+    """As the machine is set until somebody chooses; the choice is kept."""
+    ground = "getComputedStyle(document.body).backgroundColor"
+    page.emulate_media(color_scheme="light")
+    light = page.evaluate(ground)
+    page.keyboard.press("t")
+    dark = page.evaluate(ground)
+    assert light != dark
+    page.reload()
+    assert page.evaluate(ground) == dark
+    page.click("#theme")
+    assert page.evaluate(ground) == light
+
+
+def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: Explorer):
+    """The page stays and says so, and goes on when the monitor is back."""
+    port, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0)
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{port}")
+    until(page, "document.querySelector('#headline').dataset.html")
+    close()
+    page.wait_for_selector("text=monitor does not answer", timeout=15_000)
+    _, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", port)
+    page.wait_for_selector("text=monitor does not answer", state="detached", timeout=15_000)
+    page.close()
+    close()
+
+
+def test_an_export_opens_from_a_file(browser, address: str, tmp_path: Path):
+    """In a browser that is offline: all of it is there."""
+    page = browser.new_page()
+    page.goto(f"{address}/latents/planted/0")
+    with page.expect_download() as download:
+        page.click("text=export")
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    page.context.set_offline(True)
+    page.goto(f"file://{path}")
+    assert "Where it fires most" in page.inner_text("main") and page.locator(".context .t.at").count() > 0
+    page.close()

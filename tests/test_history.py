@@ -1,0 +1,101 @@
+"""Curves: what was appended is added, what a resumed trainer takes back goes, and there are never too many points."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import monitor.history
+from monitor.history import History, append_evaluation
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def report(run: Path, tokens: int, **saes: float) -> None:
+    """Appends one line to metrics.jsonl; `saes` are FVU by name."""
+    line: dict[str, Any] = {"tokens": tokens, "time": tokens / 10, "tokens_per_second": 5.0}
+    line["saes"] = [{"name": name, "fvu": fvu, "l0": 32.0} for name, fvu in saes.items()]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_a_run_that_does_not_exist_has_no_points(run: Path):
+    """And no error."""
+    found = History(run / "nowhere").columns()
+    assert found["tokens"] == [] and found["saes"] == {} and found["next"] == 0
+
+
+def test_only_what_is_new_is_told(run: Path):
+    """To who has seen the points before it; everything to others."""
+    history = History(run)
+    report(run, 10, a=0.5)
+    first = history.columns()
+    assert first["tokens"] == [10] and first["saes"]["a"]["fvu"] == [0.5]
+    report(run, 20, a=0.4)
+    news = history.columns(first["generation"], first["next"])
+    assert (news["since"], news["tokens"], news["saes"]["a"]["fvu"]) == (1, [20], [0.4])
+    assert history.columns(-1, 1)["tokens"] == [10, 20]
+
+
+def test_a_line_that_is_half_written_waits(run: Path):
+    """Until it has its end; one that is damaged is passed over."""
+    history = History(run)
+    with open(run / "metrics.jsonl", "w") as file:
+        file.write('{"tokens": 1, "saes": []}\n{"tok\n{"tokens": 2, "sa')
+    assert history.columns()["tokens"] == [1]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('es": []}\n')
+    assert history.columns()["tokens"] == [1, 2]
+
+
+def test_what_a_resumed_trainer_takes_back_is_gone(run: Path):
+    """It reports 15 after 30: points from 15 on were of a lineage that the crash ended, and everyone is told anew."""
+    history = History(run)
+    for tokens in (10, 20, 30):
+        report(run, tokens, a=tokens / 100)
+    seen = history.columns()
+    report(run, 15, a=0.99)
+    news = history.columns(seen["generation"], seen["next"])
+    assert news["generation"] != seen["generation"] and news["since"] == 0
+    assert news["tokens"] == [10, 15] and news["saes"]["a"]["fvu"] == [0.1, 0.99]
+
+
+def test_saes_that_come_later_have_nothing_before(run: Path):
+    """None, so that all columns are as long as the tokens; not a number is null in JSON too."""
+    history = History(run)
+    report(run, 10, a=0.5)
+    report(run, 20, a=0.4, b=float("nan"))
+    found = history.columns()
+    assert found["saes"]["b"]["fvu"] == [None, None] and found["saes"]["b"]["l0"] == [None, 32.0]
+
+
+def test_many_points_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every other one goes when there are too many, evenly over the whole run, and who had them is told anew."""
+    monkeypatch.setattr(monitor.history, "MOST_POINTS", 8)
+    history = History(run)
+    generations = set()
+    for tokens in range(1, 101):
+        report(run, tokens, a=0.5)
+        generations.add(history.columns()["generation"])
+    tokens = history.columns()["tokens"]
+    assert 4 <= len(tokens) < 8 and len(generations) > 3
+    steps = {later - earlier for earlier, later in zip(tokens, tokens[1:], strict=False)}
+    assert steps == {16}
+
+
+def test_evaluations_outlive_their_snapshots(run: Path):
+    """They stand in a file of their own; a snapshot measured again after a crash replaces those beyond it."""
+    history = History(run)
+    for tokens, delta in ((100, 0.3), (200, 0.2), (300, 0.1)):
+        append_evaluation(run, "a", {"snapshot_tokens": tokens, "ce_delta": delta})
+    append_evaluation(run, "b", {"snapshot_tokens": 300, "ce_delta": 0.5})
+    append_evaluation(run, "a", {"snapshot_tokens": 150, "ce_delta": 0.25})
+    found = history.columns()["evaluations"]
+    assert (found["a"]["tokens"], found["a"]["ce_delta"]) == ([100, 150], [0.3, 0.25])
+    assert found["b"]["tokens"] == [300] and found["b"]["kl"] == [None]

@@ -1,0 +1,146 @@
+"""The pages as they are sent: what stands in them, what they refuse, and what they never let through."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from monitor.desk import Desk
+from monitor.explore import Explorer
+from monitor.html import density_share, duration, percentage, shaded, short_count, visible
+from monitor.metrics import new_registry
+from monitor.service import make_app
+from tests.small_reading import WORDS, read_run, small_model
+from tests.small_run import publish_snapshot, start_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def explorer(folder: Path) -> Explorer:
+    return read_run(folder, small_model())
+
+
+@pytest.fixture
+def client(folder: Path, explorer: Explorer) -> TestClient:
+    return TestClient(make_app(folder / "run", new_registry(), desk=Desk(explorer)))
+
+
+def test_the_page_has_its_table_as_it_is_sent(client: TestClient):
+    """Without any script: rows, links to the latents, and what was asked for in the address."""
+    page = client.get("/?sae=planted&search=import").text
+    assert 'href="/latents/planted/0"' in page and 'value="import"' in page
+    assert f'href="/latents/planted/{WORDS.index(" self")}"' not in page
+
+
+def test_headings_sort_the_other_way_round(client: TestClient):
+    """The column that is sorted by says so, and its link turns the order."""
+    page = client.get("/?order=density&descending=1").text
+    heading = page.split('aria-sort="descending"')[1].split("</th>")[0]
+    assert 'data-order="density"' in heading and 'data-descending="0"' in heading and "↓" in heading
+
+
+def test_a_latents_page_shows_all_there_is(client: TestClient):
+    """Contexts, effects, neighbours, past, and the n-gram; scripts come from here alone."""
+    answer = client.get("/latents/planted/0")
+    for words in ("Where it fires most", "promotes", "Nearest latents", "How it came about", "best told by"):
+        assert words in answer.text
+    assert "script-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_an_export_stands_alone(client: TestClient):
+    """One file: no script, no link and nothing to be fetched; the name says what it is."""
+    answer = client.get("/latents/planted/0/export")
+    assert answer.headers["content-disposition"] == 'attachment; filename="planted-0-000000002000.html"'
+    assert "<script" not in answer.text.replace("&lt;script", "")
+    assert not re.search(r'(src|href)="(?!data:)', answer.text)
+    assert "exported by Sluice" in answer.text and "Where it fires most" in answer.text
+
+
+def test_text_of_the_corpus_is_no_markup(client: TestClient):
+    """It holds <script>alert(1)</script>, which every page shows and none runs."""
+    for address in ("/", "/latents/planted/0", "/latents/planted/0/export"):
+        page = client.get(address).text
+        assert "&lt;" in page and "<script>al" not in page
+    assert "<img" not in client.get("/parts/fires?sae=planted&text=<img src=x> import").text
+
+
+def test_what_is_asked_wrongly_is_told(client: TestClient):
+    """Status, the value, and what would do; as JSON."""
+    for address, status, words in (
+        ("/v1/latents/planted?order=beauty", 400, "index, density, strongest, norm, age"),
+        ("/v1/latents/planted?offset=-7", 400, "offset = '-7'"),
+        ("/v1/latents/planted/fires?text=", 400, "expected 1 to 4,000"),
+        ("/v1/latents/planted/99", 404, "latents 0 to 6, not 99"),
+        ("/latents/other/0", 404, "'planted'"),
+        ("/static/../page.py", 404, ""),
+        ("/static/page.css", 404, "page.js"),
+    ):
+        answer = client.get(address)
+        assert answer.status_code == status and words in answer.json()["error"]
+
+
+def test_latents_are_there_as_json(client: TestClient):
+    """What the pages show, for programs."""
+    assert client.get("/v1/latents").json() == {
+        "saes": [{"name": "planted", "snapshot": "000000002000"}],
+        "why_not": None,
+    }
+    table = client.get("/v1/latents/planted?order=index&descending=0&limit=2").json()
+    assert [line["index"] for line in table["latents"]] == [0, 1]
+    assert client.get("/v1/latents/planted/0").json()["top_tokens"] == [" import"]
+    assert client.get("/v1/latents/planted/0?snapshot=000000001000").json()["age"] == 0
+    assert client.get("/v1/latents/planted/fires?text=we import").json()["firing"] >= 1
+    assert [point for point in client.get("/v1/history").json()["evaluations"]["planted"]["tokens"]] == [1000, 2000]
+
+
+def test_before_the_model_is_loaded_the_page_says_so(tmp_path: Path):
+    """The page is there all the same; programs are told to ask again."""
+    run, desk = start_run(tmp_path / "run"), Desk()
+    client = TestClient(make_app(run, new_registry(), desk=desk))
+    assert "No snapshot yet" in client.get("/").text
+    publish_snapshot(run, 1000)
+    assert "still being loaded" in client.get("/").text
+    answer = client.get("/v1/latents/small")
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+    desk.close("monitor.evaluate is false.")
+    assert "monitor.evaluate is false." in client.get("/").text
+
+
+def test_a_run_that_does_not_exist_yet_has_a_page(tmp_path: Path):
+    """Every part says what will stand there."""
+    page = TestClient(make_app(tmp_path / "nowhere", new_registry())).get("/").text
+    for words in ("waiting for the trainer", "None yet", "No snapshot yet", "None published yet"):
+        assert words in page
+
+
+def test_numbers_are_short_and_never_zero_when_unknown():
+    """A dash is no number, and a small share is not rounded to nothing."""
+    assert [percentage(value) for value in (None, 0, 0.00042, 0.05, 0.42)] == ["–", "0 %", "0.042 %", "5 %", "42 %"]
+    assert [short_count(value) for value in (0, 999, 999.9, 131_072, 1_800_000)] == [
+        "0",
+        "999",
+        "1 k",
+        "131 k",
+        "1.8 M",
+    ]
+    assert [duration(value) for value in (90, 600, 86_400, 864_000)] == ["90 s", "10 min", "24.0 h", "10.0 days"]
+    assert [density_share(value) for value in (0, 1e-7, 1)] == [0.0, 0.0, 1.0]
+
+
+def test_tokens_are_shaded_by_their_activation():
+    """Half as strong, half as deep; a negative one on another ground; what is silent has none."""
+    shown = shaded(["a", "<b", "c\n", "d"], [0.0, 2.0, -4.0, 0.0], 4.0, at=3)
+    assert shown.startswith("a<span") and "&lt;b" in shown
+    assert re.findall(r'class="([^"]*)" style="--a:([^"]*)"', shown) == [
+        ("t", "0.50"),
+        ("t neg", "1.00"),
+        ("t at", "0.00"),
+    ]
+    assert visible("a\n        b") == 'a<i class="nl">↵</i>  b'
