@@ -17,7 +17,7 @@ A latent may fire some tokens after what it is about: a pattern ends with as man
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,19 +76,18 @@ def explain(latents: LatentActivations, latent: int) -> Explanation:
     )
 
 
-def mean_f1(latents: LatentActivations, sampled: int = SAMPLED_LATENTS) -> float | None:
-    """F1, mean over a fixed sample of the latents that fire in both halves; None when there is none."""
-    alive = np.flatnonzero(latents.firings)
-    chosen = np.random.default_rng(0).permutation(alive)[:sampled]
-    found = [explanation.f1 for explanation in _fired_in_both(latents, chosen)]
-    return float(np.mean([f1 or 0.0 for f1 in found])) if found else None
+def mean_f1(latents: LatentActivations, between: Callable[[], None] = lambda: None) -> float | None:
+    """`explanation_f1`: mean over a fixed sample of the latents that fire in both halves; None when there is none.
 
-
-def _fired_in_both(latents: LatentActivations, chosen: Iterable[int]) -> Iterable[Explanation]:
-    for latent in chosen:
+    `between` is called after each latent.
+    """
+    found = []
+    for latent in np.random.default_rng(0).permutation(np.flatnonzero(latents.firings))[:SAMPLED_LATENTS]:
         windows = latents.of(int(latent))[0] // latents.context
         if len(np.unique(windows % 2)) == 2:
-            yield explain(latents, int(latent))
+            found.append(explain(latents, int(latent)).f1 or 0.0)
+            between()
+    return float(np.mean(found)) if found else None
 
 
 def _half(latents: LatentActivations, latent: int, which: int) -> _Half:

@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 
+from monitor.ablation import ablation_effects
 from monitor.desk import Desk
 from monitor.evaluate import Baseline, Subject, evaluate, load_subject, misfit
+from monitor.explanation import mean_f1
 from monitor.explore import Explorer
 from monitor.held_out import EvaluationError, held_out_windows
 from monitor.history import append_evaluation
 from monitor.latents import births, gather_latents, load_latents
 from monitor.metrics import MonitorMetrics
-from monitor.run_directory import LATENTS, explained_snapshots, manifest_of, read_json
+from monitor.probing import LabelledTexts, probe_accuracy, read_labelled_texts
+from monitor.run_directory import LATENTS, explained_snapshots, is_finished, manifest_of, read_json
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel, ModelError, load_language_model
 from producer.corpus import CorpusError, open_corpus
@@ -49,6 +52,8 @@ class _Instruments:
     """The text on which their latents are looked at: more of it, and the first is part of it or close to it."""
     facts: dict[str, Any]
     """What must agree with the stream that a snapshot was trained on."""
+    labelled: LabelledTexts | None
+    """Texts of monitor.probe_file."""
     baseline: Baseline = field(default_factory=Baseline)
 
 
@@ -93,6 +98,7 @@ class Evaluator:
         names = snapshot_names(self._directory)
         if not names or names[-1] in self._settled:
             return
+        self.moved_at = time.monotonic()
         try:
             self._settle(self._instruments, names[-1])
         except Stopped:
@@ -131,6 +137,9 @@ class Evaluator:
                 newest = snapshot_names(self._directory)[-1:]
                 if newest == [name] and not (folder / sae / LATENTS).is_file():
                     self._look_into(instruments, folder, manifest, sae)
+            for sae in _to_be_measured(folder, manifest):
+                if snapshot_names(self._directory)[-1:] == [name]:
+                    self._measure_latents(instruments, folder, manifest, sae)
 
     def _evaluate(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], saes: list[str]) -> None:
         _refuse_another_stream(instruments.facts, manifest)
@@ -143,10 +152,13 @@ class Evaluator:
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():
             evaluation = {"snapshot": folder.name, "snapshot_tokens": manifest["tokens"], **result, "seconds": seconds}
-            replace_text(folder / sae / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
-            append_evaluation(self._directory, sae, evaluation)
-            self._metrics.update(sae, evaluation)
+            self._tell(folder, sae, evaluation)
             log.info("%s of %s: %s", sae, folder.name, _in_words(evaluation))
+
+    def _tell(self, folder: Path, sae: str, evaluation: dict[str, Any]) -> None:
+        replace_text(folder / sae / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
+        append_evaluation(self._directory, sae, evaluation)
+        self._metrics.update(sae, evaluation)
 
     def _look_into(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], sae: str) -> None:
         """Writes down what the SAE's latents do, and since when each one has its direction."""
@@ -172,6 +184,25 @@ class Evaluator:
             time.monotonic() - began,
         )
 
+    def _measure_latents(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], sae: str) -> None:
+        """Adds what its latents are worth, one by one, to the numbers of an SAE whose latents have been looked at."""
+        began = time.monotonic()
+        model, sampled = instruments.model, self._settings.monitor.ablated_latents
+        evaluation = read_json(folder / sae / "evaluation.json") or {}
+        subject, latents = load_subject(folder / sae, model.device), load_latents(folder / sae / LATENTS)
+        evaluation["explanation_f1"] = mean_f1(latents, self._between)
+        if sampled:
+            evaluation |= ablation_effects(model, subject, latents, sampled, self._between)
+        if (texts := instruments.labelled) is not None:
+            evaluation["probe_accuracy"] = probe_accuracy(model, subject, texts, _bounds(manifest), self._between)
+        self._tell(folder, sae, evaluation)
+        log.info(
+            "%s of %s: what its latents are worth, in evaluation.json (%.1f s)",
+            sae,
+            folder.name,
+            time.monotonic() - began,
+        )
+
     def _fitting(self, folder: Path, subjects: list[Subject], model: LanguageModel) -> list[Subject]:
         """Those that can be spliced into the model; the others are told of, and do not hold up the rest."""
         faults = {subject.name: misfit(model, subject) for subject in subjects}
@@ -186,9 +217,14 @@ class Evaluator:
         log.error("%s", message, exc_info=unexpected)
 
     def _between(self) -> None:
-        if self._stop.is_set():
+        """Rests after each piece of work, so that all work takes no more than its share of the time of a run."""
+        now = time.monotonic()
+        worked = 0.0 if self.moved_at is None else now - self.moved_at
+        share = 1.0 if is_finished(self._directory) else self._settings.monitor.evaluation_share
+        rest = worked * (1 / share - 1)
+        self.moved_at = now + rest
+        if self._stop.wait(rest):
             raise Stopped
-        self.moved_at = time.monotonic()
 
     def _load(self) -> _Instruments:
         settings = self._settings
@@ -214,8 +250,21 @@ class Evaluator:
             "tokens_fingerprint": tokens_fingerprint(model.tokenizer, settings.corpus),
             "held_out": settings.corpus.held_out,
         }
+        # Before there is an explorer: a tokenizer serves one thread at a time.
+        probes = settings.monitor.probe_file
+        labelled = None if probes is None else read_labelled_texts(Path(probes), model.tokenizer, settings.corpus)
         self._desk.explorer = Explorer(self._directory, model, settings.corpus)
-        return _Instruments(model, windows, reading, facts)
+        return _Instruments(model, windows, reading, facts, labelled)
+
+
+def _to_be_measured(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The SAEs whose latents have been looked at but not yet measured."""
+    return [
+        sae
+        for sae in manifest["saes"]
+        if (folder / sae / LATENTS).is_file()
+        and "explanation_f1" not in (read_json(folder / sae / "evaluation.json") or {})
+    ]
 
 
 def _bounds(manifest: dict[str, Any]) -> dict[str, float] | None:

@@ -20,13 +20,18 @@ from trainer.snapshot import SnapshotError, is_pinned, read_manifest, snapshot_n
 
 LATENTS = "latents.safetensors"
 """What the latents of an SAE do on held-out text (`monitor.latents`), beside it in its snapshot."""
-EVALUATED = {name: name for name in ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl")} | {
+_CE = ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "ce_recovered_mean_ablation")
+_OF_LATENTS = ("explanation_f1", "ablation_effects_ratio", "probe_accuracy")
+EVALUATED = {name: name for name in (*_CE, "kl", "cosine", *_OF_LATENTS)} | {
     "fvu": "held_out_fvu",
     "l0": "held_out_l0",
+    "shrinkage": "held_out_shrinkage",
+    "dense_latents": "held_out_dense_latents",
+    "dead_latents": "held_out_dead_latents",
     "fvu_by_hook": "held_out_fvu_by_hook",
 }
-"""What summary.json tells of an SAE once it is evaluated, by its name in evaluation.json: `fvu` and `l0` there are
-measured on held-out text, those of the trainer in summary.json on the text it is trained on. `fvu_by_hook` have
+"""What summary.json tells of an SAE once it is evaluated, by its name in evaluation.json: `fvu` and so on there
+are measured on held-out text, those of the trainer in summary.json on the text it is trained on. `fvu_by_hook` have
 crosscoders only."""
 
 

@@ -40,8 +40,16 @@ class MonitorTable(MetricsSettings):
     """Held-out rows of one evaluation; the same ones for every snapshot, so that numbers compare."""
     evaluation_threads: Positive = 1
     """CPU threads of the evaluation, at low priority; few, since it runs beside the training."""
+    evaluation_share: Annotated[float, Field(ge=0.01, le=1.0)] = 0.5
+    """Share of the time in which the evaluation may compute while the run trains; it sleeps the rest. Low priority
+    alone does not keep it from slowing the training: they share memory, caches and the GPU."""
     latents_tokens: Annotated[int, Field(ge=0)] = 65_536
-    """Held-out rows on which each SAE's latents are looked at, for the pages about them; 0 leaves these out."""
+    """Held-out rows on which each SAE's latents are looked at, for the pages about them; 0 leaves these out, and the
+    numbers that need them: explanation_f1, ablation_effects, probe_accuracy."""
+    ablated_latents: Annotated[int, Field(ge=0)] = 32
+    """Latents of each SAE that are ablated, one at a time, to see how many logits change; 0 leaves it out."""
+    probe_file: str | None = None
+    """JSON lines {"text": …, "label": …}: how well a few latents tell the labels is measured, if given."""
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> MonitorTable:

@@ -408,13 +408,44 @@ def test_only_the_newest_snapshot_is_evaluated(run_file: Path):
 
 
 def test_what_is_evaluated_is_not_evaluated_again(run_file: Path):
-    """A restarted monitor shows the numbers on disk without loading the model."""
+    """A restarted monitor shows the numbers on disk and measures only what is missing."""
     folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])
     (folder / "small" / "evaluation.json").write_text('{"ce_delta": 0.125}')
     evaluator, registry = _evaluator(run_file)
     evaluator.look()
     assert registry.get_sample_value("sluice_ce_delta", {"sae": "small"}) == 0.125
-    assert (folder / "small" / "evaluation.json").read_text() == '{"ce_delta": 0.125}'
+    found = json.loads((folder / "small" / "evaluation.json").read_text())
+    assert found["ce_delta"] == 0.125 and "ce_sae" not in found and "explanation_f1" in found
+
+
+def test_what_latents_are_worth_joins_the_numbers(run_file: Path):
+    """Once they have been looked at: n-grams, ablations, and probes on the labelled texts that the settings name."""
+    texts = run_file.parent / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"w{i % 2} w{i}", "label": i % 2}) + "\n" for i in range(32)))
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(1.0)])
+    # Windows of 8 tokens have no room for the 16 positions that an ablation is followed over.
+    evaluator, registry = _evaluator(run_file, f"monitor.probe_file={texts}", "corpus.context=32")
+    evaluator.look()
+    found = json.loads((folder / "small" / "evaluation.json").read_text())
+    assert found["ce_delta"] == pytest.approx(0, abs=1e-5)
+    assert 0 < found["explanation_f1"] < 1 and found["ablation_effects"] > 1
+    assert found["probe_accuracy"].keys() == {"1", "2", "5", "dense"}
+    for name in ("explanation_f1", "ablation_effects_ratio"):
+        assert registry.get_sample_value(f"sluice_{name}", {"sae": "small"}) == found[name]
+    accuracy = registry.get_sample_value("sluice_probe_accuracy", {"sae": "small", "probe": "dense"})
+    assert accuracy == found["probe_accuracy"]["dense"]
+
+
+def test_evaluation_keeps_to_its_share_of_the_time(run_file: Path):
+    """At a tenth it sleeps nine times as long as it computes."""
+    directory = run_file.parent / "demo"
+    evaluator, _ = _evaluator(run_file, "monitor.evaluation_share=0.1", "monitor.latents_tokens=0")
+    evaluator.look()  # loads the model
+    folder = publish_snapshot(directory, 1000, [_sae(0.5)])
+    began, used = time.monotonic(), time.thread_time()
+    evaluator.look()
+    assert (folder / "small" / "evaluation.json").exists()
+    assert time.thread_time() - used < 0.15 * (time.monotonic() - began)
 
 
 def test_several_saes_share_the_clean_pass(run_file: Path):
