@@ -1,0 +1,111 @@
+"""The service's share of the machine: a flood waits in line, a person does not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import anyio.to_thread
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from monitor.pace import BURST_SECONDS, Pace, _clock_of, _CpuClock
+
+REQUEST: Scope = {"type": "http"}
+
+
+def burn(seconds: float) -> None:
+    """Uses so much CPU time of this thread."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+async def ask(app: Pace, scope: Scope = REQUEST) -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    await app(scope, receive, send)
+
+
+def paced(work: float, cores: float, in_thread: bool = False, pieces: int = 1) -> Pace:
+    """An application that works so long for each piece of its answer, and may use that many cores."""
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        for piece in range(pieces):
+            await (anyio.to_thread.run_sync(burn, work) if in_thread else _burning(work))
+            await send({"type": "http.response.body", "body": b"", "more_body": piece < pieces - 1})
+
+    pace = Pace(application)
+    pace._rate = cores
+    return pace
+
+
+async def _burning(seconds: float) -> None:
+    burn(seconds)
+
+
+@pytest.mark.parametrize(("in_thread", "clients", "pieces"), [(False, 10, 1), (True, 10, 1), (False, 2, 5)])
+def test_a_flood_keeps_to_its_share(in_thread: bool, clients: int, pieces: int):
+    """Work in the loop's thread or in a worker's, in small answers or in long ones: what is used over time is given."""
+    work, cores = 0.05, 0.5
+
+    async def flood() -> float:
+        app = paced(work, cores, in_thread, pieces)
+        began = time.monotonic()
+        await asyncio.gather(*(ask(app) for _ in range(clients)))
+        return time.monotonic() - began
+
+    total = clients * pieces * work
+    # The last piece is begun as soon as those before it are paid for.
+    assert asyncio.run(flood()) >= (total - work - BURST_SECONDS) / cores
+
+
+def test_one_who_asks_now_and_then_never_waits():
+    """What is saved up while nobody asks is enough for a page, however small the share is."""
+
+    async def visit() -> float:
+        app = paced(0.05, cores=0.001)
+        began = time.monotonic()
+        for _ in range(2):
+            await ask(app)
+        return time.monotonic() - began
+
+    assert asyncio.run(visit()) < 5.0
+
+
+def test_who_waits_for_a_snapshot_does_not_hold_up_the_line():
+    """A request that sleeps uses no time: others are served meanwhile."""
+
+    async def serve() -> None:
+        answered = asyncio.Event()
+
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/wait":
+                await answered.wait()
+            else:
+                answered.set()
+
+        app = Pace(application)
+        await asyncio.gather(ask(app, REQUEST | {"path": "/wait"}), ask(app, REQUEST | {"path": "/"}))
+
+    asyncio.run(asyncio.wait_for(serve(), 10))
+
+
+def test_a_thread_that_has_ended_has_no_clock():
+    """It is an error, not a crash, and what it has used stays counted."""
+    clock = _CpuClock()
+    thread = threading.Thread(target=burn, args=(0.05,), name="AnyIO worker thread")
+    thread.start()
+    seen = clock.read()
+    while thread.is_alive():
+        seen = clock.read()
+    thread.join()
+    assert thread.native_id is not None
+    with pytest.raises(OSError):
+        time.clock_gettime(_clock_of(thread.native_id))
+    assert clock.read() >= seen
