@@ -43,8 +43,8 @@ from starlette.routing import Route
 
 from monitor.access import TokenGate
 from monitor.desk import Desk
-from monitor.pages import page_routes
 from monitor.pace import Pace
+from monitor.pages import page_routes
 from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
 from trainer.snapshot import NAME, SnapshotError, snapshot_names
 
