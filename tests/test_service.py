@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+import monitor.__main__
 import monitor.service
 from monitor.access import TokenError, read_token
 from monitor.metrics import MonitorMetrics, new_registry
@@ -24,6 +27,7 @@ from tests.small_run import finish_run, identity_sae, publish_snapshot, start_ru
 from trainer.durable import replace_text
 from trainer.snapshot import pin, retire, snapshot_names
 
+ROOT = Path(__file__).parent.parent
 TOKEN = "correct-horse-battery-staple"
 WEIGHTS = "/v1/snapshots/000000001000/small/sae_weights.safetensors"
 
@@ -303,6 +307,32 @@ def test_a_token_file_that_is_none_is_refused(tmp_path: Path, content: str | Non
         (tmp_path / "token").write_text(content)
     with pytest.raises(TokenError, match="openssl rand"):
         read_token(tmp_path / "token")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [(["monitor.host=0.0.0.0"], "monitor.token_file is not set"), (["monitor.token_file=nowhere"], "openssl rand")],
+)
+def test_off_loopback_it_does_not_start_without_a_token(tmp_path: Path, overrides: list[str], told: str):
+    """Exit code 2 and what to do, from the real command."""
+    (tmp_path / "run.toml").write_text(f'[run]\ndirectory = "{tmp_path}/run"\n[monitor]\nport = 0\nservice_port = 0\n')
+    command = [sys.executable, "-m", "monitor", str(tmp_path / "run.toml"), *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_light_and_names_what_there_is():
+    """No torch, no web server, nothing to draw with; every command beside it has a help of its own."""
+    code = (
+        "import sys; from monitor.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: print([*sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.splitlines()[-1]
+    assert all(f"python -m monitor {command}" in told for command in ("pull", "top", "compare"))
+    assert not [name for name in ("torch", "numpy", "uvicorn", "rich") if f"'{name}'" in modules]
+    for command in ("pull", "top", "compare"):
+        with pytest.raises(SystemExit, match="0"):
+            monitor.__main__.main([command, "--help"])
 
 
 def test_the_service_gives_way(run_directory: Path):
