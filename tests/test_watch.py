@@ -35,6 +35,8 @@ SCRAPE_SECONDS = 5
 RATE_INTERVAL = f"{4 * SCRAPE_SECONDS}s"
 """What Grafana puts in the place of $__rate_interval."""
 PATIENCE_SECONDS = 400
+NOW = 0.0
+"""Asks for this moment only, as the numbers at the top of a dashboard do."""
 
 EMPTY_IN_A_HEALTHY_RUN = {
     'sum by (reason) (increase(sluice_rows_rejected_total{run="$run"}[$__rate_interval]))',
@@ -117,17 +119,18 @@ def everything(prometheus: Prometheus) -> Iterator[Answer]:
     """All panels and annotations, as Grafana asks them; all recording rules, by name; all alerts."""
     for name, make in DASHBOARDS.items():
         board = make()
-        asked = [(panel["title"], target["expr"]) for panel in board["panels"] for target in panel["targets"]]
-        asked += [(f"annotation {one['name']}", one["expr"]) for one in board["annotations"]["list"]]
-        for title, expr in asked:
-            answer = prometheus.ask(f"{name}: {title}", substituted(expr))
-            answer.query = expr
+        asked = [(panel["title"], target) for panel in board["panels"] for target in panel["targets"]]
+        asked += [(f"annotation {one['name']}", one) for one in board["annotations"]["list"]]
+        for title, target in asked:
+            seconds = NOW if target.get("instant") else None
+            answer = prometheus.ask(f"{name}: {title}", substituted(target["expr"]), seconds)
+            answer.query = target["expr"]
             yield answer
     for rule in rules("recording.yml"):
         yield prometheus.ask("recording rule", rule["record"])
     for rule in rules("alerts.yml"):
-        # Lately: while the first rows are awaited and the language model loads, there is no producer.
-        yield prometheus.ask(f"alert {rule['alert']}", " ".join(rule["expr"].split()), seconds=SCRAPE_SECONDS)
+        # While the language model loads there is no producer, so not over the whole run.
+        yield prometheus.ask(f"alert {rule['alert']}", " ".join(rule["expr"].split()), NOW)
 
 
 def must_be_empty(answer: Answer) -> bool:
@@ -172,7 +175,7 @@ def has_all_been_seen(prometheus: Prometheus) -> bool:
         "sluice_checkpoint_last_success_timestamp_seconds",
         f"count_over_time(sluice_ce_delta[5m]) > {30 / SCRAPE_SECONDS}",
     ]
-    return all(prometheus.ask("", query, seconds=SCRAPE_SECONDS).series for query in asked)
+    return all(prometheus.ask("", query, NOW).series for query in asked)
 
 
 def substituted(expr: str) -> str:

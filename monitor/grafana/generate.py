@@ -40,7 +40,8 @@ GOOD, ODD, BAD, CALM = "green", "orange", "red", "blue"
 
 def query(expr: str, legend: str = "", **more: Any) -> Json:
     """One query, abbreviated as SHORT says; `legend` may name labels as {{label}}."""
-    return {"datasource": SOURCE, "expr": _spelled_out(expr), "legendFormat": legend or "__auto", "range": True, **more}
+    asked = {"datasource": SOURCE, "expr": _spelled_out(expr), "legendFormat": legend or "__auto"}
+    return asked | {"range": True, "instant": False} | more
 
 
 def _spelled_out(expr: str) -> str:
@@ -91,7 +92,9 @@ def number(
     field |= {"mappings": mappings or []}
     if decimals is not None:
         field["decimals"] = decimals
-    return panel("stat", title, [query(expr, legend)], options, field, note, overrides)
+    # Of this moment: over a range, a state that was left an hour ago would be shown beside the present one.
+    asked = query(expr, legend, range=False, instant=True)
+    return panel("stat", title, [asked], options, field, note, overrides)
 
 
 def _lines(unit: str, log: bool, stacked: bool = False, top: float | None = None) -> Json:
