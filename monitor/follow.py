@@ -92,6 +92,7 @@ class Evaluator:
                 self._instruments = self._load()
             except (ModelError, CorpusError, EvaluationError) as error:
                 self.broken = str(error)
+                self._metrics.give_up()
                 self._desk.close(f"{error}.")
                 log.error("no evaluation: %s", error)
                 return

@@ -282,6 +282,7 @@ class Watch:
     snapshots: int = 0
     newest_tokens: int | None = None
     failures: int = 0
+    broken: bool = False
     finished: bool = False
 
 
@@ -344,6 +345,9 @@ WATCH = (
     Metric("sluice_run_finished", "gauge", "0 or 1",
            "1 once the run has come to its end: its trainer and producers are gone for a good reason.",
            lambda w: int(w.finished)),
+    Metric("sluice_evaluation_broken", "gauge", "0 or 1",
+           "1 when no snapshot can be evaluated: the language model or the text cannot be loaded; the log says why.",
+           lambda w: int(w.broken)),
     Metric("sluice_evaluation_failures_total", "counter", "snapshots",
            "Snapshots that could not be evaluated; the log says why.",
            lambda w: w.failures),
@@ -369,6 +373,10 @@ class MonitorMetrics(Collector):
 
     def see_run(self, snapshots: int, newest_tokens: int | None, finished: bool) -> None:
         self._watch = replace(self._watch, snapshots=snapshots, newest_tokens=newest_tokens, finished=finished)
+
+    def give_up(self) -> None:
+        """No snapshot will be evaluated."""
+        self._watch = replace(self._watch, broken=True)
 
     def count_failure(self) -> None:
         self._watch = replace(self._watch, failures=self._watch.failures + 1)

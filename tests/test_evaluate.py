@@ -528,8 +528,9 @@ def test_stopping_does_not_wait_for_an_evaluation(run_file: Path):
 def test_missing_model_turns_evaluation_off(run_file: Path, caplog: pytest.LogCaptureFixture):
     """The monitor goes on without evaluating, and says why."""
     publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])
-    evaluator, _ = _evaluator(run_file, "model.name=/nowhere")
+    evaluator, registry = _evaluator(run_file, "model.name=/nowhere")
     evaluator.look()
+    assert registry.get_sample_value("sluice_evaluation_broken") == 1
     assert evaluator.broken is not None and "/nowhere" in evaluator.broken
     assert "no evaluation" in caplog.text
 
