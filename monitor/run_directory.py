@@ -92,15 +92,18 @@ def complete_summary(run_directory: Path) -> None:
 
 
 def read_snapshots(run_directory: Path) -> list[dict[str, Any]]:
-    """Every complete snapshot, oldest first, with the SAEs' metrics and evaluations but without the settings."""
+    """Every complete snapshot, oldest first, with the SAEs' metrics and evaluations but without the settings.
+
+    An entry that has not changed is the same object as last time, and is not to be changed by who gets it.
+    """
     entries = []
     for name in snapshot_names(run_directory):
         folder = run_directory / "snapshots" / name
         try:
-            manifest = manifest_of(folder)
+            evaluated = [_written_ns(folder / sae / "evaluation.json") for sae in manifest_of(folder)["saes"]]
+            entries.append(_entry(folder, _written_ns(folder / "manifest.json"), tuple(evaluated), is_pinned(folder)))
         except SnapshotError:
             continue  # retired a moment ago
-        entries.append(_entry(folder, manifest))
     return entries
 
 
@@ -120,34 +123,31 @@ def explained_saes(run_directory: Path) -> list[dict[str, Any]]:
     return [{"name": sae, "snapshot": (explained_snapshots(run_directory, sae) or (None,))[-1]} for sae in saes]
 
 
-def _entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _entry(folder: Path, written_ns: int, evaluated_ns: tuple[int, ...], pinned: bool) -> dict[str, Any]:
+    """One snapshot of the list, made once for as long as none of its files changes."""
+    manifest = manifest_of(folder)
     saes = {
-        sae: {"metrics": metrics, "evaluation": _evaluation_of(folder / sae)}
+        sae: {"metrics": metrics, "evaluation": read_json(folder / sae / "evaluation.json")}
         for sae, metrics in manifest["saes"].items()
     }
     return {
         "name": manifest["name"],
         "tokens": manifest["tokens"],
         "created": manifest["created"],
-        "pinned": is_pinned(folder),
+        "pinned": pinned,
         "bytes": sum(entry["bytes"] for entry in manifest["files"]),
         "files": [entry["path"] for entry in manifest["files"]],
         "saes": saes,
     }
 
 
-def _evaluation_of(folder: Path) -> dict[str, Any] | None:
-    """evaluation.json of one SAE, parsed once; None while there is none."""
-    path = folder / "evaluation.json"
+def _written_ns(path: Path) -> int:
+    """When a file was written; 0 while there is none."""
     try:
-        return _parsed_evaluation(path, path.stat().st_mtime_ns)
+        return path.stat().st_mtime_ns
     except OSError:
-        return None
-
-
-@lru_cache(maxsize=8192)
-def _parsed_evaluation(path: Path, written_ns: int) -> dict[str, Any] | None:
-    return read_json(path)
+        return 0
 
 
 def wiring(told: Mapping[str, Any]) -> str | None:

@@ -143,6 +143,8 @@ class _Routes:
         self.registry = registry
         self.unhealthy = unhealthy
         self.names = _Names(run_directory)
+        self.listed: tuple[list[dict[str, Any]], bytes] = ([], b"")
+        """The list of snapshots as it was asked for last, and its JSON."""
 
     # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
 
@@ -151,8 +153,11 @@ class _Routes:
 
     def snapshots(self, request: Request) -> Response:
         entries = read_snapshots(self.run_directory)
-        newest = entries[-1]["name"] if entries else None
-        body = json.dumps({"latest": newest, "snapshots": entries}, ensure_ascii=False, allow_nan=False).encode()
+        before, body = self.listed
+        if not body or entries != before:  # quick: those that have not changed are the same objects
+            newest = entries[-1]["name"] if entries else None
+            body = json.dumps({"latest": newest, "snapshots": entries}, ensure_ascii=False, allow_nan=False).encode()
+            self.listed = (entries, body)
         return _json(request, body, MUTABLE, {})
 
     async def latest(self, request: Request) -> Response:
