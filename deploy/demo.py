@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from monitor.run_directory import last_report
+from monitor.settings import MonitorSettings
 from monitor.terminal import live, results
 from producer.settings import SettingsError, read_run_file
 from trainer.settings import TrainerSettings
@@ -71,7 +72,7 @@ def main() -> int:
             processes[name] = subprocess.Popen(
                 [sys.executable, *command, RUN_FILE, *overrides], stdout=log, stderr=log, start_new_session=True
             )
-        failed = _watch(console, directory, processes, began, interrupted)
+        failed = _watch(console, directory, processes, began, interrupted, _page(overrides))
     except KeyboardInterrupt:
         _stop(processes)
         console.print(f"stopped; nothing is left running. The run so far lies in {directory}.")
@@ -100,7 +101,7 @@ def _is_an_old_run(directory: Path) -> bool:
 
 def _watch(
     console: Console, directory: Path, processes: dict[str, subprocess.Popen[bytes]], began: float,
-    interrupted: threading.Event,
+    interrupted: threading.Event, page: str,
 ) -> str | None:  # fmt: skip
     """Shows the run until all three are through; the name of the first that failed, or None.
 
@@ -115,7 +116,7 @@ def _watch(
                 if process.poll():
                     return name
             elapsed = time.monotonic() - began
-            frame = live(last_report(directory), _evaluations(directory), elapsed, _note(directory, processes))
+            frame = live(last_report(directory), _evaluations(directory), elapsed, _note(directory, processes, page))
             if console.is_terminal:
                 screen.update(frame, refresh=True)
             elif elapsed - printed >= PLAIN_EVERY_SECONDS:
@@ -125,14 +126,20 @@ def _watch(
     return next((name for name, process in processes.items() if process.returncode), None)
 
 
-def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]]) -> str:
+def _page(overrides: list[str]) -> str:
+    """Where the monitor shows the run."""
+    table = read_run_file(MonitorSettings, RUN_FILE, overrides).monitor
+    return f"http://{table.host}:{table.service_port}/" if table.service_port else "the port that its log names"
+
+
+def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]], page: str) -> str:
     names = snapshot_names(directory)
     published = f"{len(names)} snapshot(s), newest {names[-1]}" if names else "no snapshot yet"
     if processes["trainer"].poll() is not None:
-        return "training is done; evaluating the last snapshot on held-out text"
+        return "training is done; the last snapshot is measured, and its latents are looked at"
     if not (directory / "metrics.jsonl").exists():
         return "starting: loading the language model, filling the buffer"
-    return f"{published} · logs in {directory}/logs"
+    return f"{published} · page at {page}"
 
 
 def _evaluations(directory: Path) -> dict[str, dict]:
@@ -184,6 +191,10 @@ def _show_results(console: Console, settings: TrainerSettings, seconds: float) -
         f'    from sae_lens import SAE\n    sae = SAE.load_from_disk("{snapshot}/{settings.sae[0].name}")\n',
         highlight=False,
     )
+    console.print(
+        "Curves, and every latent with what it fires on: start the monitor again, and open the page it names:\n"
+    )
+    console.print(f"    python -m monitor {' '.join([RUN_FILE, *sys.argv[1:]])}\n", highlight=False, markup=False)
 
 
 if __name__ == "__main__":
