@@ -46,11 +46,18 @@ class Peers:
 
     def load(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Lets them load and run what the jobs name; what each says of itself."""
-        told = self._run("load", jobs)
-        return [json.loads(line.removeprefix("told ")) for line in told.splitlines() if line.startswith("told ")]
+        return self._ask("load", jobs)
+
+    def evaluate(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Lets SAELens measure SAEs on a language model and tokens; its numbers."""
+        return self._ask("evaluate", jobs)
 
     def save(self, jobs: list[dict[str, Any]]) -> None:
         self._run("save", jobs)
+
+    def _ask(self, what: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        told = self._run(what, jobs)
+        return [json.loads(line.removeprefix("told ")) for line in told.splitlines() if line.startswith("told ")]
 
     def _run(self, what: str, jobs: list[dict[str, Any]]) -> str:
         with tempfile.TemporaryDirectory() as folder:

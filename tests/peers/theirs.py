@@ -2,8 +2,9 @@
 
     python theirs.py load JOBS.json     each job: library, folder, x, out
     python theirs.py save JOBS.json     each job: library, kind, folder, weights (, k)
+    python theirs.py evaluate JOBS.json each job: folder, model, tokens, special, out
 
-Both write safetensors; `load` prints a JSON object per line with what it says of itself.
+All write safetensors; `load` and `evaluate` print a JSON object per line with what they say.
 """
 
 import json
@@ -98,6 +99,63 @@ def save_sparsify(kind, folder, weights, k=None):
     sae.save_to_disk(folder)
 
 
+def in_transformer_lens(folder):
+    """A Llama of a local folder, in float32."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = theirs.config
+    assert config.num_key_value_heads == config.num_attention_heads
+    ours = HookedTransformerConfig(
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_ctx=config.max_position_embeddings,
+        d_head=config.head_dim,
+        n_heads=config.num_attention_heads,
+        d_mlp=config.intermediate_size,
+        d_vocab=config.vocab_size,
+        act_fn="silu",
+        normalization_type="RMS",
+        final_rms=True,
+        eps=config.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=config.head_dim,
+        rotary_base=config.rope_parameters["rope_theta"],
+        rotary_adjacent_pairs=False,
+        gated_mlp=True,
+        original_architecture="LlamaForCausalLM",
+        device="cpu",
+    )
+    model = HookedTransformer(ours, tokenizer=AutoTokenizer.from_pretrained(folder), default_padding_side="right")
+    model.load_state_dict(convert_llama_weights(theirs, ours), strict=False)
+    return model
+
+
+def evaluate_sae_lens(folder, model, tokens, special):
+    """(by position, told): SAELens' own evaluation; `special` tells whether special tokens are replaced like others."""
+    from sae_lens import SAE
+    from sae_lens.evals import get_eval_everything_config, get_recons_loss, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from sae_lens.util import get_special_token_ids
+
+    sae, model, scaler = SAE.load_from_disk(folder), in_transformer_lens(model), ActivationScaler()
+    windows, context = tokens.shape
+    store = types.SimpleNamespace(
+        get_batch_tokens=lambda count: tokens,
+        reset_input_dataset=lambda: None,
+        store_batch_size_prompts=windows,
+        context_size=context,
+    )
+    config = get_eval_everything_config(n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1)
+    told, by_latent = run_evals(sae, store, model, scaler, config, exclude_special_tokens=not special)
+    ignored = None if special else list(get_special_token_ids(model.tokenizer))
+    made = get_recons_loss(sae, model, scaler, tokens, compute_kl=True, compute_ce_loss=True, ignore_tokens=ignored)
+    made["feature_density"] = torch.tensor(by_latent["feature_density"])
+    return made, {name: value for group in told.values() for name, value in group.items()}
+
+
 LOADERS = {
     "sae_lens": load_sae_lens,
     "sparsify": load_sparsify,
@@ -115,7 +173,11 @@ def main():
         if sys.argv[1] == "save":
             SAVERS[job["library"]](job["kind"], job["folder"], load_file(job["weights"]), job.get("k"))
             continue
-        made, told = LOADERS[job["library"]](job["folder"], load_file(job["x"])["x"])
+        if sys.argv[1] == "evaluate":
+            tokens = load_file(job["tokens"])["tokens"]
+            made, told = evaluate_sae_lens(job["folder"], job["model"], tokens, job["special"])
+        else:
+            made, told = LOADERS[job["library"]](job["folder"], load_file(job["x"])["x"])
         save_file({name: value.contiguous() for name, value in made.items()}, job["out"])
         print("told", json.dumps(told))
 
