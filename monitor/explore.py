@@ -20,13 +20,13 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from monitor.evaluate import Subject
@@ -128,8 +128,7 @@ class Explained:
                 return self.tokens - self.latents.born
 
 
-@lru_cache(maxsize=64)
-def _explained(folder: Path, written_ns: int, tokens: int) -> Explained:
+def _explained(folder: Path, tokens: int) -> Explained:
     with safe_open(folder / "sae_weights.safetensors", "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Explained(folder, tokens, read_json(folder / "cfg.json") or {}, weights, load_latents(folder / LATENTS))
@@ -143,6 +142,7 @@ class Explorer:
         self._model = model
         self._corpus = corpus
         self._texts = Texts(model.tokenizer)
+        self._opened: dict[Path, Explained] = {}
         self._unembedding: tuple[Tensor, Tensor] | None = None
         with suppress(ModelError):
             self._unembedding = model.unembedding()
@@ -157,10 +157,14 @@ class Explorer:
             raise NotThere(f"no latents of sae {sae!r} in snapshot {snapshot!r}; there are {', '.join(names)}")
         name = snapshot or names[-1]
         folder = self._directory / "snapshots" / name / sae
-        try:
-            return _explained(folder, (folder / LATENTS).stat().st_mtime_ns, int(name))
-        except OSError:
-            raise NotThere(f"snapshot {name} has just been retired; ask again") from None
+        if (found := self._opened.get(folder)) is None:
+            # What was retired is let go: as long as it is mapped, it takes room on the disk.
+            self._opened = {known: one for known, one in self._opened.items() if known.is_dir()}
+            try:
+                found = self._opened[folder] = _explained(folder, int(name))
+            except (OSError, SafetensorError):
+                raise NotThere(f"snapshot {name} has just been retired; ask again") from None
+        return found
 
     # The table
 

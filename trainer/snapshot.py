@@ -6,7 +6,8 @@
                                                 b_enc (, threshold), or b_gate, b_mag, r_mag; transcoders: W_skip
         <sae name>/sparsity.safetensors         log10 firing rate of each latent
         <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
-        <sae name>/evaluation.json              added later by the monitor
+        <sae name>/evaluation.json              added later by the monitor, as is
+        <sae name>/latents.safetensors          what each latent does on held-out text (monitor/latents.py)
         manifest.json                           written last: every file with its size and sha256
         pinned                                  an empty file, there when a person wants it kept
     snapshots/LATEST                     the newest complete snapshot's name
