@@ -142,7 +142,7 @@ class Explorer:
         self._model = model
         self._corpus = corpus
         self._texts = Texts(model.tokenizer)
-        self._opened: dict[Path, Explained] = {}
+        self._opened: dict[Path, tuple[int, Explained | None]] = {}
         self._unembedding: tuple[Tensor, Tensor] | None = None
         with suppress(ModelError):
             self._unembedding = model.unembedding()
@@ -157,13 +157,17 @@ class Explorer:
             raise NotThere(f"no latents of sae {sae!r} in snapshot {snapshot!r}; there are {', '.join(names)}")
         name = snapshot or names[-1]
         folder = self._directory / "snapshots" / name / sae
-        if (found := self._opened.get(folder)) is None:
-            # What was retired is let go: as long as it is mapped, it takes room on the disk.
-            self._opened = {known: one for known, one in self._opened.items() if known.is_dir()}
-            try:
-                found = self._opened[folder] = _explained(folder, int(name))
-            except (OSError, SafetensorError):
-                raise NotThere(f"snapshot {name} has just been retired; ask again") from None
+        try:
+            # A trainer that has gone back to a checkpoint may publish another snapshot under the same name.
+            written = (folder / LATENTS).stat().st_mtime_ns
+            known_since, found = self._opened.get(folder, (0, None))
+            if found is None or known_since != written:
+                # What was retired is let go: as long as it is mapped, it takes room on the disk.
+                self._opened = {path: known for path, known in self._opened.items() if path.is_dir()}
+                found = _explained(folder, int(name))
+                self._opened[folder] = (written, found)
+        except (OSError, SafetensorError):
+            raise NotThere(f"snapshot {name} has just been retired; ask again") from None
         return found
 
     # The table
