@@ -34,7 +34,7 @@ RUN, SAES = "demo", ["jumprelu", "topk"]
 SCRAPE_SECONDS = 5
 RATE_INTERVAL = f"{4 * SCRAPE_SECONDS}s"
 """What Grafana puts in the place of $__rate_interval."""
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 600
 NOW = 0.0
 """Asks for this moment only, as the numbers at the top of a dashboard do."""
 
@@ -167,11 +167,10 @@ def alerts(prometheus: Prometheus) -> set[str]:
 
 
 def has_all_been_seen(prometheus: Prometheus) -> bool:
-    """Training for a minute, dead latents counted, two snapshots evaluated, a checkpoint written."""
+    """Training for a minute, dead latents counted, a snapshot evaluated half a minute ago, a checkpoint written."""
     asked = [
         "count_over_time(sluice_step_seconds[5m]) > 12",
         "sluice_dead_latents",
-        "changes(sluice_evaluated_snapshot_tokens[10m]) > 0",
         "sluice_checkpoint_last_success_timestamp_seconds",
         f"count_over_time(sluice_ce_delta[5m]) > {30 / SCRAPE_SECONDS}",
     ]
@@ -254,13 +253,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def overrides(folder: Path, ports: dict[str, int]) -> list[str]:
-    """The demo, without an end that comes too soon, with dead latents and snapshots sooner."""
+    """The demo without an end that comes too soon, with snapshots and checkpoints sooner and smaller evaluations."""
     return [
         f"run.directory={folder / 'run'}",
         "run.tokens=20_000_000",
         f"stream.endpoint=tcp://127.0.0.1:{ports['stream']}",
         "snapshots.every_tokens=150_000",
         "checkpoint.every_seconds=20.0",
+        "monitor.evaluation_tokens=4096",
+        "monitor.latents_tokens=8192",
         f"monitor.trainer_port={ports['trainer']}",
         f"monitor.producer_port={ports['producer']}",
         f"monitor.port={ports['monitor']}",
