@@ -61,6 +61,7 @@ SECTIONS: dict[str, Section] = {
     "together": _section("together"),
     "start": _section("start"),
     "flood": _section("flood"),
+    "evaluation": _section("evaluation"),
     "pages": _section("pages"),
     "estimate": _section("estimate"),
     **{f"scaling-{name}": _section("scaling", name) for name in ("d_sae", "d_in", "k", "batch", "SAEs")},
