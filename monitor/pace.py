@@ -2,8 +2,9 @@
 
 Low priority is not enough: two threads on one core's two halves, or on one memory, slow each other down whatever their
 priorities. So the service keeps to SHARE of the machine's CPU time in the long run. Who is over it waits in line, one
-request or one piece of a file at a time, which spreads the work evenly instead of in bursts. A person does not notice:
-BURST_SECONDS are saved up while nobody asks.
+request or one piece of a file at a time, which spreads the work evenly instead of in bursts. A person hardly notices:
+BURST_SECONDS are saved up while nobody asks, and after one costly request, such as a search, nobody waits longer than
+LONGEST_WAIT_SECONDS for his turn.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import threading
 import time
 from contextlib import suppress
 
+import anyio
 import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SHARE = 0.02
 """Of all cores together."""
-BURST_SECONDS = 0.25
+BURST_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 2.0
 WORKERS = 8
-"""Threads for what reads files."""
+"""Threads for what reads files and computes."""
+LOOK_SECONDS = 0.005
+"""How often who is next in line looks whether a thread is free."""
 
 
 class Pace:
@@ -40,27 +45,35 @@ class Pace:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        anyio.to_thread.current_default_thread_limiter().total_tokens = WORKERS
-        await self._turn()
+        workers = anyio.to_thread.current_default_thread_limiter()
+        workers.total_tokens = WORKERS
+        await self._turn(workers)
 
         async def paced(message: Message) -> None:
             await send(message)
             if message.get("more_body"):
-                await self._turn()
+                await self._turn(workers)
 
         await self._app(scope, receive, paced)
 
-    async def _turn(self) -> None:
+    async def _turn(self, workers: anyio.CapacityLimiter) -> None:
         async with self._line:
             while (left := self._left()) < 0:
                 await asyncio.sleep(-left / self._rate)
+            # What threads are about to use is not counted yet: where little is left, one works at a time.
+            patience = time.monotonic() + LONGEST_WAIT_SECONDS
+            while workers.borrowed_tokens >= (WORKERS if self._left() > BURST_SECONDS / 2 else 1):
+                if time.monotonic() > patience:
+                    break
+                await asyncio.sleep(LOOK_SECONDS)
 
     def _left(self) -> float:
         """CPU seconds that may be used now."""
         used, now = self._clock.read(), time.monotonic()
         earned = (now - self._at) * self._rate
         if self._used is not None:
-            self._allowed = min(BURST_SECONDS, self._allowed + earned) - (used - self._used)
+            left = min(BURST_SECONDS, self._allowed + earned) - (used - self._used)
+            self._allowed = max(left, -LONGEST_WAIT_SECONDS * self._rate)
         self._used, self._at = used, now
         return self._allowed
 
