@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -42,8 +43,8 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def load_model(folder: Path, hooks: Sequence[str] = (HOOK,)) -> LanguageModel:
-    """All of it, in float32 on one CPU thread."""
+def load_model(folder: Path, hooks: Sequence[str] = (HOOK,), device: Literal["cpu", "cuda"] = "cpu") -> LanguageModel:
+    """All of it, in float32, with one CPU thread."""
     torch.set_num_threads(1)
-    settings = ModelSettings(name=str(folder), hooks=list(hooks), device="cpu", dtype="float32")
+    settings = ModelSettings(name=str(folder), hooks=list(hooks), device=device, dtype="float32")
     return load_language_model(settings, whole=True)

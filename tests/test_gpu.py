@@ -1,4 +1,4 @@
-"""The same numbers on a CUDA GPU: kernels, gradients, training, the producer's packing, a run of real processes.
+"""The same numbers on a CUDA GPU: kernels, gradients, training, packing, evaluation, a run of real processes.
 
 Run by `make gpu`; everywhere else each test is skipped with its reason. Where an operation has float64, dense autograd
 in float64 is the judge; where a sum may be taken in another order, float32 is compared with a tolerance.
@@ -19,7 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from monitor.ablation import ablation_effects
+from monitor.evaluate import Baseline, evaluate, load_subject
+from monitor.latents import gather_latents
+from monitor.probing import LabelledTexts, probe_accuracy
+from producer.activations import LanguageModel
 from producer.tokens import Windows
+from tests.small_model import HOOK, WIDTH, load_model, write_model
+from tests.small_run import identity_sae, publish_snapshot
 from tests.small_saes import FAMILY, dead_latents, dense_loss, learn, make, rows_of, settings_of, trainee_of
 from tests.small_stream import Producing, hello_of, stream_settings
 from tests.test_checkpoint import batches, fresh_run
@@ -353,6 +360,34 @@ def test_chunks_packed_beside_the_next_pass_are_those_of_the_cpu(tmp_path: Path,
     assert there.payloads == here.payloads
     assert there.end == here.end
     assert there.positions(32, "outliers") == [5 * 32 + 7]
+
+
+# The monitor
+
+
+def test_an_evaluation_on_the_gpu_is_that_of_the_cpu(tmp_path: Path) -> None:
+    """All numbers of an SAE, and what is told of its latents, with the language model on either device."""
+    lm = write_model(tmp_path / "lm")
+    exported = identity_sae("half", WIDTH, HOOK, gain=0.5)
+    exported.weights["threshold"] = np.linspace(0, 2, 2 * WIDTH, dtype=np.float32)
+    folder = publish_snapshot(tmp_path, 1, [exported]) / "half"
+    there, here = (_evaluation(load_model(lm, device=device), folder) for device in ("cuda", "cpu"))
+    assert there.keys() == here.keys()
+    for name, value in here.items():
+        assert there[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-5)), name
+
+
+def _evaluation(model: LanguageModel, folder: Path) -> dict[str, Any]:
+    ids = np.random.default_rng(0).integers(2, 42, (40, 24))
+    windows = Windows(ids, kept=ids > 4, padded=np.zeros_like(ids, bool))
+    subject = load_subject(folder, model.device)
+    latents = gather_latents(model, windows, subject)
+    texts = LabelledTexts(windows, np.array(["a", "b"] * 20))
+    return {
+        **evaluate(model, windows, [subject], Baseline())["half"],
+        **ablation_effects(model, subject, latents, sampled=12),
+        "probe_accuracy": probe_accuracy(model, subject, texts),
+    }
 
 
 # Everything
