@@ -86,7 +86,7 @@ class TokenGate:
             (key, value) for key, value in QueryParams(request.scope["query_string"]).multi_items() if key != "token"
         ]
         # One slash: an address that begins with two would lead to another host.
-        address = "/" + quote(request.url.path.lstrip("/")) + (f"?{urlencode(rest)}" if rest else "")
+        address = "/" + quote(request.scope["path"].lstrip("/")) + (f"?{urlencode(rest)}" if rest else "")
         answer = _page(
             f'<meta http-equiv="refresh" content="0;url={escape(address)}"><a href="{escape(address)}">on</a>'
         )
@@ -94,7 +94,7 @@ class TokenGate:
             self._cookie_name,
             self._cookie,
             max_age=COOKIE_SECONDS,
-            secure=request.url.scheme == "https",
+            secure=request.scope["scheme"] == "https",
             httponly=True,
             samesite="strict",
         )
