@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_many_points_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch):
         generations.add(history.columns()["generation"])
     tokens = history.columns()["tokens"]
     assert 4 <= len(tokens) < 8 and len(generations) > 3
-    steps = {later - earlier for earlier, later in zip(tokens, tokens[1:], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(tokens)}
     assert steps == {16}
 
 
