@@ -26,6 +26,7 @@ from monitor.evaluate import Subject
 from monitor.latents import LatentActivations
 from monitor.passes import windows_in_memory
 from producer.activations import LanguageModel
+from trainer.snapshot import finite
 
 POSITIONS = 16
 
@@ -66,11 +67,14 @@ def ablation_effects(
 
 
 def effective_number(changes: Tensor) -> float | None:
-    """(Σ|Δ|)² / ΣΔ² of changes [positions, vocabulary], each position's median taken off; None when all are equal."""
+    """(Σ|Δ|)² / ΣΔ² of changes [positions, vocabulary], each position's median taken off.
+
+    None when nothing is left of them, and when one is not finite.
+    """
     changes = changes.double()
     changes = changes - changes.median(-1, keepdim=True).values
     squares = float(changes.square().sum())
-    return float(changes.abs().sum()) ** 2 / squares if squares else None
+    return finite(float(changes.abs().sum()) ** 2 / squares) if squares else None
 
 
 def _cases(latents: LatentActivations, sampled: int, at_a_time: int, device: torch.device) -> Iterator[_Cases]:

@@ -436,6 +436,16 @@ def test_what_latents_are_worth_joins_the_numbers(run_file: Path):
     assert accuracy == found["probe_accuracy"]["dense"]
 
 
+def test_a_damaged_sae_is_evaluated_all_the_same(run_file: Path):
+    """What it writes is not finite: the numbers that follow from it are not known, and nothing fails."""
+    folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(math.nan)])
+    evaluator, _ = _evaluator(run_file, "corpus.context=32")
+    evaluator.look()
+    found = json.loads((folder / "small" / "evaluation.json").read_text())
+    assert (found["ce_delta"], found["cosine"], found["ablation_effects"]) == (None, None, None)
+    assert found["explanation_f1"] > 0 and not evaluator.has_failed()
+
+
 def test_evaluation_keeps_to_its_share_of_the_time(run_file: Path):
     """At a tenth it sleeps nine times as long as it computes."""
     directory = run_file.parent / "demo"
