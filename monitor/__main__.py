@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
     from monitor.access import read_token
     from monitor.metrics import MonitorMetrics, new_registry, start_metrics_server
+    from monitor.run_directory import is_training
     from monitor.service import make_app, start_service
 
     directory, table = Path(settings.run.directory), settings.monitor
@@ -86,7 +88,10 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     )
     try:
         port, close_service = start_service(
-            make_app(directory, registry, watch.unhealthy, token, watch.desk), table.host, table.service_port
+            make_app(directory, registry, watch.unhealthy, token, watch.desk),
+            table.host,
+            table.service_port,
+            partial(is_training, directory),
         )
         log.info(
             "%s at http://%s:%d/, metrics at http://%s:%d/metrics",

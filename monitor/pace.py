@@ -4,7 +4,7 @@ Low priority is not enough: two threads on one core's two halves, or on one memo
 priorities. So the service keeps to SHARE of the machine's CPU time in the long run. Who is over it waits in line, one
 request or one piece of a file at a time, which spreads the work evenly instead of in bursts. A person hardly notices:
 BURST_SECONDS are saved up while nobody asks, and after one costly request, such as a search, nobody waits longer than
-LONGEST_WAIT_SECONDS for his turn.
+LONGEST_WAIT_SECONDS for his turn. While nothing trains, nobody waits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import anyio
@@ -25,6 +26,8 @@ BURST_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 2.0
 WORKERS = 8
 """Threads for what reads files and computes."""
+ASK_SECONDS = 2.0
+"""How often it is asked whether there is a training to give way to."""
 LOOK_SECONDS = 0.005
 """How often who is next in line looks whether a thread is free."""
 
@@ -32,8 +35,11 @@ LOOK_SECONDS = 0.005
 class Pace:
     """ASGI: each request, and each further piece of an answer, waits until there is CPU time for it."""
 
-    def __init__(self, app: ASGIApp, share: float = SHARE) -> None:
+    def __init__(self, app: ASGIApp, is_training: Callable[[], bool], share: float = SHARE) -> None:
         self._app = app
+        self._is_training = is_training
+        self._asked_at = -ASK_SECONDS
+        self._training = True
         self._rate = share * (os.cpu_count() or 1)
         self._clock = _CpuClock()
         self._allowed = BURST_SECONDS
@@ -58,6 +64,8 @@ class Pace:
 
     async def _turn(self, workers: anyio.CapacityLimiter) -> None:
         async with self._line:
+            if not await self._must_wait():
+                return
             while (left := self._left()) < 0:
                 await asyncio.sleep(-left / self._rate)
             # What threads are about to use is not counted yet: where little is left, one works at a time.
@@ -66,6 +74,12 @@ class Pace:
                 if time.monotonic() > patience:
                     break
                 await asyncio.sleep(LOOK_SECONDS)
+
+    async def _must_wait(self) -> bool:
+        if time.monotonic() - self._asked_at >= ASK_SECONDS:
+            self._asked_at = time.monotonic()
+            self._training = await anyio.to_thread.run_sync(self._is_training)
+        return self._training
 
     def _left(self) -> float:
         """CPU seconds that may be used now."""

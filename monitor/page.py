@@ -11,10 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from monitor.html import duration, number, render, short_count
-from monitor.run_directory import wiring
+from monitor.run_directory import SILENT_SECONDS, wiring
 
-SILENT_SECONDS = 120.0
-"""A report older than this tells how it was, not how it is."""
 PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
 """One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
 CHARTS = (

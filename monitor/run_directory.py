@@ -18,6 +18,8 @@ from typing import Any
 from trainer.durable import replace_text
 from trainer.snapshot import SnapshotError, is_pinned, read_manifest, snapshot_names
 
+SILENT_SECONDS = 120.0
+"""A report older than this tells how it was, not how it is."""
 LATENTS = "latents.safetensors"
 """What the latents of an SAE do on held-out text (`monitor.latents`), beside it in its snapshot."""
 _CE = ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "ce_recovered_mean_ablation")
@@ -72,6 +74,13 @@ def is_finished(run_directory: Path) -> bool:
     """True once the summary is there; a run that was extended keeps the old one, so later reports overrule it."""
     summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
     return summary is not None and (report is None or report.get("tokens", 0) <= summary.get("tokens", 0))
+
+
+def is_training(run_directory: Path) -> bool:
+    """True while a trainer reports, and for a while after it has fallen silent."""
+    report = last_report(run_directory)
+    recent = report is not None and time.time() - report.get("time", 0.0) < SILENT_SECONDS
+    return recent and not is_finished(run_directory)
 
 
 def complete_summary(run_directory: Path) -> None:

@@ -90,15 +90,18 @@ def make_app(
     )
 
 
-def start_service(app: Starlette, host: str, port: int) -> tuple[int, Callable[[], None]]:
+def start_service(
+    app: Starlette, host: str, port: int, is_training: Callable[[], bool] = lambda: True
+) -> tuple[int, Callable[[], None]]:
     """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
 
-    Raises OSError, naming host and port, when it cannot listen there.
+    While `is_training`, it keeps to its share of the machine. Raises OSError, naming host and port, when it cannot
+    listen there.
     """
     listener = _listen(host, port)
     # Two seconds: a client that waits for the next snapshot or is in mid-download asks again, it does not hold us up.
     config = uvicorn.Config(
-        Pace(app),
+        Pace(app, is_training),
         log_config=None,
         log_level="warning",
         access_log=False,

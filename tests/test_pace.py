@@ -41,7 +41,7 @@ def paced(work: float, cores: float, in_thread: bool = False, pieces: int = 1) -
             await (anyio.to_thread.run_sync(burn, work) if in_thread else _burning(work))
             await send({"type": "http.response.body", "body": b"", "more_body": piece < pieces - 1})
 
-    pace = Pace(application)
+    pace = Pace(application, is_training=lambda: True)
     pace._rate = cores
     return pace
 
@@ -107,7 +107,7 @@ def test_who_waits_for_a_snapshot_does_not_hold_up_the_line():
             else:
                 answered.set()
 
-        app = Pace(application)
+        app = Pace(application, is_training=lambda: True)
         await asyncio.gather(ask(app, REQUEST | {"path": "/wait"}), ask(app, REQUEST | {"path": "/"}))
 
     asyncio.run(asyncio.wait_for(serve(), 10))
@@ -127,3 +127,17 @@ def test_a_thread_that_has_ended_has_no_clock():
         while True:  # the system's thread ends a moment after Python's
             time.clock_gettime(_clock_of(thread.native_id))
     assert clock.read() >= seen
+
+
+def test_while_nothing_trains_nobody_waits():
+    """A finished run is looked at as fast as the machine can; and a run that begins again is noticed."""
+    app = paced(work=0.05, cores=0.001)
+    app._is_training = lambda: False
+
+    async def visit() -> float:
+        began = time.monotonic()
+        for _ in range(10):
+            await ask(app)
+        return time.monotonic() - began
+
+    assert asyncio.run(visit()) < 10
