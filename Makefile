@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
 
-.PHONY: demo test lint bench gpu peers proofs quality watch clean
+.PHONY: demo test lint bench gpu peers proofs quality watch drills clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
@@ -31,6 +31,9 @@ gpu: $(VENV)/ready-dev
 
 peers: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers
+
+drills: $(VENV)/ready-dev
+	$(BIN)/python -m tests.drills
 
 watch: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m watch

@@ -4,13 +4,20 @@
 
 With the synthetic source's `naming`, a row's content is its name, so ROWS_FILE tells which rows were trained, in
 which order. Its length is part of each checkpoint: what a killed trainer wrote after its last checkpoint is cut off
-when the next one resumes, so that the file always holds the surviving lineage. SECONDS_PER_STEP in the environment
-makes each step last that long, so that a test can do something in the middle of a short run.
+when the next one resumes, so that the file always holds the surviving lineage. Whether memory keeps its bound is asked
+whenever the ledger's clock ticks, every few milliseconds. In the environment:
+
+    SECONDS_PER_STEP=0.1     each step lasts that much longer, so that there is a middle to do something in
+    WATCH=checkpoint         every file operation in that folder of the run is a labelled point: see `Points`
+    DIE_AT=7                 the process kills itself just before the seventh of them
+    CLOCK_JUMPS=1            the calendar's clock jumps by an hour, to and fro, at every look
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import trainer.train
 from trainer.__main__ import main
 from trainer.buffer import Batch
+from trainer.ledger import Ledger, Send
 from trainer.run import Run
 
 ROWS_FILE = Path(sys.argv[1])
@@ -51,6 +59,61 @@ class RecordingRun(Run):
         self._file.truncate(document.get("rows_file", 0))
 
 
+def audit_every_tick() -> None:
+    """Asks for the memory's bound at each tick of the ledger instead of once a second."""
+    tick = Ledger.tick
+
+    def audited(self: Ledger, now: float) -> list[Send]:
+        sends = tick(self, now)
+        for fault in self.audit(0):
+            logging.getLogger("sluice.trainer").error("an invariant is broken: %s", fault)
+        return sends
+
+    Ledger.tick = audited  # type: ignore[method-assign]
+
+
+class Points:
+    """Numbers the file operations of each save, as Python announces them before it does them, and dies at one.
+
+    A save begins when its temporary folder is made. The labels of the last save are in ROWS_FILE.points, a line each:
+    what `DIE_AT` may name. Files written by safetensors are not seen being opened; their neighbours are.
+    """
+
+    EVENTS = ("open", "os.mkdir", "os.rename", "os.chmod", "shutil.rmtree")
+
+    def __init__(self, folder: str, die_at: int) -> None:
+        self._folder, self._die_at = f"/run/{folder}", die_at
+        self._labels: list[str] = []
+        self._busy = False
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in self.EVENTS or self._busy or self._folder not in str(arguments[0]):
+            return
+        path = str(arguments[0]).split(self._folder, 1)[1]
+        if event == "os.mkdir" and "/.tmp-" in path and path.count("/") == 1:
+            self._labels = []
+        elif not self._labels:
+            return
+        self._labels.append(f"{event} {Path(path).name}")
+        if len(self._labels) == self._die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._busy = True
+        Path(f"{ROWS_FILE}.points").write_text("\n".join(self._labels))
+        self._busy = False
+
+
+def jumping_clock() -> None:
+    """time.time() leaps an hour ahead and back; nothing but what people read may depend on it."""
+    real, count = time.time, iter(range(sys.maxsize))
+    time.time = lambda: real() + 3600.0 * (next(count) % 3 - 1)
+
+
 if __name__ == "__main__":
+    audit_every_tick()
+    if watched := os.environ.get("WATCH"):
+        Points(watched, int(os.environ.get("DIE_AT", "0")))
+    if "CLOCK_JUMPS" in os.environ:
+        jumping_clock()
     trainer.train.Run = RecordingRun  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,132 @@
+"""`make drills`: every promise of the stream under fire, each drill a row of a table.
+
+    python -m tests.drills [--only trainer,soak] [--quick]
+
+A drill fails when its promise is broken; the others go on, and the exit code is 1. Numbers are written to results.json
+beside this file, and from there into README.md; drills that were not run keep what was known of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.drills import processes
+from tests.drills.scene import Outcome
+
+Drill = Callable[[Path, bool], Outcome]
+"""Runs in an empty folder; `quick` asks for as little as shows that the drill works."""
+
+DRILLS: dict[str, Drill] = {
+    "producers killed": processes.producers_killed,
+    "producer frozen": processes.producer_frozen,
+    "trainer killed": processes.trainer_killed,
+    "killed in a checkpoint": processes.killed_in_checkpoint,
+    "killed in a snapshot": processes.killed_in_snapshot,
+    "producers come and go": processes.producers_come_and_go,
+    "slow trainer": processes.slow_trainer,
+    "everybody told to leave": processes.everybody_told_to_leave,
+    "clock jumps": processes.clock_jumps,
+    "soak": processes.soak,
+}
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results.json", HERE / "README.md"
+BEGIN, END = "<!-- table: written by `make drills` -->\n", "<!-- end of table -->"
+
+
+def main() -> int:
+    chosen, quick = _command_line()
+    results: dict[str, dict[str, Any]] = {}
+    for name in chosen:
+        results[name] = _run(name, quick)
+        Console(soft_wrap=True).print(_line(name, results[name]), markup=False)
+        if not quick:
+            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            known |= {name: results[name]}
+            RESULTS.write_text(json.dumps({one: known[one] for one in DRILLS if one in known}, indent=1) + "\n")
+            _redraw(json.loads(RESULTS.read_text()))
+    Console(width=160).print(_table(results))
+    return int(any("failed" in result for result in results.values()))
+
+
+def _run(name: str, quick: bool) -> dict[str, Any]:
+    """A drill's row: its outcome, or why it failed or was skipped."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sluice-drill-") as folder:
+        try:
+            told: dict[str, Any] = asdict(DRILLS[name](Path(folder), quick))
+        except PermissionError as error:
+            told = {"skipped": str(error)}
+        except Exception as error:
+            told = {"failed": f"{type(error).__name__}: {error}"}
+    return told | {"seconds": round(time.monotonic() - began, 1), "date": time.strftime("%Y-%m-%d")}
+
+
+def _command_line() -> tuple[list[str], bool]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", default="", metavar="NAMES", help=f"drills, by a part of the name: {', '.join(DRILLS)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="as little as shows that they work; nothing is written")
+    given = parser.parse_args()
+    words = [word.strip() for word in given.only.split(",") if word.strip()]
+    if strange := [word for word in words if not any(word in name for name in DRILLS)]:
+        parser.error(f"no drill is called {', '.join(strange)}; there are {', '.join(DRILLS)}")
+    return [name for name in DRILLS if not words or any(word in name for word in words)], given.quick
+
+
+COLUMNS = ("drill", "rounds", "rows checked", "lost", "repeated", "recovery, s", "peak, MB", "took, s", "")
+
+
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    took = f"{row['seconds']:.0f}"
+    for verdict in ("failed", "skipped"):
+        if verdict in row:
+            return [name, "", "", "", "", "", "", took, f"{verdict}: {row[verdict]}"]
+    recovery = "" if row["recovery"] is None else f"{row['recovery']:.1f}"
+    peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+    lost, repeated = (str(row[what]) if row["rows"] else "" for what in ("lost", "repeated"))
+    rows = f"{row['rows']:,}" if row["rows"] else ""
+    return [name, f"{row['rounds']:,}", rows, lost, repeated, recovery, peak, took, row["note"]]
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    named = zip(COLUMNS[1:], _cells(name, row)[1:], strict=True)
+    return f"{name}: " + ", ".join(f"{column} {cell}".strip() for column, cell in named if cell)
+
+
+def _table(results: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("drill", "") else "right")
+    for name, row in results.items():
+        table.add_row(*_cells(name, row))
+    return table
+
+
+def _redraw(results: dict[str, dict[str, Any]]) -> None:
+    """The table in README.md, from results.json."""
+    head, _, rest = README.read_text().partition(BEGIN)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 2) + "---|"]
+    lines += ["| " + " | ".join(_cells(name, row)) + " |" for name, row in results.items()]
+    machine = (
+        f"{os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}; other work beside it."
+    )
+    README.write_text(head + BEGIN + "\n".join(lines) + f"\n\n{machine}\n" + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

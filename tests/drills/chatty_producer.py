@@ -1,0 +1,20 @@
+"""The real producer, which sends small chunks, so that a million of them are soon sent.
+
+CHUNK_WINDOWS=1 python tests/drills/chatty_producer.py RUN.toml [section.key=value …]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import producer.produce
+from producer.__main__ import main
+
+if __name__ == "__main__":
+    windows = int(os.environ["CHUNK_WINDOWS"])
+    producer.produce.chunk_windows = lambda context, row_bytes, batch_windows: windows
+    sys.exit(main(sys.argv[1:]))

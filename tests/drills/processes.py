@@ -1,0 +1,254 @@
+"""Processes that are killed, frozen, interrupted, too many, too few or too slow."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+
+from producer.wire import held_out_shards
+from tests.drills.scene import CAPACITY, EPOCH_ROWS, Outcome, Scene
+from trainer.checkpoint import load_newest
+
+RESTART_SECONDS = 20.0
+"""A trainer that was killed trains again within this time of its new start, on two busy cores."""
+PRODUCER_SECONDS = 10.0
+"""Training stands still no longer than this when producers die and others are there or come."""
+
+
+def producers_killed(folder: Path, quick: bool) -> Outcome:
+    """Four producers; every two to five seconds one of them is killed, and another started."""
+    epochs, rounds, dice = (4, 3, random.Random(1)) if quick else (16, 15, random.Random(1))
+    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+        trainer = scene.trainer(SECONDS_PER_STEP=0.02)
+        producers = [scene.producer() for _ in range(4)]
+        scene.wait_for_rows(1)
+        killed = 0
+        while killed < rounds and trainer.poll() is None:
+            time.sleep(dice.uniform(0.5, 1.0) if quick else dice.uniform(2.0, 5.0))
+            producers.pop(dice.randrange(4)).kill()
+            killed += 1
+            producers.append(scene.producer())
+        assert trainer.wait(300) == 0
+        told = scene.outcome(killed, epochs, note=_lost_sessions(scene))
+        assert told.recovery is not None and told.recovery < PRODUCER_SECONDS
+        return told
+
+
+def _lost_sessions(scene: Scene) -> str:
+    """What the trainer counted; a death must tell."""
+    saved = load_newest(scene.run)
+    assert saved is not None
+    lost = saved[0]["ledger"]["sessions_lost"]
+    assert lost, "producers died, and sluice_sessions_lost_total says nothing"
+    return f"{lost} sessions lost"
+
+
+def producer_frozen(folder: Path, quick: bool) -> Outcome:
+    """One of two producers stands still (SIGSTOP) beyond its time, its leases go to the other, and it comes back."""
+    rounds, epochs = (1, 3) if quick else (5, 8)
+    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+        trainer = scene.trainer(SECONDS_PER_STEP=0.03)
+        zombie, _ = scene.producer(), scene.producer()
+        scene.wait_for_rows(1)
+        for number in range(rounds):
+            zombie.send_signal(signal.SIGSTOP)
+            time.sleep(4.0)  # dead_seconds is 2
+            zombie.send_signal(signal.SIGCONT)
+            # It says what it still had to say, is told that its session has ended, and begins a new one.
+            scene.wait(
+                lambda number=number: scene.log("producer").count("welcomed by run") >= 3 + number,
+                seconds=10.0,
+                what="for the zombie's new session",
+            )
+        assert trainer.wait(300) == 0
+        told = scene.outcome(rounds, epochs, note=_lost_sessions(scene))
+        assert told.recovery is not None and told.recovery < PRODUCER_SECONDS
+        return told
+
+
+def trainer_killed(folder: Path, quick: bool) -> Outcome:
+    """The trainer is killed at random moments, twenty times, and started again by the same command."""
+    kills, epochs, dice = (2, 4, random.Random(2)) if quick else (20, 24, random.Random(2))
+    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+        scene.producer(), scene.producer()
+        for _ in range(kills):
+            trainer = scene.trainer(SECONDS_PER_STEP=0.02)
+            before = scene.trained
+            scene.wait(lambda before=before: scene.trained > before, 60.0, "for the restarted trainer")
+            time.sleep(dice.uniform(0.0, 4.0))
+            assert trainer.poll() is None, "the run ended before it could be killed"
+            trainer.kill()
+            trainer.wait()
+        assert scene.trainer().wait(400) == 0
+        told = scene.outcome(kills, epochs)
+        assert told.recovery is not None and told.recovery < RESTART_SECONDS
+        return told
+
+
+def killed_in_checkpoint(folder: Path, quick: bool) -> Outcome:
+    """The trainer dies before each file operation of a checkpoint in turn, and goes on from what is there."""
+    return _killed_at_every_point(folder, "checkpoint", ["checkpoint.every_seconds=0.3"], quick)
+
+
+def killed_in_snapshot(folder: Path, quick: bool) -> Outcome:
+    """The same inside a snapshot: readers see whole ones only."""
+    return _killed_at_every_point(folder, "snapshots", ["snapshots.every_tokens=4000", "snapshots.keep=1"], quick)
+
+
+def _killed_at_every_point(folder: Path, what: str, overrides: list[str], quick: bool) -> Outcome:
+    # Slow until the last point has been died at; then what is left of the corpus is trained at full speed.
+    epochs = 8
+    with Scene(folder, f"corpus.epochs={epochs}", "checkpoint.keep=1", *overrides) as scene:
+        scene.producer()
+        points = _points(scene, what)
+        chosen = range(2, len(points) + 1, 9) if quick else range(1, len(points) + 1)
+        for number in chosen:
+            trainer = scene.trainer(WATCH=what, DIE_AT=number, SECONDS_PER_STEP=0.05)
+            code = trainer.wait(60)
+            assert code == -signal.SIGKILL, f"it should have died before {points[number - 1]!r}, and ended with {code}"
+        assert scene.trainer().wait(200) == 0
+        return scene.outcome(len(chosen), epochs, note=f"{len(points)} points")
+
+
+def _points(scene: Scene, what: str) -> list[str]:
+    """The labels of one whole save, from a trainer that is watched and does not die by itself."""
+    trainer = scene.trainer(WATCH=what, SECONDS_PER_STEP=0.05)
+    points = scene.rows_file.with_name("rows.points")
+    seen: list[str] = []
+
+    def complete() -> bool:
+        labels = points.read_text().split("\n") if points.exists() else []
+        if len(labels) >= len(seen):
+            seen[:] = labels
+        return "shutil.rmtree" in " ".join(seen) and len(labels) < len(seen)
+
+    scene.wait(complete, what=f"for a whole save in {what}")
+    trainer.kill()
+    trainer.wait()
+    return seen
+
+
+def producers_come_and_go(folder: Path, quick: bool) -> Outcome:
+    """1 → 8 → 2 → 0 → 3 producers; without any the trainer says so, and goes on when they come."""
+    epochs = 4 if quick else 24
+    steps = (1, 3, 1, 0, 2) if quick else (1, 8, 2, 0, 3)
+    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+        trainer = scene.trainer(SECONDS_PER_STEP=0.03)
+        producers = [scene.producer()]
+        scene.wait_for_rows(1)
+        starved = 0.0
+        for count in steps[1:]:
+            while len(producers) < count:
+                producers.append(scene.producer())
+            while len(producers) > count:
+                producers.pop().terminate()
+            if count:
+                before = scene.trained
+                scene.wait(lambda before=before: scene.trained > before + 2000)
+                time.sleep(0.5 if quick else 5.0)
+            else:
+                starved = scene.wait(lambda: "training waits; producers at work: 0" in scene.log(), 15.0)
+        assert trainer.wait(300) == 0
+        return scene.outcome(len(steps), epochs, note=f"told after {starved:.1f} s without producers")
+
+
+def slow_trainer(folder: Path, quick: bool) -> Outcome:
+    """Half a second a step and eight fast producers: nobody's memory grows."""
+    seconds, producers = (8.0, 2) if quick else (120.0, 8)
+    with Scene(folder, "corpus.epochs=4") as scene:
+        trainer = scene.trainer(SECONDS_PER_STEP=0.5)
+        for _ in range(producers):
+            scene.producer()
+        scene.wait_for_rows(1)
+        time.sleep(seconds / 4)  # the buffer fills, kernels are compiled
+        began = len(scene.samples)
+        time.sleep(seconds * 3 / 4)
+        grown = _growth(scene, began, "trainer_mb"), _growth(scene, began, "producer_mb")
+        trainer.terminate()
+        assert trainer.wait(60) == 0
+        assert scene.trainer().wait(300) == 0  # the rest at full speed
+        assert max(grown) < 8.0, f"trainer and producers grew by {grown[0]:.1f} and {grown[1]:.1f} MB"
+        return scene.outcome(
+            1, 4, note=f"trainer {grown[0]:+.1f} MB, producer {grown[1]:+.1f} MB in {seconds * 0.75:.0f} s"
+        )
+
+
+def _growth(scene: Scene, began: int, what: str) -> float:
+    """By how much the second half of the samples since `began` exceeds the first, in the middle."""
+    values = [getattr(sample, what) for sample in scene.samples[began:]]
+    half = len(values) // 2
+    return statistics.median(values[half:]) - statistics.median(values[:half])
+
+
+def everybody_told_to_leave(folder: Path, quick: bool) -> Outcome:
+    """SIGTERM to a trainer and three producers in random order; all leave with 0, and the same commands go on."""
+    rounds, epochs, dice = (1, 3, random.Random(3)) if quick else (5, 12, random.Random(3))
+    slowest = 0.0
+    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+        for _ in range(rounds):
+            everybody = [scene.trainer(SECONDS_PER_STEP=0.02), *(scene.producer() for _ in range(3))]
+            before = scene.trained
+            scene.wait(lambda before=before: scene.trained > before + 2000)
+            dice.shuffle(everybody)
+            began = time.monotonic()
+            for process in everybody:
+                process.terminate()
+                time.sleep(dice.uniform(0.0, 0.3))
+            assert [process.wait(30) for process in everybody] == [0, 0, 0, 0]
+            slowest = max(slowest, time.monotonic() - began)
+        trainer, _ = scene.trainer(), scene.producer()
+        assert trainer.wait(200) == 0
+        told = scene.outcome(rounds, epochs, note=f"all gone after {slowest:.1f} s at most")
+        told.recovery = None  # nobody was there
+        return told
+
+
+def clock_jumps(folder: Path, quick: bool) -> Outcome:
+    """The trainer's calendar jumps by an hour at every look: no lease, session or heartbeat ends for it."""
+    with Scene(folder, "corpus.epochs=4") as scene:
+        trainer = scene.trainer(CLOCK_JUMPS=1, SECONDS_PER_STEP=0.02)
+        scene.producer(), scene.producer()
+        assert trainer.wait(200) == 0
+        saved = load_newest(scene.run)
+        assert saved is not None and saved[0]["ledger"]["sessions_lost"] == 0
+        return scene.outcome(1, 4)
+
+
+def soak(folder: Path, quick: bool, chunks: int = 20_000) -> Outcome:
+    """As many chunks as there is time for: file descriptors, threads and memory stay as they are."""
+    chunk_rows, shards, windows, context = 8, 512, 128, 8
+    rows = (shards - len(held_out_shards(shards, 0.0625))) * windows * context
+    epochs = max(2, (500 if quick else chunks) * chunk_rows // rows)
+    small = [
+        f"corpus.context={context}",
+        f"corpus.synthetic.shards={shards}",
+        f"corpus.synthetic.shard_windows={windows}",
+        f"corpus.epochs={epochs}",
+        "optimizer.batch=1024",
+        "snapshots.every_tokens=1_000_000_000",
+        "checkpoint.every_seconds=5.0",
+    ]
+    with Scene(folder, *small) as scene:
+        trainer = scene.trainer()
+        scene.program("chatty_producer", CHUNK_WINDOWS=1), scene.program("chatty_producer", CHUNK_WINDOWS=1)
+        scene.wait_for_rows(rows * epochs // 5, 3000)
+        began = len(scene.samples)
+        assert trainer.wait(3000) == 0
+        samples = scene.samples[began:-10]
+        descriptors = max(one.descriptors for one in samples) - min(one.descriptors for one in samples)
+        threads = max(one.threads for one in samples) - min(one.threads for one in samples)
+        grown = _growth(scene, began, "trainer_mb")
+        assert grown < 8.0 and threads <= 2 and descriptors <= 8, (grown, threads, descriptors)
+        summary = json.loads((scene.run / "summary.json").read_text())
+        assert summary["rows_trained"] == rows * epochs
+        scene.judge_logs()
+        peak = max(one.trainer_mb for one in samples)
+        note = f"{rows * epochs // chunk_rows:,} chunks; memory {grown:+.1f} MB, fds ±{descriptors}, threads ±{threads}"
+        return Outcome(1, rows * epochs, 0, 0, scene.longest_standstill(), peak, note)
+
+
+assert CAPACITY < EPOCH_ROWS, "the buffer must not hold an epoch, or nothing would ever wait"
