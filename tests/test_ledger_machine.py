@@ -1,9 +1,9 @@
 """Exactly once, whatever happens: the real ledger and the real buffer against an adversary that Hypothesis steers.
 
 Producers behave, fall silent, repeat and lose messages, die, come back with old leases, or bring another corpus; the
-trainer crashes and comes back with its last checkpoint; shards fail. A model that shares no code with the ledger
-keeps the books from the messages alone, and the two are compared after every step. However an example ended, healthy
-producers must then be able to finish the run, and every row of every epoch must be accounted for.
+trainer crashes and comes back with its last checkpoint, winds down or takes its leave; shards fail. A model that shares
+no code with the ledger keeps the books from the messages alone, and the two are compared after every step. However an
+example ended, healthy producers must then be able to finish the run, and every row of every epoch be accounted for.
 
     SLUICE_HYPOTHESIS_STEPS=400 pytest tests/test_ledger_machine.py      # 400 examples of 400 steps, at random
 
@@ -32,6 +32,7 @@ from producer.wire import (
     Bye,
     Chunk,
     Credit,
+    Drain,
     Heartbeat,
     Hello,
     Hook,
@@ -205,6 +206,9 @@ class ModelProducer:
                 self.work.append(Work(message, unpack_bits(payload, kept.size).reshape(kept.shape)))
             elif isinstance(message, Credit):
                 self.granted = max(self.granted, message.number)
+            elif isinstance(message, Drain):
+                self.say(Bye())
+                self.open_session()
             elif isinstance(message, Reject) and message.retry:
                 self.open_session()
             elif isinstance(message, Reject):
@@ -302,6 +306,7 @@ class Stream(RuleBasedStateMachine):
         self.holder: dict[Name, tuple[str, int]] = {}
         self.seen_aside = len(self.ledger.set_aside)
         self.tokens = 0
+        self.left = False
 
     # The adversary's moves: producers
 
@@ -361,9 +366,12 @@ class Stream(RuleBasedStateMachine):
         if pipe.up:
             pipe.up.appendleft(pipe.up[0])
 
-    @move(which=st.integers(0, 99), fault=st.sampled_from(("attempt", "duplicate", "gap", "incarnation", "session")))
+    @move(
+        which=st.integers(0, 99),
+        fault=st.sampled_from(("attempt", "duplicate", "gap", "incarnation", "session", "credit")),
+    )
     def forge(self, which: int, fault: str) -> None:
-        """A chunk that is right in all but one point, from someone with credit."""
+        """A chunk that is right in all but one point."""
         held = sorted((name, *holder) for name, holder in self.holder.items())
         if not held:
             return
@@ -375,6 +383,8 @@ class Stream(RuleBasedStateMachine):
         if not at or (fault == "session" and not others):
             return
         sender = others[0] if fault == "session" else session
+        if fault == "credit" and self.taken[sender] < self.told[sender]:
+            return
         kept = np.arange(CONTEXT) == at[0] % CONTEXT
         chunk = Chunk(
             number=self.taken[sender] + (2 if fault == "gap" else 1),
@@ -412,14 +422,37 @@ class Stream(RuleBasedStateMachine):
     @move()
     def save(self) -> None:
         """A checkpoint, between two steps."""
-        self.step()
-        document, bits = self.ledger.state()
-        self.checkpoint = (json.dumps(document), {name: b.tobytes() for name, b in bits.items()}, deepcopy(self.books))
+        self.write_checkpoint()
 
     @move()
     def crash(self) -> None:
         """The trainer dies and starts again. What was under way to it arrives at its successor."""
         self.boot()
+
+    @move()
+    def wind_down(self) -> None:
+        """`ctl drain`: nothing more is leased or granted, and what was is used up. Only a new start undoes it."""
+        self.ledger.wind_down()
+
+    @move(everybody_hears=st.booleans())
+    def leave(self, everybody_hears: bool) -> None:
+        """SIGTERM: a checkpoint, DRAIN to everybody, and the next start goes on from there."""
+        self.take_leave(everybody_hears)
+
+    def take_leave(self, everybody_hears: bool) -> None:
+        self.write_checkpoint()
+        sends = self.ledger.drain(finished=False)
+        assert {send.session for send in sends} == set(self.told)
+        self.left = True
+        if everybody_hears:
+            self.dispatch(sends)
+        self.dispatch(self.ledger.tick(self.now))
+        self.boot()
+
+    def write_checkpoint(self) -> None:
+        self.step()
+        document, bits = self.ledger.state()
+        self.checkpoint = (json.dumps(document), {name: b.tobytes() for name, b in bits.items()}, deepcopy(self.books))
 
     # What must hold after each move
 
@@ -504,6 +537,8 @@ class Stream(RuleBasedStateMachine):
         for producer in self.producers:
             producer.wedged = False
         while not (self.ledger.exhausted and self.in_memory() == 0):
+            if self.ledger.dry and self.in_memory() == 0:
+                self.take_leave(everybody_hears=True)
             before = self.achieved()
             if not any(producer.alive and producer.fingerprint == "ours" for producer in self.producers):
                 self.add_producer(chatty=True)
@@ -628,6 +663,7 @@ class Stream(RuleBasedStateMachine):
         pipes = {producer.pipe.session: producer.pipe for producer in self.producers}
         for send in sends:
             message = decode(encode(send.message))
+            assert not (isinstance(message, Lease | Credit) and (self.left or self.ledger.winding_down))
             if isinstance(message, Lease):
                 name = (message.epoch, message.shard)
                 assert name not in self.holder and name not in self.books.aside
@@ -676,7 +712,7 @@ class Stream(RuleBasedStateMachine):
         self.dispatch(self.ledger.tick(self.now))
         self.step()
         # As the real loop does: batches while the buffer is half full, the rest once no more will come.
-        if self.buffer.rows >= (1 if self.ledger.exhausted else self.buffer.capacity // 2):
+        if self.buffer.rows >= (1 if self.ledger.dry else self.buffer.capacity // 2):
             self.draw(self.buffer.capacity // 4)
 
     def in_memory(self) -> int:

@@ -23,13 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import processes
+from tests.drills import ledger, processes
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
 """Runs in an empty folder; `quick` asks for as little as shows that the drill works."""
 
 DRILLS: dict[str, Drill] = {
+    "ledger, at length": ledger.long_machine,
+    "ledger, bugs planted": ledger.mutations,
     "producers killed": processes.producers_killed,
     "producer frozen": processes.producer_frozen,
     "trainer killed": processes.trainer_killed,

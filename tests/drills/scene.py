@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ class Outcome:
     peak_mb: float | None = None
     """Largest resident memory of a trainer at any sample."""
     note: str = ""
+    details: dict[str, str] = field(default_factory=dict)
+    """A table of its own: what was done, and what came of it."""
 
 
 @dataclass(frozen=True)
