@@ -56,6 +56,7 @@ def _run(settings: ProducerSettings) -> int:
     from producer.keys import KeysError
     from producer.link import Link, NoTrainer, Refused
     from producer.memory import keep_freed_memory
+    from producer.precision import take_deterministic_algorithms
     from producer.produce import Producer, chunk_windows
     from producer.source import fingerprint, norm_bounds, open_source
     from producer.wire import DTYPE_BYTES, Hello, held_out_shards
@@ -63,6 +64,8 @@ def _run(settings: ProducerSettings) -> int:
     log = logging.getLogger("sluice.producer")
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
+    if settings.run.deterministic:
+        take_deterministic_algorithms()
     try:
         source = open_source(settings)
         keep_freed_memory()

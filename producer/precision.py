@@ -1,7 +1,8 @@
-"""CONTRACT: which number format a machine multiplies faster. Shared by the language model and the SAEs."""
+"""CONTRACT: which arithmetic is used on a machine. Shared by the language model and the SAEs."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -20,6 +21,17 @@ def fastest_dtype(rows: int, d_in: int, d_out: int, device: torch.device) -> tor
     rows = min(rows, 1024)
     float32, bfloat16 = (_seconds(rows, d_in, d_out, dtype) for dtype in (torch.float32, torch.bfloat16))
     return torch.bfloat16 if WORTH * bfloat16 < float32 else torch.float32
+
+
+def take_deterministic_algorithms() -> None:
+    """Before its first use: a GPU gives the same bits each time, and torch warns of operations that cannot.
+
+    On a CPU nothing is to be done: what is used there adds in a fixed order.
+    """
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _seconds(rows: int, d_in: int, d_out: int, dtype: torch.dtype) -> float:

@@ -91,6 +91,8 @@ class Producer:
         self._tell = tell
         row_bytes = DTYPE_BYTES[dtype] * sum(hook.width for hook in source.hooks)
         self._chunk_windows = chunk_windows(source.context, row_bytes, source.batch_windows)
+        self._fixed_passes = bool(source.facts.get("deterministic"))
+        """The last bits of a row may depend on the windows beside it: each pass takes the same ones every time."""
         self._side = torch.cuda.Stream(source.device) if source.device.type == "cuda" else None
         self._tokens = self._chunks = self._shards = self._forwards = 0
         self._forward_seconds = self._text_seconds = 0.0
@@ -161,7 +163,10 @@ class Producer:
 
     def _passes(self, work: Work) -> Iterator[np.ndarray]:
         """The windows of each forward pass."""
-        for chosen in batches(work.windows, work.wanted, self._source.batch_windows):
+        among = work.windows.kept if self._fixed_passes else work.wanted
+        for chosen in batches(work.windows, among, self._source.batch_windows):
+            if not work.wanted[chosen].any():
+                continue
             if (following := self._link.next_shard) is not None:
                 self._text.ahead(following)
             yield chosen
@@ -216,6 +221,9 @@ class Producer:
     ) -> list[Packed]:
         """Cuts one pass, of the windows with these indices, into chunks."""
         chunks: list[Packed] = []
+        if not (needed := work.wanted[windows].any(1)).all():
+            windows = windows[needed]
+            activations = [x[torch.from_numpy(needed).to(x.device)] for x in activations]
         for part in chunk_parts(windows, self._chunk_windows, self._source.context):
             chosen = windows[part]
             kept, payload = self._pack([x[part] for x in activations], work.wanted[chosen], work.bounds, done)

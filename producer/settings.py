@@ -63,6 +63,8 @@ class RunSettings(Table):
     """Seeds the order of shards, the draw from the buffer and the initial weights."""
     threads: Positive | None = None
     """CPU threads of the trainer's and the producer's arithmetic, each; without it, torch decides."""
+    deterministic: bool = False
+    """The same weights, bit by bit, whatever number of producers, and whoever was killed and started again. Slower."""
 
 
 class StreamSettings(Table):
@@ -207,6 +209,13 @@ class SyntheticSettings(Table):
     check each trained row against the ledger. Needs d_in >= 4."""
 
 
+def deterministic_fault(run: RunSettings, model: ModelSettings | None) -> str | None:
+    """What is left to measurements that differ from time to time, and what to set; None when nothing is."""
+    if run.deterministic and model is not None and model.dtype == "auto":
+        return 'run.deterministic needs model.dtype = "float32" or "bfloat16": "auto" is measured at each start'
+    return None
+
+
 class MetricsSettings(BaseModel):
     """The part of [monitor] that every process reads: where it shows its metrics. The monitor checks the rest."""
 
@@ -237,6 +246,8 @@ class ProducerSettings(BaseModel):
     def _text_needs_a_model(self) -> ProducerSettings:
         if self.model is None and self.corpus.kind != "synthetic":
             raise ValueError('table [model] is missing: add it with name and hooks, such as name = "gpt2"')
+        if fault := deterministic_fault(self.run, self.model):
+            raise ValueError(fault)
         return self
 
 

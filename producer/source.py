@@ -77,7 +77,7 @@ class LanguageModelSource:
     def __init__(self, settings: ProducerSettings) -> None:
         assert settings.model is not None
         self._settings = settings.corpus
-        self._batch_is_set = settings.model.batch_windows is not None
+        self._batch_is_set = settings.model.batch_windows is not None or settings.run.deterministic
         self.context = settings.corpus.context
         # The corpus first: a wrong path should not wait for a model to load.
         self._corpus: Corpus = open_corpus(settings.corpus)
@@ -112,6 +112,17 @@ class LanguageModelSource:
             "prepend_bos": settings.corpus.prepend_bos,
             "exclude_special": settings.corpus.exclude_special,
             "outlier_factor": settings.corpus.outlier_factor,
+        } | (self._arithmetic() if settings.run.deterministic else {})
+
+    def _arithmetic(self) -> dict[str, Any]:
+        """What decides the last bits of a row, besides what it is: the sizes of products, and what computes them."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "deterministic": True,
+            "batch_windows": self.batch_windows,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "processor": torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
         }
 
     def choose_batch(self) -> None:
@@ -219,7 +230,7 @@ class SyntheticSource:
             "corpus_fingerprint": corpus.fingerprint,
             "context": self.context,
             "outlier_factor": settings.corpus.outlier_factor,
-        }
+        } | ({"deterministic": True} if settings.run.deterministic else {})
 
     def choose_batch(self) -> None:
         """There is nothing to choose: a pass is a copy."""

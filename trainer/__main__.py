@@ -93,6 +93,7 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
 
     from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
     from producer.keys import KeysError
+    from producer.precision import take_deterministic_algorithms
     from trainer.checkpoint import CheckpointError, load_newest
     from trainer.durable import sweep
     from trainer.health import Health
@@ -106,6 +107,8 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
 
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
+    if settings.run.deterministic:
+        take_deterministic_algorithms()
     try:
         if pick_device(settings.optimizer.device).type == "cpu":
             threading.Thread(target=warm_up, name="warm-up").start()
@@ -138,8 +141,10 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
 
 def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     """The ledger of a new run, or of the one that `saved` holds."""
+    from trainer.buffer import pool_rows
     from trainer.ledger import Ledger, Limits
 
+    deterministic = settings.run.deterministic
     limits = Limits(
         capacity_rows=settings.buffer.rows,
         seed=settings.run.seed,
@@ -147,12 +152,14 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
         heartbeat_seconds=settings.stream.heartbeat_seconds,
         dead_seconds=settings.stream.dead_seconds,
         stall_seconds=settings.stream.stall_seconds,
+        pool_rows=pool_rows(settings.buffer.rows) if deterministic else None,
         expected={
             "hooks": settings.hooks,
             "dtype": settings.stream.dtype,
             "context": settings.corpus.context,
             "held_out": settings.corpus.held_out,
-        },
+        }
+        | ({"deterministic": True} if deterministic else {}),
     )
     ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint])
     if saved is not None:
@@ -176,22 +183,23 @@ def _train(
     health: Health,
 ) -> None:
     """Opens the stream, trains until the end or until told to stop, and leaves everything on disk."""
-    from trainer.buffer import ShuffleBuffer
+    from trainer.buffer import OrderedBuffer, ShuffleBuffer
     from trainer.commands import answer
     from trainer.durable import replace_text
     from trainer.intake import TORCH_DTYPE, Intake, IntakeError
     from trainer.publishing import summary
+    from trainer.run import buffer_of
     from trainer.train import Loop, is_complete
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
-        buffer = ShuffleBuffer(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
-        if saved is not None and saved[0]["buffer_random"] is not None:
-            buffer.restore_random_state(saved[0]["buffer_random"])
+        kind = OrderedBuffer if settings.run.deterministic else ShuffleBuffer
+        buffer = kind(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
         log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
         return buffer
 
-    with Intake(settings.stream, ledger, make_buffer) as intake, Reports(directory, metrics) as reports:
+    drawn = buffer_of(saved, settings) if saved is not None else (None, {})
+    with Intake(settings.stream, ledger, make_buffer, drawn) as intake, Reports(directory, metrics) as reports:
         if is_complete(settings, ledger) or roster.ended:
             what = "every SAE is finished" if roster.ended else "raise run.tokens to go on"
             log.info("the run is complete with %s rows; %s", f"{ledger.rows_trained:,}", what)

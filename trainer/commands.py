@@ -209,6 +209,8 @@ def resume(loop: Loop, _: dict[str, Any]) -> Answer:
 
 def drain(loop: Loop, _: dict[str, Any]) -> Answer:
     """Nothing more is asked of producers; what is under way is trained, then the trainer leaves."""
+    if loop.settings.run.deterministic:
+        raise Refused("a deterministic run cannot train on what happens to be under way: stop it with SIGTERM")
     if loop.roster.paused:
         raise Refused("the run is paused: `resume` it first, or stop the trainer with SIGTERM")
     with loop.intake.lock:

@@ -37,7 +37,7 @@ from producer.wire import (
     decode,
     encode,
 )
-from trainer.buffer import Batch, ShuffleBuffer
+from trainer.buffer import Batch, BufferState, OrderedBuffer, ShuffleBuffer
 from trainer.ledger import Ledger, Send
 from trainer.report import StreamReport
 
@@ -76,12 +76,20 @@ class Interrupt(Protocol):
 class Intake:
     """See the module's docstring. Used as a context manager; `take` and `trained` belong to one training thread."""
 
-    def __init__(self, settings: StreamSettings, ledger: Ledger, make_buffer: Callable[[Hello], ShuffleBuffer]) -> None:
+    def __init__(
+        self,
+        settings: StreamSettings,
+        ledger: Ledger,
+        make_buffer: Callable[[Hello], ShuffleBuffer],
+        saved: BufferState = (None, {}),
+    ) -> None:
+        """`saved` is what a checkpoint kept of the buffer."""
         self.ledger = ledger
         self.buffer: ShuffleBuffer | None = None
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._make_buffer = make_buffer
+        self._saved = saved
         self._settings = settings
         self._stop = threading.Event()
         self._route_of: dict[str, bytes] = {}
@@ -141,6 +149,7 @@ class Intake:
             self._awaited = count
             try:
                 while not self._ready(count):
+                    self._refuse_gaps()
                     if stop.is_set() or self._is_over() or time.monotonic() >= deadline:
                         return False
                     self._wait()
@@ -171,6 +180,11 @@ class Intake:
         with self.lock:
             return self.buffer.peek(count) if self.buffer is not None else []
 
+    def buffer_state(self) -> BufferState:
+        """What a checkpoint keeps of the buffer."""
+        with self.lock:
+            return self._saved if self.buffer is None else self.buffer.state()
+
     def drain(self, finished: bool) -> None:
         """Tells every producer that this trainer is done or leaves, and waits a moment for them to go.
 
@@ -195,7 +209,7 @@ class Intake:
 
     def buffer_report(self) -> BufferReport:
         with self.lock:
-            rows = self.buffer.rows if self.buffer else 0
+            rows = self.buffer.held if self.buffer else 0
             capacity = self.ledger.limits.capacity_rows
             if self.ledger.exhausted or self.ledger.winding_down:
                 state = "draining"
@@ -210,9 +224,21 @@ class Intake:
             raise IntakeError(f"the stream's thread failed: {self._failure!r}") from self._failure
         if self.buffer is None:
             return False
+        if isinstance(self.buffer, OrderedBuffer):
+            full = self.buffer.fill(self.ledger.oldest)
+            return full or (self.ledger.exhausted and self.buffer.rows > 0)
         if self.ledger.dry:
             return self.buffer.rows > 0
         return self.buffer.rows >= max(count, self.buffer.capacity // 2)
+
+    def _refuse_gaps(self) -> None:
+        """Deterministic mode: a shard that is given up ends the run; how much of it came depends on who failed."""
+        if self.ledger.limits.pool_rows is not None and self.ledger.set_aside:
+            fault = self.ledger.set_aside[0]
+            raise IntakeError(
+                f"shard {fault['shard']} failed ({fault['reason']}), and run.deterministic trains on all rows or none: "
+                "mend what is wrong with it, then start the trainer again; it goes on from its checkpoint"
+            )
 
     def _is_over(self) -> bool:
         return self.ledger.dry and not self.ledger.rows_buffered
@@ -272,7 +298,7 @@ class Intake:
         self._looked = now
         if now - self._waits[-1][0] >= 1.0:
             self._waits.append((now, self._data_wait, self._credit_wait))
-            for fault in self.ledger.audit(self.buffer.rows if self.buffer is not None else 0):
+            for fault in self.ledger.audit(self.buffer.held if self.buffer is not None else 0):
                 log.error("an invariant is broken, please report it: %s", fault)
 
     def _close(self) -> None:
@@ -351,6 +377,7 @@ class Intake:
             log.info("producer %s joins (%d at work)", hello.name, len(self.ledger.sessions))
             if self.buffer is None:
                 self.buffer = self._make_buffer(hello)
+                self.buffer.restore(self._saved)
         for send in sends:
             if isinstance(send.message, Reject):
                 log.warning("producer %s refused: %s", hello.name, send.message.reason)

@@ -13,6 +13,11 @@ never exceed the buffer's capacity.
 
 What a checkpoint keeps is `state()`: per open shard one bit per row for *trained* and one for *discarded*. Rows that
 were buffered and not trained are leased again after a restart.
+
+In deterministic mode rows enter the pool of the buffer in the order of shards' serials and of positions. Rows of shards
+after the oldest unfinished one are *early*, and wait. So that the others can always come, these leave room for the pool
+and one chunk, who has the oldest shard is granted credit before those who run ahead, and somebody always has it first:
+if need be, the session that is furthest ahead is ended, and comes back without leases and credit.
 """
 
 from __future__ import annotations
@@ -72,6 +77,8 @@ class Limits:
     heartbeat_seconds: float
     dead_seconds: float
     stall_seconds: float
+    pool_rows: int | None = None
+    """Deterministic mode: how many of the capacity are drawn from, filled in order. None: rows count as they come."""
     expected: dict[str, Any] = field(default_factory=dict)
     """What the trainer's own run file says of the stream: `hooks` (names), dtype, context, held_out."""
 
@@ -126,6 +133,10 @@ class OpenShard:
     deaths: int = 0
     given_up: bool = False
     """Set aside: what was received is still trained, the rest is not asked for again."""
+    buffered: int = 0
+    """Rows received and not trained in this incarnation of the trainer."""
+    through: int = 0
+    """Deterministic mode: all rows at positions below this are had."""
     had: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """Received or discarded in this incarnation of the trainer."""
     trained: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -189,6 +200,8 @@ class Ledger:
         self._next_serial = 0
         self._cursor = 0
         self._turn = 0
+        self._way_made = (-1, float("-inf"))
+        """Deterministic mode: the serial for which a session was ended, so that somebody takes it, and when."""
         self._queue = np.zeros(0, np.int64)
         self._drained: bool | None = None
         self._faults: list[str] = []
@@ -206,8 +219,19 @@ class Ledger:
         return sum(session.credit_rows for session in self.sessions.values())
 
     @property
+    def oldest(self) -> int:
+        """The first serial of which rows may still come: those of all serials below are here."""
+        return next((serial for serial, shard in self.open.items() if not shard.complete), self._next_serial)
+
+    @property
     def _free_rows(self) -> int:
         return self.limits.capacity_rows - self.rows_buffered - self.rows_credited
+
+    @property
+    def _early_rows(self) -> int:
+        """Rows here whose turn comes after those of a shard that is not complete."""
+        oldest = self.oldest
+        return sum(shard.buffered for serial, shard in self.open.items() if serial > oldest)
 
     @property
     def exhausted(self) -> bool:
@@ -303,10 +327,14 @@ class Ledger:
         had = shard.had[start : start + count]
         if (had & (kept | outliers)).any() or (kept & outliers).any():
             return None, self.refuse(session, "duplicate", "chunk brings rows that were already had", rows=chunk.rows)
+        if fault := self._order_fault(known, shard, chunk, start):
+            return None, self.refuse(session, fault[0], fault[1], rows=chunk.rows)
+        shard.through = max(shard.through, start + count)
         had |= kept | outliers
         shard.discarded[start : start + count] |= outliers
         discarded = _count(outliers)
         shard.moved |= chunk.rows + discarded > 0
+        shard.buffered += chunk.rows
         self.rows_discarded += discarded
         self.rows_received += chunk.rows
         return Accepted(shard.serial, start + np.flatnonzero(kept)), []
@@ -374,6 +402,7 @@ class Ledger:
             if shard.trained[named].any() or not shard.had[named].all():
                 self._breach("trained_once", f"rows of shard {shard.shard} are trained twice, or were never received")
             shard.trained[named] = True
+            shard.buffered -= len(named)
             self._close_if_finished(shard)
         self.rows_trained += len(serial)
         self.progress += 1
@@ -406,6 +435,7 @@ class Ledger:
         sends = self._drop_silent(now)
         if self._drained is None and not self.winding_down:
             sends += self._assign(now)
+            sends += self._make_way(now)
             sends += self._reclaim()
             sends += self._grant(now)
         for name, session in self.sessions.items():
@@ -507,12 +537,17 @@ class Ledger:
     def _differences(self, hello: Hello) -> list[str]:
         """In what a producer's stream is not this run's, with both values."""
         theirs = {fact: getattr(hello, fact) for fact in STREAM_FACTS}
-        named = theirs | {"hooks": [hook.name for hook in hello.hooks]}
+        named = theirs | {
+            "hooks": [hook.name for hook in hello.hooks],
+            "deterministic": hello.provenance.get("deterministic", False),
+        }
         pairs = [(fact, ours, named[fact]) for fact, ours in self.limits.expected.items()]
         if self.stream is not None:
             pairs += [
                 (fact, getattr(self.stream, fact), theirs[fact]) for fact in STREAM_FACTS if fact != "fingerprint"
             ]
+            if self.limits.pool_rows is not None:
+                pairs.append(("rows per chunk", self.stream.chunk_rows, hello.chunk_rows))
             if self.stream.fingerprint != hello.fingerprint:
                 pairs += self._what_the_fingerprint_hides(hello)
         return [
@@ -567,6 +602,17 @@ class Ledger:
             return "shape", f"payload of {payload_bytes} bytes where {chunk.rows} rows × {row_bytes} were due"
         return None
 
+    def _order_fault(self, session: Session, shard: OpenShard, chunk: Chunk, start: int) -> tuple[str, str] | None:
+        """Deterministic mode: why these rows cannot take their place in the order now: (code, sentence), or None."""
+        if self.limits.pool_rows is None:
+            return None
+        if start < shard.through and chunk.rows:
+            return "order", f"chunk of position {start} comes after one that ends at {shard.through}"
+        room = self.limits.capacity_rows - self.limits.pool_rows - session.hello.chunk_rows
+        if shard.serial > self.oldest and self._early_rows + chunk.rows > room:
+            return "early", "no room for rows whose turn comes much later"
+        return None
+
     def _drop_silent(self, now: float) -> list[Send]:
         sends: list[Send] = []
         for name, session in list(self.sessions.items()):
@@ -590,6 +636,8 @@ class Ledger:
                     continue
                 if (shard := self._next_shard()) is None:
                     return sends
+                if self.limits.pool_rows is not None and session.leases and shard.serial < session.leases[-1].serial:
+                    continue  # it would come after rows that wait for its own
                 shard.attempt += 1
                 shard.holder, shard.moved = name, False
                 if not session.leases:
@@ -626,14 +674,53 @@ class Ledger:
             self._end(name, died=False)
         return [Send(name, Reject(code="idle", reason="others need the credit it holds", retry=True)) for name in idle]
 
+    def _first_in_turn(self) -> Session | None:
+        """Deterministic mode: who works on the oldest shard that is not complete."""
+        shard = self.open.get(self.oldest)
+        return None if shard is None or shard.holder is None else self.sessions[shard.holder]
+
+    def _make_way(self, now: float) -> list[Send]:
+        """Deterministic mode: when nobody can take the oldest shard, or who has it can get no credit, ends a session.
+
+        It is the one that is furthest ahead. It returns without leases and credit, and is given the oldest shard first.
+        """
+        serial = self.oldest
+        if self.limits.pool_rows is None or serial not in self.open:
+            return []
+        first = self._first_in_turn()
+        others = [session for session in self.sessions.values() if session.leases and session is not first]
+        if first is None:
+            if self._way_made[0] == serial and now - self._way_made[1] < self.limits.dead_seconds:
+                return []  # who was ended for it is still on its way back
+            self._way_made = (serial, now)
+        elif first.credit_rows or first.hello.chunk_rows <= self._free_rows:
+            return []
+        else:
+            others = [session for session in others if session.credit_rows]
+        if not others:
+            return []
+        name = max(others, key=lambda session: session.leases[0].serial).hello.session
+        self._end(name, died=False)
+        return [Send(name, Reject(code="early", reason="an earlier shard must come first", retry=True))]
+
     def _grant(self, now: float) -> list[Send]:
         """Spreads free space of the buffer over the producers that have work, one chunk at a time."""
-        free = self._free_rows
+        free = ahead = self._free_rows
+        first = None
+        if self.limits.pool_rows is not None:
+            first = self._first_in_turn()
+            credited = self.rows_credited - (first.credit_rows if first is not None else 0)
+            ahead = (self.limits.capacity_rows - self.limits.pool_rows) // 2 - self._early_rows - credited
         working = [session for session in self.sessions.values() if session.leases]
         while working:
             session = min(working, key=lambda one: (one.granted - one.received, one.last_turn))
             if session.granted - session.received >= CHUNKS_IN_FLIGHT or session.hello.chunk_rows > free:
                 break
+            if session is not first:
+                if session.hello.chunk_rows > ahead:
+                    working.remove(session)
+                    continue
+                ahead -= session.hello.chunk_rows
             if session.granted == session.received:
                 session.last_progress = now  # without credit it could not move
             self._turn += 1

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from producer.precision import fastest_dtype
 from producer.wire import Hello
-from trainer.buffer import Batch
-from trainer.checkpoint import CheckpointError
+from trainer.buffer import Batch, BufferState, pool_rows
+from trainer.checkpoint import CheckpointError, Saved
 from trainer.roster import Member, Roster, RosterError, resumed
 from trainer.saes.start import read_start
 from trainer.settings import SaeSettings, TrainerSettings
@@ -194,6 +194,27 @@ def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
         if fault := settings.hook_fault(member.settings):
             raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.directory}: {fault}")
     return roster
+
+
+def buffer_of(saved: Saved, settings: TrainerSettings) -> BufferState:
+    """What a checkpoint kept of the buffer. Raises CheckpointError when a deterministic run cannot go on from it."""
+    document, tensors = saved
+    # Copies: what was loaded is one mapped file.
+    names = {
+        name.removeprefix("buffer/"): x.numpy().copy() for name, x in tensors.items() if name.startswith("buffer/")
+    }
+    if settings.run.deterministic and document["ledger"]["rows_trained"]:
+        if not names:
+            raise CheckpointError(
+                f"run.deterministic is set, and the run in {settings.run.directory} began without it: unset it, or use "
+                "a new run.directory"
+            )
+        if names["names"].shape[1] > (pool := pool_rows(settings.buffer.rows)):
+            raise CheckpointError(
+                f"buffer.rows = {settings.buffer.rows} holds {pool} rows to draw from, the checkpoint of "
+                f"{settings.run.directory} has {names['names'].shape[1]}: set it to what it was"
+            )
+    return document["buffer_random"], names
 
 
 class DeviceError(ValueError):

@@ -18,6 +18,7 @@ from producer.settings import (
     Seconds,
     StreamSettings,
     Table,
+    deterministic_fault,
 )
 
 
@@ -343,7 +344,22 @@ class TrainerSettings(BaseModel):
                 f"buffer.rows = {self.buffer.rows} is under two batches (optimizer.batch = {self.optimizer.batch}); "
                 "raise buffer.rows or lower optimizer.batch"
             )
+        if self.run.deterministic:
+            self._require_determinism()
         return self
+
+    def _require_determinism(self) -> None:
+        if fault := deterministic_fault(self.run, self.model):
+            raise ValueError(fault)
+        if self.optimizer.matmul == "auto":
+            raise ValueError(
+                'run.deterministic needs optimizer.matmul = "float32" or "bfloat16": "auto" is measured at the start'
+            )
+        if 4 * self.optimizer.batch > self.buffer.rows:
+            raise ValueError(
+                f"run.deterministic draws from half of the buffer, and buffer.rows = {self.buffer.rows} is under four "
+                f"batches (optimizer.batch = {self.optimizer.batch}); raise buffer.rows or lower optimizer.batch"
+            )
 
     @property
     def hooks(self) -> list[str]:

@@ -247,7 +247,8 @@ class Loop:
     def has_rows(self) -> bool:
         """There are rows to calibrate and test a snapshot with."""
         assert self.run is not None
-        return self.intake.buffer_report().rows > 0 or self.run.last_batch is not None
+        waiting = self.intake.peek(1)
+        return bool(waiting and len(waiting[0])) or self.run.last_batch is not None
 
     def _snapshot_rows(self) -> list[Tensor]:
         """Rows that are still to be trained on; at the end of the data there are none left."""
@@ -283,11 +284,11 @@ class Loop:
         else:  # what an earlier trainer left is passed on
             document = saved | {"roster": self.roster.state()}
         with self.intake.lock:
-            buffer = self.intake.buffer
             document["ledger"], bits = self.intake.ledger.state()
-            document["buffer_random"] = buffer.random_state() if buffer is not None else saved["buffer_random"]
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("ledger/")}
+            document["buffer_random"], names = self.intake.buffer_state()
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(("ledger/", "buffer/"))}
         tensors |= {f"ledger/{name}": torch.from_numpy(value) for name, value in bits.items()}
+        tensors |= {f"buffer/{name}": torch.from_numpy(value) for name, value in names.items()}
         checkpoint.save(
             Path(self.settings.run.directory), self.tokens, document, tensors, self.settings.checkpoint.keep
         )
