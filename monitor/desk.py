@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ class Desk:
     """While there is no explorer."""
     coming: bool = True
     """There will be one."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """SAEs that do not fit the language model, and why."""
 
     def close(self, reason: str) -> None:
         """There will be nobody."""

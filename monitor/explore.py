@@ -1,14 +1,15 @@
 """Latents one can read: what each one fires on, what it does to the next token, what lies near it, how it came about.
 
 Everything is read off the newest snapshot whose `latents.safetensors` (`monitor.latents`) is written, and off the SAE's
-own weights, which are mapped, not loaded: a page of one latent among 131,072 touches a few megabytes.
+own weights; both are mapped, so that they take no memory that others want.
 
     density       share of held-out rows on which the latent fires
     strongest     its largest activation there, in the units of the raw activations
-    age           tokens trained since its decoder row was first seen with the direction it has (cosine ≥ 0.9 from one
-                  looked-at snapshot to the next); at least that old
-    promoted      what the latent's direction adds to the logits through the final norm's gain and the unembedding, per
-                  unit of activation, about the mean over the vocabulary ("logit lens"; the direct path only)
+    age           tokens trained since its decoder row was first seen with the direction it has (cosine ≥ 0.9 from each
+                  snapshot to the next); it may be older than the first snapshot
+    promoted      what the latent's direction adds to the logits, about the mean over the vocabulary ("logit lens"): the
+                  direct path only, through the final norm's gain and the unembedding. The norm also divides by the size
+                  of the whole stream, which is another one on each row: logits are told up to one factor.
 
 Plain data in, plain data out: what is returned is ready for JSON.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,29 +26,43 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from monitor.evaluate import Subject
 from monitor.explanation import explain
-from monitor.latents import TOP_TOKENS, LatentActivations, load_latents
-from monitor.run_directory import LATENTS, NotThere, explained_saes, explained_snapshots, read_json
-from producer.activations import LanguageModel, ModelError
+from monitor.latents import GONE, TOP_TOKENS, LatentActivations, active, load_decoder, load_latents
+from monitor.run_directory import (
+    LATENTS,
+    NotThere,
+    explained_saes,
+    explained_snapshots,
+    read_json,
+    snapshots_with,
+)
+from monitor.texts import Texts
+from producer.activations import LanguageModel, ModelError, Unembedding
 from producer.settings import CorpusSettings
-from producer.tokens import windows_of
+from producer.tokens import Windows
 from trainer.saes.inference import InferenceSae
+from trainer.snapshot import SnapshotError
 
 AROUND = (32, 16)
 """Tokens shown before and after the one that a context is about;"""
-AROUND_IN_TABLE = (10, 5)
+AROUND_IN_TABLE = (6, 6)
 """fewer in a table."""
 CONTEXTS = 16
+AMONG_STRONGEST = 32
+"""Firings among which they are sought; what lies below is shown by quantiles."""
 LOWER = (0.9, 0.75, 0.5, 0.25, 0.05)
 """Quantiles of a latent's activations at which further contexts are shown."""
 CONTEXTS_AT_QUANTILE = 4
 BINS = 40
 PROMOTED = 12
-ROWS_OF_VOCABULARY = 1 << 14
+MOST_PAST = 24
+"""Snapshots in which a latent is shown; of more, some are passed over."""
+RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+"""Hooks whose activations are, or are added to, the residual stream."""
 NEAREST = 12
 LONGEST_TEXT = 4_000
 """Characters of a text that is searched by."""
@@ -56,40 +70,6 @@ FIRING_SHOWN = 60
 
 Order = Literal["index", "density", "strongest", "norm", "age"]
 ORDERS: tuple[Order, ...] = ("index", "density", "strongest", "norm", "age")
-
-
-class Texts:
-    """Token ids as the text they stand for. A tokenizer serves one thread at a time."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._lock = threading.Lock()
-        self._known: dict[int, str] = {}
-
-    def of(self, token: int) -> str:
-        """One token alone; bytes that are no character by themselves show as �."""
-        if token not in self._known:
-            with self._lock:
-                self._known[token] = self._tokenizer.decode([token])
-        return self._known[token]
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """One text per token, which put together are the text: the last token of a character that has several shows it.
-
-        The text of a token may depend on those before it, so each is what the text grows by.
-        """
-        pieces, told = [], ""
-        with self._lock:
-            for end in range(1, len(ids) + 1):
-                text = self._tokenizer.decode(ids[:end])
-                unfinished = text.endswith("\ufffd") and end < len(ids)
-                pieces.append("" if unfinished else text[len(told) :])
-                told = told if unfinished else text
-        return pieces
-
-    def windows(self, text: str, settings: CorpusSettings) -> Any:
-        with self._lock:
-            return windows_of([text], self._tokenizer, settings)
 
 
 @dataclass(frozen=True)
@@ -121,29 +101,25 @@ class Explained:
             case "density":
                 return self.latents.density
             case "strongest":
-                return self.latents.strongest
+                return np.abs(self.latents.strongest)
             case "norm":
                 return self.norms
             case "age":
                 return self.tokens - self.latents.born
 
 
-def _explained(folder: Path, tokens: int) -> Explained:
-    with safe_open(folder / "sae_weights.safetensors", "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Explained(folder, tokens, read_json(folder / "cfg.json") or {}, weights, load_latents(folder / LATENTS))
-
-
 class Explorer:
-    """Answers questions about the latents of one run, with the language model that it was trained on."""
+    """Answers questions about the latents of one run, with the language model it was trained on, from any thread."""
 
     def __init__(self, run_directory: Path, model: LanguageModel, corpus: CorpusSettings) -> None:
         self._directory = run_directory
         self._model = model
         self._corpus = corpus
         self._texts = Texts(model.tokenizer)
-        self._opened: dict[Path, tuple[int, Explained | None]] = {}
-        self._unembedding: tuple[Tensor, Tensor] | None = None
+        self._opened: dict[Path, tuple[int, Explained]] = {}
+        self._opening = threading.Lock()
+        self._searching = threading.Lock()
+        self._unembedding: Unembedding | None = None
         with suppress(ModelError):
             self._unembedding = model.unembedding()
 
@@ -156,19 +132,27 @@ class Explorer:
         if snapshot is not None and snapshot not in names:
             raise NotThere(f"no latents of sae {sae!r} in snapshot {snapshot!r}; there are {', '.join(names)}")
         name = snapshot or names[-1]
-        folder = self._directory / "snapshots" / name / sae
         try:
-            # A trainer that has gone back to a checkpoint may publish another snapshot under the same name.
-            written = (folder / LATENTS).stat().st_mtime_ns
-            known_since, found = self._opened.get(folder, (0, None))
-            if found is None or known_since != written:
-                # What was retired is let go: as long as it is mapped, it takes room on the disk.
-                self._opened = {path: known for path, known in self._opened.items() if path.is_dir()}
-                found = _explained(folder, int(name))
-                self._opened[folder] = (written, found)
-        except (OSError, SafetensorError):
+            return self._open(self._directory / "snapshots" / name / sae, int(name))
+        except (*GONE, SnapshotError):
             raise NotThere(f"snapshot {name} has just been retired; ask again") from None
-        return found
+
+    def _open(self, folder: Path, tokens: int) -> Explained:
+        """Maps the files, once. A trainer that has gone back may publish another snapshot under the same name."""
+        written = (folder / LATENTS).stat().st_mtime_ns
+        with self._opening:
+            known = self._opened.get(folder)
+            if known is None or known[0] != written:
+                # What was retired is let go: as long as it is mapped, it takes room on the disk.
+                self._opened = {path: one for path, one in self._opened.items() if path.is_dir()}
+                if (cfg := read_json(folder / "cfg.json")) is None:
+                    raise SnapshotError(f"{folder} holds no cfg.json")
+                with safe_open(folder / "sae_weights.safetensors", "pt") as file:
+                    weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                known = self._opened[folder] = (
+                    written, Explained(folder, tokens, cfg, weights, load_latents(folder / LATENTS))
+                )  # fmt: skip
+        return known[1]
 
     # The table
 
@@ -178,7 +162,8 @@ class Explorer:
     ) -> dict[str, Any]:  # fmt: skip
         """A part of the table of latents: those whose top tokens contain `search`, or the one of that number.
 
-        Sorted by one column; latents that never fired come last, whatever the order, but by index.
+        A `search` in quotes is always a token. Sorted by one column, activations by how far they are from zero; latents
+        that never fired come last, whatever the order, but by index. An `offset` beyond the end is the last page.
         """
         it, texts = self.open(sae, snapshot), self._texts
         chosen = self._matching(it, texts, search.strip())
@@ -187,6 +172,7 @@ class Explorer:
         if order != "index":
             silent = it.latents.firings[chosen][rank] == 0
             rank = np.concatenate([rank[~silent], rank[silent]])
+        offset = min(offset, max(0, len(chosen) - 1) // limit * limit)
         shown = chosen[rank[offset : offset + limit]]
         return {
             "sae": sae,
@@ -210,11 +196,12 @@ class Explorer:
         everything = np.arange(it.latents.d_sae)
         if not search:
             return everything
-        if search.isdecimal():
+        if search.isdecimal() and len(search) < 10:
             return everything[everything == int(search)]
+        search = (search[1:-1] if len(search) > 2 and search[0] == search[-1] == '"' else search).casefold()
         ids = it.latents.top_ids
         known = np.unique(ids[ids >= 0])
-        wanted = [token for token in known if search.casefold() in texts.of(int(token)).casefold()]
+        wanted = [token for token in known if search in texts.of(int(token)).casefold()]
         return everything[np.isin(ids, wanted).any(1)]
 
     def _line(self, it: Explained, texts: Texts, latent: int) -> dict[str, Any]:
@@ -249,18 +236,19 @@ class Explorer:
             "target": it.subject.writes[0] if it.subject.writes != it.subject.reads else None,
             "architecture": it.cfg.get("architecture"),
             "explanation": self._explanation(it, latent),
-            "contexts": _distinct_contexts(it.latents, texts, positions, values, CONTEXTS),
+            "contexts": _distinct_contexts(it.latents, texts, positions, values),
             "lower": [
                 {"quantile": quantile, "contexts": found}
                 for quantile in LOWER
                 if (found := _contexts_at(it.latents, texts, positions, values, quantile))
             ],
             "histogram": _histogram(values),
+            "written_at": it.subject.writes[-1],
             **self._effect(it, texts, latent),
             "nearest": [
                 self._line(it, texts, other) | {"cosine": cosine} for other, cosine in neighbours
             ],
-            "past": self._past(it, texts, latent),
+            "past": self._past(it, latent),
         }  # fmt: skip
 
     def _explanation(self, it: Explained, latent: int) -> dict[str, Any] | None:
@@ -295,35 +283,39 @@ class Explorer:
         }
 
     def _logits(self, it: Explained, latent: int) -> Tensor | None:
-        """[vocabulary], about its mean; None where the latent writes something that no residual stream takes up."""
-        if self._unembedding is None:
+        """[vocabulary], about its mean; None where what the latent writes is no part of the residual stream.
+
+        Of a crosscoder, what it writes at the last of its hooks.
+        """
+        hook = it.subject.writes[-1]
+        width = {hook.name: hook.width for hook in self._model.hooks}.get(hook)
+        if self._unembedding is None or width != len(self._unembedding.gain) or not hook.endswith(RESIDUAL):
             return None
-        gain, W_U = self._unembedding
-        width = {hook.name: hook.width for hook in self._model.hooks}.get(it.subject.writes[-1])
-        if width != len(gain):
-            return None
-        direction = it.weights["W_dec"][latent].float()[-width:].to(gain.device)
-        # In float32, a part of the vocabulary at a time: the model's own type would round neighbours to ties.
-        effect = torch.cat([rows.float() @ (gain * direction) for rows in W_U.split(ROWS_OF_VOCABULARY)]).cpu()
+        direction = it.weights["W_dec"][latent].float()[-width:].to(self._unembedding.gain.device)
+        effect = self._unembedding.logits(direction).cpu()
         return effect - effect.mean()
 
-    def _past(self, it: Explained, texts: Texts, latent: int) -> list[dict[str, Any]]:
-        """The same latent in every snapshot in which it was looked at, oldest first."""
+    def _past(self, it: Explained, latent: int) -> list[dict[str, Any]]:
+        """The latent in the run's snapshots, oldest first: its direction, and where it was looked at, what it did."""
         sae, present = it.folder.name, it.weights["W_dec"][latent].float()
+        names = [name for name in snapshots_with(self._directory, sae) if name <= it.folder.parent.name]
+        step = max(1, -(-len(names) // MOST_PAST))
         found = []
-        for name in explained_snapshots(self._directory, sae):
-            try:
-                then = self.open(sae, name)
-            except NotThere:
-                continue
-            if then.weights["W_dec"].shape != it.weights["W_dec"].shape:
-                continue
-            row = then.weights["W_dec"][latent].float()
-            found.append(
-                self._line(then, texts, latent)
-                | {"snapshot": name, "tokens": then.tokens, "cosine": float(torch.cosine_similarity(row, present, 0))}
-            )
+        for name in reversed(names[::-1][::step]):  # the newest always
+            folder = self._directory / "snapshots" / name / sae
+            with suppress(*GONE):
+                row = load_decoder(folder)[latent : latent + 1].flatten()
+                if row.shape == present.shape:
+                    cosine = float(torch.cosine_similarity(row, present, 0))
+                    found.append({"snapshot": name, "tokens": int(name), "cosine": cosine} | self._did(folder, latent))
         return found
+
+    def _did(self, folder: Path, latent: int) -> dict[str, Any]:
+        """What a latent did in a snapshot; None for all of it where nobody looked."""
+        with suppress(*GONE, SnapshotError):
+            line = self._line(self._open(folder, int(folder.parent.name)), self._texts, latent)
+            return {name: line[name] for name in ("density", "strongest", "top_tokens")}
+        return {"density": None, "strongest": None, "top_tokens": []}
 
     # By text
 
@@ -334,22 +326,21 @@ class Explorer:
         ValueError for a text that has no tokens or too many.
         """
         it, texts = self.open(sae), self._texts
-        model = self._model
         if not text.strip() or len(text) > LONGEST_TEXT:
             raise ValueError(f"a text of {len(text)} characters; expected 1 to {LONGEST_TEXT:,}, not only spaces")
         windows = texts.windows(text, self._corpus)
-        seen = dict(
-            zip([hook.name for hook in model.hooks], model.activations(torch.from_numpy(windows.ids)), strict=True)
-        )
-        kept = torch.from_numpy(windows.kept)
-        x = torch.cat([seen[hook].cpu()[kept].float() for hook in it.subject.reads], 1)
-        latents = it.subject.sae.encode(x).numpy()
+        if not windows.kept.any():
+            raise ValueError("this text has no token that an SAE is shown: special tokens are left out")
         pieces = texts.pieces(windows.ids[windows.kept].tolist())
         if at is not None and not 0 <= at < len(pieces):
             raise ValueError(f"at = {at}: the text has tokens 0 to {len(pieces) - 1}")
-        strength = np.abs(latents if at is None else latents[at : at + 1]).max(0)
+        with self._searching:  # one at a time: each needs memory for some rows of all latents
+            row, latent, value = self._activations(it, windows)
+        here = slice(None) if at is None else row == at
+        strength = np.zeros(it.latents.d_sae, np.float32)
+        np.maximum.at(strength, latent[here], np.abs(value[here]))
         fired = np.flatnonzero(strength)
-        relative = strength[fired] / np.maximum(it.latents.strongest[fired], strength[fired])
+        relative = strength[fired] / np.maximum(np.abs(it.latents.strongest[fired]), strength[fired])
         best = fired[np.argsort(-relative, kind="stable")][:FIRING_SHOWN]
         return {
             "sae": sae,
@@ -357,13 +348,29 @@ class Explorer:
             "text": text,
             "at": at,
             "tokens": pieces,
-            "active": [int(count) for count in (latents != 0).sum(1)],
+            "active": np.bincount(row, minlength=len(pieces)).tolist(),
             "firing": len(fired),
             "latents": [
-                self._line(it, texts, int(latent)) | {"values": [float(value) for value in latents[:, latent]]}
-                for latent in best
+                self._line(it, texts, int(index)) | {"values": _along(row, latent, value, index, len(pieces))}
+                for index in best
             ],
         }
+
+    def _activations(self, it: Explained, windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, latent, value) of everything that is active on the kept positions, which are rows 0, 1, …"""
+        hooks = [hook.name for hook in self._model.hooks]
+        seen = dict(zip(hooks, self._model.activations(torch.from_numpy(windows.ids)), strict=True))
+        kept = torch.from_numpy(windows.kept)
+        x = torch.cat([seen[hook].cpu()[kept].float() for hook in it.subject.reads], 1)
+        row, latent, value = active(it.subject, x)
+        return row.numpy(), latent.numpy(), value.numpy()
+
+
+def _along(row: np.ndarray, latent: np.ndarray, value: np.ndarray, index: int, tokens: int) -> list[float]:
+    """One latent's activation on each token."""
+    values = np.zeros(tokens, np.float32)
+    values[row[latent == index]] = value[latent == index]
+    return values.tolist()
 
 
 def _told_apart(tokens: list[str]) -> list[str]:
@@ -375,16 +382,16 @@ def _told_apart(tokens: list[str]) -> list[str]:
 
 
 def _distinct_contexts(
-    latents: LatentActivations, texts: Texts, positions: np.ndarray, values: np.ndarray, most: int
+    latents: LatentActivations, texts: Texts, positions: np.ndarray, values: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The strongest firings, each text once: `times` counts those with the same few tokens up to the firing one."""
+    """The strongest firings, each text once: `times` counts those with the same few tokens around the firing one."""
     found: dict[tuple[int, ...], dict[str, Any]] = {}
-    for firing, position in enumerate(positions[: 8 * most].tolist()):
+    for firing, position in enumerate(positions[:AMONG_STRONGEST].tolist()):
         window, place = divmod(position, latents.context)
         key = tuple(latents.ids[window, max(0, place - 5) : place + 3].tolist())
         if key in found:
             found[key]["times"] += 1
-        elif len(found) < most:
+        elif len(found) < CONTEXTS:
             found[key] = _context(latents, texts, positions, values, firing)
     return list(found.values())
 
@@ -392,11 +399,11 @@ def _distinct_contexts(
 def _contexts_at(
     latents: LatentActivations, texts: Texts, positions: np.ndarray, values: np.ndarray, quantile: float
 ) -> list[dict[str, Any]]:
-    """Firings around one quantile of the latent's activations, where there are enough to tell quantiles apart."""
-    if len(values) < 10 * CONTEXTS_AT_QUANTILE:
-        return []
+    """Firings around one quantile of the latent's activations, where they are not among the strongest already."""
     middle = round((1 - quantile) * (len(values) - 1))
-    first = min(max(0, middle - CONTEXTS_AT_QUANTILE // 2), len(values) - CONTEXTS_AT_QUANTILE)
+    first = middle - CONTEXTS_AT_QUANTILE // 2
+    if first < AMONG_STRONGEST or first + CONTEXTS_AT_QUANTILE > len(values):
+        return []
     chosen = range(first, first + CONTEXTS_AT_QUANTILE)
     return [_context(latents, texts, positions, values, firing) for firing in chosen]
 

@@ -10,11 +10,14 @@ import json
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from monitor.ablation import ablation_effects
 from monitor.desk import Desk
@@ -23,10 +26,17 @@ from monitor.explanation import mean_f1
 from monitor.explore import Explorer
 from monitor.held_out import EvaluationError, held_out_windows
 from monitor.history import append_evaluation
-from monitor.latents import births, gather_latents, load_latents
+from monitor.latents import GONE, births, gather_latents, load_decoder, load_latents
 from monitor.metrics import MonitorMetrics
 from monitor.probing import LabelledTexts, probe_accuracy, read_labelled_texts
-from monitor.run_directory import LATENTS, explained_snapshots, is_finished, manifest_of, read_json
+from monitor.run_directory import (
+    LATENTS,
+    explained_snapshots,
+    is_finished,
+    manifest_of,
+    read_json,
+    snapshots_with,
+)
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel, ModelError, load_language_model
 from producer.corpus import CorpusError, open_corpus
@@ -35,6 +45,14 @@ from trainer.durable import replace_text
 from trainer.snapshot import SnapshotError, is_complete, snapshot_names
 
 log = logging.getLogger("sluice.monitor")
+
+
+_Stamp = tuple[str, int]
+"""A snapshot's name, and when it was written, in nanoseconds."""
+
+
+_Directions = tuple[str, Tensor, np.ndarray]
+"""A snapshot's name, an SAE's W_dec in it, and since when each latent has its direction."""
 
 
 class Stopped(Exception):
@@ -79,8 +97,10 @@ class Evaluator:
         self._desk = desk or Desk()
         self._directory = Path(settings.run.directory)
         self._instruments: _Instruments | None = None
-        self._settled: set[str] = set()
-        self._failed: set[str] = set()
+        self._settled: set[_Stamp] = set()
+        self._failed: set[_Stamp] = set()
+        self._directions: dict[str, _Directions] = {}
+        """Of each SAE, in the last snapshot that was looked at."""
         self.broken: str | None = None
         self.moved_at: float | None = None
         """Monotonic time of the last forward pass while an evaluation runs, else None."""
@@ -96,32 +116,46 @@ class Evaluator:
                 self._desk.close(f"{error}.")
                 log.error("no evaluation: %s", error)
                 return
-        names = snapshot_names(self._directory)
-        if not names or names[-1] in self._settled:
+        newest = self._newest()
+        if newest is None or newest in self._settled:
             return
+        name, _ = newest
         self.moved_at = time.monotonic()
         try:
-            self._settle(self._instruments, names[-1])
+            self._settle(self._instruments, name)
         except Stopped:
             raise
         except Exception as error:
-            if not is_complete(self._directory / "snapshots" / names[-1]):
+            if not is_complete(self._directory / "snapshots" / name):
                 return  # retired under our hands; the next look takes a newer one
             unexpected = not isinstance(error, SnapshotError | EvaluationError)
-            self._fail(names[-1], f"snapshot {names[-1]} is not evaluated: {error}", unexpected)
+            self._fail(name, f"snapshot {name} is not evaluated: {error}", unexpected)
         finally:
             self.moved_at = None
-        self._settled.add(names[-1])
+        self._settled.add(newest)
 
     def has_failed(self) -> bool:
         """True when the newest snapshot could not be evaluated."""
-        names = snapshot_names(self._directory)
-        return self.broken is not None or (bool(names) and names[-1] in self._failed)
+        newest = self._newest()
+        return self.broken is not None or (newest is not None and newest in self._failed)
 
     def is_up_to_date(self) -> bool:
         """True when the newest snapshot, if there is one, has been dealt with."""
-        names = snapshot_names(self._directory)
-        return not names or names[-1] in self._settled
+        newest = self._newest()
+        return newest is None or newest in self._settled
+
+    def _newest(self) -> _Stamp | None:
+        """The newest snapshot. A trainer that has gone back may publish another one under a name that was settled."""
+        for name in reversed(snapshot_names(self._directory)):
+            if (stamp := self._stamp(name)) is not None:
+                return stamp
+        return None
+
+    def _stamp(self, name: str) -> _Stamp | None:
+        try:
+            return name, (self._directory / "snapshots" / name / "manifest.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return None  # retired a moment ago
 
     def _settle(self, instruments: _Instruments, name: str) -> None:
         folder = self._directory / "snapshots" / name
@@ -170,12 +204,7 @@ class Evaluator:
         if misfit(model, subject):
             return
         latents = gather_latents(model, instruments.reading, subject, _bounds(manifest), self._between)
-        earlier = [name for name in explained_snapshots(self._directory, sae) if name < folder.name]
-        before = None
-        if earlier:
-            then = folder.parent / earlier[-1] / sae
-            before = load_subject(then, model.device).sae.W_dec, load_latents(then / LATENTS).born
-        born = births(subject.sae.W_dec, manifest["tokens"], before)
+        born = self._births(folder, sae)
         replace(latents, born=born).save(folder / sae / LATENTS)
         log.info(
             "%s of %s: what its latents do on %s held-out rows (%.1f s)",
@@ -184,6 +213,29 @@ class Evaluator:
             f"{latents.rows:,}",
             time.monotonic() - began,
         )
+
+    def _births(self, folder: Path, sae: str) -> np.ndarray:
+        """Since when each latent has its direction: followed through all earlier snapshots that are still there.
+
+        Where retention has taken them, the last that was looked at is remembered.
+        """
+        known = self._directions.get(sae)
+        if known is None or known[0] >= folder.name:  # nothing is remembered, or what a trainer has gone back behind
+            looked_at = [name for name in explained_snapshots(self._directory, sae) if name < folder.name]
+            known = self._read_directions(looked_at[-1], sae) if looked_at else None
+        for name in snapshots_with(self._directory, sae):
+            if (known is None or name > known[0]) and name <= folder.name:
+                with suppress(*GONE):
+                    W_dec = load_decoder(folder.parent / name / sae)
+                    known = name, W_dec, births(W_dec, int(name), known and known[1:])
+        if known is None or known[0] != folder.name:
+            raise SnapshotError(f"snapshot {folder.name} has just been retired")
+        self._directions[sae] = known
+        return known[2]
+
+    def _read_directions(self, name: str, sae: str) -> _Directions:
+        folder = self._directory / "snapshots" / name / sae
+        return name, load_decoder(folder), load_latents(folder / LATENTS).born
 
     def _measure_latents(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], sae: str) -> None:
         """Adds what its latents are worth, one by one, to the numbers of an SAE whose latents have been looked at."""
@@ -209,11 +261,13 @@ class Evaluator:
         faults = {subject.name: misfit(model, subject) for subject in subjects}
         for name, reason in faults.items():
             if reason is not None:
+                self._desk.unfit[name] = reason
                 self._fail(folder.name, f"{name} of {folder.name} is not evaluated: {reason}")
         return [subject for subject in subjects if faults[subject.name] is None]
 
     def _fail(self, snapshot: str, message: str, unexpected: bool = False) -> None:
-        self._failed.add(snapshot)
+        if (stamp := self._stamp(snapshot)) is not None:
+            self._failed.add(stamp)
         self._metrics.count_failure()
         log.error("%s", message, exc_info=unexpected)
 

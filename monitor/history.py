@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ FILE = "evaluations.jsonl"
 MOST_POINTS = 3_000
 """When there are this many, every other one goes."""
 OF_A_RUN = ("time", "tokens", "tokens_per_second", "buffer_rows", "step_seconds")
-OF_AN_SAE = ("fvu", "l0", "dead_latents_ratio", "shrinkage", "learning_rate", "grad_norm", "density")
+OF_AN_SAE = ("fvu", "l0", "dead_latents_ratio", "shrinkage", "learning_rate", "grad_norm")
 OF_AN_EVALUATION = ("ce_delta", "ce_recovered", "kl", "fvu", "l0")
 LONGEST_READ = 64 << 20
 """Bytes read at one look; the rest comes at the next ones."""
@@ -30,18 +31,25 @@ class History:
         self._reports = _Lines(run_directory / "metrics.jsonl")
         self._evaluations = _Lines(run_directory / FILE)
         self._lock = threading.Lock()
-        self._points: list[dict[str, Any]] = []
-        self._measured: list[dict[str, Any]] = []
-        self._every = 1
-        self._reported = 0
         self._generation = 0
         """Changes whenever points that were handed out are gone."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._points: list[dict[str, Any]] = []
+        self._measured: list[dict[str, Any]] = []
+        self._returns: list[tuple[float, int]] = []
+        """When a trainer has gone back, and to how many tokens."""
+        self._newest: dict[str, Any] = {"tokens": 0, "saes": []}
+        self._every = 1
+        self._reported = 0
+        self._generation += 1
 
     def columns(self, generation: int = -1, since: int = 0) -> dict[str, Any]:
         """Points from number `since` on, or all of them when they are not those of `generation` any more.
 
-        {"generation", "since", "next", run's columns, "saes": {name: columns}, "evaluations": {name: columns}}; a value
-        that is not known is None. Evaluations always come whole.
+        {"generation", "since", "next", run's columns, "saes": {name: columns}, "density": {name: newest counts},
+        "evaluations": {name: columns}}; a value that is not known is None. Evaluations always come whole.
         """
         with self._lock:
             self._read()
@@ -57,26 +65,30 @@ class History:
                     name: {key: [point["saes"].get(name, {}).get(key) for point in points] for key in OF_AN_SAE}
                     for name in names
                 },
-                "evaluations": _evaluation_columns(self._measured),
+                "density": {sae["name"]: sae.get("density") or [] for sae in self._newest["saes"]},
+                "evaluations": _evaluation_columns(self._measured, self._returns),
             }
 
     def _read(self) -> None:
+        if self._reports.is_another():
+            self._begin()
+            self._evaluations.rewind()
         for report in self._reports.new():
-            self._take(_point(report))
+            self._take(report)
         for evaluation in self._evaluations.new():
-            sae, tokens = evaluation["sae"], evaluation["snapshot_tokens"]
-            self._measured = [
-                known for known in self._measured if known["sae"] != sae or known["snapshot_tokens"] < tokens
-            ]
-            self._measured.append(evaluation)
+            if isinstance(evaluation.get("sae"), str) and isinstance(evaluation.get("snapshot_tokens"), int):
+                self._measured.append(evaluation)
 
-    def _take(self, point: dict[str, Any]) -> None:
-        if self._points and point["tokens"] < self._points[-1]["tokens"]:
-            self._points = [known for known in self._points if known["tokens"] < point["tokens"]]
+    def _take(self, report: dict[str, Any]) -> None:
+        report = {"time": 0.0, "saes": [], **report, "tokens": report.get("tokens") or 0}
+        if report["tokens"] < self._newest["tokens"]:
+            self._returns.append((report["time"], report["tokens"]))
+            self._points = [known for known in self._points if known["tokens"] < report["tokens"]]
             self._reported = len(self._points) * self._every
             self._generation += 1
+        self._newest = report
         if self._reported % self._every == 0:
-            self._points.append(point)
+            self._points.append(_point(report))
         self._reported += 1
         if len(self._points) >= MOST_POINTS:
             self._points = self._points[::2]
@@ -85,9 +97,10 @@ class History:
 
 
 def append_evaluation(run_directory: Path, sae: str, evaluation: dict[str, Any]) -> None:
-    """One line for the curves; what evaluation.json says, and of which SAE."""
+    """One line for the curves: what evaluation.json says, of which SAE, and when."""
+    line = json.dumps({"time": time.time(), "sae": sae, **evaluation}, allow_nan=False)
     with open(run_directory / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"sae": sae, **evaluation}, allow_nan=False) + "\n")
+        file.write(line + "\n")
 
 
 class _Lines:
@@ -96,12 +109,26 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self._identity: int | None = None
+
+    def is_another(self) -> bool:
+        """True when another run's file is in the place of the one that was read; it is read from the start."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return False
+        another = self._identity is not None and (found.st_ino != self._identity or found.st_size < self._offset)
+        if another:
+            self.rewind()
+        self._identity = found.st_ino
+        return another
+
+    def rewind(self) -> None:
+        self._offset = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
         try:
             with open(self._path, "rb") as file:
-                if self._path.stat().st_size < self._offset:
-                    self._offset = 0  # another run in the same place
                 file.seek(self._offset)
                 text = file.read(LONGEST_READ)
         except OSError:
@@ -119,16 +146,23 @@ class _Lines:
 
 def _point(report: dict[str, Any]) -> dict[str, Any]:
     point: dict[str, Any] = {key: report.get(key) for key in OF_A_RUN}
-    point["tokens"] = report.get("tokens") or 0
-    point["saes"] = {sae["name"]: {key: sae.get(key) for key in OF_AN_SAE} for sae in report.get("saes", [])}
+    point["saes"] = {sae["name"]: {key: sae.get(key) for key in OF_AN_SAE} for sae in report["saes"]}
     return point
 
 
-def _evaluation_columns(measured: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+def _evaluation_columns(
+    measured: list[dict[str, Any]], returns: list[tuple[float, int]]
+) -> dict[str, dict[str, list[Any]]]:
+    """The last evaluation of each snapshot, by SAE and tokens, without those that a trainer has gone back behind."""
+    surviving = {
+        (evaluation["sae"], evaluation["snapshot_tokens"]): evaluation
+        for evaluation in measured
+        if not any(evaluation.get("time", 0.0) < then and evaluation["snapshot_tokens"] > to for then, to in returns)
+    }
     columns: dict[str, dict[str, list[Any]]] = {}
-    for evaluation in sorted(measured, key=lambda known: known["snapshot_tokens"]):
-        of_sae = columns.setdefault(evaluation["sae"], {"tokens": [], **{key: [] for key in OF_AN_EVALUATION}})
-        of_sae["tokens"].append(evaluation["snapshot_tokens"])
+    for (sae, tokens), evaluation in sorted(surviving.items(), key=lambda item: item[0]):
+        of_sae = columns.setdefault(sae, {"tokens": [], **{key: [] for key in OF_AN_EVALUATION}})
+        of_sae["tokens"].append(tokens)
         for key in OF_AN_EVALUATION:
             of_sae[key].append(evaluation.get(key))
     return columns

@@ -114,7 +114,7 @@ def _shaded(token: Markup, value: float, strongest: float, is_at: bool) -> Marku
     if not value and not is_at:
         return token
     classes = "t" + (" at" if is_at else "") + (" neg" if value < 0 else "")
-    depth = min(1.0, abs(value) / strongest) if strongest else 0.0
+    depth = min(1.0, abs(value / strongest)) if strongest else 0.0
     return Markup('<span class="{}" style="--a:{:.2f}" title="{:.3g}">{}</span>').format(classes, depth, value, token)
 
 

@@ -15,7 +15,7 @@ COLUMNS = {
     "density": ("density", "share of held-out rows on which it fires"),
     "strongest": ("strongest", "its largest activation on them, in the units of the raw activations"),
     "norm": ("norm", "length of its decoder row"),
-    "age": ("age", "tokens trained since its decoder row was first seen with this direction"),
+    "age": ("age", "tokens trained since its decoder row was first seen with this direction; at least"),
 }
 """What the table can be sorted by: heading and meaning."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,6 +35,8 @@ MOST_ACTIVATIONS = 1 << 24
 SAME_DIRECTION = 0.9
 """Cosine of a decoder row with the one before it from which on it counts as the same latent."""
 TOP_TOKENS = 8
+GONE = (OSError, SafetensorError)
+"""What reading a snapshot raises that is retired meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class LatentActivations:
         temporary.replace(path)
 
 
+def load_decoder(folder: Path) -> Tensor:
+    """W_dec [d_sae, d_out] of the SAE in a folder of a snapshot, mapped. Raises OSError when it is gone."""
+    with safe_open(folder / "sae_weights.safetensors", "pt") as file:
+        return file.get_tensor("W_dec").float()
+
+
 def load_latents(path: Path) -> LatentActivations:
     """Mapped, not read: a look at one latent touches a few pages of the file. Raises OSError when it is gone."""
     with safe_open(path, "pt") as file:
@@ -133,8 +141,9 @@ def gather_latents(
         shown = in_stream(seen, kept, bounds)
         x = torch.cat([seen[hook][shown].float() for hook in subject.reads], 1)
         places = shown.flatten().nonzero().squeeze(1) + seen_windows * context
-        found += _activations(subject, x, places)
-        count = sum(len(values) for _, _, values in found)
+        row, latent, value = active(subject, x)
+        found.append((latent, (places.cpu()[row]).int(), value))
+        count += len(value)
         streamed.append(shown.cpu())
         seen_windows += len(tokens)
         between()
@@ -142,15 +151,16 @@ def gather_latents(
     return _by_latent(windows, torch.cat(streamed), latent, position, value, subject.sae.W_enc.shape[1])
 
 
-def _activations(subject: Subject, x: Tensor, places: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(latent, position, value) of everything that is active on rows x [rows, d_in], which stand at `places`."""
-    found = []
-    rows = max(1, LATENTS_IN_MEMORY // subject.sae.W_enc.shape[1])
-    for piece, where in zip(x.split(rows), places.split(rows), strict=True):
-        latents = subject.sae.encode(piece)
+def active(subject: Subject, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, latent, value) of everything that is active on rows x [rows, d_in], some rows of all latents at a time."""
+    found = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0))]
+    step = max(1, LATENTS_IN_MEMORY // subject.sae.W_enc.shape[1])
+    for start in range(0, len(x), step):
+        latents = subject.sae.encode(x[start : start + step])
         row, latent = latents.nonzero(as_tuple=True)
-        found.append((latent.int().cpu(), where[row].int().cpu(), latents[row, latent].cpu()))
-    return found
+        found.append((row.cpu() + start, latent.int().cpu(), latents[row, latent].cpu()))
+    row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return row, latent, value
 
 
 def _by_latent(

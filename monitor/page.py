@@ -15,6 +15,8 @@ from monitor.run_directory import SILENT_SECONDS, wiring
 
 PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
 """One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
+SNAPSHOTS_SHOWN = 20
+"""The newest; the page is asked for its parts every two seconds."""
 CHARTS = (
     ("fvu", "FVU", "variance left unexplained"),
     ("l0", "L0", "latents active on a row"),
@@ -61,7 +63,8 @@ def _live(run: Run, snapshots: Snapshots) -> dict[str, Any]:
         "run": run,
         "glance": glance(run),
         "saes": saes(run, snapshots),
-        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots],
+        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots[-SNAPSHOTS_SHOWN:]],
+        "older": max(0, len(snapshots) - SNAPSHOTS_SHOWN),
     }
 
 

@@ -14,6 +14,7 @@ GET /v1/latents/{sae}/{index}            everything known of one latent; ?snapsh
 from __future__ import annotations
 
 import gzip
+import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
@@ -92,10 +93,12 @@ class _Pages:
 
     def parts(self, request: Request) -> Response:
         run, snapshots = read_run(self._directory), read_snapshots(self._directory)
-        return _json(parts(run, snapshots))
+        ready = self._desk.explorer is not None
+        told = parts(run, snapshots) | {"latents": explained_saes(self._directory), "ready": ready}
+        return _unless_known(request, _json(told))
 
     def table_part(self, request: Request) -> Response:
-        return _page(self._table_or_why_not(request, _sae(request)))
+        return _page(self._table_or_why_not(request, _sae(request) or None))
 
     def fires_part(self, request: Request) -> Response:
         return _page(fires(self._fires(request, _sae(request))))
@@ -140,7 +143,11 @@ class _Pages:
             return _empty("Not yet" if self._desk.coming else "Not here", self._desk.why_not)
         try:
             return table(self._table(request, sae))
-        except NotThere:
+        except NotThere as error:
+            if sae in self._desk.unfit:
+                return _empty("Not here", f"{self._desk.unfit[sae]}.")
+            if sae not in [known["name"] for known in explained_saes(self._directory)]:
+                return _empty("No such SAE", f"{error}.")
             return _empty("Being looked at", "The language model reads held-out text with this SAE; a minute, mostly.")
 
     def _explorer(self) -> Explorer:
@@ -158,8 +165,8 @@ class _Pages:
             order,  # type: ignore[arg-type]
             descending=_integer(request, "descending", 1) != 0,
             search=query.get("search", ""),
-            offset=_integer(request, "offset", 0),
-            limit=min(MOST_ROWS, _integer(request, "limit", ROWS)),
+            offset=_integer(request, "offset", 0, least=0),
+            limit=min(MOST_ROWS, _integer(request, "limit", ROWS, least=1)),
             snapshot=query.get("snapshot"),
         )
 
@@ -186,19 +193,35 @@ def _sae(request: Request) -> str:
     return request.path_params.get("sae") or request.query_params.get("sae", "")
 
 
-def _integer(request: Request, name: str, default: int) -> int:
-    text = request.query_params.get(name, str(default))
+def _integer(request: Request, name: str, default: int, least: int = -1) -> int:
+    text = request.query_params.get(name, str(default))[:20]
     try:
         value = int(text)
     except ValueError:
-        value = -2
-    if not -1 <= value < 1 << 53:
-        raise HTTPException(400, f"{name} = {text!r}: expected a whole number")
+        value = least - 1
+    if value < least:
+        raise HTTPException(400, f"{name} = {text!r}: expected a whole number, at least {least}")
     return value
 
 
-def _page(text: str) -> Response:
-    return HTMLResponse(text, headers={"Content-Security-Policy": POLICY, "Cache-Control": MUTABLE})
+def error_page(message: str, error: HTTPException) -> Response:
+    """For people, what programs are told as JSON."""
+    title = "Not yet" if error.status_code == 503 else "Not here"
+    told = render("error.html", title=title, told=message[:1].upper() + message[1:])
+    return _page(told, error.status_code)
+
+
+def _page(text: str, status: int = 200) -> Response:
+    return HTMLResponse(text, status, {"Content-Security-Policy": POLICY, "Cache-Control": MUTABLE})
+
+
+def _unless_known(request: Request, answer: Response) -> Response:
+    """304 for who has the same answer already: the page asks every two seconds, and mostly nothing has changed."""
+    tag = f'"{hashlib.sha256(answer.body).hexdigest()[:32]}"'
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers={"ETag": tag, "Cache-Control": MUTABLE})
+    answer.headers["ETag"] = tag
+    return answer
 
 
 def _json(content: dict[str, Any]) -> Response:

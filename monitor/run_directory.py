@@ -11,6 +11,7 @@ import os
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,20 @@ def read_snapshots(run_directory: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def snapshots_with(run_directory: Path, sae: str) -> list[str]:
+    """The snapshots that hold this SAE, oldest first. What no manifest names is in none, whatever its path leads to."""
+    found = []
+    for name in snapshot_names(run_directory):
+        with suppress(SnapshotError):  # retired a moment ago
+            if sae in manifest_of(run_directory / "snapshots" / name)["saes"]:
+                found.append(name)
+    return found
+
+
 def explained_snapshots(run_directory: Path, sae: str) -> list[str]:
-    """The snapshots in which this SAE's latents have been looked at, oldest first."""
+    """Those of them in which this SAE's latents have been looked at."""
     folder = run_directory / "snapshots"
-    return [name for name in snapshot_names(run_directory) if (folder / name / sae / LATENTS).is_file()]
+    return [name for name in snapshots_with(run_directory, sae) if (folder / name / sae / LATENTS).is_file()]
 
 
 def explained_saes(run_directory: Path) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ from starlette.routing import Route
 from monitor.access import TokenGate
 from monitor.desk import Desk
 from monitor.pace import Pace
-from monitor.pages import page_routes
+from monitor.pages import error_page, page_routes
 from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
 from trainer.snapshot import NAME, SnapshotError, snapshot_names
 
@@ -326,4 +326,6 @@ def _explain(request: Request, error: Exception) -> Response:
         message = f"no {request.url.path!r} here; there are {PAGES}"
     if error.status_code == 405:
         message = f"{request.method} is not served: this service only reads"
+    if request.url.path.startswith("/latents/") and "text/html" in request.headers.get("accept", ""):
+        return error_page(message, error)
     return JSONResponse({"error": message}, error.status_code, headers=error.headers)

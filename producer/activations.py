@@ -82,6 +82,24 @@ class SelfCheck:
     passed: bool
 
 
+@dataclass(frozen=True)
+class Unembedding:
+    """The final norm and the head, without the norm's division by the size of the stream: one factor for all tokens."""
+
+    W_U: Tensor
+    """[vocabulary, width]"""
+    gain: Tensor
+    """[width], of the norm."""
+    centres: bool
+    """The norm takes the mean off, as LayerNorm does and RMSNorm does not."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What x [width], added to the last residual stream, adds to the logits [vocabulary], up to that factor."""
+        x = x - x.mean() if self.centres else x
+        # In float32, a part of the vocabulary at a time: the model's own type would round neighbours to ties.
+        return torch.cat([rows.float() @ (self.gain * x) for rows in self.W_U.split(1 << 14)])
+
+
 class LanguageModel:
     """A language model whose activations can be read at `hooks`. Made by `load_language_model`."""
 
@@ -171,16 +189,16 @@ class LanguageModel:
             raise ModelError(f"model.name = {self.settings.name!r} has no head that gives logits; use a causal model")
         return output.logits
 
-    def unembedding(self) -> tuple[Tensor, Tensor]:
-        """(gain [width], W_U [vocabulary, width]): W_U @ (gain · x) is what x adds to the logits, up to one factor.
+    def unembedding(self) -> Unembedding:
+        """How the model turns its last residual stream into logits, to first order.
 
-        The factor is that of the final norm, which depends on the whole residual stream. Its gain is taken from what
-        it does, not from its parameters: some models keep gain − 1. Raises ModelError for a model without a head.
+        What the final norm does is seen in what it gives, not in its parameters: some models keep gain − 1. Raises
+        ModelError for a model without a head.
         """
         head = self._network.get_output_embeddings() if self.whole else None
         if head is None or getattr(head, "weight", None) is None:
             raise ModelError(f"model.name = {self.settings.name!r} has no unembedding; use a whole, causal model")
-        gain = torch.ones(head.weight.shape[1], device=self.device)
+        gain, centres = torch.ones(head.weight.shape[1], device=self.device), False
         norm = self._final_norm(head)
         if norm is not None:
             # Mean 0 and mean square 1, so that normalising changes nothing; the bias is the same on both sides.
@@ -188,7 +206,8 @@ class LanguageModel:
             x[..., ::2] = -1
             with torch.inference_mode():
                 gain = ((norm(x) - norm(-x)) / 2 * x).flatten().float()
-        return gain, head.weight
+                centres = bool((norm(x + 3) - norm(x)).abs().max() < 0.05 * gain.abs().max())
+        return Unembedding(head.weight, gain, centres)
 
     def _final_norm(self, head: nn.Module) -> nn.Module | None:
         """The module with one gain per channel that gives what the head reads; None when there is none."""

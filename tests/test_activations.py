@@ -535,15 +535,32 @@ def test_logits_with_activations_replaced(tiny, architecture):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma", "opt", "bloom", "gpt_neox sequential"])
 def test_unembedding_is_what_the_model_does_to_its_last_activations(tiny, architecture):
-    """On rows that the final norm only scales by its gain, x and −x lie 2 · W_U @ (gain · x) apart in the logits."""
+    """On rows that the final norm only scales by its gain, x and −x lie twice that far apart in the logits."""
     config = AutoConfig.from_pretrained(tiny(architecture))
     last = f"blocks.{config.num_hidden_layers - 1}.hook_resid_post"
     model = load(tiny(architecture), last, whole=True)
-    gain, W_U = model.unembedding()
-    x = torch.tensor([1.0, -1.0]).repeat(len(gain) // 2)
+    unembedding = model.unembedding()
+    x = torch.tensor([1.0, -1.0]).repeat(len(unembedding.gain) // 2)
     up, down = (model.logits(windows(), {last: lambda rows, x=x: x.expand_as(rows)}) for x in (x, -x))
-    assert gain.std() > 0.1
-    torch.testing.assert_close((up - down)[0, 0] / 2, W_U @ (gain * x), rtol=1e-3, atol=1e-4)
+    assert unembedding.gain.std() > 0.1
+    torch.testing.assert_close((up - down)[0, 0] / 2, unembedding.logits(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_unembedding_of_a_small_change(tiny, architecture):
+    """A direction with a mean, added to real activations, moves the logits as told, but for one factor: the norm's."""
+    config = AutoConfig.from_pretrained(tiny(architecture))
+    last = f"blocks.{config.num_hidden_layers - 1}.hook_resid_post"
+    model = load(tiny(architecture), last, whole=True)
+    unembedding = model.unembedding()
+    assert unembedding.centres == (architecture == "gpt2")
+    direction = torch.randn(len(unembedding.gain), generator=torch.Generator().manual_seed(1)) + 2
+    size = 1e-2
+    moved = model.logits(windows(), {last: lambda rows: rows + size * direction})
+    change = (moved - model.logits(windows())).flatten(0, 1).mean(0) / size
+    told = unembedding.logits(direction)
+    # What the norm takes from the direction along the stream itself differs by row, and is not in it.
+    assert torch.corrcoef(torch.stack([change - change.mean(), told - told.mean()]))[0, 1] > 0.9
 
 
 def test_replacing_is_the_threads_own(tiny):

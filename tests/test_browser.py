@@ -99,7 +99,7 @@ def test_curves_and_headline_move_while_the_run_does(page, folder: Path):
     for tokens, fvu in ((1000, 0.5), (4321, 0.25)):
         report(folder, tokens, fvu)
         until(page, f"{points} === {fvu}")
-        assert f"{tokens:,}" in page.inner_text("#headline")
+        playwright.expect(page.locator("#headline")).to_contain_text(f"{tokens:,}")
     assert page.evaluate("window.stayed")
     assert page.locator("#chart-ce .scatterlayer .trace").count() == 1
 
@@ -153,7 +153,7 @@ def test_a_latent_is_opened_and_left_by_keyboard(page, address: str):
     """Down, enter; its page; right to its neighbour; up to the table again."""
     page.keyboard.press("j")
     page.keyboard.press("Enter")
-    page.wait_for_selector("text=Where it fires most")
+    page.wait_for_selector("h2:text('Where it fires most')")
     index = int(page.url.rsplit("/", 1)[1])
     page.keyboard.press("ArrowRight")
     page.wait_for_url(f"{address}/latents/planted/{(index + 1) % (len(WORDS) + 1)}")
@@ -182,9 +182,17 @@ def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: E
     page.goto(f"http://127.0.0.1:{port}")
     until(page, "document.querySelector('#headline').dataset.html")
     close()
-    page.wait_for_selector("text=monitor does not answer", timeout=15_000)
+    lost = page.locator("#lost")
+    playwright.expect(lost).to_have_text("The monitor does not answer.", timeout=15_000)
+    for _ in range(3):
+        page.fill("#text", "we import")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#fires .error")
+    assert page.locator("#fires .error").count() == 1
     _, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", port)
-    page.wait_for_selector("text=monitor does not answer", state="detached", timeout=15_000)
+    playwright.expect(lost).to_have_text("", timeout=15_000)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#fires-table")
     page.close()
     close()
 
@@ -201,3 +209,42 @@ def test_an_export_opens_from_a_file(browser, address: str, tmp_path: Path):
     page.goto(f"file://{path}")
     assert "Where it fires most" in page.inner_text("main") and page.locator(".context .t.at").count() > 0
     page.close()
+
+
+def test_a_page_opened_before_the_first_snapshot_fills_itself(
+    browser, explorer: Explorer, folder: Path, tmp_path: Path
+):
+    """The usual way to begin: SAEs to choose from and the table come by themselves, once there is something to read."""
+    desk = Desk()
+    port, close = start_service(make_app(tmp_path / "run", new_registry(), desk=desk), "127.0.0.1", 0)
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{port}")
+    until(page, "document.querySelector('#headline').dataset.html")
+    assert "No snapshot yet" in page.inner_text("#table")
+    shutil.copytree(folder / "run", tmp_path / "run")
+    desk.explorer = Explorer(tmp_path / "run", explorer._model, explorer._corpus)
+    page.wait_for_selector("#latents-table", timeout=15_000)
+    assert page.input_value("#sae") == "planted"
+    page.close()
+    close()
+
+
+def test_a_narrow_window_loses_nothing(browser, address: str):
+    """Neither beyond the edge nor hidden: the way to neighbours and the export stay."""
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    for path in ("/", "/latents/planted/0"):
+        page.goto(address + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert page.is_visible("text=export") and page.is_visible("#after")
+    page.close()
+
+
+def test_the_way_back_leads_to_the_table_as_it_was(page, address: str):
+    """Search and order are still there."""
+    page.fill("#search", "import")
+    page.wait_for_url("**search=import**")
+    page.click("#latents-table tbody tr:first-child a")
+    page.wait_for_selector("h2:text('Where it fires most')")
+    page.keyboard.press("u")
+    page.wait_for_selector("#latents-table")
+    assert page.input_value("#search") == "import"

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import monitor.explore
 import monitor.latents
+import monitor.passes
+from monitor.desk import Desk
 from monitor.evaluate import load_subject
-from monitor.explore import Explorer, Texts
+from monitor.explore import Explorer
+from monitor.follow import Evaluator
 from monitor.held_out import held_out_windows
-from monitor.latents import births, gather_latents
-from monitor.run_directory import NotThere
+from monitor.latent_page import latent_page
+from monitor.latents import births, gather_latents, load_latents
+from monitor.metrics import MonitorMetrics, new_registry
+from monitor.run_directory import LATENTS, NotThere
 from monitor.settings import MonitorSettings
+from monitor.texts import Texts
 from producer.activations import LanguageModel
 from producer.corpus import open_corpus
-from producer.settings import read_run_file
+from producer.settings import CorpusSettings, read_run_file
 from producer.tokens import Windows
-from tests.small_reading import DENSE, VALUE, WORDS, read_run, small_model, tokens_of
+from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
+from tests.small_run import publish_snapshot
+from trainer.durable import remove_folder
+from trainer.snapshot import forget_after, retire
 
 SILENT = WORDS.index(" socket")
 
@@ -149,12 +166,16 @@ def test_the_same_text_is_shown_once(explorer: Explorer):
     assert max(context["times"] for context in contexts) > 1
 
 
-def test_lower_quantiles_are_lower(explorer: Explorer):
-    """Of the dense latent, whose activations differ; with few firings there are no quantiles to speak of."""
+def test_lower_quantiles_are_where_they_say(explorer: Explorer):
+    """Around that quantile of the dense latent's activations; none for what stands among the strongest already."""
+    values = explorer.open("planted").latents.of(DENSE)[1]
     lower = explorer.latent("planted", DENSE)["lower"]
-    assert [band["quantile"] for band in lower] == [0.9, 0.75, 0.5, 0.25, 0.05]
-    means = [np.mean([context["value"] for context in band["contexts"]]) for band in lower]
-    assert means == sorted(means, reverse=True)
+    assert [band["quantile"] for band in lower] == [0.75, 0.5, 0.25, 0.05]
+    for band in lower:
+        middle = np.median([context["value"] for context in band["contexts"]])
+        assert (values < middle).mean() <= band["quantile"] + 0.02 and (values <= middle).mean() >= band[
+            "quantile"
+        ] - 0.02
     assert explorer.latent("planted", SILENT)["lower"] == []
 
 
@@ -187,6 +208,26 @@ def test_a_latent_is_explained_by_its_word(explorer: Explorer):
     assert explorer.latent("planted", 1)["explanation"] == {
         "pattern": [" return"], "precision": 1.0, "recall": 1.0, "f1": 1.0,
     }  # fmt: skip
+
+
+def test_a_past_is_told_where_nobody_looked(folder: Path, explorer: Explorer, model: LanguageModel):
+    """Directions are in every snapshot; what a latent did is known only of those that were looked at."""
+    publish_snapshot(folder / "run", 1500, [planted_sae(model)])
+    try:
+        past = explorer.latent("planted", 2)["past"]
+        assert [(then["tokens"], then["density"] is None) for then in past] == [
+            (1000, False), (1500, True), (2000, False),
+        ]  # fmt: skip
+        assert [round(then["cosine"]) for then in past] == [-1, -1, 1]
+    finally:
+        shutil.rmtree(folder / "run" / "snapshots" / "000000001500")
+
+
+def test_only_what_reaches_the_residual_stream_promotes_tokens(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
+    """A query of the same width is no part of it."""
+    assert explorer.latent("planted", 0)["promoted"] is not None
+    monkeypatch.setattr(monitor.explore, "RESIDUAL", ("hook_mlp_out",))
+    assert explorer.latent("planted", 0)["promoted"] is None
 
 
 def test_a_silent_latent_has_a_page_too(explorer: Explorer):
@@ -225,6 +266,93 @@ def test_a_text_that_cannot_be_searched_by_is_refused(explorer: Explorer, text: 
         explorer.fires("planted", text, at)
 
 
+def test_special_tokens_alone_are_no_text(explorer: Explorer, model: LanguageModel):
+    """No SAE is shown them."""
+    with pytest.raises(ValueError, match="special tokens are left out"):
+        explorer.fires("planted", model.tokenizer.bos_token)
+
+
+@pytest.mark.parametrize(
+    "sae", ["../000000001000/planted", "/snapshots/000000001000/planted", "x" * 400, "planted/.", ""]
+)
+def test_a_name_is_no_path(folder: Path, explorer: Explorer, sae: str):
+    """Only what a manifest names is opened, whatever the name leads to."""
+    with pytest.raises(NotThere):
+        explorer.table(f"{folder}/run{sae}" if sae.startswith("/") else sae)
+
+
+def test_a_snapshot_may_be_retired_while_many_ask(folder: Path, model: LanguageModel, tmp_path: Path):
+    """Each of them is answered, or told that it is gone."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    explorer = Explorer(tmp_path / "run", model, CorpusSettings(context=16))
+    faults: list[BaseException] = []
+
+    def asks(number: int) -> None:
+        try:
+            for _ in range(20):
+                with suppress(NotThere):
+                    explorer.latent("planted", number % 7)
+                    explorer.table("planted")
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=asks, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    remove_folder(tmp_path / "run" / "snapshots" / "000000002000")
+    remove_folder(tmp_path / "run" / "snapshots" / "000000001000")
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+def test_a_snapshot_published_again_is_looked_at_again(model: LanguageModel, tmp_path: Path):
+    """A trainer that went back to a checkpoint may come to the same number of tokens with other weights."""
+    settings = read_run_file(MonitorSettings, str(run_file(tmp_path)), [])
+    desk = Desk()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    for turned in ((), (0,)):
+        folder = publish_snapshot(tmp_path / "run", 1000, [planted_sae(model, turned=turned)])
+        follower.look()
+        assert follower.is_up_to_date() and (folder / "planted" / "evaluation.json").exists()
+        assert desk.explorer is not None
+        end = "suppressed" if turned else "promoted"
+        assert desk.explorer.latent("planted", 0)[end][0]["token"] == WORDS[0]
+        forget_after(tmp_path / "run", 500)
+
+
+def test_births_are_followed_through_snapshots_that_nobody_looked_at(model: LanguageModel, tmp_path: Path):
+    """Latent 0 turns at 2000, which is passed over: at 3000 it is a thousand tokens old, the others two thousand."""
+    settings = read_run_file(MonitorSettings, str(run_file(tmp_path)), [])
+    for tokens, turned in ((1000, ()), (2000, (0,)), (3000, (0,))):
+        publish_snapshot(tmp_path / "run", tokens, [planted_sae(model, turned=turned)])
+    desk = Desk()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    follower.look()
+    assert desk.explorer is not None
+    assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [1000, 2000]
+    retire(tmp_path / "run", keep=1)
+    publish_snapshot(tmp_path / "run", 4000, [planted_sae(model, turned=(0,))])
+    retire(tmp_path / "run", keep=1)
+    follower.look()
+    assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [2000, 3000]
+
+
+def test_negative_latents_are_strong_too(folder: Path, explorer: Explorer, model: LanguageModel, tmp_path: Path):
+    """Of an SAE that keeps signs: sorted, ranked and shaded by how far from zero they are."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    latents = tmp_path / "run" / "snapshots" / "000000002000" / "planted" / LATENTS
+    known = load_latents(latents)
+    values = np.where(np.arange(len(known.values)) % 2 == 0, -known.values, known.values)
+    replace(known, values=values).save(latents)
+    signed = Explorer(tmp_path / "run", model, CorpusSettings(context=16))
+    strongest = [abs(line["strongest"]) for line in signed.table("planted", "strongest")["latents"]]
+    assert strongest == sorted(strongest, reverse=True)
+    page = latent_page(signed.latent("planted", 0))
+    depths = [float(depth) for depth in re.findall(r"--a:([-.0-9]+)", page)]
+    assert min(depths) >= 0 and max(depths) == 1.0 and 'neg"' in page
+
+
 def test_what_is_not_there_is_named(explorer: Explorer):
     """Another SAE, another snapshot, a latent beyond the last."""
     with pytest.raises(NotThere, match=r"'other'.*'planted'"):
@@ -245,3 +373,13 @@ def test_pieces_put_together_are_the_text(model: LanguageModel, text: str):
     pieces = Texts(model.tokenizer).pieces(ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_spaces_are_kept_where_a_tokenizer_takes_the_first_off():
+    """As Llama-2's and Mistral's do: ▁import is another token than import, and looks like another one."""
+    backend = Tokenizer(models.WordLevel({"▁import": 0, "import": 1, "▁a": 2, "a": 3, "<unk>": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    texts = Texts(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert (texts.of(0), texts.of(1)) == (" import", "import")
+    assert texts.pieces([0, 2, 1]) == [" import", " a", "import"]

@@ -18,9 +18,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def report(run: Path, tokens: int, **saes: float) -> None:
+def report(run: Path, tokens: int, time: float = 0.0, **saes: float) -> None:
     """Appends one line to metrics.jsonl; `saes` are FVU by name."""
-    line: dict[str, Any] = {"tokens": tokens, "time": tokens / 10, "tokens_per_second": 5.0}
+    line: dict[str, Any] = {"tokens": tokens, "time": time, "tokens_per_second": 5.0}
     line["saes"] = [{"name": name, "fvu": fvu, "l0": 32.0} for name, fvu in saes.items()]
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -90,13 +90,49 @@ def test_many_points_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch):
     assert steps == {16}
 
 
-def test_evaluations_outlive_their_snapshots(run: Path):
-    """They stand in a file of their own; a snapshot measured again after a crash replaces those beyond it."""
+def test_another_run_in_the_same_place_begins_anew(run: Path):
+    """Its file may be longer than the old one had been read."""
     history = History(run)
-    for tokens, delta in ((100, 0.3), (200, 0.2), (300, 0.1)):
+    report(run, 10, a=0.5)
+    assert history.columns()["tokens"] == [10]
+    (run / "metrics.jsonl").rename(run / "old")
+    for tokens in (3, 6, 9):
+        report(run, tokens, b=0.5)
+    found = history.columns()
+    assert found["tokens"] == [3, 6, 9] and list(found["saes"]) == ["b"]
+
+
+def test_density_is_that_of_the_newest_report(run: Path):
+    """It is a picture of one moment, not a curve."""
+    history = History(run)
+    for counts in ([5, 0], [3, 2]):
+        line = {"tokens": counts[1], "saes": [{"name": "a", "density": counts}]}
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert history.columns()["density"] == {"a": [3, 2]}
+
+
+def test_evaluations_outlive_their_snapshots(run: Path):
+    """They stand in a file of their own; a snapshot that is measured again counts as it was measured last."""
+    history = History(run)
+    for tokens, delta in ((100, 0.3), (200, 0.25), (200, 0.2)):
         append_evaluation(run, "a", {"snapshot_tokens": tokens, "ce_delta": delta})
     append_evaluation(run, "b", {"snapshot_tokens": 300, "ce_delta": 0.5})
-    append_evaluation(run, "a", {"snapshot_tokens": 150, "ce_delta": 0.25})
+    (run / "evaluations.jsonl").open("a").write('{"ce_delta": 1.0}\n')
     found = history.columns()["evaluations"]
-    assert (found["a"]["tokens"], found["a"]["ce_delta"]) == ([100, 150], [0.3, 0.25])
+    assert (found["a"]["tokens"], found["a"]["ce_delta"]) == ([100, 200], [0.3, 0.2])
     assert found["b"]["tokens"] == [300] and found["b"]["kl"] == [None]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_evaluations_of_a_lineage_that_is_gone_are_no_points(run: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool):
+    """The trainer went back from 300 to 150: what was measured beyond it was of weights that nothing came from."""
+    history = History(run)
+    for step, (tokens, evaluated) in enumerate([(100, 100), (300, 250), (150, None), (280, 260)]):
+        report(run, tokens, time=float(step), a=0.5)
+        monkeypatch.setattr(monitor.history.time, "time", lambda step=step: step + 0.5)
+        if evaluated is not None:
+            append_evaluation(run, "a", {"snapshot_tokens": evaluated})
+        if not at_once:
+            history.columns()
+    assert history.columns()["evaluations"]["a"]["tokens"] == [100, 260]

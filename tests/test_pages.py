@@ -76,6 +76,10 @@ def test_what_is_asked_wrongly_is_told(client: TestClient):
     for address, status, words in (
         ("/v1/latents/planted?order=beauty", 400, "index, density, strongest, norm, age"),
         ("/v1/latents/planted?offset=-7", 400, "offset = '-7'"),
+        ("/v1/latents/planted?limit=-1", 400, "at least 1"),
+        ("/v1/latents/planted?limit=" + "9" * 5000, 200, ""),
+        ("/v1/latents/planted?search=" + "9" * 5000, 200, ""),
+        ("/v1/latents/..%2f000000001000%2fplanted", 404, ""),
         ("/v1/latents/planted/fires?text=", 400, "expected 1 to 4,000"),
         ("/v1/latents/planted/99", 404, "latents 0 to 6, not 99"),
         ("/latents/other/0", 404, "'planted'"),
@@ -83,7 +87,20 @@ def test_what_is_asked_wrongly_is_told(client: TestClient):
         ("/static/page.css", 404, "page.js"),
     ):
         answer = client.get(address)
-        assert answer.status_code == status and words in answer.json()["error"]
+        assert answer.status_code == status and words in answer.json().get("error", "")
+
+
+def test_people_are_told_on_a_page(client: TestClient):
+    """What programs get as JSON; the words of the address are no markup there."""
+    answer = client.get("/latents/<b>x/0", headers={"Accept": "text/html"})
+    assert answer.status_code == 404 and "Not here" in answer.text and "<b>x" not in answer.text
+
+
+def test_who_has_the_parts_is_not_sent_them_again(client: TestClient):
+    """The page asks every two seconds, and mostly nothing has changed."""
+    answer = client.get("/parts")
+    again = client.get("/parts", headers={"If-None-Match": answer.headers["etag"]})
+    assert again.status_code == 304 and not again.content
 
 
 def test_latents_are_there_as_json(client: TestClient):

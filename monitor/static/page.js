@@ -26,12 +26,23 @@ async function refresh() {
   const told = await (await fetchOk("/parts")).json();
   colours = told.colours;
   for (const [id, html] of Object.entries(told.parts)) put(id, html);
-  return told.state;
+  offer(told.latents);
+  return told;
+}
+
+// The SAEs that there are to choose from; the choice stays, as long as it is one.
+function offer(saes) {
+  const names = saes.map((sae) => sae.name);
+  const select = byId("sae");
+  if (!names.length || [...select.options].map((option) => option.value).join("\n") === names.join("\n")) return;
+  const chosen = select.value;
+  select.replaceChildren(...names.map((name) => new Option(name)));
+  if (names.includes(chosen)) select.value = chosen;
 }
 
 // --- Curves ----------------------------------------------------------------------------------------------------------
 
-const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, evaluations: {} };
+const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, density: {}, evaluations: {} };
 
 async function learn() {
   const news = await (await fetchOk(`/v1/history?generation=${curves.generation}&since=${curves.next}`)).json();
@@ -42,13 +53,15 @@ async function learn() {
   for (const key of ["tokens", "tokens_per_second"]) curves[key].push(...news[key]);
   for (const name of new Set([...Object.keys(curves.saes), ...Object.keys(news.saes)])) {
     const columns = (curves.saes[name] ??= {});
-    for (const key of ["fvu", "l0", "dead_latents_ratio", "density"]) {
+    for (const key of ["fvu", "l0", "dead_latents_ratio"]) {
       columns[key] ??= Array(before).fill(null);
       columns[key].push(...(news.saes[name]?.[key] ?? Array(news.tokens.length).fill(null)));
     }
   }
-  Object.assign(curves, { generation: news.generation, next: news.next, evaluations: news.evaluations });
-  return news.tokens.length > 0;
+  const { generation, next, density, evaluations } = news;
+  const isNew = news.tokens.length > 0 || JSON.stringify(evaluations) !== JSON.stringify(curves.evaluations);
+  Object.assign(curves, { generation, next, density, evaluations });
+  return isNew;
 }
 
 const DENSITY_EDGES = [-7, -6, -5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0];
@@ -58,13 +71,13 @@ function lines(key) {
 }
 
 function line(name, x, y, mode = "lines") {
-  return { name, x, y, mode, type: "scatter", line: { color: colours[name], width: 1.8 }, marker: { size: 6 } };
+  const dash = name.endsWith("-ema") ? "dot" : "solid";
+  return { name, x, y, mode, type: "scatter", line: { color: colours[name], width: 1.8, dash }, marker: { size: 6 } };
 }
 
 // Those that never fired stand left of all the others.
 function densities() {
-  return Object.entries(curves.saes).map(([name, columns]) => {
-    const counts = columns.density.at(-1) ?? [];
+  return Object.entries(curves.density).map(([name, counts]) => {
     const [rates, silent] = [counts.slice(0, -1), counts.at(-1)];
     return {
       name,
@@ -128,49 +141,55 @@ const view = {};
   const query = new URLSearchParams(location.search);
   for (const key of ["order", "descending", "offset"]) if (query.has(key)) view[key] = query.get(key);
 }
-let asking;
+let askingTable, askingFires;
+let shownText = "";
 
 function tableQuery() {
   const wanted = { sae: byId("sae").value, search: byId("search").value.trim(), ...view };
   return new URLSearchParams(Object.entries(wanted).filter(([, value]) => value !== ""));
 }
 
-async function showTable() {
-  asking?.abort();
-  asking = new AbortController();
+// What a person asked for is kept in the address, to be sent to others, and for the way back from a latent.
+async function showTable(isAsked = true) {
+  askingTable?.abort();
+  askingTable = new AbortController();
   const query = tableQuery();
-  byId("table").classList.add("waiting");
-  try {
-    const html = await (await fetchOk(`/parts/latents?${query}`, asking.signal)).text();
-    put("table", html);
-    history.replaceState(null, "", `/?${query}#latents`);
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    put("table", "");
-    byId("table").append(complaint(error));
+  if (await ask("table", `/parts/latents?${query}`, askingTable.signal)) {
+    sessionStorage.setItem("table", query);
+    if (isAsked) history.replaceState(null, "", `/?${query}#latents`);
   }
-  byId("table").classList.remove("waiting");
 }
 
+// Of the text in the box; or, of one token of the text that is shown already.
 async function showFires(at) {
-  const text = byId("text").value;
-  if (!text.trim()) return put("fires", "");
-  const query = new URLSearchParams({ sae: byId("sae").value, text, ...(at === undefined ? {} : { at }) });
-  byId("fires").classList.add("waiting");
+  askingFires?.abort();
+  askingFires = new AbortController();
+  if (at === undefined) shownText = byId("text").value;
+  if (!shownText.trim()) return put("fires", "");
+  const query = new URLSearchParams({ sae: byId("sae").value, text: shownText, ...(at === undefined ? {} : { at }) });
+  await ask("fires", `/parts/fires?${query}`, askingFires.signal);
+}
+
+// Puts an answer, or why there is none, where it belongs; false when there is none.
+async function ask(id, address, signal) {
+  byId(id).classList.add("waiting");
   try {
-    put("fires", await (await fetchOk(`/parts/fires?${query}`)).text());
+    put(id, await (await fetchOk(address, signal)).text());
+    return true;
   } catch (error) {
-    put("fires", "");
-    byId("fires").append(complaint(error));
+    if (error.name === "AbortError") return false;
+    put(id, complaint(error));
+    return false;
+  } finally {
+    if (!signal.aborted) byId(id).classList.remove("waiting");
   }
-  byId("fires").classList.remove("waiting");
 }
 
 function complaint(error) {
   const paragraph = document.createElement("p");
   paragraph.className = "empty error";
   paragraph.textContent = error instanceof TypeError ? "The monitor does not answer." : error.message;
-  return paragraph;
+  return paragraph.outerHTML;
 }
 
 function listen() {
@@ -214,12 +233,15 @@ function click(event) {
     showTable();
   } else if (page) {
     view.offset = page.dataset.offset;
-    showTable();
+    showTable().then(() => {
+      byId("latents").scrollIntoView();
+      byId(page.id)?.focus({ preventScroll: true });
+    });
   } else if (token) {
     event.preventDefault();
     showFires(token.dataset.at);
   } else if (event.target.id === "clear") {
-    byId("text").value = "";
+    byId("text").value = shownText = "";
     put("fires", "");
   } else if (row && !event.target.closest("a") && !String(getSelection())) {
     location.href = row.dataset.href;
@@ -229,7 +251,7 @@ function click(event) {
 function press(event) {
   if (event.key === "Escape") event.target.blur();
   if (isTyping(event)) return;
-  const rows = [...byId("table").querySelectorAll("tr[data-href]")];
+  const rows = [...document.querySelectorAll("#latents tr[data-href]")];
   const chosen = rows.findIndex((row) => row.classList.contains("chosen"));
   const step = { j: 1, k: -1 }[event.key];
   if (event.key === "/") {
@@ -250,17 +272,21 @@ function press(event) {
 
 // --- The beat --------------------------------------------------------------------------------------------------------
 
-async function beat(first) {
+// The newest snapshot in which the chosen SAE's latents can be read, as the table was last drawn.
+let drawnFor;
+
+async function beat(isFirst) {
   let state = "unknown";
   try {
-    state = await refresh();
-    if ((await learn()) || first) draw();
-    document.body.classList.remove("lost");
-    // What could not be shown when the page came, may be by now.
-    if (byId("table").querySelector(".empty") && !byId("search").value && state !== "waiting") showTable();
+    const told = await refresh();
+    state = told.state;
+    if ((await learn()) || isFirst) draw();
+    const snapshot = `${told.ready} ${told.latents.find((sae) => sae.name === byId("sae").value)?.snapshot}`;
+    if (drawnFor !== undefined && drawnFor !== snapshot) showTable(false);
+    drawnFor = snapshot;
+    byId("lost").textContent = "";
   } catch (error) {
-    document.querySelector("#headline .state")?.replaceChildren("monitor does not answer");
-    delete byId("headline").dataset.html; // so that the next answer is put there, even if it is the last one again
+    byId("lost").textContent = error instanceof TypeError ? "The monitor does not answer." : error.message;
   }
   setTimeout(beat, document.hidden || state === "finished" ? 5 * EVERY_MS : EVERY_MS);
 }
