@@ -17,6 +17,30 @@ PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5
 """One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
 SNAPSHOTS_SHOWN = 20
 """The newest; the page is asked for its parts every two seconds."""
+MEASURED = (
+    ("ce_clean", "CE of the model alone", ".4f", "nats per token"),
+    ("ce_sae", "CE with the reconstruction", ".4f", "nats per token"),
+    ("ce_delta", "ΔCE", "+.4f", "nats per token: the primary number"),
+    ("ce_recovered", "CE recovered, against zero ablation", ".2%", "1 − ΔCE / what zeros in its place cost"),
+    (
+        "ce_recovered_mean_ablation",
+        "CE recovered, against mean ablation",
+        ".2%",
+        "the stricter one: the mean in its place",
+    ),
+    ("kl", "KL(clean ‖ SAE)", ".4f", "nats per token"),
+    ("fvu", "FVU", ".4f", "fraction of variance unexplained"),
+    ("l0", "L0", ".1f", "latents active on a row"),
+    ("cosine", "cosine of x and x_hat", ".4f", "mean over rows"),
+    ("norm_ratio", "‖x_hat‖ / ‖x‖", ".3f", "mean over rows"),
+    ("shrinkage", "shrinkage", ".3f", "1 is unbiased, less is suppressed"),
+    ("dense_latents", "dense latents", ",", "active on more than a tenth of rows"),
+    ("dead_latents", "silent latents", ",", "active on none of these rows"),
+    ("explanation_f1", "F1 of n-grams", ".3f", "how well the best n-gram tells a latent, mean of a sample"),
+    ("ablation_effects", "effects of ablation", ",.0f", "effective number of logits that ablating a latent changes"),
+    ("rows", "rows", ",", "of held-out text"),
+)
+"""What an evaluation tells: name in evaluation.json, words, form, meaning."""
 CHARTS = (
     ("fvu", "FVU", "variance left unexplained"),
     ("l0", "L0", "latents active on a row"),
@@ -63,6 +87,7 @@ def _live(run: Run, snapshots: Snapshots) -> dict[str, Any]:
         "run": run,
         "glance": glance(run),
         "saes": saes(run, snapshots),
+        "measured": measured(saes(run, snapshots)),
         "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots[-SNAPSHOTS_SHOWN:]],
         "older": max(0, len(snapshots) - SNAPSHOTS_SHOWN),
     }
@@ -172,6 +197,25 @@ def saes(run: Run, snapshots: Snapshots) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def measured(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every number of the newest evaluations, a row each: `title`, `meaning`, and the `cells` of the SAEs."""
+    evaluations = [sae["evaluation"] for sae in saes]
+    rows = [
+        {"title": title, "meaning": meaning, "cells": [number(told.get(name), form) for told in evaluations]}
+        for name, title, form, meaning in MEASURED
+        if any(isinstance(told.get(name), int | float) for told in evaluations)
+    ]
+    probes = [told.get("probe_accuracy") or {} for told in evaluations]
+    return rows + [
+        {
+            "title": f"probe accuracy, {'all of x' if k == 'dense' else f'k = {k}'}",
+            "meaning": "on the labels of monitor.probe_file",
+            "cells": [number(told.get(k), ".1%") for told in probes],
+        }
+        for k in dict.fromkeys(k for told in probes for k in told)
+    ]
 
 
 def _latents_of(report: dict[str, Any] | None) -> int | None:

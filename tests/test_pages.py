@@ -12,6 +12,7 @@ from monitor.desk import Desk
 from monitor.explore import Explorer
 from monitor.html import density_share, duration, percentage, shaded, short_count, visible
 from monitor.metrics import new_registry
+from monitor.page import measured
 from monitor.service import make_app
 from tests.small_reading import WORDS, read_run, small_model
 from tests.small_run import publish_snapshot, start_run
@@ -161,3 +162,18 @@ def test_tokens_are_shaded_by_their_activation():
         ("t at", "0.00"),
     ]
     assert visible("a\n        b") == 'a<i class="nl">↵</i>  b'
+
+
+def test_everything_measured_is_on_the_page(client: TestClient):
+    """All numbers of evaluation.json, a column for each SAE; what nobody measured takes no row."""
+    page = client.get("/").text
+    table = page.split("everything that was measured")[1].split("</table>")[0]
+    for words in ("CE recovered, against mean ablation", "cosine of x and x_hat", "silent latents", "F1 of n-grams"):
+        assert words in table
+    assert "probe accuracy" not in table
+    probed = [{"evaluation": {"l0": 3.25, "probe_accuracy": {"1": 0.75, "dense": 0.9}}}, {"evaluation": {}}]
+    assert [(row["title"], row["cells"]) for row in measured(probed)] == [
+        ("L0", ["3.2", "–"]),
+        ("probe accuracy, k = 1", ["75.0%", "–"]),
+        ("probe accuracy, all of x", ["90.0%", "–"]),
+    ]
