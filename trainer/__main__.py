@@ -1,9 +1,10 @@
 """`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
 
-`python -m trainer ctl …` speaks to one that is running, `python -m trainer export …` converts a snapshot, `python -m
-trainer estimate …` tells what a run will cost. Settings are read first, so that `--help` and faults answer at once;
-torch is imported after. SIGTERM and Ctrl-C write a checkpoint and leave; the same command goes on from there. Exit
-codes: 0 finished or stopped, 1 failed, 2 bad settings.
+`python -m trainer ctl …` speaks to one that is running, `python -m trainer check …` tells whether a run directory is
+whole, `python -m trainer export …` converts a snapshot, `python -m trainer estimate …` tells what a run will cost.
+Settings are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write
+a checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad
+settings.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ goes on where it was; every row of the corpus is trained on once per epoch, what
 
 Beside it:
   python -m trainer ctl RUN_DIR COMMAND    speak to a running trainer: status, snapshot, attach, detach, cooldown, …
+  python -m trainer check RUN_DIR          is the run directory whole, and what would a new start do
   python -m trainer export SNAPSHOT …      write a snapshot in another library's format
   python -m trainer estimate RUN.toml      how fast a run would be, and what it would hold, before it starts
 Each has a --help of its own."""
@@ -54,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["ctl"]:
         return ctl.main(arguments[1:])
+    if arguments[:1] == ["check"]:
+        from trainer.check import main as check
+
+        return check(arguments[1:])
     if arguments[:1] == ["export"]:
         from trainer.export import main as export
 

@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class CheckpointError(ValueError):
 def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> Path:
     """Writes a checkpoint and removes the oldest beyond `keep`."""
     folder = run_directory / "checkpoint"
-    number = 1 + max((int(path.name.split("-")[1]) for path in _complete(folder)), default=0)
+    number = 1 + max((int(path.name.split("-")[1]) for path in complete(folder)), default=0)
     final = folder / f"{tokens:012d}-{number:06d}"
     with new_folder(final) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
@@ -46,7 +47,7 @@ def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: di
             for path in sorted(temporary.iterdir())
         }
         (temporary / "complete.json").write_text(json.dumps(files))
-    for old in _complete(folder)[:-keep]:
+    for old in complete(folder)[:-keep]:
         remove_folder(old)
     return final
 
@@ -60,19 +61,27 @@ def load_newest(run_directory: Path) -> Saved | None:
     if not folder.is_dir():
         return None
     sweep(folder)
-    complete = _complete(folder)
-    if not complete:
-        return None
-    newest = complete[-1]
-    if damage := _damage(newest):
-        raise CheckpointError(f"{damage}: remove {newest} to resume from the checkpoint before it")
-    document = json.loads((newest / "state.json").read_text())
+    found = complete(folder)
+    return read(found[-1]) if found else None
+
+
+def read(folder: Path) -> Saved:
+    """One complete checkpoint. Raises CheckpointError when it is damaged or of a format this version does not read."""
+    if damage := _damage(folder):
+        raise CheckpointError(f"{damage}: remove {folder} to resume from the checkpoint before it")
+    try:
+        document = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be read ({error}): remove it to resume from the one before it"
+        ) from None
     if document.get("format") != FORMAT:
         raise CheckpointError(
-            f"{newest} has format {document.get('format')!r}, this version reads {FORMAT}: resume with the version "
+            f"{folder} has format {document.get('format')!r}, this version reads {FORMAT}: resume with the version "
             "that wrote it, or start a new run directory"
         )
-    return document, load_file(newest / "state.safetensors")
+    return document, tensors
 
 
 def _damage(folder: Path) -> str | None:
@@ -90,7 +99,7 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _complete(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
     found = [path for path in folder.glob("*-*") if NAME.fullmatch(path.name) and (path / "complete.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
