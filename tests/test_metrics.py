@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import resource
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,6 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from monitor import metrics
 from monitor.metrics import MonitorMetrics, ProducerMetrics, TrainerMetrics, new_registry, start_metrics_server
 from producer.report import ProducerReport
+from trainer.__main__ import Reports
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport, StreamReport
 
 PROMISED = re.findall(
@@ -243,6 +247,27 @@ def test_occupied_port_is_named():
     """Where nothing else may be tried, the error says which port and what to do."""
     with _served(new_registry()) as port, pytest.raises(OSError, match=rf"port {port}.*\[monitor\]"):
         start_metrics_server(new_registry(), "127.0.0.1", port)
+
+
+def test_a_full_disk_costs_the_history_a_line_and_not_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Not a whole line is no line: what follows must not be appended to half of one."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
+    with Reports(tmp_path / "full", TrainerMetrics(new_registry(), {}, 1.0)) as reports:
+        reports.report(REPORT)
+    assert "metrics.jsonl not written: [Errno 28] No space left on device; training goes on" in caplog.text
+
+    with Reports(tmp_path, TrainerMetrics(new_registry(), {}, 1.0)) as reports:
+        reports.report(REPORT)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        reports.report(REPORT)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 * size - 1, resource.RLIM_INFINITY))
+        try:
+            reports.report(REPORT)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        reports.report(REPORT)
+    assert [json.loads(line)["tokens"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1000] * 3
 
 
 @contextmanager

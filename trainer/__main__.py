@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +241,7 @@ class Reports:
     def __init__(self, directory: Path, metrics: TrainerMetrics) -> None:
         self.last: StepReport | None = None
         self._told = time.monotonic()
-        self._history = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
+        self._history = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed on exit)
         self._metrics = metrics
 
     def __enter__(self) -> Reports:
@@ -256,8 +257,20 @@ class Reports:
         self._tell(report, self.last)
         self.last = report
         self._metrics.update(report)
-        self._history.write(json.dumps(_without_nan(report.as_json())) + "\n")
-        self._history.flush()
+        self._remember(json.dumps(_without_nan(report.as_json())).encode() + b"\n")
+
+    def _remember(self, line: bytes) -> None:
+        """A line of the history. A full disk costs it this line, never the training."""
+        end = self._history.tell()
+        try:
+            if self._history.write(line) == len(line):
+                return
+            fault = "no space left on the disk"
+        except OSError as error:
+            fault = str(error)
+        with suppress(OSError):
+            self._history.truncate(end)  # half a line would spoil the next one
+        log.error("metrics.jsonl not written: %s; training goes on", fault)
 
     def published(self, tokens: int) -> None:
         self._metrics.set_snapshot(tokens, time.time())

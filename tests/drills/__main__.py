@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import ledger, processes
+from tests.drills import disk, ledger, network, processes, strangers
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
@@ -41,6 +41,16 @@ DRILLS: dict[str, Drill] = {
     "slow trainer": processes.slow_trainer,
     "everybody told to leave": processes.everybody_told_to_leave,
     "clock jumps": processes.clock_jumps,
+    "network: blackhole": network.blackhole,
+    "network: reset": network.reset,
+    "network: half-open": network.half_open,
+    "network: latency": network.latency,
+    "network: 1 MB/s": network.narrow,
+    "network: flipped bits": network.flipped_bits,
+    "disk full": disk.full,
+    "disk read-only": disk.read_only,
+    "producers of other streams": strangers.other_streams,
+    "broken shards": strangers.broken_shards,
     "soak": processes.soak,
 }
 
