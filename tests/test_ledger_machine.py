@@ -505,6 +505,10 @@ class Stream(RuleBasedStateMachine):
                 (shard.discarded, self.books.discarded),
             ):
                 assert set(np.flatnonzero(bits).tolist()) == model.get(name, set())
+            if shard.complete and not shard.given_up:
+                assert self.books.had.get(name, set()) == self.corpus[shard.shard].rows(), (
+                    "a shard without all its rows"
+                )
         assert len(open_names) == len(self.ledger.open)
         for name, had in self.books.had.items():
             if name not in open_names:
@@ -548,7 +552,7 @@ class Stream(RuleBasedStateMachine):
 
     def finish(self) -> None:
         idle_rounds = 0
-        while not (self.ledger.exhausted and self.in_memory() == 0):
+        while not self.is_over():
             if self.ledger.dry and self.in_memory() == 0:
                 self.take_leave(everybody_hears=True)
             before = self.achieved()
@@ -559,6 +563,9 @@ class Stream(RuleBasedStateMachine):
             self.leases_are_held_by_sessions()
             idle_rounds = 0 if self.achieved() > before else idle_rounds + 1
             assert idle_rounds < PATIENCE, "healthy producers bring the run no further"
+
+    def is_over(self) -> bool:
+        return self.ledger.exhausted and self.in_memory() == 0
 
     def achieved(self) -> tuple[int, ...]:
         """Grows with whatever brings the end nearer."""
