@@ -53,7 +53,9 @@ def explorer(folder: Path) -> Explorer:
 
 @pytest.fixture(scope="module")
 def address(folder: Path, explorer: Explorer) -> Iterator[str]:
-    port, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0)
+    port, close = start_service(
+        make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0, lambda: False
+    )
     yield f"http://127.0.0.1:{port}"
     close()
 
@@ -187,7 +189,9 @@ def test_light_and_dark(page):
 
 def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: Explorer):
     """The page stays and says so, and goes on when the monitor is back."""
-    port, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0)
+    port, close = start_service(
+        make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0, lambda: False
+    )
     page = new_page(browser)
     page.goto(f"http://127.0.0.1:{port}")
     until(page, "document.querySelector('#headline').dataset.html")
@@ -199,7 +203,9 @@ def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: E
         page.keyboard.press("Enter")
         page.wait_for_selector("#fires .error")
     assert page.locator("#fires .error").count() == 1
-    _, close = start_service(make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", port)
+    _, close = start_service(
+        make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", port, lambda: False
+    )
     playwright.expect(lost).to_have_text("")
     page.keyboard.press("Enter")
     page.wait_for_selector("#fires-table")
@@ -226,7 +232,7 @@ def test_a_page_opened_before_the_first_snapshot_fills_itself(
 ):
     """The usual way to begin: SAEs to choose from and the table come by themselves, once there is something to read."""
     desk = Desk()
-    port, close = start_service(make_app(tmp_path / "run", new_registry(), desk=desk), "127.0.0.1", 0)
+    port, close = start_service(make_app(tmp_path / "run", new_registry(), desk=desk), "127.0.0.1", 0, lambda: False)
     page = new_page(browser)
     page.goto(f"http://127.0.0.1:{port}")
     until(page, "document.querySelector('#headline').dataset.html")
