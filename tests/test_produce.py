@@ -387,6 +387,23 @@ def test_the_size_of_a_pass_that_is_set_is_not_measured() -> None:
     assert (source.batch_windows, source.passes) == (16, [])
 
 
+def test_in_deterministic_mode_a_pass_always_takes_the_same_windows(hand: Trainer, endpoint: str) -> None:
+    """Whatever is wanted of it, since the last bits of a row may depend on the windows beside it; only that is sent."""
+    source = tensors(7, batch_windows=3)
+    source.facts = {"corpus": "tensors", "deterministic": True}
+    had = np.ones((7, CONTEXT), bool)
+    had[[2, 6], 1:] = False
+    producer = start(endpoint, source)
+    hand.welcome()
+    sent = hand.lease(had=had)
+    finish(hand, producer)
+
+    assert source.forwarded == [[0, 1, 2], [6]]
+    assert sent.positions(CONTEXT) == [2 * CONTEXT + 1, 2 * CONTEXT + 2, 2 * CONTEXT + 3, 25, 26, 27]
+    for received, x in zip(sent.rows(source, "float32"), source.x, strict=True):
+        assert torch.equal(received, x[[2, 6], 1:].reshape(6, -1))
+
+
 def test_a_chunk_is_about_two_megabytes_and_at_most_one_pass() -> None:
     """Whole windows, at least one."""
     row_bytes = 768 * 2

@@ -47,7 +47,7 @@ class RecordingRun(Run):
     def learn(self, batch: Batch) -> None:
         time.sleep(PACE)
         super().learn(batch)
-        self._file.write(batch.x[0][:, :3].numpy().astype(np.int32).tobytes())
+        self._file.write(batch.x[0][:, :3].float().numpy().astype(np.int32).tobytes())
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self._file.flush()

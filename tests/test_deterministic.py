@@ -1,0 +1,179 @@
+"""Deterministic mode: what a run becomes does not depend on who brought its rows, when, or after how many deaths."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from producer.settings import ProducerSettings, SettingsError, settings_from
+from tests.drills.deterministic import ALWAYS, Fate, compare
+from tests.drills.scene import RUN
+from tests.small_stream import hello_of, named_source, new_ledger, stream_settings, trainer
+from trainer.buffer import Batch, OrderedBuffer
+from trainer.checkpoint import CheckpointError
+from trainer.intake import IntakeError
+from trainer.run import buffer_of
+from trainer.settings import TrainerSettings
+
+CAPACITY = 16
+
+Chunk = tuple[int, list[int]]
+"""(serial, positions)."""
+SEQUENCE: list[Chunk] = [(serial, [2 * part, 2 * part + 1]) for serial in range(4) for part in range(3)]
+"""24 rows: four serials of six."""
+
+
+def test_the_weights_depend_neither_on_producers_nor_on_deaths(tmp_path: Path) -> None:
+    """Real processes: one producer; or two, of which one is killed and replaced, and a trainer that is killed too."""
+    lives = {"undisturbed": Fate(1), "killed": Fate(2, producers_killed=1, trainer_killed=1)}
+    rows = 16_384
+    compare(tmp_path, RUN, (*ALWAYS, f"run.tokens={rows}", "checkpoint.every_seconds=0.3"), rows, lives)
+
+
+# The buffer
+
+
+def buffer() -> OrderedBuffer:
+    return OrderedBuffer(CAPACITY, [2], torch.float32, seed=0)
+
+
+def insert(into: OrderedBuffer, *chunks: Chunk) -> None:
+    """Rows that are their own names."""
+    for serial, positions in chunks:
+        x = torch.tensor([[serial, position] for position in positions], dtype=torch.float32).reshape(-1, 2)
+        into.insert([x], serial, np.array(positions, np.int64))
+
+
+def names(batch: Batch) -> list[tuple[int, int]]:
+    told = list(zip(batch.serial.tolist(), batch.position.tolist(), strict=True))
+    assert torch.equal(batch.x[0], torch.tensor(told, dtype=torch.float32)), "a row came out under another name"
+    return told
+
+
+def test_batches_do_not_depend_on_the_order_of_arrival() -> None:
+    """The first of the sequence comes last; what is drawn is as if it had come first."""
+    orderly, late = buffer(), buffer()
+    insert(orderly, *SEQUENCE[:4])
+    insert(late, *SEQUENCE[3:6])
+    assert not late.fill(oldest=0) and late.rows == 0, "rows were let in before their turn"
+    insert(late, *SEQUENCE[:3])
+
+    assert orderly.fill(oldest=1) and late.fill(oldest=2)
+    assert names(orderly.draw(4)) == names(late.draw(4))
+    insert(orderly, *SEQUENCE[4:6])
+    assert orderly.fill(oldest=1) and late.fill(oldest=2)
+    assert names(orderly.draw(4)) == names(late.draw(4))
+
+
+def test_a_restored_buffer_goes_on_as_if_it_had_never_stopped() -> None:
+    """The rows that it names go back to their places, in whatever order they come, and new ones come after them."""
+    one = buffer()
+    insert(one, *SEQUENCE[:8])
+    one.fill(oldest=2)
+    drawn = names(one.draw(3))
+    one.fill(oldest=2)  # how far the refill has come makes no difference to what is saved
+
+    other = buffer()
+    other.restore(one.state())
+    np.testing.assert_equal(other.state(), one.state())  # nor does a restart before anything has come
+    left = [(s, [p for p in positions if (s, p) not in drawn]) for s, positions in SEQUENCE]
+    insert(other, *left[3:8])
+    assert not other.fill(oldest=0), "rows that were to go back were missing"
+    insert(other, *left[:3])
+    for each in (one, other):
+        insert(each, SEQUENCE[8])
+
+    for _ in range(2):
+        assert one.fill(oldest=4) and other.fill(oldest=4)
+        torch.testing.assert_close(one.peek(5), other.peek(5), rtol=0, atol=0)
+        assert names(one.draw(3)) == names(other.draw(3))
+
+
+def test_what_is_looked_at_does_not_depend_on_the_refill() -> None:
+    """Thresholds of snapshots are estimated from rows that wait, and must be the same bits every time."""
+    empty, refilled = buffer(), buffer()
+    for each in (empty, refilled):
+        insert(each, *SEQUENCE[:4])
+        each.fill(oldest=2)
+        each.draw(3)
+    insert(refilled, *SEQUENCE[4:6])
+    refilled.fill(oldest=2)
+
+    assert refilled.rows == 8 and empty.rows == 5
+    assert torch.equal(empty.peek(4)[0], refilled.peek(4)[0])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    """Waiting rows take room as all others do."""
+    full = buffer()
+    insert(full, *SEQUENCE[4:])
+    assert full.held == CAPACITY
+    with pytest.raises(OverflowError, match="16 of 16 are taken"):
+        insert(full, SEQUENCE[0])
+
+
+# What is refused
+
+
+SETTINGS: dict[str, Any] = {
+    "run": {"deterministic": True},
+    "model": {"name": "gpt2", "hooks": ["blocks.6.hook_resid_post"], "dtype": "bfloat16"},
+    "optimizer": {"matmul": "bfloat16"},
+    "sae": [{"name": "topk", "architecture": "topk", "d_sae": 4096, "k": 32}],
+}
+
+
+def settings(**tables: dict[str, Any]) -> TrainerSettings:
+    return settings_from(TrainerSettings, SETTINGS | tables)
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({"model": SETTINGS["model"] | {"dtype": "auto"}}, 'needs model.dtype = "float32" or "bfloat16"'),
+        ({"optimizer": {}}, 'needs optimizer.matmul = "float32" or "bfloat16"'),
+        ({"buffer": {"rows": 16_000}}, "buffer.rows = 16000 is under four batches (optimizer.batch = 4096)"),
+    ],
+)
+def test_nothing_that_decides_bits_is_left_to_measurements(tables: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        settings(**tables)
+    assert told in str(raised.value)
+
+
+def test_a_producer_is_told_what_to_set_as_well() -> None:
+    with pytest.raises(SettingsError, match="needs model"):
+        settings_from(ProducerSettings, {"run": SETTINGS["run"], "model": SETTINGS["model"] | {"dtype": "auto"}})
+
+
+def test_a_run_cannot_become_deterministic_on_the_way() -> None:
+    """Its checkpoint does not name the rows that were in the buffer."""
+    saved = {"ledger": {"rows_trained": 4096}, "buffer_random": None}, {}
+    with pytest.raises(CheckpointError, match="began without it"):
+        buffer_of(saved, settings())
+
+
+def test_a_producer_of_another_geometry_is_refused() -> None:
+    """What decides the bits of its rows is part of the fingerprint, and the refusal names it with both values."""
+    source, ledger = named_source(), new_ledger(stream_settings("ipc://here"))
+    ours = {"deterministic": True, "threads": 1}
+    ledger.hello(hello_of(source, provenance=ours), 0.0)
+    (refused,) = ledger.hello(hello_of(source, fingerprint="another", provenance=ours | {"threads": 2}), 0.0)
+
+    assert "threads differs: this run streams 1, the producer 2" in refused.message.reason  # type: ignore[attr-defined]
+
+
+def test_a_shard_that_is_given_up_ends_the_run() -> None:
+    """How much of it came would depend on who failed; the line says what to do."""
+    stream = stream_settings("tcp://127.0.0.1:0")
+    ledger = new_ledger(stream)
+    ledger.limits = replace(ledger.limits, pool_rows=ledger.limits.capacity_rows // 2)
+    ledger.set_aside.append({"epoch": 0, "shard": 3, "rows": None, "reason": "cannot be read"})
+    with trainer(stream, ledger) as intake, pytest.raises(IntakeError, match="shard 3 failed"):
+        intake.take(8, threading.Event())
