@@ -7,8 +7,9 @@
         clients/client.key    public keys of the producers that are let in
 
 CURVE alone lets any client in, so the trainer asks a ZAP authenticator with the list of `clients/`. Domain and
-enforcement are both set: should the authenticator not run, everybody is refused. The list is read at each handshake:
-a file added there lets its owner in at once, a file removed keeps it out from its next connection on.
+enforcement are both set: should the authenticator not run, everybody is refused. The list is read at each handshake
+and each HELLO: a file added there lets its owner in at once, a file removed keeps it out from its next session on.
+SIGHUP to the trainer ends the sessions whose key was removed, and no others.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ def _write(path: Path, public: bytes, secret: bytes | None, mode: int) -> None:
         file.write(f"metadata\n{text}")
 
 
-def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> ThreadAuthenticator:
+def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> tuple[ThreadAuthenticator, Clients]:
     """Makes `socket`, before it binds, a CURVE server that lets in the keys in `folder`/clients and nobody else.
 
-    The authenticator must be stopped before the context ends.
+    Returns the authenticator, which must be stopped before the context ends, and the keys that it asks.
     """
     if not zmq.has("curve"):
         raise KeysError("this ZeroMQ was built without CURVE; install pyzmq from its wheel")
@@ -70,26 +71,29 @@ def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> Th
         raise KeysError(f"stream.keys: folder {clients} is missing: put the producers' public keys (*.key) there")
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
-    authenticator.configure_curve_callback(DOMAIN, _Clients(clients))
+    known = Clients(clients)
+    authenticator.configure_curve_callback(DOMAIN, known)
     socket.curve_publickey, socket.curve_secretkey = public, secret
     socket.curve_server = True
     socket.zap_domain = DOMAIN.encode()
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-    return authenticator
+    return authenticator, known
 
 
-class _Clients:
-    """The public keys in a folder, as the authenticator asks for them."""
+class Clients:
+    """The public keys in a folder, as they are there at this moment."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether the producer with this key is let in."""
-        known = any(key == self._key_in(path) for path in self._folder.glob("*.key"))
-        if not known:
+        """What the authenticator asks: whether the producer with this key is let in."""
+        if not (known := self.know(key)):
             log.warning("a producer was turned away: no file in %s holds its public key %s", self._folder, key.decode())
         return known
+
+    def know(self, key: bytes) -> bool:
+        return any(key == self._key_in(path) for path in self._folder.glob("*.key"))
 
     def _key_in(self, path: Path) -> bytes | None:
         try:

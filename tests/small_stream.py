@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import zmq
 
+from producer.keys import connect_encrypted
 from producer.link import Link
 from producer.produce import Producer, chunk_windows
 from producer.settings import CorpusSettings, ProducerSettings, StreamSettings, SyntheticSettings
@@ -190,6 +191,8 @@ class Peer:
         self._windows: dict[int, int] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        if settings.keys is not None:
+            connect_encrypted(self._socket, settings.keys)
         self._socket.connect(settings.endpoint)
 
     def __enter__(self) -> Peer:

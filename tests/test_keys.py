@@ -19,7 +19,9 @@ import zmq
 from producer.keys import KeysError, write_keys
 from producer.link import Refused
 from producer.settings import StreamSettings
+from producer.wire import Reject
 from tests.small_stream import (
+    Peer,
     Producing,
     Tunnel,
     every_name,
@@ -235,6 +237,40 @@ def test_a_client_key_can_be_withdrawn_and_given_back(keys: Path) -> None:
         assert "does not know this producer's key" in refusal(intake, keys)
         (keys / "withdrawn").rename(keys / "clients" / "any name will do.key")
         assert finish(intake, Producing(settings)) == every_name()
+
+
+def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: Path) -> None:
+    """After SIGHUP: one producer is refused within seconds, the session of the other is the same as before."""
+    second = tmp_path / "second"
+    write_keys(second)
+    (second / "clients" / "client.key").rename(keys / "clients" / "second.key")
+    shutil.copy(keys / "server.key", second / "server.key")
+    with trainer(settings_with(keys)) as intake:
+        stays, goes = (Producing(settings_with(folder, intake.endpoint)) for folder in (keys, second))
+        wait_for(lambda: len(intake.ledger.sessions) == 2)
+        before = stays.link.sessions
+        (keys / "clients" / "second.key").unlink()
+        assert len(intake.ledger.sessions) == 2
+        began = time.monotonic()
+        intake.keys_changed()
+        ended = goes.ended()
+
+        assert time.monotonic() - began < TELLING_SECONDS
+        assert isinstance(ended, Refused)
+        assert "its key was withdrawn" in str(ended)
+        assert stays.link.sessions == before
+        assert finish(intake, stays) == every_name()
+
+
+def test_a_withdrawn_key_says_no_second_hello_on_its_old_connection(keys: Path) -> None:
+    """Also without SIGHUP; the handshake of that connection was long ago."""
+    settings = settings_with(keys)
+    with trainer(settings) as intake, Peer(settings_with(keys, intake.endpoint)) as peer:
+        peer.join()
+        (keys / "clients" / "client.key").unlink()
+        peer.say(peer.hello.model_copy(update={"session": "another"}))
+
+        assert peer.hear(Reject).code == "key"
 
 
 def test_a_broken_file_among_the_clients_locks_nobody_out(keys: Path) -> None:

@@ -207,6 +207,8 @@ def _train(
 
     drawn = buffer_of(saved, settings) if saved is not None else (None, {})
     with Intake(settings.stream, ledger, make_buffer, drawn) as intake, Reports(directory, metrics) as reports:
+        if settings.stream.keys is not None:
+            signal.signal(signal.SIGHUP, lambda *_: intake.keys_changed())
         if is_complete(settings, ledger) or roster.ended:
             what = "every SAE is finished" if roster.ended else "raise run.tokens to go on"
             log.info("the run is complete with %s rows; %s", f"{ledger.rows_trained:,}", what)

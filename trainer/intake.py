@@ -20,7 +20,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from producer.keys import serve_encrypted
+from producer.keys import Clients, serve_encrypted
 from producer.settings import StreamSettings
 from producer.wire import (
     DTYPE_BYTES,
@@ -49,6 +49,7 @@ TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BITS = {"bfloat16": np.int16, "float32": np.int32}
 INFINITY = {2: 0x7F80, 4: 0x7F800000}
 """The bits of infinity in bfloat16 and float32; those of the NaNs come after them."""
+WITHDRAWN = Reject(code="key", reason="its key was withdrawn from the trainer's clients folder", retry=False)
 HANDSHAKES_SECONDS = 0.2
 """Failed handshakes are looked for this often."""
 
@@ -107,6 +108,10 @@ class Intake:
         self._failure: BaseException | None = None
         self._outbox: list[Send] = []
         self._authenticator: ThreadAuthenticator | None = None
+        self._clients: Clients | None = None
+        self._key_of: dict[str, bytes] = {}
+        """Each session's public key, where the stream is encrypted."""
+        self._keys_changed = threading.Event()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._monitor = self._socket.get_monitor_socket(
@@ -129,6 +134,10 @@ class Intake:
         self._stop.set()
         self._thread.join()
         self._end_context()
+
+    def keys_changed(self) -> None:
+        """Sessions whose key is no longer there end; the others do not notice. For a signal's handler."""
+        self._keys_changed.set()
 
     # The training thread's side
 
@@ -260,7 +269,7 @@ class Intake:
         socket.heartbeat_timeout = round(1000 * settings.dead_seconds)
         socket.handshake_ivl = 10_000
         if settings.keys is not None:
-            self._authenticator = serve_encrypted(self._context, socket, settings.keys)
+            self._authenticator, self._clients = serve_encrypted(self._context, socket, settings.keys)
         try:
             socket.bind(settings.endpoint)
         except zmq.ZMQError as error:
@@ -275,6 +284,9 @@ class Intake:
                 if self._socket.poll(POLL_MILLISECONDS):
                     self._receive_waiting()
                 self._watch_handshakes()
+                if self._keys_changed.is_set():
+                    self._keys_changed.clear()
+                    self._send(self._end_the_withdrawn())
                 with self.lock:
                     self._watch_waits()
                     sends, self._outbox = self._outbox + self.ledger.tick(time.monotonic()), []
@@ -328,6 +340,16 @@ class Intake:
                     "neither, and the producer's server.key must be this trainer's", self.endpoint, failures,
                 )  # fmt: skip
 
+    def _end_the_withdrawn(self) -> list[Send]:
+        with self.lock:
+            gone = [
+                name for name, key in self._key_of.items() if self._clients is not None and not self._clients.know(key)
+            ]
+            log.info("keys were read again: %d of %d sessions end", len(gone), len(self.ledger.sessions))
+            for name in gone:
+                self.ledger.bye(name, Bye(), time.monotonic())
+        return [Send(name, WITHDRAWN) for name in gone]
+
     def _receive_waiting(self) -> None:
         """Takes what has arrived, up to a bound, so that credit and heartbeats are never long in coming."""
         for _ in range(32):
@@ -353,7 +375,7 @@ class Intake:
         now = time.monotonic()
         with self._changed:
             if isinstance(message, Hello):
-                return self._welcome(route, message, now)
+                return self._welcome(route, message, now, frames[0])
             if session is None or session not in self.ledger.sessions:
                 return self._stranger(route, message)
             if isinstance(message, Chunk):
@@ -370,8 +392,12 @@ class Intake:
             self.ledger.errors["direction"] += 1
             return []
 
-    def _welcome(self, route: bytes, hello: Hello, now: float) -> list[Send]:
+    def _welcome(self, route: bytes, hello: Hello, now: float, frame: zmq.Frame) -> list[Send]:
         self._route_of[hello.session], self._session_of[route] = route, hello.session
+        if self._clients is not None:
+            self._key_of[hello.session] = key = str(frame.get("User-Id")).encode()
+            if not self._clients.know(key):  # the connection is older than its key's withdrawal
+                return [Send(hello.session, WITHDRAWN)]
         sends = self.ledger.hello(hello, now)
         if hello.session in self.ledger.sessions:
             log.info("producer %s joins (%d at work)", hello.name, len(self.ledger.sessions))
@@ -425,6 +451,7 @@ class Intake:
         """Drops the routes of sessions that are over; whoever still speaks there is a stranger."""
         for session in self._route_of.keys() - self.ledger.sessions.keys():
             route = self._route_of.pop(session)
+            self._key_of.pop(session, None)
             if self._session_of.get(route) == session:
                 del self._session_of[route]
 

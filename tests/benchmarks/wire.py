@@ -183,7 +183,7 @@ class Receiving(_End):
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.rcvhwm, self._socket.linger = 64, 0
-        self._authenticator = None if keys is None else serve_encrypted(self._context, self._socket, keys)
+        self._authenticator = None if keys is None else serve_encrypted(self._context, self._socket, keys)[0]
         self._socket.bind(endpoint)
 
     def __exit__(self, *error) -> None:  # type: ignore[no-untyped-def]

@@ -50,6 +50,7 @@ DRILLS: dict[str, Drill] = {
     "disk full": disk.full,
     "disk read-only": disk.read_only,
     "producers of other streams": strangers.other_streams,
+    "keys rotated": strangers.keys_rotated,
     "broken shards": strangers.broken_shards,
     "soak": processes.soak,
 }

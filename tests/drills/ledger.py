@@ -145,7 +145,7 @@ SUBTLE = {"a trainer that winds down does not wait for what is under way"}
 
 def long_machine(folder: Path, quick: bool) -> Outcome:
     """The unchanged ledger under its machine, from two random beginnings at once."""
-    examples, steps = (50, 40) if quick else (400, 400)
+    examples, steps = (50, 40) if quick else (700, 400)
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda seed: _explore_in(ROOT, examples, steps, seed), (1, 2)))
     for told in runs:

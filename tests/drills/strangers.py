@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import socket
 import time
 from pathlib import Path
 
+from producer.keys import write_keys
 from tests.drills.scene import TRAINING_SHARDS, Outcome, Scene
 from trainer.checkpoint import load_newest
 
@@ -18,6 +22,7 @@ OTHERS = (
 )
 """Settings of a producer that does not belong to the run, one at a time."""
 REFUSED = 78
+TELLING_SECONDS = 5.0
 
 
 def other_streams(folder: Path, quick: bool) -> Outcome:
@@ -37,6 +42,48 @@ def other_streams(folder: Path, quick: bool) -> Outcome:
         assert trainer_told >= len(others), "the trainer does not say whom it refused"
         assert trainer.wait(300) == 0
         return scene.outcome(len(others), 6, note=f"each refused and gone {slowest:.1f} s after its start at most")
+
+
+def keys_rotated(folder: Path, quick: bool) -> Outcome:
+    """Keys come, go and are wrong while others work: SIGHUP ends the sessions of a withdrawn key, and no others.
+
+    Each refusal is told on both sides, within TELLING_SECONDS of the signal or of the producer's link being up.
+    """
+    write_keys(folder / "keys")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    rounds, slowest = 1 if quick else 3, 0.0
+    with Scene(folder, f"stream.endpoint={endpoint}", "corpus.epochs=16") as scene:
+        trainer = scene.trainer(f'stream.keys="{folder / "keys"}"', SECONDS_PER_STEP=0.05)
+        scene.producer(f'stream.keys="{folder / "keys"}"')
+        scene.wait_for_rows(1)
+        for number in range(rounds):
+            extra = folder / f"extra{number}"
+            write_keys(extra)
+            shutil.copy(folder / "keys" / "server.key", extra / "server.key")
+            stranger = scene.producer(f'stream.keys="{extra}"')
+            assert stranger.wait(30) == REFUSED  # an unknown key
+            allowed = folder / "keys" / "clients" / f"extra{number}.key"
+            shutil.copy(extra / "clients" / "client.key", allowed)
+            joined = scene.log().count("joins")
+            guest = scene.producer(f'stream.keys="{extra}"')
+            scene.wait(lambda joined=joined: scene.log().count("joins") > joined, 30.0, "for the new key's producer")
+            allowed.unlink()
+            began = time.monotonic()
+            trainer.send_signal(signal.SIGHUP)
+            assert guest.wait(30) == REFUSED
+            slowest = max(slowest, time.monotonic() - began)
+        assert slowest < TELLING_SECONDS, f"a withdrawn key was told after {slowest:.1f} s"
+        told = scene.log("producer")
+        assert told.count("does not know this producer's key") == rounds == told.count("its key was withdrawn")
+        assert scene.log().count("no file in") >= rounds, "the trainer does not name the unknown key"
+        assert scene.log().count("joins") == 1 + rounds, "the producer that stayed had to begin a new session"
+        trainer.terminate()
+        assert trainer.wait(30) == 0
+        keyed = f'stream.keys="{folder / "keys"}"'
+        assert scene.trainer(keyed).wait(200) == 0  # the rest at full speed
+        note = f"keys added and withdrawn; withdrawn and gone in {slowest:.1f} s"
+        return scene.outcome(rounds, 16, note=note)
 
 
 def broken_shards(folder: Path, quick: bool) -> Outcome:
