@@ -221,11 +221,10 @@ class Producer:
     ) -> list[Packed]:
         """Cuts one pass, of the windows with these indices, into chunks."""
         chunks: list[Packed] = []
-        if not (needed := work.wanted[windows].any(1)).all():
-            windows = windows[needed]
-            activations = [x[torch.from_numpy(needed).to(x.device)] for x in activations]
         for part in chunk_parts(windows, self._chunk_windows, self._source.context):
             chosen = windows[part]
+            if not work.wanted[chosen].any():
+                continue
             kept, payload = self._pack([x[part] for x in activations], work.wanted[chosen], work.bounds, done)
             # The windows of a chunk are a range; those in between that had nothing wanted hold no bits.
             first, count = int(chosen[0]), int(chosen[-1] - chosen[0]) + 1
