@@ -478,6 +478,7 @@ class Stream(RuleBasedStateMachine):
         self.leases_are_held_by_sessions()
         self.what_is_given_up_is_listed()
         self.report_agrees()
+        self.the_end_is_the_end()
 
     def memory_is_bounded(self) -> None:
         """Rows here and rows still allowed to come never exceed the buffer."""
@@ -544,6 +545,17 @@ class Stream(RuleBasedStateMachine):
             others = sum(count for state, count in report.leases.items() if state != "set_aside")
             assert others + aside == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
 
+    def the_end_is_the_end(self) -> None:
+        """The data is exhausted when each row of each epoch has come, or its shard was given up."""
+        if self.ledger.exhausted:
+            for name in self.all_shards():
+                assert name in self.books.aside or self.books.had.get(name, set()) == self.corpus[name[1]].rows()
+
+    def all_shards(self) -> list[Name]:
+        """Of every epoch, without the held-out ones."""
+        kept = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
+        return [(epoch, shard) for epoch in range(self.limits.epochs or 0) for shard in kept]
+
     def teardown(self) -> None:
         """From wherever the example ended, healthy producers finish the run, and the books balance."""
         if sys.exc_info()[0] is None and hasattr(self, "ledger"):
@@ -578,8 +590,7 @@ class Stream(RuleBasedStateMachine):
         """Every row of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
         self.check()
         assert not self.ledger.open
-        kept = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
-        for name in ((epoch, shard) for epoch in range(self.limits.epochs or 0) for shard in kept):
+        for name in self.all_shards():
             content, trained = self.corpus[name[1]], self.books.trained.get(name, set())
             discarded = self.books.discarded.get(name, set())
             missing = content.rows() - trained - discarded

@@ -50,11 +50,8 @@ BUGS: dict[str, tuple[str, str]] = {
         "if chunk.number > session.received + 1:",
     ),
     "a chunk beyond credit is taken": ("if chunk.number > session.granted:", "if False:"),
-    "credit exceeds the buffer by a chunk": (
-        "or session.hello.chunk_rows > free:",
-        "or session.hello.chunk_rows > free + 4:",
-    ),
-    "credit forgets what it has just given": ("free -= session.hello.chunk_rows", "pass"),
+    "credit exceeds the buffer by a chunk": ("free = ahead = self._free_rows", "free = ahead = self._free_rows + 4"),
+    "credit is given twice": ("session.granted += 1", "session.granted += 2"),
     "credit under way is not reckoned": (
         "self.limits.capacity_rows - self.rows_buffered - self.rows_credited",
         "self.limits.capacity_rows - self.rows_buffered",
