@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import disk, ledger, network, processes, strangers
+from tests.drills import deterministic, disk, ledger, network, processes, strangers
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
@@ -52,6 +52,8 @@ DRILLS: dict[str, Drill] = {
     "producers of other streams": strangers.other_streams,
     "keys rotated": strangers.keys_rotated,
     "broken shards": strangers.broken_shards,
+    "deterministic, known rows": deterministic.synthetic,
+    "deterministic, language model": deterministic.language_model,
     "soak": processes.soak,
 }
 
