@@ -44,10 +44,21 @@ def test_promtool_finds_no_fault(command: list[str]) -> None:
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
     """What is wrong, how one sees it, and what a person does now; and there are a firing and a silent case of it."""
-    assert set(alert["annotations"]) == {"summary", "description", "action"}
+    assert set(alert["annotations"]) == {"summary", "description", "action", "runbook"}
     assert alert["labels"]["severity"] in ("critical", "warning")
     cases = [test["name"] for test in load("tests.yml")["tests"]]
     assert f"{alert['alert']} fires" in cases and f"{alert['alert']} is silent" in cases
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_every_alert_has_its_section_of_the_runbook(alert: dict[str, Any]) -> None:
+    """What it means, how to look, what to do and what is safe, behind the link that the alert carries."""
+    path, _, anchor = alert["annotations"]["runbook"].partition("#")
+    sections = re.split(r"(?m)^## ", (FOLDER.parent.parent / path).read_text())
+    (section,) = [one for one in sections if one.splitlines()[0].lower() == anchor]
+    assert section.splitlines()[0] == alert["alert"]
+    for part in ("Means", "Look", "Do", "Safe"):
+        assert f"- **{part}.** " in section
 
 
 def test_rules_name_only_what_exists() -> None:
