@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import deterministic, disk, ledger, network, processes, strangers
+from tests.drills import deterministic, disk, ledger, malformed, network, processes, strangers
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
@@ -50,6 +50,8 @@ DRILLS: dict[str, Drill] = {
     "disk full": disk.full,
     "disk read-only": disk.read_only,
     "producers of other streams": strangers.other_streams,
+    "malformed messages": malformed.malformed,
+    "decoder fuzzed": malformed.fuzzed,
     "keys rotated": strangers.keys_rotated,
     "broken shards": strangers.broken_shards,
     "deterministic, known rows": deterministic.synthetic,

@@ -218,11 +218,11 @@ def clock_jumps(folder: Path, quick: bool) -> Outcome:
         return scene.outcome(1, 4)
 
 
-def soak(folder: Path, quick: bool, chunks: int = 20_000) -> Outcome:
-    """As many chunks as there is time for: file descriptors, threads and memory stay as they are."""
+def soak(folder: Path, quick: bool) -> Outcome:
+    """A million chunks: file descriptors, threads and memory stay as they are."""
     chunk_rows, shards, windows, context = 8, 512, 128, 8
     rows = (shards - len(held_out_shards(shards, 0.0625))) * windows * context
-    epochs = max(2, (500 if quick else chunks) * chunk_rows // rows)
+    epochs = -(-(100_000 if quick else 1_000_000) * chunk_rows // rows)
     small = [
         f"corpus.context={context}",
         f"corpus.synthetic.shards={shards}",
