@@ -111,7 +111,9 @@ def _killed_at_every_point(folder: Path, what: str, overrides: list[str], quick:
             code = trainer.wait(60)
             assert code == -signal.SIGKILL, f"it should have died before {points[number - 1]!r}, and ended with {code}"
         assert scene.trainer().wait(200) == 0
-        return scene.outcome(len(chosen), epochs, note=f"{len(points)} points")
+        told = scene.outcome(len(chosen), epochs, note=f"{len(points)} points")
+        told.recovery = None  # it is killed again before it gets anywhere
+        return told
 
 
 def _points(scene: Scene, what: str) -> list[str]:
