@@ -172,6 +172,11 @@ class Producing:
         except Exception as error:
             self._error = error
 
+    @property
+    def refusal(self) -> Exception | None:
+        """What it has ended with so far."""
+        return self._error
+
     def ended(self, seconds: float = 30) -> Exception | None:
         """Waits for the end; what it ended with, None after a finished run."""
         self._thread.join(seconds)

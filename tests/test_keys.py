@@ -219,12 +219,22 @@ def test_a_wrong_server_key_is_told(keys: Path, other_keys: Path, caplog: pytest
 
 
 @pytest.mark.parametrize("keyless", ["producer", "trainer"])
-def test_keys_on_one_side_only_are_told(keys: Path, keyless: str) -> None:
-    """Neither side streams in the clear to one that expects keys; both name the setting."""
-    with trainer(settings_with(None if keyless == "trainer" else keys)) as intake:
-        told = refusal(intake, None if keyless == "producer" else keys)
+def test_keys_on_one_side_only_are_told(keys: Path, keyless: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither side streams in the clear to one that expects keys; both name the setting.
 
-        assert "stream.keys must be set on both sides or on neither" in told
+    Who sees it first hangs up. A producer that only sees the other hang up warns, and is sure a few seconds later.
+    """
+    told = "stream.keys must be set on both sides or on neither"
+    with trainer(settings_with(None if keyless == "trainer" else keys)) as intake:
+        producer = Producing(settings_with(None if keyless == "producer" else keys, intake.endpoint))
+
+        def tellers() -> set[str]:
+            return {record.name for record in caplog.records if told in record.message}
+
+        wait_for(lambda: producer.refusal or "sluice.producer" in tellers(), TELLING_SECONDS)
+        if keyless == "producer":
+            wait_for(lambda: intake.ledger.auth_failures and "sluice.trainer" in tellers(), TELLING_SECONDS)
+        assert told in str(producer.ended())
         assert not intake.ledger.sessions
 
 

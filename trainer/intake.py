@@ -115,7 +115,7 @@ class Intake:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
         try:
             self._bind()
@@ -330,14 +330,18 @@ class Intake:
         self._next_watch = time.monotonic() + HANDSHAKES_SECONDS
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
+            # A producer without keys may see first that the two do not fit, and hang up.
+            if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._clients is None:
+                continue
             with self.lock:
                 self.ledger.auth_failures += 1
                 failures = self.ledger.auth_failures
             # An unknown key is told where it is looked up, in producer.keys.
-            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and (failures == 1 or failures % 100 == 0):
+            if event != zmq.EVENT_HANDSHAKE_FAILED_AUTH and (failures == 1 or failures % 100 == 0):
                 log.warning(
-                    "somebody was turned away at %s, %d times by now: stream.keys must be set on both sides or on "
-                    "neither, and the producer's server.key must be this trainer's", self.endpoint, failures,
+                    "somebody was turned away at %s, or hung up, %d times by now: stream.keys must be set on both "
+                    "sides or on neither, and the producer's server.key must be this trainer's",
+                    self.endpoint, failures,
                 )  # fmt: skip
 
     def _end_the_withdrawn(self) -> list[Send]:
