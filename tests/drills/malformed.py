@@ -60,7 +60,7 @@ def malformed(folder: Path, quick: bool) -> Outcome:
         share = sum(flooded) / sum(alone)
         note = f"malformed messages, {PER_SECOND:,} a second; training at {share:.2f} of its rate"
         assert quick or share >= SHARE, note
-        return Outcome(count, ledger["rows_trained"], 0, 0, scene.longest_standstill(), None, note)
+        return Outcome(count, recovery=scene.longest_standstill(), note=note)
 
 
 def _rate(scene: Scene, meanwhile: Callable[[], object]) -> float:
