@@ -33,6 +33,7 @@ peers: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers
 
 drills: $(VENV)/ready-dev
+	-@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e ".[fuzz]"  # the drill that needs it says so
 	$(BIN)/python -m tests.drills
 
 watch: $(VENV)/ready-dev

@@ -75,7 +75,7 @@ def fuzzed(folder: Path, quick: bool) -> Outcome:
     try:
         import atheris  # noqa: F401
     except ImportError:
-        raise PermissionError("atheris is not installed: pip install atheris") from None
+        raise PermissionError("atheris is not installed: pip install -e .[fuzz]") from None
     log = folder / "fuzz.log"
     command = [sys.executable, str(HERE / "fuzz_decoder.py"), str(folder), "10" if quick else str(FUZZ_SECONDS)]
     with open(log, "wb") as file:
