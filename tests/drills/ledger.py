@@ -176,7 +176,9 @@ def _caught(folder: Path, name: str) -> str:
     assert text.count(old) == 1, f"{name!r}: the ledger has {text.count(old)} lines with {old!r}; write the bug anew"
     path.write_text(text.replace(old, new))
     for told, examples, steps in (("at once", 100, 40), ("in a longer search", 400, 120)):
-        if _explore_in(copy, examples, steps, 0).returncode:
+        search = _explore_in(copy, examples, steps, 0)
+        if search.returncode:
+            assert "state = Stream()" in search.stdout or "it hangs" in search.stdout, search.stdout[-2000:]
             return told
     return ""
 
