@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from producer.settings import ProducerSettings, SettingsError, settings_from
+from producer.wire import Lease, Reject
 from tests.drills.deterministic import ALWAYS, Fate, compare
 from tests.drills.scene import RUN
 from tests.small_stream import hello_of, named_source, new_ledger, stream_settings, trainer
-from trainer.buffer import Batch, OrderedBuffer
+from trainer.buffer import Batch, OrderedBuffer, pool_rows
 from trainer.checkpoint import CheckpointError
 from trainer.intake import IntakeError
+from trainer.ledger import Ledger
 from trainer.run import buffer_of
 from trainer.settings import TrainerSettings
 
@@ -118,6 +120,47 @@ def test_what_does_not_fit_is_refused() -> None:
         insert(full, SEQUENCE[0])
 
 
+# The ledger
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """Room for eight chunks, four of which are the pool's."""
+    ledger = new_ledger(stream_settings("ipc://here"))
+    ledger.limits = replace(ledger.limits, pool_rows=pool_rows(ledger.limits.capacity_rows))
+    return ledger
+
+
+def join(ledger: Ledger, session: str) -> None:
+    ledger.hello(hello_of(named_source(), producer=session, session=session), 0.0)
+
+
+def test_who_runs_ahead_leaves_room_for_who_comes_first(ledger: Ledger) -> None:
+    """Two chunks for the later shard, the rest for the oldest one."""
+    join(ledger, "first")
+    join(ledger, "second")
+    ledger.tick(0.0)
+
+    assert {name: session.granted for name, session in ledger.sessions.items()} == {"first": 6, "second": 2}
+
+
+def test_somebody_always_has_the_oldest_shard_first(ledger: Ledger) -> None:
+    """Its producer dies; the other one is at work on a later shard: it is ended, once, and returns to the oldest."""
+    join(ledger, "dies")
+    join(ledger, "ahead")
+    ledger.tick(0.0)
+    oldest = ledger.open[0].shard
+    ledger.gone("dies")
+    sends = ledger.tick(1.0)
+
+    rejected = [(send.session, send.message.code) for send in sends if isinstance(send.message, Reject)]
+    assert rejected == [("ahead", "early")]
+    assert not [send for send in ledger.tick(1.1) if isinstance(send.message, Reject)]
+    join(ledger, "back")
+    leases = [send.message.shard for send in ledger.tick(1.2) if isinstance(send.message, Lease)]
+    assert leases[0] == oldest
+
+
 # What is refused
 
 
@@ -169,11 +212,9 @@ def test_a_producer_of_another_geometry_is_refused() -> None:
     assert "threads differs: this run streams 1, the producer 2" in refused.message.reason  # type: ignore[attr-defined]
 
 
-def test_a_shard_that_is_given_up_ends_the_run() -> None:
+def test_a_shard_that_is_given_up_ends_the_run(ledger: Ledger) -> None:
     """How much of it came would depend on who failed; the line says what to do."""
     stream = stream_settings("tcp://127.0.0.1:0")
-    ledger = new_ledger(stream)
-    ledger.limits = replace(ledger.limits, pool_rows=ledger.limits.capacity_rows // 2)
     ledger.set_aside.append({"epoch": 0, "shard": 3, "rows": None, "reason": "cannot be read"})
     with trainer(stream, ledger) as intake, pytest.raises(IntakeError, match="shard 3 failed"):
         intake.take(8, threading.Event())

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.drills.scene import EPOCH_ROWS, ROOT, RUN, Outcome, Scene
+from trainer.ctl import main as ctl
 from trainer.snapshot import snapshot_names
 
 SEVERAL_KINDS = """
@@ -62,6 +63,8 @@ class Fate:
     producers: int
     producers_killed: int = 0
     trainer_killed: int = 0
+    asked: bool = False
+    """`ctl` asks for snapshots, a pause and a drain, which is refused."""
 
 
 def fates(quick: bool) -> dict[str, Fate]:
@@ -73,6 +76,7 @@ def fates(quick: bool) -> dict[str, Fate]:
         "4 producers, all of them killed": Fate(
             4, producers_killed=2 if quick else 8, trainer_killed=1 if quick else 4
         ),
+        "2 producers, snapshots and pauses asked for": Fate(2, asked=True),
     }
 
 
@@ -117,6 +121,7 @@ def compare(
     """
     told: dict[str, str] = {}
     killed = checked = 0
+    common: list[str] = []
     for name, fate in lives.items():
         place = folder / str(len(told))
         with Scene(place, *(one.replace("DIR", str(place)) for one in overrides), run=run) as scene:
@@ -124,7 +129,8 @@ def compare(
             if epochs is not None:
                 scene.outcome(0, epochs)
             scene.judge_logs()
-            told[name] = _fingerprint(scene)
+            common = common or snapshot_names(scene.run)  # those asked for come on top
+            told[name] = _fingerprint(scene, common)
         killed += fate.producers_killed + fate.trainer_killed
         checked += scene.trained
     assert len(set(told.values())) == 1, f"the weights differ: {told}"
@@ -137,7 +143,7 @@ def _live_through(scene: Scene, fate: Fate, rows: int) -> None:
     """A whole run; those who are killed are killed at random places of it."""
     dice = random.Random(7)
     trainer, producers = scene.trainer(), [scene.producer() for _ in range(fate.producers)]
-    victims = ["producer"] * fate.producers_killed + ["trainer"] * fate.trainer_killed
+    victims = ["producer"] * fate.producers_killed + ["trainer"] * fate.trainer_killed + ["nobody"] * fate.asked
     dice.shuffle(victims)
     for number, victim in enumerate(victims):
         place = int(rows * (number + dice.random()) / (len(victims) + 1))
@@ -146,6 +152,8 @@ def _live_through(scene: Scene, fate: Fate, rows: int) -> None:
         if victim == "producer":
             producers.pop(dice.randrange(len(producers))).kill()
             producers.append(scene.producer())
+        elif victim == "nobody":
+            _ask(scene)
         else:
             assert trainer.poll() is None, "the run ended before the trainer could be killed"
             _kill(trainer)
@@ -158,10 +166,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _fingerprint(scene: Scene) -> str:
-    """sha256 over the weights of every SAE of every snapshot, and over the trained rows in their order."""
+def _ask(scene: Scene) -> None:
+    told = [ctl([str(scene.run), command]) for command in ("snapshot", "pause", "snapshot", "drain", "resume")]
+    assert told == [0, 0, 0, 2, 0], told
+
+
+def _fingerprint(scene: Scene, names: list[str]) -> str:
+    """sha256 over the weights of every SAE of these snapshots, and over the trained rows in their order."""
     told = hashlib.sha256(scene.rows_file.read_bytes())
-    for name in snapshot_names(scene.run):
+    for name in names:
         for weights in sorted((scene.run / "snapshots" / name).glob("*/sae_weights.safetensors")):
             told.update(f"{name}/{weights.parent.name}".encode() + weights.read_bytes())
     return told.hexdigest()
