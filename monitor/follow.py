@@ -59,6 +59,10 @@ class Stopped(Exception):
     """The monitor is asked to end in the middle of an evaluation."""
 
 
+class _Overtaken(Exception):
+    """The run has ended, and another snapshot is its last."""
+
+
 @dataclass(frozen=True)
 class _Instruments:
     """What every evaluation of a run uses, loaded once."""
@@ -99,6 +103,7 @@ class Evaluator:
         self._instruments: _Instruments | None = None
         self._settled: set[_Stamp] = set()
         self._failed: set[_Stamp] = set()
+        self._working_on: _Stamp | None = None
         self._directions: dict[str, _Directions] = {}
         """Of each SAE, in the last snapshot that was looked at."""
         self.broken: str | None = None
@@ -120,18 +125,21 @@ class Evaluator:
         if newest is None or newest in self._settled:
             return
         name, _ = newest
-        self.moved_at = time.monotonic()
+        self._working_on, self.moved_at = newest, time.monotonic()
         try:
             self._settle(self._instruments, name)
         except Stopped:
             raise
+        except _Overtaken:
+            log.info("snapshot %s is not measured: the run is over, and a newer one is its last", name)
+            return
         except Exception as error:
             if not is_complete(self._directory / "snapshots" / name):
                 return  # retired under our hands; the next look takes a newer one
             unexpected = not isinstance(error, SnapshotError | EvaluationError)
             self._fail(name, f"snapshot {name} is not evaluated: {error}", unexpected)
         finally:
-            self.moved_at = None
+            self._working_on = self.moved_at = None
         self._settled.add(newest)
 
     def has_failed(self) -> bool:
@@ -275,7 +283,10 @@ class Evaluator:
         """Rests after each piece of work, so that all work takes no more than its share of the time of a run."""
         now = time.monotonic()
         worked = 0.0 if self.moved_at is None else now - self.moved_at
-        share = 1.0 if is_finished(self._directory) else self._settings.monitor.evaluation_share
+        finished = is_finished(self._directory)
+        if finished and self._working_on not in (None, self._newest()):
+            raise _Overtaken
+        share = 1.0 if finished else self._settings.monitor.evaluation_share
         rest = worked * (1 / share - 1)
         self.moved_at = now + rest
         if self._stop.wait(rest):

@@ -505,6 +505,26 @@ def test_snapshot_of_another_stream_is_refused_once(run_file: Path, caplog: pyte
     assert evaluator.has_failed()
 
 
+def test_the_last_snapshot_of_a_run_does_not_wait_for_an_older_one(run_file: Path):
+    """The run ends while an older snapshot is measured: that is given up, and the last one comes next."""
+    directory = run_file.parent / "demo"
+    older = publish_snapshot(directory, 1000, [_sae(0.5)])
+
+    class Slow(Evaluator):
+        def _evaluate(self, instruments: Any, folder: Path, manifest: Any, saes: Any) -> None:
+            if folder == older:
+                publish_snapshot(directory, 2000, [_sae(0.5)])
+                finish_run(directory, 2000)
+            super()._evaluate(instruments, folder, manifest, saes)
+
+    evaluator = Slow(_settings(run_file), MonitorMetrics(CollectorRegistry()), threading.Event())
+    evaluator.look()
+    assert not evaluator.is_up_to_date() and not (older / "small" / "evaluation.json").exists()
+    evaluator.look()
+    assert evaluator.is_up_to_date() and not evaluator.has_failed()
+    assert (directory / "snapshots" / "000000002000" / "small" / "evaluation.json").exists()
+
+
 def test_snapshot_retired_under_way_is_no_failure(run_file: Path):
     """Retention may take a snapshot that is about to be measured; the next look takes the newest one."""
     directory = run_file.parent / "demo"
