@@ -32,6 +32,8 @@ from producer.wire import (
     ShardEnd,
     ShardFail,
     Welcome,
+    decode,
+    encode,
     held_out_shards,
     pack_bits,
     unpack_bits,
@@ -154,6 +156,18 @@ def test_producer_of_another_stream_is_refused_for_good(change: dict[str, Any], 
     assert not reject.retry and reject.code == "mismatch"
     assert ours in reject.reason and theirs in reject.reason
     assert list(ledger.sessions) == ["ada-1"]
+
+
+def test_many_differences_are_told_from_the_first_one_on() -> None:
+    """Another model differs in a hundred facts: the sentence fits the wire, and begins with what tells most."""
+    ledger = make_ledger()
+    join(ledger)
+    facts = {f"fact {number}": "x" * 40 for number in range(100)}
+    (reject,) = rejects(ledger.hello(hello("eve", fingerprint="other", dtype="bfloat16", provenance=facts), now=0.0))
+
+    assert reject.reason.startswith("dtype differs: this run streams float32, the producer bfloat16")
+    assert reject.reason.endswith("start a new run directory")
+    assert decode(encode(reject)) == reject
 
 
 @pytest.mark.parametrize("change", [{"chunk_rows": 7}, {"chunk_rows": 2**23}])

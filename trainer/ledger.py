@@ -521,9 +521,9 @@ class Ledger:
     def _refusal(self, hello: Hello) -> tuple[str, str] | None:
         """Why this producer can never serve this run: (code, sentence), or None."""
         if differences := self._differences(hello):
-            return "mismatch", (
-                f"{'; '.join(differences)}. Start it with the run's own file, or start a new run directory"
-            )[-1024:]
+            told = "; ".join(differences)
+            told = told if len(told) <= 900 else f"{told[:900]} …"  # the wire's limit; the first ones tell most
+            return "mismatch", f"{told}. Start it with the run's own file, or start a new run directory"
         row_bytes = DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
         if hello.chunk_rows * row_bytes > MAX_CHUNK_BYTES:
             return "chunk", f"chunks of {hello.chunk_rows} rows × {row_bytes} bytes exceed {MAX_CHUNK_BYTES} bytes"

@@ -9,39 +9,59 @@ import socket
 import time
 from pathlib import Path
 
+import zmq
+
 from producer.keys import write_keys
+from producer.wire import Reject, decode, encode
 from tests.drills.scene import TRAINING_SHARDS, Outcome, Scene
+from tests.small_stream import hello_of, named_source
 from trainer.checkpoint import load_newest
 
 OTHERS = (
-    "corpus.synthetic.shards=33",
-    "corpus.synthetic.d_in=9",
-    "corpus.context=16",
-    "corpus.held_out=0.5",
-    "stream.dtype=bfloat16",
+    ["corpus.synthetic.shards=33"],
+    ["corpus.synthetic.d_in=9"],
+    ["corpus.context=16"],
+    ["corpus.held_out=0.5"],
+    ["stream.dtype=bfloat16"],
+    ["corpus.kind=stdlib", "model.name=producer/demo_lm", 'model.hooks=["blocks.2.hook_resid_post"]'],
 )
-"""Settings of a producer that does not belong to the run, one at a time."""
+"""Settings of producers that do not belong to the run: another corpus, width, context, format, model and hook."""
 REFUSED = 78
-TELLING_SECONDS = 5.0
+TELLING_SECONDS = 5
 
 
 def other_streams(folder: Path, quick: bool) -> Outcome:
-    """Producers of another corpus, width, context or number format: exit code 78 and a sentence, not a row taken."""
-    others = OTHERS[:2] if quick else OTHERS
+    """Producers of another corpus, width, context, format, model or release: refused in a sentence, not a row taken."""
+    others = OTHERS[-2:] if quick else OTHERS
     with Scene(folder, "corpus.epochs=6") as scene:
         trainer, _ = scene.trainer(SECONDS_PER_STEP=0.03), scene.producer()
         scene.wait_for_rows(1)
         slowest = 0.0
         for other in others:
             began = time.monotonic()
-            stranger = scene.producer(other)
+            stranger = scene.producer(*other)
             assert stranger.wait(60) == REFUSED, f"a producer with {other} was not refused"
             slowest = max(slowest, time.monotonic() - began)
         assert scene.log("producer").count("differs") >= len(others)
+        assert "refused by the trainer: hooks differs" in scene.log("producer"), "the model's hook is not named first"
+        assert _answer_to_another_release(f"ipc://{folder}/stream").code == "version"
         trainer_told = scene.log().count("refused:")
         assert trainer_told >= len(others), "the trainer does not say whom it refused"
         assert trainer.wait(300) == 0
         return scene.outcome(len(others), 6, note=f"each refused and gone {slowest:.1f} s after its start at most")
+
+
+def _answer_to_another_release(endpoint: str) -> Reject:
+    """What a producer hears whose protocol is of version 99."""
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(endpoint)
+    dealer.send(encode(hello_of(named_source())).replace(b"\xa1v\x01", b"\xa1v\x63"))
+    assert dealer.poll(1000 * TELLING_SECONDS), "a producer of another release hears nothing"
+    answer = decode(dealer.recv_multipart()[0])
+    context.destroy(linger=0)
+    assert isinstance(answer, Reject)
+    return answer
 
 
 def keys_rotated(folder: Path, quick: bool) -> Outcome:
