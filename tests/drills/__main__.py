@@ -139,10 +139,11 @@ def _redraw(results: dict[str, dict[str, Any]]) -> None:
     head, _, rest = README.read_text().partition(BEGIN)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * (len(COLUMNS) - 2) + "---|"]
     lines += ["| " + " | ".join(_cells(name, row)) + " |" for name, row in results.items()]
-    machine = (
-        f"{os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}; other work beside it."
-    )
-    README.write_text(head + BEGIN + "\n".join(lines) + f"\n\n{machine}\n" + END + rest.partition(END)[2])
+    for name, row in results.items():
+        if details := row.get("details"):
+            lines += ["", f"| {name} | |", "|---|---|", *(f"| {what} | {found} |" for what, found in details.items())]
+    lines += ["", f"{os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}."]
+    README.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":
