@@ -172,11 +172,13 @@ def is_rescued(sae: Found) -> bool:
     return sae.mmcs > 0.95 and sae.dead < 0.05
 
 
+@pytest.mark.proof
 def test_auxk_rescues_latents_that_were_born_dead(rescued: dict[str, Found]) -> None:
     """With AuxK nearly all features are found although half the latents never win on their own."""
     assert is_rescued(rescued["auxk"])
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ["none", "broken"])
 def test_without_auxk_or_with_a_broken_one_they_stay_dead(rescued: dict[str, Found], name: str) -> None:
     """The test above can fail: turned off, or without the encoder's gradient, AuxK rescues nothing."""
@@ -185,6 +187,7 @@ def test_without_auxk_or_with_a_broken_one_they_stay_dead(rescued: dict[str, Fou
     assert rescued[name].dead > 0.2
 
 
+@pytest.mark.proof
 def test_what_auxk_cannot_reach_begins_anew(rescued: dict[str, Found]) -> None:
     """AuxK's ReLU needs a row that lifts the latent above zero; `reinitialise_tokens` needs none."""
     assert rescued["buried"].mmcs < 0.88
