@@ -109,8 +109,12 @@ def load_subject(folder: Path, device: torch.device) -> Subject:
     """The SAE of one folder, on the language model's device. Raises SnapshotError when there is none."""
     cfg, weights = read_sae(folder)
     sae = InferenceSae(cfg, {name: torch.from_numpy(array).float().to(device) for name, array in weights.items()})
+    return subject_of(folder.name, sae)
+
+
+def subject_of(name: str, sae: InferenceSae) -> Subject:
     reads = tuple(sae.hooks)
-    return Subject(folder.name, sae, reads, reads if sae.target is None else (sae.target,))
+    return Subject(name, sae, reads, reads if sae.target is None else (sae.target,))
 
 
 def evaluate(

@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from monitor.evaluate import Subject
+from monitor.evaluate import Subject, subject_of
 from monitor.explanation import explain
 from monitor.latents import GONE, TOP_TOKENS, LatentActivations, active, load_decoder, load_latents
 from monitor.run_directory import (
@@ -69,7 +69,6 @@ LONGEST_TEXT = 4_000
 FIRING_SHOWN = 60
 
 Order = Literal["index", "density", "strongest", "norm", "age"]
-ORDERS: tuple[Order, ...] = ("index", "density", "strongest", "norm", "age")
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ class Explained:
     @cached_property
     def subject(self) -> Subject:
         sae = InferenceSae(self.cfg, {name: weight.float() for name, weight in self.weights.items()})
-        reads = tuple(sae.hooks)
-        return Subject(self.folder.name, sae, reads, reads if sae.target is None else (sae.target,))
+        return subject_of(self.folder.name, sae)
 
     def column(self, name: Order) -> np.ndarray:
         match name:

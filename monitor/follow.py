@@ -71,7 +71,7 @@ class _Instruments:
     windows: Windows
     """The text that SAEs are measured on."""
     reading: Windows
-    """The text on which their latents are looked at: more of it, and the first is part of it or close to it."""
+    """The text on which their latents are looked at."""
     facts: dict[str, Any]
     """What must agree with the stream that a snapshot was trained on."""
     labelled: LabelledTexts | None
@@ -84,8 +84,7 @@ class Evaluator:
 
     What it writes beside an SAE is there whole or not at all; numbers go to the metrics too. As soon as the language
     model is loaded, the `desk` has an explorer. A snapshot that cannot be evaluated is logged, counted and not tried
-    again.
-    When the model or the text cannot be loaded, `broken` says why.
+    again. When the model or the text cannot be loaded, `broken` says why.
     """
 
     def __init__(
@@ -165,6 +164,9 @@ class Evaluator:
         except FileNotFoundError:
             return None  # retired a moment ago
 
+    def _is_newest(self, name: str) -> bool:
+        return snapshot_names(self._directory)[-1:] == [name]
+
     def _settle(self, instruments: _Instruments, name: str) -> None:
         folder = self._directory / "snapshots" / name
         manifest = manifest_of(folder)
@@ -177,11 +179,10 @@ class Evaluator:
             self._evaluate(instruments, folder, manifest, missing)
         if self._settings.monitor.latents_tokens:
             for sae in manifest["saes"]:
-                newest = snapshot_names(self._directory)[-1:]
-                if newest == [name] and not (folder / sae / LATENTS).is_file():
+                if self._is_newest(name) and not (folder / sae / LATENTS).is_file():
                     self._look_into(instruments, folder, manifest, sae)
             for sae in _to_be_measured(folder, manifest):
-                if snapshot_names(self._directory)[-1:] == [name]:
+                if self._is_newest(name):
                     self._measure_latents(instruments, folder, manifest, sae)
 
     def _evaluate(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], saes: list[str]) -> None:

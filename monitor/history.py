@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.report import DENSITY_EDGES
+
 FILE = "evaluations.jsonl"
 MOST_POINTS = 3_000
 """When there are this many, every other one goes."""
@@ -49,6 +51,7 @@ class History:
         """Points from number `since` on, or all of them when they are not those of `generation` any more.
 
         {"generation", "since", "next", run's columns, "saes": {name: columns}, "density": {name: newest counts},
+        "density_edges" as `trainer.report` has them,
         "evaluations": {name: columns}}; a value that is not known is None. Evaluations always come whole.
         """
         with self._lock:
@@ -65,6 +68,7 @@ class History:
                     name: {key: [point["saes"].get(name, {}).get(key) for point in points] for key in OF_AN_SAE}
                     for name in names
                 },
+                "density_edges": DENSITY_EDGES,
                 "density": {sae["name"]: sae.get("density") or [] for sae in self._newest["saes"]},
                 "evaluations": _evaluation_columns(self._measured, self._returns),
             }

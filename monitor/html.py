@@ -40,7 +40,7 @@ def _environment() -> Environment:
         "latent_address": latent_address,
         "query": lambda **values: "/?" + urlencode(values),
         "histogram": histogram,
-        "stylesheet": lambda: Markup((STATIC / "page.css").read_text("utf-8")),
+        "stylesheet": Markup((STATIC / "page.css").read_text("utf-8")),
     }
     return environment
 

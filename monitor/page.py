@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from monitor.html import duration, number, render, short_count
 from monitor.run_directory import SILENT_SECONDS, wiring
+from trainer.report import StreamReport
 
 PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
 """One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
@@ -83,11 +84,12 @@ def parts(run: Run, snapshots: Snapshots) -> dict[str, Any]:
 
 def _live(run: Run, snapshots: Snapshots) -> dict[str, Any]:
     """What the templates of the parts are made from."""
+    shown = saes(run, snapshots)
     return {
         "run": run,
         "glance": glance(run),
-        "saes": saes(run, snapshots),
-        "measured": measured(saes(run, snapshots)),
+        "saes": shown,
+        "measured": measured(shown),
         "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots[-SNAPSHOTS_SHOWN:]],
         "older": max(0, len(snapshots) - SNAPSHOTS_SHOWN),
     }
@@ -161,15 +163,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _bottleneck(run: Run) -> str:
-    stream = (run["report"] or {}).get("stream") or {}
-    data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
+    """In the words of the trainer's log; nothing of a run that is not at work."""
     if run["state"] != "running" or _is_silent(run) or not run["report"]:
         return ""
-    if max(data, credit) < 0.05:
-        return "Neither side waits for the other."
-    if data > credit:
-        return f"Training waits {data:.0%} of the time for rows: the producers are the bottleneck."
-    return f"Producers wait {credit:.0%} of the time for room in the buffer: the trainer is the bottleneck."
+    stream = run["report"].get("stream") or {}
+    data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
+    told = StreamReport(data_wait_ratio=data, credit_wait_ratio=credit).bottleneck
+    return f"{told[:1].upper()}{told[1:]}."
 
 
 # --- The SAEs and the snapshots --------------------------------------------------------------------------------------

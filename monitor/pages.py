@@ -14,7 +14,6 @@ GET /v1/latents/{sae}/{index}            everything known of one latent; ?snapsh
 from __future__ import annotations
 
 import gzip
-import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
@@ -26,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from monitor.answers import MUTABLE, json_unless_known
 from monitor.desk import Desk
 from monitor.history import History
 from monitor.html import STATIC, render
@@ -36,7 +36,6 @@ from monitor.run_directory import NotThere, explained_saes, read_run, read_snaps
 if TYPE_CHECKING:
     from monitor.explore import Explorer
 
-MUTABLE = "no-cache"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -95,7 +94,8 @@ class _Pages:
         run, snapshots = read_run(self._directory), read_snapshots(self._directory)
         ready = self._desk.explorer is not None
         told = parts(run, snapshots) | {"latents": explained_saes(self._directory), "ready": ready}
-        return _unless_known(request, _json(told))
+        # The page asks every two seconds, and mostly nothing has changed.
+        return json_unless_known(request, bytes(_json(told).body), MUTABLE)
 
     def table_part(self, request: Request) -> Response:
         return _page(self._table_or_why_not(request, _sae(request) or None))
@@ -213,15 +213,6 @@ def error_page(message: str, error: HTTPException) -> Response:
 
 def _page(text: str, status: int = 200) -> Response:
     return HTMLResponse(text, status, {"Content-Security-Policy": POLICY, "Cache-Control": MUTABLE})
-
-
-def _unless_known(request: Request, answer: Response) -> Response:
-    """304 for who has the same answer already: the page asks every two seconds, and mostly nothing has changed."""
-    tag = f'"{hashlib.sha256(answer.body).hexdigest()[:32]}"'
-    if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers={"ETag": tag, "Cache-Control": MUTABLE})
-    answer.headers["ETag"] = tag
-    return answer
 
 
 def _json(content: dict[str, Any]) -> Response:

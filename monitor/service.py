@@ -19,8 +19,6 @@ training.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import os
 import socket
@@ -42,11 +40,12 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from monitor.access import TokenGate
+from monitor.answers import IMMUTABLE, MUTABLE, is_known, json_unless_known, tags
 from monitor.desk import Desk
 from monitor.pace import Pace
 from monitor.pages import error_page, page_routes
 from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
-from trainer.snapshot import NAME, SnapshotError, snapshot_names
+from trainer.snapshot import NAME, SnapshotError, snapshot_names, which_there_are
 
 LONGEST_WAIT_SECONDS = 300.0
 LOOK_SECONDS = 0.5
@@ -56,8 +55,6 @@ CLOCK_TICK_NS = 1_000_000_000
 NICE = 19
 PIECE_BYTES = 1 << 18
 """Of a file, read and sent at a time: each costs a turn of a thread."""
-IMMUTABLE = "public, max-age=31536000, immutable"
-MUTABLE = "no-cache"
 PAGES = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
 
 
@@ -161,7 +158,7 @@ class _Routes:
             newest = entries[-1]["name"] if entries else None
             body = json.dumps({"latest": newest, "snapshots": entries}, ensure_ascii=False, allow_nan=False).encode()
             self.listed = (entries, body)
-        return _json(request, body, MUTABLE, {})
+        return json_unless_known(request, body, MUTABLE)
 
     async def latest(self, request: Request) -> Response:
         after, deadline = _parse_wait(request)
@@ -209,8 +206,7 @@ class _Routes:
         if name.isascii() and NAME.fullmatch(name) and (folder / "manifest.json").is_file():
             return folder
         names = self.names.read()
-        known = f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
-        raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {known}")
+        raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {which_there_are(names)}")
 
     def _read_manifest(self, folder: Path) -> dict[str, Any]:
         try:
@@ -263,19 +259,12 @@ def _small_file(request: Request, path: Path, caching: str, headers: dict[str, s
         body = path.read_bytes()
     except FileNotFoundError:
         raise HTTPException(404, absent or f"snapshot {path.parent.name} has just been retired") from None
-    return _json(request, body, caching, headers)
-
-
-def _json(request: Request, body: bytes, caching: str, headers: dict[str, str]) -> Response:
-    headers = _tags(hashlib.sha256(body).hexdigest(), caching) | headers
-    if _has_it_already(request, headers["ETag"]):
-        return Response(status_code=304, headers=headers)
-    return Response(body, media_type="application/json", headers=headers)
+    return json_unless_known(request, body, caching, headers)
 
 
 def _large_file(request: Request, path: Path, sha256: str) -> Response:
-    headers = _tags(sha256, IMMUTABLE)
-    if _has_it_already(request, headers["ETag"]):
+    headers = tags(sha256, IMMUTABLE)
+    if is_known(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     try:
         found = path.stat()
@@ -287,21 +276,6 @@ def _large_file(request: Request, path: Path, sha256: str) -> Response:
 
 class _Pieces(FileResponse):
     chunk_size = PIECE_BYTES
-
-
-def _tags(sha256: str, caching: str) -> dict[str, str]:
-    digest = base64.b64encode(bytes.fromhex(sha256)).decode()
-    return {
-        "ETag": f'"sha256-{sha256}"',
-        "Repr-Digest": f"sha-256=:{digest}:",
-        "Cache-Control": caching,
-        "X-Content-Type-Options": "nosniff",
-    }
-
-
-def _has_it_already(request: Request, tag: str) -> bool:
-    offered = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
-    return tag in offered or "*" in offered
 
 
 def _parse_wait(request: Request) -> tuple[str, float]:

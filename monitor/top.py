@@ -34,14 +34,13 @@ from monitor.client import (
     add_address,
     monitor_of,
 )
+from monitor.run_directory import SILENT_SECONDS
 from monitor.terminal import live, results, span
 
 POLL_SECONDS = 1.0
 EVALUATIONS_SECONDS = 15.0
 """How often evaluations are asked for when no new snapshot has come."""
 FRAME_SECONDS = 0.25
-SILENT_SECONDS = 120.0
-"""A report older than this tells how it was, not how it is."""
 
 
 @dataclass

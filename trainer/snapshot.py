@@ -6,8 +6,8 @@
                                                 b_enc (, threshold), or b_gate, b_mag, r_mag; transcoders: W_skip
         <sae name>/sparsity.safetensors         log10 firing rate of each latent
         <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
-        <sae name>/evaluation.json              added later by the monitor, as is
-        <sae name>/latents.safetensors          what each latent does on held-out text (monitor/latents.py)
+        <sae name>/evaluation.json              added later by the monitor: numbers on held-out text
+        <sae name>/latents.safetensors          added later by the monitor: what each latent does there
         manifest.json                           written last: every file with its size and sha256
         pinned                                  an empty file, there when a person wants it kept
     snapshots/LATEST                     the newest complete snapshot's name
@@ -201,9 +201,13 @@ def is_pinned(folder: Path) -> bool:
 def _snapshot(run_directory: Path, name: str) -> Path:
     names = snapshot_names(run_directory)
     if name not in names:
-        known = f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
-        raise SnapshotError(f"no snapshot {name!r} in {run_directory}; {known}")
+        raise SnapshotError(f"no snapshot {name!r} in {run_directory}; {which_there_are(names)}")
     return run_directory / "snapshots" / name
+
+
+def which_there_are(names: list[str]) -> str:
+    """For who has asked for another one."""
+    return f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
 
 
 def retire(run_directory: Path, keep: int, keep_every_tokens: int | None = None) -> None:

@@ -42,7 +42,7 @@ function offer(saes) {
 
 // --- Curves ----------------------------------------------------------------------------------------------------------
 
-const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, density: {}, evaluations: {} };
+const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, edges: [], density: {}, evaluations: {} };
 
 async function learn() {
   const news = await (await fetchOk(`/v1/history?generation=${curves.generation}&since=${curves.next}`)).json();
@@ -60,11 +60,9 @@ async function learn() {
   }
   const { generation, next, density, evaluations } = news;
   const isNew = news.tokens.length > 0 || JSON.stringify(evaluations) !== JSON.stringify(curves.evaluations);
-  Object.assign(curves, { generation, next, density, evaluations });
+  Object.assign(curves, { generation, next, density, edges: news.density_edges, evaluations });
   return isNew;
 }
-
-const DENSITY_EDGES = [-7, -6, -5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0];
 
 function lines(key) {
   return Object.entries(curves.saes).map(([name, columns]) => line(name, curves.tokens, columns[key]));
@@ -81,7 +79,7 @@ function densities() {
     const [rates, silent] = [counts.slice(0, -1), counts.at(-1)];
     return {
       name,
-      x: ["silent", ...DENSITY_EDGES.map((edge) => `${edge}`)],
+      x: ["silent", ...curves.edges.map((edge) => `${edge}`)],
       y: [silent, ...rates],
       type: "bar",
       marker: { color: colours[name] },
