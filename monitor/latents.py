@@ -29,6 +29,7 @@ from monitor.evaluate import LATENTS_IN_MEMORY, Subject
 from monitor.passes import NormBounds, in_stream, passes, refuse_unknown_bounds
 from producer.activations import LanguageModel
 from producer.tokens import Windows
+from trainer.durable import new_file
 
 MOST_ACTIVATIONS = 1 << 24
 """Of one SAE, 8 bytes each: an SAE that is not sparse (yet) is shown less text."""
@@ -98,10 +99,9 @@ class LatentActivations:
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
-        temporary = path.with_name(f".tmp-{path.name}")
-        save_file({name: torch.from_numpy(getattr(self, name)) for name in self.__dataclass_fields__}, temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with new_file(path) as temporary:
+            save_file({name: torch.from_numpy(getattr(self, name)) for name in self.__dataclass_fields__}, temporary)
+            temporary.chmod(0o644)
 
 
 def load_decoder(folder: Path) -> Tensor:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monitor.client import BROKEN, LARGEST_DOCUMENT, Gone, Monitor, MonitorError, UsageError, add_address, monitor_of
-from trainer.durable import replace_text
+from trainer.durable import move_folder, replace_text
 from trainer.snapshot import FORMAT, NAME, SnapshotError, file_sha256, read_manifest, snapshot_name, verify
 
 TRIES = 5
@@ -151,7 +150,7 @@ def _fetch_snapshot(monitor: Monitor, to: Path, manifest: dict[str, Any], text: 
         _fetch_file(monitor, _address(manifest["name"], entry["path"]), work, entry, tell)
     replace_text(work / "manifest.json", text)
     _fetch_evaluations(monitor, work)
-    os.rename(work, final)
+    move_folder(work, final)
     return final
 
 

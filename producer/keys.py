@@ -45,6 +45,8 @@ def write_keys(folder: Path) -> None:
             public, secret = zmq.curve_keypair()
             _write(public_path, public, None, 0o644)
             _write(secret_path, public, secret, 0o600)
+        for written in (folder / "clients", folder):
+            _flush(written)
     except OSError as error:
         raise KeysError(f"keys cannot be written to {folder}: {error.strerror}; choose another folder") from None
 
@@ -56,6 +58,17 @@ def _write(path: Path, public: bytes, secret: bytes | None, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "w") as file:
         file.write(f"metadata\n{text}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """The names in a folder are on disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> tuple[ThreadAuthenticator, Clients]:

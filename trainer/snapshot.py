@@ -33,7 +33,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from trainer.durable import new_folder, remove_folder, replace_text
+from trainer.durable import flush, new_folder, remove_folder, replace_text
 
 FORMAT = 1
 NAME = re.compile(r"\d{12,}")
@@ -185,13 +185,16 @@ def pin(run_directory: Path, name: str) -> None:
     folder = _snapshot(run_directory, name)
     try:
         (folder / PINNED).touch()
+        flush(folder)
     except FileNotFoundError:
         raise SnapshotError(f"snapshot {name} has just been retired") from None
 
 
 def unpin(run_directory: Path, name: str) -> None:
     """Leaves a snapshot to the settings again. Raises SnapshotError when it is not there."""
-    (_snapshot(run_directory, name) / PINNED).unlink(missing_ok=True)
+    folder = _snapshot(run_directory, name)
+    (folder / PINNED).unlink(missing_ok=True)
+    flush(folder)
 
 
 def is_pinned(folder: Path) -> bool:

@@ -1,0 +1,117 @@
+"""A disk that can lose its power: what a folder would hold afterwards, by the fsync calls that were really made.
+
+A file keeps what it held at its last fsync, and is empty without one; a folder's names are those of its last fsync.
+What was not flushed may be on disk all the same, or be there in part, so that a power cut has several outcomes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+OUTCOMES: dict[str, Callable[[int], bool]] = {
+    "only what was flushed": lambda depth: False,
+    "all names": lambda depth: True,
+    "names within folders": lambda depth: depth > 0,
+    "names of folders": lambda depth: depth == 0,
+}
+"""Which folders, by their depth below the one where files are published, have their names of this moment on disk."""
+
+
+@dataclass
+class Disk:
+    """`root` is on disk from the beginning. `published`: the folder below it whose entries are whole or absent."""
+
+    root: Path
+    published: Path
+    after_each_change: Callable[[], None] = lambda: None
+    operations: list[tuple[str, str]] = field(default_factory=list)
+    """(operation, path below `root`), in order, such as ("fsync", "checkpoint/complete.json")."""
+    _contents: dict[int, bytes] = field(default_factory=dict)
+    _names: dict[int, dict[str, int]] = field(default_factory=dict)
+    _held: list[int] = field(default_factory=list)
+    """Descriptors that keep flushed inodes from being used again."""
+
+    def flush(self, descriptor: int) -> None:
+        self._held.append(os.dup(descriptor))
+        status = os.fstat(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}")
+        if stat.S_ISDIR(status.st_mode):
+            self._names[status.st_ino] = _names(path)
+            self._contents |= {inode: b"" for inode in self._names[status.st_ino].values() if inode not in self._known}
+        else:
+            self._contents[status.st_ino] = path.read_bytes()
+
+    @property
+    def _known(self) -> set[int]:
+        return self._contents.keys() | self._names.keys()
+
+    def after_power_cut(self, outcome: str, to: Path) -> Path:
+        """Writes to the folder `to` what may be left of `root`."""
+        shutil.rmtree(to, ignore_errors=True)
+        self._restore(os.stat(self.root).st_ino, self.root, to, OUTCOMES[outcome])
+        return to
+
+    def _restore(self, inode: int, now: Path, to: Path, is_current: Callable[[int], bool]) -> None:
+        to.mkdir()
+        depth = len(now.relative_to(self.published).parts) if now.is_relative_to(self.published) else -1
+        there = now.is_dir() and os.stat(now).st_ino == inode
+        names = _names(now) if there and (depth >= 0 and is_current(depth)) else self._names.get(inode, {})
+        for name, entry in names.items():
+            if entry in self._names or ((now / name).is_dir() and os.stat(now / name).st_ino == entry):
+                self._restore(entry, now / name, to / name, is_current)
+            else:
+                (to / name).write_bytes(self._contents.get(entry, b""))
+
+    def close(self) -> None:
+        for descriptor in self._held:
+            os.close(descriptor)
+
+
+def _names(folder: Path) -> dict[str, int]:
+    return {entry.name: entry.inode() for entry in os.scandir(folder)}
+
+
+@contextmanager
+def recorded(root: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """Everything now in `root` is on disk; what is done to it from here on is recorded."""
+    disk = Disk(root, published)
+    for folder, _, files in os.walk(root):
+        for path in (Path(folder), *(Path(folder, name) for name in files)):
+            descriptor = os.open(path, os.O_RDONLY)
+            disk.flush(descriptor)
+            os.close(descriptor)
+
+    def watch(operation: str) -> Callable[..., Any]:
+        change = getattr(os, operation)
+
+        def watched(path: Any, *arguments: Any, **options: Any) -> Any:
+            place = os.readlink(f"/proc/self/fd/{path}") if operation == "fsync" else os.fspath(path)
+            result = change(path, *arguments, **options)
+            if operation == "fsync":
+                disk.flush(path)
+            if Path(place).is_relative_to(root) or options.get("dir_fd") is not None:
+                disk.operations.append((operation, str(Path(root, place).relative_to(root))))
+                with monkeypatch.context() as unwatched:
+                    for name, original in originals.items():
+                        unwatched.setattr(os, name, original)
+                    disk.after_each_change()
+            return result
+
+        return watched
+
+    originals = {operation: getattr(os, operation) for operation in CHANGES}
+    with monkeypatch.context() as patched:
+        for operation in CHANGES:
+            patched.setattr(os, operation, watch(operation))
+        yield disk
+    disk.close()
