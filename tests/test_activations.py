@@ -580,6 +580,39 @@ def test_replacing_is_the_threads_own(tiny):
     assert torch.equal(seen[0], clean)
 
 
+def test_replacing_does_not_leak_into_another_threads_pass(tiny):
+    """That other pass reads a hook further on, and one in between is replaced meanwhile: it sees none of it."""
+    name, later, tokens = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post", windows()
+    model = load(tiny("llama"), name, later, whole=True)
+    clean = model.activations(tokens)
+    begun, seen = [], []
+
+    def zeros(x):
+        if not begun:  # a leak is to end as a difference, not as threads without end
+            begun.append(True)
+            other = threading.Thread(target=lambda: seen.extend(model.activations(tokens)))
+            other.start()
+            other.join()
+        return torch.zeros_like(x)
+
+    model.logits(tokens, {name: zeros})
+    assert all(map(torch.equal, seen, clean)) and len(seen) == 2
+
+
+def test_a_middle_that_the_residual_does_not_go_through_is_none(tiny, monkeypatch):
+    """A block that hands its norm a copy: the sum holds, until the copy is replaced. Such a middle is refused."""
+
+    def forward(self, hidden_states, **others):
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **others)
+        middle = hidden_states + attended
+        return middle + self.mlp(self.post_attention_layernorm(middle.clone()))
+
+    before = load(tiny("llama"), "blocks.1.hook_resid_post").activations(windows())[0]
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaDecoderLayer, "forward", forward)
+    assert torch.equal(load(tiny("llama"), "blocks.1.hook_resid_post").activations(windows())[0], before)
+    assert "hook_resid_mid" in refusal(tiny("llama"), "blocks.1.hook_resid_mid")
+
+
 @pytest.mark.parametrize("architecture", MIDDLES)
 def test_replaced_middle_reaches_the_mlp_and_the_residual(tiny, architecture):
     """What is put at resid_mid is what the MLP reads and what goes around it: resid_post is it plus the new mlp_out."""

@@ -192,6 +192,14 @@ def test_gz_file_is_one_document(tmp_path: Path) -> None:
     assert shards_of(corpus_of(*paths, shard_bytes=2)) == [["one\ntwo\n"], ["one\ntwo\n"]]
 
 
+def test_small_gz_files_share_a_shard_by_the_text_that_is_in_them(tmp_path: Path) -> None:
+    """About three times their size on disk: of files of 25 bytes, taken for 75 of text, two fit into 175."""
+    paths = [written(tmp_path / f"{i}.gz", "word\n") for i in range(5)]
+    assert {path.stat().st_size for path in paths} == {25}
+    corpus = corpus_of(*paths, shard_bytes=175)
+    assert [len(shard) for shard in shards_of(corpus)] == [2, 2, 1]
+
+
 # Finding files
 
 

@@ -334,6 +334,19 @@ def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel
     assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, zero), abs=1e-6)
 
 
+def test_the_mean_of_mean_ablation_is_that_of_the_stream(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Rows beyond the norm bound count in it as little as they are replaced by it."""
+    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    (x,) = model.activations(ids)
+    bound = float(x.norm(dim=-1)[kept].median())
+    within = kept & (x.norm(dim=-1) <= bound)
+    result = _evaluate(model, windows, tmp_path, gain=1.0, norm_bound=bound)
+    expected = _cross_entropy(model, windows, {HOOK: _where(within, x[within].mean(0))})
+    assert result["ce_mean_ablation"] == pytest.approx(expected, abs=1e-6)
+    others = _cross_entropy(model, windows, {HOOK: _where(within, x[kept].mean(0))})
+    assert expected != pytest.approx(others, abs=1e-3)
+
+
 def test_rows_are_dropped_as_the_producer_drops_them():
     """The same rows of the same activations, those included that are not finite."""
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from monitor.explore import Explorer
 from monitor.follow import Evaluator
 from monitor.held_out import held_out_windows
 from monitor.latent_page import latent_page
-from monitor.latents import births, gather_latents, load_latents
+from monitor.latents import LatentActivations, births, gather_latents, load_latents
 from monitor.metrics import MonitorMetrics, new_registry
 from monitor.run_directory import LATENTS, NotThere
 from monitor.settings import MonitorSettings
@@ -97,6 +98,25 @@ def test_an_sae_that_is_not_sparse_is_shown_less_text(
     latents = gather_latents(model, windows, subject)
     assert len(latents.ids) < len(windows) and len(latents.values) >= 1
     assert latents.rows == windows.kept[: len(latents.ids)].sum()
+
+
+def test_positions_do_not_depend_on_passes(
+    folder: Path, model: LanguageModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
+):
+    """One window at a time, and three rows of all latents at a time, is what all at once is."""
+    subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
+    some = Windows(windows.ids[:4], windows.kept[:4], windows.padded[:4])
+    at_once = gather_latents(model, some, subject)
+    monkeypatch.setattr(monitor.passes, "LOGITS_IN_MEMORY", 1)
+    monkeypatch.setattr(monitor.latents, "LATENTS_IN_MEMORY", 3 * len(planted_sae(model).weights["threshold"]))
+    in_parts = gather_latents(model, some, subject)
+    assert in_parts.streamed.tolist() == at_once.streamed.tolist()
+    assert len(at_once.values) and in_parts.starts.tolist() == at_once.starts.tolist()
+    for latent in range(at_once.d_sae):
+        one, other = (
+            {p: round(float(v), 3) for p, v in zip(*it.of(latent), strict=True)} for it in (at_once, in_parts)
+        )
+        assert one == other
 
 
 def test_a_latent_that_turns_is_born_again():
@@ -221,6 +241,33 @@ def test_a_past_is_told_where_nobody_looked(folder: Path, explorer: Explorer, mo
         assert [round(then["cosine"]) for then in past] == [-1, -1, 1]
     finally:
         shutil.rmtree(folder / "run" / "snapshots" / "000000001500")
+
+
+def test_a_crosscoder_promotes_what_it_writes_last(explorer: Explorer):
+    """Its decoder row is as wide as its hooks together; what it writes at the last of them goes to the logits."""
+    it = explorer.open("planted")
+    W_dec = it.weights["W_dec"]
+    crosscoder = SimpleNamespace(
+        weights={"W_dec": torch.cat([W_dec.roll(1, 0), W_dec], 1)},
+        subject=SimpleNamespace(writes=("another hook", *it.subject.writes)),
+    )
+    assert torch.equal(explorer._logits(crosscoder, 0), explorer._logits(it, 0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("has_bos", "tokens"), [(True, [11, 12]), (False, [10, 11, 12])])
+def test_the_first_token_is_shown_unless_it_is_a_bos(model: LanguageModel, has_bos: bool, tokens: list[int]):
+    """A stream without BOS has the first position, and its text begins there."""
+    streamed = np.array([[not has_bos, True, True, False]])
+    latents = LatentActivations(
+        ids=np.array([[10, 11, 12, 13]], np.uint32), shown=np.array([[True, True, True, False]]), streamed=streamed,
+        starts=np.array([0, 1]), positions=np.array([2], np.uint32), values=np.array([5.0], np.float32),
+        born=np.zeros(1, np.int64),
+    )  # fmt: skip
+    texts = Texts(model.tokenizer)
+    context = monitor.explore._context(latents, texts, *latents.of(0), 0)
+    assert context["tokens"] == texts.pieces(tokens)
+    assert context["values"] == [0.0] * (len(tokens) - 1) + [5.0]
+    assert (context["at"], context["cut_before"], context["cut_after"]) == (len(tokens) - 1, False, False)
 
 
 def test_only_what_reaches_the_residual_stream_promotes_tokens(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):

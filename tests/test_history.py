@@ -67,6 +67,17 @@ def test_what_a_resumed_trainer_takes_back_is_gone(run: Path):
     assert news["tokens"] == [10, 15] and news["saes"]["a"]["fvu"] == [0.1, 0.99]
 
 
+def test_a_lost_point_at_which_the_new_lineage_reports_is_gone_too(run: Path):
+    """It reports 20 after 30, where the lost lineage had reported 20 as well: one point for 20, the new one."""
+    history = History(run)
+    for time, tokens in enumerate((10, 20, 30)):
+        report(run, tokens, time=time)
+    history.columns()
+    report(run, 20, time=9)
+    found = history.columns()
+    assert (found["tokens"], found["time"]) == ([10, 20], [0, 9])
+
+
 def test_saes_that_come_later_have_nothing_before(run: Path):
     """None, so that all columns are as long as the tokens; not a number is null in JSON too."""
     history = History(run)

@@ -311,6 +311,15 @@ def test_adam_is_torchs(kernels: ModuleType, dtype: torch.dtype, unit: bool) -> 
         assert torch.equal(half, W.bfloat16())
 
 
+def test_of_two_bfloat16_numbers_equally_near_the_even_one_is_stored(kernels: ModuleType) -> None:
+    """As torch does it: 1 + 1/256 lies between 1 and 1 + 2/256, 1 + 3/256 between that and 1 + 4/256."""
+    W = torch.tensor([[1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 1 + 1.01 / 256]])
+    half, zeros = torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(1, 4)
+    kernels.adam_rows(W, zeros, zeros.clone(), zeros.clone(), half, 0.0, (0.9, 0.9), 1e-6, 1, torch.tensor(1.0), False)
+
+    assert ((half.float() - half.float().sign()) * 256).tolist() == [[0, 4, 0, 2]]
+
+
 def test_threads_do_not_change_a_bit() -> None:
     """Whoever computes a row computes all of it."""
     torch.manual_seed(0)

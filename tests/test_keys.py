@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from producer.keys import KeysError, write_keys
+from producer.keys import KeysError, connect_encrypted, serve_encrypted, write_keys
 from producer.link import Refused
 from producer.settings import StreamSettings
 from producer.wire import Reject
@@ -257,8 +257,7 @@ def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: P
     shutil.copy(keys / "server.key", second / "server.key")
     with trainer(settings_with(keys)) as intake:
         stays, goes = (Producing(settings_with(folder, intake.endpoint)) for folder in (keys, second))
-        wait_for(lambda: len(intake.ledger.sessions) == 2)
-        before = stays.link.sessions
+        wait_for(lambda: stays.link.sessions == goes.link.sessions == 1)
         (keys / "clients" / "second.key").unlink()
         assert len(intake.ledger.sessions) == 2
         began = time.monotonic()
@@ -268,7 +267,7 @@ def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: P
         assert time.monotonic() - began < TELLING_SECONDS
         assert isinstance(ended, Refused)
         assert "its key was withdrawn" in str(ended)
-        assert stays.link.sessions == before
+        assert stays.link.sessions == 1
         assert finish(intake, stays) == every_name()
 
 
@@ -281,6 +280,28 @@ def test_a_withdrawn_key_says_no_second_hello_on_its_old_connection(keys: Path) 
         peer.say(peer.hello.model_copy(update={"session": "another"}))
 
         assert peer.hear(Reject).code == "key"
+
+
+def test_without_its_doorkeeper_nobody_is_let_in(keys: Path, tmp_path: Path) -> None:
+    """Should the thread that asks for keys be gone, the socket refuses everybody rather than nobody."""
+    with zmq.Context() as context:
+        context.linger = 0
+        server = context.socket(zmq.ROUTER)
+        authenticator, _ = serve_encrypted(context, server, str(keys))
+        server.bind(f"ipc://{tmp_path}/door")
+
+        def knocks() -> bool:
+            client = context.socket(zmq.DEALER)
+            connect_encrypted(client, str(keys))
+            client.connect(f"ipc://{tmp_path}/door")
+            client.send(b"here I am")
+            return bool(server.poll(500))
+
+        assert knocks()
+        server.recv_multipart()
+        authenticator.stop()
+        assert not knocks()
+        context.destroy()
 
 
 def test_a_broken_file_among_the_clients_locks_nobody_out(keys: Path) -> None:

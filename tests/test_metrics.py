@@ -10,8 +10,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -118,6 +120,79 @@ def test_trainer_shows_its_last_report():
     assert registry.get_sample_value("sluice_fvu", {"sae": "a"}) == 0.2
     assert registry.get_sample_value("sluice_loss", {"sae": "a", "part": "reconstruction"}) == 0.2
     assert registry.get_sample_value("sluice_state", {"state": "training"}) == 1
+
+
+NUMBERS = count(1)
+
+
+def numbered(kind: type, **given: Any) -> Any:
+    """A report of which no two numbers are the same, so that each tells which one it is."""
+    values: dict[str, Any] = {}
+    for one in fields(kind):
+        number = next(NUMBERS)
+        values[one.name] = given.get(one.name, {"some": number} if str(one.type).startswith("dict") else number)
+    return kind(**values)
+
+
+STATE = ["sluice_state", "sluice_producer_state"]
+ELSEWHERE = {
+    "sluice_report_timestamp_seconds": "time",
+    "sluice_tokens_trained_total": "tokens",
+    "sluice_steps_total": "step",
+    "sluice_buffer_same_context_mates": "same_context_mates",
+    "sluice_tokens_discarded_total": "rows_discarded",
+    "sluice_invariant_breaches_total": "breaches",
+    "sluice_feature_density": "density",
+    "sluice_producer_layers": "layers_total",
+    "sluice_evaluation_fvu": "fvu",
+    "sluice_evaluation_l0": "l0",
+    "sluice_evaluation_cosine": "cosine",
+    "sluice_evaluation_shrinkage": "shrinkage",
+    "sluice_evaluation_dense_latents": "dense_latents",
+    "sluice_evaluation_dead_latents": "dead_latents",
+    "sluice_evaluated_snapshot_tokens": "snapshot_tokens",
+    "sluice_evaluation_seconds": "seconds",
+}
+"""Metrics whose field is not the name itself."""
+MEASURES = {name: next(NUMBERS) for name in (
+    "ce_delta", "ce_recovered", "ce_recovered_mean_ablation", "kl", "ce_clean", "ce_sae", "fvu", "l0", "cosine",
+    "shrinkage", "dense_latents", "dead_latents", "explanation_f1", "ablation_effects_ratio", "snapshot_tokens",
+    "seconds",
+)} | {"probe_accuracy": {"some": next(NUMBERS)}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "reports"),
+    [
+        (metrics.STEP, [report := numbered(StepReport, stream=numbered(StreamReport)), report.stream]),
+        (metrics.SAE, [numbered(SaeReport)]),
+        (metrics.PRODUCER, [numbered(ProducerReport)]),
+        (metrics.EVALUATION, [MEASURES]),
+    ],
+    ids=["step", "sae", "producer", "evaluation"],
+)
+def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[metrics.Metric, ...], reports: list[Any]):
+    """No two numbers of the report are the same: which one is shown tells which field was read."""
+    known = {
+        name: value
+        for one in reversed(reports)
+        for name, value in (one if table is metrics.EVALUATION else vars(one)).items()
+    }
+    for metric in table:
+        shown = metric.read(reports[0])
+        stem = metric.name.removeprefix("sluice_").removesuffix("_total")
+        name = ELSEWHERE.get(metric.name, stem if stem in known else stem.removeprefix("producer_"))
+        if metric.name in STATE:
+            assert shown[known["state"]] == 1 and sum(shown.values()) == 1
+        elif metric.name == "sluice_producer_rows_dropped_ratio":
+            dropped = known["rows_dropped"]["some"]
+            assert shown == dropped / (dropped + known["tokens"])
+        elif metric.kind == "summary":
+            assert shown == (known["forwards"], known["forward_seconds"])
+        elif isinstance(known[name], dict):
+            assert known[name].items() <= shown.items()
+        else:
+            assert shown == known[name], metric.name
 
 
 def test_unknown_values_are_absent_and_nan_is_shown():

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import monitor.probing
 from monitor.evaluate import Subject, load_subject
 from monitor.held_out import EvaluationError
-from monitor.probing import LabelledTexts, fit_logistic, probe_accuracy, read_labelled_texts
+from monitor.probing import LabelledTexts, _sides, fit_logistic, probe_accuracy, read_labelled_texts
 from producer.activations import LanguageModel
 from producer.settings import CorpusSettings
 from producer.tokens import Windows
@@ -59,6 +60,27 @@ def test_labels_are_told_from_all_others(model: LanguageModel, tmp_path: Path):
         windows.ids[labels == label, 1:] = token
     found = probe_accuracy(model, subject, LabelledTexts(windows, labels))
     assert found["dense"] == 1.0 and found["5"] >= 0.9
+
+
+def test_latents_are_chosen_by_the_texts_that_are_fitted_to(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """One latent tells all labels faintly; another shouts them, but only in the texts that are kept for the test."""
+    labels = np.array(["a", "b"] * 20)
+    truth = torch.from_numpy(labels == "a").float()
+    test = np.intersect1d(*(_sides(labels == label)[1] for label in "ab"))
+    shouts = torch.zeros(len(labels))
+    shouts[test] = 100 * truth[test]
+    latents = torch.stack([0.1 * truth, shouts, shouts, shouts, shouts, shouts], 1)
+    monkeypatch.setattr(monitor.probing, "_text_means", lambda *_: (latents, latents, np.ones(len(labels), bool)))
+    found = probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), labels))
+    assert found["1"] == 1.0
+
+
+def test_texts_that_are_tested_were_not_fitted_to():
+    """Of 5 texts with the label and 9 without: two of each side to fit, two other ones to test."""
+    is_label = np.arange(14) < 5
+    fit, test = _sides(is_label)
+    assert len(set(fit) | set(test)) == len(fit) + len(test) == 8
+    assert is_label[fit].sum() == is_label[test].sum() == 2
 
 
 def test_logistic_regression_is_at_its_optimum():

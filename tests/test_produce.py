@@ -16,7 +16,7 @@ import torch
 import zmq
 from torch import Tensor
 
-from producer.produce import CHUNK_ROWS, ReadingAhead, chunk_parts, chunk_windows
+from producer.produce import CHUNK_ROWS, ReadingAhead, _pack_rows, chunk_parts, chunk_windows
 from producer.source import CALIBRATION_SECONDS, LanguageModelSource, norm_bounds
 from producer.tokens import Windows
 from producer.wire import (
@@ -249,6 +249,23 @@ def test_a_chunk_may_hold_outliers_only(hand: Trainer, endpoint: str) -> None:
     assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=3)
 
 
+def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint: str) -> None:
+    """√(10² + 0.5²) = 10.01 and √(9.9375² + 0.875²) = 9.976 are both 10 in bfloat16: each across its bound."""
+    source = tensors(1, widths=(2,))
+    source.x[0] = torch.tensor([[[1, 1], [10, 0.5], [9.9375, 0.875], [1, 1]]], dtype=torch.bfloat16)
+    assert torch.linalg.vector_norm(source.x[0][0, 1:3], dim=-1).tolist() == [10.0, 10.0]
+    producer = start(endpoint, source, "bfloat16")
+    hand.welcome(norm_bounds=[10.0])
+    outliers = hand.lease().positions(CONTEXT, "outliers")
+    finish(hand, producer)
+    assert outliers == [1]
+
+    source.x[0][0, 1] = 1
+    bound = 9.98  # above the true norm of the third, below its rounded one
+    kept, _ = _pack_rows(source.x, source.kept, [bound], torch.bfloat16)
+    assert kept.tolist() == [[False, True, True, True]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_no_outlier(hand: Trainer, endpoint: str, value: float) -> None:
     """It is not quietly dropped as if it were an attention sink: the trainer gets to see it, and refuses it."""
@@ -455,6 +472,18 @@ def test_parts_cover_a_pass_once_and_never_reach_too_far(context: int) -> None:
         assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == chosen.tolist()
         assert all(1 <= len(part) <= 7 for part in parts)
         assert all((part[-1] - part[0] + 1) * context <= MAX_CHUNK_POSITIONS for part in parts)
+
+
+def test_credit_never_shrinks(hand: Trainer, endpoint: str) -> None:
+    """A CREDIT that says less than one before it is an old one: what was granted stays granted."""
+    source = tensors(8)
+    producer = start(endpoint, source)
+    hand.welcome()  # with credit for a thousand chunks
+    hand.say(Credit(number=0))
+    sent = hand.lease()
+    finish(hand, producer)
+
+    assert sent.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
 
 
 def test_a_shard_without_rows_is_done_at_once(hand: Trainer, endpoint: str) -> None:

@@ -153,7 +153,10 @@ def test_another_runs_snapshot_is_not_mixed_in(run_directory: Path, url: str, tm
         pull(Monitor(url), tmp_path / "snapshots")
 
 
-@pytest.mark.parametrize("path", ["../evil", "/tmp/evil", "small/../../evil", "manifest.json", ""])
+@pytest.mark.parametrize(
+    "path",
+    ["../evil", "/tmp/evil", "small/../../evil", "manifest.json", "", "..\\evil", "C:evil", "small/file:stream"],
+)
 def test_manifest_that_leads_out_of_the_folder_is_refused(run_directory: Path, url: str, tmp_path: Path, path: str):
     """The server is not trusted with paths on this machine."""
     manifest = run_directory / "snapshots" / "000000001000" / "manifest.json"

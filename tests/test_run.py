@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
+from tests.small_training import Silent
 from trainer.buffer import Batch
+from trainer.ctl import Inbox
 from trainer.ledger import Ledger, Limits
 from trainer.run import Run
-from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
+from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import forget_after, snapshot_names
-from trainer.train import written
+from trainer.train import Loop, written
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
 
@@ -119,3 +123,35 @@ def test_a_full_disk_does_not_end_training() -> None:
     assert not written("snapshot", lambda: save_file({"x": torch.zeros(4)}, "/proc/no/such/place"))
     assert not written("snapshot", lambda: Path("/proc/no/such/place").write_text(""))
     assert written("snapshot", lambda: None)
+
+
+class Snapshots(Loop):
+    """A loop that only counts: batches of a hundred rows, and when it would publish."""
+
+    def __init__(self, run: Run, intake: Any) -> None:
+        super().__init__(run.settings, run.roster, intake, Inbox(threading.Event()), Silent())
+        self.published: list[int] = []
+        self.begin(run)
+
+    def report(self) -> None: ...  # type: ignore[override]
+
+    def publish(self) -> list[str]:
+        self.published.append(self.tokens)
+        return []
+
+
+def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same(tmp_path: Path) -> None:
+    """every_tokens = 1000, and a restart after every 300 rows: a snapshot at 1000 and one at 2000."""
+    run = two_hooks(tmp_path)
+    run.settings = run.settings.model_copy(update={"snapshots": SnapshotSettings(every_tokens=1000)})
+    ledger = SimpleNamespace(rows_trained=0)
+    intake = SimpleNamespace(ledger=ledger, trained=lambda batch: setattr(ledger, "rows_trained", batch))
+    run.learn = lambda batch: None  # type: ignore[method-assign]
+    published = []
+    for _ in range(8):
+        loop = Snapshots(run, intake)
+        for _ in range(3):
+            loop._step(ledger.rows_trained + 100)  # type: ignore[arg-type]
+        published += loop.published
+
+    assert published == [1000, 2000]

@@ -22,7 +22,7 @@ import monitor.service
 from monitor.access import TokenError, read_token
 from monitor.metrics import MonitorMetrics, new_registry
 from monitor.run_directory import last_report
-from monitor.service import make_app, start_service
+from monitor.service import _Names, make_app, start_service
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.durable import replace_text
 from trainer.snapshot import pin, retire, snapshot_names
@@ -107,6 +107,30 @@ def test_snapshots_are_listed_with_their_numbers(run_directory: Path, client: Te
         "metrics": {"l0": 4.0, "fvu": 0.25, "dead_latents_ratio": None},
         "evaluation": {"ce_delta": 0.5},
     }
+
+
+def test_a_snapshot_that_comes_in_the_same_tick_of_the_clock_is_listed(run_directory: Path):
+    """The folder's time has not changed since it was last read, and the new one is there all the same."""
+    folder = publish_snapshot(run_directory, 1000).parent
+    names, before = _Names(run_directory), folder.stat()
+    assert names.read() == ["000000001000"]
+    publish_snapshot(run_directory, 2000)
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert names.read() == ["000000001000", "000000002000"]
+
+
+def test_a_list_of_snapshots_that_has_not_changed_is_not_read_again(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Long after the last change; and a new one is seen at once."""
+    names = _Names(run_directory)
+    os.utime(publish_snapshot(run_directory, 1000).parent, (1.0, 1.0))
+    names.read()
+    with monkeypatch.context() as patched:
+        patched.setattr("monitor.service.snapshot_names", lambda directory: 1 / 0)
+        assert names.read() == ["000000001000"]
+    publish_snapshot(run_directory, 2000)
+    assert names.read() == ["000000001000", "000000002000"]
 
 
 def test_file_carries_its_hash_and_never_changes(run_directory: Path, client: TestClient):

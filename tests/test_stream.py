@@ -217,6 +217,19 @@ def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytes
     assert "neither" in StreamReport().bottleneck
 
 
+def test_rows_that_the_ledger_knows_nothing_of_are_seen(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The audit looks into the real buffer, every second: rows in it that nobody has accounted for are a breach."""
+    with trainer(stream_settings(endpoint)) as intake, Peer(stream_settings(endpoint)) as peer:
+        peer.join()
+        wait_for(lambda: intake.buffer is not None)
+        with intake.lock:
+            assert intake.buffer is not None
+            intake.buffer.insert([torch.zeros(2, D_IN)], serial=0, position=np.arange(2))
+        wait_for(lambda: "an invariant is broken" in caplog.text)
+        assert intake.stream_report().breaches["rows_accounted"] >= 1
+    assert "the buffer holds 2 rows, the ledger 0" in caplog.text
+
+
 def nan_in_the_middle(value: float) -> bytes:
     rows = np.ones((CHUNK_ROWS, D_IN), np.float32)
     rows[7, 2] = value

@@ -278,6 +278,20 @@ def test_fingerprint_changes_with_the_settings_of_packing(
     assert tokens_fingerprint(tokenizer, packing(shard_bytes=5)) == tokens_fingerprint(tokenizer, packing())
 
 
+def test_fingerprint_changes_with_each_special_token() -> None:
+    """The same vocabulary and the same special tokens: which of them comes first, between and last decides the ids."""
+    special, texts = ("^", "$", "_", "%"), ["a", "b"]
+    roles = [
+        {"bos_token": "^", "eos_token": "$", "pad_token": "_", "sep_token": "%"},
+        {"bos_token": "^", "eos_token": "%", "pad_token": "_", "sep_token": "$"},  # another separator
+        {"bos_token": "%", "eos_token": "$", "pad_token": "_", "sep_token": "^"},  # another BOS
+        {"bos_token": "^", "eos_token": "$", "pad_token": "%", "sep_token": "_"},  # other padding
+    ]
+    tokenizers = [letters(*special, **each) for each in roles]
+    assert len({windows_of(texts, one, packing(6)).ids.tobytes() for one in tokenizers}) == len(roles)
+    assert len({tokens_fingerprint(one, packing(6)) for one in tokenizers}) == len(roles)
+
+
 def test_fingerprint_changes_with_the_tokenizer() -> None:
     """Vocabulary, rules and the roles of special tokens count."""
     tokenizers = [

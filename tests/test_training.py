@@ -157,6 +157,18 @@ def test_density_sorts_latents_by_their_firing_rate() -> None:
     assert {edge: count for edge, count in density.items() if count} == {0.0: 1, -1.0: 1, "never": 1}
 
 
+def test_a_latent_that_was_silent_for_long_has_not_fired_in_the_window() -> None:
+    """One firing, ten half-lives ago, is a thousandth of one by now: too little to count, and no bin of its own."""
+    statistics = Statistics(2, torch.zeros(1))
+    statistics.update(torch.zeros(1, 1), torch.zeros(1, 1), largest(torch.tensor([[1.0, -1.0]]), 1))
+    assert statistics.density()[-1] == 1
+    rows = 10 * HALF_LIFE_TOKENS
+    statistics.update(torch.zeros(rows, 1), torch.zeros(rows, 1), nothing_fired(rows, 2))
+
+    assert float(statistics.firings[0]) == pytest.approx(2**-10)
+    assert statistics.density()[-1] == 2 and sum(statistics.density()) == 2
+
+
 def test_the_decoder_gradient_is_tangent_to_its_unit_rows() -> None:
     """After projection no row's gradient has a component along the row."""
     torch.manual_seed(0)
@@ -176,6 +188,16 @@ def test_clipping_scales_the_whole_gradient() -> None:
     assert norm == pytest.approx(10.0)
     # Adam without memory steps −g / (|g| + 1), here with g = (0.6, 0.8).
     torch.testing.assert_close(parameters["b_dec"], torch.tensor([-0.6 / 1.6, -0.8 / 1.8]))
+
+
+def test_clipping_leaves_a_small_gradient_as_it_is() -> None:
+    """A gradient of norm 0.5 is under the bound of 1: it is not scaled up to it."""
+    parameters = {"b_dec": torch.zeros(2)}
+    optimizer = RowAdam(parameters, OptimizerSettings(betas=[0.0, 0.0], eps=1.0, clip=1.0))
+    norm = optimizer.step({"b_dec": torch.tensor([0.3, 0.4])}, 1.0)
+
+    assert norm == pytest.approx(0.5)
+    torch.testing.assert_close(parameters["b_dec"], torch.tensor([-0.3 / 1.3, -0.4 / 1.4]))
 
 
 def test_a_parameter_that_does_not_learn_is_left_alone() -> None:

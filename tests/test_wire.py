@@ -345,7 +345,13 @@ def test_windows_follow_each_other_in_a_mask() -> None:
 # Held-out shards
 
 
-@pytest.mark.parametrize(("shards", "fraction", "count"), [(100, 0.1, 10), (10, 0.01, 1), (3, 0.99, 2), (2, 0.5, 1)])
+@pytest.mark.parametrize(
+    ("shards", "fraction", "count"),
+    [
+        (100, 0.1, 10), (10, 0.01, 1), (3, 0.99, 2), (2, 0.5, 1),
+        (10, 0.28, 3), (10, 0.22, 2), (10, 0.25, 2), (10, 0.35, 4),  # to the nearest; halves to the even one
+    ],
+)  # fmt: skip
 def test_held_out_fraction_is_kept(shards: int, fraction: float, count: int) -> None:
     """At least one where there are two shards, and at least one to train on."""
     held = held_out_shards(shards, fraction)
