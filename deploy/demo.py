@@ -8,23 +8,22 @@ all three and leaves nothing running.
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from monitor.run_directory import last_report
+from monitor.run_directory import last_report, read_json
 from monitor.settings import MonitorSettings
 from monitor.terminal import live, results
+from producer.parsing import read_object
 from producer.settings import SettingsError, read_run_file
 from trainer.settings import TrainerSettings
 from trainer.snapshot import snapshot_names
@@ -147,8 +146,8 @@ def _evaluations(directory: Path) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for name in snapshot_names(directory):
         for path in (directory / "snapshots" / name).glob("*/evaluation.json"):
-            with suppress(FileNotFoundError, ValueError):  # retired or replaced a moment ago
-                found[path.parent.name] = json.loads(path.read_text())
+            if (evaluation := read_json(path)) is not None:  # else retired a moment ago
+                found[path.parent.name] = evaluation
     return found
 
 
@@ -176,7 +175,7 @@ def _dead_tokens(settings: TrainerSettings) -> str:
 
 def _show_results(console: Console, settings: TrainerSettings, seconds: float) -> None:
     directory = Path(settings.run.directory)
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = read_object(directory / "summary.json")
     console.print()
     console.print(results(summary))
     console.print(

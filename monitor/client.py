@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import os
 import ssl
 import urllib.error
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from producer.parsing import ParseError, parse_object
 
 TIMEOUT_SECONDS = 30.0
 LARGEST_DOCUMENT = 64 << 20
@@ -78,13 +79,15 @@ class Monitor:
             text = answer.read(LARGEST_DOCUMENT)
             if answer.status == 204:
                 return None
-        try:
-            document = json.loads(text)
-        except ValueError:
-            document = None
-        if not isinstance(document, dict):
-            raise MonitorError(f"{self.base}{path} is no JSON object; is this the address of a Sluice monitor?")
-        return document
+        return document_of(text, self.base + path)
+
+
+def document_of(text: bytes, address: str) -> dict[str, Any]:
+    """The JSON object that was answered. Raises MonitorError when it is none."""
+    try:
+        return parse_object(text)
+    except ParseError as error:
+        raise MonitorError(f"{address} is no JSON object ({error}); is this the address of a Sluice monitor?") from None
 
 
 def _explain(address: str, error: urllib.error.HTTPError) -> Exception:
@@ -93,8 +96,8 @@ def _explain(address: str, error: urllib.error.HTTPError) -> Exception:
     if error.code == 304:
         return NotModified(f"{address} has not changed")
     try:
-        reason = json.loads(body)["error"]
-    except (ValueError, KeyError, TypeError):
+        reason = parse_object(body)["error"]
+    except (ParseError, KeyError):
         # A Sluice monitor explains itself in JSON; the metrics port of one, and anybody else, does not.
         reason = f"{error.reason}; is this the address of a Sluice monitor, and its monitor.service_port?"
     if error.code in (429, 500, 502, 503, 504):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from producer.parsing import ParseError, parse_object
 from trainer.report import DENSITY_EDGES
 
 FILE = "evaluations.jsonl"
@@ -141,11 +142,9 @@ class _Lines:
         self._offset += whole
         for line in text[:whole].splitlines():
             try:
-                found = json.loads(line, parse_constant=lambda _: None)
-            except ValueError:
+                yield parse_object(line, finite=True)
+            except ParseError:
                 continue  # a line that a full disk cut short
-            if isinstance(found, dict):
-                yield found
 
 
 def _point(report: dict[str, Any]) -> dict[str, Any]:

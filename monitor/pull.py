@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import shutil
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monitor.client import BROKEN, LARGEST_DOCUMENT, Gone, Monitor, MonitorError, UsageError, add_address, monitor_of
+from producer.parsing import parse_object
 from trainer.durable import move_folder, replace_text
 from trainer.snapshot import FORMAT, NAME, SnapshotError, file_sha256, read_manifest, snapshot_name, verify
 
@@ -118,7 +118,7 @@ def _fetch_manifest(monitor: Monitor, name: str | None) -> tuple[dict[str, Any],
     with monitor.open(path) as answer:
         text = answer.read(LARGEST_DOCUMENT).decode("utf-8", "replace")
     try:
-        manifest = json.loads(text)
+        manifest = parse_object(text)
         if manifest["format"] != FORMAT:
             raise MonitorError(f"{address} has format {manifest['format']!r}, not {FORMAT}: update Sluice")
         if not NAME.fullmatch(manifest["name"]) or name not in (None, manifest["name"]):
@@ -222,7 +222,7 @@ def _fetch_evaluations(monitor: Monitor, folder: Path) -> bool:
         try:
             with monitor.open(_address(manifest["name"], f"{sae}/evaluation.json")) as answer:
                 text = answer.read(LARGEST_DOCUMENT).decode("utf-8")
-            json.loads(text)
+            parse_object(text)
         except (MonitorError, ValueError, *BROKEN):
             continue
         if (folder / sae).is_dir():

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from producer.parsing import ParseError, parse_object, parse_toml
 from trainer.durable import replace_text
 from trainer.snapshot import SnapshotError, is_pinned, read_manifest, snapshot_names
 
@@ -218,14 +218,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def _loads(text: bytes) -> dict[str, Any] | None:
     """An object, in which NaN and infinities, which JSON does not have, become null; None when it is no object."""
     try:
-        found = json.loads(text, parse_constant=lambda _: None)
-    except ValueError:
+        return parse_object(text, finite=True)
+    except ParseError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _read_toml(path: Path) -> dict[str, Any] | None:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        # As JSON, which the service answers with, can say it: without infinities and dates.
+        return parse_object(json.dumps(parse_toml(path.read_bytes()), default=str), finite=True)
+    except (OSError, ParseError):
         return None

@@ -7,7 +7,6 @@ never holds up the keyboard. Lost connections are taken up again. In a pipe it p
 from __future__ import annotations
 
 import argparse
-import json
 import select
 import signal
 import sys
@@ -32,6 +31,7 @@ from monitor.client import (
     NotModified,
     UsageError,
     add_address,
+    document_of,
     monitor_of,
 )
 from monitor.run_directory import SILENT_SECONDS
@@ -84,7 +84,8 @@ class Watcher:
         try:
             with self._monitor.open("/v1/snapshots", headers) as answer:
                 self._tag = answer.headers.get("ETag", "")
-                return json.loads(answer.read(LARGEST_DOCUMENT))["snapshots"]
+                document = document_of(answer.read(LARGEST_DOCUMENT), f"{self._monitor.base}/v1/snapshots")
+                return document.get("snapshots", [])
         except NotModified:
             return None
 

@@ -15,11 +15,12 @@ import json
 import re
 import signal
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from producer.parsing import ParseError, parse_toml
 
 TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
 
@@ -261,12 +262,12 @@ def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
     """
     try:
         text = Path(path).read_text("utf-8")
-        document = tomllib.loads(text)
+        document = parse_toml(text)
     except FileNotFoundError:
         raise SettingsError(f"run file {path} does not exist; deploy/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"run file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ParseError as error:
         hint = "; each SAE is a table [[sae]], with two brackets" if re.search(r"(?m)^\s*\[sae\]", text) else ""
         raise SettingsError(f"run file {path} is not valid TOML: {error}{hint}") from None
     faults = [fault for override in overrides if (fault := _apply(document, override))]
@@ -327,8 +328,8 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
     if not equals or len(parts) < 2 or not all(parts):
         return f"override {override!r}: expected section.key=value, such as optimizer.batch=2048"
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ParseError:
         value = text  # a bare word is a string, as in model.name=gpt2
     place: Any = document
     for part in parts[:-1]:

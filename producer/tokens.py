@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from producer.corpus import CorpusError
+from producer.parsing import parse_object
 from producer.settings import CorpusSettings
 
 if TYPE_CHECKING:
@@ -216,5 +217,5 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    rules = json.loads(backend.to_str())
+    rules = parse_object(backend.to_str())
     return {name: rule for name, rule in rules.items() if name not in ("truncation", "padding", "post_processor")}

@@ -14,7 +14,7 @@ PACKAGES = ("producer", "trainer", "monitor")
 
 CONTRACTS = {
     "producer": {
-        "producer.wire", "producer.report", "producer.settings", "producer.keys",
+        "producer.wire", "producer.report", "producer.settings", "producer.keys", "producer.parsing",
         # for evaluation: the LM loader, and the text it reads
         "producer.activations", "producer.corpus", "producer.tokens",
         "producer.precision", "producer.memory",
@@ -28,6 +28,7 @@ LIGHT = (
     "producer.wire",
     "producer.report",
     "producer.settings",
+    "producer.parsing",
     "trainer.report",
     "trainer.settings",
     "trainer.snapshot",
@@ -108,3 +109,16 @@ def test_nothing_unpickles() -> None:
         for path in modules(package):
             text = path.read_text()
             assert not [word for word in banned if word in text], path
+
+
+def test_json_and_toml_are_parsed_in_one_place() -> None:
+    """What the parsers raise besides their own errors is known to producer.parsing alone."""
+    parsers = {"json.loads", "json.load", "tomllib.loads", "tomllib.load", "json.JSONDecoder"}
+    callers = {
+        path.relative_to(ROOT).as_posix()
+        for package in (*PACKAGES, "deploy")
+        for path in modules(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in parsers
+    }
+    assert callers == {"producer/parsing.py"}

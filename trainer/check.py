@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from producer.parsing import ParseError, parse_json
 from producer.settings import SettingsError, read_run_file
 from producer.wire import Hello, held_out_shards, unpack_bits
 from trainer.settings import TrainerSettings
@@ -236,8 +236,8 @@ def _twice(values: Iterable[Any]) -> list[Any]:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        parse_json(line)
+    except ParseError:
         return False
     return True
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from producer.parsing import read_object
 from trainer.durable import new_folder, remove_folder, sweep
 from trainer.snapshot import file_sha256
 
@@ -70,7 +71,7 @@ def read(folder: Path) -> Saved:
     if damage := _damage(folder):
         raise CheckpointError(f"{damage}: remove {folder} to resume from the checkpoint before it")
     try:
-        document = json.loads((folder / "state.json").read_text())
+        document = read_object(folder / "state.json")
         tensors = load_file(folder / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
@@ -87,7 +88,7 @@ def read(folder: Path) -> Saved:
 def _damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
-        files = json.loads((folder / "complete.json").read_text())
+        files = read_object(folder / "complete.json")
         for name in FILES:
             path, expected = folder / name, files[name]
             if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:

@@ -18,7 +18,6 @@ import os
 import socket
 import sys
 import threading
-import tomllib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -26,6 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingMixIn, UnixStreamServer
 from typing import Any
+
+from producer.parsing import ParseError, parse_object, parse_toml
 
 log = logging.getLogger("sluice.trainer")
 
@@ -162,10 +163,10 @@ class _Handler(StreamRequestHandler):
         if len(line) > MAX_REQUEST_BYTES:
             return refusal(f"a request has at most {MAX_REQUEST_BYTES} bytes")
         try:
-            asked = json.loads(line)
-        except (ValueError, RecursionError):
-            asked = None
-        if not isinstance(asked, dict) or not isinstance(asked.get("command"), str):
+            asked = parse_object(line)
+        except ParseError:
+            asked = {}
+        if not isinstance(asked.get("command"), str):
             return refusal('a request is one line of JSON, such as {"command": "status"}')
         request = Request(asked.pop("command"), asked)
         self.server.inbox.put(request)
@@ -247,9 +248,12 @@ def ask(directory: Path, request: dict[str, Any]) -> Answer:
         raise CtlError(f"{directory / 'ctl'} cannot be used: {error.strerror or error}", 1) from None
     if not line:
         raise CtlError("the trainer left before it answered", 1)
-    answer = json.loads(line)
-    if not answer["ok"]:
-        raise CtlError(answer["error"], answer["code"])
+    try:
+        answer = parse_object(line)
+    except ParseError as error:
+        raise CtlError(f"{directory / 'ctl'} gives no answer of a trainer: {error}", 1) from None
+    if not answer.get("ok"):
+        raise CtlError(str(answer.get("error", "the trainer gives no reason")), int(answer.get("code", 1)))
     return answer
 
 
@@ -279,10 +283,10 @@ def read_sae_table(path: Path) -> dict[str, Any]:
     A relative `start_from` is one of this process' working directory, and the trainer may have another.
     """
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        document = parse_toml(path.read_bytes())
     except OSError as error:
         raise CtlError(f"{path} cannot be read: {error.strerror}", 2) from None
-    except ValueError as error:
+    except ParseError as error:
         raise CtlError(f"{path} is not valid TOML: {error}", 2) from None
     tables = document.get("sae", [document])
     if "sae" in document and (len(document) > 1 or not isinstance(tables, list) or len(tables) != 1):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from producer.parsing import ParseError, read_object
 from producer.settings import SettingsError, read_run_file
 from trainer import cost
 from trainer.cost import Machine, Sharded, Work
@@ -148,7 +149,7 @@ def language_model(settings: TrainerSettings, width: int | None, parameters: flo
     assert settings.model is not None
     folder = model_folder(settings.model.name)
     if folder is not None:
-        width = width or _width(json.loads((folder / "config.json").read_text()))
+        width = width or _width(_config(folder / "config.json"))
         parameters = parameters or blocks_parameters(folder, [_block(hook) for hook in settings.model.hooks])
     if width is None:
         raise EstimateError(
@@ -169,6 +170,13 @@ def model_folder(name: str) -> Path | None:
     except ValueError:  # no name of the hub, such as a path that does not exist
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (OSError, ParseError) as error:
+        raise EstimateError(f"{path} cannot be read: {error}; add --width, such as --width 768") from None
 
 
 def _width(config: dict[str, Any]) -> int | None:

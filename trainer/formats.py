@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from producer.parsing import ParseError, read_object
 from trainer.saes.folding import fold_norms, has_unit_rows, recentre
 from trainer.saes.inference import ACTIVATION
 from trainer.snapshot import SAELENS_LAYOUT, SnapshotError
@@ -110,11 +111,9 @@ def read_published(folder: Path) -> Published:
     if not (folder / "cfg.json").is_file():
         raise SnapshotError("it holds no cfg.json; name the folder of one SAE, such as …/snapshots/000001000000/NAME")
     try:
-        told = json.loads((folder / "cfg.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        told = read_object(folder / "cfg.json")
+    except (OSError, ParseError) as error:
         raise SnapshotError(f"its cfg.json cannot be read: {error}") from None
-    if not isinstance(told, dict):
-        raise SnapshotError("its cfg.json describes no SAE")
     sparsify = (folder / "sae.safetensors").is_file()
     tensors = _read_tensors(folder / ("sae.safetensors" if sparsify else "sae_weights.safetensors"))
     sae = _from_sparsify(told, tensors) if sparsify else _from_saelens(told, tensors)

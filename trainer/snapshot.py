@@ -33,6 +33,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from producer.parsing import ParseError, read_object
 from trainer.durable import flush, new_folder, remove_folder, replace_text
 
 FORMAT = 1
@@ -140,14 +141,29 @@ def snapshot_names(run_directory: Path) -> list[str]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of one snapshot. Raises SnapshotError when it is missing, unreadable or of another format."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = read_object(folder / "manifest.json", finite=True)
     except FileNotFoundError:
         raise SnapshotError(f"{folder} holds no manifest.json: it is not a complete snapshot") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ParseError) as error:
         raise SnapshotError(f"{folder}/manifest.json cannot be read: {error}") from None
     if manifest.get("format") != FORMAT:
         raise SnapshotError(f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    if lacking := _lacking(manifest):
+        raise SnapshotError(f"{folder}/manifest.json lacks {', '.join(lacking)}; fetch or publish the snapshot again")
     return manifest
+
+
+def _lacking(manifest: dict[str, Any]) -> list[str]:
+    """The parts of a manifest that are missing, or are not what they should be."""
+    kinds = {"name": str, "tokens": int, "created": str, "saes": dict, "run": dict, "files": list}
+    lacking = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    if not lacking and not all(isinstance(metrics, dict) for metrics in manifest["saes"].values()):
+        lacking.append("an object for each of saes")
+    if not lacking and not all(
+        isinstance(file, dict) and {"path", "bytes", "sha256"} <= file.keys() for file in manifest["files"]
+    ):
+        lacking.append("path, bytes and sha256 of each of files")
+    return lacking
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -163,7 +179,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(cfg, weights) of one SAE's folder. Never runs code: JSON and safetensors only."""
     try:
-        cfg = json.loads((folder / "cfg.json").read_text("utf-8"))
+        cfg = read_object(folder / "cfg.json")
         weights = load_file(folder / "sae_weights.safetensors")
     except Exception as error:
         raise SnapshotError(f"{folder} holds no readable SAE: {error}") from None
