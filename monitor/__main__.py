@@ -84,7 +84,7 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     metrics = MonitorMetrics(registry)
     watch = Watch(settings, metrics, stop)
     metrics_port, close_metrics = start_metrics_server(
-        registry, table.host, table.port, alive=watch.alive, ready=watch.ready
+        registry, table.host, table.port, alive=watch.alive, ready=watch.ready, allowed_hosts=table.allowed_hosts
     )
     try:
         port, close_service = start_service(
@@ -92,6 +92,7 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
             table.host,
             table.service_port,
             partial(is_training, directory),
+            table.allowed_hosts if token is None else None,
         )
         log.info(
             "%s at http://%s:%d/, metrics at http://%s:%d/metrics",

@@ -27,7 +27,6 @@ def tags(sha256: str, caching: str) -> dict[str, str]:
         "ETag": f'"sha256-{sha256}"',
         "Repr-Digest": f"sha-256=:{digest}:",
         "Cache-Control": caching,
-        "X-Content-Type-Options": "nosniff",
     }
 
 

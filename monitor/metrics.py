@@ -10,20 +10,16 @@ never waits for Prometheus, and no scrape touches a tensor. A value that is None
     port, close = start_metrics_server(registry, "127.0.0.1", 9710)
     metrics.update(report)
 
-Light: prometheus_client and the two report modules.
+Light: prometheus_client, the two report modules, and a web server.
 """
 
 from __future__ import annotations
 
 import socket
-import sys
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from errno import EADDRINUSE
-from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
-from socketserver import ThreadingTCPServer
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -37,7 +33,12 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
+from monitor.server import listen, serve
 from producer.report import ProducerReport
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport
 
@@ -476,35 +477,28 @@ def start_metrics_server(
     leave: Collection[int] = (),
     alive: Verdict = lambda: (True, "ok"),
     ready: Verdict = lambda: (True, "ok"),
+    allowed_hosts: Collection[str] = (),
 ) -> tuple[int, Callable[[], None]]:
     """Serves /metrics, /healthz and /readyz from a thread; returns the port and what closes it.
 
     Port 0 takes any free one. When `port` is taken, the `next_free` ports after it are tried, without those in `leave`:
     several producers share a machine. /healthz tells whether the process is `alive`, /readyz whether it is `ready` for
-    its peers: 200 or 503, and the sentence. A process that waits for its peers is alive. Raises OSError, naming host
-    and port, when nothing could be bound.
+    its peers: 200 or 503, and the sentence. A process that waits for its peers is alive. On loopback it answers to
+    loopback's names and `allowed_hosts` only: the numbers name the run and the model. Raises OSError, naming host and
+    port, when nothing could be bound.
     """
-    server = _bind(host, port, next_free, leave)
-    server.registry, server.alive, server.ready = registry, alive, ready
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-    thread.start()
-
-    def close() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return server.server_address[1], close
+    listener = _bind(host, port, next_free, leave)
+    app = _metrics_app(registry, alive, ready)
+    return listener.getsockname()[1], serve(app, listener, "metrics", {host, *allowed_hosts})
 
 
-def _bind(host: str, port: int, next_free: int, leave: Collection[int]) -> _MetricsServer:
+def _bind(host: str, port: int, next_free: int, leave: Collection[int]) -> socket.socket:
     last = min(port + next_free, 65535) if port else 0
     candidates = [one for one in range(port, last + 1) if one == port or one not in leave]
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         for candidate in candidates:
             try:
-                return _MetricsServer(family, (str(address[0]), candidate))
+                return listen(host, candidate)
             except OSError as error:
                 if error.errno != EADDRINUSE or candidate == candidates[-1]:
                     raise
@@ -517,49 +511,30 @@ def _bind(host: str, port: int, next_free: int, leave: Collection[int]) -> _Metr
     raise AssertionError("the loop returns or raises")
 
 
-class _MetricsServer(ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-    registry: CollectorRegistry
-    alive: Verdict
-    ready: Verdict
+def _metrics_app(registry: CollectorRegistry, alive: Verdict, ready: Verdict) -> Starlette:
+    """The three routes. Prometheus' own app answers every path with the metrics, /healthz included."""
 
-    def __init__(self, family: int, address: tuple[str, int]) -> None:
-        self.address_family = family
-        super().__init__(address, _Handler)
+    # Quick, and none waits for a lock: no thread is taken for them.
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that hangs up is no news; anything else is a fault of ours and is printed."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
 
+    def verdict(ask: Verdict) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            holds, said = ask()
+            return PlainTextResponse(f"{said}\n", 200 if holds else 503)
 
-class _Handler(BaseHTTPRequestHandler):
-    """The three routes. Prometheus' own server answers every path with the metrics, /healthz included."""
+        return answer
 
-    server: _MetricsServer
-    timeout = 10.0
+    async def elsewhere(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("there are /metrics, /healthz and /readyz\n", 404)
 
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-            self._answer(200, content_type, encode(self.server.registry))
-        elif path in ("/healthz", "/readyz"):
-            holds, said = (self.server.alive if path == "/healthz" else self.server.ready)()
-            self._answer(200 if holds else 503, "text/plain; charset=utf-8", f"{said}\n".encode())
-        else:
-            self._answer(404, "text/plain; charset=utf-8", b"there are /metrics, /healthz and /readyz\n")
-
-    do_HEAD = do_GET
-
-    def _answer(self, status: int, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a scrape every few seconds is no news."""
+    return Starlette(
+        routes=[
+            Route("/metrics", metrics),
+            Route("/healthz", verdict(alive)),
+            Route("/readyz", verdict(ready)),
+        ],
+        exception_handlers={404: elsewhere},
+    )

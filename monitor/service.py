@@ -20,15 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -45,6 +41,7 @@ from monitor.desk import Desk
 from monitor.pace import Pace
 from monitor.pages import error_page, page_routes
 from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
+from monitor.server import listen, serve
 from trainer.snapshot import NAME, SnapshotError, snapshot_names, which_there_are
 
 LONGEST_WAIT_SECONDS = 300.0
@@ -88,53 +85,26 @@ def make_app(
 
 
 def start_service(
-    app: Starlette, host: str, port: int, is_training: Callable[[], bool] = lambda: True
+    app: Starlette,
+    host: str,
+    port: int,
+    is_training: Callable[[], bool] = lambda: True,
+    allowed_hosts: Collection[str] | None = (),
 ) -> tuple[int, Callable[[], None]]:
     """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
 
-    While `is_training`, it keeps to its share of the machine. Raises OSError, naming host and port, when it cannot
-    listen there.
+    While `is_training`, it keeps to its share of the machine. `allowed_hosts` as in `monitor.server`; an app that asks
+    for a token needs none. Raises OSError, naming host and port, when it cannot listen there.
     """
-    listener = _listen(host, port)
-    # Two seconds: a client that waits for the next snapshot or is in mid-download asks again, it does not hold us up.
-    config = uvicorn.Config(
-        Pace(app, is_training),
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        limit_concurrency=512,
-        timeout_graceful_shutdown=2,
-    )
-    server = uvicorn.Server(config)
-
-    def serve() -> None:
-        # On Linux, niceness is the thread's, and threads it starts inherit it: the service's own give way to training.
-        os.nice(NICE)
-        server.run([listener])
-
-    thread = threading.Thread(target=serve, name="service", daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
-
-    def close() -> None:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-    return listener.getsockname()[1], close
-
-
-def _listen(host: str, port: int) -> socket.socket:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = listen(host, port)
     except OSError as error:
         raise OSError(
             f"cannot serve snapshots on {host}, port {port}: {error.strerror or error}. "
             "Set monitor.service_port to another port, or to 0 for any free one"
         ) from None
+    names = None if allowed_hosts is None else {host, *allowed_hosts}
+    return listener.getsockname()[1], serve(Pace(app, is_training), listener, "service", names, NICE)
 
 
 class _Routes:

@@ -103,6 +103,7 @@ def _run(settings: ProducerSettings) -> int:
             leave=(table.trainer_port, table.port),
             alive=health.alive,
             ready=health.ready,
+            allowed_hosts=table.allowed_hosts,
         )
     except OSError as error:
         log.error("%s", error)

@@ -27,6 +27,8 @@ TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "sna
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+"""Without scheme and port."""
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -230,6 +232,9 @@ class MetricsSettings(BaseModel):
     """Prometheus port of the first producer on a machine; the next ones take the next free port."""
     port: Port = 9712
     """Prometheus port of the monitor; 0 takes any free one, which the log names. Producers leave it alone."""
+    allowed_hosts: list[HostName] = []
+    """Names by which browsers and scrapers may ask for what listens on loopback, beside loopback's own: those of a
+    proxy before it."""
 
 
 class ProducerSettings(BaseModel):

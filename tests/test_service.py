@@ -239,7 +239,7 @@ def test_nothing_outside_of_the_manifest_is_served(run_directory: Path, path: st
     port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0)
     try:
         with socket.create_connection(("127.0.0.1", port)) as plain:
-            plain.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            plain.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
             answer = b"".join(iter(lambda: plain.recv(65536), b""))
     finally:
         close()

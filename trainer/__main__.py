@@ -133,7 +133,12 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
         metrics = TrainerMetrics(registry, info, settings.checkpoint.every_seconds)
         health, table = Health(), settings.monitor
         port, close_metrics = start_metrics_server(
-            registry, table.host, table.trainer_port, alive=health.alive, ready=health.ready
+            registry,
+            table.host,
+            table.trainer_port,
+            alive=health.alive,
+            ready=health.ready,
+            allowed_hosts=table.allowed_hosts,
         )
         log.info("metrics at http://%s:%d/metrics", table.host, port)
         try:

@@ -1,0 +1,204 @@
+"""HTTP for one ASGI app, from a thread of its own: the snapshot service and every metrics port are served by this.
+
+What strangers may take is bounded, whatever they send or leave unsent:
+
+- A connection has HEAD_SECONDS to ask for something, counted from when it was made; on a connection that goes on, from
+  the first byte after an answer. uvicorn alone waits for ever for the rest of a request.
+- A client that takes nothing of its answer for STALL_SECONDS is cut off by the kernel.
+- At most `most_connections()` are open. One more takes the place of another: of one that has asked for nothing yet, if
+  there is one; among those, of the address that holds the most; among those, of the oldest. So a client that asks at
+  once is served while others fill the table with half requests, and the process keeps file descriptors for its work.
+- A server on loopback answers to loopback's names, and to those it is given, only: a page of the web whose name has
+  been pointed to 127.0.0.1 (DNS rebinding) reads nothing through a visitor's browser. One that other machines reach
+  answers to any name, since who reaches it needs no such trick.
+
+Every answer forbids browsers to guess its type.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import re
+import resource
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import cast
+
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 10.0
+"""For a request to arrive whole."""
+STALL_SECONDS = 30.0
+"""For a client to take at least something of its answer."""
+MOST_CONNECTIONS = 256
+BACKLOG = 128
+"""Connections that the kernel holds until they are accepted, and that are accepted at one go."""
+
+
+def most_connections() -> int:
+    """Connections that a server keeps open: no more than a quarter of the files that this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, soft // 4))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one. Raises OSError."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALL_SECONDS))
+    return listener
+
+
+def serve(
+    app: ASGIApp, listener: socket.socket, name: str, allowed_hosts: Collection[str] | None = (), niceness: int = 0
+) -> Callable[[], None]:
+    """Serves `app` from a thread called `name`; returns what closes it, the listener included.
+
+    `allowed_hosts` are names that a loopback server answers to beside loopback's own; None allows any.
+    """
+    if allowed_hosts is not None and _is_loopback(str(listener.getsockname()[0])):
+        app = _HostCheck(app, allowed_hosts)
+    config = uvicorn.Config(
+        app,
+        http=_Connection,
+        headers=[("X-Content-Type-Options", "nosniff")],
+        log_config=None,
+        log_level="error",  # its warnings are about what strangers send, as often as they like
+        access_log=False,
+        lifespan="off",
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=2,  # who is in mid-download asks again, and does not hold us up
+    )
+    server = uvicorn.Server(config)
+
+    def run() -> None:
+        if niceness:
+            os.nice(niceness)  # on Linux, niceness is the thread's, and threads it starts inherit it
+        server.run([listener])
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+
+    def close() -> None:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+    return close
+
+
+# --- Connections -----------------------------------------------------------------------------------------------------
+
+
+class _Connection(H11Protocol):
+    """One connection: uvicorn's, but limited in the time it may take to ask, and in number."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline: asyncio.TimerHandle | None = None
+        self.moved_at = self.loop.time()
+        """When it was made, was asked for something, was done with answering, or went on to send."""
+        self._expect_request()
+        _make_room(cast("set[_Connection]", self.connections), self)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        self.moved_at = self.loop.time()
+        super().on_response_complete()
+
+    def resume_writing(self) -> None:
+        self.moved_at = self.loop.time()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._expect_no_request()
+
+    @property
+    def is_answering(self) -> bool:
+        """It has asked for something that it is not given yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _look(self) -> None:
+        if self.is_answering:
+            self.moved_at = self.loop.time()
+            self._expect_no_request()
+        else:
+            self._expect_request()
+
+    def _expect_request(self) -> None:
+        if self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _expect_no_request(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def _make_room(connections: set[_Connection], newcomer: _Connection) -> None:
+    if len(connections) <= most_connections():
+        return
+    held = Counter(_peer(connection) for connection in connections)
+    others = (one for one in connections if one is not newcomer)
+    leaving = min(others, key=lambda one: (one.is_answering, -held[_peer(one)], one.moved_at))
+    connections.discard(leaving)  # at once: its end is told in the loop's next round, and more may come in this one
+    leaving.transport.abort()
+
+
+def _peer(connection: _Connection) -> str:
+    return connection.client[0] if connection.client else ""
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+
+class _HostCheck:
+    """ASGI: refuses requests that a browser sends to another name than this server's."""
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
+        self._app = app
+        self._allowed = {name.lower() for name in allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        host = Request(scope).headers.get("host")
+        # Programs of HTTP/1.0 name none; browsers always do.
+        if host is None or _is_loopback(name := _name_of(host)) or name in self._allowed:
+            return await self._app(scope, receive, send)
+        said = (
+            f"this server listens on loopback and does not answer to the name {name[:100]!r}: ask for 127.0.0.1 or "
+            "localhost, or add the name to monitor.allowed_hosts in the run file"
+        )
+        await JSONResponse({"error": said}, 421, {"Cache-Control": "no-store"})(scope, receive, send)
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without port, brackets and final dot."""
+    return re.sub(r":\d*$", "", host.strip().lower()).strip("[]").removesuffix(".")
+
+
+def _is_loopback(name: str) -> bool:
+    """127.0.0.0/8, ::1, `localhost` and names below it, which browsers take for loopback without asking anybody."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

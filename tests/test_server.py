@@ -1,0 +1,225 @@
+"""What strangers may take of a port that speaks HTTP: the snapshot service's and the metrics' alike."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.routing import Route
+
+from monitor import server
+from monitor.metrics import new_registry, start_metrics_server
+from monitor.service import make_app, start_service
+from producer.settings import SettingsError, read_run_file
+from tests.small_run import publish_snapshot, start_run
+from trainer.settings import TrainerSettings
+
+HALF = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Half: "
+TOKEN = "correct-horse-battery-staple"
+
+Start = Callable[..., int]
+"""Starts a server with the options given; returns its port."""
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    run = start_run(tmp_path / "demo")
+    publish_snapshot(run, 1000)
+    return run
+
+
+@pytest.fixture(params=["service", "metrics"])
+def start(request: pytest.FixtureRequest, run_directory: Path) -> Iterator[Start]:
+    with ExitStack() as stack:
+
+        def begin(allowed_hosts: tuple[str, ...] = ()) -> int:
+            registry = new_registry()
+            if request.param == "service":
+                app = make_app(run_directory, registry)
+                port, close = start_service(app, "127.0.0.1", 0, lambda: False, allowed_hosts)
+            else:
+                port, close = start_metrics_server(registry, "127.0.0.1", 0, allowed_hosts=allowed_hosts)
+            stack.callback(close)
+            return port
+
+        yield begin
+
+
+def connect(port: int, sent: bytes = HALF) -> socket.socket:
+    plain = socket.create_connection(("127.0.0.1", port), timeout=10)
+    plain.sendall(sent)
+    return plain
+
+
+def is_open(plain: socket.socket) -> bool:
+    """Whether the other side has neither ended nor reset the connection."""
+    plain.setblocking(False)
+    try:
+        return plain.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def ask(port: int, path: str = "/healthz", **headers: str) -> httpx.Response:
+    return httpx.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=10)
+
+
+def test_half_requests_lock_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """Of 40 half requests no more stay than there is room for, who asks is served, and soon all of them are gone."""
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 1.5)
+    port = start()
+    half = [connect(port) for _ in range(40)]
+    assert ask(port).status_code == 200
+    assert sum(map(is_open, half)) <= 8
+    time.sleep(2)
+    assert not any(map(is_open, half))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HALF,
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HTTP/1.1\r\nX: ",
+    ],
+    ids=["head", "nothing", "body", "second request"],
+)
+def test_a_request_that_trickles_in_is_cut_off(monkeypatch: pytest.MonkeyPatch, sent: bytes):
+    """A byte now and then does not earn more time: neither for a head, a body, nor a second request."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    port, close = start_metrics_server(new_registry(), "127.0.0.1", 0)
+    with connect(port, sent) as plain:
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - began < 5:
+                plain.sendall(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() - began < 3
+    close()
+
+
+def test_those_who_wait_for_a_snapshot_lock_nobody_out(run_directory: Path, monkeypatch: pytest.MonkeyPatch):
+    """With every place taken by a request that is served, the one that has got nothing for longest gives way."""
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 4)
+    port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0, lambda: False)
+    try:
+        wait = b"GET /v1/snapshots/latest?after=000000001000&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        waiting = [connect(port, wait) for _ in range(4)]
+        time.sleep(0.3)
+        assert ask(port).status_code == 200
+        assert [is_open(plain) for plain in waiting] == [False, True, True, True]
+    finally:
+        close()
+
+
+def test_a_client_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that takes its answer slowly is not, though it takes several times as long."""
+    monkeypatch.setattr(server, "STALL_SECONDS", 1.0)
+    size = 40 << 20
+
+    async def large(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for left in reversed(range(40)):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": left > 0})
+
+    listener = server.listen("127.0.0.1", 0)
+    close = server.serve(large, listener, "large")
+    try:
+        port = listener.getsockname()[1]
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        deaf, slow = connect(port, request), connect(port, request)
+        taken, began = 0, time.monotonic()
+        while piece := slow.recv(1 << 20):
+            taken += len(piece)
+            if time.monotonic() - began < 3:
+                time.sleep(0.1)
+        assert taken > size
+        deaf.settimeout(10)
+        with pytest.raises(ConnectionError):
+            while deaf.recv(1 << 20):
+                pass
+    finally:
+        close()
+
+
+def test_loopback_answers_to_its_own_names(start: Start):
+    """With any port: an ssh tunnel may have another one at its other end."""
+    port = start()
+    for host in ("localhost", "LOCALHOST:8710", "127.0.0.1", "127.0.0.2:1", "[::1]:8710", "a.localhost."):
+        assert ask(port, Host=host).status_code == 200
+
+
+def test_another_name_is_refused_unless_it_is_allowed(start: Start):
+    """A page whose name leads to 127.0.0.1 reads nothing; a proxy's name is named in the run file."""
+    port, allowing = start(), start(("sluice.example.org",))
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", ""):
+        answer = ask(port, "/metrics", Host=host)
+        assert answer.status_code == 421 and "monitor.allowed_hosts" in answer.json()["error"]
+        assert ask(allowing, Host=host).status_code == 421
+    assert ask(allowing, Host="Sluice.example.org:443").status_code == 200
+
+
+def test_a_program_that_names_no_host_is_served(start: Start):
+    """HTTP/1.0 knows no Host; no browser speaks it."""
+    with connect(start(), b"GET /healthz HTTP/1.0\r\n\r\n") as plain:
+        assert plain.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_where_other_machines_reach_it_any_name_will_do(run_directory: Path):
+    """Who reaches it reads it anyhow, or needs the token: Prometheus may use whatever name it knows."""
+    port, close = start_metrics_server(new_registry(), "0.0.0.0", 0)
+    try:
+        assert ask(port, Host="gpu7.cluster").status_code == 200
+    finally:
+        close()
+    app = make_app(run_directory, new_registry(), token=TOKEN)
+    port, close = start_service(app, "127.0.0.1", 0, lambda: False, None)
+    try:
+        assert ask(port, "/v1/run", Host="evil.example").status_code == 401
+        assert ask(port, "/v1/run", Host="proxy", Authorization=f"Bearer {TOKEN}").status_code == 200
+    finally:
+        close()
+
+
+def test_allowed_hosts_are_names(tmp_path: Path):
+    """No scheme, no port: told at start."""
+    (tmp_path / "run.toml").write_text('[monitor]\nallowed_hosts = ["https://sluice.example.org:8710"]\n')
+    with pytest.raises(SettingsError, match=r"monitor\.allowed_hosts\.0 = 'https://sluice"):
+        read_run_file(TrainerSettings, str(tmp_path / "run.toml"), [])
+
+
+def test_no_answer_lets_a_browser_guess_its_type(run_directory: Path):
+    """Every route, found or not, page or file, and those that are refused."""
+    app = make_app(run_directory, new_registry())
+    values = {"name": "000000001000", "path:path": "small/cfg.json", "sae": "small", "index:int": "0"}
+    paths = [route.path for route in app.routes if isinstance(route, Route)]
+    assert len(paths) > 15
+    port, close = start_service(app, "127.0.0.1", 0, lambda: False)
+    metrics_port, close_metrics = start_metrics_server(new_registry(), "127.0.0.1", 0)
+    try:
+        for path in [*paths, "/static/page.js", "/nothing"]:
+            for name, value in values.items():
+                path = path.replace("{" + name + "}", value)
+            assert ask(port, path).headers["x-content-type-options"] == "nosniff", path
+        assert ask(port, Host="evil.example").headers["x-content-type-options"] == "nosniff"
+        for path in ("/metrics", "/healthz", "/readyz", "/nothing"):
+            assert ask(metrics_port, path).headers["x-content-type-options"] == "nosniff", path
+    finally:
+        close()
+        close_metrics()
+
+
+def test_a_small_limit_of_open_files_is_respected(monkeypatch: pytest.MonkeyPatch):
+    """Connections leave three quarters of them for the work."""
+    for soft, expected in ((64, 16), (1024, 256), (1 << 20, 256), (server.resource.RLIM_INFINITY, 256)):
+        monkeypatch.setattr(server.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert server.most_connections() == expected
