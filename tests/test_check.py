@@ -88,11 +88,23 @@ def test_a_sound_run_is_told_to_be_one(directory: Path, capsys: pytest.CaptureFi
 
 
 def test_what_a_resume_would_do_is_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A complete run stays complete; without a checkpoint it begins anew."""
+    """A complete run stays complete; without a checkpoint nothing begins among snapshots, and anew without any."""
     (directory / "summary.json").write_text("{}")
     assert "the run is complete" in checked(directory, capsys)[1]
     shutil.rmtree(directory / "checkpoint")
+    code, findings, faults = checked(directory, capsys)
+    assert code == 1 and "a start would refuse" in findings and "no checkpoint to go on from" in faults
+    shutil.rmtree(directory / "snapshots")
+    (directory / "summary.json").unlink()
     assert "would begin the run anew" in checked(directory, capsys)[1]
+
+
+def test_snapshots_that_a_start_would_move_away_are_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest checkpoint is gone, and the one before it is older than the newest snapshot."""
+    shutil.copytree(snapshot(directory), directory / "snapshots" / "000000900000")
+    (directory / "snapshots" / "LATEST").write_text("000000900000\n")
+
+    assert "would move to snapshots/superseded unless pinned: 000000900000" in checked(directory, capsys)[1]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -163,6 +175,8 @@ def rename_sae(directory: Path) -> None:
         (lambda run: (run / "metrics.jsonl").write_text('{"time": 1}\n{"ti\n{}\n'), "the first is line 2"),
         (lambda run: (run / "settings.toml").write_text("[run"), "is not valid TOML"),
         (rename_sae, "settings.toml and the checkpoint disagree"),
+        (rewritten(lambda document, _: document["ledger"].update(run="other")), "the checkpoint of run other and snap"),
+        (lambda run: (run / "lock").unlink() or (run / "lock").mkdir(), "lock cannot be opened"),
     ],
 )
 def test_damage_is_found_and_named(
@@ -182,6 +196,18 @@ def test_a_resume_that_would_be_refused_is_told(directory: Path, capsys: pytest.
     flip_a_bit(newest(directory) / "state.safetensors")
 
     assert "a resume would refuse" in checked(directory, capsys)[1]
+
+
+@pytest.mark.parametrize("damage", [count("cursor", -1), rewritten(train_outliers)])
+def test_a_ledger_that_does_not_balance_is_not_resumed(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    """What `check` faults, the trainer refuses: it would train rows twice, or never."""
+    monkeypatch.setattr("trainer.__main__.signal.signal", lambda *_: None)
+    damage(directory)
+
+    assert main([str(directory / "settings.toml")]) == 1
+    assert "does not balance: ledger: " in caplog.text and "Traceback" not in caplog.text
 
 
 def test_what_is_no_run_directory_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

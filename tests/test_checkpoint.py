@@ -23,7 +23,7 @@ from trainer.checkpoint import CheckpointError, load_newest, save
 from trainer.durable import sweep
 from trainer.run import Run, roster_of
 from trainer.settings import TrainerSettings
-from trainer.snapshot import SnapshotError, forget_after, pin, retire, snapshot_names, unpin, verify
+from trainer.snapshot import SnapshotError, pin, retire, snapshot_names, supersede_after, unpin, verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -388,12 +388,28 @@ def test_a_pinned_snapshot_survives_a_return_to_an_older_checkpoint(tmp_path: Pa
     for tokens in (1000, 2000, 3000):
         publish_snapshot(tmp_path, tokens)
     pin(tmp_path, "000000003000")
-    forget_after(tmp_path, 1500)
+    supersede_after(tmp_path, 1500)
     assert snapshot_names(tmp_path) == ["000000001000", "000000003000"]
 
     publish_snapshot(tmp_path, 1900)
     retire(tmp_path, keep=1)
     assert snapshot_names(tmp_path) == ["000000001900", "000000003000"]
+
+
+def test_superseded_snapshots_take_bounded_room(tmp_path: Path) -> None:
+    """Five returns to 1,000 rows: no start deletes one, and the next retirement keeps the newest two, whole."""
+    publish_snapshot(tmp_path, 1000)
+    for _ in range(5):
+        publish_snapshot(tmp_path, 2000)
+        supersede_after(tmp_path, 1000)
+    superseded = tmp_path / "snapshots" / "superseded"
+    assert names(superseded) == ["000000002000", *(f"000000002000-{number}" for number in range(2, 6))]
+    assert snapshot_names(tmp_path) == ["000000001000"]
+
+    retire(tmp_path, keep=2)
+    assert names(superseded) == ["000000002000-4", "000000002000-5"]
+    for name in names(superseded):
+        verify(superseded / name)
 
 
 def test_a_file_that_is_open_outlives_its_snapshot(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from producer.tokens import Windows
 from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot
 from trainer.durable import remove_folder
-from trainer.snapshot import forget_after, retire
+from trainer.snapshot import retire, supersede_after
 
 SILENT = WORDS.index(" socket")
 
@@ -365,7 +365,7 @@ def test_a_snapshot_published_again_is_looked_at_again(model: LanguageModel, tmp
         assert desk.explorer is not None
         end = "suppressed" if turned else "promoted"
         assert desk.explorer.latent("planted", 0)[end][0]["token"] == WORDS[0]
-        forget_after(tmp_path / "run", 500)
+        supersede_after(tmp_path / "run", 500)
 
 
 def test_births_are_followed_through_snapshots_that_nobody_looked_at(model: LanguageModel, tmp_path: Path):

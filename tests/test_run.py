@@ -18,7 +18,7 @@ from trainer.ctl import Inbox
 from trainer.ledger import Ledger, Limits
 from trainer.run import Run
 from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, SnapshotSettings, TrainerSettings
-from trainer.snapshot import forget_after, snapshot_names
+from trainer.snapshot import snapshot_names, supersede_after
 from trainer.train import Loop, written
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
@@ -105,13 +105,14 @@ def test_a_refusal_names_the_fact_behind_the_fingerprint() -> None:
     assert "model_dtype differs: this run streams bfloat16, the producer float32" in str(refusal.message)
 
 
-def test_snapshots_of_a_lineage_that_died_are_forgotten(tmp_path: Path) -> None:
-    """A trainer that resumes from an older checkpoint never came from the newer snapshots."""
+def test_snapshots_of_a_lineage_that_died_are_moved_away(tmp_path: Path) -> None:
+    """A trainer that resumes from an older checkpoint never came from the newer snapshots; they are not deleted."""
     for name in ("000000001000", "000000002000", "000000003000"):
         (tmp_path / "snapshots" / name).mkdir(parents=True)
         (tmp_path / "snapshots" / name / "manifest.json").write_text("{}")
-    forget_after(tmp_path, 2500)
+    (moved,) = supersede_after(tmp_path, 2500)
 
+    assert moved == tmp_path / "snapshots" / "superseded" / "000000003000" and (moved / "manifest.json").exists()
     assert snapshot_names(tmp_path) == ["000000001000", "000000002000"]
     assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000002000\n"
 

@@ -9,7 +9,6 @@ settings.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -19,12 +18,14 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from producer.settings import parse_command_line
 from trainer import ctl
 from trainer.ctl import Inbox, listening
+from trainer.home import Home, HomeError
 from trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -74,26 +75,19 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    directory = Path(settings.run.directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / "lock", "a+")  # noqa: SIM115 (held as long as the process)
-    except OSError as error:
-        log.error("run.directory = %s cannot be used: %s; choose another", directory, error.strerror)
+        with Home(Path(settings.run.directory)) as home:
+            # Open from the first moment, so that who asks waits for an answer and is not told that nobody is there.
+            inbox = Inbox(stop)
+            home.watch(stop.set)
+            with listening(home.path, inbox):
+                return _run(settings, home, inbox)
+    except HomeError as error:
+        log.error("%s", error)
         return 1
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.error("run.directory = %s belongs to a trainer that is running; stop it or choose another", directory)
-            return 1
-        # Open from the first moment, so that who asks waits for an answer and is not told that nobody is there.
-        inbox = Inbox(stop)
-        with listening(directory, inbox):
-            return _run(settings, directory, inbox)
 
 
-def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
+def _run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
     # Read when torch is loaded: its threads, waiting for the next product, would spin where the kernels' threads work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -101,7 +95,7 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
     from producer.keys import KeysError
     from producer.precision import take_deterministic_algorithms
-    from trainer.checkpoint import CheckpointError, load_newest
+    from trainer.checkpoint import CheckpointError, load_newest, start_fault
     from trainer.durable import sweep
     from trainer.health import Health
     from trainer.intake import IntakeError
@@ -109,7 +103,7 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     from trainer.roster import Roster
     from trainer.run import DeviceError, pick_device, roster_of
     from trainer.saes.start import check_starts
-    from trainer.snapshot import SnapshotError, forget_after
+    from trainer.snapshot import SnapshotError, supersede_after
     from trainer.train import write_settings
 
     if settings.run.threads is not None:
@@ -117,16 +111,24 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
     if settings.run.deterministic:
         take_deterministic_algorithms()
     try:
+        directory = home.path
+        sweep(directory)
+        saved = load_newest(directory)
+        if fault := start_fault(directory, saved):
+            raise CheckpointError(fault)
         if pick_device(settings.optimizer.device).type == "cpu":
             threading.Thread(target=warm_up, name="warm-up").start()
-        sweep(directory / "snapshots")
-        saved = load_newest(directory)
         if saved is None:
             check_starts(settings)
+            _set_reports_aside(directory)
         roster = Roster.of(settings.sae) if saved is None else roster_of(saved[0], settings)
         write_settings(settings, roster)
         ledger = _ledger(settings, saved)
-        forget_after(directory, ledger.rows_trained)
+        if moved := supersede_after(directory, ledger.rows_trained):
+            log.warning(
+                "%d snapshots are beyond the checkpoint, which has %s rows, and were moved to %s: %s",
+                len(moved), f"{ledger.rows_trained:,}", moved[0].parent, ", ".join(path.name for path in moved),
+            )  # fmt: skip
         registry = new_registry()
         model = settings.model.name if settings.model else "synthetic"
         info = {"id": ledger.run, "directory": settings.run.directory, "model": model}
@@ -142,7 +144,7 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
         )
         log.info("metrics at http://%s:%d/metrics", table.host, port)
         try:
-            _train(settings, directory, inbox, ledger, roster, saved, metrics, health)
+            _train(settings, home, inbox, ledger, roster, saved, metrics, health)
         finally:
             close_metrics()
         return 0
@@ -151,9 +153,23 @@ def _run(settings: TrainerSettings, directory: Path, inbox: Inbox) -> int:
         return 1
 
 
+def _set_reports_aside(directory: Path) -> None:
+    """A run that begins does not append to the reports and evaluations of one that was there before."""
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        path = directory / name
+        if path.is_file() and path.stat().st_size:
+            earlier = next(
+                one for number in count(1) if not (one := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists()
+            )
+            path.rename(earlier)
+            log.info("%s is of an earlier start, which left no checkpoint; it is %s now", path, earlier.name)
+
+
 def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     """The ledger of a new run, or of the one that `saved` holds."""
     from trainer.buffer import pool_rows
+    from trainer.check import ledger_faults
+    from trainer.checkpoint import CheckpointError
     from trainer.ledger import Ledger, Limits
 
     deterministic = settings.run.deterministic
@@ -176,6 +192,11 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint])
     if saved is not None:
         document, tensors = saved
+        if faults := ledger_faults(document["ledger"], tensors):
+            raise CheckpointError(
+                f"the newest checkpoint of {settings.run.directory} does not balance: {'; '.join(faults)}. Rows would "
+                "be trained twice, or never: remove that checkpoint to resume from the one before it"
+            )
         bits = {
             name.removeprefix("ledger/"): bits.numpy() for name, bits in tensors.items() if name.startswith("ledger/")
         }
@@ -186,7 +207,7 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
 
 def _train(
     settings: TrainerSettings,
-    directory: Path,
+    home: Home,
     inbox: Inbox,
     ledger: Ledger,
     roster: Roster,
@@ -202,6 +223,8 @@ def _train(
     from trainer.publishing import summary
     from trainer.run import buffer_of
     from trainer.train import Loop, is_complete
+
+    directory = home.path
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
@@ -233,11 +256,13 @@ def _train(
         if complete and loop.run is not None and reports.last is not None:
             told = summary(loop.run, intake, reports.last)
             replace_text(directory / "summary.json", json.dumps(told, indent=1) + "\n")
-        if loop.run is not None:
-            loop.save()
+        if loop.run is not None and (present := home.present_path) is not None:
+            loop.save(present)
         intake.drain(finished=complete)
         if complete:
             log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
+        elif not home.is_here:
+            raise HomeError(home.fault())
         else:
             log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
 

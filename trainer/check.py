@@ -53,16 +53,21 @@ class Examination:
         if not any((self.directory / name).exists() for name in ("settings.toml", "checkpoint", "snapshots")):
             self.faults.append(f"{self.directory} is no run directory: nothing that a trainer writes is in it")
             return
-        if _is_locked(self.directory / "lock"):
-            self.findings.append("a trainer is at work here; what it is just writing is left out")
+        try:
+            if _is_locked(self.directory / "lock"):
+                self.findings.append("a trainer is at work here; what it is just writing is left out")
+        except OSError as error:
+            self.faults.append(f"{self.directory / 'lock'} cannot be opened: {error.strerror}; no trainer would start")
         settings = self._settings()
         saved, refusal = self._checkpoints()
         self._snapshots()
         self._history()
         if saved is not None:
-            self.faults += ledger_faults(saved[0]["ledger"], saved[1])
+            self.faults += breaches(saved[0]["ledger"])
+            faults = ledger_faults(saved[0]["ledger"], saved[1])
+            self.faults += faults
             self.faults += tensor_faults(saved[1])
-            refusal = self._disagreement(saved[0], settings)
+            refusal = f"a resume would refuse: {faults[0]}" if faults else self._disagreement(saved[0], settings)
         self.findings.append(refusal or self._resumption(saved, settings))
 
     def _settings(self) -> TrainerSettings | None:
@@ -133,8 +138,13 @@ class Examination:
 
     def _resumption(self, saved: tuple[dict[str, Any], dict[str, Any]] | None, settings: TrainerSettings | None) -> str:
         """What starting the trainer again would do, in words."""
+        from trainer.checkpoint import start_fault
+
+        if fault := start_fault(self.directory, saved):
+            self.faults.append(fault)
+            return f"a start would refuse: {fault}"
         if saved is None:
-            return "there is no checkpoint: the trainer would begin the run anew"
+            return "there is no checkpoint and no snapshot: the trainer would begin the run anew"
         ledger = saved[0]["ledger"]
         if (self.directory / "summary.json").is_file():
             return f"the run is complete with {ledger['rows_trained']:,} rows; started again, the trainer would say so"
@@ -150,20 +160,26 @@ class Examination:
         ]
         if beyond:
             told.append(
-                f"snapshots beyond the checkpoint, which it would remove unless pinned: {', '.join(sorted(beyond))}"
+                "snapshots beyond the checkpoint, which it would move to snapshots/superseded unless pinned: "
+                + ", ".join(sorted(beyond))
             )
         if ledger["set_aside"]:
             told.append(f"shards given up, {ledger['rows_set_aside']:,} rows known of them: {len(ledger['set_aside'])}")
         return "\n".join(told)
 
 
-def ledger_faults(document: dict[str, Any], tensors: dict[str, Any]) -> list[str]:
-    """What of the ledger's books in a checkpoint does not balance, in sentences."""
-    faults: list[str] = [
+def breaches(document: dict[str, Any]) -> list[str]:
+    """What the trainer itself has noticed and counted, in sentences; it goes on all the same."""
+    return [
         f"the trainer itself has counted {count} breaches of {name}: keep the checkpoint and report it"
         for name, count in document.get("breaches", {}).items()  # older checkpoints have none
         if count
     ]
+
+
+def ledger_faults(document: dict[str, Any], tensors: dict[str, Any]) -> list[str]:
+    """What of the ledger's books in a checkpoint does not balance, in sentences; a trainer does not go on from it."""
+    faults: list[str] = []
     stream = Hello.model_validate(document["stream"]) if document["stream"] else None
     held_out = set(held_out_shards(stream.shards, stream.held_out)) if stream else set()
     shards = document["open"]
@@ -243,13 +259,13 @@ def _is_json(line: bytes) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a trainer holds the run directory's lock."""
+    """Whether a trainer holds the run directory's lock. Raises OSError when that cannot be found out."""
     try:
         with open(path, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:
+    except BlockingIOError:
         return True
     return False
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from producer.parsing import read_object
 from trainer.durable import new_folder, remove_folder, sweep
-from trainer.snapshot import file_sha256
+from trainer.snapshot import SnapshotError, file_sha256, is_pinned, read_manifest, snapshot_names
 
 FORMAT = 3
 NAME = re.compile(r"\d{12,}-\d{6,}")
@@ -59,8 +59,6 @@ def load_newest(run_directory: Path) -> Saved | None:
     Raises CheckpointError when the newest complete one is damaged or of a format this version does not read.
     """
     folder = run_directory / "checkpoint"
-    if not folder.is_dir():
-        return None
     sweep(folder)
     found = complete(folder)
     return read(found[-1]) if found else None
@@ -69,20 +67,26 @@ def load_newest(run_directory: Path) -> Saved | None:
 def read(folder: Path) -> Saved:
     """One complete checkpoint. Raises CheckpointError when it is damaged or of a format this version does not read."""
     if damage := _damage(folder):
-        raise CheckpointError(f"{damage}: remove {folder} to resume from the checkpoint before it")
+        raise CheckpointError(f"{damage}: {_way_out(folder)}")
     try:
         document = read_object(folder / "state.json")
         tensors = load_file(folder / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be read ({error}): remove it to resume from the one before it"
-        ) from None
+        raise CheckpointError(f"{folder} cannot be read ({error}): {_way_out(folder)}") from None
     if document.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has format {document.get('format')!r}, this version reads {FORMAT}: resume with the version "
             "that wrote it, or start a new run directory"
         )
     return document, tensors
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    earlier = complete(folder.parent)
+    if len(earlier) > 1 and earlier[0] != folder:
+        return f"remove {folder} to resume from the checkpoint before it"
+    return "there is none before it: bring it back from a backup, or use a new run.directory"
 
 
 def _damage(folder: Path) -> str | None:
@@ -104,3 +108,45 @@ def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
     found = [path for path in folder.glob("*-*") if NAME.fullmatch(path.name) and (path / "complete.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def start_fault(run_directory: Path, saved: Saved | None) -> str | None:
+    """Why a trainer must not start here with its newest checkpoint `saved`, and what to do; None when it may.
+
+    A run without a checkpoint begins anew, and must not do so among the work of another one: a snapshot is only
+    published when there is a checkpoint, so that whoever finds snapshots and no checkpoint has lost it.
+    """
+    names = snapshot_names(run_directory)
+    if saved is not None:
+        return _other_run(run_directory, names, saved[0]["ledger"]["run"])
+    folder = run_directory / "checkpoint"
+    what = [f"{len(names)} snapshots, {names[0]} to {names[-1]}"] if names else []
+    what += ["summary.json"] if (run_directory / "summary.json").exists() else []
+    if folder.exists() and not folder.is_dir():
+        what.append("a file where the folder checkpoint should be")
+    elif torn := [path.name for path in folder.glob("*-*") if NAME.fullmatch(path.name)]:
+        what.append(f"checkpoint {max(torn)} without its complete.json")
+    if not what:
+        return None
+    return (
+        f"{run_directory} holds {' and '.join(what)}, and no checkpoint to go on from: training would begin anew among "
+        "them. Bring the folder checkpoint back from a backup, choose another run.directory, or move what is there "
+        f"away: mv {run_directory} {run_directory}.old"
+    )
+
+
+def _other_run(run_directory: Path, names: list[str], run: str) -> str | None:
+    """Why snapshots and checkpoint do not belong together."""
+    folder = run_directory / "snapshots"
+    for name in reversed([name for name in names if not is_pinned(folder / name)]):
+        try:
+            other = read_manifest(folder / name)["run"]["id"]
+        except (SnapshotError, LookupError, TypeError):
+            continue  # `check` tells of it
+        if other == run:
+            return None
+        return (
+            f"{run_directory} holds the checkpoint of run {run} and snapshots of run {other}, such as {name}: put the "
+            "checkpoint into a run directory of its own, or bring back the one that belongs here"
+        )
+    return None

@@ -22,8 +22,11 @@ TEMPORARY = ".tmp-"
 def new_folder(final: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; it appears as `final` when the block ends well, and vanishes when it fails.
 
-    Raises OSError when the disk is full, also where safetensors calls that by another name.
+    Raises OSError when the disk is full, also where safetensors calls that by another name, and when the run directory,
+    the folder above `final.parent`, is not there: one that was moved away is never made a second time.
     """
+    if not final.parent.parent.is_dir():
+        raise FileNotFoundError(f"{final.parent.parent} is not there any more")
     make_folder(final.parent)
     temporary = _aside(final)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -57,6 +60,8 @@ def move_folder(source: Path, final: Path) -> None:
     flush(source)
     os.rename(source, final)
     flush(final.parent)
+    if source.parent != final.parent:
+        flush(source.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -70,8 +75,15 @@ def remove_folder(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replaces the whole file; a reader sees the old text or the new one, never a part."""
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    while True:
+        try:
+            with new_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            return
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            # A trainer that has just started has swept the temporary file away: write it again.
 
 
 @contextmanager
@@ -89,8 +101,8 @@ def new_file(final: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed writer left half done in `folder`."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+    """Removes what killed writers left half done, at any depth of `folder`."""
+    for path in list(folder.rglob(f"{TEMPORARY}*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

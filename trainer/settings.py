@@ -297,7 +297,8 @@ class SnapshotSettings(Table):
     every_tokens: Positive = 10_000_000
     """A snapshot after this many rows, and one at the end."""
     keep: Positive = 10
-    """How many of the newest stay on disk. What `ctl RUN pin` has pinned stays too."""
+    """How many of the newest stay on disk. What `ctl RUN pin` has pinned stays too, and as many again of those that a
+    return to an older checkpoint has moved to snapshots/superseded."""
     keep_every_tokens: Positive | None = None
     """The first snapshot at or after each multiple of this many rows stays for good; without it, none does."""
 

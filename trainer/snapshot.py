@@ -11,6 +11,7 @@
         manifest.json                           written last: every file with its size and sha256
         pinned                                  an empty file, there when a person wants it kept
     snapshots/LATEST                     the newest complete snapshot's name
+    snapshots/superseded/                those beyond the checkpoint that a run was resumed from; no reader looks here
 
 A folder without a manifest does not exist for readers. What is published takes raw activations: input scale and
 whitening are folded in. Decoder rows have unit norm in float32, but for top-k SAEs whose choice that would change.
@@ -26,6 +27,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from producer.parsing import ParseError, read_object
-from trainer.durable import flush, new_folder, remove_folder, replace_text
+from trainer.durable import flush, make_folder, move_folder, new_folder, remove_folder, replace_text
 
 FORMAT = 1
 NAME = re.compile(r"\d{12,}")
 PINNED = "pinned"
+SUPERSEDED = "superseded"
 SAELENS_LAYOUT = "6.54.12"
 """The SAELens release whose layout is written; without a version in the metadata it drops the provenance."""
 
@@ -232,6 +235,8 @@ def which_there_are(names: list[str]) -> str:
 def retire(run_directory: Path, keep: int, keep_every_tokens: int | None = None) -> None:
     """Removes snapshots that are not among the newest `keep`, each at one stroke: no reader sees half of one.
 
+    As many of those that were superseded stay as well, the newest of them.
+
     For good stay: the first at or after each multiple of `keep_every_tokens`, those that are pinned, which are not
     counted, and the newest that holds an SAE, since of one that has left the run there is no other copy.
     """
@@ -247,6 +252,13 @@ def retire(run_directory: Path, keep: int, keep_every_tokens: int | None = None)
                 remove_folder(folder)
             newer += 1
         seen |= saes
+    superseded = sorted(_superseded(run_directory), key=lambda folder: folder.stat().st_mtime_ns)
+    for folder in superseded[:-keep]:
+        remove_folder(folder)
+
+
+def _superseded(run_directory: Path) -> list[Path]:
+    return [path for path in run_directory.glob(f"snapshots/{SUPERSEDED}/*") if is_complete(path)]
 
 
 def _milestones(names: list[str], every: int) -> set[str]:
@@ -257,19 +269,31 @@ def _milestones(names: list[str], every: int) -> set[str]:
     return {name for multiple, name in first.items() if multiple > 0}
 
 
-def forget_after(run_directory: Path, tokens: int) -> None:
-    """Removes snapshots beyond `tokens`: a trainer that resumes from an older checkpoint never came from them.
+def supersede_after(run_directory: Path, tokens: int) -> list[Path]:
+    """Moves snapshots beyond `tokens` to `snapshots/superseded`: a trainer that resumes from an older checkpoint never
+    came from them. Returns where they are now.
 
-    What a person has pinned stays.
+    Published work is not deleted by a start, and what a person has pinned stays where it is.
     """
     names, folder = snapshot_names(run_directory), run_directory / "snapshots"
     kept = [name for name in names if int(name) <= tokens or is_pinned(folder / name)]
-    for name in set(names) - set(kept):
-        remove_folder(folder / name)
+    moved: list[Path] = []
+    for name in (name for name in names if name not in kept):
+        moved.append(_free_name(folder / SUPERSEDED / name))
+        make_folder(moved[-1].parent)
+        move_folder(folder / name, moved[-1])
+    latest = folder / "LATEST"
     if not kept:
-        (folder / "LATEST").unlink(missing_ok=True)
-    elif len(kept) < len(names):
-        replace_text(folder / "LATEST", kept[-1] + "\n")
+        latest.unlink(missing_ok=True)
+    elif not latest.exists() or latest.read_text() != kept[-1] + "\n":
+        replace_text(latest, kept[-1] + "\n")
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, … that does not exist: a run may return more than once."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(one for one in numbered if not one.exists())
 
 
 def finite(value: float | None) -> float | None:

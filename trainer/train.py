@@ -264,20 +264,26 @@ class Loop:
         assert run is not None
         if not (rows := self._snapshot_rows()):
             return []
+        if not checkpoint.complete(Path(self.settings.run.directory) / "checkpoint"):
+            self.save()  # a start takes snapshots without a checkpoint for those of a run that has lost it
         report, published = self.clock.look(), list[str]()
         facts = run_facts(run, self.intake)
         if written("snapshot", lambda: published.extend(publish_snapshot(run, report, rows, facts))):
             self._listener.published(report.tokens)
         return published
 
-    def save(self) -> bool:
-        """One instant on disk: weights, roster and ledger between two steps. False, with a line in the log, if not."""
+    def save(self, directory: Path | None = None) -> bool:
+        """One instant on disk: weights, roster and ledger between two steps. False, with a line in the log, if not.
+
+        `directory` is where the run directory is now, if it was moved.
+        """
         self._next_checkpoint = time.monotonic() + self.settings.checkpoint.every_seconds
-        if done := written("checkpoint", self._save):
+        folder = directory or Path(self.settings.run.directory)
+        if done := written("checkpoint", lambda: self._save(folder)):
             self._listener.saved()
         return done
 
-    def _save(self) -> None:
+    def _save(self, directory: Path) -> None:
         saved, tensors = self._saved
         if self.run is not None:
             document, tensors = self.run.state()
@@ -289,9 +295,7 @@ class Loop:
         tensors = {name: value for name, value in tensors.items() if not name.startswith(("ledger/", "buffer/"))}
         tensors |= {f"ledger/{name}": torch.from_numpy(value) for name, value in bits.items()}
         tensors |= {f"buffer/{name}": torch.from_numpy(value) for name, value in names.items()}
-        checkpoint.save(
-            Path(self.settings.run.directory), self.tokens, document, tensors, self.settings.checkpoint.keep
-        )
+        checkpoint.save(directory, self.tokens, document, tensors, self.settings.checkpoint.keep)
 
     def write_settings(self) -> None:
         """settings.toml, with the SAEs that live at this moment."""
