@@ -1,13 +1,17 @@
-"""The drills themselves: a few run here at their smallest, and the planted bugs still fit the ledger."""
+"""The drills themselves: a few run here at their smallest, and the planted bugs still fit the code."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.drills import ledger, processes, strangers
+from tests.drills import ledger, mutants, processes, strangers
 from tests.drills.__main__ import DRILLS, Drill
+from tests.drills.places import PLACES
+from tests.drills.planting import Bug, Misfit, find, plant
 from tests.drills.scene import ROOT
 
 
@@ -20,13 +24,51 @@ def test_a_drill_at_its_smallest(drill: Drill, tmp_path: Path) -> None:
     assert not told.lost and not told.repeated
 
 
-@pytest.mark.parametrize("bug", ledger.BUGS)
-def test_each_bug_can_be_planted(bug: str) -> None:
-    """Its line stands in the ledger once; `make drills` shows that the machine catches it."""
-    old, new = ledger.BUGS[bug]
+@pytest.mark.parametrize("drill", [ledger, mutants], ids=lambda drill: drill.__name__)
+def test_each_bug_has_its_place(drill: ModuleType) -> None:
+    """Exactly one in the code as it is; `make drills` shows that it is caught there."""
+    trees = {module: ast.parse((ROOT / path).read_text("utf-8")) for module, (path, *_) in PLACES.items()}
+    misfits = []
+    for name, bug in drill.BUGS.items():
+        try:
+            find(trees[bug.module], bug)
+        except Misfit as misfit:
+            misfits.append(f"{name}: {misfit}")
+    assert not misfits, "\n".join(misfits)
 
-    assert old != new
-    assert (ROOT / "trainer" / "ledger.py").read_text().count(old) == 1, "the ledger has changed: write the bug anew"
+
+SOURCE = """
+def outer(a, b):
+    # a comment
+    if a < b:
+        return limit(a,
+                     b)
+    return limit(a, b, a)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("a < b", "a <= b", "if a <= b:"),
+        ("limit(ANY, ANY2)", "limit(ANY2, ANY)", "return limit(b, a)"),
+        ("limit(ANY, ANY2, ANY)", "limit(ANY)", "return limit(a)"),
+        ("if ANY:\n    return limit(a, b)", "pass", "pass"),
+    ],
+)
+def test_a_bug_finds_its_place_by_what_the_code_does(old: str, new: str, line: str) -> None:
+    """However it is laid out; and a wildcard is the same expression wherever it stands."""
+    planted = plant(SOURCE, Bug("m", "outer", old, new))
+    assert line in [one.strip() for one in planted.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("function", "old"), [("inner", "a < b"), ("outer", "b < a"), ("outer", "limit"), ("outer", "a")]
+)
+def test_a_bug_without_its_place_is_told(function: str, old: str) -> None:
+    """No such function, no such pattern, or several places: a person has to write it anew."""
+    with pytest.raises(Misfit, match="anew"):
+        plant(SOURCE, Bug("m", function, old, "False"))
 
 
 def test_every_drill_says_what_it_does() -> None:

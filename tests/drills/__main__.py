@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import deterministic, disk, ledger, malformed, network, processes, strangers
+from tests.drills import deterministic, disk, ledger, malformed, mutants, network, processes, strangers
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
@@ -32,6 +32,7 @@ Drill = Callable[[Path, bool], Outcome]
 DRILLS: dict[str, Drill] = {
     "ledger, at length": ledger.long_machine,
     "ledger, bugs planted": ledger.mutations,
+    "elsewhere, bugs planted": mutants.mutations,
     "producers killed": processes.producers_killed,
     "producer frozen": processes.producer_frozen,
     "trainer killed": processes.trainer_killed,

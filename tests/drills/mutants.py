@@ -1,0 +1,120 @@
+"""Bugs of one line in everything but the ledger, each of which the tests of its module must notice.
+
+Every bug is planted alone into a copy of the tree, and the tests that `PLACES` names for its module are run there.
+Those of the ledger are in ledger.py, where a machine hunts them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from tests.drills.places import PLACES
+from tests.drills.planting import Bug, plant, read_bugs
+from tests.drills.scene import ROOT, Outcome
+
+CAUGHT_AT_LEAST = 0.95
+WORKERS = 2
+TEST_SECONDS, RUN_SECONDS = 60, 300
+"""A test, and all tests of a module, that take longer hang: that is noticed too."""
+
+FAILED = re.compile(r"(FAILED|ERROR) (tests/)?")
+
+BUGS = read_bugs(Path(__file__).parent / "mutants.toml")
+
+
+def mutations(folder: Path, quick: bool) -> Outcome:
+    """Every bug, alone, in a copy of the tree; without one all tests that are run must pass."""
+    chosen = {name: bug for number, (name, bug) in enumerate(BUGS.items()) if not quick or number % 60 == 0}
+    modules = dict.fromkeys(bug.module for bug in chosen.values())
+    trees: SimpleQueue[Tree] = SimpleQueue()
+    with ExitStack() as stack, ThreadPoolExecutor(WORKERS) as pool:
+        for number in range(WORKERS):
+            trees.put(stack.enter_context(Tree.copied(folder / str(number))))
+
+        def run(module: str, bug: Bug | None = None) -> str:
+            tree = trees.get()
+            try:
+                return tree.failure(module, bug)
+            finally:
+                trees.put(tree)
+
+        for module, failure in zip(modules, pool.map(run, modules), strict=True):
+            assert not failure, f"the tests of {module} fail without any bug: {failure}"
+        # Those last whose change has everything compiled anew.
+        order = sorted(chosen, key=lambda name: chosen[name].module == "trainer.kernels.cpu")
+        caught = dict(zip(order, pool.map(lambda name: run(chosen[name].module, chosen[name]), order), strict=True))
+    missed = [name for name in chosen if not caught[name]]
+    share = 1 - len(missed) / len(chosen)
+    assert share >= CAUGHT_AT_LEAST, f"{len(missed)} of {len(chosen)} bugs not caught: {'; '.join(missed)}"
+    details = {name: caught[name] or "**not caught**" for name in chosen}
+    note = f"bugs planted in {len(modules)} modules, {len(chosen) - len(missed)} caught"
+    return Outcome(len(chosen), note=note, details=details)
+
+
+@dataclass
+class Tree:
+    """A copy of the project, and a process that runs tests in it."""
+
+    folder: Path
+    server: subprocess.Popen[str]
+
+    @classmethod
+    @contextmanager
+    def copied(cls, folder: Path) -> Iterator[Tree]:
+        left_out = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "*.pyc", "runs")
+        shutil.copytree(ROOT, folder / "tree", ignore=left_out)
+        command = [sys.executable, "-P", str(ROOT / "tests/drills/forked_pytest.py")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as server:
+            yield cls(folder, server)
+            assert server.stdin is not None
+            server.stdin.close()
+
+    def failure(self, module: str, bug: Bug | None) -> str:
+        """The first test of the module's that fails with the bug in it, or what else happens; "" when nothing does."""
+        name, *tests = PLACES[module]
+        path = self.folder / "tree" / name
+        text, status = path.read_text("utf-8"), path.stat()
+        try:
+            if bug is not None:
+                path.write_text(plant(text, bug), "utf-8")
+            code = self._pytest([f"tests/{test}.py" for test in tests])
+        finally:
+            path.write_text(text, "utf-8")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # what numba has compiled of it still holds
+        if code == "0":
+            return ""
+        told = [line for line in (self.folder / "log").read_text(errors="replace").splitlines() if FAILED.match(line)]
+        assert code != "5", f"there are no tests of {module}"
+        return FAILED.sub("", told[0]).partition(" - ")[0] if told else f"exit code {code}"
+
+    def _pytest(self, files: list[str]) -> str:
+        temporary = self.folder / "t"
+        arguments = [
+            *files, "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--timeout={TEST_SECONDS}",
+            f"--basetemp={temporary}", "-m", "not gpu and not peers and not proof and not watch",
+        ]  # fmt: skip
+        request = {
+            "tree": str(self.folder / "tree"), "arguments": arguments, "log": str(self.folder / "log"),
+            "seconds": RUN_SECONDS,
+        }  # fmt: skip
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline().strip()
+        assert answer, "the process that runs tests has ended"
+        shutil.rmtree(temporary, ignore_errors=True)
+        return answer
