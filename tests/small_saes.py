@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.kernels import reference
+from tests import dense_reference as reference
+from trainer.saes import registry
 from trainer.saes.base import Sae
-from trainer.settings import OptimizerSettings, SaeSettings
-from trainer.trainee import ARCHITECTURES, Trainee, Wiring
+from trainer.saes.settings import SaeSettings
+from trainer.settings import OptimizerSettings
+from trainer.trainee import Trainee, Wiring
 
 D_IN, D_OUT, D_SAE, BATCH = 12, 9, 32, 20
 HOOK_WIDTHS = (7, 5)
@@ -55,7 +57,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 def settings_of(kind: str, **options: Any) -> SaeSettings:
     chosen: dict[str, Any] = {"name": "s", "d_sae": D_SAE} | FAMILY[kind] | options
-    return SaeSettings(**chosen)
+    return SaeSettings.of(**chosen)
 
 
 def dead_latents(count: int = len(DEAD)) -> Tensor:
@@ -71,7 +73,7 @@ def widths_of(settings: SaeSettings) -> tuple[int, ...]:
 def build(settings: SaeSettings, dtype: torch.dtype = torch.float64) -> tuple[Sae, Tensor, Tensor]:
     """(SAE, x, y): its parameters moved a little from where they begin, so that nothing is zero or symmetric."""
     torch.manual_seed(0)
-    sae = ARCHITECTURES[settings.architecture](settings, widths_of(settings), D_OUT if settings.target else None)
+    sae = registry.get(settings.architecture)(settings, widths_of(settings), D_OUT if settings.target else None)
     x = torch.randn(BATCH, D_IN, dtype=torch.float64) + 0.3
     y = torch.randn(BATCH, D_OUT, dtype=torch.float64) if settings.target else x
     sae.initialise(x.float(), y.float(), torch.Generator().manual_seed(1))

@@ -27,7 +27,8 @@ from trainer.intake import TORCH_DTYPE, Intake
 from trainer.report import StepReport
 from trainer.run import Run
 from trainer.saes.inference import InferenceSae, load_sae
-from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.snapshot import snapshot_names
 from trainer.train import Loop
 
@@ -38,7 +39,7 @@ BATCH = 512
 ROWS = 1_200_000
 """Enough for every candidate on every truth."""
 
-SHARKEY = SaeSettings(name="topk-sharkey", architecture="topk", d_sae=1024, k=5, dead_tokens=100_000)
+SHARKEY = SaeSettings.of(name="topk-sharkey", architecture="topk", d_sae=1024, k=5, dead_tokens=100_000)
 AtStart = Callable[[Run], None]
 
 TRUTHS: dict[str, dict[str, Any]] = {
@@ -79,7 +80,7 @@ _CANDIDATES: list[dict[str, Any]] = [
 
 
 def _candidate(settings: dict[str, Any]) -> SaeSettings:
-    return SaeSettings(d_sae=256, dead_tokens=50_000, **settings)
+    return SaeSettings.of(d_sae=256, dead_tokens=50_000, **settings)
 
 
 def truth(

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from tests.small_run import identity_sae, publish_snapshot, start_run
 from trainer.export import LOADED_BY, main
-from trainer.formats import FORMATS, FormatError, Published, as_jumprelu, convert, read_published
+from trainer.formats import FORMATS, convert, read_published
 from trainer.saes.folding import recentre
 from trainer.saes.inference import InferenceSae, load_sae
+from trainer.saes.published import FormatError, Published
+from trainer.saes.settings import SaeSettings
 from trainer.saes.start import check_starts, read_start
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
 
 D_IN, D_SAE = 6, 16
@@ -69,7 +71,7 @@ def written(folder: Path, sae: Published, format_name: str = "saelens") -> Path:
 def test_what_is_a_threshold_at_inference_is_written_as_one(architecture: str) -> None:
     """Gated and ReLU as JumpReLU: the same latents on every row, with biases and scales of every sign."""
     sae, x = published(architecture), rows()
-    converted = as_jumprelu(sae)
+    converted = sae.activation.as_jumprelu(sae)
     expected = inference(sae).encode(x)
 
     assert "jumprelu" in converted.architecture
@@ -258,7 +260,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
 def settings(path: Path, **changes: Any) -> SaeSettings:
     """A TopK that goes on from `path`; None takes a key away."""
     told = {"name": "on", "architecture": "topk", "d_sae": D_SAE, "k": 4, "start_from": str(path)} | changes
-    return SaeSettings(**{key: value for key, value in told.items() if value is not None})
+    return SaeSettings.of(**{key: value for key, value in told.items() if value is not None})
 
 
 class Bomb:

@@ -37,7 +37,8 @@ from trainer.kernels import select
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
 from trainer.saes.inference import check, export
-from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish, snapshot_names, verify
 from trainer.statistics import Statistics
 from trainer.trainee import Trainee, Wiring
@@ -190,7 +191,7 @@ def test_gradients_in_float32_are_those_of_the_cpu(kind: str, representation: fl
 
 
 def learner_on(device: torch.device, kind: str, dtype: torch.dtype = torch.float32) -> Trainee:
-    settings = SaeSettings(name="s", d_sae=256, revive_tokens=4096, dead_tokens=4096, **LEARNERS[kind])
+    settings = SaeSettings.of(name="s", d_sae=256, revive_tokens=4096, dead_tokens=4096, **LEARNERS[kind])
     optimizer = OptimizerSettings(learning_rate=3e-3, warmup_tokens=4096)
     return Trainee(settings, optimizer, Wiring((0,), None, (32,)), device, dtype)
 

@@ -25,9 +25,9 @@ from tests.small_saes import build as build_sae
 from trainer.kernels import select
 from trainer.kernels.dense import Dense
 from trainer.kernels.sparse import Entries
+from trainer.saes import registry
 from trainer.saes.base import Sae
-from trainer.settings import SaeSettings
-from trainer.trainee import ARCHITECTURES
+from trainer.saes.settings import SaeSettings
 
 PENALISED: dict[str, Any] = JUMPRELU | {"target_l0": None, "sparsity_weight": 0.5}
 CASES = FAMILY | {
@@ -51,7 +51,7 @@ CASES = FAMILY | {
 
 def case(name: str) -> SaeSettings:
     options = {key: value for key, value in CASES[name].items() if value is not None}
-    return SaeSettings(name="s", d_sae=D_SAE, **options)
+    return SaeSettings.of(name="s", d_sae=D_SAE, **options)
 
 
 # Dense autograd
@@ -121,7 +121,7 @@ SMOOTH = {name: FAMILY[name] | (NARROW if name.startswith("jumprelu") else {}) f
 def test_gradients_equal_finite_differences(name: str) -> None:
     """Where nothing is held constant, the loss moves by what the gradient says; AuxK is left out for that."""
     revived = dead_latents() if name.startswith("jumprelu") else NOBODY
-    sae, x, y = build_sae(SaeSettings(name="s", d_sae=D_SAE, **SMOOTH[name]))
+    sae, x, y = build_sae(SaeSettings.of(name="s", d_sae=D_SAE, **SMOOTH[name]))
     gradients = sae.gradients(x, y, revived, 0.7).of
     for parameter, value in sae.parameters.items():
         direction = torch.randn_like(value)
@@ -366,8 +366,8 @@ def test_gradients_equal_those_on_paper(name: str) -> None:
     options, given, expected = PAPER[name]
     x = tensor(given.get("x", [[3, 1]]))
     y = tensor(given["y"]) if "y" in given else x
-    settings = SaeSettings(name="s", **({"d_sae": 2} | options))
-    sae = ARCHITECTURES[settings.architecture](
+    settings = SaeSettings.of(name="s", **({"d_sae": 2} | options))
+    sae = registry.get(settings.architecture)(
         settings, given.get("widths", (2,)), y.shape[1] if settings.target else None
     )
     values = {"W_enc": ONE, "W_dec": ONE, "b_enc": [0, 0], "b_dec": [0, 0]} | given
@@ -387,8 +387,10 @@ def test_gradients_equal_those_on_paper(name: str) -> None:
 
 def test_the_kernel_has_the_width_and_the_sides_of_its_definition() -> None:
     """θ = 1, ε = 0.4: only |z − θ| < 0.2 moves the threshold, on either side, by θ/ε; z itself passes above θ."""
-    settings = SaeSettings(name="s", d_sae=1, architecture="jumprelu", penalty="l0", sparsity_weight=0.0, bandwidth=0.4)
-    sae = ARCHITECTURES["jumprelu"](settings, (1,))
+    settings = SaeSettings.of(
+        name="s", d_sae=1, architecture="jumprelu", penalty="l0", sparsity_weight=0.0, bandwidth=0.4
+    )
+    sae = registry.get("jumprelu")(settings, (1,))
     parameters = {"W_enc": [[1.0]], "W_dec": [[1.0]], "b_enc": [0.0], "b_dec": [0.0], "threshold": [1.0]}
     sae.parameters = {name: tensor(value) for name, value in parameters.items()}
     sae.matmul_dtype = torch.float64
@@ -409,8 +411,10 @@ def test_the_kernel_has_the_width_and_the_sides_of_its_definition() -> None:
 def test_bug_14_the_threshold_gradient_is_that_of_the_smoothed_loss() -> None:
     """Where z varies smoothly, the mean gradient of θ follows the finite difference of the mean loss."""
     torch.manual_seed(0)
-    settings = SaeSettings(name="s", d_sae=1, architecture="jumprelu", penalty="l0", sparsity_weight=0.3, bandwidth=0.1)
-    sae = ARCHITECTURES["jumprelu"](settings, (1,))
+    settings = SaeSettings.of(
+        name="s", d_sae=1, architecture="jumprelu", penalty="l0", sparsity_weight=0.3, bandwidth=0.1
+    )
+    sae = registry.get("jumprelu")(settings, (1,))
     parameters = {"W_enc": [[1.0]], "W_dec": [[1.0]], "b_enc": [0.0], "b_dec": [0.0], "threshold": [1.0]}
     sae.parameters = {name: tensor(value) for name, value in parameters.items()}
     sae.matmul_dtype = torch.float64

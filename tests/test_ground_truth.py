@@ -28,7 +28,7 @@ from tests.small_training import (
 )
 from trainer.run import Run
 from trainer.saes.base import Sae
-from trainer.settings import SaeSettings
+from trainer.saes.settings import SaeSettings
 
 pytestmark = pytest.mark.timeout(600)  # whole runs, on machines that may have other work
 
@@ -111,7 +111,7 @@ def small(name: str, architecture: str = "topk", **more: Any) -> SaeSettings:
         "relu": {"penalty": "l1", "sparsity_weight": 2.0},
         "gated": {"sparsity_weight": 5.0, "sparsity_warmup_tokens": 200_000},
     }[architecture]
-    return SaeSettings(name=name, architecture=architecture, d_sae=128, dead_tokens=20_000, **(kind | more))
+    return SaeSettings.of(name=name, architecture=architecture, d_sae=128, dead_tokens=20_000, **(kind | more))
 
 
 def whisper(sae: Sae) -> None:

@@ -17,7 +17,8 @@ from trainer.buffer import Batch
 from trainer.ctl import Inbox
 from trainer.ledger import Ledger, Limits
 from trainer.run import Run
-from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, SnapshotSettings, TrainerSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import snapshot_names, supersede_after
 from trainer.train import Loop, written
 
@@ -31,8 +32,8 @@ def two_hooks(directory: Path) -> Run:
         buffer=BufferSettings(rows=256),
         optimizer=OptimizerSettings(batch=32, matmul="float32", learning_rate=1e-2, warmup_tokens=0),
         sae=[
-            SaeSettings(name="first", architecture="topk", hook=HOOKS[0], d_sae=16, k=2),
-            SaeSettings(name="second", architecture="jumprelu", hook=HOOKS[1], d_sae=24, target_l0=3.0),
+            SaeSettings.of(name="first", architecture="topk", hook=HOOKS[0], d_sae=16, k=2),
+            SaeSettings.of(name="second", architecture="jumprelu", hook=HOOKS[1], d_sae=24, target_l0=3.0),
         ],
     )
     hooks = [Hook(name=HOOKS[0], module="a", width=4), Hook(name=HOOKS[1], module="b", width=6)]

@@ -25,8 +25,8 @@ from tests.small_saes import (
 from trainer.saes.base import Sae, geometric_median, initial_bias
 from trainer.saes.inference import check, export, load_sae
 from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
+from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
-from trainer.settings import SaeSettings
 from trainer.snapshot import publish
 from trainer.trainee import Trainee
 
@@ -151,7 +151,7 @@ def test_directions_can_begin_at_the_data() -> None:
 def shuffled(settings: SaeSettings) -> Tensor:
     """An order of the latents; with nested dictionaries each stays in its segment."""
     torch.manual_seed(2)
-    ends = [0, *(settings.matryoshka or [D_SAE])]
+    ends = [0, *settings.levels]
     parts = [torch.randperm(end - begin) + begin for begin, end in pairwise(ends)]
     return torch.cat(parts)
 
@@ -327,7 +327,7 @@ def test_thresholds_stay_above_zero() -> None:
 
 def suppressed(directory: Path) -> tuple[Path, Tensor]:
     """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh rows)."""
-    settings = SaeSettings(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
+    settings = SaeSettings.of(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
     trainee = trained(settings, steps=300)
     (x,) = rows_of(settings, 1024, 77)
     exported = export(trainee.sae, trainee.frame([1.0]), "s", trainee.statistics.firing_rate(), x, {}, {})
@@ -340,7 +340,7 @@ def shrunk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
 
 
 def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> Trainee:
-    settings = SaeSettings(
+    settings = SaeSettings.of(
         name="r",
         architecture="repair",
         start_from=str(folder),

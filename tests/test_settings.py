@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from producer.settings import ModelSettings, ProducerSettings, SettingsError, is_loopback, read_run_file, show_settings
 from tests.small_saes import FAMILY
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import TrainerSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,8 +124,8 @@ def test_values_that_do_not_go_together_are_refused(run_file: Path, override: st
         ({"name": ".x", "k": 8}, "name '.x' becomes a folder: use letters, digits, dot, dash, underscore"),
         ({"architecture": "jumprelu"}, "architecture jumprelu needs target_l0, such as target_l0 = 32"),
         ({"architecture": "jumprelu", "target_l0": 5000.0}, "target_l0 = 5000 exceeds d_sae = 4096; lower target_l0"),
-        ({"architecture": "jumprelu", "penalty": "l1"}, "penalty l1 is not one of jumprelu: use l0, tanh, target_l0"),
-        ({"architecture": "relu", "penalty": "l0"}, "penalty l0 is not one of relu: use l1, l1_norm, tanh"),
+        ({"architecture": "jumprelu", "penalty": "l1"}, "Input should be 'target_l0', 'l0' or 'tanh'"),
+        ({"architecture": "relu", "penalty": "l0"}, "Input should be 'l1', 'l1_norm' or 'tanh'"),
         ({"architecture": "relu"}, "penalty l1_norm needs sparsity_weight, such as 5"),
         ({"architecture": "jumprelu", "penalty": "tanh"}, "penalty tanh needs sparsity_weight, such as 1"),
         ({"architecture": "tied"}, "penalty l1 needs sparsity_weight, such as 5"),
@@ -187,7 +188,7 @@ def test_an_sae_that_does_not_fit_together_is_refused(options: dict[str, Any], s
     """Each fault is a sentence with what to change."""
     common: dict[str, Any] = {"name": "s", "architecture": "topk", "d_sae": 4096}
     with pytest.raises(ValidationError) as raised:
-        SaeSettings(**(common | options))
+        SaeSettings.of(**(common | options))
 
     assert sentence in str(raised.value)
 
@@ -195,7 +196,7 @@ def test_an_sae_that_does_not_fit_together_is_refused(options: dict[str, Any], s
 def test_faults_of_one_sae_are_told_together() -> None:
     """And no sentence about a key that means nothing asks for more of its kind."""
     with pytest.raises(ValidationError) as raised:
-        SaeSettings(name="s", architecture="topk", d_sae=64, penalty="l1", bandwidth=1.0)
+        SaeSettings.of(name="s", architecture="topk", d_sae=64, penalty="l1", bandwidth=1.0)
 
     assert (
         "sae 's': architecture topk needs k, such as k = 32; penalty, bandwidth mean nothing for topk; remove"
@@ -218,7 +219,7 @@ def test_saes_that_do_not_fit_the_run_are_refused(saes: list[dict[str, Any]], se
     common: dict[str, Any] = {"architecture": "topk", "d_sae": 64, "k": 4, "hook": "h0"}
     with pytest.raises(ValidationError) as raised:
         TrainerSettings(
-            model=ModelSettings(name="m", hooks=["h0", "h1"]), sae=[SaeSettings(**(common | s)) for s in saes]
+            model=ModelSettings(name="m", hooks=["h0", "h1"]), sae=[SaeSettings.of(**(common | s)) for s in saes]
         )
 
     assert sentence in str(raised.value)
@@ -236,7 +237,7 @@ def test_resolved_settings_can_be_read_back(run_file: Path, tmp_path: Path) -> N
 def test_settings_of_every_architecture_can_be_read_back(kind: str, tmp_path: Path) -> None:
     """Through TOML and back: every default that applies is written, none that does not, and all mean the same."""
     role: dict[str, Any] = {} if "hooks" in FAMILY[kind] else {"hook": "a"}
-    sae = SaeSettings(**(role | FAMILY[kind] | {"name": "s", "d_sae": 32, "ema_tokens": 5, "tokens": 10**7}))
+    sae = SaeSettings.of(**(role | FAMILY[kind] | {"name": "s", "d_sae": 32, "ema_tokens": 5, "tokens": 10**7}))
     settings = TrainerSettings(model=ModelSettings(name="m", hooks=["a", "b"]), sae=[sae])
     shown = show_settings(settings)
     (tmp_path / "again.toml").write_text(shown)
@@ -244,9 +245,9 @@ def test_settings_of_every_architecture_can_be_read_back(kind: str, tmp_path: Pa
     table = shown[shown.index("[[sae]]") : shown.index("[snapshots]")]
 
     assert again.model_dump() == sae.model_dump()
-    assert (again.sparsity, again.reviving, again.reads) == (sae.sparsity, sae.reviving, sae.reads)
+    assert (again.sparsity_warmup(7), again.revival, again.inputs) == (sae.sparsity_warmup(7), sae.revival, sae.inputs)
     assert ("bandwidth" in table) == (sae.architecture == "jumprelu")
-    assert ("aux_weight" in table) == (sae.reviving == "auxk")
+    assert ("aux_weight" in table) == (sae.revival == "auxk")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_f
 from trainer.report import DENSITY_EDGES
 from trainer.run import Run, scale_of
 from trainer.saes.base import normalise_rows
-from trainer.settings import BufferSettings, OptimizerSettings, SaeSettings, TrainerSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.statistics import HALF_LIFE_TOKENS, Statistics
 from trainer.trainee import Trainee, Wiring
 
@@ -310,7 +311,7 @@ def test_a_large_mean_changes_nothing(kind: str) -> None:
 
 def test_an_sae_may_have_any_name() -> None:
     """Its tensors in a checkpoint cannot be taken for others, such as the ledger's."""
-    settings = SaeSettings(name="ledger", architecture="topk", d_sae=16, k=2)
+    settings = SaeSettings.of(name="ledger", architecture="topk", d_sae=16, k=2)
     trainee = Trainee(settings, OptimizerSettings(), Wiring((0,), None, (4,)), torch.device("cpu"), torch.float32)
 
     assert all(name.startswith("sae/ledger/") for name in trainee.state()[1])
@@ -433,7 +434,7 @@ def family_run(directory: Path) -> Run:
         role = next(role for name, role in roles.items() if kind.endswith(name))
         if kind != "repair":  # it needs files to begin from
             named = {"name": kind.replace(" ", "-"), "d_sae": 32, "ema_tokens": 100, "revive_tokens": 64}
-            saes.append(SaeSettings(**(options | role | named)))
+            saes.append(SaeSettings.of(**(options | role | named)))
     settings = TrainerSettings(
         run=RunSettings(directory=str(directory), tokens=2000, threads=1),
         model=ModelSettings(name="m", hooks=HOOKS),

@@ -15,7 +15,7 @@ from trainer.ctl import Answer, Request, refusal
 from trainer.report import SaeReport
 from trainer.roster import Member, RosterError
 from trainer.run import Run
-from trainer.settings import SaeSettings
+from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError, finite, snapshot_name
 from trainer.train import Loop
 from trainer.trainee import Trainee
@@ -75,7 +75,7 @@ def _sae(loop: Loop, member: Member) -> Answer:
     told: Answer = {
         "name": member.name,
         "architecture": sae.architecture,
-        "hook": " + ".join(sae.reads or loop.settings.hooks[:1]) + (f" → {sae.target}" if sae.target else ""),
+        "hook": " + ".join(sae.inputs or loop.settings.hooks[:1]) + (f" → {sae.target}" if sae.target else ""),
         "d_sae": sae.d_sae,
         "attached": member.attached,
         "tokens": 0,

@@ -44,8 +44,6 @@ TEMPORARY_BYTES = 26
 """Copies of a batch's rows that a step holds at its highest moment, per element: six in float32, one in bfloat16."""
 ENTRY_MEMORY = 80
 """Places, orders and values that a step holds, per active latent."""
-ASSUMED_L0 = 64.0
-"""Active latents per row where a penalty decides and not the run file."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,6 @@ CPU = Kernels("cpu", 3.0, 0.2, 13.0, 0.85, 1000.0, 90.0, 2e-3, 2**24, 0.4e9)
 1024, d_sae 2¹² to 2¹⁵, k 16 to 64, batch 1024 and 4096; one set for all."""
 CUDA = Kernels("cuda", 1.0, 0.0, 4.0, 1.0, 100.0, 60.0, 1e-3, 2**30, 2e9)
 """Counted from the kernels, NOT measured: a product writes pre-activations once, a choice reads them once or twice."""
-NEAR = 1.5
-"""JumpReLU's kernel reaches so many entries per active latent; counted at its default bandwidth of 0.5."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from producer.settings import SettingsError, read_run_file
 from trainer import cost
 from trainer.cost import Machine, Sharded, Work
 from trainer.machine import measure_machine
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.saes.settings import ASSUMED_L0, SaeSettings
+from trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,30 +116,21 @@ def works_of(settings: TrainerSettings, width: int, number: int) -> list[Work]:
 
 def _work(settings: TrainerSettings, sae: SaeSettings, width: int, number: int) -> Work:
     d_in = width * len(settings.inputs_of(sae))
-    transcoder = sae.target is not None
-    topk = sae.architecture == "topk"
-    k = float(sae.k or sae.target_l0 or min(cost.ASSUMED_L0, sae.d_sae))
-    multi = bool(sae.multi_topk)
     return Work(
         name=sae.name,
         architecture=sae.architecture,
         d_in=d_in,
-        d_out=width if transcoder else d_in,
+        d_out=d_in if sae.target is None else width,
         d_sae=sae.d_sae,
         batch=settings.optimizer.batch,
-        active=k * (5 if multi else cost.NEAR if sae.architecture == "jumprelu" else 1),
-        chosen=k * (5 if multi else 1) if topk else 0.0,
-        levels=len(sae.matryoshka or [sae.d_sae]),
-        decodings=2 if sae.architecture == "gated" else 1,
-        losses=2 if multi else 1,
-        tied=sae.architecture == "tied",
-        unit_decoder=not transcoder and not (sae.architecture == "relu" and sae.sparsity != "l1"),
-        centred=not transcoder and sae.architecture != "repair",
+        levels=len(sae.levels),
+        unit_decoder=sae.unit_decoder,
+        centred=sae.centred,
         skip=sae.skip,
         whitening=sae.whitening,
         ema=sae.ema_tokens is not None,
         number=number,
-        l0_is_assumed=sae.k is None and sae.target_l0 is None,
+        **vars(sae.cost_terms()),
     )
 
 
@@ -393,9 +385,7 @@ class Estimate:
             more = "" if needed is None else f"; {needed.gpus} GPUs hold it"
             told.append(f"It does not fit: {_bytes(self.sharded.memory)} on each GPU{more}.")
         if assumed := [work.name for work in self.works if work.l0_is_assumed]:
-            told.append(
-                f"How many latents of {', '.join(assumed)} are active is not set; {cost.ASSUMED_L0:g} is assumed."
-            )
+            told.append(f"How many latents of {', '.join(assumed)} are active is not set; {ASSUMED_L0:g} is assumed.")
         return told
 
 

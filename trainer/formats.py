@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,73 +32,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from producer.parsing import ParseError, read_object
-from trainer.saes.folding import fold_norms, has_unit_rows, recentre
-from trainer.saes.inference import ACTIVATION
+from trainer.saes import registry
+from trainer.saes.folding import fold_norms, has_unit_rows
+from trainer.saes.published import (
+    TRANSCODER,
+    FormatError,
+    Published,
+    activation_of,
+    published_architectures,
+    transcoder_name,
+)
 from trainer.snapshot import SAELENS_LAYOUT, SnapshotError
-
-VECTORS = {
-    "relu": ("b_enc",),
-    "topk": ("b_enc",),
-    "abstopk": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "gated": ("b_gate", "b_mag", "r_mag"),
-}
-"""Vectors of length d_sae by activation."""
-OURS_ALONE = {name for name in ACTIVATION if name.endswith("transcoder") and "topk" in name}
-"""Architectures that SAELens has no name for."""
-
 
 Files = dict[str, dict[str, Any]]
 """Names of files and what is in them: a JSON document, or tensors."""
-
-ROUNDING = 1e-6
-"""How far thresholds may be apart to be one: decoder norms were divided out of them."""
-
-
-class FormatError(ValueError):
-    """A format has no words for what this SAE is."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """An SAE that takes raw activations, wherever it was published."""
-
-    cfg: dict[str, Any]
-    """As SAELens writes it, complete."""
-    weights: dict[str, Tensor]
-    """float32, one row per latent."""
-
-    @property
-    def architecture(self) -> str:
-        return str(self.cfg["architecture"])
-
-    @property
-    def activation(self) -> str:
-        return ACTIVATION[self.architecture]
-
-    @property
-    def is_transcoder(self) -> bool:
-        return self.architecture.endswith("transcoder")
-
-    @property
-    def d_sae(self) -> int:
-        return self.weights["W_enc"].shape[0]
-
-    @property
-    def d_in(self) -> int:
-        return self.weights["W_enc"].shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.weights["W_dec"].shape[1]
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.cfg["metadata"]
-
-    def read_as(self, centred: bool) -> dict[str, Tensor]:
-        """The weights for an encoder that subtracts b_dec from what it reads, or does not."""
-        return recentre(self.weights, self.cfg["apply_b_dec_to_input"], centred)
 
 
 # Reading
@@ -134,10 +81,10 @@ def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published
     architecture = str(told.get("architecture"))
     if "topk_threshold" in tensors:
         raise SnapshotError("it is a checkpoint of SAELens' training; write it with save_inference_model")
-    if architecture not in ACTIVATION:
-        raise SnapshotError(f"its architecture is {architecture!r}; known are {', '.join(ACTIVATION)}")
+    if (activation := activation_of(architecture)) is None:
+        raise SnapshotError(f"its architecture is {architecture!r}; known are {', '.join(published_architectures())}")
     # SAELens before 6 named top-k elsewhere, and scaled on the way.
-    if told.get("activation_fn_str", told.get("activation_fn", "relu")) not in ("relu", None, ACTIVATION[architecture]):
+    if told.get("activation_fn_str", told.get("activation_fn", "relu")) not in ("relu", None, activation.name):
         raise SnapshotError("SAELens before 6 wrote it, with another activation; load and save it with a newer one")
     if told.get("normalize_activations") not in ("none", None, False) or told.get("finetuning_scaling_factor"):
         raise SnapshotError(
@@ -146,7 +93,7 @@ def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published
     if "W_enc" in tensors and tensors["W_enc"].dim() == 2:
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     cfg = told | {
-        "apply_b_dec_to_input": bool(told.get("apply_b_dec_to_input", not architecture.endswith("transcoder"))),
+        "apply_b_dec_to_input": bool(told.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER))),
         "metadata": told["metadata"] if isinstance(told.get("metadata"), dict) else {},
     }
     return Published(cfg, tensors)
@@ -161,7 +108,7 @@ def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
     if skip and not transcoder:
         raise SnapshotError("it has a skip connection and is no transcoder, which is not known")
     cfg = {
-        "architecture": "topk" if not transcoder else f"topk_{'skip_' if skip else ''}transcoder",
+        "architecture": transcoder_name("topk", skip) if transcoder else "topk",
         "k": told.get("k"),
         "dtype": "float32",
         "device": "cpu",
@@ -178,8 +125,8 @@ def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
 
 def _require_shapes(sae: Published) -> None:
     """Raises SnapshotError unless every weight is there, has its shape, and is finite."""
-    weights, kind = sae.weights, sae.activation
-    if missing := {"W_enc", "W_dec", "b_dec", *VECTORS[kind]} - weights.keys():
+    weights, vectors = sae.weights, sae.activation.vectors
+    if missing := {"W_enc", "W_dec", "b_dec", *vectors} - weights.keys():
         raise SnapshotError(f"its weights lack {', '.join(sorted(missing))}")
     if weights["W_enc"].dim() != 2 or weights["W_dec"].dim() != 2:
         raise SnapshotError("its W_enc and W_dec are no matrices")
@@ -189,14 +136,14 @@ def _require_shapes(sae: Published) -> None:
         "W_dec": (sae.d_sae, d_out),
         "b_dec": (d_out,),
     }
-    shapes |= {name: (sae.d_sae,) for name in VECTORS[kind]} | {"W_skip": (d_out, sae.d_in)}
+    shapes |= {name: (sae.d_sae,) for name in vectors} | {"W_skip": (d_out, sae.d_in)}
     for name, value in weights.items():
         if name not in shapes or tuple(value.shape) != shapes[name]:
             raise SnapshotError(f"its {name} has shape {list(value.shape)}; expected is {shapes.get(name, 'none')}")
         if not value.isfinite().all():
             raise SnapshotError(f"its {name} holds numbers that are not finite")
-    if "topk" in kind and not (isinstance(k := sae.cfg.get("k"), int) and 0 < k <= sae.d_sae):
-        raise SnapshotError(f"its k is {sae.cfg.get('k')!r}; a number from 1 to {sae.d_sae} is expected")
+    if fault := sae.activation.fault(sae.cfg, sae.d_sae):
+        raise SnapshotError(fault)
 
 
 # Writing
@@ -204,47 +151,24 @@ def _require_shapes(sae: Published) -> None:
 
 def to_saelens(sae: Published) -> Files:
     """For sae_lens.SAE.load_from_disk."""
-    if sae.architecture in OURS_ALONE:
-        raise FormatError("SAELens has no top-k transcoders")
+    sae.activation.require_saelens(sae)
     return {"cfg.json": sae.cfg, "sae_weights.safetensors": sae.weights | {"W_enc": sae.weights["W_enc"].T}}
 
 
 def to_jumprelu(sae: Published) -> Files:
     """For sae_lens.SAE.load_from_disk, as a JumpReLU."""
-    return to_saelens(as_jumprelu(sae))
-
-
-def as_jumprelu(sae: Published) -> Published:
-    """The same function with a threshold per latent. Raises FormatError for a top-k."""
-    if sae.activation == "jumprelu":
-        return sae
-    w = dict(sae.weights)
-    if sae.activation == "gated":
-        r = w.pop("r_mag").exp()
-        w["b_enc"] = w.pop("b_mag")
-        w["threshold"] = (w["b_enc"] - r * w.pop("b_gate")).clamp_min(0.0)
-        w["W_enc"] = w["W_enc"] * r[:, None]
-    elif sae.activation == "relu":
-        w["threshold"] = torch.zeros_like(w["b_enc"])
-    else:
-        raise FormatError("a top-k compares latents with each other, which no threshold does")
-    name = f"jumprelu_{sae.architecture}" if sae.is_transcoder else "jumprelu"
-    return Published(sae.cfg | {"architecture": name}, w)
+    return to_saelens(sae.activation.as_jumprelu(sae))
 
 
 def to_sparsify(sae: Published) -> Files:
     """For sparsify.SparseCoder.load_from_disk."""
-    if sae.activation != "topk":
-        raise FormatError("sparsify knows top-k by value only")
+    keys = sae.activation.to_sparsify(sae)
     _require_one_width("sparsify", sae)
     w = sae.read_as(centred=not sae.is_transcoder)
-    cfg = {
-        "activation": "topk",
+    cfg = keys | {
         "expansion_factor": max(1, sae.d_sae // sae.d_in),
         "normalize_decoder": has_unit_rows(w["W_dec"]),
         "num_latents": sae.d_sae,
-        "k": sae.cfg["k"],
-        "multi_topk": False,
         "skip_connection": "W_skip" in w,
         "transcode": sae.is_transcoder,
         "d_in": sae.d_in,
@@ -259,7 +183,11 @@ def to_dictionary_learning(sae: Published) -> Files:
     if "W_skip" in sae.weights:
         raise FormatError("dictionary_learning has no skip connection")
     _require_one_width("dictionary_learning", sae)
-    name, state = _dictionary(sae)
+    architecture = registry.find((sae.metadata.get("settings") or {}).get("architecture"))
+    convert_state = (
+        sae.activation.to_dictionary_learning if architecture is None else architecture.to_dictionary_learning
+    )
+    name, state = convert_state(sae)
     told = sae.metadata
     layer = re.search(r"\.(\d+)(\.|$)", str(told.get("hook_name")))
     trainer = {
@@ -280,59 +208,6 @@ def to_dictionary_learning(sae: Published) -> Files:
         "ctx_len": told.get("context_size"),
     }
     return {"config.json": {"trainer": trainer, "buffer": buffer}, "ae.pt": state, "provenance.json": sae.cfg}
-
-
-def _dictionary(sae: Published) -> tuple[str, dict[str, Tensor]]:
-    """(their class, its state dict)."""
-    centred, plain = sae.read_as(centred=True), sae.read_as(centred=False)
-    if sae.activation == "abstopk":
-        raise FormatError("dictionary_learning's top-k does not choose by magnitude")
-    if sae.activation == "topk":
-        unset = torch.tensor(-1.0)  # their threshold, which stands in for top-k only when asked to
-        return "AutoEncoderTopK", _linear(centred) | _scalars(sae.cfg["k"], unset)
-    if sae.activation == "jumprelu":
-        settings = sae.metadata.get("settings") or {}
-        threshold = centred["threshold"]
-        one = threshold.mean()
-        if settings.get("architecture") != "batchtopk" or ((threshold - one).abs() > ROUNDING * one).any():
-            return "JumpReluAutoEncoder", _matrices(plain) | {"threshold": plain["threshold"]}
-        scalars = _scalars(settings["k"], one)
-        if ends := settings.get("matryoshka"):
-            sizes = torch.tensor([end - begin for begin, end in zip([0, *ends], ends, strict=False)])
-            return "MatryoshkaBatchTopKSAE", _matrices(centred) | scalars | {"group_sizes": sizes}
-        return "BatchTopKSAE", _linear(centred) | scalars
-    if sae.activation == "gated":
-        return "GatedAutoEncoder", {
-            "decoder_bias": centred["b_dec"],
-            "encoder.weight": centred["W_enc"],
-            "decoder.weight": centred["W_dec"].T,
-            "gate_bias": centred["b_gate"],
-            "mag_bias": centred["b_mag"],
-            "r_mag": centred["r_mag"],
-        }
-    if sae.cfg["apply_b_dec_to_input"] and has_unit_rows(centred["W_dec"]):
-        state = _linear(centred)
-        return "AutoEncoder", {**{n: v for n, v in state.items() if n != "b_dec"}, "bias": state["b_dec"]}
-    # The other class would divide by the norms of its rows, zero or not.
-    state = _linear(plain)
-    return "AutoEncoderNew", {**{n: v for n, v in state.items() if n != "b_dec"}, "decoder.bias": state["b_dec"]}
-
-
-def _linear(w: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        "encoder.weight": w["W_enc"],
-        "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T,
-        "b_dec": w["b_dec"],
-    }
-
-
-def _matrices(w: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
-
-
-def _scalars(k: int, threshold: Tensor) -> dict[str, Tensor]:
-    return {"k": torch.tensor(k, dtype=torch.int32), "threshold": threshold.clone()}
 
 
 def _require_one_width(library: str, sae: Published) -> None:

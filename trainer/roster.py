@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import TrainerSettings
 
 
 class RosterError(ValueError):
@@ -114,8 +115,8 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: str) 
         Member(**entry | {"settings": SaeSettings.model_validate(entry["settings"])}) for entry in saved["members"]
     ]
     roster = Roster(**saved | {"members": members})
-    ours = {sae.name: shape(sae) for sae in saes if sae.name not in roster.gone}
-    theirs = {member.name: shape(member.settings) for member in members if not member.attached or member.name in ours}
+    ours = {sae.name: sae.shape() for sae in saes if sae.name not in roster.gone}
+    theirs = {member.name: member.settings.shape() for member in members if not member.attached or member.name in ours}
     if ours != theirs:
         raise RosterError(
             f"the run file has SAEs {ours}, the checkpoint of {directory} has {theirs}: restore the file, or start a "
@@ -131,18 +132,6 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: str) 
     if clash := sorted({name for name in names if names.count(name) > 1}):
         raise RosterError(f"{', '.join(clash)} would be the name of an SAE and of an EMA copy: remove ema_tokens")
     return roster
-
-
-def shape(sae: SaeSettings) -> dict[str, Any]:
-    """What of an SAE's settings must not change when a run is resumed."""
-    return sae.model_dump(
-        mode="json",
-        include={
-            "architecture", "d_sae", "hook", "hooks", "target", "skip", "k", "abs", "matryoshka", "threshold",
-            "whitening", "train",
-        },
-        exclude_none=True,
-    ) | ({"penalty": sae.sparsity} if sae.architecture == "relu" else {})  # fmt: skip
 
 
 def _names(sae: SaeSettings) -> list[str]:

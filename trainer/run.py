@@ -19,8 +19,9 @@ from producer.wire import Hello
 from trainer.buffer import Batch, BufferState, pool_rows
 from trainer.checkpoint import CheckpointError, Saved
 from trainer.roster import Member, Roster, RosterError, resumed
+from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.settings import TrainerSettings
 from trainer.trainee import Trainee, Wiring
 
 log = logging.getLogger("sluice.trainer")

@@ -17,28 +17,13 @@ from torch import Tensor
 
 from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
 from trainer.report import SaeReport
+from trainer.saes import registry
 from trainer.saes.base import SHARED, Sae
-from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Frame, Whitening, whitening_of
-from trainer.saes.gated import Gated
-from trainer.saes.jumprelu import JumpReLU
-from trainer.saes.relu import ReLU
-from trainer.saes.repair import Repair
+from trainer.saes.settings import SaeSettings
 from trainer.saes.start import Start
-from trainer.saes.tied import Tied
-from trainer.saes.topk import TopK
-from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.settings import OptimizerSettings
 from trainer.statistics import Statistics
-
-ARCHITECTURES: dict[str, type[Sae]] = {
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "relu": ReLU,
-    "tied": Tied,
-    "gated": Gated,
-    "repair": Repair,
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,7 @@ class Trainee:
         """Rows this SAE has learned from."""
         d_out = None if wiring.target is None else wiring.widths[wiring.target]
         widths = tuple(wiring.widths[hook] for hook in wiring.inputs)
-        self.sae = ARCHITECTURES[settings.architecture](settings, widths, d_out)
+        self.sae: Sae = registry.get(settings.architecture)(settings, widths, d_out)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
         self._optimizer_settings = optimizer
@@ -139,7 +124,7 @@ class Trainee:
             factor = min(factor, cooldown.factor(self.tokens))
         self.learning_rate = self._peak * factor
         dead = self.statistics.silent_for(self._revive_tokens)
-        sparsity = warmup_factor(self.tokens, self._sparsity_warmup_tokens)
+        sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self._optimizer_settings.warmup_tokens))
         gradients = self.sae.gradients(x_seen, y_seen, dead, sparsity)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         self.sae.recycle(gradients.of)
@@ -165,12 +150,6 @@ class Trainee:
     @property
     def _revive_tokens(self) -> int:
         return self.settings.revive_tokens or self.settings.dead_tokens
-
-    @property
-    def _sparsity_warmup_tokens(self) -> int:
-        if self.settings.sparsity_warmup_tokens is not None:
-            return self.settings.sparsity_warmup_tokens
-        return 4 * self._optimizer_settings.warmup_tokens if self.settings.sparsity == "target_l0" else 0
 
     # Schedule
 
@@ -214,7 +193,7 @@ class Trainee:
     def _start_anew(self, before: int, x: Tensor, y: Tensor, y_hat: Tensor) -> None:
         """Resampling (Bricken et al. 2023) when it is due, and the last resort for what nothing else reaches."""
         span = 2 * self._revive_tokens
-        if self.settings.reviving == "resample" and before // span < self.tokens // span:
+        if self.settings.revival == "resample" and before // span < self.tokens // span:
             latents = self.statistics.silent_for(self._revive_tokens).nonzero().squeeze(1)
             # A transcoder has no bias at what it reads; about zero, a large mean would make all moved latents alike.
             centre = self.sae.b_dec if self.sae.centred else x.mean(0)
@@ -223,7 +202,7 @@ class Trainee:
             latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
             if len(latents):
                 pre_acts = self.sae.in_float32(x, latents)
-                out_of_reach = latents[(pre_acts.abs() if self.settings.abs else pre_acts).amax(0) <= 0]
+                out_of_reach = latents[(pre_acts.abs() if self.sae.magnitude else pre_acts).amax(0) <= 0]
                 error = y - y_hat
                 towards = error if self.wiring.target is None else x - x.mean(0)
                 self._move(out_of_reach, x, y, y_hat, towards, error)

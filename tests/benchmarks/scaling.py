@@ -25,7 +25,7 @@ from tests.benchmarks.subject import SAMPLE_ROWS, Size, correlated_rows, hello_o
 from tests.benchmarks.svg import Axis, Points, document, frame, level, line, text, upright
 from trainer.buffer import Batch
 from trainer.run import Run
-from trainer.settings import SaeSettings
+from trainer.saes.settings import SaeSettings
 
 PICTURE = Path(__file__).with_name("scaling.svg")
 OURS, BOUND = "TopK step", "lower bound"
@@ -93,7 +93,7 @@ def _learning(point: Point, rows: torch.Tensor, device: str) -> Callable[[], flo
         return stepping(trainee("topk", size, device, rows), rows.to(device), size.batch)
     cores = torch.get_num_threads()
     settings = demo_settings(f"optimizer.batch={size.batch}", f"optimizer.device={device}", "run.threads=1")
-    saes = [SaeSettings(name=f"{i}", architecture="topk", d_sae=size.d_sae, k=size.k) for i in range(point.saes)]
+    saes = [SaeSettings.of(name=f"{i}", architecture="topk", d_sae=size.d_sae, k=size.k) for i in range(point.saes)]
     with tempfile.TemporaryDirectory() as folder:
         at = settings.run.model_copy(update={"directory": folder, "tokens": None})
         run = Run(settings.model_copy(update={"sae": saes, "run": at}), hello_of(settings.hooks[0], size.d_in))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from producer.wire import Hello, Hook
 from trainer.saes.jumprelu import MINIMUM_THRESHOLD
-from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import OptimizerSettings
 from trainer.trainee import Trainee, Wiring
 
 SAMPLE_ROWS = 4096
@@ -80,7 +81,7 @@ def hello_of(hook: str, width: int) -> Hello:
 def trainee(architecture: str, size: Size, device: str, sample: Tensor, **more: Any) -> Trainee:
     """An SAE of this size, initialised from a sample of rows; JumpReLU's thresholds let k latents per row through."""
     sparsity: dict[str, Any] = {"target_l0": float(size.k)} if architecture == "jumprelu" else {"k": size.k}
-    settings = SaeSettings(name=architecture, architecture=architecture, d_sae=size.d_sae, **sparsity, **more)  # type: ignore[arg-type]
+    settings = SaeSettings.of(name=architecture, architecture=architecture, d_sae=size.d_sae, **sparsity, **more)  # type: ignore[arg-type]
     optimizer = OptimizerSettings(batch=size.batch, device=device)
     made = Trainee(settings, optimizer, Wiring((0,), None, (size.d_in,)), torch.device(device), torch.bfloat16)
     sample = sample[:SAMPLE_ROWS].cpu()

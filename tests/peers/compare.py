@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.peers.family import FAMILY, Zoo, begin, difference, print_snapshot, real_rows
 from trainer.export import main as export
 from trainer.saes.inference import InferenceSae, load_sae, margins
-from trainer.settings import SaeSettings
+from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError
 
 SCRIPT = Path(__file__).parent / "theirs.py"
@@ -158,7 +158,7 @@ def start_difference(zoo: Zoo, name: str, directory: Path) -> float | None:
     for key in ("whitening", "train"):
         told.pop(key, None)
     try:
-        adopted = begin(SaeSettings(**told), zoo.rows)
+        adopted = begin(SaeSettings.of(**told), zoo.rows)
     except SnapshotError:
         return None
     x = zoo.rows.read_by(settings)

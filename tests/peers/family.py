@@ -15,8 +15,9 @@ from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import windows_of
 from trainer.run import scale_of
 from trainer.saes.inference import InferenceSae, check, export, load_sae
+from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
-from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish
 from trainer.trainee import Trainee, Wiring
 
@@ -68,13 +69,13 @@ def real_rows() -> Rows:
 
 
 def wiring(settings: SaeSettings) -> Wiring:
-    inputs = tuple(HOOKS.index(hook) for hook in settings.reads or [READ])
+    inputs = tuple(HOOKS.index(hook) for hook in settings.inputs or [READ])
     return Wiring(inputs, None if settings.target is None else HOOKS.index(settings.target), (WIDTH,) * len(HOOKS))
 
 
 def sae(name: str, architecture: str, **options: Any) -> SaeSettings:
     hooks = {} if "hooks" in options else {"hook": READ}
-    return SaeSettings(name=name, architecture=architecture, d_sae=D_SAE, dead_tokens=20_000, **hooks, **options)
+    return SaeSettings.of(name=name, architecture=architecture, d_sae=D_SAE, dead_tokens=20_000, **hooks, **options)
 
 
 ENDS = [64, 192, D_SAE]

@@ -27,7 +27,7 @@ from tests.peers.family import (
 from trainer.export import main as export
 from trainer.formats import read_published
 from trainer.saes.inference import InferenceSae, load_sae
-from trainer.settings import SaeSettings
+from trainer.saes.settings import SaeSettings
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(1800)]
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_from_our_own_snapshot(name: str, zoo: Zoo, tmp_path: Path
     if name == "tied":
         told |= {"architecture": "relu"}
     rows = zoo.rows.scaled_by(1.003)
-    adopted = load_sae(print_snapshot(begin(SaeSettings(**told), rows), rows, tmp_path, calibrated=False) / name)
+    adopted = load_sae(print_snapshot(begin(SaeSettings.of(**told), rows), rows, tmp_path, calibrated=False) / name)
     x = rows.read_by(settings)
     x = x[is_clear_cut(load_sae(folder), x)]
 
@@ -156,7 +156,7 @@ def test_a_crosscoder_chooses_by_the_new_scales(zoo: Zoo, tmp_path: Path) -> Non
     for factor, tolerance in ((1.0, 1e-6), (1.003, 1e-2)):
         rows = zoo.rows.scaled_by(factor)
         directory = tmp_path / str(factor)
-        trainee = begin(SaeSettings(**told), rows)
+        trainee = begin(SaeSettings.of(**told), rows)
         adopted = load_sae(print_snapshot(trainee, rows, directory, calibrated=False) / settings.name)
         assert difference(adopted(x), original) < tolerance
         assert fvu(adopted(x), x) == pytest.approx(fvu(original, x), rel=tolerance)

@@ -25,6 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ from torch.nn.functional import linear
 from trainer.kernels.operands import Operands
 from trainer.kernels.select import Latents, joined, largest, widen
 from trainer.kernels.sparse import kernels
-from trainer.settings import SaeSettings
+from trainer.saes.published import Activation, Published
+from trainer.saes.settings import SaeSettings
 
 SHARED = ("b_dec", "W_skip")
 """Parameters that belong to no single latent; all others have one row per latent."""
@@ -101,8 +103,17 @@ class Reconstruction:
 
 
 class Sae(ABC):
-    """One autoencoder in training. `parameters` are float32 masters, changed in place by the optimizer."""
+    """One autoencoder in training. `parameters` are float32 masters, changed in place by the optimizer.
 
+    A subclass is an architecture: it names its settings, and the activations under which it is published.
+    """
+
+    Settings: ClassVar[type[SaeSettings]]
+    """[[sae]] of this architecture."""
+    activations: ClassVar[tuple[Activation, ...]]
+    """Those of its snapshots; training may start from an SAE published with one of them (`startable`)."""
+
+    settings: SaeSettings
     matmul_dtype: torch.dtype = torch.float32
     encoder_bias = "b_enc"
     """Name of the parameter that pre_acts contain."""
@@ -117,11 +128,13 @@ class Sae(ABC):
         self.d_out = self.d_in if d_out is None else d_out
         self.d_sae = settings.d_sae
         self.is_transcoder = d_out is not None
-        self.centred = not self.is_transcoder
+        self.centred = settings.centred
         """b_dec is subtracted from x."""
-        self.unit_decoder = not self.is_transcoder
+        self.unit_decoder = settings.unit_decoder
         """Decoder rows are kept at unit norm; otherwise their norm is learned and folded into the encoder on export."""
-        self.ends = tuple(settings.matryoshka or (self.d_sae,))
+        self.magnitude = False
+        """Latents may be negative, and are chosen by their magnitude."""
+        self.ends = tuple(settings.levels)
         self.variance = 1.0
         """Frozen total variance of scaled y: the reconstruction loss is in units of it."""
         self.parameters: dict[str, Tensor] = {
@@ -168,10 +181,6 @@ class Sae(ABC):
             self.b_enc.copy_(-(directions @ initial_bias(x, self.settings.initial_bias)))
         else:
             self.W_dec.copy_(directions)
-            if not self.unit_decoder:
-                # Both small: latents that begin loud would be silenced by the penalty before they have learned.
-                self.W_enc.mul_(self.settings.initial_norm or 0.1)
-                self.W_dec.mul_(self.settings.initial_norm or 0.1)
 
     def equalise(self, x: Tensor, rate: float, level: float) -> None:
         """Sets b_enc such that each latent's pre_act exceeds `level` on the fraction `rate` of the rows x [rows, d_in].
@@ -195,6 +204,15 @@ class Sae(ABC):
             directions = 0.8 * towards + 0.2 * directions
             normalise_rows(directions)
         return directions
+
+    @classmethod
+    def startable(cls, settings: SaeSettings) -> frozenset[str]:
+        """Names of the activations of published SAEs that training may start from."""
+        return frozenset(activation.name for activation in cls.activations)
+
+    def adapt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Published weights, in this SAE's scale, as ones it can hold. Raises SnapshotError when it cannot."""
+        return weights
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """Takes over published weights, brought into this SAE's layout and scale: parameters it knows, by name."""
@@ -247,7 +265,7 @@ class Sae(ABC):
 
     def revived(self, dead: Tensor) -> Tensor:
         """Indices of the latents that a loss of their own revives, of those that are dead [d_sae]."""
-        return dead.nonzero().squeeze(1) if self.settings.reviving == "auxk" else dead.new_empty(0, dtype=torch.int64)
+        return dead.nonzero().squeeze(1) if self.settings.revival == "auxk" else dead.new_empty(0, dtype=torch.int64)
 
     def in_float32(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
         """pre_acts as inference will have them, [batch, n]; `latents` are indices [n] of some."""
@@ -335,17 +353,17 @@ class Sae(ABC):
         `plus` [d_sae] is what pre_acts lack. ReLU as in the main path. Nothing happens when nothing is dead or nothing
         is left to explain.
         """
-        if self.settings.reviving != "auxk" or not len(encoded.kept):
+        if self.settings.revival != "auxk" or not len(encoded.kept):
             return
         k_aux = min(self.settings.k_aux or max(1, self.d_in // 2), len(encoded.kept))
-        indices, of_dead = encoded.padded(0.0 if self.settings.abs else -math.inf)  # never among the largest
+        indices, of_dead = encoded.padded(0.0 if self.magnitude else -math.inf)  # never among the largest
         error = y - y_hat
         spread = (error - error.mean(0)).square().sum()
         if not spread > 0:
             return
         weight, W_dec = self.settings.aux_weight, self.operand("W_dec")[indices]
         of_dead = of_dead if plus is None else widen(of_dead) + plus[indices]
-        latents = largest(of_dead, k_aux, magnitude=self.settings.abs)
+        latents = largest(of_dead, k_aux, magnitude=self.magnitude)
         difference = latents.multiply(W_dec) - error
         de_hat = difference * (2.0 * weight / spread)
         dz = latents.sample(de_hat, W_dec).mul_(latents.value != 0)
@@ -377,6 +395,11 @@ class Sae(ABC):
     def calibrate(self, x: Tensor) -> None:
         """Learns from scaled rows what inference needs and training does not; most need nothing."""
         return
+
+    @classmethod
+    def to_dictionary_learning(cls, sae: Published) -> tuple[str, dict[str, Tensor]]:
+        """(dictionary_learning's class, its state dict) for a published SAE that this architecture trained."""
+        return sae.activation.to_dictionary_learning(sae)
 
     @abstractmethod
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,19 +20,55 @@ from torch import Tensor
 from trainer.kernels.select import dense_if_many, exceeding, largest_of, topk
 from trainer.kernels.sparse import Entries
 from trainer.saes.base import Encoded
-from trainer.saes.topk import TopK
+from trainer.saes.folding import grow
+from trainer.saes.jumprelu import JUMPRELU
+from trainer.saes.published import Published, linear_state, matrix_state, scalar_state
+from trainer.saes.settings import SaeSettings
+from trainer.saes.topk import TOPK, FixedK, FixedKSettings
+from trainer.snapshot import SnapshotError
 
 ROWS_AT_ONCE = 2048
 ROWS_AT_FIRST = 64
+ONE_THRESHOLD = 0.01
+"""How far the thresholds of latents may be apart to count as one: input scales of another sample."""
+ROUNDING = 1e-6
+"""How far they may be apart in a snapshot: decoder norms were divided out of them."""
 
 
-class BatchTopK(TopK):
+class BatchTopKSettings(FixedKSettings):
+    """[[sae]] with architecture batchtopk."""
+
+    architecture: Literal["batchtopk"] = "batchtopk"
+
+
+class BatchTopK(FixedK):
     """See the module's docstring."""
+
+    Settings = BatchTopKSettings
+    activations = (JUMPRELU,)
+    settings: BatchTopKSettings
 
     threshold = 0.0
     """For inference, in the scale of x; 0 before the first `calibrate`."""
     _smallest = 0.0
     """The smallest value chosen last: it decides how many candidates are looked at, never what is chosen."""
+
+    @classmethod
+    def startable(cls, settings: SaeSettings) -> frozenset[str]:
+        return frozenset({TOPK.name, JUMPRELU.name})
+
+    def adapt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Equal thresholds: they are so up to rounding, or free decoder norms allow to make them so."""
+        reads = weights["W_enc"].abs().amax(1) > 0
+        if "threshold" not in weights or not reads.any():
+            return weights
+        threshold = weights["threshold"]
+        one = threshold[reads].mean()
+        if not self.unit_decoder and (threshold[reads] > 0).all():
+            weights = grow(weights, (one / threshold).where(reads, one.new_ones(())))
+        elif ((threshold[reads] - one).abs() > ONE_THRESHOLD * one).any():
+            raise SnapshotError("its latents have thresholds of their own: go on from it with architecture jumprelu")
+        return weights | {"threshold": one.expand(len(threshold))}
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)
@@ -39,7 +76,7 @@ class BatchTopK(TopK):
             self.threshold = float(weights["threshold"][0])
 
     def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
-        """As TopK's. Most of what is below the smallest value of the last batch is not looked at twice."""
+        """Most of what is below the smallest value of the last batch is not looked at twice."""
         wanted = max(ks) * len(x)
         encoded, candidates = self._candidates(x, kept, 0.8 * (self._smallest or self._estimate(x, max(ks))))
         if len(candidates.value) < wanted:
@@ -69,7 +106,20 @@ class BatchTopK(TopK):
         value = torch.cat(best).relu_()
         self.threshold = float(value.kthvalue(max(1, len(value) - self.k * len(x))).values)
 
+    @classmethod
+    def to_dictionary_learning(cls, sae: Published) -> tuple[str, dict[str, Tensor]]:
+        centred, settings = sae.read_as(centred=True), sae.metadata["settings"]
+        threshold = centred["threshold"]
+        one = threshold.mean()
+        if ((threshold - one).abs() > ROUNDING * one).any():
+            return super().to_dictionary_learning(sae)
+        scalars = scalar_state(settings["k"], one)
+        if ends := settings.get("matryoshka"):
+            sizes = torch.tensor([end - begin for begin, end in zip([0, *ends], ends, strict=False)])
+            return "MatryoshkaBatchTopKSAE", matrix_state(centred) | scalars | {"group_sizes": sizes}
+        return "BatchTopKSAE", linear_state(centred) | scalars
+
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         weights = self.common_weights()
         weights["threshold"] = torch.full_like(weights["b_enc"], self.threshold)
-        return {"architecture": "jumprelu"}, weights
+        return {"architecture": JUMPRELU.architecture}, weights

@@ -14,20 +14,81 @@ snapshot can be exported so. `b_gate` stands where other SAEs have b_enc.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
 import torch
 from torch import Tensor
 
 from trainer.kernels.select import positive
 from trainer.saes.base import Gradients, Sae, add
-from trainer.settings import SaeSettings
+from trainer.saes.published import Activation, Published, distance_to_threshold, jumprelu_of
+from trainer.saes.settings import CostTerms, PenalisedSettings, Revival
+
+
+class GatedSettings(PenalisedSettings):
+    """[[sae]] with architecture gated."""
+
+    HAS_TRANSCODER: ClassVar[bool] = False
+
+    architecture: Literal["gated"] = "gated"
+
+    @property
+    def default_revival(self) -> Revival:
+        return "resample"
+
+    def cost_terms(self) -> CostTerms:
+        return replace(super().cost_terms(), decodings=2)
+
+
+class GatedActivation(Activation):
+    """exp(r_mag) u + b_mag where the gate is open, 0 elsewhere; pre-activations are the gate's."""
+
+    name = "gated"
+    architecture = "gated"
+    has_transcoder = False
+    vectors = ("b_gate", "b_mag", "r_mag")
+
+    def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        magnitude = (pre_acts - weights["b_gate"]) * weights["r_mag"].exp() + weights["b_mag"]
+        return magnitude.relu() * (pre_acts > 0)
+
+    def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        return distance_to_threshold(pre_acts, None, weights["W_enc"])
+
+    def as_jumprelu(self, sae: Published) -> Published:
+        w = dict(sae.weights)
+        r = w.pop("r_mag").exp()
+        w["b_enc"] = w.pop("b_mag")
+        w["threshold"] = (w["b_enc"] - r * w.pop("b_gate")).clamp_min(0.0)
+        w["W_enc"] = w["W_enc"] * r[:, None]
+        return jumprelu_of(sae, w)
+
+    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+        centred = sae.read_as(centred=True)
+        return "GatedAutoEncoder", {
+            "decoder_bias": centred["b_dec"],
+            "encoder.weight": centred["W_enc"],
+            "decoder.weight": centred["W_dec"].T,
+            "gate_bias": centred["b_gate"],
+            "mag_bias": centred["b_mag"],
+            "r_mag": centred["r_mag"],
+        }
+
+
+GATED = GatedActivation()
 
 
 class Gated(Sae):
     """See the module's docstring."""
 
+    Settings = GatedSettings
+    activations = (GATED,)
+    settings: GatedSettings
     encoder_bias = "b_gate"
 
-    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+    def __init__(self, settings: GatedSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
         self.parameters["b_gate"] = self.parameters.pop("b_enc")
         self.parameters["b_mag"] = torch.zeros(self.d_sae)
@@ -64,4 +125,6 @@ class Gated(Sae):
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         weights = self.common_weights()
         weights["b_gate"] = weights.pop("b_enc")
-        return {"architecture": "gated"}, weights | {name: self.parameters[name].clone() for name in ("b_mag", "r_mag")}
+        return {"architecture": GATED.architecture}, weights | {
+            name: self.parameters[name].clone() for name in ("b_mag", "r_mag")
+        }

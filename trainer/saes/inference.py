@@ -11,26 +11,11 @@ from torch import Tensor
 
 from trainer.saes.base import Sae, to_numpy
 from trainer.saes.folding import Frame, fold
+from trainer.saes.published import TRANSCODER, activation_of, published_architectures, transcoder_name
 from trainer.snapshot import SAELENS_LAYOUT, Export, SnapshotError, read_sae, read_selftest
 
 SELFTEST_ROWS = 16
 TOLERANCE = 1e-5
-ACTIVATION = {
-    "standard": "relu",
-    "topk": "topk",
-    "abstopk": "abstopk",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-    "topk_transcoder": "topk",
-    "topk_skip_transcoder": "topk",
-    "abstopk_transcoder": "abstopk",
-    "abstopk_skip_transcoder": "abstopk",
-}
-"""Architectures by SAELens' names (which has no top-k transcoders: those names are ours) and how each activates."""
 
 
 class InferenceSae:
@@ -41,15 +26,17 @@ class InferenceSae:
 
     def __init__(self, cfg: dict[str, Any], weights: dict[str, Tensor]) -> None:
         self.cfg = cfg
+        self.weights = weights
         architecture = cfg["architecture"]
-        if architecture not in ACTIVATION:
-            raise SnapshotError(f"architecture {architecture!r} is not known; known are {', '.join(ACTIVATION)}")
-        self.activation = ACTIVATION[architecture]
-        self.centred = bool(cfg.get("apply_b_dec_to_input", not architecture.endswith("transcoder")))
+        if (activation := activation_of(architecture)) is None:
+            raise SnapshotError(
+                f"architecture {architecture!r} is not known; known are {', '.join(published_architectures())}"
+            )
+        self.activation = activation
+        self.centred = bool(cfg.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER)))
         self.W_enc, self.W_dec, self.b_dec = weights["W_enc"], weights["W_dec"], weights["b_dec"]
-        self.b_enc = weights["b_gate" if self.activation == "gated" else "b_enc"]
-        self.threshold = weights.get("threshold")
-        self.b_mag, self.r_mag, self.W_skip = (weights.get(name) for name in ("b_mag", "r_mag", "W_skip"))
+        self.b_enc = weights[activation.vectors[0]]
+        self.threshold, self.W_skip = weights.get("threshold"), weights.get("W_skip")
 
     @property
     def hooks(self) -> list[str]:
@@ -68,20 +55,7 @@ class InferenceSae:
 
     def encode(self, x: Tensor) -> Tensor:
         """Raw activations [..., d_in] → latents [..., d_sae]."""
-        pre_acts = self.pre_acts(x)
-        if self.activation == "relu":
-            return pre_acts.relu()
-        if self.activation == "jumprelu":
-            assert self.threshold is not None
-            return pre_acts.relu() * (pre_acts > self.threshold)
-        if self.activation == "gated":
-            assert self.b_mag is not None and self.r_mag is not None
-            return ((pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag).relu() * (pre_acts > 0)
-        if self.activation == "abstopk":
-            index = torch.topk(pre_acts.abs(), self.cfg["k"], dim=-1).indices
-            return torch.zeros_like(pre_acts).scatter_(-1, index, pre_acts.gather(-1, index))
-        value, index = torch.topk(pre_acts, self.cfg["k"], dim=-1)
-        return torch.zeros_like(pre_acts).scatter_(-1, index, value.relu())
+        return self.activation.encode(self.pre_acts(x), self.weights, self.cfg)
 
     def decode(self, latents: Tensor, x: Tensor | None = None) -> Tensor:
         """Latents [..., d_sae] → reconstruction [..., d_out]; a skip transcoder needs the x they came from."""
@@ -117,12 +91,13 @@ def export(
     `metadata` is what SAELens keeps free-form; `metrics` go into the manifest.
     """
     architecture, scaled = sae.export()
-    is_topk = "k" in architecture
-    weights = fold(scaled, frame, unit_rows=not is_topk)
-    if is_topk and (frame.whitening is not None or len(sae.widths) > 1):
+    activation = activation_of(str(architecture["architecture"]))
+    assert activation is not None
+    weights = fold(scaled, frame, unit_rows=activation.unit_rows)
+    if not activation.unit_rows and (frame.whitening is not None or len(sae.widths) > 1):
         architecture["rescale_acts_by_decoder_norm"] = False  # its rows are no longer of unit norm
     if sae.is_transcoder:
-        architecture["architecture"] = _transcoder_name(str(architecture["architecture"]), "W_skip" in weights)
+        architecture["architecture"] = transcoder_name(str(architecture["architecture"]), "W_skip" in weights)
         architecture["d_out"] = sae.d_out
     cfg = _cfg(sae, architecture, metadata)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
@@ -160,28 +135,13 @@ def _cfg(sae: Sae, architecture: dict[str, object], metadata: dict[str, Any]) ->
     }
 
 
-def _transcoder_name(architecture: str, skip: bool) -> str:
-    prefix = "" if architecture == "standard" else f"{architecture}_"
-    return f"{prefix}{'skip_' if skip else ''}transcoder"
-
-
 def margins(sae: InferenceSae, x: Tensor) -> Tensor:
     """How close a call the closest latent of each row x [rows, d_in] is, [rows]; infinite where nothing jumps.
 
     A pre-activation within rounding of its threshold (or two that compete for the last place of a top-k) may fall
     either way in another library's summation order.
     """
-    if sae.activation == "relu":
-        return x.new_full((len(x),), torch.inf)
-    pre_acts = sae.pre_acts(x)
-    if sae.activation in ("topk", "abstopk"):
-        if sae.activation == "abstopk":
-            pre_acts = pre_acts.abs()
-        best = torch.topk(pre_acts, min(sae.cfg["k"] + 1, pre_acts.shape[1])).values
-        return best[:, -2] - best[:, -1] if best.shape[1] > sae.cfg["k"] else best[:, 0]
-    away = pre_acts.abs() if sae.threshold is None else (pre_acts - sae.threshold).abs() / (1 + sae.threshold)
-    # A latent that reads nothing, as after folding a decoder row of zeros, is never a close call.
-    return away.masked_fill(~sae.W_enc.any(0), torch.inf).amin(1)
+    return sae.activation.margins(sae.pre_acts(x), sae.weights, sae.cfg)
 
 
 def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:

@@ -14,20 +14,106 @@ mends that.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trainer.kernels.select import Latents, positive
 from trainer.saes.base import Gradients, Sae, add
-from trainer.settings import SaeSettings
+from trainer.saes.folding import has_unit_rows
+from trainer.saes.published import Activation, Published, jumprelu_of, linear_state
+from trainer.saes.settings import PenalisedSettings, Revival
+
+INITIAL_NORM = 0.1
+
+
+class ReLUSettings(PenalisedSettings):
+    """[[sae]] with architecture relu."""
+
+    CONDITIONS: ClassVar[dict[str, Callable[[Any], bool]]] = PenalisedSettings.CONDITIONS | {
+        "tanh_scale": lambda sae: sae.sparsity == "tanh",
+        "initial_norm": lambda sae: sae.sparsity != "l1",
+    }
+
+    architecture: Literal["relu"] = "relu"
+    penalty: Literal["l1", "l1_norm", "tanh"] | None = None
+    """What makes it sparse: l1 on unit decoder rows (Bricken 2023), l1_norm weighted by free decoder norms (default;
+    Anthropic, April 2024) or tanh."""
+    tanh_scale: float = Field(default=4.0, gt=0.0)
+    """Penalty tanh: c in tanh(c · latent · decoder norm)."""
+    initial_norm: Annotated[float, Field(gt=0)] | None = None
+    """Norm of encoder and decoder rows at the start where it is free (l1_norm or tanh; 0.1 without it)."""
+
+    @property
+    def sparsity(self) -> str:
+        return self.penalty or "l1_norm"
+
+    @property
+    def variant(self) -> str:
+        return f"relu with penalty {self.sparsity}"
+
+    @property
+    def default_revival(self) -> Revival:
+        return "resample" if self.sparsity == "l1" else "none"
+
+    @property
+    def unit_decoder(self) -> bool:
+        return super().unit_decoder and self.sparsity == "l1"
+
+    def faults(self) -> Iterator[str]:
+        if self.sparsity == "l1" and self.target is not None:
+            # Latents would shrink and decoder rows grow for it.
+            yield "penalty l1 needs decoder rows of unit norm, which a transcoder has not: use l1_norm or tanh"
+        yield from super().faults()
+
+    def shape(self) -> dict[str, Any]:
+        return super().shape() | {"penalty": self.sparsity}
+
+
+class ReLUActivation(Activation):
+    """max(z, 0)"""
+
+    name = "relu"
+    architecture = "standard"
+
+    def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        return pre_acts.relu()
+
+    def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        return pre_acts.new_full((len(pre_acts),), torch.inf)
+
+    def as_jumprelu(self, sae: Published) -> Published:
+        return jumprelu_of(sae, sae.weights | {"threshold": torch.zeros_like(sae.weights["b_enc"])})
+
+    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+        centred = sae.read_as(centred=True)
+        if sae.cfg["apply_b_dec_to_input"] and has_unit_rows(centred["W_dec"]):
+            state = linear_state(centred)
+            return "AutoEncoder", {**{n: v for n, v in state.items() if n != "b_dec"}, "bias": state["b_dec"]}
+        # The other class would divide by the norms of its rows, zero or not.
+        state = linear_state(sae.read_as(centred=False))
+        return "AutoEncoderNew", {**{n: v for n, v in state.items() if n != "b_dec"}, "decoder.bias": state["b_dec"]}
+
+
+RELU = ReLUActivation()
 
 
 class ReLU(Sae):
     """See the module's docstring."""
 
-    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        super().__init__(settings, widths, d_out)
-        self.unit_decoder = self.unit_decoder and settings.sparsity == "l1"
+    Settings: ClassVar[type[PenalisedSettings]] = ReLUSettings
+    activations = (RELU,)
+    settings: ReLUSettings
+
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        super().initialise(x, y, generator)
+        if not self.unit_decoder and not self.is_transcoder:
+            # Both small: latents that begin loud would be silenced by the penalty before they have learned.
+            self.W_enc.mul_(self.settings.initial_norm or INITIAL_NORM)
+            self.W_dec.mul_(self.settings.initial_norm or INITIAL_NORM)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         encoded = self.encode(x, self.revived(dead), positive)
@@ -68,4 +154,4 @@ class ReLU(Sae):
         return torch.cat(norms, 1).sum(1), torch.cat(directions, 1)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"architecture": "standard"}, self.common_weights()
+        return {"architecture": RELU.architecture}, self.common_weights()

@@ -12,12 +12,16 @@ W_enc and b_enc on export.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
 from trainer.kernels.select import positive
 from trainer.saes.base import Gradients, Sae, add
-from trainer.settings import SaeSettings
+from trainer.saes.relu import RELU
+from trainer.saes.settings import SaeSettings
 
 LEARNS = {
     "scale": {"scale"},
@@ -28,12 +32,36 @@ LEARNS = {
 MINIMUM_SCALE = 1e-3
 
 
+class RepairSettings(SaeSettings):
+    """[[sae]] with architecture repair."""
+
+    SHAPE: ClassVar[frozenset[str]] = SaeSettings.SHAPE | {"train"}
+    REVIVALS: ClassVar[frozenset[str]] = frozenset({"none"})
+    HAS_TRANSCODER: ClassVar[bool] = False
+
+    architecture: Literal["repair"] = "repair"
+    train: Literal["scale", "scale+decoder", "scale+encoder", "all"] = "scale+decoder"
+    """What may change. Without the encoder the active latents stay exactly those they were."""
+
+    @property
+    def centred(self) -> bool:
+        return False
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.start_from is None:
+            yield "architecture repair needs start_from, the folder of a trained relu or tied SAE"
+
+
 class Repair(Sae):
     """See the module's docstring."""
 
-    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+    Settings = RepairSettings
+    activations = (RELU,)
+    settings: RepairSettings
+
+    def __init__(self, settings: RepairSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
-        self.centred = False
         self.parameters["scale"] = torch.ones(self.d_sae)
         self.trained = frozenset(LEARNS[settings.train])
 
@@ -60,4 +88,4 @@ class Repair(Sae):
         weights, scale = self.common_weights(), self.parameters["scale"]
         weights["W_enc"] *= scale[:, None]
         weights["b_enc"] *= scale
-        return {"architecture": "standard"}, weights
+        return {"architecture": RELU.architecture}, weights

@@ -1,11 +1,8 @@
 """Weights that an SAE goes on from: a folder of a Sluice snapshot, of SAELens, or of sparsify.
 
-Which of our architectures may adopt what, transcoders of the same kind included when there is a target:
-
-    standard → relu, repair      topk → topk, batchtopk       abstopk → topk with abs
-    jumprelu → jumprelu, and batchtopk when its latents share one threshold            gated → gated
-
-Optimizer and statistics begin anew, and so do the run's input scales: the weights are brought into them.
+Which published SAEs an architecture may go on from is its own fact (`Sae.startable`), transcoders of the same kind
+included when there is a target. Optimizer and statistics begin anew, and so do the run's input scales: the weights are
+brought into them.
 """
 
 from __future__ import annotations
@@ -16,25 +13,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.formats import Published, read_published
+from trainer.formats import read_published
+from trainer.saes import registry
 from trainer.saes.base import Sae
-from trainer.saes.folding import Frame, fold_norms, grow, recentre, require_almost_unit_rows, unfold
-from trainer.settings import SaeSettings, TrainerSettings
+from trainer.saes.folding import Frame, fold_norms, recentre, require_almost_unit_rows, unfold
+from trainer.saes.published import Published
+from trainer.saes.settings import SaeSettings
+from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
 
 log = logging.getLogger("sluice.trainer")
-
-ADOPTS = {
-    "relu": {"relu"},
-    "repair": {"relu"},
-    "topk": {"topk"},
-    "batchtopk": {"topk", "jumprelu"},
-    "jumprelu": {"jumprelu"},
-    "gated": {"gated"},
-}
-"""Activations by architecture."""
-ONE_THRESHOLD = 0.01
-"""How far thresholds may be apart to count as one: input scales of another sample."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +38,10 @@ class Start:
         weights = unfold(self.sae.weights, frame)
         try:
             if sae.unit_decoder:
-                if self.sae.activation in ("topk", "abstopk"):
+                if not self.sae.activation.unit_rows:
                     require_almost_unit_rows(weights["W_dec"])
                 weights = fold_norms(weights)
-            if sae.settings.architecture == "batchtopk" and "threshold" in weights:
-                weights = _with_one_threshold(weights, sae.unit_decoder)
+            weights = sae.adapt(weights)
         except SnapshotError as error:
             raise SnapshotError(f"sae {sae.settings.name!r}: start_from = {self.path}: {error}") from None
         return recentre(weights, self.sae.cfg["apply_b_dec_to_input"], sae.centred)
@@ -70,20 +57,6 @@ class Start:
 
 def _widths(sae: Published | Sae) -> str:
     return str(sae.d_in) if sae.d_in == sae.d_out else f"{sae.d_in} → {sae.d_out}"
-
-
-def _with_one_threshold(weights: dict[str, Tensor], unit_decoder: bool) -> dict[str, Tensor]:
-    """Equal thresholds: they are so up to rounding, or free decoder norms allow to make them so."""
-    reads = weights["W_enc"].abs().amax(1) > 0
-    threshold = weights["threshold"]
-    if not reads.any():
-        return weights
-    one = threshold[reads].mean()
-    if not unit_decoder and (threshold[reads] > 0).all():
-        weights = grow(weights, (one / threshold).where(reads, one.new_ones(())))
-    elif ((threshold[reads] - one).abs() > ONE_THRESHOLD * one).any():
-        raise SnapshotError("its latents have thresholds of their own: go on from it with architecture jumprelu")
-    return weights | {"threshold": one.expand(len(threshold))}
 
 
 def check_starts(settings: TrainerSettings) -> None:
@@ -112,10 +85,9 @@ def read_start(settings: SaeSettings) -> Start | None:
 
 def _fault(settings: SaeSettings, sae: Published) -> str | None:
     """Why these settings cannot go on from it, and what to change."""
-    known = {"abstopk"} if settings.abs else ADOPTS[settings.architecture]
-    if sae.activation not in known:
-        wanted = f"architecture {settings.architecture}{' with abs' if settings.abs else ''}"
-        return f"{wanted} goes on from {' or '.join(sorted(known))}"
+    startable = registry.get(settings.architecture).startable(settings)
+    if sae.activation.name not in startable:
+        return f"architecture {settings.title} goes on from {' or '.join(sorted(startable))}"
     if sae.is_transcoder and settings.target is None:
         return "set target to the hook it reconstructs"
     if settings.target is not None and not sae.is_transcoder:
@@ -124,6 +96,4 @@ def _fault(settings: SaeSettings, sae: Published) -> str | None:
         return "set skip = true"
     if sae.d_sae != settings.d_sae:
         return f"set d_sae = {sae.d_sae}"
-    if settings.k is not None and sae.cfg.get("k", settings.k) != settings.k:
-        return f"set k = {sae.cfg['k']}"
-    return None
+    return settings.start_fault(sae.cfg)

@@ -11,17 +11,40 @@ row of the data would at once fire as loudly as it reads, and a hundred such mak
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar, Literal
+
 from torch import Tensor
 
 from trainer.saes.base import Gradients
 from trainer.saes.relu import ReLU
-from trainer.settings import SaeSettings
+from trainer.saes.settings import CostTerms, PenalisedSettings
+
+
+class TiedSettings(PenalisedSettings):
+    """[[sae]] with architecture tied."""
+
+    REVIVALS: ClassVar[frozenset[str]] = frozenset({"none"})
+    HAS_TRANSCODER: ClassVar[bool] = False
+
+    architecture: Literal["tied"] = "tied"
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.start_from is not None:
+            yield "start_from is not for tied: no file says that two matrices are one; use architecture relu"
+
+    def cost_terms(self) -> CostTerms:
+        return replace(super().cost_terms(), tied=True)
 
 
 class Tied(ReLU):
     """M is the parameter `W_dec`."""
 
-    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+    Settings = TiedSettings
+
+    def __init__(self, settings: TiedSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
         del self.parameters["W_enc"], self.parameters["b_dec"]
 

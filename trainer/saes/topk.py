@@ -10,21 +10,142 @@ the source. With `abs`, TopK chooses by |pre_acts| and there is no ReLU (arXiv 2
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trainer.kernels.select import largest
 from trainer.saes.base import Encoded, Gradients, Reconstruction, Sae, add
+from trainer.saes.published import Activation, FormatError, Published, linear_state, scalar_state
+from trainer.saes.settings import CostTerms, NestedSettings, Positive, Revival, SaeSettings
 
 INITIAL_PRE_ACT = 1.0
 """A latent that only just is among the k begins with this value (elements of x have variance 1)."""
 
 
-class TopK(Sae):
-    """See the module's docstring."""
+class FixedKSettings(NestedSettings):
+    """Settings of an SAE with a fixed number of latents."""
+
+    SHAPE: ClassVar[frozenset[str]] = NestedSettings.SHAPE | {"k"}
+
+    k: Positive | None = None
+    """Latents per activation."""
+
+    def faults(self) -> Iterator[str]:
+        if self.k is None:
+            yield f"architecture {self.architecture} needs k, such as k = 32"
+        elif self.k > self.d_sae:
+            yield f"k = {self.k} exceeds d_sae = {self.d_sae}; lower k or raise d_sae"
+        yield from super().faults()
+
+    @property
+    def default_revival(self) -> Revival:
+        return "auxk"
+
+    def cost_terms(self) -> CostTerms:
+        assert self.k is not None
+        return CostTerms(active=float(self.k))
+
+    def start_fault(self, cfg: Mapping[str, Any]) -> str | None:
+        return f"set k = {cfg['k']}" if cfg.get("k", self.k) != self.k else None
+
+
+class TopKSettings(FixedKSettings):
+    """[[sae]] with architecture topk."""
+
+    SHAPE: ClassVar[frozenset[str]] = FixedKSettings.SHAPE | {"abs"}
+
+    architecture: Literal["topk"] = "topk"
+    abs: bool = False
+    """Choose by magnitude and keep signs."""
+    multi_topk: float = Field(default=0.0, ge=0.0)
+    """Weight of a second loss with 4 k latents, so that the code degrades gently; the source has 0.125."""
+
+    @property
+    def title(self) -> str:
+        return "topk with abs" if self.abs else "topk"
+
+    def faults(self) -> Iterator[str]:
+        if self.k is not None and self.multi_topk and self.k <= self.d_sae < 4 * self.k:
+            yield f"multi_topk uses 4 k = {4 * self.k} latents, more than d_sae = {self.d_sae}; lower k or raise d_sae"
+        yield from super().faults()
+
+    def cost_terms(self) -> CostTerms:
+        assert self.k is not None
+        k = float(self.k * (5 if self.multi_topk else 1))
+        return CostTerms(active=k, chosen=k, losses=2 if self.multi_topk else 1)
+
+
+class TopKActivation(Activation):
+    """ReLU of the k largest pre-activations."""
+
+    name = "topk"
+    architecture = "topk"
+    unit_rows = False
+
+    def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        value, index = torch.topk(pre_acts, cfg["k"], dim=-1)
+        return torch.zeros_like(pre_acts).scatter_(-1, index, value.relu())
+
+    def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        best = torch.topk(pre_acts, min(cfg["k"] + 1, pre_acts.shape[1])).values
+        return best[:, -2] - best[:, -1] if best.shape[1] > cfg["k"] else best[:, 0]
+
+    def fault(self, cfg: Mapping[str, Any], d_sae: int) -> str | None:
+        if isinstance(k := cfg.get("k"), int) and 0 < k <= d_sae:
+            return None
+        return f"its k is {k!r}; a number from 1 to {d_sae} is expected"
+
+    def require_saelens(self, sae: Published) -> None:
+        if sae.is_transcoder:
+            raise FormatError("SAELens has no top-k transcoders")
+
+    def as_jumprelu(self, sae: Published) -> Published:
+        raise FormatError("a top-k compares latents with each other, which no threshold does")
+
+    def to_sparsify(self, sae: Published) -> dict[str, Any]:
+        return {"activation": "topk", "k": sae.cfg["k"], "multi_topk": False}
+
+    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+        unset = torch.tensor(-1.0)  # their threshold, which stands in for top-k only when asked to
+        return "AutoEncoderTopK", linear_state(sae.read_as(centred=True)) | scalar_state(sae.cfg["k"], unset)
+
+
+class AbsTopKActivation(TopKActivation):
+    """The k pre-activations of the largest magnitude, signs kept."""
+
+    name = "abstopk"
+    architecture = "abstopk"
+
+    def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        index = torch.topk(pre_acts.abs(), cfg["k"], dim=-1).indices
+        return torch.zeros_like(pre_acts).scatter_(-1, index, pre_acts.gather(-1, index))
+
+    def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
+        return super().margins(pre_acts.abs(), weights, cfg)
+
+    def to_sparsify(self, sae: Published) -> dict[str, Any]:
+        raise FormatError("sparsify knows top-k by value only")
+
+    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+        raise FormatError("dictionary_learning's top-k does not choose by magnitude")
+
+
+TOPK, ABSTOPK = TopKActivation(), AbsTopKActivation()
+
+
+class FixedK(Sae):
+    """What TopK and BatchTopK have in common: a loss through the latents that `choose` selects."""
+
+    settings: FixedKSettings
+    second_loss_weight = 0.0
+    """Of a loss with 4 k latents."""
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         super().initialise(x, y, generator)
@@ -32,7 +153,7 @@ class TopK(Sae):
             self.equalise(x, self.k / self.d_sae, INITIAL_PRE_ACT)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        weight = self.settings.multi_topk
+        weight = self.second_loss_weight
         encoded = self.choose(x, self.revived(dead), [self.k, 4 * self.k] if weight else [self.k])
         main = self.reconstruct(encoded.latents[0], x, y)
         grads = self.through(encoded, 0, main)
@@ -46,10 +167,9 @@ class TopK(Sae):
         self.auxiliary(grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, encoded.latents[0])
 
+    @abstractmethod
     def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
         """One set of active latents for each k, split into segments."""
-        encoded = self.encode(x, kept, *(partial(largest, k=k, magnitude=self.settings.abs) for k in ks))
-        return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
 
     def through(self, encoded: Encoded, choice: int, of: Reconstruction, weight: float = 1.0) -> dict[str, Tensor]:
         """Gradients of `weight` times a loss through the entries of a choice; one that ReLU set to zero passes none."""
@@ -64,8 +184,30 @@ class TopK(Sae):
         assert self.settings.k is not None
         return self.settings.k
 
+
+class TopK(FixedK):
+    """See the module's docstring."""
+
+    Settings = TopKSettings
+    activations = (TOPK, ABSTOPK)
+    settings: TopKSettings
+
+    def __init__(self, settings: TopKSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
+        super().__init__(settings, widths, d_out)
+        self.magnitude = settings.abs
+        self.second_loss_weight = settings.multi_topk
+
+    @classmethod
+    def startable(cls, settings: SaeSettings) -> frozenset[str]:
+        assert isinstance(settings, TopKSettings)
+        return frozenset({ABSTOPK.name if settings.abs else TOPK.name})
+
+    def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
+        encoded = self.encode(x, kept, *(partial(largest, k=k, magnitude=self.magnitude) for k in ks))
+        return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
+
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         # The flag makes SAELens' fold_W_dec_norm work; with unit rows it changes nothing.
-        architecture = "abstopk" if self.settings.abs else "topk"
+        architecture = ABSTOPK.architecture if self.magnitude else TOPK.architecture
         keys: dict[str, object] = {"architecture": architecture, "k": self.k}
         return keys | {"rescale_acts_by_decoder_norm": self.unit_decoder}, self.common_weights()

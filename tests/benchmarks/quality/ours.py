@@ -21,7 +21,8 @@ from tests.benchmarks.quality.activations import HOOK
 from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
 from trainer.run import scale_of
 from trainer.saes.inference import export
-from trainer.settings import OptimizerSettings, SaeSettings
+from trainer.saes.settings import SaeSettings
+from trainer.settings import OptimizerSettings
 from trainer.trainee import Trainee, Wiring
 
 SAMPLE_BATCHES = 16

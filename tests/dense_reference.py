@@ -1,7 +1,7 @@
 """The same mathematics in dense autograd: slow, short, and what every step by hand is tested against.
 
 `loss` is the whole loss of an architecture, differentiable in every parameter. It is written from the equations at the
-head of each architecture's file and shares no code with them, apart from the settings.
+head of each architecture's file and shares no code with them; `s` are its settings.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.settings import SaeSettings
-
 
 def loss(
-    s: SaeSettings,
+    s: Any,
     params: dict[str, Tensor],
     x: Tensor,
     y: Tensor,
@@ -34,10 +32,10 @@ def loss(
     skipped = x @ params["W_skip"].T if s.skip else 0.0
 
     def fidelity(latents: Tensor, W_dec: Tensor = W_dec, b_dec: Tensor = b_dec) -> Tensor:
-        levels = [latents[:, :end] @ W_dec[:end] + b_dec + skipped for end in s.matryoshka or [s.d_sae]]
+        levels = [latents[:, :end] @ W_dec[:end] + b_dec + skipped for end in s.levels]
         return torch.stack([(y - y_hat).square().sum() / (batch * variance) for y_hat in levels]).mean()
 
-    weight = sparsity * (s.sparsity_weight or 0.0) / (batch * variance)
+    weight = sparsity * (getattr(s, "sparsity_weight", None) or 0.0) / (batch * variance)
     if s.architecture == "topk":
         latents = keep_largest(pre_acts, s.k, s.abs)
         total = fidelity(latents)
@@ -62,18 +60,20 @@ def loss(
         total = fidelity(latents)
         blocks = W_dec.split(list(widths) if widths else W_dec.shape[1], 1)
         norms = torch.stack([block.norm(dim=1) for block in blocks]).sum(0)
-        if s.sparsity == "l1":
+        sparsity_kind = getattr(s, "sparsity", None)
+        if sparsity_kind == "l1":
             total = total + weight * latents.sum()
-        elif s.sparsity == "l1_norm":
+        elif sparsity_kind == "l1_norm":
             total = total + weight * (latents * norms).sum()
-        elif s.sparsity == "tanh":
+        elif sparsity_kind == "tanh":
             total = total + weight * (s.tanh_scale * latents * norms).tanh().sum()
     n_dead = int(dead.sum())
-    if s.reviving == "auxk" and n_dead:
+    if s.revival == "auxk" and n_dead:
         y_hat = latents @ W_dec + b_dec + skipped
         error = (y - y_hat).detach()
-        of_dead = pre_acts.masked_fill(~dead, 0.0 if s.abs else -torch.inf)
-        helpers = keep_largest(of_dead, min(s.k_aux or x.shape[1] // 2, n_dead), s.abs)
+        magnitude = getattr(s, "abs", False)
+        of_dead = pre_acts.masked_fill(~dead, 0.0 if magnitude else -torch.inf)
+        helpers = keep_largest(of_dead, min(s.k_aux or x.shape[1] // 2, n_dead), magnitude)
         difference = helpers @ W_dec - error
         total = total + s.aux_weight * difference.square().sum() / (error - error.mean(0)).square().sum()
     return total
@@ -88,7 +88,7 @@ def keep_largest(pre_acts: Tensor, k: int | None, magnitude: bool = False) -> Te
 
 
 def _jumprelu(
-    s: SaeSettings, params: dict[str, Tensor], z: Tensor, dead: Tensor, sparsity: float, weight: float
+    s: Any, params: dict[str, Tensor], z: Tensor, dead: Tensor, sparsity: float, weight: float
 ) -> tuple[Tensor, Tensor]:
     """(latents, loss beside the reconstruction)"""
     theta = params["log_threshold"].exp() if s.threshold == "log" else params["threshold"]
@@ -101,7 +101,7 @@ def _jumprelu(
         extra = weight * l0
     else:
         extra = weight * (s.tanh_scale * latents).tanh().sum()
-    if s.reviving == "pre_act":
+    if s.revival == "pre_act":
         lifted = dead if s.pre_act_on == "dead" else torch.ones_like(dead)
         extra = extra + s.pre_act_weight * (theta - z).relu()[:, lifted].sum() / len(z)
     return latents, extra

@@ -1,0 +1,54 @@
+"""Which architectures there are. To add one, write its module and add its line to `ARCHITECTURES`.
+
+Nobody else lists architectures: settings, training, publishing, conversion and estimates ask here. A module is imported
+when its architecture is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+ARCHITECTURES: dict[str, str | type] = {
+    "topk": "trainer.saes.topk:TopK",
+    "batchtopk": "trainer.saes.batchtopk:BatchTopK",
+    "jumprelu": "trainer.saes.jumprelu:JumpReLU",
+    "relu": "trainer.saes.relu:ReLU",
+    "tied": "trainer.saes.tied:Tied",
+    "gated": "trainer.saes.gated:Gated",
+    "repair": "trainer.saes.repair:Repair",
+}
+"""Subclasses of `trainer.saes.base.Sae` by the name that `architecture` has in a run file; or MODULE:CLASS."""
+
+
+def names() -> list[str]:
+    """The names of all architectures."""
+    return list(ARCHITECTURES)
+
+
+def get(name: str) -> Any:
+    """The class of an architecture, a `type[Sae]`. Raises KeyError."""
+    entry = ARCHITECTURES[name]
+    return _load(entry) if isinstance(entry, str) else entry
+
+
+def find(name: Any) -> Any | None:
+    """The class of an architecture; None when there is none of that name."""
+    return get(name) if isinstance(name, str) and name in ARCHITECTURES else None
+
+
+def is_key(key: str) -> bool:
+    """Whether the settings of any architecture have this key."""
+    return any(key in get(name).Settings.model_fields for name in ARCHITECTURES)
+
+
+def activations() -> dict[str, Any]:
+    """The `Activation` of published autoencoders, by their architecture's name in cfg.json."""
+    return {one.architecture: one for name in ARCHITECTURES for one in get(name).activations}
+
+
+@cache
+def _load(entry: str) -> Any:
+    module, name = entry.split(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,313 @@
+"""[[sae]] of the run file: the settings that every SAE has, and how those of an architecture are added to them.
+
+Each architecture's own settings are a subclass beside its equations, in `trainer.saes.NAME`. `SaeSettings` stands for
+all of them: validating a table returns an instance of the subclass that its `architecture` names, with the keys that
+apply to it and no others. Light, until a table is validated: an architecture's module imports torch.
+
+    sae = SaeSettings.of(name="topk", architecture="topk", d_sae=4096, k=32)      # a TopKSettings
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from producer.settings import Positive, Table
+from trainer.saes import registry
+
+Revival = Literal["auxk", "pre_act", "resample", "none"]
+
+
+@dataclass(frozen=True)
+class CostTerms:
+    """What the cost of a step depends on, beside the sizes of an SAE."""
+
+    active: float
+    """Latents per activation that the sparse products see."""
+    chosen: float = 0.0
+    """The sum of all k that are selected; 0 where a threshold decides."""
+    decodings: int = 1
+    """How often latents are decoded."""
+    losses: int = 1
+    """How many losses write gradients of their own."""
+    tied: bool = False
+    """The decoder is the encoder too."""
+    l0_is_assumed: bool = False
+    """`active` is not known before training."""
+
+
+class SaeSettings(Table):
+    """[[sae]]: one sparse autoencoder on the stream."""
+
+    SHAPE: ClassVar[frozenset[str]] = frozenset(
+        {"architecture", "d_sae", "hook", "hooks", "target", "skip", "whitening"}
+    )
+    """Keys that must not change when a run is resumed."""
+    CONDITIONS: ClassVar[dict[str, Callable[[Any], bool]]] = {
+        "skip": lambda sae: sae.target is not None,
+        "k_aux": lambda sae: sae.revival == "auxk",
+        "aux_weight": lambda sae: sae.revival == "auxk",
+    }
+    """Keys that apply only with certain values of other keys, and with which."""
+    REVIVALS: ClassVar[frozenset[str]] = frozenset({"auxk", "resample", "none"})
+    """What `revive` may be."""
+    HAS_TRANSCODER: ClassVar[bool] = True
+    """It can reconstruct another hook than it reads."""
+
+    name: str = Field(min_length=1, max_length=64)
+    """Its folder in a snapshot and its label in the metrics: letters, digits, dot, dash, underscore."""
+    architecture: str
+    """topk: the k largest latents of each activation. batchtopk: k per activation on average. jumprelu: a learned
+    threshold per latent. relu: an L1-like penalty. tied: relu with one matrix for both directions. gated: which latents
+    are active, and how much, apart. repair: a trained relu or tied SAE, its suppressed latents rescaled. (Matryoshka is
+    a key, not an architecture.)"""
+
+    hook: str | None = None
+    """Which of model.hooks it reads; without it, the only one."""
+    hooks: list[str] | None = None
+    """Several of model.hooks under one code: a crosscoder."""
+    target: str | None = None
+    """The hook it reconstructs, when that is another one than it reads: a transcoder."""
+    skip: bool = False
+    """Transcoders: add a linear map from input to target, which the latents need not spend themselves on."""
+
+    d_sae: Positive
+    """How many latents."""
+
+    revive: Revival | None = None
+    """What helps dead latents. auxk (default of topk, batchtopk): they explain what the others leave over. pre_act
+    (default of jumprelu): they are pulled up to their threshold. resample (default of relu with l1, gated): they are
+    moved onto activations with a large error. none (default of the others)."""
+    k_aux: Positive | None = None
+    """auxk: dead latents that explain the residual; without it, half of d_in."""
+    aux_weight: float = Field(default=1 / 32, gt=0.0)
+    """auxk: weight of its loss; revive = "none" turns it off."""
+    dead_tokens: Positive = 10_000_000
+    """A latent silent for this many tokens counts as dead."""
+    revive_tokens: Positive | None = None
+    """A latent silent for this many tokens is revived; resampling happens every two such spans. Without it,
+    dead_tokens."""
+    reinitialise_tokens: int = Field(default=0, ge=0)
+    """Last resort: a latent silent for this many tokens, which nothing else can reach since no activation of the batch
+    lifts it above zero, starts anew in the direction of a large error; 0 never. Three times revive_tokens is a fair
+    value."""
+
+    initial_bias: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    """b_dec at the start."""
+    initial_directions: Literal["random", "data"] = "random"
+    """Decoder rows at the start: random, or towards activations of the data."""
+    whitening: bool = False
+    """Train on activations whose covariance is the identity; undone in every snapshot."""
+    start_from: str | None = None
+    """Folder of an SAE to go on from: one of a Sluice snapshot, one that SAELens saved, or one of sparsify."""
+
+    tokens: Positive | None = None
+    """Tokens after which this SAE is finished, its cooldown included; without it, it ends with the run."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Overrides optimizer.learning_rate for this SAE."""
+    ema_tokens: Positive | None = None
+    """Publish beside it, as NAME-ema, the mean of its weights over about this many tokens: less noisy while the
+    learning rate is constant."""
+
+    @classmethod
+    def of(cls, **options: Any) -> SaeSettings:
+        """Settings of the class that `architecture` names. Raises pydantic.ValidationError."""
+        return cls.model_validate(options)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _resolve(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
+        """An instance of the architecture's class, checked as a whole."""
+        if not isinstance(data, dict):
+            return handler(data)
+        if cls is SaeSettings:
+            if (architecture := registry.find(data.get("architecture"))) is not None:
+                return architecture.Settings.model_validate(data)
+            if isinstance(data.get("architecture"), str):
+                raise ValueError(f"architecture {data['architecture']!r} is not one of {', '.join(registry.names())}")
+            return handler({key: value for key, value in data.items() if key in cls.model_fields})
+        foreign = [key for key in data if key not in cls.model_fields and registry.is_key(key)]
+        settings = handler({key: value for key, value in data.items() if key not in foreign})
+        if faults := [*settings.faults(), *settings._faults_of_keys(foreign)]:
+            raise ValueError(f"sae {settings.name!r}: " + "; ".join(faults))
+        return settings
+
+    @model_serializer(mode="wrap")
+    def _only_what_applies(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialise(self).items() if self.applies(key)}
+
+    @classmethod
+    def model_of(cls, table: Mapping[str, Any]) -> type[SaeSettings]:
+        """The class whose keys the table may have: what error messages are written from."""
+        architecture = registry.find(table.get("architecture")) if cls is SaeSettings else None
+        return cls if architecture is None else architecture.Settings
+
+    # What the rest of the trainer asks; architectures override these
+
+    def faults(self) -> Iterator[str]:
+        """What does not go together, each with what to change."""
+        yield from self._faults_of_name()
+        yield from self._faults_of_revival()
+        yield from self._faults_of_hooks()
+        if self.whitening and self.start_from is not None:
+            yield "whitening would change the space that start_from was trained in: remove one"
+
+    @property
+    def title(self) -> str:
+        """The architecture for messages, with what decides from which published SAEs training may start."""
+        return self.architecture
+
+    @property
+    def variant(self) -> str:
+        """The architecture for messages, with what decides which keys apply."""
+        return self.architecture
+
+    @property
+    def levels(self) -> list[int]:
+        """Sizes of the nested dictionaries of a Matryoshka SAE; one for all others."""
+        return [self.d_sae]
+
+    @property
+    def default_revival(self) -> Revival:
+        """How dead latents are revived where `revive` does not say."""
+        return "none"
+
+    @property
+    def unit_decoder(self) -> bool:
+        """Decoder rows are kept at unit norm."""
+        return self.target is None
+
+    @property
+    def centred(self) -> bool:
+        """b_dec is subtracted from what the encoder reads."""
+        return self.target is None
+
+    def sparsity_warmup(self, warmup_tokens: int) -> int:
+        """Tokens over which the weight of the penalty rises; `warmup_tokens` are the learning rate's."""
+        return 0
+
+    def cost_terms(self) -> CostTerms:
+        """What a step costs, as far as the architecture decides it."""
+        return CostTerms(active=min(ASSUMED_L0, self.d_sae), l0_is_assumed=True)
+
+    def start_fault(self, cfg: Mapping[str, Any]) -> str | None:
+        """Why training cannot go on from a published SAE with this cfg.json; None when it can."""
+        return None
+
+    # What follows from the settings
+
+    @property
+    def revival(self) -> Revival:
+        """How dead latents are revived."""
+        return self.revive or self.default_revival
+
+    @property
+    def inputs(self) -> list[str] | None:
+        """The hooks whose activations it encodes; None for the only one."""
+        return self.hooks or (None if self.hook is None else [self.hook])
+
+    def applies(self, key: str) -> bool:
+        """Whether a key means anything for this SAE."""
+        return key not in self.CONDITIONS or self.CONDITIONS[key](self)
+
+    def shape(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        return self.model_dump(mode="json", include=set(self.SHAPE), exclude_none=True)
+
+    def _faults_of_name(self) -> Iterator[str]:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or self.name.startswith("."):
+            yield f"name {self.name!r} becomes a folder: use letters, digits, dot, dash, underscore"
+        if self.name in ("manifest.json", "LATEST", "pinned"):
+            yield f"name {self.name!r} is that of a file in a snapshot: choose another"
+
+    def _faults_of_revival(self) -> Iterator[str]:
+        if {"none"} == self.REVIVALS and (self.revive in ("auxk", "resample") or self.reinitialise_tokens):
+            yield f"nothing revives the latents of {self.architecture}: remove revive and reinitialise_tokens"
+        if self.revive == "pre_act" and self.revive not in self.REVIVALS:
+            yield f"revive = pre_act needs a threshold, which {self.architecture} has not: use auxk, resample or none"
+
+    def _faults_of_hooks(self) -> Iterator[str]:
+        if self.hooks is not None:
+            if self.hook is not None:
+                yield "hook and hooks are both set: hooks alone names those of a crosscoder"
+            if len(set(self.hooks)) < len(self.hooks) or len(self.hooks) < 2:
+                yield f"hooks = {self.hooks} must name two or more different hooks; for one use hook"
+            if self.target is not None:
+                yield "hooks and target are both set: a crosscoder reconstructs what it reads; remove one"
+        if self.target is not None and self.target == self.hook:
+            yield f"target is the hook it reads, {self.hook}: remove target, or name another hook"
+        if self.target is not None and not self.HAS_TRANSCODER:
+            able = [name for name in registry.names() if registry.get(name).Settings.HAS_TRANSCODER]
+            yield f"target is not for {self.architecture}: use {', '.join(able[:-1])} or {able[-1]}"
+        if self.whitening and (self.target is not None or self.hooks is not None):
+            yield "whitening is for autoencoders of one hook: remove whitening, or target and hooks"
+        if self.skip and self.target is None:
+            yield "skip needs target, the hook that a transcoder reconstructs: set target or remove skip"
+
+    def _faults_of_keys(self, foreign: list[str]) -> Iterator[str]:
+        """Keys that mean nothing here: those of other architectures, and those whose condition does not hold."""
+        idle = [key for key in self.CONDITIONS if key in self.model_fields_set and not self.applies(key)]
+        if keys := [key for key in [*idle, *foreign] if key != "skip"]:
+            yield f"{', '.join(keys)} {'mean' if len(keys) > 1 else 'means'} nothing for {self.variant}; remove"
+
+
+ASSUMED_L0 = 64.0
+"""Active latents per activation where a penalty decides and not the run file."""
+
+
+class NestedSettings(SaeSettings):
+    """Settings of an SAE whose dictionary may be nested (Matryoshka)."""
+
+    SHAPE: ClassVar[frozenset[str]] = SaeSettings.SHAPE | {"matryoshka"}
+
+    matryoshka: list[Positive] | None = None
+    """Sizes of nested dictionaries that must each reconstruct alone, rising and ending at d_sae."""
+    initial_rates: Literal["equal", "free"] = "equal"
+    """Begin with encoder biases that let every latent fire equally often, or with none."""
+
+    def faults(self) -> Iterator[str]:
+        if self.matryoshka is not None and sorted({*self.matryoshka, self.d_sae}) != self.matryoshka:
+            yield f"matryoshka = {self.matryoshka} must rise and end at d_sae = {self.d_sae}"
+        yield from super().faults()
+
+    @property
+    def levels(self) -> list[int]:
+        return self.matryoshka or [self.d_sae]
+
+
+class PenalisedSettings(SaeSettings):
+    """Settings of an SAE that a penalty on its latents makes sparse."""
+
+    CONDITIONS: ClassVar[dict[str, Callable[[Any], bool]]] = SaeSettings.CONDITIONS | {
+        "sparsity_weight": lambda sae: sae.sparsity != "target_l0"
+    }
+    TYPICAL_WEIGHT: ClassVar[Mapping[str, int]] = {"l0": 1, "tanh": 1, "l1": 5, "l1_norm": 5}
+
+    sparsity_weight: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight of the penalty beside |x − x_hat|², where an element of x has variance 1; all penalties but target_l0."""
+    sparsity_warmup_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The weight of the penalty rises linearly over these tokens. Without it: four times optimizer.warmup_tokens for
+    target_l0, whose pull is strongest while L0 is still far off; none for the others."""
+
+    @property
+    def sparsity(self) -> str:
+        """The penalty in force."""
+        return "l1"
+
+    def faults(self) -> Iterator[str]:
+        if self.sparsity in self.TYPICAL_WEIGHT and self.sparsity_weight is None:
+            yield f"penalty {self.sparsity} needs sparsity_weight, such as {self.TYPICAL_WEIGHT[self.sparsity]}"
+        yield from super().faults()
+
+    def sparsity_warmup(self, warmup_tokens: int) -> int:
+        return self.sparsity_warmup_tokens or 0
