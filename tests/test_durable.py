@@ -20,7 +20,7 @@ from tests.small_disk import OUTCOMES, Disk, recorded
 from tests.small_run import publish_snapshot, start_run
 from trainer import checkpoint
 from trainer.durable import make_folder, remove_folder, replace_text
-from trainer.snapshot import is_pinned, pin, retire, snapshot_names, unpin, verify
+from trainer.snapshot import SUPERSEDED, is_pinned, pin, retire, snapshot_names, supersede_after, unpin, verify
 
 TENSORS = {"weights": torch.ones(3)}
 
@@ -113,6 +113,22 @@ def test_a_snapshot_that_is_retired_leaves_at_one_stroke(root: Path, after: Path
 
     power(lambda: retire(root, keep=1), judge, "snapshots")
     assert snapshot_names(after) == ["000000002000"]
+
+
+def test_what_is_superseded_is_whole_wherever_it_is(root: Path, after: Path, power: Callable[..., Disk]) -> None:
+    """A trainer that resumes moves later snapshots aside: whole, at any moment, and LATEST names one that is there."""
+    for tokens in (1000, 2000):
+        publish_snapshot(root, tokens)
+
+    def judge(left: Path) -> None:
+        names = snapshot_names(left)
+        for folder in (*(left / "snapshots" / name for name in names), *(left / "snapshots" / SUPERSEDED).glob("*")):
+            verify(folder)
+        assert (left / "snapshots" / "LATEST").read_text().strip() in names
+
+    power(lambda: supersede_after(root, 1000), judge, "snapshots")
+    assert snapshot_names(after) == ["000000001000"]
+    assert [path.name for path in (after / "snapshots" / SUPERSEDED).glob("*")] == ["000000002000"]
 
 
 @pytest.mark.parametrize("name", ["settings.toml", "summary.json"])

@@ -277,16 +277,16 @@ def supersede_after(run_directory: Path, tokens: int) -> list[Path]:
     """
     names, folder = snapshot_names(run_directory), run_directory / "snapshots"
     kept = [name for name in names if int(name) <= tokens or is_pinned(folder / name)]
+    latest = folder / "LATEST"  # first: it never names one that has been moved already
+    if not kept:
+        latest.unlink(missing_ok=True)
+    elif not latest.exists() or latest.read_text() != kept[-1] + "\n":
+        replace_text(latest, kept[-1] + "\n")
     moved: list[Path] = []
     for name in (name for name in names if name not in kept):
         moved.append(_free_name(folder / SUPERSEDED / name))
         make_folder(moved[-1].parent)
         move_folder(folder / name, moved[-1])
-    latest = folder / "LATEST"
-    if not kept:
-        latest.unlink(missing_ok=True)
-    elif not latest.exists() or latest.read_text() != kept[-1] + "\n":
-        replace_text(latest, kept[-1] + "\n")
     return moved
 
 
