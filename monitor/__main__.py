@@ -156,9 +156,9 @@ class Watch:
         return (False, missing) if (missing := why_not_ready(self._directory)) else (True, "ok")
 
     def _look(self, finished: bool) -> None:
-        from trainer.snapshot import snapshot_names
+        from monitor.snapshot_index import index_of
 
-        names = snapshot_names(self._directory)
+        names = index_of(self._directory).names()
         self._metrics.see_run(len(names), int(names[-1]) if names else None, finished)
         if self._off or not (names or (self._directory / "metrics.jsonl").is_file()):
             return  # the language model is loaded while the run works towards its first snapshot, not before it begins

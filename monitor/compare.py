@@ -109,13 +109,13 @@ def find_saes(folder: Path) -> dict[str, Sae]:
         except SnapshotError as error:
             raise CompareError(str(error)) from None
         return {
-            name: Sae(folder / name, told, read_json(folder / name / "evaluation.json") or {})
+            name: Sae(folder / name, told, read_json(folder / name / "evaluation.json", folder) or {})
             for name, told in metrics.items()
         }
     if (folder / "sae_weights.safetensors").is_file():
-        manifest = read_json(folder.parent / "manifest.json") or {}
+        manifest = read_json(folder.parent / "manifest.json", folder.parent) or {}
         metrics = manifest.get("saes", {}).get(folder.name, {})
-        return {folder.name: Sae(folder, metrics, read_json(folder / "evaluation.json") or {})}
+        return {folder.name: Sae(folder, metrics, read_json(folder / "evaluation.json", folder) or {})}
     missing = "does not exist" if not folder.exists() else "holds neither a manifest.json nor sae_weights.safetensors"
     raise CompareError(f"{folder} {missing}; name a snapshot, such as RUN_DIR/snapshots/000001234567, or an SAE in one")
 

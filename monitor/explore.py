@@ -35,11 +35,13 @@ from monitor.latents import GONE, TOP_TOKENS, LatentActivations, active, load_de
 from monitor.run_directory import (
     LATENTS,
     NotThere,
+    explained_in,
     explained_saes,
-    explained_snapshots,
+    first_to,
+    is_explained,
     read_json,
-    snapshots_with,
 )
+from monitor.snapshot_index import is_within, manifest_of
 from monitor.texts import Texts
 from producer.activations import LanguageModel, ModelError, Unembedding
 from producer.settings import CorpusSettings
@@ -123,13 +125,13 @@ class Explorer:
 
     def open(self, sae: str, snapshot: str | None = None) -> Explained:
         """One SAE of the newest snapshot, or of the one named. Raises NotThere."""
-        names = explained_snapshots(self._directory, sae)
-        if not names:
+        newest = explained_in(self._directory, sae)
+        if newest is None:
             known = ", ".join(repr(entry["name"]) for entry in explained_saes(self._directory)) or "none yet"
             raise NotThere(f"the latents of sae {sae!r} have not been looked at yet; the run's SAEs are {known}")
-        if snapshot is not None and snapshot not in names:
-            raise NotThere(f"no latents of sae {sae!r} in snapshot {snapshot!r}; there are {', '.join(names)}")
-        name = snapshot or names[-1]
+        if snapshot is not None and not is_explained(self._directory, snapshot, sae):
+            raise NotThere(f"no latents of sae {sae!r} in snapshot {snapshot!r}; the newest are in {newest}")
+        name = snapshot or newest
         try:
             return self._open(self._directory / "snapshots" / name / sae, int(name))
         except (*GONE, SnapshotError):
@@ -137,13 +139,15 @@ class Explorer:
 
     def _open(self, folder: Path, tokens: int) -> Explained:
         """Maps the files, once. A trainer that has gone back may publish another snapshot under the same name."""
+        if not is_within(folder / LATENTS, folder):
+            raise SnapshotError(f"{folder / LATENTS} is a link out of its folder")
         written = (folder / LATENTS).stat().st_mtime_ns
         with self._opening:
             known = self._opened.get(folder)
             if known is None or known[0] != written:
                 # What was retired is let go: as long as it is mapped, it takes room on the disk.
                 self._opened = {path: one for path, one in self._opened.items() if path.is_dir()}
-                if (cfg := read_json(folder / "cfg.json")) is None:
+                if (cfg := read_json(folder / "cfg.json", folder)) is None:
                     raise SnapshotError(f"{folder} holds no cfg.json")
                 with safe_open(folder / "sae_weights.safetensors", "pt") as file:
                     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -296,12 +300,13 @@ class Explorer:
     def _past(self, it: Explained, latent: int) -> list[dict[str, Any]]:
         """The latent in the run's snapshots, oldest first: its direction, and where it was looked at, what it did."""
         sae, present = it.folder.name, it.weights["W_dec"][latent].float()
-        names = [name for name in snapshots_with(self._directory, sae) if name <= it.folder.parent.name]
+        names = first_to(self._directory, sae, it.folder.parent.name)
         step = max(1, -(-len(names) // MOST_PAST))
         found = []
         for name in reversed(names[::-1][::step]):  # the newest always
             folder = self._directory / "snapshots" / name / sae
-            with suppress(*GONE):
+            with suppress(*GONE, SnapshotError):
+                manifest_of(folder.parent)  # which refuses what leads out of the snapshot
                 row = load_decoder(folder)[latent : latent + 1].flatten()
                 if row.shape == present.shape:
                     cosine = float(torch.cosine_similarity(row, present, 0))

@@ -30,19 +30,20 @@ from monitor.latents import GONE, births, gather_latents, load_decoder, load_lat
 from monitor.metrics import MonitorMetrics
 from monitor.probing import LabelledTexts, probe_accuracy, read_labelled_texts
 from monitor.run_directory import (
+    EVALUATION,
     LATENTS,
-    explained_snapshots,
+    explained_in,
     is_finished,
-    manifest_of,
     read_json,
     snapshots_with,
 )
 from monitor.settings import MonitorSettings
+from monitor.snapshot_index import index_of, manifest_of
 from producer.activations import LanguageModel, ModelError, load_language_model
 from producer.corpus import CorpusError, open_corpus
 from producer.tokens import Windows, tokens_fingerprint
 from trainer.durable import replace_text
-from trainer.snapshot import SnapshotError, is_complete, snapshot_names
+from trainer.snapshot import SnapshotError, is_complete
 
 log = logging.getLogger("sluice.monitor")
 
@@ -153,7 +154,7 @@ class Evaluator:
 
     def _newest(self) -> _Stamp | None:
         """The newest snapshot. A trainer that has gone back may publish another one under a name that was settled."""
-        for name in reversed(snapshot_names(self._directory)):
+        for name in reversed(index_of(self._directory).names()):
             if (stamp := self._stamp(name)) is not None:
                 return stamp
         return None
@@ -165,12 +166,12 @@ class Evaluator:
             return None  # retired a moment ago
 
     def _is_newest(self, name: str) -> bool:
-        return snapshot_names(self._directory)[-1:] == [name]
+        return index_of(self._directory).names()[-1:] == [name]
 
     def _settle(self, instruments: _Instruments, name: str) -> None:
         folder = self._directory / "snapshots" / name
         manifest = manifest_of(folder)
-        known = {sae: read_json(folder / sae / "evaluation.json") for sae in manifest["saes"]}
+        known = {sae: read_json(folder / sae / EVALUATION, folder) for sae in manifest["saes"]}
         self._metrics.keep(known)
         for sae, evaluation in known.items():
             if evaluation is not None:
@@ -200,7 +201,7 @@ class Evaluator:
             log.info("%s of %s: %s", sae, folder.name, _in_words(evaluation))
 
     def _tell(self, folder: Path, sae: str, evaluation: dict[str, Any]) -> None:
-        replace_text(folder / sae / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
+        replace_text(folder / sae / EVALUATION, json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
         append_evaluation(self._directory, sae, evaluation)
         self._metrics.update(sae, evaluation)
 
@@ -230,10 +231,10 @@ class Evaluator:
         """
         known = self._directions.get(sae)
         if known is None or known[0] >= folder.name:  # nothing is remembered, or what a trainer has gone back behind
-            looked_at = [name for name in explained_snapshots(self._directory, sae) if name < folder.name]
-            known = self._read_directions(looked_at[-1], sae) if looked_at else None
-        for name in snapshots_with(self._directory, sae):
-            if (known is None or name > known[0]) and name <= folder.name:
+            looked_at = explained_in(self._directory, sae)
+            known = self._read_directions(looked_at, sae) if looked_at and looked_at < folder.name else None
+        for name in snapshots_with(self._directory, sae, after=known[0] if known else ""):
+            if name <= folder.name:
                 with suppress(*GONE):
                     W_dec = load_decoder(folder.parent / name / sae)
                     known = name, W_dec, births(W_dec, int(name), known and known[1:])
@@ -250,7 +251,7 @@ class Evaluator:
         """Adds what its latents are worth, one by one, to the numbers of an SAE whose latents have been looked at."""
         began = time.monotonic()
         model, sampled = instruments.model, self._settings.monitor.ablated_latents
-        evaluation = read_json(folder / sae / "evaluation.json") or {}
+        evaluation = read_json(folder / sae / EVALUATION, folder) or {}
         subject, latents = load_subject(folder / sae, model.device), load_latents(folder / sae / LATENTS)
         evaluation["explanation_f1"] = mean_f1(latents, self._between)
         if sampled:
@@ -330,7 +331,7 @@ def _to_be_measured(folder: Path, manifest: dict[str, Any]) -> list[str]:
         sae
         for sae in manifest["saes"]
         if (folder / sae / LATENTS).is_file()
-        and "explanation_f1" not in (read_json(folder / sae / "evaluation.json") or {})
+        and "explanation_f1" not in (read_json(folder / sae / EVALUATION, folder) or {})
     ]
 
 

@@ -17,9 +17,11 @@ from typing import Any
 from producer.parsing import ParseError, parse_object
 from trainer.report import DENSITY_EDGES
 
+Columns = dict[str, dict[str, list[Any]]]
+"""By SAE and name."""
 FILE = "evaluations.jsonl"
 MOST_POINTS = 3_000
-"""When there are this many, every other one goes."""
+"""When there are this many, every other one goes; of each SAE's evaluations, so many that no more are left."""
 OF_A_RUN = ("time", "tokens", "tokens_per_second", "buffer_rows", "step_seconds")
 OF_AN_SAE = ("fvu", "l0", "dead_latents_ratio", "shrinkage", "learning_rate", "grad_norm")
 OF_AN_EVALUATION = ("ce_delta", "ce_recovered", "kl", "fvu", "l0")
@@ -36,24 +38,30 @@ class History:
         self._lock = threading.Lock()
         self._generation = 0
         """Changes whenever points that were handed out are gone."""
+        self._evaluated = 0
+        """Changes whenever the evaluations do."""
+        self._curves: tuple[int, Columns] = (-1, {})
+        """The evaluations as columns, and the number for which they were made."""
         self._begin()
 
     def _begin(self) -> None:
         self._points: list[dict[str, Any]] = []
-        self._measured: list[dict[str, Any]] = []
+        self._measured: dict[tuple[str, int], dict[str, Any]] = {}
+        """The last evaluation of each snapshot, by SAE and tokens."""
         self._returns: list[tuple[float, int]] = []
         """When a trainer has gone back, and to how many tokens."""
         self._newest: dict[str, Any] = {"tokens": 0, "saes": []}
         self._every = 1
         self._reported = 0
         self._generation += 1
+        self._evaluated += 1
 
-    def columns(self, generation: int = -1, since: int = 0) -> dict[str, Any]:
+    def columns(self, generation: int = -1, since: int = 0, evaluated: int = -1) -> dict[str, Any]:
         """Points from number `since` on, or all of them when they are not those of `generation` any more.
 
         {"generation", "since", "next", run's columns, "saes": {name: columns}, "density": {name: newest counts},
-        "density_edges" as `trainer.report` has them,
-        "evaluations": {name: columns}}; a value that is not known is None. Evaluations always come whole.
+        "density_edges" as `trainer.report` has them, "evaluated", "evaluations": {name: columns}}; a value that is not
+        known is None. Evaluations come whole, or as None to who has those of the number `evaluated`.
         """
         with self._lock:
             self._read()
@@ -71,7 +79,8 @@ class History:
                 },
                 "density_edges": DENSITY_EDGES,
                 "density": {sae["name"]: sae.get("density") or [] for sae in self._newest["saes"]},
-                "evaluations": _evaluation_columns(self._measured, self._returns),
+                "evaluated": self._evaluated,
+                "evaluations": None if evaluated == self._evaluated else self._evaluation_columns(),
             }
 
     def _read(self) -> None:
@@ -82,12 +91,19 @@ class History:
             self._take(report)
         for evaluation in self._evaluations.new():
             if isinstance(evaluation.get("sae"), str) and isinstance(evaluation.get("snapshot_tokens"), int):
-                self._measured.append(evaluation)
+                self._measured[evaluation["sae"], evaluation["snapshot_tokens"]] = evaluation
+                self._evaluated += 1
+
+    def _evaluation_columns(self) -> Columns:
+        if self._curves[0] != self._evaluated:
+            self._curves = (self._evaluated, _evaluation_columns(self._measured, self._returns))
+        return self._curves[1]
 
     def _take(self, report: dict[str, Any]) -> None:
         report = {"time": 0.0, "saes": [], **report, "tokens": report.get("tokens") or 0}
         if report["tokens"] < self._newest["tokens"]:
             self._returns.append((report["time"], report["tokens"]))
+            self._evaluated += 1
             self._points = [known for known in self._points if known["tokens"] < report["tokens"]]
             self._reported = len(self._points) * self._every
             self._generation += 1
@@ -153,19 +169,16 @@ def _point(report: dict[str, Any]) -> dict[str, Any]:
     return point
 
 
-def _evaluation_columns(
-    measured: list[dict[str, Any]], returns: list[tuple[float, int]]
-) -> dict[str, dict[str, list[Any]]]:
-    """The last evaluation of each snapshot, by SAE and tokens, without those that a trainer has gone back behind."""
-    surviving = {
-        (evaluation["sae"], evaluation["snapshot_tokens"]): evaluation
-        for evaluation in measured
-        if not any(evaluation.get("time", 0.0) < then and evaluation["snapshot_tokens"] > to for then, to in returns)
-    }
-    columns: dict[str, dict[str, list[Any]]] = {}
-    for (sae, tokens), evaluation in sorted(surviving.items(), key=lambda item: item[0]):
-        of_sae = columns.setdefault(sae, {"tokens": [], **{key: [] for key in OF_AN_EVALUATION}})
-        of_sae["tokens"].append(tokens)
-        for key in OF_AN_EVALUATION:
-            of_sae[key].append(evaluation.get(key))
+def _evaluation_columns(measured: dict[tuple[str, int], dict[str, Any]], returns: list[tuple[float, int]]) -> Columns:
+    """The evaluations by SAE and tokens, without those that a trainer has gone back behind; of many, every so many."""
+    surviving: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for (sae, tokens), evaluation in sorted(measured.items(), key=lambda item: item[0]):
+        if not any(evaluation.get("time", 0.0) < then and tokens > to for then, to in returns):
+            surviving.setdefault(sae, []).append((tokens, evaluation))
+    columns: Columns = {}
+    for sae, evaluations in surviving.items():
+        step = -(-len(evaluations) // MOST_POINTS)
+        shown = evaluations[::-1][::step][::-1]  # the newest always
+        columns[sae] = {"tokens": [tokens for tokens, _ in shown]}
+        columns[sae] |= {key: [evaluation.get(key) for _, evaluation in shown] for key in OF_AN_EVALUATION}
     return columns

@@ -6,6 +6,7 @@ saves clicks a reload. What is not known yet is said in words where it will stan
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -52,10 +53,21 @@ CHARTS = (
 )
 
 Run = dict[str, Any]
-Snapshots = list[dict[str, Any]]
 
 
-def run_page(run: Run, snapshots: Snapshots, latents: dict[str, Any], base_url: str) -> str:
+@dataclass(frozen=True)
+class Published:
+    """What the page tells of a run's snapshots."""
+
+    newest: list[dict[str, Any]]
+    """The last SNAPSHOTS_SHOWN of them, oldest first, as `monitor.run_directory` reads them."""
+    count: int
+    """Of them all."""
+    evaluated: dict[str, tuple[int, dict[str, Any]]]
+    """By SAE, tokens and numbers of its newest evaluation, from whichever snapshot."""
+
+
+def run_page(run: Run, snapshots: Published, latents: dict[str, Any], base_url: str) -> str:
     """The whole page. `latents`: its `saes`, the one `chosen`, the `search`, and the `table` as HTML."""
     latents = latents | {"table": Markup(latents["table"])}
     return render(
@@ -68,7 +80,7 @@ def run_page(run: Run, snapshots: Snapshots, latents: dict[str, Any], base_url: 
     )
 
 
-def parts(run: Run, snapshots: Snapshots) -> dict[str, Any]:
+def parts(run: Run, snapshots: Published) -> dict[str, Any]:
     """What the script puts in place of what is there, by the id of the element; and the colours of its curves."""
     live = _live(run, snapshots)
     return {
@@ -82,7 +94,7 @@ def parts(run: Run, snapshots: Snapshots) -> dict[str, Any]:
     }
 
 
-def _live(run: Run, snapshots: Snapshots) -> dict[str, Any]:
+def _live(run: Run, snapshots: Published) -> dict[str, Any]:
     """What the templates of the parts are made from."""
     shown = saes(run, snapshots)
     return {
@@ -90,12 +102,12 @@ def _live(run: Run, snapshots: Snapshots) -> dict[str, Any]:
         "glance": glance(run),
         "saes": shown,
         "measured": measured(shown),
-        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots[-SNAPSHOTS_SHOWN:]],
-        "older": max(0, len(snapshots) - SNAPSHOTS_SHOWN),
+        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots.newest],
+        "older": max(0, snapshots.count - len(snapshots.newest)),
     }
 
 
-def colours_of(run: Run, snapshots: Snapshots) -> dict[str, str]:
+def colours_of(run: Run, snapshots: Published) -> dict[str, str]:
     """A colour for each SAE of the run, in the order in which the trainer names them; a mean copy has its SAE's."""
     names = _names(run, snapshots)
     own = [name for name in names if not (name.endswith("-ema") and name.removesuffix("-ema") in names)]
@@ -103,9 +115,9 @@ def colours_of(run: Run, snapshots: Snapshots) -> dict[str, str]:
     return {name: found.get(name) or found[name.removesuffix("-ema")] for name in names}
 
 
-def _names(run: Run, snapshots: Snapshots) -> list[str]:
+def _names(run: Run, snapshots: Published) -> list[str]:
     reported = [sae["name"] for sae in (run["report"] or {}).get("saes", [])]
-    return list(dict.fromkeys([*reported, *(snapshots[-1]["saes"] if snapshots else {})]))
+    return list(dict.fromkeys([*reported, *(snapshots.newest[-1]["saes"] if snapshots.newest else {})]))
 
 
 # --- The run at a glance ---------------------------------------------------------------------------------------------
@@ -175,15 +187,15 @@ def _bottleneck(run: Run) -> str:
 # --- The SAEs and the snapshots --------------------------------------------------------------------------------------
 
 
-def saes(run: Run, snapshots: Snapshots) -> list[dict[str, Any]]:
+def saes(run: Run, snapshots: Published) -> list[dict[str, Any]]:
     """Each SAE as it trains at this moment, and as the language model found its newest evaluated snapshot."""
     reported = {sae["name"]: sae for sae in (run["report"] or {}).get("saes", [])}
-    published = snapshots[-1]["saes"] if snapshots else {}
+    published = snapshots.newest[-1]["saes"] if snapshots.newest else {}
     colours = colours_of(run, snapshots)
     found = []
     for name in _names(run, snapshots):
         report, metrics = reported.get(name), (published.get(name) or {}).get("metrics") or {}
-        evaluated = [entry for entry in snapshots if (entry["saes"].get(name) or {}).get("evaluation")]
+        evaluated_at, evaluation = snapshots.evaluated.get(name, (None, {}))
         found.append(
             {
                 "name": name,
@@ -192,8 +204,8 @@ def saes(run: Run, snapshots: Snapshots) -> list[dict[str, Any]]:
                 "wiring": wiring(metrics),
                 "latents": metrics.get("d_sae") or _latents_of(report),
                 "now": report or metrics,
-                "evaluation": evaluated[-1]["saes"][name]["evaluation"] if evaluated else {},
-                "evaluated_at": evaluated[-1]["tokens"] if evaluated else None,
+                "evaluation": evaluation,
+                "evaluated_at": evaluated_at,
             }
         )
     return found

@@ -4,7 +4,7 @@ GET /                                    the live page; ?sae= &search= &order= &
 GET /latents/{sae}/{index}               one latent; …/export is the same as a file that stands alone
 GET /parts, /parts/latents, /parts/fires what the script puts into the live page, as HTML
 GET /static/{name}
-GET /v1/history                          curves as columns; with ?generation= and &since= what is new
+GET /v1/history                          curves as columns; with ?generation=, &since= and &evaluated= what is new
 GET /v1/latents                          the SAEs, and the snapshot in which the latents of each are shown
 GET /v1/latents/{sae}                    the table, sorted and searched as on the page; ?limit= up to 500
 GET /v1/latents/{sae}/fires?text=        the latents that fire on a text; ?at= on one of its tokens
@@ -30,8 +30,8 @@ from monitor.desk import Desk
 from monitor.history import History
 from monitor.html import STATIC, render
 from monitor.latent_page import COLUMNS, fires, latent_page, table
-from monitor.page import parts, run_page
-from monitor.run_directory import NotThere, explained_saes, read_run, read_snapshots
+from monitor.page import SNAPSHOTS_SHOWN, Published, parts, run_page
+from monitor.run_directory import NotThere, explained_saes, newest_evaluations, read_page, read_run
 
 if TYPE_CHECKING:
     from monitor.explore import Explorer
@@ -75,8 +75,8 @@ class _Pages:
     # Pages
 
     def run(self, request: Request) -> Response:
-        run, snapshots = read_run(self._directory), read_snapshots(self._directory)
-        return _page(run_page(run, snapshots, self._latents(request), str(request.base_url)))
+        run = read_run(self._directory)
+        return _page(run_page(run, self._snapshots(), self._latents(request), str(request.base_url)))
 
     def latent(self, request: Request) -> Response:
         return _page(latent_page(self._one(request)))
@@ -91,9 +91,9 @@ class _Pages:
     # Parts of the live page
 
     def parts(self, request: Request) -> Response:
-        run, snapshots = read_run(self._directory), read_snapshots(self._directory)
+        run = read_run(self._directory)
         ready = self._desk.explorer is not None
-        told = parts(run, snapshots) | {"latents": explained_saes(self._directory), "ready": ready}
+        told = parts(run, self._snapshots()) | {"latents": explained_saes(self._directory), "ready": ready}
         # The page asks every two seconds, and mostly nothing has changed.
         return json_unless_known(request, bytes(_json(told).body), MUTABLE)
 
@@ -106,7 +106,8 @@ class _Pages:
     # JSON
 
     def history(self, request: Request) -> Response:
-        return _json(self._history.columns(_integer(request, "generation", -1), _integer(request, "since", 0)))
+        generation, evaluated = (_integer(request, name, -1) for name in ("generation", "evaluated"))
+        return _json(self._history.columns(generation, _integer(request, "since", 0), evaluated))
 
     def saes(self, request: Request) -> Response:
         why_not = None if self._desk.explorer is not None else self._desk.why_not
@@ -122,6 +123,10 @@ class _Pages:
         return _json(self._fires(request, _sae(request)))
 
     # What they are made of
+
+    def _snapshots(self) -> Published:
+        page = read_page(self._directory, SNAPSHOTS_SHOWN)
+        return Published(page.entries, page.count, newest_evaluations(self._directory))
 
     def _latents(self, request: Request) -> dict[str, Any]:
         """What the live page needs for its section about latents."""

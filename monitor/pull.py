@@ -106,8 +106,16 @@ def follow(
 
 def _newer(monitor: Monitor, after: str) -> list[str]:
     """The snapshots to fetch, oldest first: those newer than `after`, or the newest alone."""
-    listed = (monitor.read("/v1/snapshots") or {}).get("snapshots", [])
-    names = [str(entry.get("name")) for entry in listed if NAME.fullmatch(str(entry.get("name")))]
+    address: str | None = "/v1/snapshots"
+    names: list[str] = []
+    while address is not None:
+        page = monitor.read(address) or {}
+        listed = [str(entry.get("name")) for entry in page.get("snapshots", [])]
+        older = sorted(name for name in listed if NAME.fullmatch(name) and (not names or name < names[0]))
+        names = older + names
+        # Each page begins before the one that came last: a server cannot lead in a circle.
+        reaches = not after or not older or older[0] <= after or page.get("next") is None
+        address = None if reaches else f"/v1/snapshots?before={older[0]}"
     return [name for name in names if name > after] if after else names[-1:]
 
 

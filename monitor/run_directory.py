@@ -1,26 +1,34 @@
 """What a run directory tells, read while the trainer writes to it. Light: JSON, TOML and the snapshots' contract.
 
 Every file may be missing, and a snapshot may be retired between two lines of code; what is absent is None, never an
-error. The only file written here is summary.json, to which the evaluation is added when the run is over.
+error. What a link leads to outside of the run directory, or of a snapshot, counts as absent. The only file written here
+is summary.json, to which the evaluation is added when the run is over.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from monitor.snapshot_index import index_of, is_within, manifest_of
 from producer.parsing import ParseError, parse_object, parse_toml
 from trainer.durable import replace_text
-from trainer.snapshot import SnapshotError, is_pinned, read_manifest, snapshot_names
+from trainer.snapshot import SnapshotError, is_pinned
+
+log = logging.getLogger("sluice.monitor")
 
 SILENT_SECONDS = 120.0
 """A report older than this tells how it was, not how it is."""
+EVALUATION = "evaluation.json"
 LATENTS = "latents.safetensors"
 """What the latents of an SAE do on held-out text (`monitor.latents`), beside it in its snapshot."""
 _CE = ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "ce_recovered_mean_ablation")
@@ -58,8 +66,8 @@ def read_run(run_directory: Path) -> dict[str, Any]:
     """
     # The summary comes after the last snapshot: asked in this order, a finished run shows it.
     state = "finished" if is_finished(run_directory) else "waiting" if why_not_ready(run_directory) else "running"
-    summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
-    names = snapshot_names(run_directory)
+    summary, report = read_json(run_directory / "summary.json", run_directory), last_report(run_directory)
+    names = index_of(run_directory).names()
     return {
         "directory": run_directory.name,
         "state": state,
@@ -73,7 +81,7 @@ def read_run(run_directory: Path) -> dict[str, Any]:
 
 def is_finished(run_directory: Path) -> bool:
     """True once the summary is there; a run that was extended keeps the old one, so later reports overrule it."""
-    summary, report = read_json(run_directory / "summary.json"), last_report(run_directory)
+    summary, report = read_json(run_directory / "summary.json", run_directory), last_report(run_directory)
     return summary is not None and (report is None or report.get("tokens", 0) <= summary.get("tokens", 0))
 
 
@@ -89,58 +97,115 @@ def complete_summary(run_directory: Path) -> None:
 
     The summary is of the SAEs that were trained: the evaluation of an EMA copy stays with the snapshot.
     """
-    path, names = run_directory / "summary.json", snapshot_names(run_directory)
-    summary = read_json(path)
+    path, names = run_directory / "summary.json", index_of(run_directory).names()
+    summary = read_json(path, run_directory)
     if summary is None or not names:
         return
     before = json.dumps(summary)
     for sae, told in summary.get("saes", {}).items():
-        evaluation = read_json(run_directory / "snapshots" / names[-1] / sae / "evaluation.json") or {}
+        folder = run_directory / "snapshots" / names[-1]
+        evaluation = read_json(folder / sae / EVALUATION, folder) or {}
         told |= {name: evaluation[key] for key, name in EVALUATED.items() if key in evaluation}
     if json.dumps(summary) != before:
         replace_text(path, json.dumps(summary, indent=1) + "\n")
 
 
-def read_snapshots(run_directory: Path) -> list[dict[str, Any]]:
-    """Every complete snapshot, oldest first, with the SAEs' metrics and evaluations but without the settings.
+@dataclass(frozen=True)
+class SnapshotPage:
+    """Some of a run's snapshots: `entries`, oldest first, as the service lists them."""
 
-    An entry that has not changed is the same object as last time, and is not to be changed by who gets it.
+    entries: list[dict[str, Any]]
+    count: int
+    """Of all snapshots of the run."""
+    older: str | None
+    """The name before which the next page ends; None when this page has the oldest."""
+
+
+def read_page(run_directory: Path, limit: int, before: str | None = None) -> SnapshotPage:
+    """The newest `limit` snapshots, or the newest of those that are older than `before`.
+
+    An entry has the SAEs' metrics and evaluations but not the settings. One that has not changed is the same object as
+    last time, and is not to be changed by who gets it.
     """
-    entries = []
-    for name in snapshot_names(run_directory):
-        folder = run_directory / "snapshots" / name
-        try:
-            evaluated = [_written_ns(folder / sae / "evaluation.json") for sae in manifest_of(folder)["saes"]]
-            entries.append(_entry(folder, _written_ns(folder / "manifest.json"), tuple(evaluated), is_pinned(folder)))
-        except SnapshotError:
-            continue  # retired a moment ago
-    return entries
+    names = index_of(run_directory).names()
+    end = len(names) if before is None else bisect_left(names, before)
+    shown = names[max(0, end - limit) : end]
+    entries = [entry for name in shown if (entry := read_entry(run_directory, name)) is not None]
+    return SnapshotPage(entries, len(names), shown[0] if shown and end > limit else None)
 
 
-def snapshots_with(run_directory: Path, sae: str) -> list[str]:
-    """The snapshots that hold this SAE, oldest first. What no manifest names is in none, whatever its path leads to."""
+def read_entry(run_directory: Path, name: str) -> dict[str, Any] | None:
+    """One snapshot of the list; None when it is gone or cannot be read."""
+    folder = run_directory / "snapshots" / name
+    try:
+        evaluated = [_written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder)["saes"]]
+        return _entry(folder, _written_ns(folder / "manifest.json"), tuple(evaluated), is_pinned(folder))
+    except SnapshotError:
+        return None
+
+
+def newest_evaluations(run_directory: Path) -> dict[str, tuple[int, dict[str, Any]]]:
+    """By SAE of the newest snapshot, its newest evaluation, and the tokens of the snapshot that was evaluated."""
+    found = {}
+    for sae in _newest_saes(run_directory):
+        name = index_of(run_directory).newest_with(sae, EVALUATION)
+        entry = read_entry(run_directory, name) if name else None
+        if entry is not None and (evaluation := entry["saes"][sae]["evaluation"]):
+            found[sae] = (entry["tokens"], evaluation)
+    return found
+
+
+def snapshots_with(run_directory: Path, sae: str, after: str = "") -> list[str]:
+    """The snapshots beyond `after` that hold this SAE, oldest first.
+
+    What no manifest names is in none, whatever its path leads to.
+    """
+    names = index_of(run_directory).names()
     found = []
-    for name in snapshot_names(run_directory):
+    for name in names[bisect_right(names, after) :]:
         with suppress(SnapshotError):  # retired a moment ago
             if sae in manifest_of(run_directory / "snapshots" / name)["saes"]:
                 found.append(name)
     return found
 
 
-def explained_snapshots(run_directory: Path, sae: str) -> list[str]:
-    """Those of them in which this SAE's latents have been looked at."""
-    folder = run_directory / "snapshots"
-    return [name for name in snapshots_with(run_directory, sae) if (folder / name / sae / LATENTS).is_file()]
+def first_to(run_directory: Path, sae: str, last: str) -> list[str]:
+    """The snapshots from the first that holds this SAE to the one called `last`, which does.
+
+    An SAE is in all snapshots from its first to its last, so that a few manifests tell which is the first.
+    """
+    names = index_of(run_directory).names()
+    names = names[: bisect_right(names, last)]
+
+    def holds(name: str) -> bool:
+        with suppress(SnapshotError):
+            return sae in manifest_of(run_directory / "snapshots" / name)["saes"]
+        return False  # retired a moment ago, as the oldest are
+
+    return names[bisect_left(names, True, key=holds) :]
+
+
+def explained_in(run_directory: Path, sae: str) -> str | None:
+    """The newest snapshot in which this SAE's latents have been looked at."""
+    return index_of(run_directory).newest_with(sae, LATENTS)
+
+
+def is_explained(run_directory: Path, name: str, sae: str) -> bool:
+    """Whether they have been in the snapshot called `name`."""
+    return name in index_of(run_directory).names() and index_of(run_directory).has(name, sae, LATENTS)
 
 
 def explained_saes(run_directory: Path) -> list[dict[str, Any]]:
     """The SAEs of the newest snapshot, each with the `snapshot` in which its latents can be read, None without one."""
-    names = snapshot_names(run_directory)
+    return [{"name": sae, "snapshot": explained_in(run_directory, sae)} for sae in _newest_saes(run_directory)]
+
+
+def _newest_saes(run_directory: Path) -> list[str]:
+    names = index_of(run_directory).names()
     try:
-        saes = manifest_of(run_directory / "snapshots" / names[-1])["saes"] if names else {}
+        return [*manifest_of(run_directory / "snapshots" / names[-1])["saes"]] if names else []
     except SnapshotError:
         return []  # retired a moment ago
-    return [{"name": sae, "snapshot": (explained_snapshots(run_directory, sae) or (None,))[-1]} for sae in saes]
 
 
 @lru_cache(maxsize=1024)
@@ -148,7 +213,7 @@ def _entry(folder: Path, written_ns: int, evaluated_ns: tuple[int, ...], pinned:
     """One snapshot of the list, made once for as long as none of its files changes."""
     manifest = manifest_of(folder)
     saes = {
-        sae: {"metrics": metrics, "evaluation": read_json(folder / sae / "evaluation.json")}
+        sae: {"metrics": metrics, "evaluation": read_json(folder / sae / EVALUATION, folder)}
         for sae, metrics in manifest["saes"].items()
     }
     return {
@@ -178,23 +243,12 @@ def wiring(told: Mapping[str, Any]) -> str | None:
     return f"{reads} → {told['target']}" if told.get("target") else reads
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of a snapshot, parsed once. Raises SnapshotError when it is gone or cannot be read."""
-    try:
-        return _parsed_manifest(folder, (folder / "manifest.json").stat().st_mtime_ns)
-    except FileNotFoundError:
-        raise SnapshotError(f"snapshot {folder.name} has just been retired") from None
-
-
-@lru_cache(maxsize=1024)
-def _parsed_manifest(folder: Path, written_ns: int) -> dict[str, Any]:
-    return read_manifest(folder)
-
-
 def last_report(run_directory: Path) -> dict[str, Any] | None:
     """The last whole line of metrics.jsonl; the line being written at this moment does not count."""
+    path = run_directory / "metrics.jsonl"
     try:
-        with open(run_directory / "metrics.jsonl", "rb") as file:
+        _refuse_link(path, run_directory)
+        with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             reach = 1 << 16
             while True:
@@ -208,11 +262,25 @@ def last_report(run_directory: Path) -> dict[str, Any] | None:
     return _loads(lines[-2]) if len(lines) > 1 else None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
+    """The object in a file of `folder`; None when there is none, or a link leads to it from outside of the folder."""
     try:
+        _refuse_link(path, folder)
         return _loads(path.read_bytes())
     except OSError:
         return None
+
+
+def _refuse_link(path: Path, folder: Path) -> None:
+    """Raises OSError when a path leads out of its folder: what lies there is not this run's, and not for all to see."""
+    if not is_within(path, folder):
+        _tell_of_link(path)
+        raise PermissionError(path)
+
+
+@lru_cache
+def _tell_of_link(path: Path) -> None:
+    log.warning("%s is a link out of its folder, and is not read", path)
 
 
 def _loads(text: bytes) -> dict[str, Any] | None:
@@ -226,6 +294,7 @@ def _loads(text: bytes) -> dict[str, Any] | None:
 def _read_toml(path: Path) -> dict[str, Any] | None:
     try:
         # As JSON, which the service answers with, can say it: without infinities and dates.
+        _refuse_link(path, path.parent)
         return parse_object(json.dumps(parse_toml(path.read_bytes()), default=str), finite=True)
     except (OSError, ParseError):
         return None

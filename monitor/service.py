@@ -2,13 +2,15 @@
 
     GET / and what belongs to it                the pages for people, and their JSON: `monitor.pages`
     GET /v1/run                                 settings, newest report, summary
-    GET /v1/snapshots                           every complete snapshot, oldest first
+    GET /v1/snapshots                           the newest complete snapshots, oldest first; ?limit= of them, the newest
+                                                ?before=NAME; `next` is the address of those before, `count` tells all
     GET /v1/snapshots/latest                    the newest manifest; ?after=NAME&wait=SECONDS waits for a newer one
     GET /v1/snapshots/{name}/manifest.json
     GET /v1/snapshots/{name}/{path}             a file of the manifest (Range, ETag, immutable), or an evaluation.json
     GET /healthz  /readyz  /metrics
 
-What may be read is what a manifest lists, so no path of a request ever reaches the file system unchecked. The sha256
+What may be read is what a manifest lists, so no path of a request ever reaches the file system unchecked; nor is a link
+followed that leads out of a snapshot. The sha256
 of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
 when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -40,15 +43,18 @@ from monitor.answers import IMMUTABLE, MUTABLE, is_known, json_unless_known, tag
 from monitor.desk import Desk
 from monitor.pace import Pace
 from monitor.pages import error_page, page_routes
-from monitor.run_directory import manifest_of, read_run, read_snapshots, why_not_ready
+from monitor.run_directory import read_page, read_run, why_not_ready
 from monitor.server import listen, serve
-from trainer.snapshot import NAME, SnapshotError, snapshot_names, which_there_are
+from monitor.snapshot_index import index_of, is_within, manifest_of
+from trainer.snapshot import NAME, SnapshotError, which_there_are
 
 LONGEST_WAIT_SECONDS = 300.0
 LOOK_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
-CLOCK_TICK_NS = 1_000_000_000
-"""Safely more than that of any file system's clock."""
+SNAPSHOTS = 100
+"""Listed at a time, unless it is asked for fewer or more;"""
+MOST_SNAPSHOTS = 1000
+"""the most."""
 NICE = 19
 PIECE_BYTES = 1 << 18
 """Of a file, read and sent at a time: each costs a turn of a thread."""
@@ -112,9 +118,7 @@ class _Routes:
         self.run_directory = run_directory
         self.registry = registry
         self.unhealthy = unhealthy
-        self.names = _Names(run_directory)
-        self.listed: tuple[list[dict[str, Any]], bytes] = ([], b"")
-        """The list of snapshots as it was asked for last, and its JSON."""
+        self.index = index_of(run_directory)
 
     # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
 
@@ -122,18 +126,22 @@ class _Routes:
         return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})
 
     def snapshots(self, request: Request) -> Response:
-        entries = read_snapshots(self.run_directory)
-        before, body = self.listed
-        if not body or entries != before:  # quick: those that have not changed are the same objects
-            newest = entries[-1]["name"] if entries else None
-            body = json.dumps({"latest": newest, "snapshots": entries}, ensure_ascii=False, allow_nan=False).encode()
-            self.listed = (entries, body)
-        return json_unless_known(request, body, MUTABLE)
+        limit, before = _parse_page(request)
+        page = read_page(self.run_directory, limit, before)
+        names = self.index.names()
+        older = None if page.older is None else f"/v1/snapshots?limit={limit}&before={page.older}"
+        listed = {
+            "latest": names[-1] if names else None,
+            "count": page.count,
+            "snapshots": page.entries,
+            "next": older,
+        }
+        return json_unless_known(request, json.dumps(listed, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
 
     async def latest(self, request: Request) -> Response:
         after, deadline = _parse_wait(request)
         while True:
-            names = self.names.read()  # a glance at one folder, cheaper than the way to another thread
+            names = self.index.names()  # a glance at one folder, cheaper than the way to another thread
             if names and names[-1] > after:
                 return await run_in_threadpool(self._newest, request, names[-1])
             if time.monotonic() >= deadline or await request.is_disconnected():
@@ -150,8 +158,9 @@ class _Routes:
         return self._manifest(request, request.path_params["name"], IMMUTABLE, {})
 
     def _manifest(self, request: Request, name: str, caching: str, headers: dict[str, str]) -> Response:
-        path = self._folder(name) / "manifest.json"
-        return _small_file(request, path, caching, headers)
+        folder = self._folder(name)
+        self._read_manifest(folder)
+        return _small_file(request, folder / "manifest.json", caching, headers)
 
     def file(self, request: Request) -> Response:
         name, path = request.path_params["name"], request.path_params["path"]
@@ -163,8 +172,8 @@ class _Routes:
             raise HTTPException(
                 404, f"snapshot {name} has no file {path!r}; it has manifest.json, {', '.join(digests)}"
             )
-        target = (folder / path).resolve()
-        if not target.is_relative_to(folder.resolve()):
+        target = folder / path
+        if not is_within(target, folder):
             raise HTTPException(404, f"{path!r} lies outside of snapshot {name}")
         if path in evaluations and path not in digests:
             return _small_file(request, target, MUTABLE, {}, f"snapshot {name} has no {path} yet: it is not evaluated")
@@ -172,10 +181,11 @@ class _Routes:
 
     def _folder(self, name: str) -> Path:
         """The folder of one complete snapshot; anything that is not a snapshot's name is refused here."""
+        names = self.index.names()
+        place = bisect_left(names, name)
         folder = self.run_directory / "snapshots" / name
-        if name.isascii() and NAME.fullmatch(name) and (folder / "manifest.json").is_file():
+        if place < len(names) and names[place] == name and (folder / "manifest.json").is_file():
             return folder
-        names = self.names.read()
         raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {which_there_are(names)}")
 
     def _read_manifest(self, folder: Path) -> dict[str, Any]:
@@ -193,26 +203,6 @@ class _Routes:
 
     def readyz(self, request: Request) -> Response:
         return _verdict(why_not_ready(self.run_directory))
-
-
-class _Names:
-    """The complete snapshots, oldest first; read anew only when one has come or gone: many clients ask at once."""
-
-    def __init__(self, run_directory: Path) -> None:
-        self._run_directory = run_directory
-        self._known: tuple[int, list[str]] = (0, [])
-
-    def read(self) -> list[str]:
-        try:
-            changed = (self._run_directory / "snapshots").stat().st_mtime_ns
-        except FileNotFoundError:
-            return []
-        if changed != self._known[0]:
-            names = snapshot_names(self._run_directory)
-            if time.time_ns() - changed < CLOCK_TICK_NS:
-                return names  # another change in the same tick of the clock would not show
-            self._known = (changed, names)
-        return self._known[1]
 
 
 def _verdict(reason: str | None) -> Response:
@@ -251,7 +241,7 @@ class _Pieces(FileResponse):
 def _parse_wait(request: Request) -> tuple[str, float]:
     """(name after which, monotonic deadline) of a request for the latest snapshot."""
     after, wait = request.query_params.get("after", ""), request.query_params.get("wait", "0")
-    if after and not (after.isascii() and NAME.fullmatch(after)):
+    if after and not _is_name(after):
         raise HTTPException(400, f"after = {after!r}: expected a snapshot's name, such as 000001234567")
     try:
         seconds = float(wait)
@@ -260,6 +250,20 @@ def _parse_wait(request: Request) -> tuple[str, float]:
     if not 0.0 <= seconds <= LONGEST_WAIT_SECONDS:
         raise HTTPException(400, f"wait = {wait!r}: expected seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
     return after, time.monotonic() + seconds
+
+
+def _parse_page(request: Request) -> tuple[int, str | None]:
+    """(how many snapshots, the name before which) of a request for the list."""
+    limit, before = request.query_params.get("limit", str(SNAPSHOTS)), request.query_params.get("before")
+    if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and int(limit) > 0):
+        raise HTTPException(400, f"limit = {limit[:20]!r}: expected a whole number from 1 to {MOST_SNAPSHOTS:,}")
+    if before is not None and not _is_name(before):
+        raise HTTPException(400, f"before = {before[:20]!r}: expected a snapshot's name, such as 000001234567")
+    return min(int(limit), MOST_SNAPSHOTS), before
+
+
+def _is_name(text: str) -> bool:
+    return text.isascii() and NAME.fullmatch(text) is not None
 
 
 def _explain(request: Request, error: Exception) -> Response:

@@ -75,17 +75,19 @@ class Watcher:
         if before.run is None or run["latest"] != before.run["latest"] or time.monotonic() >= self._next_list:
             self._next_list = time.monotonic() + EVALUATIONS_SECONDS
             if (listed := self._list()) is not None:
-                evaluations, snapshots = _newest_evaluations(listed), len(listed)
+                # Each page has the newest; of an SAE that none of them has measured, what was known stays.
+                evaluations, snapshots = evaluations | _newest_evaluations(listed["snapshots"]), listed["count"]
         self.seen = Seen(run, evaluations, snapshots)
 
-    def _list(self) -> list[dict[str, Any]] | None:
-        """The snapshots; None when they are those of last time."""
+    def _list(self) -> dict[str, Any] | None:
+        """The newest snapshots, and the `count` of all; None when they are those of last time."""
         headers = {"If-None-Match": self._tag} if self._tag else {}
         try:
             with self._monitor.open("/v1/snapshots", headers) as answer:
                 self._tag = answer.headers.get("ETag", "")
                 document = document_of(answer.read(LARGEST_DOCUMENT), f"{self._monitor.base}/v1/snapshots")
-                return document.get("snapshots", [])
+                snapshots = document.get("snapshots", [])
+                return {"snapshots": snapshots, "count": document.get("count", len(snapshots))}
         except NotModified:
             return None
 

@@ -404,7 +404,7 @@ def test_what_is_not_there_is_named(explorer: Explorer):
     """Another SAE, another snapshot, a latent beyond the last."""
     with pytest.raises(NotThere, match=r"'other'.*'planted'"):
         explorer.table("other")
-    with pytest.raises(NotThere, match="000000001000, 000000002000"):
+    with pytest.raises(NotThere, match="the newest are in 000000002000"):
         explorer.table("planted", snapshot="000000009999")
     with pytest.raises(NotThere, match="latents 0 to 6, not 7"):
         explorer.latent("planted", 7)

@@ -147,3 +147,26 @@ def test_evaluations_of_a_lineage_that_is_gone_are_no_points(run: Path, monkeypa
         if not at_once:
             history.columns()
     assert history.columns()["evaluations"]["a"]["tokens"] == [100, 260]
+
+
+def test_evaluations_are_told_once(run: Path):
+    """Who has them is told so; a new one, and a trainer that goes back, tell them anew."""
+    history = History(run)
+    report(run, 100)
+    append_evaluation(run, "a", {"snapshot_tokens": 100})
+    first = history.columns()
+    again = history.columns(evaluated=first["evaluated"])
+    assert first["evaluations"]["a"]["tokens"] == [100] and again["evaluations"] is None
+    append_evaluation(run, "a", {"snapshot_tokens": 200})
+    news = history.columns(evaluated=again["evaluated"])
+    assert news["evaluations"]["a"]["tokens"] == [100, 200]
+    report(run, 50, time=1e12)
+    assert history.columns(evaluated=news["evaluated"])["evaluations"] == {}
+
+
+def test_many_evaluations_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Evenly, and the newest is always shown."""
+    monkeypatch.setattr(monitor.history, "MOST_POINTS", 4)
+    for tokens in range(1, 11):
+        append_evaluation(run, "a", {"snapshot_tokens": tokens})
+    assert History(run).columns()["evaluations"]["a"]["tokens"] == [1, 4, 7, 10]

@@ -179,7 +179,7 @@ def test_a_run_directory_of_wrong_files_is_shown(tmp_path: Path, bad: bytes) -> 
         (directory / path).write_bytes(bad)
     (directory / "metrics.jsonl").write_bytes(bad.replace(b"\n", b" ") + b"\n")
     (directory / "evaluations.jsonl").write_bytes(bad.replace(b"\n", b" ") + b"\n")
-    assert last_report(directory) is None and read_json(folder / "small" / "evaluation.json") is None
+    assert last_report(directory) is None and read_json(folder / "small" / "evaluation.json", folder) is None
     assert read_run(directory)["summary"] is None
     History(directory).columns(-1, 0)
     client = TestClient(make_app(directory, new_registry()))

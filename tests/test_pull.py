@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import pytest
 import monitor.pull
 from monitor.client import Monitor, MonitorError
 from monitor.metrics import new_registry
-from monitor.pull import Tell, follow, main, pull
+from monitor.pull import Tell, _newer, follow, main, pull
 from monitor.service import make_app, start_service
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.durable import replace_text
@@ -157,8 +158,11 @@ def test_another_runs_snapshot_is_not_mixed_in(run_directory: Path, url: str, tm
     "path",
     ["../evil", "/tmp/evil", "small/../../evil", "manifest.json", "", "..\\evil", "C:evil", "small/file:stream"],
 )
-def test_manifest_that_leads_out_of_the_folder_is_refused(run_directory: Path, url: str, tmp_path: Path, path: str):
+def test_manifest_that_leads_out_of_the_folder_is_refused(
+    run_directory: Path, url: str, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+):
     """The server is not trusted with paths on this machine."""
+    monkeypatch.setattr("monitor.snapshot_index.is_within", lambda path, folder: True)  # ours would not serve it
     manifest = run_directory / "snapshots" / "000000001000" / "manifest.json"
     told = json.loads(manifest.read_text())
     told["files"].append({"path": path, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
@@ -266,6 +270,18 @@ def test_following_goes_on_after_what_is_there(run_directory: Path, url: str, tm
     assert (tmp_path / "here" / "000000003000" / "small" / "evaluation.json").read_text() == '{"ce_delta": 0.5}'
 
 
+@pytest.mark.parametrize("after", ["", "000000001000", "000000004000", "000000006000"])
+def test_what_is_newer_is_gathered_from_all_pages(
+    run_directory: Path, url: str, monkeypatch: pytest.MonkeyPatch, after: str
+):
+    """The list comes in pages of two here; only as many are asked for as are needed."""
+    monkeypatch.setattr("monitor.service.SNAPSHOTS", 2)
+    for tokens in range(2000, 7000, 1000):
+        publish_snapshot(run_directory, tokens)
+    expected = [f"{tokens:012d}" for tokens in range(1000, 7000, 1000)]
+    assert _newer(Monitor(url), after) == ([name for name in expected if name > after] if after else expected[-1:])
+
+
 def test_following_passes_over_what_is_retired_under_it(run_directory: Path, url: str, tmp_path: Path):
     """The snapshot that was being fetched is given up, nothing of it is left, and the next one comes."""
 
@@ -314,21 +330,59 @@ def test_following_survives_a_killed_monitor(tmp_path: Path):
 
 @pytest.mark.skipif(not all(map(shutil.which, ("curl", "awk", "sha256sum"))), reason="curl or coreutils are missing")
 def test_curl_is_enough(run_directory: Path, url: str, tmp_path: Path):
-    """The README's lines, as they stand there: everything arrives, half a file is gone on with, hashes are checked."""
-    readme = (ROOT / "README.md").read_text()
-    lines = readme[readme.index("    curl -fsS $MONITOR") :].split("\n\n")[0]
-
-    def fetch() -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"MONITOR": url}
-        return subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    assert fetch().returncode == 0
+    """The README's lines: everything arrives, half a file is gone on with, hashes are checked."""
+    assert _recipe(url, tmp_path).returncode == 0
     weights = tmp_path / "000000001000" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
-    done = fetch()
+    done = _recipe(url, tmp_path)
     assert done.returncode == 0 and done.stdout.count(": OK") == 4
     weights.write_bytes(b"x" * weights.stat().st_size)
-    assert fetch().returncode != 0
+    assert _recipe(url, tmp_path).returncode != 0
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("curl", "awk", "sha256sum"))), reason="curl or coreutils are missing")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"small/cfg.json"', '"../../stolen"'),
+        ('"small/cfg.json"', '"small/../../../stolen"'),
+        ('"small/cfg.json"', '"/tmp/x -o ../stolen"'),
+        ('"name": "000000001000"', '"name": ".."'),
+        ('"name": "000000001000"', '"name": ""'),
+        ('"sha256": "', '"sha256": "0 ../stolen '),
+    ],
+)
+def test_curl_is_led_nowhere_else(run_directory: Path, tmp_path: Path, old: str, new: str):
+    """By a monitor whose manifest names files outside of the snapshot's folder: nothing is fetched, and it fails."""
+    text = (run_directory / "snapshots" / "000000001000" / "manifest.json").read_text()
+    assert old in text
+    asked: list[str] = []
+
+    class Evil(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.replace(old, new).encode() if self.path.endswith("latest") else b"stolen")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Evil) as evil:
+        threading.Thread(target=evil.serve_forever, daemon=True).start()
+        (tmp_path / "deep" / "here").mkdir(parents=True)
+        done = _recipe(f"http://127.0.0.1:{evil.server_port}", tmp_path / "deep" / "here")
+        evil.shutdown()
+    assert done.returncode != 0 and asked == ["/v1/snapshots/latest"]
+    assert [path.name for path in (tmp_path / "deep").rglob("*")] == ["here", "manifest.json"]
+
+
+def _recipe(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The README's lines, as they stand there."""
+    readme = (ROOT / "README.md").read_text()
+    lines = readme[readme.index("    curl -fsS $MONITOR") :].split("\n\n")[0]
+    environment = os.environ | {"MONITOR": url}
+    return subprocess.run(["bash", "-c", lines], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @contextmanager

@@ -18,11 +18,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import monitor.__main__
-import monitor.service
 from monitor.access import TokenError, read_token
 from monitor.metrics import MonitorMetrics, new_registry
 from monitor.run_directory import last_report
-from monitor.service import _Names, make_app, start_service
+from monitor.service import make_app, start_service
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.durable import replace_text
 from trainer.snapshot import pin, retire, snapshot_names
@@ -95,7 +94,8 @@ def test_last_report_is_found_in_a_long_file(run_directory: Path):
 
 def test_snapshots_are_listed_with_their_numbers(run_directory: Path, client: TestClient):
     """The list has metrics and evaluations; a folder without a manifest is not there."""
-    assert client.get("/v1/snapshots").json() == {"latest": None, "snapshots": []}
+    empty = {"latest": None, "count": 0, "snapshots": [], "next": None}
+    assert client.get("/v1/snapshots").json() == empty
     folder = publish_snapshot(run_directory, 1000)
     publish_snapshot(run_directory, 2000)
     (run_directory / "snapshots" / "000000003000").mkdir()
@@ -107,30 +107,6 @@ def test_snapshots_are_listed_with_their_numbers(run_directory: Path, client: Te
         "metrics": {"l0": 4.0, "fvu": 0.25, "dead_latents_ratio": None},
         "evaluation": {"ce_delta": 0.5},
     }
-
-
-def test_a_snapshot_that_comes_in_the_same_tick_of_the_clock_is_listed(run_directory: Path):
-    """The folder's time has not changed since it was last read, and the new one is there all the same."""
-    folder = publish_snapshot(run_directory, 1000).parent
-    names, before = _Names(run_directory), folder.stat()
-    assert names.read() == ["000000001000"]
-    publish_snapshot(run_directory, 2000)
-    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert names.read() == ["000000001000", "000000002000"]
-
-
-def test_a_list_of_snapshots_that_has_not_changed_is_not_read_again(
-    run_directory: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Long after the last change; and a new one is seen at once."""
-    names = _Names(run_directory)
-    os.utime(publish_snapshot(run_directory, 1000).parent, (1.0, 1.0))
-    names.read()
-    with monkeypatch.context() as patched:
-        patched.setattr("monitor.service.snapshot_names", lambda directory: 1 / 0)
-        assert names.read() == ["000000001000"]
-    publish_snapshot(run_directory, 2000)
-    assert names.read() == ["000000001000", "000000002000"]
 
 
 def test_file_carries_its_hash_and_never_changes(run_directory: Path, client: TestClient):
@@ -275,6 +251,105 @@ def test_a_list_that_has_not_changed_is_not_sent_again(run_directory: Path, clie
     assert answer.status_code == 200 and answer.json()["snapshots"][0]["pinned"] is True
 
 
+def test_the_list_comes_in_pages(run_directory: Path, client: TestClient):
+    """Each page oldest first, so that the last of the first page is the newest; `next` leads to what came before."""
+    for tokens in range(1, 8):
+        publish_snapshot(run_directory, 1000 * tokens)
+    first = client.get("/v1/snapshots?limit=3").json()
+    assert [entry["tokens"] for entry in first["snapshots"]] == [5000, 6000, 7000]
+    assert (first["latest"], first["count"]) == ("000000007000", 7)
+    second = client.get(first["next"]).json()
+    assert [entry["tokens"] for entry in second["snapshots"]] == [2000, 3000, 4000]
+    assert (second["latest"], second["count"]) == ("000000007000", 7)
+    third = client.get(second["next"]).json()
+    assert [entry["tokens"] for entry in third["snapshots"]] == [1000] and third["next"] is None
+    assert client.get("/v1/snapshots?before=000000000500").json()["snapshots"] == []
+    assert client.get("/v1/snapshots?limit=7").json()["next"] is None
+    whole = client.get("/v1/snapshots").json()
+    assert [entry["tokens"] for entry in whole["snapshots"]] == [*range(1000, 8000, 1000)] and whole["next"] is None
+
+
+def test_a_page_is_no_longer_than_it_may_be(run_directory: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch):
+    """By default, and whatever is asked for."""
+    for tokens in range(1, 6):
+        publish_snapshot(run_directory, 1000 * tokens)
+    monkeypatch.setattr("monitor.service.SNAPSHOTS", 2)
+    monkeypatch.setattr("monitor.service.MOST_SNAPSHOTS", 4)
+    assert len(client.get("/v1/snapshots").json()["snapshots"]) == 2
+    assert len(client.get("/v1/snapshots?limit=5").json()["snapshots"]) == 4
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=-1", "limit=many", "limit=1e3", "limit=99999999999", "limit=", "before=x", "before="]
+)
+def test_nonsense_pages_are_refused(client: TestClient, query: str):
+    """400 with the value and what is expected."""
+    answer = client.get(f"/v1/snapshots?{query}")
+    assert answer.status_code == 400 and "expected" in answer.json()["error"]
+
+
+def test_the_page_does_not_grow_with_the_history(run_directory: Path, client: TestClient):
+    """It shows the newest, says how many came before, and knows an evaluation that is older than what it shows."""
+    first = publish_snapshot(run_directory, 1000)
+    replace_text(first / "small" / "evaluation.json", '{"ce_delta": 0.4321}')
+    for tokens in range(2, 24):
+        publish_snapshot(run_directory, 1000 * tokens)
+    page = client.get("/").text
+    assert "+0.4321" in page and "3 older ones" in page
+    assert "/v1/snapshots/000000004000/manifest.json" in page and "/v1/snapshots/000000003000/" not in page
+
+
+def test_a_snapshot_that_is_a_link_is_none(run_directory: Path, client: TestClient, tmp_path: Path):
+    """Neither listed nor served, whether it leads out of the run or to another of its snapshots."""
+    publish_snapshot(run_directory, 1000)
+    outside = publish_snapshot(start_run(tmp_path / "other"), 2000)
+    (run_directory / "snapshots" / "000000002000").symlink_to(outside)
+    (run_directory / "snapshots" / "000000003000").symlink_to("000000001000")
+    listed = client.get("/v1/snapshots").json()
+    assert listed["latest"] == "000000001000" and listed["count"] == 1
+    assert client.get("/v1/run").json()["latest"] == "000000001000"
+    assert snapshot_names(run_directory) == ["000000001000"]
+    for name in ("000000002000", "000000003000"):
+        for path in ("manifest.json", "small/cfg.json", "small/evaluation.json"):
+            assert client.get(f"/v1/snapshots/{name}/{path}").status_code == 404
+
+
+def test_nothing_is_read_through_a_link_out_of_the_run(run_directory: Path, client: TestClient, tmp_path: Path):
+    """A manifest, an SAE's folder, an evaluation, and the files of the run itself."""
+    (tmp_path / "secret.json").write_text('{"format": 1, "tokens": 7, "secret": "swordfish"}')
+    (tmp_path / "secret.toml").write_text('secret = "swordfish"')
+    manifest = publish_snapshot(run_directory, 1000) / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(tmp_path / "secret.json")
+    small = publish_snapshot(run_directory, 2000) / "small"
+    small.rename(tmp_path / "small")
+    small.symlink_to(tmp_path / "small")
+    evaluated = publish_snapshot(run_directory, 3000) / "small" / "evaluation.json"
+    evaluated.symlink_to(tmp_path / "secret.json")
+    for name in ("summary.json", "metrics.jsonl"):
+        (run_directory / name).symlink_to(tmp_path / "secret.json")
+    (run_directory / "settings.toml").unlink()
+    (run_directory / "settings.toml").symlink_to(tmp_path / "secret.toml")
+    listed = client.get("/v1/snapshots").json()["snapshots"]
+    assert [(entry["name"], entry["saes"]["small"]["evaluation"]) for entry in listed] == [("000000003000", None)]
+    assert client.get("/v1/snapshots/000000002000/small/cfg.json").status_code == 404
+    assert client.get("/v1/snapshots/000000001000/manifest.json").status_code == 404
+    for path in ("/", "/parts", "/v1/run", "/v1/snapshots", "/v1/history", "/v1/latents"):
+        answer = client.get(path)
+        assert answer.status_code == 200 and "swordfish" not in answer.text
+
+
+def test_the_folder_of_snapshots_may_be_on_another_disk(run_directory: Path, client: TestClient, tmp_path: Path):
+    """An operator's own link: the run directory, and the folder `snapshots` in it."""
+    publish_snapshot(run_directory, 1000)
+    (run_directory / "snapshots").rename(tmp_path / "elsewhere")
+    (run_directory / "snapshots").symlink_to(tmp_path / "elsewhere")
+    run_directory.rename(tmp_path / "moved")
+    run_directory.symlink_to(tmp_path / "moved")
+    assert client.get("/v1/snapshots").json()["count"] == 1
+    assert client.get(WEIGHTS).status_code == 200
+
+
 @pytest.fixture
 def closed(run_directory: Path) -> TestClient:
     """A service that asks for its token."""
@@ -372,10 +447,10 @@ def test_the_service_gives_way(run_directory: Path):
 
 def test_many_who_wait_cost_little(run_directory: Path, monkeypatch: pytest.MonkeyPatch):
     """The folder is listed when it has changed, not for every look of every client that waits."""
-    publish_snapshot(run_directory, 1000)
+    os.utime(publish_snapshot(run_directory, 1000).parent, (1.0, 1.0))
     listed: list[Path] = []
-    monkeypatch.setattr(monitor.service, "CLOCK_TICK_NS", 0)
-    monkeypatch.setattr(monitor.service, "snapshot_names", lambda path: listed.append(path) or snapshot_names(path))
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scan(path))
     client = TestClient(make_app(run_directory, new_registry()))
     client.get("/v1/snapshots/latest?after=000000001000&wait=1")
     assert len(listed) == 1

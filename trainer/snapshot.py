@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -134,11 +135,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def snapshot_names(run_directory: Path) -> list[str]:
-    """The complete snapshots of a run, oldest first."""
+    """The complete snapshots of a run, oldest first. A link is none, wherever it leads."""
     folder = run_directory / "snapshots"
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and is_complete(path))
+    with os.scandir(folder) as entries:
+        folders = [entry for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+    return sorted(entry.name for entry in folders if os.path.isfile(f"{entry.path}/manifest.json"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

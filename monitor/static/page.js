@@ -42,10 +42,11 @@ function offer(saes) {
 
 // --- Curves ----------------------------------------------------------------------------------------------------------
 
-const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, edges: [], density: {}, evaluations: {} };
+const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, edges: [], density: {}, evaluated: -1, evaluations: {} };
 
 async function learn() {
-  const news = await (await fetchOk(`/v1/history?generation=${curves.generation}&since=${curves.next}`)).json();
+  const { generation: had, next: since, evaluated: knows } = curves;
+  const news = await (await fetchOk(`/v1/history?generation=${had}&since=${since}&evaluated=${knows}`)).json();
   if (news.generation !== curves.generation || news.since === 0) {
     Object.assign(curves, { tokens: [], tokens_per_second: [], saes: {} });
   }
@@ -58,9 +59,10 @@ async function learn() {
       columns[key].push(...(news.saes[name]?.[key] ?? Array(news.tokens.length).fill(null)));
     }
   }
-  const { generation, next, density, evaluations } = news;
-  const isNew = news.tokens.length > 0 || JSON.stringify(evaluations) !== JSON.stringify(curves.evaluations);
-  Object.assign(curves, { generation, next, density, edges: news.density_edges, evaluations });
+  const { generation, next, density, evaluated } = news;
+  const isNew = news.tokens.length > 0 || news.evaluations !== null;
+  const evaluations = news.evaluations ?? curves.evaluations; // null: those that are here already
+  Object.assign(curves, { generation, next, density, edges: news.density_edges, evaluated, evaluations });
   return isNew;
 }
 
