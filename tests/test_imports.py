@@ -70,6 +70,17 @@ def test_imports_run_upstream_only_and_onto_contracts(package: str) -> None:
                 assert module in CONTRACTS[owner], f"{path} imports {module}, which is no contract of {owner}"
 
 
+def test_no_process_needs_what_draws_the_dashboards() -> None:
+    """Grafana's SDK is a dependency of development: it stays inside monitor/grafana, which nobody imports."""
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in modules(package)
+        if any(name.startswith(("grafana_foundation_sdk", "monitor.grafana")) for name in imports_of(path))
+    }
+    assert importers == {"monitor/grafana/generate.py", "monitor/grafana/panels.py"}
+
+
 def test_there_are_no_import_cycles() -> None:
     """No module of ours can reach itself through imports."""
     graph = {

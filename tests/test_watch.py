@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from deploy.demo import COMMANDS, RUN_FILE
-from monitor.grafana.generate import DASHBOARDS
+from monitor.grafana.generate import DASHBOARDS, FOLDER
 
 pytestmark = [pytest.mark.watch, pytest.mark.timeout(900)]
 
@@ -117,8 +117,8 @@ def test_every_query_of_a_dashboard_or_rule_is_answered_by_a_real_prometheus(tmp
 
 def everything(prometheus: Prometheus) -> Iterator[Answer]:
     """All panels and annotations, as Grafana asks them; all recording rules, by name; all alerts."""
-    for name, make in DASHBOARDS.items():
-        board = make()
+    for name in DASHBOARDS:
+        board = json.loads((FOLDER / f"{name}.json").read_text())
         asked = [(panel["title"], target) for panel in board["panels"] for target in panel["targets"]]
         asked += [(f"annotation {one['name']}", one) for one in board["annotations"]["list"]]
         for title, target in asked:
@@ -139,7 +139,7 @@ def must_be_empty(answer: Answer) -> bool:
 
 def check_variables(prometheus: Prometheus) -> None:
     """The choices of run and SAE are those of the run."""
-    run, sae = DASHBOARDS["training"]()["templating"]["list"][1:]
+    run, sae = json.loads((FOLDER / "training.json").read_text())["templating"]["list"][1:]
     assert prometheus.values(run["query"]["query"]) == [RUN]
     assert prometheus.values(substituted(sae["query"]["query"])) == SAES
 

@@ -1,0 +1,243 @@
+"""The kinds of panel that the dashboards use, and a dashboard of them, built with Grafana's own SDK.
+
+    number        the present value, large
+    over_time     curves by time
+    over_tokens   curves by tokens
+    heat_map      a histogram's buckets over time
+    dashboard     rows of panels, with Sluice's variables, its link and the snapshots as annotations
+
+What a panel shows is said by the help texts of the metrics that its queries name, so that there is one explanation of
+each. Queries are abbreviated as ABBREVIATIONS says. They name `$run` and `$sae`, never a scrape job.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import TypeVar
+
+from grafana_foundation_sdk.builders import common, heatmap, prometheus, stat, timeseries, trend
+from grafana_foundation_sdk.builders import dashboard as builders
+from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models.common import (
+    AxisPlacement,
+    BigValueGraphMode,
+    BigValueTextMode,
+    GraphDrawStyle,
+    HeatmapCellLayout,
+    ScaleDistribution,
+    ScaleDistributionConfig,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+)
+from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+from monitor.metrics import ALL
+
+SCHEMA_VERSION = 39
+"""Of Grafana 10.4; later ones migrate it when they load it."""
+COLUMNS = 24
+
+SOURCE = models.DataSourceRef("prometheus", "${datasource}")
+ABBREVIATIONS = {"{RUN": '{run="$run"', "{SAE": '{run="$run", sae=~"$sae"', "[RATE]": "[$__rate_interval]"}
+HELP = {metric.name: metric.help for metric in ALL}
+
+GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
+
+Panel = stat.Panel | timeseries.Panel | trend.Panel | heatmap.Panel
+AnyPanel = TypeVar("AnyPanel", stat.Panel, timeseries.Panel, trend.Panel, heatmap.Panel)
+LinePanel = TypeVar("LinePanel", timeseries.Panel, trend.Panel)
+
+
+# --- Queries ---------------------------------------------------------------------------------------------------------
+
+
+def expand(expr: str) -> str:
+    """The expression with its abbreviations written out."""
+    for short, long in ABBREVIATIONS.items():
+        expr = expr.replace(short, long)
+    return expr
+
+
+def query(expr: str, legend: str = "__auto") -> prometheus.Dataquery:
+    """A query over the range of the dashboard; `legend` may name labels as {{label}}."""
+    return prometheus.Dataquery().datasource(SOURCE).expr(expand(expr)).legend_format(legend).range()
+
+
+def explain(queries: Sequence[prometheus.Dataquery], note: str) -> str:
+    """The note, and the help text of every metric that the queries name, as paragraphs."""
+    names = dict.fromkeys(re.findall(r"sluice_\w+", " ".join(one.build().expr for one in queries)))
+    metrics = [re.sub("_(sum|count|bucket)$", "", name) for name in names]
+    return "\n\n".join([note] * bool(note) + [HELP[metric] for metric in metrics if metric in HELP])
+
+
+# --- Panels ----------------------------------------------------------------------------------------------------------
+
+
+def describe(panel: AnyPanel, title: str, queries: Sequence[prometheus.Dataquery], note: str = "") -> AnyPanel:
+    """Gives a panel what all kinds have: its title, queries and explanation."""
+    for letter, one in zip(ascii_uppercase, queries, strict=False):
+        panel.with_target(one.ref_id(letter))
+    return panel.title(title).description(explain(queries, note)).datasource(SOURCE)
+
+
+def thresholds(*steps: tuple[float | None, str]) -> builders.ThresholdsConfig:
+    """Colours by value: each holds from its value on, the first, None, from minus infinity."""
+    config = builders.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE)
+    return config.steps([models.Threshold(value, color) for value, color in steps])
+
+
+def range_text(start: float | None, end: float | None, text: str, color: str) -> models.RangeMap:
+    """Shows a number from `start` to `end` as a word."""
+    return models.RangeMap(models.DashboardRangeMapOptions(start, end, models.ValueMappingResult(text, color, index=0)))
+
+
+def value_texts(texts: Mapping[str, tuple[str, str]]) -> models.ValueMap:
+    """Shows each of these values as a word: {value: (word, colour)}."""
+    return models.ValueMap({value: models.ValueMappingResult(*shown) for value, shown in texts.items()})
+
+
+def number(
+    title: str, expr: str, unit: str = "short", legend: str = "__auto", limits: builders.ThresholdsConfig | None = None,
+    text: BigValueTextMode = BigValueTextMode.AUTO, decimals: int | None = None, note: str = "",
+    mappings: Sequence[models.ValueMapping] = (), colors: Mapping[str, str] | None = None,
+) -> stat.Panel:  # fmt: skip
+    """The present value, large; one per series. `colors` is {name of a series: its colour}, the others go by limits."""
+    # Of this moment: over a range, a state that was left an hour ago would be shown beside the present one.
+    panel = describe(stat.Panel(), title, [query(expr, legend).instant()], note)
+    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).fields("").values(False))
+    panel.text_mode(text).graph_mode(BigValueGraphMode.NONE)
+    panel.unit(unit).mappings(list(mappings)).thresholds(limits or thresholds((None, GREEN)))
+    panel.color_scheme(builders.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
+    if decimals is not None:
+        panel.decimals(decimals)
+    for series, color in (colors or {}).items():
+        fixed = models.FieldColor(models.FieldColorModeId.FIXED, color)
+        panel.override_by_name(series, [models.DynamicConfigValue("color", fixed)])
+    return panel
+
+
+def draw_lines(panel: LinePanel, unit: str, log: bool, stacked: bool = False, top: float | None = None) -> LinePanel:
+    """Gives a panel thin lines from zero, or on a logarithmic scale, with a legend below."""
+    stacking = StackingMode.NORMAL if stacked else StackingMode.NONE
+    scale = common.ScaleDistributionConfig()
+    panel.unit(unit).color_scheme(builders.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC))
+    panel.draw_style(GraphDrawStyle.LINE).line_width(1).fill_opacity(30 if stacked else 0)
+    panel.show_points(VisibilityMode.NEVER).span_nulls(True)
+    panel.stacking(common.StackingConfig().mode(stacking).group("A"))
+    panel.scale_distribution(scale.type(ScaleDistribution.LOG).log(10) if log else scale)
+    panel.legend(common.VizLegendOptions().show_legend(True))
+    panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.NONE))
+    if not log:
+        panel.min(0)
+    if top is not None:
+        panel.max(top)
+    return panel
+
+
+def over_time(
+    title: str, *queries: prometheus.Dataquery, unit: str = "short", log: bool = False, stacked: bool = False,
+    top: float | None = None, note: str = "",
+) -> timeseries.Panel:  # fmt: skip
+    """Curves by time. Snapshots stand in them as annotations."""
+    return draw_lines(describe(timeseries.Panel(), title, queries, note), unit, log, stacked, top)
+
+
+def over_tokens(title: str, tokens: str, *queries: prometheus.Dataquery, log: bool = False) -> trend.Panel:
+    """Curves by tokens, which `tokens` counts: joined by time, then put in the order of tokens.
+
+    That order also mends what a trainer does that went back to its checkpoint, and counts some tokens again.
+    """
+    panel = describe(trend.Panel(), title, [query(tokens, "tokens"), *queries])
+    draw_lines(panel, "short", log).x_field("tokens")
+    linear = ScaleDistributionConfig(ScaleDistribution.LINEAR)
+    properties = {"unit": "short", "custom.axisLabel": "tokens", "custom.scaleDistribution": linear}
+    panel.override_by_name("tokens", [models.DynamicConfigValue(*one) for one in properties.items()])
+    transformations = {
+        "joinByField": {"byField": "Time", "mode": "outer"},
+        "sortBy": {"fields": {}, "sort": [{"field": "tokens", "desc": False}]},
+        "organize": {"excludeByName": {"Time": True}, "indexByName": {}, "renameByName": {}},
+    }
+    for name, options in transformations.items():
+        panel.with_transformation(models.DataTransformerConfig(name, options=options))
+    return panel
+
+
+def heat_map(title: str, expr: str, label: str, note: str) -> heatmap.Panel:
+    """A histogram's buckets over time, the fuller the brighter; `label` names the axis of the buckets."""
+    buckets = query(expr, "{{le}}").format(PromQueryFormat.HEATMAP)
+    panel = describe(heatmap.Panel(), title, [buckets], note)
+    color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Viridis").fill("viridis")
+    panel.color(color.scale(HeatmapColorScale.EXPONENTIAL).exponent(0.5).steps(64))
+    axis = heatmap.YAxisConfig().axis_placement(AxisPlacement.LEFT).axis_label(label)
+    panel.y_axis(axis.unit("short").reverse(False)).cell_gap(0).show_value(VisibilityMode.NEVER)
+    panel.rows_frame(heatmap.RowsHeatmapOptions().layout(HeatmapCellLayout.LE))
+    return panel.mode(TooltipDisplayMode.SINGLE).show_y_histogram().show_color_scale(False).hide_legend()
+
+
+# --- Dashboards ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels from left to right, of one height; as wide as one another unless `widths` says otherwise."""
+
+    height: int
+    panels: Sequence[Panel]
+    widths: tuple[int, ...] = ()
+
+    def place(self, board: builders.Dashboard, first_id: int) -> None:
+        """Adds the panels to the dashboard, which goes on to the next line where this row is full."""
+        widths = self.widths or (COLUMNS // len(self.panels),) * len(self.panels)
+        for index, (panel, width) in enumerate(zip(self.panels, widths, strict=True)):
+            board.with_panel(panel.height(self.height).span(width).id(first_id + index))
+
+
+class SnapshotAnnotations(models.AnnotationQuery):
+    """A mark in the curves at every time that a snapshot was published.
+
+    Grafana leaves four of its fields to the Prometheus plugin, and the SDK knows none of them: they are added here.
+    """
+
+    def __init__(self) -> None:
+        expr = expand("sluice_snapshot_timestamp_seconds{RUN} * 1000")
+        super().__init__(name="snapshots", datasource=SOURCE, icon_color=BLUE, expr=expr)
+
+    def to_json(self) -> dict[str, object]:
+        of_prometheus = {"useValueForTime": True, "step": "10s"}
+        of_prometheus |= {"titleFormat": "snapshot", "textFormat": "published by {{instance}}"}
+        return super().to_json() | of_prometheus
+
+
+def choice(name: str, label: str, values: str) -> builders.QueryVariable:
+    """A variable that Prometheus knows the values of, read again with every change of the time range."""
+    variable = builders.QueryVariable(name).label(label).datasource(SOURCE).hide(models.VariableHide.DONT_HIDE)
+    variable.query({"query": expand(values), "refId": "values"})
+    return variable.refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(models.VariableSort.ALPHABETICAL_ASC)
+
+
+def dashboard(name: str, title: str, rows: Sequence[Row], by_sae: bool = False) -> models.Dashboard:
+    """Rows from top to bottom, under the choice of run, and of SAEs too if `by_sae`."""
+    board = builders.Dashboard(title).uid(f"sluice-{name}").tags(["sluice"]).editable()
+    board.tooltip(models.DashboardCursorSync.CROSSHAIR).time("now-1h", "now").refresh("10s").timezone("browser")
+    source = builders.DatasourceVariable("datasource").label("data").type("prometheus")
+    board.with_variable(source.hide(models.VariableHide.DONT_HIDE))
+    board.with_variable(choice("run", "run", "label_values(sluice_run_info, run)"))
+    if by_sae:
+        saes = choice("sae", "SAE", "label_values(sluice_fvu{RUN}, sae)").multi(True).include_all(True).all_value(".*")
+        board.with_variable(saes.current(models.VariableOption(selected=True, text="All", value="$__all")))
+    link = builders.DashboardLink("Sluice").type(models.DashboardLinkType.DASHBOARDS).tags(["sluice"])
+    board.link(link.icon("external link").include_vars(True).keep_time(True))
+    first_id = 1
+    for row in rows:
+        row.place(board, first_id)
+        first_id += len(row.panels)
+    built = board.build()
+    built.schema_version = SCHEMA_VERSION
+    built.annotations = models.AnnotationContainer([SnapshotAnnotations()])
+    return built
