@@ -78,8 +78,8 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     from monitor.run_directory import is_training
     from monitor.service import make_app, start_service
 
-    directory, table = Path(settings.run.directory), settings.monitor
-    token = None if table.token_file is None else read_token(Path(table.token_file))
+    directory, table = settings.run.folder, settings.monitor
+    token = None if table.token_file is None else read_token(Path(table.token_file).absolute())
     registry = new_registry()
     metrics = MonitorMetrics(registry)
     watch = Watch(settings, metrics, stop)
@@ -115,7 +115,7 @@ class Watch:
 
     def __init__(self, settings: MonitorSettings, metrics: MonitorMetrics, stop: threading.Event) -> None:
         self._settings = settings
-        self._directory = Path(settings.run.directory)
+        self._directory = settings.run.folder
         self._metrics = metrics
         self._stop = stop
         self._evaluator: Evaluator | None = None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from producer.parsing import ParseError, parse_object
+from producer.toml import show_value
 
 TIMEOUT_SECONDS = 30.0
 LARGEST_DOCUMENT = 64 << 20
@@ -41,10 +42,14 @@ class Monitor:
     """One monitor's HTTP service. `host:port` is enough of an address; a page's address with ?token= will do too."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            shown = url.partition("?")[0]
-            raise UsageError(f"{shown!r} is no address of a monitor; expected one such as http://127.0.0.1:8710")
+        shown = show_value(url.partition("?")[0])  # without a token
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError as error:  # brackets that do not match, a port that is none
+            raise UsageError(f"{shown} is no address of a monitor: {error}") from None
+        if not usable:
+            raise UsageError(f"{shown} is no address of a monitor; expected one such as http://127.0.0.1:8710")
         self.base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._token = token or dict(urllib.parse.parse_qsl(parts.query)).get("token")
 

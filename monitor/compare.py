@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from producer.addresses import path_argument
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
@@ -252,7 +254,7 @@ def main(arguments: list[str]) -> int:
         description="Show what changed between two snapshots: numbers, and latents that were born, died or turned.",
     )
     for name, which in (("A", "before"), ("B", "after")):
-        parser.add_argument(name, type=Path, help=f"folder of a snapshot, or of an SAE in one: {which}")
+        parser.add_argument(name, type=path_argument, help=f"folder of a snapshot, or of an SAE in one: {which}")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for scripts")
     given = parser.parse_args(arguments)
     os.nice(NICE)

@@ -99,7 +99,7 @@ class Evaluator:
         self._metrics = metrics
         self._stop = stop
         self._desk = desk or Desk()
-        self._directory = Path(settings.run.directory)
+        self._directory = settings.run.folder
         self._instruments: _Instruments | None = None
         self._settled: set[_Stamp] = set()
         self._failed: set[_Stamp] = set()
@@ -320,7 +320,9 @@ class Evaluator:
         }
         # Before there is an explorer: a tokenizer serves one thread at a time.
         probes = settings.monitor.probe_file
-        labelled = None if probes is None else read_labelled_texts(Path(probes), model.tokenizer, settings.corpus)
+        labelled = (
+            None if probes is None else read_labelled_texts(Path(probes).absolute(), model.tokenizer, settings.corpus)
+        )
         self._desk.explorer = Explorer(self._directory, model, settings.corpus)
         return _Instruments(model, windows, reading, facts, labelled)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from producer.corpus import Corpus
+from producer.corpus import Corpus, finer
 from producer.settings import CorpusSettings
 from producer.tokens import Windows, windows_of
 
@@ -33,11 +33,18 @@ def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, r
         if missing <= 0:
             break
     if missing == rows:
-        raise EvaluationError(
-            f"{len(held_out)} held-out shards hold no text; raise corpus.held_out, or check the corpus"
-        )
+        raise EvaluationError(_no_text(corpus, settings))
     parts = zip(*((windows.ids, windows.kept, windows.padded) for windows in chosen), strict=True)
     return Windows(*map(np.concatenate, parts))
+
+
+def _no_text(corpus: Corpus, settings: CorpusSettings) -> str:
+    """Why there is nothing to evaluate on, and what changes it: more held-out shards, or more shards."""
+    count = len(corpus.held_out_shards)
+    told = f"{count} of the corpus' {corpus.shards:,} shards {'is' if count == 1 else 'are'} held out, without any text"
+    if count < corpus.shards - 1 and corpus.shards > 2:
+        return f"{told}; raise corpus.held_out = {settings.held_out:g}, or check the corpus"
+    return f"{told}. {finer(settings)}"
 
 
 def _beginning(windows: Windows, rows: int) -> Windows:

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monitor.client import BROKEN, LARGEST_DOCUMENT, Gone, Monitor, MonitorError, UsageError, add_address, monitor_of
+from producer.addresses import path_argument
 from producer.parsing import parse_object
 from trainer.durable import move_folder, replace_text
 from trainer.snapshot import FORMAT, NAME, SnapshotError, file_sha256, read_manifest, snapshot_name, verify
@@ -262,7 +263,9 @@ def main(arguments: list[str]) -> int:
         description="Fetch a snapshot from a monitor, every byte checked. Interrupted, the next call goes on there.",
     )
     add_address(parser)
-    parser.add_argument("--to", metavar="DIR", type=Path, default=Path("."), help="folder to put it in (default: here)")
+    parser.add_argument(
+        "--to", metavar="DIR", type=path_argument, default=Path("."), help="folder to put it in (default: here)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--name", metavar="NAME", help="a snapshot by name, such as 000001234567 (default: the newest)")
     which.add_argument("--follow", action="store_true", help="and each new one, until the run is finished or Ctrl-C")

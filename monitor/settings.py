@@ -11,16 +11,19 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from producer.addresses import is_loopback
 from producer.settings import (
     CorpusSettings,
     MetricsSettings,
     ModelSettings,
+    Natural,
+    PathText,
     Port,
     Positive,
     RunSettings,
     Seconds,
-    is_loopback,
 )
+from producer.toml import show_value
 
 
 class MonitorTable(MetricsSettings):
@@ -30,7 +33,7 @@ class MonitorTable(MetricsSettings):
 
     service_port: Port = 8710
     """HTTP port that serves the run and its snapshots; 0 takes any free one, which the log names."""
-    token_file: str | None = None
+    token_file: PathText | None = Field(default=None, examples=["token"])
     """A file that holds the token which the HTTP service asks for; needed off loopback."""
     poll_seconds: Seconds = 2.0
     """How often the run directory is looked at for a new snapshot."""
@@ -43,20 +46,25 @@ class MonitorTable(MetricsSettings):
     evaluation_share: Annotated[float, Field(ge=0.01, le=1.0)] = 0.5
     """Share of the time in which the evaluation may compute while the run trains; it sleeps the rest. Low priority
     alone does not keep it from slowing the training: they share memory, caches and the GPU."""
-    latents_tokens: Annotated[int, Field(ge=0)] = 65_536
+    latents_tokens: Natural = 65_536
     """Held-out rows on which each SAE's latents are looked at, for the pages about them; 0 leaves these out, and the
     numbers that need them: explanation_f1, ablation_effects, probe_accuracy."""
-    ablated_latents: Annotated[int, Field(ge=0)] = 32
+    ablated_latents: Natural = 32
     """Latents of each SAE that are ablated, one at a time, to see how many logits change; 0 leaves it out."""
-    probe_file: str | None = None
+    probe_file: PathText | None = Field(default=None, examples=["probes.jsonl"])
     """JSON lines {"text": …, "label": …}: how well a few latents tell the labels is measured, if given."""
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> MonitorTable:
+        if self.port and self.port == self.service_port:
+            raise ValueError(
+                f"monitor.port and monitor.service_port are both {self.port}: metrics and service need a port each"
+            )
         if not is_loopback(f"tcp://{self.host}:{self.service_port}") and self.token_file is None:
             raise ValueError(
-                f"monitor.host = {self.host!r} is reachable from other machines and monitor.token_file is not set: "
-                'write a token with `openssl rand -hex 24 > FILE` and set token_file = "FILE", or use 127.0.0.1 and, '
+                f"monitor.host = {show_value(self.host)} is reachable from other machines and "
+                "monitor.token_file is not set: write a token with `openssl rand -hex 24 > FILE` and set token_file = "
+                '"FILE", or use 127.0.0.1 and, '
                 f"on the other machine, `ssh -L {self.service_port}:127.0.0.1:{self.service_port} THIS_HOST`"
             )
         return self

@@ -13,10 +13,11 @@ import socket
 import sys
 import threading
 import uuid
-from pathlib import Path
 from types import FrameType
 
+from producer.addresses import path_argument
 from producer.settings import ProducerSettings, parse_command_line
+from producer.toml import toml_value
 
 PURPOSE = """Runs the language model over the corpus and streams the residual activations of the chosen hooks.
 
@@ -151,8 +152,8 @@ def _keys(arguments: list[str]) -> int:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m producer keys", description="Writes CURVE keys for the stream.")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="new folder for the keys")
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="new folder for the keys")
+    folder = parser.parse_args(arguments).folder.absolute()
     from producer.keys import KeysError, write_keys
 
     try:
@@ -161,7 +162,7 @@ def _keys(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"keys written to {folder}: the trainer needs all of it; a producer needs server.key and client.key_secret.")
-    print(f'Set keys = "{folder}" under [stream] on both sides.')
+    print(f"Set keys = {toml_value(str(folder))} under [stream] on both sides.")
     return 0
 
 

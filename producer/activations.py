@@ -810,7 +810,7 @@ def _fingerprint(full: Any) -> str:
 
 def _source(name: str) -> str:
     """A folder when there is one of that name, else a name on the hub."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(
@@ -820,8 +820,13 @@ def _source(name: str) -> str:
         return str(folder)
     if folder.exists():
         raise ModelError(f"model.name = {name!r}: this is a file; name the folder that holds the model")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name = {name!r}: no such folder (seen from {Path.cwd()}); correct the path")
+    if name.startswith(("/", ".")) or name.count("/") > 1:
+        hub = (
+            f', or, for the model on the hub, write "{name[2:]}"'
+            if re.fullmatch(r"\./[\w.-]+(/[\w.-]+)?", name)
+            else ""
+        )
+        raise ModelError(f'model.name = "{name}": no such folder (seen from {Path.cwd()}); correct the path{hub}')
     return name
 
 

@@ -101,7 +101,7 @@ class Corpus(ABC):
         self.description = f"{what}; {shards:,} shards, {len(self.held_out_shards):,} held out"
         self.fingerprint = _sha256(json.dumps([settings.kind, shards, identity], sort_keys=True).encode())
         if settings.held_out and not self.held_out_shards:
-            log.warning("%s: one shard leaves the evaluation without text. %s", what, _finer(settings))
+            log.warning("%s: one shard leaves the evaluation without text. %s", what, finer(settings))
 
     def documents(self, shard: int) -> Iterator[str | np.ndarray]:
         """The documents of one shard: text, or int64 token ids for kind `tokens`. Empty documents may be among them.
@@ -511,7 +511,7 @@ def _find_files(settings: CorpusSettings) -> list[DataFile]:
     found: dict[str, tuple[Path, str]] = {}
     faults = []
     for entry in settings.paths:
-        matches = _matches(os.path.expanduser(entry), settings.kind)
+        matches = _matches(entry, settings.kind)
         if isinstance(matches, str):
             faults.append(f"corpus.paths holds {entry!r}, {matches} (relative paths start at {Path.cwd()})")
             continue
@@ -789,7 +789,8 @@ def _synthetic_faults(settings: CorpusSettings) -> list[str]:
     return faults
 
 
-def _finer(settings: CorpusSettings) -> str:
+def finer(settings: CorpusSettings) -> str:
+    """What gives a corpus more shards."""
     if settings.kind in ("text", "jsonl", "tokens"):
         return f"Lower corpus.shard_bytes = {settings.shard_bytes}."
     if settings.kind == "huggingface" and settings.streaming:

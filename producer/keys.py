@@ -78,8 +78,8 @@ def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> tu
     """
     if not zmq.has("curve"):
         raise KeysError("this ZeroMQ was built without CURVE; install pyzmq from its wheel")
-    public, secret = _load(Path(folder) / "server.key_secret")
-    clients = Path(folder) / "clients"
+    public, secret = _load(Path(folder).absolute() / "server.key_secret")
+    clients = Path(folder).absolute() / "clients"
     if not clients.is_dir():
         raise KeysError(f"stream.keys: folder {clients} is missing: put the producers' public keys (*.key) there")
     authenticator = ThreadAuthenticator(context)
@@ -118,8 +118,8 @@ class Clients:
 
 def connect_encrypted(socket: zmq.Socket, folder: str) -> None:
     """Gives `socket`, before it connects, this producer's keys and the trainer's public one."""
-    server, _ = _load(Path(folder) / "server.key", secret_needed=False)
-    public, secret = _load(Path(folder) / "client.key_secret")
+    server, _ = _load(Path(folder).absolute() / "server.key", secret_needed=False)
+    public, secret = _load(Path(folder).absolute() / "client.key_secret")
     socket.curve_serverkey = server
     socket.curve_publickey, socket.curve_secretkey = public, secret
 

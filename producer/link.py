@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from producer.addresses import is_ipv6
 from producer.keys import connect_encrypted
 from producer.settings import StreamSettings
+from producer.toml import show_value
 from producer.wire import (
     MAX_MASK_BYTES,
     Bye,
@@ -272,6 +274,7 @@ class Link:
         self._socket = dealer = self._context.socket(zmq.DEALER)
         dealer.linger = 0
         dealer.immediate = 1
+        dealer.ipv6 = is_ipv6(self._settings.endpoint)
         dealer.reconnect_ivl, dealer.reconnect_ivl_max = 200, 2000
         dealer.maxmsgsize = MAX_MASK_BYTES + 1024  # CURVE adds some bytes to a frame
         dealer.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
@@ -284,7 +287,9 @@ class Link:
         try:
             dealer.connect(self._settings.endpoint)
         except zmq.ZMQError as error:
-            raise NoTrainer(f"stream.endpoint = {self._settings.endpoint!r} is no address: {error.strerror}") from None
+            raise NoTrainer(
+                f"stream.endpoint = {show_value(self._settings.endpoint)} is no address: {error.strerror}"
+            ) from None
         with self._changed:
             self._outbox.clear()
             self._session = _Session(uuid.uuid4().hex)

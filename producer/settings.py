@@ -9,96 +9,127 @@ alone, so each fact stands in one place. Light: pydantic only.
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
-import json
 import re
 import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from producer.addresses import (
+    check_host,
+    check_host_name,
+    check_port,
+    expand_endpoint,
+    expand_hub_name,
+    expand_path,
+    is_loopback,
+    path_argument,
+    unreachable,
+)
+from producer.explain import explain, explain_stray, nearest
 from producer.parsing import ParseError, parse_toml
+from producer.toml import SettingsError, read_toml, show_value, toml_value
 
 TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
 
-Positive = Annotated[int, Field(gt=0)]
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_device(name: str) -> str:
+    if name in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:[0-9]+", name):
+        return name
+    raise ValueError('is no device; expected "auto", "cpu", "cuda", or one GPU by number, such as "cuda:1"')
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""A whole number, which may be written as 1e6."""
+Positive = Annotated[Whole, Field(gt=0)]
+Natural = Annotated[Whole, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-"""Without scheme and port."""
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-class SettingsError(ValueError):
-    """The run file cannot be used. `str(error)` is the whole message for the operator, one fault per line."""
+Beat = Annotated[float, Field(gt=0, le=86_400)]
+"""Seconds that ZeroMQ counts itself, as a 32-bit number of milliseconds."""
+Span = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+"""Seconds after which something is done; inf: never."""
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path in the run file."""
+HubName = Annotated[str, AfterValidator(expand_hub_name)]
+"""A model or a data set in the run file."""
+Endpoint = Annotated[str, AfterValidator(expand_endpoint)]
+"""A ZeroMQ endpoint in the run file."""
+Host = Annotated[str, AfterValidator(check_host)]
+"""An address that a process listens on."""
+HostName = Annotated[str, AfterValidator(check_host_name)]
+"""A name by which others call a host."""
+Port = Annotated[int, AfterValidator(check_port)]
+"""A port that a process listens on; 0 is any free one."""
+Device = Annotated[str, AfterValidator(_check_device)]
 
 
 class Table(BaseModel):
     """One table of the run file: unknown keys and wrong types are refused, values never change afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-def is_loopback(endpoint: str) -> bool:
-    """True when no other machine can reach `endpoint` (ipc, inproc, or a loopback TCP address)."""
-    if endpoint.startswith(("ipc://", "inproc://")):
-        return True
-    host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", endpoint)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunSettings(Table):
     """[run]: what is one run, where it lives and when it ends."""
 
-    directory: str = Field(default="runs/run", min_length=1)
+    directory: PathText = "runs/run"
     """Folder of the run: checkpoint, snapshots, metrics.jsonl, summary.json. Created when missing."""
-    tokens: Positive | None = None
+    tokens: Positive | None = Field(default=None, examples=[1_000_000])
     """Rows to train on before the run ends; without it, the run ends with the data."""
-    seed: int = Field(default=0, ge=0)
+    seed: Annotated[Whole, Field(ge=0, le=2**53)] = 0
     """Seeds the order of shards, the draw from the buffer and the initial weights."""
     threads: Positive | None = None
     """CPU threads of the trainer's and the producer's arithmetic, each; without it, torch decides."""
     deterministic: bool = False
     """The same weights, bit by bit, whatever number of producers, and whoever was killed and started again. Slower."""
 
+    @property
+    def folder(self) -> Path:
+        """The run directory, as an absolute path: what is shown to people, who may stand elsewhere."""
+        return Path(self.directory).absolute()
+
 
 class StreamSettings(Table):
     """[stream]: the socket between producers and trainer."""
 
-    endpoint: str = "tcp://127.0.0.1:5710"
+    endpoint: Endpoint = "tcp://127.0.0.1:5710"
     """ZeroMQ address the trainer binds and producers connect to. Off loopback it needs `keys`."""
-    keys: str | None = None
+    keys: PathText | None = Field(default=None, examples=["keys"])
     """Folder of CURVE keys, as `python -m producer keys DIR` writes it; needed off loopback."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of activations on the wire and in the buffer."""
-    heartbeat_seconds: Seconds = 1.0
+    heartbeat_seconds: Beat = 1.0
     """Both sides say that they live this often."""
-    dead_seconds: Seconds = 10.0
+    dead_seconds: Beat = 10.0
     """A side silent for this long is taken for dead; its leases return."""
-    stall_seconds: Seconds = 120.0
+    stall_seconds: Span = 120.0
     """A producer that lives, has credit and makes no progress on its shard for this long loses the lease."""
-    patience_seconds: Seconds = 300.0
+    patience_seconds: Span = 300.0
     """How long a producer looks for a trainer before it gives up with exit code 1."""
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> StreamSettings:
-        if not self.endpoint.startswith(("tcp://", "ipc://", "inproc://")):
-            raise ValueError(
-                f"stream.endpoint = {self.endpoint!r} names no transport: write tcp://HOST:PORT, or ipc://FILE on one "
-                "machine"
-            )
         if not is_loopback(self.endpoint) and self.keys is None:
             raise ValueError(
-                f"stream.endpoint = {self.endpoint!r} is reachable from other machines and stream.keys is not set: "
-                'write keys with `python -m producer keys DIR` and set keys = "DIR", or use tcp://127.0.0.1:5710'
+                f"stream.endpoint = {show_value(self.endpoint)} is reachable from other machines and "
+                'stream.keys is not set: write keys with `python -m producer keys DIR` and set keys = "DIR", or use tcp://127.0.0.1:5710'
             )
         if self.dead_seconds < 3 * self.heartbeat_seconds:
             raise ValueError(
@@ -111,11 +142,11 @@ class StreamSettings(Table):
 class ModelSettings(Table):
     """[model]: the language model and where its activations are read."""
 
-    name: str = Field(min_length=1)
-    """Hugging Face name, or path of a folder that holds the model and its tokenizer."""
+    name: HubName = Field(examples=["gpt2"])
+    """Hugging Face name, or path of a folder that holds the model and its tokenizer; `./gpt2` is always a folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
-    hooks: list[str] = Field(min_length=1)
+    hooks: list[str] = Field(min_length=1, examples=[["blocks.6.hook_resid_post"]])
     """Where to read: `blocks.6.hook_resid_post` (also resid_pre, resid_mid, mlp_out), or a module path of the model."""
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
@@ -140,12 +171,12 @@ class CorpusSettings(Table):
     kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "synthetic"] = "stdlib"
     """stdlib: Python's own sources. text, jsonl, parquet: files. huggingface: a dataset by name (extra `hf`).
     tokens: flat binary files of token ids. synthetic: vectors of known ground truth, without a language model."""
-    paths: list[str] = []
+    paths: list[PathText] = Field(default=[], examples=[["a.txt", "b.txt"]])
     """Files, folders or globs for text, jsonl, parquet and tokens."""
     column: str = "text"
     """Field (jsonl) or column (parquet, huggingface) that holds the text."""
-    dataset: str | None = None
-    """Name of the dataset on the hub, for kind huggingface."""
+    dataset: HubName | None = Field(default=None, examples=["HuggingFaceFW/fineweb"])
+    """Name of the dataset on the hub, or a folder, for kind huggingface."""
     subset: str | None = None
     """Configuration of that dataset, such as `wikitext-103-v1`."""
     split: str = "train"
@@ -161,9 +192,9 @@ class CorpusSettings(Table):
     shards are unlike, several should fit into buffer.rows: a row is about four bytes of text, or one token."""
     held_out: float = Field(default=0.0625, ge=0.0, lt=1.0)
     """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
-    epochs: int = Field(default=1, ge=0)
+    epochs: Natural = 1
     """Passes over the corpus before the data counts as finished; 0 goes on for ever."""
-    context: Positive = Field(default=256, le=2**17)
+    context: Annotated[Whole, Field(gt=0, le=2**17)] = 256
     """Tokens in one window, BOS included."""
     prepend_bos: bool = True
     """Start each window with the tokenizer's BOS token, where it has one."""
@@ -178,7 +209,7 @@ class CorpusSettings(Table):
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> CorpusSettings:
         if self.kind in ("text", "jsonl", "parquet", "tokens") and not self.paths:
-            raise ValueError(f'corpus.kind = {self.kind!r} needs corpus.paths, such as paths = ["data/*.txt"]')
+            raise ValueError(f'corpus.kind = "{self.kind}" needs corpus.paths, such as paths = ["data/*.txt"]')
         if self.kind == "huggingface" and not self.dataset:
             raise ValueError(
                 'corpus.kind = "huggingface" needs corpus.dataset, such as dataset = "HuggingFaceFW/fineweb"'
@@ -193,9 +224,9 @@ class CorpusSettings(Table):
 class SyntheticSettings(Table):
     """[corpus.synthetic]: rows that are sparse sums of known unit directions (Sharkey et al. 2022)."""
 
-    d_in: Positive
+    d_in: Positive = Field(examples=[64])
     """Width of a row."""
-    features: Positive
+    features: Positive = Field(examples=[128])
     """How many true directions there are."""
     active: float = Field(default=5.0, gt=0.0)
     """Mean number of true features in a row."""
@@ -222,9 +253,11 @@ def deterministic_fault(run: RunSettings, model: ModelSettings | None) -> str | 
 class MetricsSettings(BaseModel):
     """The part of [monitor] that every process reads: where it shows its metrics. The monitor checks the rest."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address the metrics ports and the HTTP service listen on."""
     trainer_port: Port = 9710
     """Prometheus port of the trainer; 0 takes any free one, which the log names."""
@@ -232,7 +265,7 @@ class MetricsSettings(BaseModel):
     """Prometheus port of the first producer on a machine; the next ones take the next free port."""
     port: Port = 9712
     """Prometheus port of the monitor; 0 takes any free one, which the log names. Producers leave it alone."""
-    allowed_hosts: list[HostName] = []
+    allowed_hosts: list[HostName] = Field(default=[], examples=[["monitor.example.org"]])
     """Names by which browsers and scrapers may ask for what listens on loopback, beside loopback's own: those of a
     proxy before it."""
 
@@ -254,6 +287,8 @@ class ProducerSettings(BaseModel):
             raise ValueError('table [model] is missing: add it with name and hooks, such as name = "gpt2"')
         if fault := deterministic_fault(self.run, self.model):
             raise ValueError(fault)
+        if fault := unreachable(self.stream.endpoint):
+            raise ValueError(f"stream.endpoint = {show_value(self.stream.endpoint)} {fault}")
         return self
 
 
@@ -265,22 +300,9 @@ def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
 
     Raises SettingsError naming every fault: key, value, what is expected and what to do.
     """
-    try:
-        text = Path(path).read_text("utf-8")
-        document = parse_toml(text)
-    except FileNotFoundError:
-        raise SettingsError(f"run file {path} does not exist; deploy/ holds examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"run file {path} cannot be read: {error}") from None
-    except ParseError as error:
-        hint = "; each SAE is a table [[sae]], with two brackets" if re.search(r"(?m)^\s*\[sae\]", text) else ""
-        raise SettingsError(f"run file {path} is not valid TOML: {error}{hint}") from None
+    document = read_toml(path)
     faults = [fault for override in overrides if (fault := _apply(document, override))]
-    faults += [
-        f"[{name}]: no such table{_nearest(name, TABLES)}; the tables are {', '.join(TABLES)}"
-        for name in document
-        if name not in TABLES
-    ]
+    faults += [explain_stray(kind, TABLES, name, table) for name, table in document.items() if name not in TABLES]
     wanted = {name: table for name, table in document.items() if name in kind.model_fields}
     try:
         settings = settings_from(kind, wanted)
@@ -296,12 +318,12 @@ def settings_from(kind: type[S], document: dict[str, Any]) -> S:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(kind, document, fault) for fault in error.errors())) from None
+        raise SettingsError("\n".join(explain(kind, document, fault) for fault in error.errors())) from None
 
 
 def show_settings(settings: BaseModel) -> str:
     """The resolved settings as TOML that `read_run_file` accepts again; unset options are left out."""
-    tables = settings.model_dump(mode="json", exclude_none=True)
+    tables = settings.model_dump(exclude_none=True)
     return "\n".join(_toml_table(name, table) for name, table in tables.items())
 
 
@@ -312,12 +334,7 @@ def _toml_table(name: str, table: Any) -> str:
 
 
 def _toml_lines(heading: str, table: dict[str, Any], name: str) -> str:
-    # JSON's scalars and lists are valid TOML, so the encoder of the standard library writes the values.
-    plain = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}"
-        for key, value in table.items()
-        if not isinstance(value, dict)
-    ]
+    plain = [f"{key} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
     nested = [
         _toml_lines(f"[{name}.{key}]", value, f"{name}.{key}")
         for key, value in table.items()
@@ -328,78 +345,44 @@ def _toml_lines(heading: str, table: dict[str, Any], name: str) -> str:
 
 def _apply(document: dict[str, Any], override: str) -> str | None:
     """Sets one `section.key=value` in `document`; returns the fault, if there is one."""
+    name = f"override {show_value(override)}"
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        return f"{ascii(name)[1:-1]} holds bytes that are not UTF-8"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        return f"override {override!r}: expected section.key=value, such as optimizer.batch=2048"
-    try:
-        value = parse_toml(f"value = {text}")["value"]
-    except ParseError:
-        value = text  # a bare word is a string, as in model.name=gpt2
+        return f"{name}: expected section.key=value, such as optimizer.batch=2048"
     place: Any = document
     for part in parts[:-1]:
         if isinstance(place, list):
-            chosen = [entry for index, entry in enumerate(place) if part in (str(index), entry.get("name"))]
+            chosen = [entry for index, entry in enumerate(place) if _is_called(entry, part, index)]
             if not chosen:
-                return f"override {override!r}: no [[{parts[0]}]] is named {part!r}, nor has that number"
+                close = nearest(part, [str(entry["name"]) for entry in place if "name" in entry])
+                return f'{name}: no [[{parts[0]}]] is named "{part}"{close}, nor has that number'
             place = chosen[0]
         else:
             place = place.setdefault(part, {})
         if not isinstance(place, dict | list):
-            return f"override {override!r}: {part!r} is a value, not a table"
+            return f'{name}: "{part}" is a value, not a table'
     if isinstance(place, list):
-        return f"override {override!r}: say which entry, as in {parts[0]}.0.{parts[-1]}=…"
-    place[parts[-1]] = value
+        return f"{name}: say which entry, as in {parts[0]}.0.{parts[-1]}=…"
+    place[parts[-1]] = _override_value(text)
     return None
 
 
-def _explain(kind: type[BaseModel], document: dict[str, Any], fault: Any) -> str:
-    """One pydantic fault in words: full name, value, expectation, what to do."""
-    path = [str(part) for part in fault["loc"]]
-    name = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        known = _fields_at(kind, path[:-1])
-        return f"{name} = {fault['input']!r}: no such key{_nearest(path[-1], known)}; known here: {', '.join(known)}"
-    if fault["type"] == "missing":
-        return f"{name}: missing; add it. {_meaning(kind, path)}".rstrip()
-    if fault["type"] == "value_error":
-        message = str(fault["ctx"]["error"])
-        return message if "." in message.split(" ")[0] or not name else f"{name} = {fault['input']!r} {message}"
-    expected = fault["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
-    return f"{name} = {fault['input']!r}: {expected}. {_meaning(kind, path)}".rstrip()
+def _is_called(entry: Any, part: str, index: int) -> bool:
+    return isinstance(entry, dict) and part in (str(index), entry.get("name"))
 
 
-def _fields_at(kind: Any, path: list[str]) -> list[str]:
-    model = _model_at(kind, path)
-    return list(model.model_fields) if model else []
-
-
-def _meaning(kind: Any, path: list[str]) -> str:
-    model = _model_at(kind, path[:-1])
-    field = model.model_fields.get(path[-1]) if model else None
-    return " ".join((field.description or "").split()) if field else ""
-
-
-def _model_at(kind: Any, path: list[str]) -> type[BaseModel] | None:
-    """The model class that `path` (names and list indices) leads to, looking through lists and optional types."""
-    for part in path:
-        if part.isdigit():
-            continue
-        field = kind.model_fields.get(part) if kind else None
-        kind = _model_within(field.annotation) if field else None
-    return kind
-
-
-def _model_within(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = (_model_within(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((model for model in inner if model), None)
-
-
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def _override_value(text: str) -> Any:
+    """The value behind the `=` of an override: TOML, or text that needs no quotes, as in model.name=gpt2."""
+    try:
+        document = parse_toml(f"value = {text}")
+    except ParseError:
+        return text.strip()
+    return document["value"] if len(document) == 1 else text
 
 
 def parse_command_line(program: str, purpose: str, kind: type[S], arguments: list[str] | None = None) -> S:
@@ -409,7 +392,9 @@ def parse_command_line(program: str, purpose: str, kind: type[S], arguments: lis
     parser = argparse.ArgumentParser(
         prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_file", metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples")
+    parser.add_argument(
+        "run_file", type=path_argument, metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
     parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
     given = parser.parse_intermixed_args(arguments)

@@ -294,10 +294,28 @@ def test_a_run_file_with_other_saes_is_refused(tmp_path: Path, change: dict[str,
     document, _ = fresh_run(tmp_path).state()
     saes = [sae.model_dump(exclude_none=True) for sae in settings_for(tmp_path).sae]
 
-    with pytest.raises(CheckpointError, match="restore the file, or start a new run directory"):
+    with pytest.raises(CheckpointError, match="Restore the file, or start a new run directory"):
         roster_of(document, settings_for(tmp_path, sae=[saes[0] | change, saes[1]]))
-    with pytest.raises(CheckpointError, match=r"'top'.*'jump'"):
+    with pytest.raises(CheckpointError, match=r'disagree: sae "jump" is in the checkpoint alone\. Restore'):
         roster_of(document, settings_for(tmp_path, sae=saes[:1]))
+    with pytest.raises(CheckpointError, match=r'disagree: sae "top": d_sae is 33 in the run file and 32 in the check'):
+        roster_of(document, settings_for(tmp_path, sae=[saes[0] | {"d_sae": 33}, saes[1]]))
+
+
+def test_the_first_report_after_a_resume_has_the_learning_rate(tmp_path: Path) -> None:
+    """A run that is paused or waits reports before its first step: 384 of 640 rows, cooled down from 320 on."""
+    run = fresh_run(tmp_path, run={"directory": str(tmp_path), "tokens": 640}, **COOLED)
+    run.initialise(batches(1)[0].x)
+    learn(run, batches(6))
+    resumed = fresh_run(tmp_path, run={"directory": str(tmp_path), "tokens": 640}, **COOLED)
+    resumed.restore(*run.state())
+
+    assert [trainee.report([1.0]).learning_rate for trainee in resumed.trainees] == pytest.approx([0.008, 0.008])
+    learn(run, batches(1))
+    assert run.trainees[0].learning_rate == pytest.approx(0.008), "it is the rate of the next step"
+
+
+COOLED = {"optimizer": {"batch": 64, "matmul": "float32", "learning_rate": 0.01, "warmup_tokens": 64, "cooldown": 0.5}}
 
 
 def test_what_may_change_of_a_run_file_is_taken_from_it(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_file_that_names_no_single_sae_is_refused(echo: Path, text: str, told:
     assert ctl.main([str(echo), "attach", str(echo / "sae.toml")]) == 2
     assert told in capsys.readouterr().err
     assert ctl.main([str(echo), "attach", str(echo / "missing.toml")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "missing.toml does not exist" in capsys.readouterr().err
 
 
 def test_the_file_may_hold_bare_keys_or_one_table(echo: Path, capsys: Any) -> None:

@@ -186,7 +186,7 @@ def test_what_shards_is_not_sluice_and_that_is_said(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((DEMO, "--machine", "h300"), "--machine 'h300' is not known; there are h200, h100, a100"),
+        ((DEMO, "--machine", "h300"), '--machine "h300" is not known; there are h200, h100, a100'),
         ((DEMO, "--matmul-tflops", "2"), "give both"),
         ((DEMO, "--machine", "h200", "--bandwidth-gbs", "2"), "remove one"),
         ((DEMO, "--gpus", "8"), "need --machine"),

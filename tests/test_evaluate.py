@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel
 from producer.corpus import open_corpus
 from producer.produce import _pack_rows
-from producer.settings import read_run_file
+from producer.settings import CorpusSettings, read_run_file
 from producer.tokens import Windows
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
@@ -401,6 +402,25 @@ def test_scarce_text_is_used_up(model: LanguageModel, run_file: Path):
     windows = held_out_windows(corpus, model.tokenizer, settings, rows=10**6)
     words = sum(len(str(text).split()) for shard in corpus.held_out_shards for text in corpus.documents(shard))
     assert windows.kept.sum() == words
+
+
+@pytest.mark.parametrize(
+    ("shards", "held_out", "advice"),
+    [
+        (1, [], "0 of the corpus' 1 shards are held out, without any text. Lower corpus.shard_bytes = 1000000."),
+        (2, [1], "1 of the corpus' 2 shards is held out, without any text. Lower corpus.shard_bytes = 1000000."),
+        (20, [3], "1 of the corpus' 20 shards is held out, without any text; raise corpus.held_out = 0.0625, or check"),
+    ],
+)
+def test_advice_without_held_out_text_is_what_mends_it(
+    model: LanguageModel, shards: int, held_out: list[int], advice: str
+):
+    """A larger fraction of one shard is none: then shards must be smaller."""
+    corpus: Any = SimpleNamespace(shards=shards, held_out_shards=held_out, documents=lambda shard: [])
+    with pytest.raises(EvaluationError) as told:
+        held_out_windows(corpus, model.tokenizer, CorpusSettings(kind="text", paths=["a"]), rows=10)
+
+    assert str(told.value).startswith(advice)
 
 
 # --- Following a run -------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ PACKAGES = ("producer", "trainer", "monitor")
 CONTRACTS = {
     "producer": {
         "producer.wire", "producer.report", "producer.settings", "producer.keys", "producer.parsing",
+        # how settings, paths and endpoints are read and told
+        "producer.addresses", "producer.toml", "producer.explain",
         # for evaluation: the LM loader, and the text it reads
         "producer.activations", "producer.corpus", "producer.tokens",
         "producer.precision", "producer.memory",
@@ -29,6 +31,8 @@ LIGHT = (
     "producer.report",
     "producer.settings",
     "producer.parsing",
+    "producer.addresses",
+    "producer.toml",
     "trainer.report",
     "trainer.settings",
     "trainer.snapshot",

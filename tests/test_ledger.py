@@ -180,6 +180,23 @@ def test_producer_with_too_large_chunks_is_refused_and_decides_nothing(change: d
     assert [type(send.message) for send in ledger.hello(hello("ada"), now=0.0)] == [Welcome]
 
 
+@pytest.mark.parametrize(
+    ("context", "width", "chunk_rows", "advice"),
+    [
+        (4, 2, 8, "raise buffer.rows to 32"),  # two windows: with shorter ones it would be more of them
+        (100, 2, 100, "raise buffer.rows to 400"),  # one window: shorter ones would come several to a chunk
+        (100, 90_000, 100, "raise buffer.rows to 400, or lower corpus.context"),  # rows so large that they would not
+    ],
+)
+def test_advice_for_a_small_buffer_is_what_mends_it(context: int, width: int, chunk_rows: int, advice: str) -> None:
+    """A shorter context is named only where it makes chunks smaller."""
+    hooks = [Hook(name="blocks.0.hook_resid_post", module="h.0", width=width)]
+    large = hello("eve", context=context, chunk_rows=chunk_rows, hooks=hooks)
+    (reject,) = rejects(make_ledger(capacity=24).hello(large, now=0.0))
+
+    assert reject.reason.endswith(f"fewer than four chunks of {chunk_rows} rows; {advice}")
+
+
 # Leases
 
 

@@ -115,7 +115,7 @@ def test_a_wrong_run_file_or_sae_table_is_refused(tmp_path: Path, data: bytes) -
     path.write_bytes(data)
     with pytest.raises(SettingsError, match=r"run\.toml"):
         read_run_file(ProducerSettings, path, [])
-    with pytest.raises(CtlError, match=r"run\.toml is not valid TOML"):
+    with pytest.raises(CtlError, match=r"run\.toml is not (valid TOML|UTF-8)"):
         read_sae_table(path)
 
 

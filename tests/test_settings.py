@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from producer.settings import ModelSettings, ProducerSettings, SettingsError, is_loopback, read_run_file, show_settings
+from producer.addresses import is_loopback
+from producer.settings import ModelSettings, ProducerSettings, SettingsError, read_run_file, show_settings
 from tests.small_saes import FAMILY
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
@@ -76,7 +77,7 @@ def test_a_wrong_type_is_told_with_what_is_expected(run_file: Path) -> None:
     """Name, value, expectation, and what the key means."""
     told = faults(run_file, ["sae.0.d_sae=many"])
 
-    assert "sae.0.d_sae = 'many': expected a valid integer. How many latents." in told
+    assert 'sae.0.d_sae = "many": expected a whole number, such as d_sae = 4096. How many latents.' in told
 
 
 def test_all_faults_are_told_at_once(run_file: Path) -> None:
@@ -98,11 +99,11 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
         ("stream.dead_seconds=1.5", "is under three heartbeats"),
         ("sae.0.name=a/b", "becomes a folder"),
         ("optimizer.device=gpu", "`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one"),
-        ("sae.0.target=blocks.9.hook_mlp_out", "hook 'blocks.9.hook_mlp_out' is not streamed"),
+        ("sae.0.target=blocks.9.hook_mlp_out", 'hook "blocks.9.hook_mlp_out" is not streamed'),
         ("sae.0.target=blocks.6.hook_resid_post", "target is the hook it reads, blocks.6.hook_resid_post"),
         (
             'sae.0.hooks=["blocks.6.hook_resid_post", "blocks.7.hook_mlp_out"]',
-            "'blocks.7.hook_mlp_out' is not streamed",
+            '"blocks.7.hook_mlp_out" is not streamed',
         ),
     ],
 )
@@ -121,7 +122,7 @@ def test_values_that_do_not_go_together_are_refused(run_file: Path, override: st
             {"k": 2000, "multi_topk": 0.125},
             "multi_topk uses 4 k = 8000 latents, more than d_sae = 4096; lower k or raise",
         ),
-        ({"name": ".x", "k": 8}, "name '.x' becomes a folder: use letters, digits, dot, dash, underscore"),
+        ({"name": ".x", "k": 8}, 'name ".x" becomes a folder: use letters, digits, dot, dash, underscore'),
         ({"architecture": "jumprelu"}, "architecture jumprelu needs target_l0, such as target_l0 = 32"),
         ({"architecture": "jumprelu", "target_l0": 5000.0}, "target_l0 = 5000 exceeds d_sae = 4096; lower target_l0"),
         ({"architecture": "jumprelu", "penalty": "l1"}, "Input should be 'target_l0', 'l0' or 'tanh'"),
@@ -143,8 +144,8 @@ def test_values_that_do_not_go_together_are_refused(run_file: Path, override: st
         ({"architecture": "repair"}, "architecture repair needs start_from, the folder of a trained relu or tied SAE"),
         ({"architecture": "tied", "start_from": "x"}, "start_from is not for tied: no file says that two matrices are"),
         ({"k": 8, "hook": "a", "hooks": ["a", "b"]}, "hook and hooks are both set: hooks alone names those of"),
-        ({"k": 8, "hooks": ["a"]}, "hooks = ['a'] must name two or more different hooks; for one use hook"),
-        ({"k": 8, "hooks": ["a", "a"]}, "hooks = ['a', 'a'] must name two or more different hooks"),
+        ({"k": 8, "hooks": ["a"]}, 'hooks = ["a"] must name two or more different hooks; for one use hook'),
+        ({"k": 8, "hooks": ["a", "a"]}, 'hooks = ["a", "a"] must name two or more different hooks'),
         ({"k": 8, "hooks": ["a", "b"], "target": "c"}, "hooks and target are both set: a crosscoder reconstructs what"),
         ({"k": 8, "hook": "a", "target": "a"}, "target is the hook it reads, a: remove target, or name another hook"),
         ({"architecture": "gated", "target": "b"}, "target is not for gated: use topk, batchtopk, jumprelu or relu"),
@@ -199,7 +200,7 @@ def test_faults_of_one_sae_are_told_together() -> None:
         SaeSettings.of(name="s", architecture="topk", d_sae=64, penalty="l1", bandwidth=1.0)
 
     assert (
-        "sae 's': architecture topk needs k, such as k = 32; penalty, bandwidth mean nothing for topk; remove"
+        'sae "s": architecture topk needs k, such as k = 32; penalty, bandwidth mean nothing for topk; remove'
         in str(raised.value)
     )
 
@@ -211,7 +212,7 @@ def test_faults_of_one_sae_are_told_together() -> None:
         ([{"name": "a", "ema_tokens": 5}, {"name": "a-ema"}], "sae.name: a-ema is also the name of an EMA copy"),
         ([{"name": "a", "hook": None}], "names no hook and model.hooks has 2; choose one of h0, h1"),
         ([{"name": "a", "hook": None, "target": "h1"}], "names no hook and model.hooks has 2; choose one of h0, h1"),
-        ([{"name": "a", "hook": "h2"}], "hook 'h2' is not streamed; model.hooks has h0, h1"),
+        ([{"name": "a", "hook": "h2"}], 'hook "h2" is not streamed; model.hooks has h0, h1'),
     ],
 )
 def test_saes_that_do_not_fit_the_run_are_refused(saes: list[dict[str, Any]], sentence: str) -> None:
@@ -290,3 +291,18 @@ def test_bad_settings_end_with_code_2_and_no_traceback(package: str, tmp_path: P
     assert done.returncode == 2
     assert "does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_print_settings_can_be_read_back_whatever_they_hold(run_file: Path) -> None:
+    """Text with quotes and controls, inf, lists: written as TOML that gives the same values again."""
+    overrides = [
+        "stream.patience_seconds=inf",
+        'corpus.column="a\\"b\\u007f\\n"',
+        "optimizer.eps=1e-30",
+        "run.tokens=1e6",
+    ]
+    settings = read_run_file(TrainerSettings, run_file, overrides)
+    run_file.write_text(show_settings(settings))
+
+    assert read_run_file(TrainerSettings, run_file, []) == settings
+    assert "inf" in show_settings(settings) and settings.run.tokens == 1_000_000

@@ -75,8 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    for warning in settings.warnings():
+        log.warning("%s", warning)
+    log.info("run directory %s", settings.run.folder)
     try:
-        with Home(Path(settings.run.directory)) as home:
+        with Home(settings.run.folder) as home:
             # Open from the first moment, so that who asks waits for an answer and is not told that nobody is there.
             inbox = Inbox(stop)
             home.watch(stop.set)
@@ -194,7 +197,7 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
         document, tensors = saved
         if faults := ledger_faults(document["ledger"], tensors):
             raise CheckpointError(
-                f"the newest checkpoint of {settings.run.directory} does not balance: {'; '.join(faults)}. Rows would "
+                f"the newest checkpoint of {settings.run.folder} does not balance: {'; '.join(faults)}. Rows would "
                 "be trained twice, or never: remove that checkpoint to resume from the one before it"
             )
         bits = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from producer.addresses import path_argument
 from producer.parsing import ParseError, parse_json
 from producer.settings import SettingsError, read_run_file
 from producer.wire import Hello, held_out_shards, unpack_bits
@@ -31,8 +32,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m trainer check", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path, metavar="RUN_DIR", help="run.directory of the run file")
-    directory = parser.parse_args(arguments).directory
+    parser.add_argument("directory", type=path_argument, metavar="RUN_DIR", help="run.directory of the run file")
+    directory = parser.parse_args(arguments).directory.absolute()
     examination = Examination(directory)
     examination.run()
     print("\n".join(examination.findings))

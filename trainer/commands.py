@@ -119,7 +119,7 @@ def snapshot(loop: Loop, _: dict[str, Any]) -> Answer:
     if not published:
         raise Refused("the snapshot was not written; the trainer's log says why", 1)
     _keep(loop)  # a trainer that goes on from an older checkpoint takes later snapshots away
-    path = f"{loop.settings.run.directory}/snapshots/{snapshot_name(loop.tokens)}"
+    path = f"{loop.settings.run.folder}/snapshots/{snapshot_name(loop.tokens)}"
     missing = [trainee.settings.name for trainee in run.taught if trainee.settings.name not in published]
     without = f", without {', '.join(missing)}: the log says why" if missing else ""
     return {"said": f"published {path}{without}", "snapshot": path}

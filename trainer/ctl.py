@@ -26,7 +26,9 @@ from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingMixIn, UnixStreamServer
 from typing import Any
 
-from producer.parsing import ParseError, parse_object, parse_toml
+from producer.addresses import expand_path, path_argument
+from producer.parsing import ParseError, parse_object
+from producer.toml import SettingsError, read_toml, show_value
 
 log = logging.getLogger("sluice.trainer")
 
@@ -205,10 +207,10 @@ class CtlError(Exception):
 def main(arguments: list[str]) -> int:
     """Runs one command; exit codes: 0 done, 1 no trainer answers or it could not, 2 refused, with what to change."""
     given = vars(_parser().parse_args(arguments))
-    directory, as_json, path = Path(given.pop("run_directory")), given.pop("json"), given.get("sae")
+    directory, as_json, path = given.pop("run_directory"), given.pop("json"), given.get("sae")
     try:
         if path is not None:
-            given["sae"] = read_sae_table(Path(path))
+            given["sae"] = read_sae_table(path)
         if given["command"] in ("pin", "unpin"):
             answer = pin(directory, given["command"], given["name"])
         else:
@@ -231,7 +233,7 @@ def ask(directory: Path, request: dict[str, Any]) -> Answer:
     """The answer of the trainer that works in `directory`. Raises CtlError."""
     if not directory.is_dir():
         kind = "is a file" if directory.is_file() else "does not exist"
-        raise CtlError(f"{directory} {kind}; name the run's directory, [run] directory of its file", 2)
+        raise CtlError(f"{directory.absolute()} {kind}; name the run's directory, [run] directory of its file", 2)
     try:
         with _address(directory) as address, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(address)  # waits for its turn, which a connection with a timeout does not
@@ -240,7 +242,9 @@ def ask(directory: Path, request: dict[str, Any]) -> Answer:
             line = connection.makefile("rb").readline()
     except (FileNotFoundError, ConnectionRefusedError):
         raise CtlError(
-            f"no trainer is at work in {directory}: start it with `python -m trainer RUN.toml`, the run's file", 1
+            f"no trainer is at work in {directory.absolute()}: start it with `python -m trainer RUN.toml`, "
+            "the run's file",
+            1,
         ) from None
     except TimeoutError:
         raise CtlError(f"the trainer did not answer within {ANSWER_SECONDS:.0f} s; its log may tell why", 1) from None
@@ -283,17 +287,18 @@ def read_sae_table(path: Path) -> dict[str, Any]:
     A relative `start_from` is one of this process' working directory, and the trainer may have another.
     """
     try:
-        document = parse_toml(path.read_bytes())
-    except OSError as error:
-        raise CtlError(f"{path} cannot be read: {error.strerror}", 2) from None
-    except ParseError as error:
-        raise CtlError(f"{path} is not valid TOML: {error}", 2) from None
+        document = read_toml(path, "SAE file")
+    except SettingsError as error:
+        raise CtlError(str(error), 2) from None
     tables = document.get("sae", [document])
     if "sae" in document and (len(document) > 1 or not isinstance(tables, list) or len(tables) != 1):
         raise CtlError(f"{path} must hold one [[sae]] table and nothing else, or the keys of one", 2)
     sae = tables[0]
     if isinstance(start := sae.get("start_from"), str):
-        sae["start_from"] = os.path.abspath(os.path.expanduser(start))
+        try:
+            sae["start_from"] = os.path.abspath(expand_path(start))
+        except ValueError as error:
+            raise CtlError(f"{path}: start_from = {show_value(start)}: {error}", 2) from None
     return sae
 
 
@@ -302,7 +307,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m trainer ctl",
         description="Speaks to the trainer at work in RUN_DIR. What changes the run is on disk before it is answered.",
     )
-    parser.add_argument("run_directory", metavar="RUN_DIR", help="[run] directory of the run's file")
+    parser.add_argument(
+        "run_directory", type=path_argument, metavar="RUN_DIR", help="[run] directory of the run's file"
+    )
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print the whole answer as JSON, for scripts")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -314,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     command("snapshot", "publish a snapshot now")
     command("cooldown", "let an SAE's learning rate fall to zero; it is finished then, and stays").add_argument("name")
     command("attach", "add an SAE to the live stream").add_argument(
-        "sae", metavar="SAE.toml", help="the keys of one [[sae]] table of a run file"
+        "sae", type=path_argument, metavar="SAE.toml", help="the keys of one [[sae]] table of a run file"
     )
     detach = command("detach", "cool an SAE down, publish it and let it go")
     detach.add_argument("name")

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from producer.addresses import path_argument
 from producer.parsing import ParseError, read_object
 from producer.settings import SettingsError, read_run_file
+from producer.toml import show_value
 from trainer import cost
 from trainer.cost import Machine, Sharded, Work
 from trainer.machine import measure_machine
@@ -70,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m trainer estimate", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_file", metavar="RUN.toml", help="the run's settings; deploy/ holds examples")
+    parser.add_argument(
+        "run_file", type=path_argument, metavar="RUN.toml", help="the run's settings; deploy/ holds examples"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
     parser.add_argument(
         "--machine", metavar="NAME", help=f"data sheet instead of measuring: {', '.join(cost.MACHINES)}"
@@ -82,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--days", type=_positive, metavar="D", help="the fewest GPUs that end run.tokens in so long")
     parser.add_argument(
-        "--width", type=int, metavar="D", help="of a row of each hook, when the model is not on this disk"
+        "--width", type=_count, metavar="D", help="of a row of each hook, when the model is not on this disk"
     )
     parser.add_argument(
         "--model-parameters", type=_positive, metavar="P", help="weights of the model's blocks up to the last hook"
@@ -92,9 +96,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{show_value(text)}: expected a number above 0")
     return value
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and text.isascii() and int(text)):
+        raise argparse.ArgumentTypeError(f"{show_value(text)}: expected a whole number above 0")
+    return int(text)
 
 
 # What the run asks for ------------------------------------------------------------------------------------------------
@@ -145,8 +159,8 @@ def language_model(settings: TrainerSettings, width: int | None, parameters: flo
         parameters = parameters or blocks_parameters(folder, [_block(hook) for hook in settings.model.hooks])
     if width is None:
         raise EstimateError(
-            f"model.name = {settings.model.name!r} is not on this disk, so the width of its rows is not known: "
-            "add --width, such as --width 768"
+            f"model.name = {show_value(settings.model.name)} is not on this disk, so the width of its rows is not "
+            "known: add --width, such as --width 768"
         )
     return LanguageModel(width, parameters)
 
@@ -216,7 +230,7 @@ def machine_of(settings: TrainerSettings, given: argparse.Namespace, width: int)
         if given.machine not in cost.MACHINES:
             known = ", ".join(cost.MACHINES)
             raise EstimateError(
-                f"--machine {given.machine!r} is not known; there are {known}, or give its two numbers: "
+                f"--machine {show_value(given.machine)} is not known; there are {known}, or give its two numbers: "
                 "--matmul-tflops X --bandwidth-gbs Y"
             )
         return cost.MACHINES[given.machine]
@@ -261,6 +275,8 @@ class Estimate:
     sharded: Sharded | None
     days: float | None
     """What was asked for."""
+    warnings: list[str]
+    """What of the settings will surprise."""
 
     @classmethod
     def of(cls, settings: TrainerSettings, given: argparse.Namespace) -> Estimate:
@@ -291,6 +307,7 @@ class Estimate:
             shares_machine=settings.model is not None and settings.model.device == settings.optimizer.device,
             sharded=several,
             days=given.days,
+            warnings=settings.warnings(),
         )
 
     @property
@@ -386,7 +403,7 @@ class Estimate:
             told.append(f"It does not fit: {_bytes(self.sharded.memory)} on each GPU{more}.")
         if assumed := [work.name for work in self.works if work.l0_is_assumed]:
             told.append(f"How many latents of {', '.join(assumed)} are active is not set; {ASSUMED_L0:g} is assumed.")
-        return told
+        return told + [f"{warning}." for warning in self.warnings]
 
 
 def _balance(producers: float, rate: float, one: float) -> str:

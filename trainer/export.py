@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from producer.addresses import path_argument
 from trainer.durable import new_folder
 from trainer.snapshot import SnapshotError, snapshot_names, verify
 
@@ -36,9 +37,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m trainer export", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("snapshot", type=Path, metavar="SNAPSHOT", help="a snapshot, a run directory, or one SAE in it")
+    parser.add_argument(
+        "snapshot", type=path_argument, metavar="SNAPSHOT", help="a snapshot, a run directory, or one SAE in it"
+    )
     parser.add_argument("--format", required=True, choices=LOADED_BY)
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new folder; one more in it per SAE")
+    parser.add_argument(
+        "--to", required=True, type=path_argument, metavar="DIR", help="a new folder; one more in it per SAE"
+    )
     parser.add_argument("--sae", metavar="NAME", help="this SAE only, into DIR itself; without it, all of the snapshot")
     given = parser.parse_args(arguments)
     try:

@@ -6,6 +6,7 @@ Ledger and buffer sit behind one lock. The socket's thread brings rows in; the t
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -20,8 +21,10 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
+from producer.addresses import is_ipv6
 from producer.keys import Clients, serve_encrypted
 from producer.settings import StreamSettings
+from producer.toml import show_value
 from producer.wire import (
     DTYPE_BYTES,
     MAX_CHUNK_BYTES,
@@ -263,6 +266,7 @@ class Intake:
         socket, settings = self._socket, self._settings
         socket.linger = 500
         socket.router_mandatory = 1
+        socket.ipv6 = is_ipv6(settings.endpoint)
         socket.maxmsgsize = MAX_CHUNK_BYTES + 1024
         socket.rcvhwm = 64
         socket.heartbeat_ivl = round(1000 * settings.heartbeat_seconds)
@@ -274,8 +278,7 @@ class Intake:
             socket.bind(settings.endpoint)
         except zmq.ZMQError as error:
             raise IntakeError(
-                f"stream.endpoint = {settings.endpoint!r} cannot be bound: {error.strerror}; "
-                "is another trainer running? Stop it or choose another endpoint"
+                f"stream.endpoint = {show_value(settings.endpoint)} cannot be bound: {_why(error)}"
             ) from None
 
     def _run(self) -> None:
@@ -458,6 +461,15 @@ class Intake:
             self._key_of.pop(session, None)
             if self._session_of.get(route) == session:
                 del self._session_of[route]
+
+
+def _why(error: zmq.ZMQError) -> str:
+    """Why an endpoint cannot be bound, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return f"{error.strerror}; is another trainer running? Stop it or choose another endpoint"
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS):
+        return f"{error.strerror}; name a file in a folder that exists and that you may write to, or a port above 1023"
+    return f"{error.strerror}; name an address of this machine"
 
 
 def _views(hello: Hello, data: memoryview, rows: int) -> list[np.ndarray] | None:

@@ -32,6 +32,7 @@ from producer.wire import (
     DTYPE_BYTES,
     MAX_CHUNK_BYTES,
     MAX_MASK_BYTES,
+    TARGET_CHUNK_BYTES,
     Bye,
     Chunk,
     Credit,
@@ -526,13 +527,21 @@ class Ledger:
             return "mismatch", f"{told}. Start it with the run's own file, or start a new run directory"
         row_bytes = DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
         if hello.chunk_rows * row_bytes > MAX_CHUNK_BYTES:
-            return "chunk", f"chunks of {hello.chunk_rows} rows × {row_bytes} bytes exceed {MAX_CHUNK_BYTES} bytes"
+            return "chunk", (
+                f"chunks of {hello.chunk_rows} rows × {row_bytes} bytes exceed {MAX_CHUNK_BYTES} bytes; "
+                "lower corpus.context, or stream fewer hooks"
+            )
         if 4 * hello.chunk_rows > self.limits.capacity_rows:
             return "buffer", (
                 f"buffer.rows = {self.limits.capacity_rows} holds fewer than four chunks of {hello.chunk_rows} rows; "
-                "raise buffer.rows, or lower corpus.context"
+                f"raise buffer.rows to {4 * hello.chunk_rows}{self._or_a_shorter_context(hello, row_bytes)}"
             )
         return None
+
+    def _or_a_shorter_context(self, hello: Hello, row_bytes: int) -> str:
+        """Advice that mends a chunk of one long window, and no other: shorter windows come several to a chunk."""
+        small_enough = 4 * (TARGET_CHUNK_BYTES // row_bytes) <= self.limits.capacity_rows
+        return ", or lower corpus.context" if hello.chunk_rows == hello.context and small_enough else ""
 
     def _differences(self, hello: Hello) -> list[str]:
         """In what a producer's stream is not this run's, with both values."""

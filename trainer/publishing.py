@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +28,7 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
     Returns the names of those in it. `rows` are raw rows of every hook, for calibration and self-test; `facts` what
     the manifest tells of the run.
     """
-    directory = Path(run.settings.run.directory)
+    directory = run.settings.run.folder
     exports: list[Export] = []
     for trainee in run.taught:
         try:

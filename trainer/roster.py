@@ -6,10 +6,12 @@ roster remembers that, and wins over the file when the run is resumed. Light: se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from producer.toml import show_value
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 
@@ -76,7 +78,9 @@ class Roster:
         for member in self.members:
             if member.name == name:
                 return member
-        raise RosterError(f"there is no SAE {name!r}; those of this run are {', '.join(m.name for m in self.members)}")
+        raise RosterError(
+            f"there is no SAE {show_value(name)}; those of this run are {', '.join(m.name for m in self.members)}"
+        )
 
     def join(self, sae: SaeSettings, joined_at: int) -> Member:
         """A new member. Raises RosterError when a name of it, that of its EMA copy included, was ever used."""
@@ -105,7 +109,7 @@ class Roster:
         return vars(self) | {"members": members, "gone": list(self.gone)}
 
 
-def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: str) -> Roster:
+def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: Path) -> Roster:
     """The roster that `state` described, with what may change of the settings taken from the run file's `saes`.
 
     Raises RosterError when the file names other SAEs than the run has. It need not name those that were attached, and
@@ -119,8 +123,9 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: str) 
     theirs = {member.name: member.settings.shape() for member in members if not member.attached or member.name in ours}
     if ours != theirs:
         raise RosterError(
-            f"the run file has SAEs {ours}, the checkpoint of {directory} has {theirs}: restore the file, or start a "
-            "new run directory. SAEs join and leave a run while it goes on: `python -m trainer ctl --help`"
+            f"the run file and the checkpoint of {directory} disagree: {'; '.join(_differences(ours, theirs))}. "
+            "Restore the file, or start a new run directory. SAEs join and leave a run while it goes on: "
+            "`python -m trainer ctl --help`"
         )
     for sae in saes:
         if sae.name in ours:
@@ -132,6 +137,21 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: str) 
     if clash := sorted({name for name in names if names.count(name) > 1}):
         raise RosterError(f"{', '.join(clash)} would be the name of an SAE and of an EMA copy: remove ema_tokens")
     return roster
+
+
+def _differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What differs between the `shape` of SAEs in the run file and in the checkpoint, in words."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        sae = f"sae {show_value(name)}"
+        if name not in theirs or name not in ours:
+            yield f"{sae} is in {'the checkpoint' if name in theirs else 'the run file'} alone"
+            continue
+        for key in {**ours[name], **theirs[name]}:
+            here, there = (
+                show_value(shape[key]) if key in shape else "not set" for shape in (ours[name], theirs[name])
+            )
+            if here != there:
+                yield f"{sae}: {key} is {here} in the run file and {there} in the checkpoint"
 
 
 def _names(sae: SaeSettings) -> list[str]:

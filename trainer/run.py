@@ -177,7 +177,7 @@ class Run:
         self.step, self.seconds, self.scales = document["step"], document["seconds"], document["scales"]
         for trainee in list(self.newcomers):
             if (saved := document["saes"].get(trainee.settings.name)) is not None:
-                trainee.restore(saved, tensors)
+                trainee.restore(saved, tensors, self.settings.run.tokens)
                 trainee.sae.matmul_dtype = getattr(torch, saved["matmul"])
                 self.newcomers.remove(trainee)
 
@@ -185,7 +185,7 @@ class Run:
 def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
     """The roster of a checkpoint, checked against the run file. Raises CheckpointError, saying what to do."""
     try:
-        roster = resumed(document["roster"], settings.sae, settings.run.directory)
+        roster = resumed(document["roster"], settings.sae, settings.run.folder)
     except RosterError as error:
         raise CheckpointError(str(error)) from None
     for sae in settings.sae:
@@ -193,7 +193,7 @@ def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
             log.info("sae %s was detached from this run; the run file still names it", sae.name)
     for member in roster.members:
         if fault := settings.hook_fault(member.settings):
-            raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.directory}: {fault}")
+            raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.folder}: {fault}")
     return roster
 
 
@@ -207,13 +207,13 @@ def buffer_of(saved: Saved, settings: TrainerSettings) -> BufferState:
     if settings.run.deterministic and document["ledger"]["rows_trained"]:
         if not names:
             raise CheckpointError(
-                f"run.deterministic is set, and the run in {settings.run.directory} began without it: unset it, or use "
+                f"run.deterministic is set, and the run in {settings.run.folder} began without it: unset it, or use "
                 "a new run.directory"
             )
         if names["names"].shape[1] > (pool := pool_rows(settings.buffer.rows)):
             raise CheckpointError(
                 f"buffer.rows = {settings.buffer.rows} holds {pool} rows to draw from, the checkpoint of "
-                f"{settings.run.directory} has {names['names'].shape[1]}: set it to what it was"
+                f"{settings.run.folder} has {names['names'].shape[1]}: set it to what it was"
             )
     return document["buffer_random"], names
 

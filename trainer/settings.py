@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
+from producer.addresses import split_endpoint
 from producer.settings import (
     CorpusSettings,
     Device,
     MetricsSettings,
     ModelSettings,
+    Natural,
     Positive,
     RunSettings,
-    Seconds,
+    Span,
     StreamSettings,
     Table,
     deterministic_fault,
 )
+from producer.toml import show_value
 from trainer.saes.settings import SaeSettings
 
 
@@ -47,7 +51,7 @@ class OptimizerSettings(Table):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of an SAE's whole gradient; longer ones are scaled down. The loss is in units of variance; 0 never
     clips."""
-    warmup_tokens: Annotated[int, Field(ge=0)] = 1_000_000
+    warmup_tokens: Natural = 1_000_000
     """The learning rate rises linearly over these rows."""
     cooldown: float = Field(default=0.2, ge=0.0, le=1.0)
     """The learning rate falls linearly to zero over this last fraction of run.tokens or of an SAE's own tokens; `ctl
@@ -69,8 +73,9 @@ class SnapshotSettings(Table):
 class CheckpointSettings(Table):
     """[checkpoint]: what resuming needs; private to the trainer."""
 
-    every_seconds: Seconds = 300.0
-    """A crash costs at most this much training, plus one bufferful of the language model's work."""
+    every_seconds: Span = 300.0
+    """A crash costs at most this much training, plus one bufferful of the language model's work; inf: at the end
+    alone."""
     keep: Positive = 2
     """How many of the newest stay on disk."""
 
@@ -100,13 +105,19 @@ class TrainerSettings(BaseModel):
             raise ValueError(f"sae.name: {', '.join(repeated)} is used more than once; each SAE needs its own name")
         for sae in self.sae:
             if fault := self.hook_fault(sae):
-                raise ValueError(f"sae {sae.name!r}: {fault}")
+                raise ValueError(f"sae {show_value(sae.name)}: {fault}")
         if clash := sorted({f"{sae.name}-ema" for sae in self.sae if sae.ema_tokens} & set(names)):
             raise ValueError(f"sae.name: {', '.join(clash)} is also the name of an EMA copy; rename one of the two")
         if 2 * self.optimizer.batch > self.buffer.rows:
             raise ValueError(
                 f"buffer.rows = {self.buffer.rows} is under two batches (optimizer.batch = {self.optimizer.batch}); "
                 "raise buffer.rows or lower optimizer.batch"
+            )
+        port = self.monitor.trainer_port
+        if self.stream.endpoint.startswith("tcp://") and port and split_endpoint(self.stream.endpoint)[1] == str(port):
+            raise ValueError(
+                f"stream.endpoint = {show_value(self.stream.endpoint)} and monitor.trainer_port = {port} name the same "
+                "port; change one"
             )
         if self.run.deterministic:
             self._require_determinism()
@@ -125,6 +136,10 @@ class TrainerSettings(BaseModel):
                 f"batches (optimizer.batch = {self.optimizer.batch}); raise buffer.rows or lower optimizer.batch"
             )
 
+    def warnings(self) -> list[str]:
+        """What is allowed and will surprise: what is planned for later than the run's or an SAE's end."""
+        return list(_too_late(self))
+
     @property
     def hooks(self) -> list[str]:
         """The hooks that are streamed; the synthetic source has one of its own."""
@@ -137,7 +152,7 @@ class TrainerSettings(BaseModel):
         named = [*(sae.inputs or []), *([sae.target] if sae.target else [])]
         if strange := [hook for hook in named if hook not in self.hooks]:
             return (
-                f"hook {strange[0]!r} is not streamed; model.hooks has {', '.join(self.hooks)}: "
+                f"hook {show_value(strange[0])} is not streamed; model.hooks has {', '.join(self.hooks)}: "
                 "use one of them or add it there"
             )
         if sae.target is not None and self.inputs_of(sae) == [self.hooks.index(sae.target)]:
@@ -151,3 +166,59 @@ class TrainerSettings(BaseModel):
     def target_of(self, sae: SaeSettings) -> int | None:
         """Index of the hook a transcoder reconstructs; None for an SAE that reconstructs what it reads."""
         return None if sae.target is None else self.hooks.index(sae.target)
+
+
+def _too_late(settings: TrainerSettings) -> Iterator[str]:
+    """Sentences about spans of tokens that are longer than what they are a part of."""
+    optimizer, snapshots, end = settings.optimizer, settings.snapshots, settings.run.tokens
+    endless = end is None and not all(sae.tokens for sae in settings.sae)
+    if endless and "cooldown" in optimizer.model_fields_set and optimizer.cooldown:
+        yield (
+            f"optimizer.cooldown = {optimizer.cooldown:g} needs an end to count back from, and run.tokens is not set: "
+            "without it, learning rates fall only when `ctl cooldown` asks for it"
+        )
+    if end is not None:
+        if snapshots.every_tokens > end:
+            yield (
+                f"snapshots.every_tokens = {snapshots.every_tokens:_} is longer than run.tokens = {end:_}: the only "
+                "snapshot is the one at the end"
+            )
+        if (multiple := snapshots.keep_every_tokens) is not None and multiple > end:
+            yield f"snapshots.keep_every_tokens = {multiple:_} is longer than run.tokens = {end:_}: none is kept for it"
+    names: dict[str, list[str]] = {}
+    for sae in settings.sae:
+        for sentence in _too_late_for(sae, optimizer, end):
+            names.setdefault(sentence, []).append(sae.name)
+    for sentence, saes in names.items():
+        whose = "" if len(saes) == len(settings.sae) else f"sae {', '.join(map(show_value, saes))}: "
+        yield f"{whose}{sentence}"
+
+
+def _too_late_for(sae: SaeSettings, optimizer: OptimizerSettings, run_tokens: int | None) -> Iterator[str]:
+    """Sentences about one SAE, without its name."""
+    if sae.tokens is not None and run_tokens is not None and sae.tokens > run_tokens:
+        yield f"tokens = {sae.tokens:_} is longer than run.tokens = {run_tokens:_}: training ends with the run"
+    ends = [(sae.tokens, "its tokens"), (run_tokens, "run.tokens")]
+    end, what = min(((tokens, name) for tokens, name in ends if tokens is not None), default=(None, ""))
+    if end is None:
+        return
+    longer, flat = f"is longer than {what} = {end:_}", round((1 - optimizer.cooldown) * end)
+    if (warmup := optimizer.warmup_tokens) > flat:
+        if warmup <= end:
+            longer = f"is longer than the {flat:_} tokens before the cooldown ({what} = {end:_})"
+        yield (
+            f"optimizer.warmup_tokens = {warmup:_} {longer}: the learning rate never reaches its full value; "
+            f"lower it, such as to {max(1, end // 20):_}"
+        )
+    longer = f"is longer than {what} = {end:_}"
+    if (warmup := sae.sparsity_warmup(optimizer.warmup_tokens)) > end:
+        yield f"sparsity_warmup_tokens = {warmup:_} {longer}: the penalty never reaches its full weight; lower it"
+    if sae.dead_tokens > end:
+        revived = sae.revive_tokens is None and sae.revival != "none"
+        yield (
+            f"dead_tokens = {sae.dead_tokens:_} {longer}: no latent will count as dead"
+            f"{', and none is revived' if revived else ''}; lower it"
+        )
+    for key in ("revive_tokens", "reinitialise_tokens"):
+        if (tokens := getattr(sae, key) or 0) > end:
+            yield f"{key} = {tokens:_} {longer}: it takes no effect; lower it"

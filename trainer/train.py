@@ -264,7 +264,7 @@ class Loop:
         assert run is not None
         if not (rows := self._snapshot_rows()):
             return []
-        if not checkpoint.complete(Path(self.settings.run.directory) / "checkpoint"):
+        if not checkpoint.complete(self.settings.run.folder / "checkpoint"):
             self.save()  # a start takes snapshots without a checkpoint for those of a run that has lost it
         report, published = self.clock.look(), list[str]()
         facts = run_facts(run, self.intake)
@@ -278,7 +278,7 @@ class Loop:
         `directory` is where the run directory is now, if it was moved.
         """
         self._next_checkpoint = time.monotonic() + self.settings.checkpoint.every_seconds
-        folder = directory or Path(self.settings.run.directory)
+        folder = directory or self.settings.run.folder
         if done := written("checkpoint", lambda: self._save(folder)):
             self._listener.saved()
         return done
@@ -304,7 +304,7 @@ class Loop:
 
 def write_settings(settings: TrainerSettings, roster: Roster) -> None:
     """The resolved settings, in the run directory."""
-    replace_text(Path(settings.run.directory) / "settings.toml", show_settings(roster.resolve(settings)) + "\n")
+    replace_text(settings.run.folder / "settings.toml", show_settings(roster.resolve(settings)) + "\n")
 
 
 def written(what: str, write: Callable[[], object]) -> bool:

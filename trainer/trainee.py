@@ -119,12 +119,10 @@ class Trainee:
         """Learns from one batch of scaled rows, those of every hook of the stream; `run_tokens` ends the run."""
         x, y = self.wiring.pair(rows)
         x_seen, y_seen = self._whitened(x, y)
-        factor = warmup_factor(self.tokens, self._optimizer_settings.warmup_tokens)
-        if (cooldown := self.cooldown(run_tokens)) is not None:
-            factor = min(factor, cooldown.factor(self.tokens))
-        self.learning_rate = self._peak * factor
+        cooldown = self.cooldown(run_tokens)
+        self.learning_rate = self._rate(cooldown)
         dead = self.statistics.silent_for(self._revive_tokens)
-        sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self._optimizer_settings.warmup_tokens))
+        sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.warmup_tokens))
         gradients = self.sae.gradients(x_seen, y_seen, dead, sparsity)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         self.sae.recycle(gradients.of)
@@ -157,6 +155,11 @@ class Trainee:
     def warmup_tokens(self) -> int:
         """Rows over which its learning rate rises."""
         return self._optimizer_settings.warmup_tokens
+
+    def _rate(self, cooldown: Cooldown | None) -> float:
+        """The learning rate of the next step."""
+        factor = warmup_factor(self.tokens, self.warmup_tokens)
+        return self._peak * (factor if cooldown is None else min(factor, cooldown.factor(self.tokens)))
 
     def cooldown(self, run_tokens: int | None) -> Cooldown | None:
         """When its learning rate falls to zero: asked for by an operator, by its own budget, or by the run's."""
@@ -213,7 +216,7 @@ class Trainee:
         if not len(latents):
             return
         loss = (y - y_hat).double().square().sum(1).cpu()
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.tokens)
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.tokens) % 2**63)
         rows = torch.multinomial(loss.square() + 1e-30, len(latents), generator=generator).to(x.device)
         self.sae.reinitialise(latents, towards[rows], decoded[rows])
         self.optimizer.forget(latents)
@@ -297,11 +300,12 @@ class Trainee:
             "seed": self._seed,
         }, tensors
 
-    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Becomes what `state` described."""
+    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor], run_tokens: int | None = None) -> None:
+        """Becomes what `state` described; `run_tokens` ends the run."""
         self.sae.variance, self.skipped_steps = document["variance"], document["skipped_steps"]
         self.tokens, self.joined_at, self._seed = document["tokens"], document["joined_at"], document["seed"]
         self._cooldown = None if document["cooldown"] is None else Cooldown(*document["cooldown"])
+        self.learning_rate = self._rate(self.cooldown(run_tokens))  # a report may come before the first step
         for name, value in self._part(tensors, "parameters").items():
             self.sae.parameters[name].copy_(value)
         if self.settings.ema_tokens:  # which may be new in the run file; an average begins with the weights then

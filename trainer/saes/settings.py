@@ -22,7 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from producer.settings import Positive, Table
+from producer.explain import nearest
+from producer.settings import Natural, PathText, Positive, Table
+from producer.toml import show_value
 from trainer.saes import registry
 
 Revival = Literal["auxk", "pre_act", "resample", "none"]
@@ -64,9 +66,9 @@ class SaeSettings(Table):
     HAS_TRANSCODER: ClassVar[bool] = True
     """It can reconstruct another hook than it reads."""
 
-    name: str = Field(min_length=1, max_length=64)
+    name: str = Field(min_length=1, max_length=64, examples=["topk"])
     """Its folder in a snapshot and its label in the metrics: letters, digits, dot, dash, underscore."""
-    architecture: str
+    architecture: str = Field(examples=["topk"])
     """topk: the k largest latents of each activation. batchtopk: k per activation on average. jumprelu: a learned
     threshold per latent. relu: an L1-like penalty. tied: relu with one matrix for both directions. gated: which latents
     are active, and how much, apart. repair: a trained relu or tied SAE, its suppressed latents rescaled. (Matryoshka is
@@ -74,14 +76,14 @@ class SaeSettings(Table):
 
     hook: str | None = None
     """Which of model.hooks it reads; without it, the only one."""
-    hooks: list[str] | None = None
+    hooks: list[str] | None = Field(default=None, examples=[["blocks.6.hook_resid_post", "blocks.7.hook_resid_post"]])
     """Several of model.hooks under one code: a crosscoder."""
     target: str | None = None
     """The hook it reconstructs, when that is another one than it reads: a transcoder."""
     skip: bool = False
     """Transcoders: add a linear map from input to target, which the latents need not spend themselves on."""
 
-    d_sae: Positive
+    d_sae: Positive = Field(examples=[4096])
     """How many latents."""
 
     revive: Revival | None = None
@@ -97,7 +99,7 @@ class SaeSettings(Table):
     revive_tokens: Positive | None = None
     """A latent silent for this many tokens is revived; resampling happens every two such spans. Without it,
     dead_tokens."""
-    reinitialise_tokens: int = Field(default=0, ge=0)
+    reinitialise_tokens: Natural = 0
     """Last resort: a latent silent for this many tokens, which nothing else can reach since no activation of the batch
     lifts it above zero, starts anew in the direction of a large error; 0 never. Three times revive_tokens is a fair
     value."""
@@ -108,7 +110,7 @@ class SaeSettings(Table):
     """Decoder rows at the start: random, or towards activations of the data."""
     whitening: bool = False
     """Train on activations whose covariance is the identity; undone in every snapshot."""
-    start_from: str | None = None
+    start_from: PathText | None = Field(default=None, examples=["runs/gpt2/snapshots/000020000256/topk"])
     """Folder of an SAE to go on from: one of a Sluice snapshot, one that SAELens saved, or one of sparsify."""
 
     tokens: Positive | None = None
@@ -134,12 +136,16 @@ class SaeSettings(Table):
             if (architecture := registry.find(data.get("architecture"))) is not None:
                 return architecture.Settings.model_validate(data)
             if isinstance(data.get("architecture"), str):
-                raise ValueError(f"architecture {data['architecture']!r} is not one of {', '.join(registry.names())}")
+                known, given = registry.names(), data["architecture"]
+                raise ValueError(
+                    f"sae {show_value(data.get('name', '?'))}: architecture = {show_value(given)} is not one of "
+                    f"{', '.join(known)}{nearest(given, known)}"
+                )
             return handler({key: value for key, value in data.items() if key in cls.model_fields})
         foreign = [key for key in data if key not in cls.model_fields and registry.is_key(key)]
         settings = handler({key: value for key, value in data.items() if key not in foreign})
         if faults := [*settings.faults(), *settings._faults_of_keys(foreign)]:
-            raise ValueError(f"sae {settings.name!r}: " + "; ".join(faults))
+            raise ValueError(f"sae {show_value(settings.name)}: " + "; ".join(faults))
         return settings
 
     @model_serializer(mode="wrap")
@@ -226,9 +232,9 @@ class SaeSettings(Table):
 
     def _faults_of_name(self) -> Iterator[str]:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or self.name.startswith("."):
-            yield f"name {self.name!r} becomes a folder: use letters, digits, dot, dash, underscore"
+            yield f"name {show_value(self.name)} becomes a folder: use letters, digits, dot, dash, underscore"
         if self.name in ("manifest.json", "LATEST", "pinned"):
-            yield f"name {self.name!r} is that of a file in a snapshot: choose another"
+            yield f"name {show_value(self.name)} is that of a file in a snapshot: choose another"
 
     def _faults_of_revival(self) -> Iterator[str]:
         if {"none"} == self.REVIVALS and (self.revive in ("auxk", "resample") or self.reinitialise_tokens):
@@ -241,7 +247,7 @@ class SaeSettings(Table):
             if self.hook is not None:
                 yield "hook and hooks are both set: hooks alone names those of a crosscoder"
             if len(set(self.hooks)) < len(self.hooks) or len(self.hooks) < 2:
-                yield f"hooks = {self.hooks} must name two or more different hooks; for one use hook"
+                yield f"hooks = {show_value(self.hooks)} must name two or more different hooks; for one use hook"
             if self.target is not None:
                 yield "hooks and target are both set: a crosscoder reconstructs what it reads; remove one"
         if self.target is not None and self.target == self.hook:
@@ -270,14 +276,14 @@ class NestedSettings(SaeSettings):
 
     SHAPE: ClassVar[frozenset[str]] = SaeSettings.SHAPE | {"matryoshka"}
 
-    matryoshka: list[Positive] | None = None
+    matryoshka: list[Positive] | None = Field(default=None, examples=[[256, 1024, 4096]])
     """Sizes of nested dictionaries that must each reconstruct alone, rising and ending at d_sae."""
     initial_rates: Literal["equal", "free"] = "equal"
     """Begin with encoder biases that let every latent fire equally often, or with none."""
 
     def faults(self) -> Iterator[str]:
         if self.matryoshka is not None and sorted({*self.matryoshka, self.d_sae}) != self.matryoshka:
-            yield f"matryoshka = {self.matryoshka} must rise and end at d_sae = {self.d_sae}"
+            yield f"matryoshka = {show_value(self.matryoshka)} must rise and end at d_sae = {self.d_sae}"
         yield from super().faults()
 
     @property
@@ -295,7 +301,7 @@ class PenalisedSettings(SaeSettings):
 
     sparsity_weight: Annotated[float, Field(ge=0.0)] | None = None
     """Weight of the penalty beside |x − x_hat|², where an element of x has variance 1; all penalties but target_l0."""
-    sparsity_warmup_tokens: Annotated[int, Field(ge=0)] | None = None
+    sparsity_warmup_tokens: Natural | None = None
     """The weight of the penalty rises linearly over these tokens. Without it: four times optimizer.warmup_tokens for
     target_l0, whose pull is strongest while L0 is still far off; none for the others."""
 

@@ -73,7 +73,7 @@ def read_start(settings: SaeSettings) -> Start | None:
     """What `start_from` names; None when it names nothing. Raises SnapshotError for what cannot be gone on from."""
     if settings.start_from is None:
         return None
-    path = Path(settings.start_from)
+    path = Path(settings.start_from).absolute()
     try:
         sae = read_published(path)
     except SnapshotError as error:

@@ -34,7 +34,7 @@ class FixedKSettings(NestedSettings):
 
     SHAPE: ClassVar[frozenset[str]] = NestedSettings.SHAPE | {"k"}
 
-    k: Positive | None = None
+    k: Positive | None = Field(default=None, examples=[32])
     """Latents per activation."""
 
     def faults(self) -> Iterator[str]:
