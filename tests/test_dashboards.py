@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -122,6 +124,44 @@ def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
             yield from differences(*pair, f"{path}[{index}]")
     elif ours != theirs:
         yield path
+
+
+def test_every_bottleneck_has_a_word() -> None:
+    """From -1, producers wait all the time, to 1, the trainer does."""
+    panel = next(panel for panel in read("stream")["panels"] if panel["title"] == "Bottleneck")
+
+    def word(value: float) -> str:
+        """The text of the first range that holds the value, as in Grafana, which takes a bound of null for 0."""
+        ranges = [mapping["options"] for mapping in panel["fieldConfig"]["defaults"]["mappings"]]
+        return next(one["result"]["text"] for one in ranges if (one["from"] or 0) <= value <= (one["to"] or 0))
+
+    assert [word(value) for value in (-1, -0.995, -0.06)] == ["the trainer"] * 3
+    assert [word(value) for value in (-0.04, 0, 0.04)] == ["nobody"] * 3
+    assert [word(value) for value in (0.06, 0.9, 1)] == ["the producers"] * 3
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
+def test_curves_by_tokens_go_on_while_tokens_stand_still(tmp_path: Path) -> None:
+    """Grafana's trend panel draws nothing where an x does not exceed the one before, as in a pause."""
+    panels = [panel for panel in read("training")["panels"] if panel["type"] == "trend"]
+    assert len(panels) == 3
+    names = ('sluice_tokens_trained_total{run="demo"}', 'sluice_evaluated_snapshot_tokens{run="demo", sae="topk"}')
+    values = (("$run", "demo"), ("$sae", ".*"), ("$__from", "0"), ("$__range_s", "3600"))
+    expected = []
+    for expr in (panel["targets"][0]["expr"] for panel in panels):
+        for variable, value in values:
+            expr = expr.replace(variable, value)
+        expected += [
+            {"expr": expr, "eval_time": f"{second}s", "exp_samples": [{"labels": "{}", "value": 512 + second / 3600}]}
+            for second in (0, 10, 20)
+        ]
+    series = [{"series": name, "values": "512x2"} for name in names]
+    file = tmp_path / "tests.yml"
+    file.write_text(
+        yaml.safe_dump({"tests": [{"interval": "10s", "input_series": series, "promql_expr_test": expected}]})
+    )
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_provisioning_names_the_source_and_the_folder() -> None:

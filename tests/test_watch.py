@@ -179,7 +179,9 @@ def has_all_been_seen(prometheus: Prometheus) -> bool:
 
 def substituted(expr: str) -> str:
     """With a person's choices and Grafana's own numbers in the place of variables."""
-    for variable, value in (("$__rate_interval", RATE_INTERVAL), ("$run", RUN), ("$sae", "|".join(SAES))):
+    values = {"$run": RUN, "$sae": "|".join(SAES)}
+    values |= {"$__rate_interval": RATE_INTERVAL, "$__from": "0", "$__range_s": "3600"}
+    for variable, value in values.items():
         expr = expr.replace(variable, value)
     return expr
 

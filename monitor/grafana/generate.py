@@ -95,9 +95,9 @@ def stream() -> Dashboard:
     now = [
         number("Bottleneck", "sluice_data_wait_ratio{RUN} - sluice_credit_wait_ratio{RUN}",
                mappings=[
-                   range_text(None, -0.05, "the trainer", GREEN),
+                   range_text(-1, -0.05, "the trainer", GREEN),
                    range_text(-0.05, 0.05, "nobody", GREEN),
-                   range_text(0.05, None, "the producers", ORANGE),
+                   range_text(0.05, 1, "the producers", ORANGE),
                ],
                note="Who keeps the other waiting. The trainer: training goes as fast as it can."),
         number("Producers", "sum(sluice_producers{RUN})", limits=thresholds((None, RED), (1, GREEN))),

@@ -92,8 +92,8 @@ def thresholds(*steps: tuple[float | None, str]) -> builders.ThresholdsConfig:
     return config.steps([models.Threshold(value, color) for value, color in steps])
 
 
-def range_text(start: float | None, end: float | None, text: str, color: str) -> models.RangeMap:
-    """Shows a number from `start` to `end` as a word."""
+def range_text(start: float, end: float, text: str, color: str) -> models.RangeMap:
+    """Shows a number from `start` to `end` as a word. The SDK writes an open end as null, which Grafana takes for 0."""
     return models.RangeMap(models.DashboardRangeMapOptions(start, end, models.ValueMappingResult(text, color, index=0)))
 
 
@@ -151,9 +151,12 @@ def over_time(
 def over_tokens(title: str, tokens: str, *queries: prometheus.Dataquery, log: bool = False) -> trend.Panel:
     """Curves by tokens, which `tokens` counts: joined by time, then put in the order of tokens.
 
-    That order also mends what a trainer does that went back to its checkpoint, and counts some tokens again.
+    That order also mends what a trainer does that went back to its checkpoint, and counts some tokens again. Grafana
+    draws no curve whose x stands still, as in a pause or between two evaluations: so the share of the dashboard's range
+    that has passed is added, less than one token.
     """
-    panel = describe(trend.Panel(), title, [query(tokens, "tokens"), *queries])
+    rising_tokens = f"{tokens} + (time() - $__from / 1000) / $__range_s"
+    panel = describe(trend.Panel(), title, [query(rising_tokens, "tokens"), *queries])
     draw_lines(panel, "short", log).x_field("tokens")
     linear = ScaleDistributionConfig(ScaleDistribution.LINEAR)
     properties = {"unit": "short", "custom.axisLabel": "tokens", "custom.scaleDistribution": linear}
