@@ -27,6 +27,10 @@ OUTCOMES: dict[str, Callable[[int], bool]] = {
 """Which folders, by their depth below the one where files are published, have their names of this moment on disk."""
 
 
+Tree = dict[str, bytes | None]
+"""By path, what a file holds; None for a folder. Folders come before what is in them."""
+
+
 @dataclass
 class Disk:
     """`root` is on disk from the beginning. `published`: the folder below it whose entries are whole or absent."""
@@ -55,26 +59,36 @@ class Disk:
     def _known(self) -> set[int]:
         return self._contents.keys() | self._names.keys()
 
-    def after_power_cut(self, outcome: str, to: Path) -> Path:
-        """Writes to the folder `to` what may be left of `root`."""
-        shutil.rmtree(to, ignore_errors=True)
-        self._restore(os.stat(self.root).st_ino, self.root, to, OUTCOMES[outcome])
-        return to
+    def after_power_cut(self, outcome: str) -> Tree:
+        """What may be left of `root`."""
+        tree: Tree = {}
+        self._restore(os.stat(self.root).st_ino, self.root, OUTCOMES[outcome], tree)
+        return tree
 
-    def _restore(self, inode: int, now: Path, to: Path, is_current: Callable[[int], bool]) -> None:
-        to.mkdir()
+    def _restore(self, inode: int, now: Path, is_current: Callable[[int], bool], tree: Tree) -> None:
         depth = len(now.relative_to(self.published).parts) if now.is_relative_to(self.published) else -1
         there = now.is_dir() and os.stat(now).st_ino == inode
-        names = _names(now) if there and (depth >= 0 and is_current(depth)) else self._names.get(inode, {})
+        names = _names(now) if there and depth >= 0 and is_current(depth) else self._names.get(inode, {})
         for name, entry in names.items():
+            path = str((now / name).relative_to(self.root))
             if entry in self._names or ((now / name).is_dir() and os.stat(now / name).st_ino == entry):
-                self._restore(entry, now / name, to / name, is_current)
+                tree[path] = None
+                self._restore(entry, now / name, is_current, tree)
             else:
-                (to / name).write_bytes(self._contents.get(entry, b""))
+                tree[path] = self._contents.get(entry, b"")
 
     def close(self) -> None:
         for descriptor in self._held:
             os.close(descriptor)
+
+
+def write(tree: Tree, to: Path) -> Path:
+    """Makes the folder `to` anew."""
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir()
+    for path, content in tree.items():
+        (to / path).mkdir() if content is None else (to / path).write_bytes(content)
+    return to
 
 
 def _names(folder: Path) -> dict[str, int]:
@@ -96,9 +110,8 @@ def recorded(root: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
         def watched(path: Any, *arguments: Any, **options: Any) -> Any:
             place = os.readlink(f"/proc/self/fd/{path}") if operation == "fsync" else os.fspath(path)
-            result = change(path, *arguments, **options)
-            if operation == "fsync":
-                disk.flush(path)
+            # What is to be on disk is kept here: the disk itself need not be waited for.
+            result = disk.flush(path) if operation == "fsync" else change(path, *arguments, **options)
             if Path(place).is_relative_to(root) or options.get("dir_fd") is not None:
                 disk.operations.append((operation, str(Path(root, place).relative_to(root))))
                 with monkeypatch.context() as unwatched:

@@ -16,7 +16,7 @@ from monitor.metrics import new_registry
 from monitor.pull import pull
 from monitor.service import make_app, start_service
 from producer.keys import write_keys
-from tests.small_disk import OUTCOMES, Disk, recorded
+from tests.small_disk import OUTCOMES, Disk, Tree, recorded, write
 from tests.small_run import publish_snapshot, start_run
 from trainer import checkpoint
 from trainer.durable import make_folder, remove_folder, replace_text
@@ -40,16 +40,18 @@ def power(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     """
 
     def run(act: Callable[[], object], judge: Callable[[Path], object], published: str = "") -> Disk:
-        left = tmp_path / "left"
+        judged: list[Tree] = []
 
         def cut() -> None:
-            for outcome in OUTCOMES:
-                judge(disk.after_power_cut(outcome, left))
+            for tree in map(disk.after_power_cut, OUTCOMES):
+                if tree not in judged:
+                    judge(write(tree, tmp_path / "left"))
+                    judged.append(tree)
 
         with recorded(root, root / published, monkeypatch) as disk:
             disk.after_each_change = cut
             act()
-            disk.after_power_cut("only what was flushed", tmp_path / "after")
+            write(disk.after_power_cut("only what was flushed"), tmp_path / "after")
         return disk
 
     return run
