@@ -109,6 +109,15 @@ def test_keys_are_never_overwritten(tmp_path: Path, there: str) -> None:
     assert [other for other in tmp_path.rglob("*") if other.is_file()] == [path]
 
 
+def test_keys_are_not_written_through_a_link(tmp_path: Path) -> None:
+    """A link to nowhere is no file yet; a secret that followed it would lie where somebody else wants it."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "server.key_secret").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(KeysError, match="cannot be written"):
+        write_keys(tmp_path / "keys")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_keys_are_written_by_a_command(tmp_path: Path) -> None:
     """`python -m producer keys DIR`: 0 and what goes where; 2 and a sentence when it cannot."""
 
@@ -295,7 +304,7 @@ def test_without_its_doorkeeper_nobody_is_let_in(keys: Path, tmp_path: Path) -> 
             connect_encrypted(client, str(keys))
             client.connect(f"ipc://{tmp_path}/door")
             client.send(b"here I am")
-            return bool(server.poll(500))
+            return bool(server.poll(1000))
 
         assert knocks()
         server.recv_multipart()

@@ -16,8 +16,9 @@ import torch
 import zmq
 from torch import Tensor
 
+from monitor.passes import in_stream
 from producer.produce import CHUNK_ROWS, ReadingAhead, _pack_rows, chunk_parts, chunk_windows
-from producer.source import CALIBRATION_SECONDS, LanguageModelSource, norm_bounds
+from producer.source import CALIBRATION_SECONDS, LanguageModelSource, fingerprint, norm_bounds
 from producer.tokens import Windows
 from producer.wire import (
     MAX_CHUNK_POSITIONS,
@@ -39,7 +40,7 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
-from tests.small_stream import Producing, hello_of, stream_settings, trainer
+from tests.small_stream import Producing, hello_of, named_source, stream_settings, trainer
 from trainer.intake import TORCH_DTYPE
 
 CONTEXT = 4
@@ -266,6 +267,22 @@ def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint
     assert kept.tolist() == [[False, True, True, True]]
 
 
+def test_time_spent_on_text_is_told(hand: Trainer, endpoint: str) -> None:
+    """A tokenizer that takes a tenth of a second for a shard is seen among the producer's waits."""
+
+    class Slow(Tensors):
+        def windows(self, shard: int) -> Windows:
+            time.sleep(0.1)
+            return super().windows(shard)
+
+    source = tensors(1)
+    producer = start(endpoint, Slow(source.x, source.kept))
+    hand.welcome()
+    hand.lease()
+    finish(hand, producer)
+    assert 0.1 <= producer.producer.report().stall_seconds["text"] < 5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_no_outlier(hand: Trainer, endpoint: str, value: float) -> None:
     """It is not quietly dropped as if it were an attention sink: the trainer gets to see it, and refuses it."""
@@ -284,12 +301,30 @@ def test_the_first_pass_proposes_the_bounds() -> None:
     source = tensors(2, widths=(1, 4))
     source.x[0] = torch.arange(8.0).view(2, 4, 1)
     source.x[1] = 2 * torch.ones(2, 4, 4)
-    source.x[1][:, 0] = 1e6
+    for x in source.x:
+        x[:, 0] = 1e6
 
     # kept rows of the first hook: 1 2 3 5 6 7, whose (lower) median is 3
     assert norm_bounds(source, [0, 1], 10.0) == [30.0, 40.0]
     assert norm_bounds(source, [0, 1], 0.0) is None
     assert source.forwarded == [[0, 1]]
+
+
+def test_a_row_as_long_as_its_bound_is_sent() -> None:
+    """The norm of (6, 8) is 10, and only what is longer than the bound is an outlier."""
+    x, wanted = torch.tensor([[[6.0, 8.0], [6.0, 8.001]]]), np.ones((1, 2), bool)
+    assert _pack_rows([x], wanted, [10.0], torch.float32)[0].tolist() == [[True, False]]
+    assert in_stream({"a": x}, torch.from_numpy(wanted), {"a": 10.0}).tolist() == [[True, False]]
+
+
+def test_the_fingerprint_is_of_what_decides_the_rows() -> None:
+    """Each fact counts, but for the names of model and corpus, which another machine may have under another path."""
+    facts = named_source().facts | {"model": "gpt2", "model_weights": "abc"}
+    before = fingerprint(facts)
+    assert fingerprint(facts | {"model": "/models/gpt2", "corpus": "elsewhere"}) == before
+    decisive = facts.keys() - {"model", "corpus"}
+    assert len({fingerprint(facts | {name: "other"}) for name in decisive} | {before}) == len(decisive) + 1
+    assert "context" in decisive
 
 
 def test_the_bound_does_not_depend_on_the_size_of_a_pass() -> None:
