@@ -53,6 +53,7 @@ def identity_sae(name: str, d_in: int = D_IN, hook: str = "blocks.0.hook_resid_p
 
 def publish_snapshot(directory: Path, tokens: int, exports: list[Export] | None = None, **run: Any) -> Path:
     """One snapshot of an SAE called `small`, or of `exports`; `run` goes into the manifest."""
+    directory.mkdir(parents=True, exist_ok=True)
     return publish(directory, tokens, exports or [identity_sae("small")], run, check=lambda folder: None)
 
 

@@ -523,6 +523,7 @@ def fresh(tmp_path: Path) -> Run:
 def through_the_disk(run: Run, tmp_path: Path) -> Run:
     """The run as a trainer finds it that is started again."""
     document, tensors = run.state()
+    (tmp_path / "run").mkdir(exist_ok=True)
     checkpoint.save(tmp_path / "run", 1, document, tensors, keep=1)
     saved = load_newest(tmp_path / "run")
     assert saved is not None

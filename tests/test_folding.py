@@ -28,6 +28,7 @@ def published(trainee: Trainee, directory: Path) -> InferenceSae:
     trainee.calibrate(trainee.sae, scaled)
     raw = trainee.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
     exported = export(trainee.sae, trainee.frame(SCALES), "s", trainee.statistics.firing_rate(), raw, {}, {})
+    directory.mkdir(exist_ok=True)
     return load_sae(publish(directory, 1000, [exported], {}, check) / "s")
 
 

@@ -331,6 +331,7 @@ def suppressed(directory: Path) -> tuple[Path, Tensor]:
     trainee = trained(settings, steps=300)
     (x,) = rows_of(settings, 1024, 77)
     exported = export(trainee.sae, trainee.frame([1.0]), "s", trainee.statistics.firing_rate(), x, {}, {})
+    directory.mkdir(exist_ok=True)
     return publish(directory, 1000, [exported], {}, check) / "s", x
 
 
