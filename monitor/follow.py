@@ -41,7 +41,7 @@ from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of, manifest_of
 from producer.activations import LanguageModel, ModelError, load_language_model
 from producer.corpus import CorpusError, open_corpus
-from producer.tokens import Windows, tokens_fingerprint
+from producer.tokens import Windows, check_packing, tokens_fingerprint
 from trainer.durable import replace_text
 from trainer.snapshot import SnapshotError, is_complete
 
@@ -303,10 +303,13 @@ class Evaluator:
         model = load_language_model(settings.model, whole=True)
         if not model.causal:
             raise ModelError(f"{settings.model.name} does not predict the next token; set monitor.evaluate = false")
+        check_packing(model.tokenizer, settings.corpus, model.vocabulary)
+        model.check_context(settings.corpus.context)
         windows, reading = (
             held_out_windows(corpus, model.tokenizer, settings.corpus, max(1, rows))
             for rows in (settings.monitor.evaluation_tokens, settings.monitor.latents_tokens)
         )
+        model.check_ids(torch.from_numpy(np.concatenate([windows.ids, reading.ids])), "held-out window")
         log.info(
             "evaluating with %s on %s held-out rows in %s windows",
             settings.model.name,
@@ -323,6 +326,8 @@ class Evaluator:
         labelled = (
             None if probes is None else read_labelled_texts(Path(probes).absolute(), model.tokenizer, settings.corpus)
         )
+        if labelled is not None:
+            model.check_ids(torch.from_numpy(labelled.windows.ids), "monitor.probe_file, window")
         self._desk.explorer = Explorer(self._directory, model, settings.corpus)
         return _Instruments(model, windows, reading, facts, labelled)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from producer.settings import CorpusSettings
 from producer.tokens import Windows, windows_of
@@ -14,7 +18,11 @@ ANCHOR = "a"
 BEHIND = 4
 """Tokens before one that its text may depend on."""
 BROKEN = "\ufffd"
-"""What bytes that are no whole character decode to."""
+"""What bytes that are no whole character decode to; a text may also contain it."""
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+"""How byte-level tokenizers, GPT-2's kind, write bytes."""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How those that fall back on bytes, Llama 2's kind, write one."""
 
 
 class Texts:
@@ -47,7 +55,7 @@ class Texts:
                 start = max(0, told - BEHIND)
                 before = self._decode(ids[start:told])
                 text = self._decode(ids[start:end])
-                if text.endswith(BROKEN) and end < len(ids) and end - told < 8:
+                if text.endswith(BROKEN) and end < len(ids) and self._goes_on(ids[told:end], ids[end]):
                     pieces.append("")
                     continue
                 pieces.append(text[len(before) :])
@@ -59,6 +67,22 @@ class Texts:
         with self._lock:
             return windows_of([text], self._tokenizer, settings)
 
+    def _goes_on(self, ids: Sequence[int], following: int) -> bool:
+        """Whether these tokens end in the middle of a character that the following one goes on with, by their bytes."""
+        *parts, more = (_bytes_of(token or "") for token in self._tokenizer.convert_ids_to_tokens([*ids, following]))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(parts))
+        return bool(decoder.getstate()[0]) and more[:1] >= b"\x80" and more[:1] < b"\xc0"
+
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode([*self._anchor, *ids], clean_up_tokenization_spaces=False)
         return text[self._anchored :]
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes a token stands for; of one that is written as text, that text."""
+    if match := BYTE_TOKEN.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    if all(character in BYTE_OF for character in token):
+        return bytes(BYTE_OF[character] for character in token)
+    return token.encode()

@@ -15,6 +15,11 @@ Any Hugging Face decoder or encoder, found by rule rather than by name. Notable:
 - `hidden_states[-1]` of transformers is *after* the final norm; it is never used for the last block. `hidden_states`
   serve only to check, at the start, that the cut model gives what the whole one gives.
 - Full windows run without an attention mask, so that SDPA may use its causal kernel.
+- Whether a model is causal is seen, not read off its class or configuration: the first half of a window must not
+  change with the tokens of the second.
+- The longest window is the smallest of what the configuration says, under any of its usual names, and of the tables
+  that are looked up by position.
+- Token ids are compared with the embedding before each pass: beyond it an embedding on a GPU spoils the process.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ import transformers
 from huggingface_hub import constants as hub
 from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from producer.precision import fastest_dtype
@@ -47,6 +53,17 @@ PROBE_WINDOWS, PROBE_CONTEXT = 2, 8
 KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_out")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Self-check: how far an activation may lie from the whole model's, in its own size plus the rms. Usually it is 0."""
+CONTEXT_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "n_ctx",
+)
+"""Names under which configurations say how many positions the model has; the first that is there counts."""
+TEXT_AROUND = 8
+"""Tokens shown on either side of one that the model does not know."""
 
 
 class ModelError(ValueError):
@@ -110,7 +127,7 @@ class LanguageModel:
     hooks: tuple[HookPoint, ...]
     self_check: SelfCheck
     causal: bool
-    """False for encoders, whose positions see each other in both directions."""
+    """False for encoders, whatever their class is called: their positions see each other in both directions."""
     whole: bool
     """True when nothing was cut, so that `logits` works."""
     layers_run: int
@@ -136,6 +153,8 @@ class LanguageModel:
         self.hooks = tuple(hooks)
         self.causal = loaded.causal
         self.whole = whole
+        self._masks_padding = True
+        """An encoder whose attention mask keeps padding from its activations; else windows are cut to their text."""
         self.layers_run = 0
         self.layers_total = loaded.layers
         self.vocabulary = loaded.vocabulary
@@ -159,6 +178,8 @@ class LanguageModel:
         no text. Causal models need none for padding on the right: nothing before it can see it. What comes back are
         inference tensors: autograd takes only a clone of them. Several threads may call this at the same time.
         """
+        if not self._masks_padding and padding is not None and padding.any():
+            return self._cut_to_text(tokens, padding)
         kept: dict[int, Tensor] = {}
         self._mine.kept = kept
         try:
@@ -167,6 +188,61 @@ class LanguageModel:
         finally:
             self._mine.kept = None
         return [kept[index].reshape(*tokens.shape, -1).to(self.dtype) for index in range(len(self._places))]
+
+    def _cut_to_text(self, tokens: Tensor, padding: Tensor) -> list[Tensor]:
+        """As `activations`, each window alone and without the padding at its end, where activations are 0."""
+        shape = [*tokens.shape]
+        found = [torch.zeros(*shape, hook.width, device=self.device, dtype=self.dtype) for hook in self.hooks]
+        for window, length in enumerate((~padding).sum(1).tolist()):
+            if length:
+                for x, part in zip(found, self.activations(tokens[window : window + 1, :length]), strict=True):
+                    x[window, :length] = part[0]
+        return found
+
+    def check_ids(self, ids: Tensor, where: str = "window") -> None:
+        """Raises ModelError where token ids [windows, context] lie beyond the embedding, with the text around one."""
+        if not ids.numel():
+            return
+        least, most = (int(one) for one in ids.aminmax())
+        if least >= 0 and most < self.vocabulary:
+            return
+        window, position = ((ids < 0) | (ids >= self.vocabulary)).nonzero()[0].tolist()
+        wrong, around = int(ids[window, position]), ids[window, max(0, position - TEXT_AROUND) :][: 2 * TEXT_AROUND]
+        text = self.tokenizer.decode([one for one in around.tolist() if 0 <= one < len(self.tokenizer)])
+        raise ModelError(
+            f"{where} {window}, position {position}: token id {wrong} ({_token(self.tokenizer, wrong)}) is unknown to "
+            f"{self.settings.name}, whose embedding has ids 0 to {self.vocabulary - 1}; the text there is {text!r}: "
+            "take it out of the text, take that token out of the tokenizer's files, or use a model whose embedding "
+            "was resized for this tokenizer"
+        )
+
+    @property
+    def unknown_tokens(self) -> dict[int, str]:
+        """Tokens of the tokenizer, by id, that the embedding does not have: a text must not contain them."""
+        added = self.tokenizer.added_tokens_decoder
+        return {number: str(token) for number, token in sorted(added.items()) if number >= self.vocabulary}
+
+    def check_context(self, context: int) -> None:
+        """Reads one window of `context` tokens. Raises ModelError, naming corpus.context, when the model cannot."""
+        name = self.settings.name
+        if self.context_limit is not None and context > self.context_limit:
+            raise ModelError(
+                f"corpus.context = {context} is longer than the {self.context_limit} tokens that {name} can read; "
+                "lower corpus.context"
+            )
+        try:
+            self.activations(torch.zeros(1, context, dtype=torch.int64))
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"corpus.context = {context}: one window of {name} does not fit into the memory of {self.device}; "
+                "lower corpus.context, or use another model.device"
+            ) from None
+        except (RuntimeError, IndexError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise ModelError(
+                f"corpus.context = {context}: {name} cannot read a window of so many tokens "
+                f"({type(error).__name__}: {text[:200]}); lower corpus.context"
+            ) from error
 
     def logits(self, tokens: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """Logits `[windows, context, vocabulary]` of the whole model, with activations replaced under way.
@@ -244,6 +320,7 @@ class LanguageModel:
                 f"a window of {context} tokens is longer than the {self.context_limit} that {self.settings.name} "
                 f"can read; set corpus.context to {self.context_limit} or less"
             )
+        self.check_ids(tokens)
         extra = {}
         if not self.causal and padding is not None and padding.any():
             extra["attention_mask"] = (~padding).to(self.device, torch.int64)
@@ -279,12 +356,18 @@ def load_language_model(settings: ModelSettings, *, whole: bool = False) -> Lang
         _refuse_random_weights(loaded, whole)
         probe = _probe_tokens(loaded.full)
         places = _find_places(loaded, probe)
-        survey = _survey(loaded, places, probe)
+        everywhere = places + [_Place(block, "") for block in loaded.blocks]
+        seen = _survey(loaded, everywhere, probe)
+        survey = seen[: len(places)]
         hooks = _hook_points(loaded, places, survey, probe)
+        _refuse_overflow(loaded, hooks, survey)
+        loaded.causal = loaded.causal and not _sees_ahead(loaded, everywhere, probe, seen)
         if not whole:
             _cut(loaded, places, survey)
         model = LanguageModel(loaded, places, hooks, whole)
         model.self_check = _check(hooks, model.activations(probe), survey, loaded.dtype)
+        if not model.causal:
+            model._masks_padding = _masks_padding(model, probe)
     return model._move(device)
 
 
@@ -409,7 +492,10 @@ def _find_place(loaded: _Loaded, name: str, probe: Tensor) -> _Place:
     if kind in ("resid_pre", "resid_post"):
         return _Place(block, path, "input" if kind == "resid_pre" else "output")
     if layer not in loaded.anatomy:
-        loaded.anatomy[layer] = _dissect(_record_call(loaded, block, path, probe))
+        call = _record_call(loaded, block, path, probe)
+        if not call.again(call.x).isfinite().all():
+            raise ModelError(_overflow(loaded, name))
+        loaded.anatomy[layer] = _dissect(call)
     found = getattr(loaded.anatomy[layer], kind)
     if found is None:
         raise ModelError(f"model.hooks = {name!r}: {_why_none(loaded.anatomy[layer], block, path)}")
@@ -676,7 +762,9 @@ def _hook_points(loaded: _Loaded, places: list[_Place], survey: list[_Sight], pr
     hooks, faults = [], []
     for name, place, sight in zip(loaded.settings.hooks, places, survey, strict=True):
         if fault := _not_rows(sight, probe):
-            faults.append(f"model.hooks = {name!r}: {fault}; hook a block, such as {loaded.blocks_path}.0")
+            is_block = any(place.module is block for block in loaded.blocks)
+            advice = "hook a module inside a block" if is_block else "hook a block"
+            faults.append(f"model.hooks = {name!r}: {fault}; {advice}, such as {_example(loaded, is_block)}")
             continue
         layer = sight.blocks_begun[0] - (0 if place.module in list(loaded.blocks) and place.side == "input" else 1)
         width = sight.outputs[0].numel() // probe.numel()
@@ -684,6 +772,12 @@ def _hook_points(loaded: _Loaded, places: list[_Place], survey: list[_Sight], pr
     if faults:
         raise ModelError("\n".join(faults))
     return hooks
+
+
+def _example(loaded: _Loaded, inside: bool) -> str:
+    """Path of the first block, or of the first module inside it."""
+    child = next((f".{name}" for name, _ in loaded.blocks[0].named_children()), "") if inside else ""
+    return f"{loaded.blocks_path}.0{child}"
 
 
 def _not_rows(sight: _Sight, probe: Tensor) -> str | None:
@@ -711,6 +805,69 @@ def _cut(loaded: _Loaded, places: list[_Place], survey: list[_Sight]) -> None:
     for module in every:
         if module not in kept:
             module._parameters.clear()  # freed at once, and not when the garbage collector comes by
+
+
+def _refuse_overflow(loaded: _Loaded, hooks: list[HookPoint], survey: list[_Sight]) -> None:
+    faults = [
+        _overflow(loaded, hook.name)
+        for hook, sight in zip(hooks, survey, strict=True)
+        if not sight.outputs[0].isfinite().all()
+    ]
+    if faults:
+        raise ModelError("\n".join(faults))
+
+
+def _overflow(loaded: _Loaded, hook: str) -> str:
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return f"model.hooks = {hook!r}: {not_finite(loaded.settings.name, dtype)}"
+
+
+def not_finite(model: str, dtype: str) -> str:
+    """What to tell of activations that are NaN or infinite, when the model ran in `dtype`."""
+    if dtype == "float16":
+        return (
+            f"the activations of {model} overflow in model.dtype = 'float16', whose largest number is 65504; set "
+            'model.dtype = "bfloat16" or "float32"'
+        )
+    advice = "" if dtype == "float32" else ', or set model.dtype = "float32"'
+    return f"{model} gives NaN or infinity here in {dtype}; use a checkpoint whose weights are sound{advice}"
+
+
+def _sees_ahead(loaded: _Loaded, places: list[_Place], probe: Tensor, seen: list[_Sight]) -> bool:
+    """Whether one of the places, `seen` with the probe, shows in half a window what tokens stand in the other half.
+
+    The two windows of the probe exchange their second halves. Where experts share a product with other tokens its last
+    bits may change; what attention sees is far more than TOLERANCE.
+    """
+    half = probe.shape[1] // 2
+    exchanged = torch.cat([probe[:, :half], probe.flip(0)[:, half:]], 1)
+    for before, after in zip(seen, _survey(loaded, places, exchanged), strict=True):
+        if _not_rows(before, probe) or _not_rows(after, probe):
+            continue
+        x, y = (sight.outputs[0].reshape(*probe.shape, -1)[:, :half] for sight in (before, after))
+        if _differs(x, y, loaded.dtype):
+            return True
+    return False
+
+
+def _masks_padding(model: LanguageModel, probe: Tensor) -> bool:
+    """Whether an attention mask keeps padding from the activations of the text before it."""
+    half = probe.shape[1] // 2
+    padding = torch.zeros_like(probe, dtype=torch.bool)
+    padding[:, half:] = True
+    try:
+        padded = model.activations(probe, padding)
+    except (TypeError, ValueError):  # it takes no mask
+        return False
+    return not any(
+        _differs(x, y[:, :half], model.dtype) for x, y in zip(model.activations(probe[:, :half]), padded, strict=True)
+    )
+
+
+def _differs(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x and y differ by more, in their rms, than products of other sizes round differently in `dtype`."""
+    x, y = x.float(), y.float()
+    return bool((x - y).square().mean().sqrt() > TOLERANCE[dtype] * x.square().mean().sqrt())
 
 
 def _check(hooks: list[HookPoint], found: list[Tensor], survey: list[_Sight], dtype: torch.dtype) -> SelfCheck:
@@ -749,6 +906,7 @@ class _Loaded:
     blocks_path: str
     layers: int
     causal: bool
+    """By its class at first; then as it was seen."""
     vocabulary: int
     context_limit: int | None
     revision: str | None
@@ -767,6 +925,7 @@ def _load(settings: ModelSettings, dtype: torch.dtype) -> _Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         kind = _auto_class(config)
         full, report = kind.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **options)
+    vocabulary = _vocabulary(settings, full)
     causal = kind is transformers.AutoModelForCausalLM
     full.eval().requires_grad_(False)
     for part in (full.config, full.config.get_text_config()):
@@ -786,14 +945,15 @@ def _load(settings: ModelSettings, dtype: torch.dtype) -> _Loaded:
         blocks_path=paths[blocks],
         layers=len(blocks),
         causal=causal,
-        vocabulary=full.get_input_embeddings().num_embeddings,
-        context_limit=_context_limit(full),
+        vocabulary=vocabulary,
+        context_limit=_context_limit(full, decoder, blocks),
         revision=getattr(config, "_commit_hash", None),
         fingerprint=_fingerprint(full),
         missing=sorted(report["missing_keys"]),
         anatomy={},
     )
     _refuse_wrong_tokenizer(loaded)
+    _choose_padding(loaded)
     return loaded
 
 
@@ -876,17 +1036,75 @@ def _is_chain(full: Any, blocks: nn.ModuleList) -> bool:
 
 
 def _equal(y: Any, x: Any) -> bool:
-    return isinstance(y, Tensor) and isinstance(x, Tensor) and torch.equal(y, x)
+    """NaN equals NaN: a model that overflows is told of it, and not that it has no blocks."""
+    if not isinstance(y, Tensor) or not isinstance(x, Tensor) or y.shape != x.shape:
+        return False
+    return torch.allclose(y, x, rtol=0, atol=0, equal_nan=True)
 
 
-def _context_limit(full: Any) -> int | None:
-    """Positions the model knows, less the ones that RoBERTa's kind spends on padding."""
-    limit = getattr(full.config.get_text_config(), "max_position_embeddings", None)
-    tables = [module for module in full.modules() if isinstance(module, nn.Embedding)]
-    for table in tables:
-        if table.num_embeddings == limit and table.padding_idx is not None and table is not full.get_input_embeddings():
-            return limit - table.padding_idx - 1
-    return limit
+def _vocabulary(settings: ModelSettings, full: Any) -> int:
+    """Rows of the table that token ids are looked up in."""
+    try:
+        rows = full.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        rows = None
+    if not isinstance(rows, int):
+        raise ModelError(
+            f"model.name = {settings.name!r}: {type(full).__name__} has no embedding of token ids, so it reads no "
+            "text; use a language model"
+        )
+    return rows
+
+
+def _context_limit(full: Any, decoder: Any, blocks: nn.ModuleList) -> int | None:
+    """Positions the model has: as its configuration says, or fewer where a table is smaller or begins later."""
+    limits = [_limit_of(full.config.get_text_config()), _limit_of(decoder.config)]
+    return min((limit for limit in [*limits, *_table_sizes(full, blocks)] if limit is not None), default=None)
+
+
+def _limit_of(config: Any) -> int | None:
+    said = (getattr(config, name, None) for name in CONTEXT_LIMITS)
+    return next((limit for limit in said if isinstance(limit, int) and limit > 0), None)
+
+
+class _Lookups(TorchFunctionMode):
+    """Records (indices, rows of the table) of each lookup in an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding:
+            given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            self.of.append((given["input"], len(given["weight"])))
+        return func(*args, **(kwargs or {}))
+
+
+def _table_sizes(full: Any, blocks: nn.ModuleList) -> list[int]:
+    """Of each table that is looked up by position, how many positions it serves: OPT's and RoBERTa's begin at row 2.
+
+    Such a table is asked, for a window of one token over and over, for one row after the other, whatever the window.
+    """
+    token = int(getattr(full.get_input_embeddings(), "padding_idx", None) == 0)  # padding may have no position
+    context = min(PROBE_CONTEXT, _limit_of(full.config.get_text_config()) or PROBE_CONTEXT)
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    handle = blocks[0].register_forward_hook(stop)
+    try:
+        with _Lookups() as lookups, suppress(_Stop):
+            full(input_ids=torch.full((PROBE_WINDOWS, context), token))
+    finally:
+        handle.remove()
+    sizes = []
+    for indices, rows in lookups.of:
+        if context > 1 and indices.shape[-1:] == (context,):
+            first = int(indices.flatten()[0])
+            if torch.equal(indices, torch.arange(first, first + context).expand_as(indices).to(indices)):
+                sizes.append(rows - first)
+    return sizes
 
 
 def _refuse_wrong_tokenizer(loaded: _Loaded) -> None:
@@ -905,6 +1123,22 @@ def _refuse_wrong_tokenizer(loaded: _Loaded) -> None:
         )
 
 
+def _choose_padding(loaded: _Loaded) -> None:
+    """Lets padding be another token where the model has none for it, as after adding [PAD] without resizing.
+
+    What stands behind a text is never kept and no text sees it, so that any id does that the model knows.
+    """
+    padding = loaded.tokenizer.pad_token_id
+    if padding is not None and padding >= loaded.vocabulary:
+        loaded.tokenizer.pad_token = None
+
+
+def _token(tokenizer: Any, number: int) -> str:
+    """The name of a token, quoted; a word for ids that the tokenizer has no name for."""
+    name = tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(tokenizer) else None
+    return "no token" if name is None else repr(name)
+
+
 def _refuse_random_weights(loaded: _Loaded, whole: bool) -> None:
     """Transformers fills what a checkpoint lacks with random numbers; nothing that is used may be such."""
     used = [loaded.blocks, loaded.full.get_input_embeddings()]
@@ -920,7 +1154,7 @@ def _refuse_random_weights(loaded: _Loaded, whole: bool) -> None:
 
 def _probe_tokens(full: Any) -> Tensor:
     """Short windows of random ids: two, so that what windows share is not taken for activations."""
-    shape = (PROBE_WINDOWS, min(PROBE_CONTEXT, _context_limit(full) or PROBE_CONTEXT))
+    shape = (PROBE_WINDOWS, min(PROBE_CONTEXT, _limit_of(full.config.get_text_config()) or PROBE_CONTEXT))
     return torch.randint(full.get_input_embeddings().num_embeddings, shape, generator=torch.Generator().manual_seed(0))
 
 

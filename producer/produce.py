@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from producer.activations import ModelError
+from producer.corpus import CorpusError
 from producer.link import Finished, Link, SessionLost
 from producer.report import ProducerReport
 from producer.source import Source, batches, open_lanes
@@ -149,7 +151,8 @@ class Producer:
         except SessionLost:
             raise
         except Exception as error:
-            log.exception("shard %d failed", lease.shard)
+            expected = isinstance(error, CorpusError | ModelError)
+            log.error("shard %d failed: %s", lease.shard, error, exc_info=not expected)
             message = f"{type(error).__name__}: {error}"[:1024]
             self._link.end_shard(
                 lease,

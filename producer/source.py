@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from producer.activations import LanguageModel, ModelError, load_language_model
+from producer.activations import LanguageModel, ModelError, load_language_model, not_finite
 from producer.corpus import Corpus, SyntheticCorpus, open_corpus
 from producer.settings import ProducerSettings
-from producer.tokens import Windows, tokens_fingerprint, windows_of
+from producer.tokens import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.wire import Hook
 
 log = logging.getLogger("sluice.producer")
@@ -83,11 +83,14 @@ class LanguageModelSource:
         self._corpus: Corpus = open_corpus(settings.corpus)
         log.info("corpus: %s", self._corpus.description)
         self.model: LanguageModel = load_language_model(settings.model)
-        if self.model.context_limit is not None and self.context > self.model.context_limit:
-            raise ModelError(
-                f"corpus.context = {self.context} is longer than the {self.model.context_limit} tokens that "
-                f"{settings.model.name} can read; lower corpus.context"
-            )
+        check_packing(self.model.tokenizer, settings.corpus, self.model.vocabulary)
+        if unknown := self.model.unknown_tokens:
+            log.info(
+                "the tokenizer has %d token(s) that the model does not know, such as %r (id %d): a shard whose text "
+                "contains one fails",
+                len(unknown), *next((token, number) for number, token in unknown.items()),
+            )  # fmt: skip
+        self.model.check_context(self.context)
         check = self.model.self_check
         log.info(
             "self-check: cut model against the whole one: largest difference %.3g at rms %.3g (%s)",
@@ -197,7 +200,9 @@ class LanguageModelSource:
         }
 
     def windows(self, shard: int) -> Windows:
-        return windows_of(self._corpus.documents(shard), self.model.tokenizer, self._settings)
+        windows = windows_of(self._corpus.documents(shard), self.model.tokenizer, self._settings)
+        self.model.check_ids(torch.from_numpy(windows.ids))  # before any row of the shard is sent
+        return windows
 
     def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
         padded = windows.padded[chosen]
@@ -275,7 +280,8 @@ def fingerprint(facts: dict[str, Any]) -> str:
 def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[float] | None:
     """Per hook, `factor` times the median norm of the rows in the corpus' first windows; None when nothing is dropped.
 
-    Attention sinks have a hundred times the usual norm; a bound from the median hardly notices them.
+    Attention sinks have a hundred times the usual norm; a bound from the median hardly notices them. Raises ModelError
+    for a hook whose median is 0, or that gives what is not finite.
     """
     if not factor:
         return None
@@ -291,9 +297,29 @@ def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[fl
                 for some in np.array_split(chosen, -(-len(chosen) // source.batch_windows))
             ]
             return [
-                factor * float(torch.from_numpy(np.concatenate(hook)).median()) for hook in zip(*norms, strict=True)
+                factor * _usual_norm(source, hook.name, np.concatenate(parts))
+                for hook, parts in zip(source.hooks, zip(*norms, strict=True), strict=True)
             ]
     return None
+
+
+def _usual_norm(source: Source, hook: str, norms: np.ndarray) -> float:
+    """The median; raises ModelError where no bound can be made of it."""
+    where = f"model.hooks = {hook!r}"
+    if not np.isfinite(norms).all():
+        facts = source.facts
+        raise ModelError(
+            f"{where}: {not_finite(facts.get('model', 'the source'), facts.get('model_dtype', 'float32'))}"
+        )
+    usual = float(torch.from_numpy(norms).median())
+    if usual == 0:
+        zeros = int((norms == 0).sum())
+        raise ModelError(
+            f"{where}: {zeros:,} of the first {len(norms):,} activations are zero, so that their median norm, which "
+            "corpus.outlier_factor counts from, is 0; hook another place, if this module was zeroed or pruned, or set "
+            "corpus.outlier_factor = 0"
+        )
+    return usual
 
 
 def batches(windows: Windows, wanted: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ whatever order and by whichever producer they are read. Packing restarts with ea
 
 Ids are never tested for truth: 0 is a real id, and Pythia's BOS. Where BOS and separator are the same token, a window
 whose text happens to begin with a separator starts with it twice; cutting there would make each window depend on all
-the ones before.
+the ones before. A text that brings BOS with it ("<s>Once upon") loses it where windows get their own.
 """
 
 from __future__ import annotations
@@ -80,6 +80,26 @@ def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSetti
         [settings.context, settings.prepend_bos, settings.exclude_special],
     ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def check_packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings, vocabulary: int) -> None:
+    """Raises CorpusError when packing itself would put an id into windows that a model of `vocabulary` ids lacks.
+
+    Other tokens that the model lacks do no harm until a text contains one.
+    """
+    packing = _packing(tokenizer, settings)
+    documents = None if settings.kind == "tokens" else packing.separator
+    for role, number, advice in (
+        ("BOS, which begins each window", packing.bos, "set corpus.prepend_bos = false, or "),
+        ("EOS (or BOS), which separates documents", documents, ""),
+        ("padding, which fills the last window of a shard", packing.pad, ""),
+    ):
+        if number is not None and number >= vocabulary:
+            raise CorpusError(
+                f"the tokenizer's {tokenizer.convert_ids_to_tokens(number)!r} (id {number}) serves as {role}, and the "
+                f"model's embedding has ids 0 to {vocabulary - 1}; {advice}give that role to a token that the model "
+                "knows, in the tokenizer's files, or use a model whose embedding was resized for this tokenizer"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,11 +189,23 @@ def _document_ids(
 
 
 def _text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, packing: _Packing) -> Iterator[np.ndarray]:
-    for ids in _tokenized(tokenizer, texts) if texts else []:
+    for text, ids in zip(texts, _tokenized(tokenizer, texts) if texts else [], strict=True):
         # Some tokenizers add their BOS or EOS whatever they are told.
-        front = packing.adds_bos and len(ids) > 0
+        front = int(packing.adds_bos and len(ids) > 0)
         back = packing.adds_eos and len(ids) > front
+        front += _own_bos(text, ids[front:], tokenizer, packing)
         yield np.array(ids[front : len(ids) - back], dtype=np.int64)
+
+
+def _own_bos(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, packing: _Packing) -> int:
+    """How many BOS tokens a text brings where windows get their own; unknown text may have the same id, and stays."""
+    if packing.bos is None or not ids or ids[0] != packing.bos:
+        return 0
+    written = str(tokenizer.bos_token)
+    count = 0
+    while text.startswith(written, count * len(written)) and ids[count : count + 1] == [packing.bos]:
+        count += 1
+    return count
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

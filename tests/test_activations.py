@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from producer.activations import HookPoint, LanguageModel, ModelError, load_language_model
-from producer.settings import ModelSettings
+from producer.settings import CorpusSettings, ModelSettings
+from producer.tokens import windows_of
 
 WORDS = 60
 LAYERS = 4
@@ -90,8 +91,14 @@ OVERRIDES = {
     "bert": {"is_decoder": False},
     "bert decoder": {"is_decoder": True},
     "opt post-norm": {"do_layer_norm_before": False},
+    "mpt": {"d_model": WIDTH, "n_heads": 2, "n_layers": LAYERS, "max_seq_len": 32},
+    "whisper": {"d_model": WIDTH, "decoder_layers": LAYERS, "decoder_attention_heads": 2, "max_target_positions": 32},
 }
-UNWANTED = {"falcon": {"head_dim"}, "mamba": {"intermediate_size"}}
+UNWANTED = {
+    "falcon": {"head_dim"},
+    "mamba": {"intermediate_size", "max_position_embeddings"},
+    "mpt": {"max_position_embeddings"},
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -138,7 +145,7 @@ def save_tokenizer(folder: Path, words: int = WORDS) -> None:
 
 
 def whole_class(architecture: str) -> Any:
-    encoder = architecture in ("bert", "modernbert", "albert")
+    encoder = architecture in ("bert", "modernbert", "albert", "fnet", "convbert", "xlm-roberta")
     return transformers.AutoModelForMaskedLM if encoder else transformers.AutoModelForCausalLM
 
 
@@ -395,6 +402,82 @@ def test_encoder_is_told_of_padding(tiny):
     assert not model.causal
     torch.testing.assert_close(model.activations(padded, padding)[0][:, :8], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model.activations(padded)[0][:, :8], alone, atol=1e-2)
+
+
+BIDIRECTIONAL = {"gemma3_text": {"use_bidirectional_attention": True}, "llama": {"is_causal": False}}
+
+
+@pytest.mark.parametrize("architecture", BIDIRECTIONAL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoder_that_sees_ahead_is_an_encoder(tiny, tmp_path, architecture, dtype):
+    """EmbeddingGemma's kind, by what it does and not by its class: padding leaves its activations alone."""
+    folder = copy_of(tiny(architecture), tmp_path / "both_ways")
+    assert load(folder, "blocks.0.hook_resid_pre", dtype=dtype).causal
+    change_config(folder, **BIDIRECTIONAL[architecture])
+    model, tokens = load(folder, "blocks.0.hook_resid_pre", "blocks.3.hook_resid_post", dtype=dtype), windows()
+    assert not model.causal
+    padding = torch.zeros_like(tokens, dtype=torch.bool)
+    padding[:, 8:] = True
+    y, alone = model.activations(tokens, padding)[1][:, :8].float(), model.activations(tokens[:, :8])[1].float()
+    assert (y - alone).square().mean() < (1e-5 if dtype == "float32" else 3e-2) ** 2 * alone.square().mean()
+
+
+@pytest.mark.parametrize("architecture", ["fnet", "convbert"])
+def test_encoder_that_no_mask_helps_reads_text_alone(tiny, architecture):
+    """FNet takes no mask, ConvBERT's convolution does not heed it: windows are read without their padding."""
+    model, tokens = load(tiny(architecture), "blocks.0.hook_resid_post", "blocks.3.hook_resid_post"), windows()
+    padding = torch.zeros_like(tokens, dtype=torch.bool)
+    padding[1, 5:] = padding[2] = True
+    assert not model.causal
+    for y, whole, alone in zip(
+        model.activations(tokens, padding), model.activations(tokens), model.activations(tokens[1:2, :5]), strict=True
+    ):
+        torch.testing.assert_close(y[0], whole[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y[1, :5], alone[0], rtol=1e-4, atol=1e-5)
+        assert not y[1, 5:].any() and not y[2].any()
+
+
+# Token ids beyond the embedding -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_image_token(tiny, tmp_path):
+    """Folder of a Llama of 64 ids whose tokenizer has <image> as id 64, as Gemma 3's has one."""
+    folder = copy_of(tiny("llama"), tmp_path / "image")
+    save_tokenizer(folder, words=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_token_that_the_model_does_not_know_is_refused_where_it_is_used(with_image_token):
+    """The tokenizer may have it; a window that contains it is refused with place, id, token and text."""
+    model = load(with_image_token, "blocks.0.hook_resid_post")
+    assert model.unknown_tokens == {64: "<image>"}
+    tokens = torch.tensor(model.tokenizer(["w5 w6 w7 w8", "w5 w6 <image> w8"])["input_ids"])
+    assert model.activations(tokens[:1])[0].shape == (1, 4, WIDTH)
+    for use in (model.activations, model.check_ids):
+        with pytest.raises(ModelError) as caught:
+            use(tokens)
+        assert str(caught.value).startswith("window 1, position 2: token id 64 ('<image>') is unknown to ")
+        assert "ids 0 to 63; the text there is 'w5 w6 <image> w8': take it out" in str(caught.value)
+    with pytest.raises(ModelError, match=r"held-out window 0, position 1: token id -3 \(no token\)"):
+        model.check_ids(torch.tensor([[5, -3, 99]]), "held-out window")
+
+
+def test_padding_that_the_model_does_not_know_is_replaced(tiny, tmp_path):
+    """The recipe that adds [PAD] to Llama's tokenizer and does not resize: EOS stands behind the text instead."""
+    folder = copy_of(tiny("llama"), tmp_path / "padded")
+    save_tokenizer(folder, words=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 64
+    tokenizer.save_pretrained(folder)
+    model = load(folder, "blocks.0.hook_resid_post")
+    ids = windows_of(["w5 w6"], model.tokenizer, CorpusSettings(context=5)).ids
+    assert ids.tolist() == [[0, 5, 6, 1, 1]]
+    model.activations(torch.from_numpy(ids))
 
 
 # The cut --------------------------------------------------------------------------------------------------------------
@@ -716,6 +799,83 @@ def test_window_longer_than_the_model_reads_is_refused(tiny):
     """The message names both lengths and the setting to change."""
     with pytest.raises(ModelError, match=r"33 tokens is longer than the 32 .* set corpus.context to 32 or less"):
         load(tiny("gpt2"), "blocks.0.hook_resid_post").activations(windows(1, 33))
+
+
+LONGEST = {
+    "gpt2": 32,
+    "mpt": 32,
+    "opt": 32,
+    "whisper": 32,
+    "xlm-roberta": 29,
+    "ctrl": 32,
+    "gpt_bigcode": 32,
+    "mamba": None,
+}
+
+
+@pytest.mark.parametrize("architecture", LONGEST)
+def test_longest_window_is_known_under_any_name(tiny, architecture):
+    """Each configuration calls its positions otherwise, and some tables begin at a later row."""
+    model = load(tiny(architecture), "blocks.0.hook_resid_post")
+    assert model.context_limit == LONGEST[architecture]
+    model.check_context(LONGEST[architecture] or 100)
+    if model.context_limit is not None:
+        with pytest.raises(ModelError, match=r"corpus.context = 33 is longer than the (32|29) tokens that"):
+            model.check_context(33)
+
+
+def test_table_of_positions_counts_more_than_the_configuration(tiny, tmp_path):
+    """A table that serves fewer positions than the configuration says is what a window runs into."""
+    folder = copy_of(tiny("opt"), tmp_path / "short")
+    change_config(folder, max_position_embeddings=30)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "embed_positions" in name)
+    weights[name] = weights[name][:32]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, n_positions=1000)
+    assert load(folder, "blocks.0.hook_resid_post").context_limit == 30
+
+
+def test_window_that_breaks_the_model_is_told_with_the_setting(tiny, monkeypatch):
+    """Where neither the configuration nor a table tells, one window is tried at the start."""
+    model = load(tiny("mpt"), "blocks.0.hook_resid_post")
+    monkeypatch.setattr(model, "context_limit", None)
+    with pytest.raises(ModelError, match=r"corpus.context = 40: .* cannot read a window of so many tokens \(Runtime"):
+        model.check_context(40)
+
+
+@pytest.mark.parametrize("hook", ["blocks.2.hook_resid_post", "blocks.2.hook_resid_mid", "blocks.3.hook_mlp_out"])
+def test_overflow_in_float16_names_the_number_format(tiny, tmp_path, hook):
+    """Activations beyond 65504 are told as that; in float32 the same model is sound."""
+    folder = copy_of(tiny("llama"), tmp_path / "loud")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1e6
+    save_file(
+        {name: w.half().clamp(-6e4, 6e4) for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert load(folder, hook).self_check.passed
+    message = refusal(folder, hook, dtype="float16")
+    assert message.startswith(f"model.hooks = '{hook}': ") and 'set model.dtype = "bfloat16" or "float32"' in message
+    assert load(folder, "blocks.1.hook_resid_post", dtype="float16").self_check.passed, "before the overflow"
+
+
+def test_weights_that_are_no_numbers_are_told(tiny, tmp_path):
+    """Not as an overflow, and not as a cut that went wrong."""
+    folder = copy_of(tiny("gpt2"), tmp_path / "nan")
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.1.mlp.c_proj.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "gives NaN or infinity here in float32; use a checkpoint whose weights are sound" in refusal(
+        folder, "blocks.1.hook_resid_post"
+    )
+
+
+def test_model_without_token_ids_is_refused(tmp_path):
+    """A model of images has no embedding of tokens."""
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert "ViTModel has no embedding of token ids, so it reads no text; use a language model" in refusal(tmp_path)
 
 
 def test_unknown_hooks_are_refused_together(tiny):

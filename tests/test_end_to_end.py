@@ -189,6 +189,21 @@ def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Pa
     assert "differs" in (tmp_path / "producer.log").read_text()
 
 
+def test_activations_that_do_not_vary_end_the_run_with_a_sentence(start: Callable, tmp_path: Path) -> None:
+    """All are zero: with a norm bound the producer notices at its start, without one the trainer; nobody is left."""
+    zeros = "corpus.synthetic={d_in = 8, features = 16, shards = 24, shard_windows = 32, active = 1e-12}"
+    trainer, careless = start("trainer", zeros), start("producer", zeros, "corpus.outlier_factor=0.0")
+    careful = start("producer", zeros)
+
+    assert careful.wait(60) == 1
+    assert trainer.wait(60) == 1
+    assert careless.wait(20) == 0
+    told = (tmp_path / "trainer.log").read_text()
+    assert "model.hooks = 'synthetic': the first " in told and "do not vary (their rms is 0)" in told
+    assert "median norm, which corpus.outlier_factor counts from, is 0" in (tmp_path / "producer.log").read_text()
+    assert "Traceback" not in told + (tmp_path / "producer.log").read_text()
+
+
 def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_path: Path) -> None:
     """One line within seconds, with what to do; exit code 1 when patience is over."""
     lonely = start("producer", "stream.patience_seconds=1.0")

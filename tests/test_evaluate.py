@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -596,6 +597,33 @@ def test_missing_model_turns_evaluation_off(run_file: Path, caplog: pytest.LogCa
     assert registry.get_sample_value("sluice_evaluation_broken") == 1
     assert evaluator.broken is not None and "/nowhere" in evaluator.broken
     assert "no evaluation" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("corpus.context=64", "corpus.context = 64 is longer than the 32 tokens that"),
+        ("model.name=BIDIRECTIONAL", "does not predict the next token; set monitor.evaluate = false"),
+        ("model.name=SHORT", "held-out window 0, position 1: token id "),
+    ],
+)
+def test_what_the_model_cannot_do_turns_evaluation_off(
+    run_file: Path, model_folder: Path, tmp_path: Path, override: str, reason: str
+):
+    """With the reason, before anything is measured: no loss is told of a model that sees what it should predict."""
+    for name, changes in (("BIDIRECTIONAL", {"is_causal": False}), ("SHORT", {})):
+        shutil.copytree(model_folder, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+        override = override.replace(name, str(tmp_path / name))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "SHORT")
+    tokenizer.add_tokens([f"w{number}" for number in range(WORDS, 400)], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "SHORT")
+    (tmp_path / "text.txt").write_text("\n".join("w399 w1 w2 w3" for _ in range(400)))
+    publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])
+    evaluator, _ = _evaluator(run_file, override)
+    evaluator.look()
+    assert evaluator.broken is not None and reason in evaluator.broken
 
 
 def test_summary_is_completed_without_losing_anything(run_file: Path):

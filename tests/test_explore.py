@@ -422,6 +422,38 @@ def test_pieces_put_together_are_the_text(model: LanguageModel, text: str):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("one \ufffd two", ["one", " ", "", "", "\ufffd", " two"]),
+        ("\ufffd\ufffd", ["", "", "\ufffd", "", "", "\ufffd"]),
+        ("é\ufffd", ["", "é", "", "", "\ufffd"]),
+    ],
+)
+def test_a_replacement_character_of_the_text_is_a_character(model: LanguageModel, text: str, pieces: list[str]):
+    """U+FFFD takes three bytes, as any other of its kind: the last of them shows it, and what follows stays apart."""
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    assert Texts(model.tokenizer).pieces(ids) == pieces
+
+
+def test_bytes_that_make_no_character_are_shown_where_they_are(model: LanguageModel):
+    """Half a euro sign is one U+FFFD at its last byte, not at the word behind it; lone bytes are one each."""
+    half, lone = (model.tokenizer.convert_tokens_to_ids(list(written)) for written in ("âĤ", "Ģ¿"))
+    after = model.tokenizer.encode(" import", add_special_tokens=False)
+    assert Texts(model.tokenizer).pieces([*half, *after]) == ["", "\ufffd", " import"]
+    assert Texts(model.tokenizer).pieces([*lone, *after]) == ["\ufffd", "\ufffd", " import"]
+
+
+def test_tokenizers_that_fall_back_on_bytes_have_whole_characters():
+    """As Llama 2's: what its vocabulary lacks is one token for each byte."""
+    vocabulary = {"<unk>": 0, "é": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = tokenizer.encode("é\ufffdé🦓", add_special_tokens=False)
+    assert Texts(tokenizer).pieces(ids) == ["é", "", "", "\ufffd", "é", "", "", "", "🦓"]
+
+
 def test_spaces_are_kept_where_a_tokenizer_takes_the_first_off():
     """As Llama-2's and Mistral's do: ▁import is another token than import, and looks like another one."""
     backend = Tokenizer(models.WordLevel({"▁import": 0, "import": 1, "▁a": 2, "a": 3, "<unk>": 4}, unk_token="<unk>"))

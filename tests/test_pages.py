@@ -91,6 +91,14 @@ def test_what_is_asked_wrongly_is_told(client: TestClient):
         assert answer.status_code == status and words in answer.json().get("error", "")
 
 
+def test_a_text_with_a_token_that_the_model_lacks_is_told(client: TestClient, explorer: Explorer, monkeypatch):
+    """Id, token and place, with the status of a question that cannot be answered."""
+    monkeypatch.setattr(explorer._model, "vocabulary", 500)
+    answer = client.get("/v1/latents/planted/fires?text=we import a zebra")
+    assert answer.status_code == 400
+    assert re.match(r"window 0, position \d+: token id \d+ \('.*'\) is unknown to", answer.json()["error"])
+
+
 def test_people_are_told_on_a_page(client: TestClient):
     """What programs get as JSON; the words of the address are no markup there."""
     answer = client.get("/latents/<b>x/0", headers={"Accept": "text/html"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +15,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import transformers
 import zmq
 from torch import Tensor
 
 from monitor.passes import in_stream
+from producer.activations import ModelError
 from producer.produce import CHUNK_ROWS, ReadingAhead, _pack_rows, chunk_parts, chunk_windows
-from producer.source import CALIBRATION_SECONDS, LanguageModelSource, fingerprint, norm_bounds
+from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
+from producer.source import CALIBRATION_SECONDS, LanguageModelSource, Source, fingerprint, norm_bounds
 from producer.tokens import Windows
 from producer.wire import (
     MAX_CHUNK_POSITIONS,
@@ -177,7 +182,7 @@ def hand(endpoint: str) -> Iterator[Trainer]:
     hand.close()
 
 
-def start(endpoint: str, source: Tensors, dtype: str = "float32") -> Producing:
+def start(endpoint: str, source: Source, dtype: str = "float32") -> Producing:
     return Producing(stream_settings(endpoint, dtype=dtype), source, hello_of(source, dtype))
 
 
@@ -325,6 +330,26 @@ def test_the_fingerprint_is_of_what_decides_the_rows() -> None:
     decisive = facts.keys() - {"model", "corpus"}
     assert len({fingerprint(facts | {name: "other"}) for name in decisive} | {before}) == len(decisive) + 1
     assert "context" in decisive
+
+
+@pytest.mark.parametrize("zeros", [6, 4])
+def test_a_hook_without_a_usual_norm_is_refused(zeros: int) -> None:
+    """A zeroed module, and one that is silent on most tokens, have a median norm of 0: no bound comes of it."""
+    source = tensors(2)
+    source.x[1].view(8, 5)[[1, 2, 3, 5, 6, 7][:zeros]] = 0
+    with pytest.raises(ModelError, match=rf"model.hooks = 'hook 1': {zeros} of the first 6 activations are zero, so"):
+        norm_bounds(source, [0], 10.0)
+    assert norm_bounds(source, [0], 0.0) is None
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [("float16", "overflow in model.dtype"), ("bfloat16", '= "float32"')])
+def test_overflow_on_the_first_text_is_told(dtype: str, advice: str) -> None:
+    """The self-check's random tokens may be harmless where text is not."""
+    source = tensors(2)
+    source.x[0][1, 1, 0] = float("inf")
+    source.facts = {"model": "m", "model_dtype": dtype}
+    with pytest.raises(ModelError, match=f"model.hooks = 'hook 0': .*{advice}"):
+        norm_bounds(source, [0], 10.0)
 
 
 def test_the_bound_does_not_depend_on_the_size_of_a_pass() -> None:
@@ -571,6 +596,36 @@ def test_a_shard_that_fails_is_reported_and_the_next_one_served(hand: Trainer, e
     assert broken.positions(CONTEXT) == [1, 2, 3, 5, 6, 7]
     assert good.end == ShardEnd(shard=0, epoch=0, attempt=3, rows=12)
     assert producer.producer.report().shards == 1
+
+
+def test_a_shard_with_a_token_that_the_model_lacks_fails_before_any_row_of_it(
+    hand: Trainer, endpoint: str, tmp_path: Path
+) -> None:
+    """The trainer is told window, token and text, and nothing is skipped in silence; other shards are served."""
+    shutil.copytree("producer/demo_lm", tmp_path / "lm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lm")
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "lm")
+    for number, text in enumerate(["import os\n" * 20, "import os, say <image_soft_token> here\n" * 5]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    source = LanguageModelSource(
+        ProducerSettings(
+            model=ModelSettings(
+                name=str(tmp_path / "lm"), hooks=["blocks.0.hook_resid_post"], device="cpu", dtype="float32"
+            ),
+            corpus=CorpusSettings(kind="text", paths=[str(tmp_path / "*.txt")], shard_bytes=200, context=16),
+        )
+    )
+    assert source.shards == 2
+    producer = start(endpoint, source)
+    hand.welcome()
+    good, bad = hand.lease(0), hand.lease(1)
+    finish(hand, producer)
+
+    assert good.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=int(source.windows(0).kept.sum()))
+    assert bad.chunks == [] and isinstance(bad.end, ShardFail)
+    assert re.match(r"ModelError: window 0, position \d: token id 4096 \('<image_soft_token>'\) is", bad.end.error)
+    assert "the text there is '<|endoftext|>import os, say <image_soft_token> here" in bad.end.error
 
 
 def test_a_session_that_ends_in_mid_shard_starts_over(hand: Trainer, endpoint: str) -> None:

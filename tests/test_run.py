@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from producer.settings import ModelSettings, RunSettings
@@ -16,7 +17,7 @@ from tests.small_training import Silent
 from trainer.buffer import Batch
 from trainer.ctl import Inbox
 from trainer.ledger import Ledger, Limits
-from trainer.run import Run
+from trainer.run import NoVariance, Run, scale_of
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import snapshot_names, supersede_after
@@ -157,3 +158,31 @@ def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same
         published += loop.published
 
     assert published == [1000, 2000]
+
+
+# Scales
+
+
+def test_the_scale_makes_an_elements_variance_one() -> None:
+    """1 and 3 in each of two columns: variance 1 about a mean of 2, whatever the mean."""
+    x = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    assert scale_of(x) == scale_of(x + 1000) == 1.0
+    assert scale_of(4 * x) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.randn(1, 4), "there is 1 activation when training begins"),
+        (torch.zeros(9, 4), r"the first 9 activations do not vary \(their rms is 0\)"),
+        (torch.full((1000, 4), 0.1), r"the first 1,000 activations do not vary \(their rms is 0.1\)"),
+        (torch.full((9, 4), 0.1) + 1e-8 * torch.randn(9, 4), "do not vary"),  # rounding alone
+        (torch.tensor([[1e-44], [0.0]]), "do not vary"),  # their scale would be infinite
+    ],
+)
+def test_activations_that_do_not_vary_are_refused(tmp_path: Path, x: torch.Tensor, reason: str) -> None:
+    """With the hook's name, before any weight is drawn from them."""
+    run = two_hooks(tmp_path)
+    with pytest.raises(NoVariance, match=f"model.hooks = '{HOOKS[1]}': .*{reason}"):
+        run.initialise([torch.randn(9, 4), x])
+    assert run.scales is None and len(run.newcomers) == 2

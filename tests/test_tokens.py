@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from producer.corpus import CorpusError
 from producer.settings import CorpusSettings
-from producer.tokens import BATCH_DOCUMENTS, Windows, tokens_fingerprint, windows_of
+from producer.tokens import BATCH_DOCUMENTS, Windows, check_packing, tokens_fingerprint, windows_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DOCUMENTS = st.lists(st.text(st.sampled_from("abcdefg"), max_size=9), max_size=9)
@@ -302,3 +302,30 @@ def test_fingerprint_changes_with_the_tokenizer() -> None:
         letters("^", "$", bos_token="^", eos_token="$", normalizer=normalizers.Lowercase()),
     ]
     assert len({tokens_fingerprint(one, packing()) for one in tokenizers}) == len(tokenizers)
+
+
+# What the model knows, and what a text brings
+
+
+def test_a_text_that_brings_its_own_bos_gets_no_second_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    """At the front of each text; in its middle, and where windows get none, it stays as the text has it."""
+    texts = ["^ab", "^^c", "d^e", "^"]
+    assert shown(windows_of(texts, tokenizer, packing(9)), tokenizer) == ["^ab$c$d^e"]
+    left = windows_of(texts, tokenizer, packing(12, prepend_bos=False))
+    assert shown(left, tokenizer) == ["^ab$^^c$d^e$", "^___________"]
+    assert shown(windows_of(["^ab", "^c"], PYTHIA, packing(5)), PYTHIA) == ["^ab^c"]
+
+
+def test_packing_that_needs_what_the_model_lacks_is_refused() -> None:
+    """Each id that packing inserts, at the start; one that only a text could bring does no harm."""
+    late = letters(vocabulary="abc")  # ids 0 to 2
+    late.add_special_tokens({"bos_token": "^", "eos_token": "$"})  # 3 and 4
+    with pytest.raises(CorpusError, match=r"'\^' \(id 3\) serves as BOS.* ids 0 to 2; set corpus.prepend_bos = false"):
+        check_packing(late, packing(), 3)
+    with pytest.raises(CorpusError, match=r"'\$' \(id 4\) serves as EOS \(or BOS\), which separates documents"):
+        check_packing(late, packing(), 4)
+    with pytest.raises(CorpusError, match="serves as padding"):
+        check_packing(late, packing(kind="tokens", paths=["x"]), 4)
+    check_packing(late, packing(), 5)
+    late.add_tokens(["%"], special_tokens=True)  # 5
+    check_packing(late, packing(), 5)

@@ -104,7 +104,7 @@ def _run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
     from trainer.intake import IntakeError
     from trainer.kernels.cpu import warm_up
     from trainer.roster import Roster
-    from trainer.run import DeviceError, pick_device, roster_of
+    from trainer.run import DeviceError, NoVariance, pick_device, roster_of
     from trainer.saes.start import check_starts
     from trainer.snapshot import SnapshotError, supersede_after
     from trainer.train import write_settings
@@ -151,7 +151,7 @@ def _run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         finally:
             close_metrics()
         return 0
-    except (CheckpointError, DeviceError, IntakeError, KeysError, SnapshotError, OSError) as error:
+    except (CheckpointError, DeviceError, IntakeError, KeysError, NoVariance, SnapshotError, OSError) as error:
         log.error("%s", error)
         return 1
 
@@ -224,7 +224,7 @@ def _train(
     from trainer.durable import replace_text
     from trainer.intake import TORCH_DTYPE, Intake, IntakeError
     from trainer.publishing import summary
-    from trainer.run import buffer_of
+    from trainer.run import NoVariance, buffer_of
     from trainer.train import Loop, is_complete
 
     directory = home.path
@@ -250,7 +250,11 @@ def _train(
             log.info("the run is paused: `python -m trainer ctl %s resume` goes on", directory)
         loop = Loop(settings, roster, intake, inbox, reports, answer, saved)
         health.watch(loop)
-        complete = loop.work()
+        try:
+            complete = loop.work()
+        except NoVariance:
+            intake.drain(finished=True)  # starting again would not help
+            raise
         inbox.close()
         if complete and reports.last is None:
             intake.drain(finished=True)

@@ -27,14 +27,42 @@ from trainer.trainee import Trainee, Wiring
 log = logging.getLogger("sluice.trainer")
 
 
+class NoVariance(ValueError):
+    """The activations of a hook do not vary: there is nothing to learn from them."""
+
+
+LEAST_VARIANCE = 1e-12
+"""Of an element, as a share of its mean square: below that rows differ by rounding alone."""
+
+
 def scale_of(x: Tensor) -> float:
     """What raw rows [rows, width] are multiplied by so that the variance of an element is 1.
 
     About the mean, not about zero: a mean far larger than the spread, which b_dec takes away at once, would otherwise
-    shrink what is to be learned, and with it every threshold, bandwidth and learning rate.
+    shrink what is to be learned, and with it every threshold, bandwidth and learning rate. Raises NoVariance.
     """
+    if len(x) == 1:
+        raise NoVariance(
+            "there is 1 activation when training begins, and no scale can be estimated from one; give the corpus more "
+            "text, or lower corpus.held_out"
+        )
     x = x.double()
-    return float((x.shape[1] / (x - x.mean(0)).square().sum(1).mean()).sqrt())
+    scale = float((x.shape[1] / (x - x.mean(0)).square().sum(1).mean()).sqrt())
+    square = float(x.square().mean())
+    # The mean of equal numbers is rounded, too: constant rows have a variance that is not quite 0.
+    if square * scale**2 > 1 / LEAST_VARIANCE or scale > torch.finfo(torch.float32).max:
+        raise NoVariance(
+            f"the first {len(x):,} activations do not vary (their rms is {square**0.5:.3g}), so that nothing can be "
+            "learned from them; hook another place: this module is constant, as one that was zeroed or pruned"
+        )
+    return scale
+
+
+def _scale(x: Tensor, hook: str) -> float:
+    try:
+        return scale_of(x)
+    except NoVariance as error:
+        raise NoVariance(f"model.hooks = {hook!r}: {error}") from None
 
 
 class Run:
@@ -129,7 +157,7 @@ class Run:
         """The newcomers' first weights from raw rows per hook, and the run's scales when they are the first."""
         rows = [x.float() for x in sample]
         if self.scales is None:
-            self.scales = [scale_of(x) for x in rows]
+            self.scales = [_scale(x, hook.name) for x, hook in zip(rows, self.stream.hooks, strict=True)]
         scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
         while self.newcomers:
             trainee = self.newcomers[0]
