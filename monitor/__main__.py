@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from monitor.desk import Desk
 from monitor.settings import MonitorSettings
+from producer.logs import set_up
 from producer.settings import parse_command_line
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     until_evaluated = UNTIL_EVALUATED in arguments
     arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]
     settings = parse_command_line("python -m monitor", PURPOSE, MonitorSettings, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s monitor %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    set_up("monitor")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

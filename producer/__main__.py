@@ -16,6 +16,7 @@ import uuid
 from types import FrameType
 
 from producer.addresses import path_argument
+from producer.logs import set_up
 from producer.settings import ProducerSettings, parse_command_line
 from producer.toml import toml_value
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["keys"]:
         return _keys(arguments[1:])
     settings = parse_command_line("python -m producer", PURPOSE, ProducerSettings, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s producer %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    set_up("producer")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(settings)

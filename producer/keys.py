@@ -22,6 +22,8 @@ import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
+from producer.logs import OutsideLog
+
 log = logging.getLogger("sluice.keys")
 
 DOMAIN = "sluice"
@@ -98,11 +100,14 @@ class Clients:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.outside = OutsideLog(log)
+        """What strangers cause; whoever asks for keys often calls its `flush`."""
 
     def callback(self, domain: str, key: bytes) -> bool:
         """What the authenticator asks: whether the producer with this key is let in."""
         if not (known := self.know(key)):
-            log.warning("a producer was turned away: no file in %s holds its public key %s", self._folder, key.decode())
+            told = "a producer was turned away: no file in %s holds its public key %s"
+            self.outside.warning(told, self._folder, key.decode())
         return known
 
     def know(self, key: bytes) -> bool:
@@ -112,7 +117,7 @@ class Clients:
         try:
             return zmq.auth.load_certificate(path)[0]
         except (OSError, ValueError) as error:  # being copied here just now, or no key at all
-            log.warning("%s is passed over: %s", path, error)
+            self.outside.warning("%s is passed over: %s", path, error)
             return None
 
 

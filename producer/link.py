@@ -24,6 +24,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from producer.addresses import is_ipv6
 from producer.keys import connect_encrypted
+from producer.logs import OutsideLog
 from producer.settings import StreamSettings
 from producer.toml import show_value
 from producer.wire import (
@@ -50,6 +51,8 @@ log = logging.getLogger("sluice.producer")
 POLL_MILLISECONDS = 5
 Payload = bytes | memoryview
 FIRST_WARNING_SECONDS = 3.0
+RETRY_SECONDS = 1.0
+"""Before the next HELLO, where the last one was not welcomed."""
 QUEUED_CHUNKS = 2
 """Chunks finished and not yet on the socket: the next forward pass overlaps with sending."""
 
@@ -102,6 +105,7 @@ class Link:
         self._socket: zmq.Socket | None = None
         self._monitor: zmq.Socket | None = None
         self._progress = 0
+        self._outside = OutsideLog(log)
         self._failed_handshakes = 0
         self._warn_at = self._give_up_at = 0.0
         self.moved_at = time.monotonic()
@@ -223,6 +227,7 @@ class Link:
             self._ending = error
         finally:
             self._close(linger=0)
+            self._outside.flush(everything=True)
             with self._changed:
                 self._session = _Session("")
                 self._changed.notify_all()
@@ -240,6 +245,7 @@ class Link:
             if not self._stands(session):
                 break
             self._send(session)
+            self._outside.flush()
             if self._leaving:
                 self._say_bye()
                 break
@@ -312,7 +318,7 @@ class Link:
         try:
             message = decode(frames[0])
         except WireError as error:
-            log.warning("message from the trainer dropped: %s", error)
+            self._outside.warning("message from the trainer dropped: %s", error)
             if error.kind == "version":
                 self._end(Refused(f"the trainer at {self._settings.endpoint} is of another release: {error}"))
             return
@@ -322,7 +328,7 @@ class Link:
                 session.welcome = message
                 self.sessions += 1
                 self._failed_handshakes = 0
-                log.info("welcomed by run %s at %s", message.run, self._settings.endpoint)
+                self._outside.info("welcomed by run %s at %s", message.run, self._settings.endpoint)
             elif isinstance(message, Lease):
                 session.leases.append((message, frames[1] if len(frames) > 1 else b""))
             elif isinstance(message, Credit):
@@ -335,8 +341,11 @@ class Link:
 
     def _rejected(self, reject: Reject) -> None:
         if reject.retry:
-            log.warning("session ended by the trainer (%s): %s", reject.code, reject.reason)
+            self._outside.warning("session ended by the trainer (%s): %s", reject.code, reject.reason)
+            welcomed = self._session.welcome is not None
             self._session = _Session("")
+            if not welcomed:
+                self._changed.wait(timeout=RETRY_SECONDS)
         else:
             self._ending = Refused(f"refused by the trainer: {reject.reason}")
 

@@ -20,6 +20,8 @@ CONTRACTS = {
         # for evaluation: the LM loader, and the text it reads
         "producer.activations", "producer.corpus", "producer.tokens",
         "producer.precision", "producer.memory",
+        # every process writes its log alike
+        "producer.logs",
     },
     "trainer": {"trainer.snapshot", "trainer.report", "trainer.settings", "trainer.durable", "trainer.saes.inference"},
     "monitor": set(),

@@ -151,7 +151,7 @@ def test_first_producer_is_welcomed_and_decides_what_the_run_streams() -> None:
 def test_producer_of_another_stream_is_refused_for_good(change: dict[str, Any], ours: str, theirs: str) -> None:
     """It is told both values and not to come back; the run goes on undisturbed."""
     ledger = make_ledger()
-    join(ledger)
+    send_windows(ledger, leases(join(ledger))[0], 1, [0])
     (reject,) = rejects(ledger.hello(hello("eve", **change), now=0.0))
     assert not reject.retry and reject.code == "mismatch"
     assert ours in reject.reason and theirs in reject.reason
@@ -161,7 +161,7 @@ def test_producer_of_another_stream_is_refused_for_good(change: dict[str, Any], 
 def test_many_differences_are_told_from_the_first_one_on() -> None:
     """Another model differs in a hundred facts: the sentence fits the wire, and begins with what tells most."""
     ledger = make_ledger()
-    join(ledger)
+    send_windows(ledger, leases(join(ledger))[0], 1, [0])
     facts = {f"fact {number}": "x" * 40 for number in range(100)}
     (reject,) = rejects(ledger.hello(hello("eve", fingerprint="other", dtype="bfloat16", provenance=facts), now=0.0))
 

@@ -650,7 +650,7 @@ class Stream(RuleBasedStateMachine):
             self.dispatch(self.ledger.bye(session, message, self.now))
 
     def receive_hello(self, hello: Hello) -> None:
-        if self.ledger.stream is None and hello.fingerprint != "ours":
+        if not self.ledger.settled and hello.fingerprint != "ours":
             return  # it would rightly become this run's corpus
         for session in [one for one in self.told if one.split(".")[0] == hello.producer]:
             self.forget(session)

@@ -418,6 +418,9 @@ def test_sessions_that_ended_leave_nothing_behind(endpoint: str) -> None:
     """Producers may come and go for months: whether they say goodbye, are replaced, refused or unknown."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
+        with Peer(settings) as first:
+            first.join().chunk()
+            first.leave()
         for _ in range(5):
             with Peer(settings) as polite, Peer(settings) as stranger:
                 polite.join()
@@ -451,7 +454,8 @@ def test_a_producer_of_another_stream_is_refused(endpoint: str, changes: dict, f
     """For good, and with both values in the sentence."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as first:
-        first.join()
+        first.join().chunk()
+        wait_for(lambda: intake.ledger.settled)
         refused = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
         ours = {"hooks": "width 4", "dtype": "float32"}.get(fact, str(getattr(first.hello, fact)))
 

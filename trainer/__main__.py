@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from producer.logs import set_up
 from producer.settings import parse_command_line
 from trainer import ctl
 from trainer.ctl import Inbox, listening
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return estimate(arguments[1:])
     settings = parse_command_line("python -m trainer", PURPOSE, TrainerSettings, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    set_up("trainer")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -222,7 +223,8 @@ def _train(
     from trainer.buffer import OrderedBuffer, ShuffleBuffer
     from trainer.commands import answer
     from trainer.durable import replace_text
-    from trainer.intake import TORCH_DTYPE, Intake, IntakeError
+    from trainer.intake import TORCH_DTYPE, Intake, IntakeError, check_room
+    from trainer.machine import free_memory
     from trainer.publishing import summary
     from trainer.run import NoVariance, buffer_of
     from trainer.train import Loop, is_complete
@@ -232,6 +234,7 @@ def _train(
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
         kind = OrderedBuffer if settings.run.deterministic else ShuffleBuffer
+        check_room(hello, settings.buffer.rows, free_memory())
         buffer = kind(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
         log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
         return buffer

@@ -162,9 +162,10 @@ class OrderedBuffer(ShuffleBuffer):
         """As `ShuffleBuffer.insert`; rows of one serial come in ascending order of position."""
         if len(position) > self._spares:
             raise OverflowError(f"{len(position)} rows do not fit: {self.held} of {self.capacity} are taken")
-        self._spares -= len(position)
-        slots = self._spare[self._spares : self._spares + len(position)].copy()
+        spares = self._spares - len(position)
+        slots = self._spare[spares : self._spares].copy()
         self._put(slots, x, serial, position)
+        self._spares = spares
         if self._missing:
             slots = self._put_back(serial, position, slots)
         self._waiting.setdefault(serial, deque()).append(slots)

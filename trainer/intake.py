@@ -2,6 +2,10 @@
 
 Ledger and buffer sit behind one lock. The socket's thread brings rows in; the training thread takes batches out with
 `take` and says what it has consumed with `trained`. A chunk is copied once, from the received frame into its slots.
+
+A connection holds one session, and no message ends the thread: what goes wrong while one is handled ends the session
+that it came from, with REJECT and the code `internal`. A chunk is copied before the ledger counts its rows, so that the
+two agree whatever fails. What ZeroMQ holds of unfinished messages, and for whom, is the matter of `connections`.
 """
 
 from __future__ import annotations
@@ -19,17 +23,19 @@ import numpy as np
 import torch
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
-from zmq.utils.monitor import recv_monitor_message
 
 from producer.addresses import is_ipv6
 from producer.keys import Clients, serve_encrypted
+from producer.logs import OutsideLog
 from producer.settings import StreamSettings
 from producer.toml import show_value
 from producer.wire import (
     DTYPE_BYTES,
     MAX_CHUNK_BYTES,
+    MAX_HEADER_BYTES,
     Bye,
     Chunk,
+    Credit,
     Heartbeat,
     Hello,
     Message,
@@ -41,7 +47,9 @@ from producer.wire import (
     encode,
 )
 from trainer.buffer import Batch, BufferState, OrderedBuffer, ShuffleBuffer
-from trainer.ledger import Ledger, Send
+from trainer.connections import Connection, Connections
+from trainer.cost import buffer_bytes
+from trainer.ledger import Accepted, Ledger, Send
 from trainer.report import StreamReport
 
 log = logging.getLogger("sluice.trainer")
@@ -52,13 +60,18 @@ TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BITS = {"bfloat16": np.int16, "float32": np.int32}
 INFINITY = {2: 0x7F80, 4: 0x7F800000}
 """The bits of infinity in bfloat16 and float32; those of the NaNs come after them."""
+INTERNAL = "the trainer could not handle a message of this session; its log says why"
 WITHDRAWN = Reject(code="key", reason="its key was withdrawn from the trainer's clients folder", retry=False)
-HANDSHAKES_SECONDS = 0.2
-"""Failed handshakes are looked for this often."""
+NEWS_SECONDS = 0.2
+"""Failed handshakes and closed connections are asked for this often."""
 
 
 class IntakeError(RuntimeError):
     """The stream cannot be opened. The message is for the operator."""
+
+
+class NoRoomError(RuntimeError):
+    """No buffer can be made for what a HELLO announces. The message is for its sender."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ class Intake:
         make_buffer: Callable[[Hello], ShuffleBuffer],
         saved: BufferState = (None, {}),
     ) -> None:
-        """`saved` is what a checkpoint kept of the buffer."""
+        """`make_buffer` may raise NoRoomError; `saved` is what a checkpoint kept of the buffer."""
         self.ledger = ledger
         self.buffer: ShuffleBuffer | None = None
         self.lock = threading.RLock()
@@ -100,7 +113,16 @@ class Intake:
         self._session_of: dict[bytes, str] = {}
         self._data_wait = 0.0
         self._served = False
-        self._next_watch = 0.0
+        self._next_news = 0.0
+        self._emptied = float("-inf")
+        """When the socket was last found empty."""
+        self._ticked = time.monotonic()
+        """When the ledger's clock last ticked without a fault."""
+        self._outside = OutsideLog(log)
+        self._connection_of: dict[str, Connection] = {}
+        """Each session's connection."""
+        self._buffered: Hello | None = None
+        """The stream that the buffer was made for."""
         self._looked = time.monotonic()
         self._credit_wait = 0.0
         """Seconds in which every producer with work lacked credit."""
@@ -117,9 +139,7 @@ class Intake:
         self._keys_changed = threading.Event()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        )
+        self._connections = Connections(self._socket, settings.keys is not None)
         try:
             self._bind()
         except BaseException:
@@ -130,6 +150,7 @@ class Intake:
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def __enter__(self) -> Intake:
+        self._connections.start(self.endpoint)
         self._thread.start()
         return self
 
@@ -286,23 +307,37 @@ class Intake:
             while not self._stop.is_set():
                 if self._socket.poll(POLL_MILLISECONDS):
                     self._receive_waiting()
-                self._watch_handshakes()
-                if self._keys_changed.is_set():
-                    self._keys_changed.clear()
-                    self._send(self._end_the_withdrawn())
-                with self.lock:
-                    self._watch_waits()
-                    sends, self._outbox = self._outbox + self.ledger.tick(time.monotonic()), []
-                    # Not for every chunk: a thread that is woken takes the interpreter from this one.
-                    if self._awaited is None or self._ready(self._awaited) or self._is_over():
-                        self._changed.notify_all()
-                self._send(sends)
-                self._forget_the_ended()
+                try:
+                    self._keep_house()
+                    self._ticked = time.monotonic()
+                except Exception:
+                    # Without its clock the ledger serves nobody: a fault that lasts must be seen.
+                    if time.monotonic() - self._ticked > self._settings.dead_seconds:
+                        raise
+                    self._fail("the ledger's clock")
         except BaseException as error:
             self._failure = error
             log.exception("the stream's thread failed")
         finally:
             self._close()
+
+    def _keep_house(self) -> None:
+        """What is done whether or not a message came: the ledger's clock ticks, and who waits for rows is woken."""
+        self._hear_news()
+        if self._keys_changed.is_set():
+            self._keys_changed.clear()
+            self._send(self._end_the_withdrawn())
+        with self.lock:
+            self._watch_waits()
+            sends, self._outbox = self._outbox + self.ledger.tick(time.monotonic()), []
+            # Not for every chunk: a thread that is woken takes the interpreter from this one.
+            if self._awaited is None or self._ready(self._awaited) or self._is_over():
+                self._changed.notify_all()
+        self._send(sends)
+        self._forget_the_ended()
+        self._outside.flush()
+        if self._clients is not None:
+            self._clients.outside.flush()
 
     def _watch_waits(self) -> None:
         """Who waits for whom, kept for the last ten seconds; and, every second, whether the books balance."""
@@ -318,34 +353,37 @@ class Intake:
 
     def _close(self) -> None:
         self._socket.disable_monitor()
-        self._monitor.close(0)
+        self._connections.stop()
         self._socket.close()
+        self._outside.flush(everything=True)
 
     def _end_context(self) -> None:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.term()
 
-    def _watch_handshakes(self) -> None:
-        """Counts those who were turned away for their keys, which ZeroMQ keeps to itself."""
-        if time.monotonic() < self._next_watch:
+    def _hear_news(self) -> None:
+        """Counts the connections that were closed, and those that were turned away for their keys."""
+        if time.monotonic() < self._next_news:
             return
-        self._next_watch = time.monotonic() + HANDSHAKES_SECONDS
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
+        self._next_news = time.monotonic() + NEWS_SECONDS
+        closed, failed = self._connections.news()
+        if self._clients is None:
             # A producer without keys may see first that the two do not fit, and hang up.
-            if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._clients is None:
-                continue
-            with self.lock:
-                self.ledger.auth_failures += 1
-                failures = self.ledger.auth_failures
-            # An unknown key is told where it is looked up, in producer.keys.
-            if event != zmq.EVENT_HANDSHAKE_FAILED_AUTH and (failures == 1 or failures % 100 == 0):
-                log.warning(
-                    "somebody was turned away at %s, or hung up, %d times by now: stream.keys must be set on both "
-                    "sides or on neither, and the producer's server.key must be this trainer's",
-                    self.endpoint, failures,
-                )  # fmt: skip
+            failed.pop(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, None)
+        with self.lock:
+            self.ledger.errors.update(closed)
+            self.ledger.auth_failures += failed.total()
+            failures = self.ledger.auth_failures
+        told = failures - failed.total()
+        # An unknown key is told where it is looked up, in producer.keys.
+        failed.pop(zmq.EVENT_HANDSHAKE_FAILED_AUTH, None)
+        if failed and (told == 0 or told // 100 < failures // 100):
+            self._outside.warning(
+                "somebody was turned away at %s, or hung up, %d times by now: stream.keys must be set on both "
+                "sides or on neither, and the producer's server.key must be this trainer's",
+                self.endpoint, failures,
+            )  # fmt: skip
 
     def _end_the_withdrawn(self) -> list[Send]:
         with self.lock:
@@ -363,11 +401,29 @@ class Intake:
             try:
                 route, *frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
+                self._emptied = time.monotonic()
                 return
-            self._send(self._handle(route.bytes, frames))
+            try:
+                sends = self._handle(route.bytes, frames)
+            except Exception:
+                sends = self._fail("a message", route.bytes)
+            self._send(sends)
+
+    def _fail(self, what: str, route: bytes | None = None) -> list[Send]:
+        """An exception of ours: it is told and counted, and the session that it came from, if any, ends."""
+        self._outside.exception("%s could not be handled, please report it", what)
+        with self.lock:
+            session = None if route is None else self._session_of.get(route)
+            if session in self.ledger.sessions:
+                return self.ledger.refuse(session, "internal", INTERNAL)
+            self.ledger.errors["internal"] += 1
+            return [] if route is None else self._turn_away(route, "internal", INTERNAL, retry=True)
 
     def _handle(self, route: bytes, frames: list[zmq.Frame]) -> list[Send]:
         session = self._session_of.get(route)
+        connection = self._connections.of(frames[0])
+        if connection is not None:
+            self._connections.deliver(connection, frames, self._emptied)
         try:
             if not 1 <= len(frames) <= 2:
                 raise WireError("frames", f"message of {len(frames)} frames")
@@ -382,7 +438,9 @@ class Intake:
         now = time.monotonic()
         with self._changed:
             if isinstance(message, Hello):
-                return self._welcome(route, message, now, frames[0])
+                if connection is not None and not self._connections.hear_hello(connection, now):
+                    return []
+                return self._welcome(route, message, now, frames[0], connection)
             if session is None or session not in self.ledger.sessions:
                 return self._stranger(route, message)
             if isinstance(message, Chunk):
@@ -390,7 +448,7 @@ class Intake:
             if isinstance(message, ShardEnd):
                 return self.ledger.shard_end(session, message, now)
             if isinstance(message, ShardFail):
-                log.warning("shard %d failed: %s", message.shard, message.error)
+                self._outside.warning("shard %d failed: %s", message.shard, message.error)
                 return self.ledger.shard_fail(session, message, now)
             if isinstance(message, Heartbeat):
                 return self.ledger.heartbeat(session, message, now)
@@ -399,22 +457,46 @@ class Intake:
             self.ledger.errors["direction"] += 1
             return []
 
-    def _welcome(self, route: bytes, hello: Hello, now: float, frame: zmq.Frame) -> list[Send]:
+    def _welcome(
+        self, route: bytes, hello: Hello, now: float, frame: zmq.Frame, connection: Connection | None
+    ) -> list[Send]:
+        before = self._session_of.get(route)
+        if before != hello.session and before in self.ledger.sessions:
+            self.ledger.bye(before, Bye(), now)  # a connection holds one session
+        self._leave_route(hello.session, route)
         self._route_of[hello.session], self._session_of[route] = route, hello.session
+        if connection is not None:
+            self._connection_of[hello.session] = connection
         if self._clients is not None:
             self._key_of[hello.session] = key = str(frame.get("User-Id")).encode()
             if not self._clients.know(key):  # the connection is older than its key's withdrawal
                 return [Send(hello.session, WITHDRAWN)]
         sends = self.ledger.hello(hello, now)
         if hello.session in self.ledger.sessions:
-            log.info("producer %s joins (%d at work)", hello.name, len(self.ledger.sessions))
-            if self.buffer is None:
-                self.buffer = self._make_buffer(hello)
-                self.buffer.restore(self._saved)
+            try:
+                self._prepare_buffer()
+            except NoRoomError as error:
+                sends = self.ledger.refuse(hello.session, "memory", str(error), retry=False)
+            else:
+                self._outside.info("producer %s joins (%d at work)", hello.name, len(self.ledger.sessions))
+                if connection is not None:
+                    self._connections.hold_session(connection)
         for send in sends:
             if isinstance(send.message, Reject):
-                log.warning("producer %s refused: %s", hello.name, send.message.reason)
+                peer = connection.peer if connection is not None else "a connection that is gone"
+                self._outside.warning("producer %s of %s refused: %s", hello.name, peer, send.message.reason)
         return sends
+
+    def _prepare_buffer(self) -> None:
+        """A buffer for what the run streams. Before the first row another stream may take the place of the first."""
+        stream = self.ledger.stream
+        assert stream is not None
+        if self._buffered is stream:
+            return
+        self.buffer = self._buffered = None  # before its successor is made: there may be no room for both
+        buffer = self._make_buffer(stream)
+        buffer.restore(self._saved)
+        self.buffer, self._buffered = buffer, stream
 
     def _stranger(self, route: bytes, message: Message) -> list[Send]:
         """Someone whose session is not known (any more): a zombie, or a producer of an earlier start."""
@@ -435,32 +517,67 @@ class Intake:
         x = _views(self.ledger.sessions[session].hello, data, chunk.rows)
         if x is not None and not is_finite(x):
             return self.ledger.refuse(session, "non_finite", "chunk holds NaN or infinity", chunk.rows, poisoned=True)
-        accepted, sends = self.ledger.chunk(session, chunk, len(data), now)
-        if accepted is not None and x is not None:
-            self.buffer.insert(x, accepted.serial, accepted.position)
-        return sends
+        buffer = self.buffer
+
+        def insert(accepted: Accepted) -> None:
+            if x is not None:
+                buffer.insert(x, accepted.serial, accepted.position)
+
+        return self.ledger.chunk(session, chunk, len(data), now, insert)[1]
 
     def _send(self, sends: list[Send]) -> None:
         for send in sends:
-            route = self._route_of.get(send.session)
-            if route is None:
+            if (route := self._route_of.get(send.session)) is None:
                 continue
-            frames = [route, encode(send.message)] + ([send.payload] if send.payload is not None else [])
             try:
+                if isinstance(send.message, Credit):
+                    self._allow(send.session)
+                frames = [route, encode(send.message)] + ([send.payload] if send.payload is not None else [])
                 self._socket.send_multipart(frames, zmq.DONTWAIT)
-            except zmq.ZMQError as error:
-                if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                    raise
+            except Exception as error:
+                if not (isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN)):
+                    self._fail("an answer")
                 with self.lock:
                     self.ledger.gone(send.session)
+
+    def _allow(self, session: str) -> None:
+        """Its connection may hold the chunks that it has credit for."""
+        connection, known = self._connection_of.get(session), self.ledger.sessions.get(session)
+        if connection is not None and known is not None:
+            row_bytes = DTYPE_BYTES[known.hello.dtype] * sum(hook.width for hook in known.hello.hooks)
+            headers = (known.granted - known.received) * MAX_HEADER_BYTES
+            self._connections.allow(connection, known.credit_rows * row_bytes + headers)
 
     def _forget_the_ended(self) -> None:
         """Drops the routes of sessions that are over; whoever still speaks there is a stranger."""
         for session in self._route_of.keys() - self.ledger.sessions.keys():
-            route = self._route_of.pop(session)
+            self._leave_route(session)
             self._key_of.pop(session, None)
-            if self._session_of.get(route) == session:
-                del self._session_of[route]
+
+    def _leave_route(self, session: str, but: bytes | None = None) -> None:
+        """The connection of a session, unless it is `but`, holds it no longer."""
+        route = self._route_of.get(session)
+        if route is None or route == but:
+            return
+        del self._route_of[session]
+        connection = self._connection_of.pop(session, None)
+        if self._session_of.get(route) == session:
+            del self._session_of[route]
+            if connection is not None:
+                self._connections.end_session(connection)
+
+
+def check_room(hello: Hello, rows: int, free: float) -> None:
+    """Whether a buffer of `rows` rows of this stream fits into `free` bytes. Raises NoRoomError when not."""
+    number = DTYPE_BYTES[hello.dtype]
+    needed = buffer_bytes(rows, [hook.width for hook in hello.hooks], number)
+    if needed > free:
+        widest = max(hello.hooks, key=lambda hook: hook.width)
+        raise NoRoomError(
+            f"hook {widest.name[:100]} has width {widest.width:,}, and the {len(hello.hooks)} hook(s) need "
+            f"{needed / 1e9:,.1f} GB for buffer.rows = {rows:,}, where {free / 1e9:,.1f} GB of memory are free; "
+            "lower buffer.rows, or start the trainer where there is more memory"
+        )
 
 
 def _why(error: zmq.ZMQError) -> str:

@@ -23,6 +23,7 @@ if need be, the session that is furthest ahead is ended, and comes back without 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,8 @@ LEASES_PER_PRODUCER = 2
 """One being worked on and one waiting, so that a producer never waits for the next."""
 CHUNKS_IN_FLIGHT = 8
 """Most chunks one producer may have under way; enough to hide a round trip, little enough to share the buffer."""
+MAX_SESSIONS = 256
+"""A tick looks at each of them; who comes later is asked to come again."""
 FAILURES_ALLOWED = 3
 """A shard that was reported broken this often is set aside."""
 DEATHS_ALLOWED = 8
@@ -65,7 +68,10 @@ MAX_POSITIONS = 8 * MAX_MASK_BYTES
 """Positions of the largest shard: what a lease's mask can name."""
 
 STREAM_FACTS = ("fingerprint", "shards", "held_out", "context", "hooks", "dtype")
-"""What every producer of a run must agree on; the first one's values are frozen."""
+"""What every producer of a run must agree on: the values of the first one that brings something."""
+
+Fact = tuple[str, Any, Any]
+"""A name, the run's value and a producer's."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class Ledger:
         self.incarnation = incarnation
         self.endpoints = endpoints
         self.stream: Hello | None = None
+        self.settled = False
+        """Rows of `stream` were taken: it is the run's for good. Before that it lasts as long as a session has it."""
         self.norm_bounds: list[float] | None = None
         self.sessions: dict[str, Session] = {}
         self.epoch = 0
@@ -292,11 +300,11 @@ class Ledger:
             if known.hello.producer == hello.producer or session == hello.session:
                 self._end(session, died=False)
         if fault := self._refusal(hello):
-            code, reason = fault
+            code, reason, retry = fault
             self.errors[f"refused_{code}"] += 1
-            return [Send(hello.session, Reject(code=code, reason=reason, retry=False))]
-        if self.stream is None:
-            self._freeze(hello)
+            return [Send(hello.session, Reject(code=code, reason=reason, retry=retry))]
+        if self.stream is None or _differences(self._facts_of_stream(hello)):
+            self._propose(hello)
         self.sessions[hello.session] = Session(hello, last_heard=now, last_progress=now)
         welcome = Welcome(
             session=hello.session,
@@ -311,8 +319,18 @@ class Ledger:
         late = [] if self._drained is None else [Send(hello.session, Drain(finished=self._drained))]
         return [Send(hello.session, welcome), *late]
 
-    def chunk(self, session: str, chunk: Chunk, payload_bytes: int, now: float) -> tuple[Accepted | None, list[Send]]:
-        """A chunk arrived. Accepted: its rows are now `buffered` and the owner must insert them."""
+    def chunk(
+        self,
+        session: str,
+        chunk: Chunk,
+        payload_bytes: int,
+        now: float,
+        insert: Callable[[Accepted], None] = lambda accepted: None,
+    ) -> tuple[Accepted | None, list[Send]]:
+        """A chunk arrived. Accepted: its rows are now `buffered`, and `insert` has put them there.
+
+        Nothing of them is counted before that, so that an exception of `insert` leaves them missing.
+        """
         known = self.sessions[session]
         known.last_heard = known.last_progress = now
         if fault := self._chunk_fault(known, chunk, payload_bytes):
@@ -330,6 +348,8 @@ class Ledger:
             return None, self.refuse(session, "duplicate", "chunk brings rows that were already had", rows=chunk.rows)
         if fault := self._order_fault(known, shard, chunk, start):
             return None, self.refuse(session, fault[0], fault[1], rows=chunk.rows)
+        accepted = Accepted(shard.serial, start + np.flatnonzero(kept))
+        insert(accepted)
         shard.through = max(shard.through, start + count)
         had |= kept | outliers
         shard.discarded[start : start + count] |= outliers
@@ -338,7 +358,8 @@ class Ledger:
         shard.buffered += chunk.rows
         self.rows_discarded += discarded
         self.rows_received += chunk.rows
-        return Accepted(shard.serial, start + np.flatnonzero(kept)), []
+        self.settled |= shard.moved
+        return accepted, []
 
     def shard_end(self, session: str, end: ShardEnd, now: float) -> list[Send]:
         """A producer has been through its shard; all rows must be here."""
@@ -354,6 +375,7 @@ class Ledger:
             self._failed(shard, f"{had} rows arrived, the producer counts {end.rows}", rows=end.rows)
             return []
         shard.rows, shard.complete, shard.deaths = end.rows, True, 0
+        self.settled = True
         self._close_if_finished(shard)
         return []
 
@@ -383,7 +405,9 @@ class Ledger:
             self.sessions_lost += 1
             self._end(session, died=True)
 
-    def refuse(self, session: str, code: str, reason: str, rows: int = 0, poisoned: bool = False) -> list[Send]:
+    def refuse(
+        self, session: str, code: str, reason: str, rows: int = 0, poisoned: bool = False, retry: bool = True
+    ) -> list[Send]:
         """Ends a session for a fault of its own. `poisoned`: the shard it worked on counts a failure."""
         self.errors[code] += 1
         if rows:
@@ -393,7 +417,7 @@ class Ledger:
         self._end(session, died=not poisoned)
         for shard in at_work:
             self._failed(shard, reason)
-        return [Send(session, Reject(code=code, reason=reason, retry=True))]
+        return [Send(session, Reject(code=code, reason=reason, retry=retry))]
 
     def trained(self, serial: np.ndarray, position: np.ndarray) -> None:
         """A step has consumed these rows."""
@@ -484,6 +508,7 @@ class Ledger:
         self.run = document["run"]
         self.limits = replace(self.limits, seed=document["seed"])  # the cursor below is one into that seed's order
         self.stream = Hello.model_validate(document["stream"]) if document["stream"] else None
+        self.settled = self.stream is not None
         self.norm_bounds = document["norm_bounds"]
         for name in (
             "epoch",
@@ -519,23 +544,30 @@ class Ledger:
         self.breaches[invariant] += 1
         self._faults.append(fault)
 
-    def _refusal(self, hello: Hello) -> tuple[str, str] | None:
-        """Why this producer can never serve this run: (code, sentence), or None."""
-        if differences := self._differences(hello):
-            told = "; ".join(differences)
+    def _refusal(self, hello: Hello) -> tuple[str, str, bool] | None:
+        """Why this producer cannot serve this run: (code, sentence, whether it may come again), or None."""
+        from_file, from_stream = _differences(self._facts_of_file(hello)), _differences(self._facts_of_stream(hello))
+        if from_file or (from_stream and (self.settled or self.sessions)):
+            told = "; ".join((from_file | from_stream).values())
             told = told if len(told) <= 900 else f"{told[:900]} …"  # the wire's limit; the first ones tell most
-            return "mismatch", f"{told}. Start it with the run's own file, or start a new run directory"
+            if from_file or self.settled:
+                return "mismatch", f"{told}. Start it with the run's own file, or start a new run directory", False
+            return "mismatch", f"{told}. No row was received so far: the first ones decide", True
         row_bytes = DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
         if hello.chunk_rows * row_bytes > MAX_CHUNK_BYTES:
-            return "chunk", (
+            sentence = (
                 f"chunks of {hello.chunk_rows} rows × {row_bytes} bytes exceed {MAX_CHUNK_BYTES} bytes; "
                 "lower corpus.context, or stream fewer hooks"
             )
+            return "chunk", sentence, False
         if 4 * hello.chunk_rows > self.limits.capacity_rows:
-            return "buffer", (
+            sentence = (
                 f"buffer.rows = {self.limits.capacity_rows} holds fewer than four chunks of {hello.chunk_rows} rows; "
                 f"raise buffer.rows to {4 * hello.chunk_rows}{self._or_a_shorter_context(hello, row_bytes)}"
             )
+            return "buffer", sentence, False
+        if len(self.sessions) >= MAX_SESSIONS:
+            return "full", f"{len(self.sessions)} producers are at work, and there is room for no more", True
         return None
 
     def _or_a_shorter_context(self, hello: Hello, row_bytes: int) -> str:
@@ -543,29 +575,27 @@ class Ledger:
         small_enough = 4 * (TARGET_CHUNK_BYTES // row_bytes) <= self.limits.capacity_rows
         return ", or lower corpus.context" if hello.chunk_rows == hello.context and small_enough else ""
 
-    def _differences(self, hello: Hello) -> list[str]:
-        """In what a producer's stream is not this run's, with both values."""
-        theirs = {fact: getattr(hello, fact) for fact in STREAM_FACTS}
-        named = theirs | {
+    def _facts_of_file(self, hello: Hello) -> list[Fact]:
+        """What the trainer's own run file says of the stream, beside what this producer says."""
+        theirs = {fact: getattr(hello, fact) for fact in STREAM_FACTS} | {
             "hooks": [hook.name for hook in hello.hooks],
             "deterministic": hello.provenance.get("deterministic", False),
         }
-        pairs = [(fact, ours, named[fact]) for fact, ours in self.limits.expected.items()]
-        if self.stream is not None:
-            pairs += [
-                (fact, getattr(self.stream, fact), theirs[fact]) for fact in STREAM_FACTS if fact != "fingerprint"
-            ]
-            if self.limits.pool_rows is not None:
-                pairs.append(("rows per chunk", self.stream.chunk_rows, hello.chunk_rows))
-            if self.stream.fingerprint != hello.fingerprint:
-                pairs += self._what_the_fingerprint_hides(hello)
-        return [
-            f"{fact} differs: this run streams {_show(ours)}, the producer {_show(other)}"
-            for fact, ours, other in pairs
-            if ours != other
-        ]
+        return [(name, ours, theirs[name]) for name, ours in self.limits.expected.items()]
 
-    def _what_the_fingerprint_hides(self, hello: Hello) -> list[tuple[str, Any, Any]]:
+    def _facts_of_stream(self, hello: Hello) -> list[Fact]:
+        """What the run streams so far, beside what this producer would."""
+        if self.stream is None:
+            return []
+        names = [name for name in STREAM_FACTS if name != "fingerprint"]
+        facts = [(name, getattr(self.stream, name), getattr(hello, name)) for name in names]
+        if self.limits.pool_rows is not None:
+            facts.append(("rows per chunk", self.stream.chunk_rows, hello.chunk_rows))
+        if self.stream.fingerprint != hello.fingerprint:
+            facts += self._what_the_fingerprint_hides(hello)
+        return facts
+
+    def _what_the_fingerprint_hides(self, hello: Hello) -> list[Fact]:
         """The facts behind two fingerprints; the fingerprints themselves when the facts tell nothing."""
         assert self.stream is not None
         ours, theirs = self.stream.provenance, hello.provenance
@@ -573,11 +603,13 @@ class Ledger:
         different = [fact for fact in facts if fact[1] != fact[2]]
         return different or [("fingerprint", self.stream.fingerprint, hello.fingerprint)]
 
-    def _freeze(self, hello: Hello) -> None:
-        """The first producer decides what the run's stream is."""
+    def _propose(self, hello: Hello) -> None:
+        """What the run streams is what this producer says, as long as no row of anything else was received."""
         self.stream = hello
         self.norm_bounds = hello.norm_bounds
-        self._queue = self._permutation(0)
+        self.epoch = self.finished_in_epoch = self.rows_set_aside = 0
+        self.open, self.set_aside = {}, []
+        self._queue, self._cursor = self._permutation(0), 0
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """The order in which an epoch's training shards are leased: a function of seed and epoch."""
@@ -787,6 +819,15 @@ class Ledger:
         if shard.finished:
             del self.open[shard.serial]
             self.finished_in_epoch += shard.epoch == self.epoch and not shard.given_up
+
+
+def _differences(facts: list[Fact]) -> dict[str, str]:
+    """A sentence for each fact in which the two sides differ, with both values; each fact once."""
+    told: dict[str, str] = {}
+    for name, ours, theirs in facts:
+        if ours != theirs:
+            told.setdefault(name, f"{name} differs: this run streams {_show(ours)}, the producer {_show(theirs)}")
+    return told
 
 
 def _count(bits: np.ndarray) -> int:

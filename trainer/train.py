@@ -58,7 +58,7 @@ class Listener(Protocol):
 
 
 class Loop:
-    """A run at work. `run` is None until the first producer has told the stream's shape."""
+    """A run at work. `run` is None until the first rows have settled the stream's shape."""
 
     def __init__(
         self,
@@ -210,8 +210,10 @@ class Loop:
 
     def _begin(self) -> None:
         """Goes on with the run as it was saved, or with a new one, once the stream's shape is known."""
-        if self.run is None and self.intake.ledger.stream is not None:
-            run = Run(self.settings, self.intake.ledger.stream, self.roster)
+        ledger = self.intake.ledger
+        if self.run is None and ledger.settled:
+            assert ledger.stream is not None
+            run = Run(self.settings, ledger.stream, self.roster)
             document, tensors = self._saved
             run.restore(document, tensors)
             tensors.clear()

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import deterministic, disk, ledger, malformed, mutants, network, processes, strangers
+from tests.drills import attacks, deterministic, disk, ledger, malformed, mutants, network, processes, strangers
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
@@ -53,6 +53,10 @@ DRILLS: dict[str, Drill] = {
     "producers of other streams": strangers.other_streams,
     "malformed messages": malformed.malformed,
     "decoder fuzzed": malformed.fuzzed,
+    "message without end": attacks.unfinished,
+    "message without end, by a known key": attacks.unfinished_with_keys,
+    "HELLOs without end": attacks.hellos,
+    "HELLO of an absurd width": attacks.wide,
     "keys rotated": strangers.keys_rotated,
     "broken shards": strangers.broken_shards,
     "deterministic, known rows": deterministic.synthetic,

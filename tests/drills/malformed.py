@@ -39,13 +39,13 @@ def malformed(folder: Path, quick: bool) -> Outcome:
         scene.wait_for_rows(50_000)
         alone, flooded, sent = list[float](), list[float](), 0
         while sent < count:
-            alone.append(_rate(scene, lambda: time.sleep(turn)))
+            alone.append(rate(scene, lambda: time.sleep(turn)))
             some = min(count - sent, round(PER_SECOND * turn))
             words = [f"ipc://{folder}/stream", str(some), str(PER_SECOND)]
             command = [sys.executable, "-m", "tests.drills.malformed", *words]
             with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as flood:
                 assert flood.stdout is not None and flood.stdout.readline()  # it begins
-                flooded.append(_rate(scene, lambda flood=flood: flood.wait(60)))
+                flooded.append(rate(scene, lambda flood=flood: flood.wait(60)))
             assert flood.returncode == 0
             sent += some
         trainer.terminate()
@@ -63,7 +63,7 @@ def malformed(folder: Path, quick: bool) -> Outcome:
         return Outcome(count, recovery=scene.longest_standstill(), note=note)
 
 
-def _rate(scene: Scene, meanwhile: Callable[[], object]) -> float:
+def rate(scene: Scene, meanwhile: Callable[[], object]) -> float:
     """Trained rows per second."""
     began, before = time.monotonic(), scene.trained
     meanwhile()
