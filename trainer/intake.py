@@ -307,6 +307,8 @@ class Intake:
             while not self._stop.is_set():
                 if self._socket.poll(POLL_MILLISECONDS):
                     self._receive_waiting()
+                else:
+                    self._emptied = time.monotonic()
                 try:
                     self._keep_house()
                     self._ticked = time.monotonic()
