@@ -214,6 +214,9 @@ def _send_encrypted(endpoint: str, keys: str, left: int, frame_bytes: int) -> No
 
 def send_hellos(endpoint: str, count: int, per_connection: int) -> None:
     """HELLOs of another corpus and of the run's own, with names that would forge lines of a log."""
+    placeholder, name = "0" * 32, "eve\nforged\x1b[31m\u202e" + "x" * 900
+    facts = {"producer": placeholder, "session": placeholder, "name": name}
+    templates = [encode(hello_of(named_source(), **facts, **own)) for own in ({}, {"context": 32, "held_out": 0.0625})]
     left, context = count, zmq.Context()
     while left > 0:
         with context.socket(zmq.DEALER) as dealer:
@@ -221,9 +224,8 @@ def send_hellos(endpoint: str, count: int, per_connection: int) -> None:
             dealer.connect(endpoint)
             for _ in range(min(left, per_connection)):
                 left -= 1
-                own = {"context": 32, "held_out": 0.0625} if left % 2 else {}
                 with suppress(zmq.Again):
-                    dealer.send(encode(hello_of(named_source(), name="eve\nforged\x1b[31m\u202e" + "x" * 900, **own)))
+                    dealer.send(templates[left % 2].replace(placeholder.encode(), os.urandom(16).hex().encode()))
                 while dealer.poll(0):
                     dealer.recv_multipart()
     context.destroy(linger=1000)
