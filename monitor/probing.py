@@ -12,7 +12,6 @@ columns are brought to unit variance, so that one penalty suits them all (there 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from monitor.evaluate import LATENTS_IN_MEMORY, Subject
 from monitor.held_out import EvaluationError
 from monitor.passes import NormBounds, in_stream, passes
 from producer.activations import LanguageModel
+from producer.corpus import CorpusError, read_records
 from producer.settings import CorpusSettings
 from producer.tokens import Windows, windows_of
 
@@ -48,19 +48,20 @@ class LabelledTexts:
 
 
 def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) -> LabelledTexts:
-    """Reads a file of JSON lines, {"text": …, "label": …}. Raises EvaluationError for one that cannot be used."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"monitor.probe_file = {str(path)!r} cannot be read: {error}") from None
+    """Reads a file of JSON lines, {"text": …, "label": …}, as a corpus of jsonl is read; it may be a .gz file.
+
+    Raises EvaluationError for one that cannot be used.
+    """
     texts, labels = [], []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            text, label = _parsed(line, f"{path}, line {number}")
+    try:
+        for place, record in read_records(path, settings):
+            text, label = _parsed(record, place)
             windows = windows_of([text], tokenizer, settings)
             if len(windows) and windows.kept[0].any():
                 texts.append((windows.ids[:1], windows.kept[:1], windows.padded[:1]))
                 labels.append(label)
+    except (OSError, CorpusError) as error:
+        raise EvaluationError(f"monitor.probe_file = {str(path)!r} cannot be read: {error}") from None
     counts = Counter(labels)
     if len(counts) < 2 or min(counts.values()) < FEWEST_TEXTS:
         told = ", ".join(f"{label!r} {count}" for label, count in sorted(counts.items())) or "none"
@@ -70,14 +71,10 @@ def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) ->
     return LabelledTexts(Windows(*map(np.concatenate, zip(*texts, strict=True))), np.array(labels))
 
 
-def _parsed(line: str, where: str) -> tuple[str, str]:
-    try:
-        found = json.loads(line)
-        text, label = found["text"], found["label"]
-    except (ValueError, KeyError, TypeError):
-        text = label = None
+def _parsed(record: dict[str, Any], place: str) -> tuple[str, str]:
+    text, label = record.get("text"), record.get("label")
     if not isinstance(text, str) or not isinstance(label, str | int):
-        raise EvaluationError(f'{where}: expected {{"text": "…", "label": "…"}}, found {line.strip()[:60]}')
+        raise EvaluationError(f'{place}: expected {{"text": "…", "label": "…"}}, found {str(record)[:60]}')
     return text, str(label)
 
 

@@ -13,14 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from monitor.run_directory import wiring
-from trainer.report import PROGRESSING
 
 Report = Mapping[str, Any]
 BAR = 20
 COLUMNS = {"SAE": 0, "L0": 0, "FVU": 0, "dead": 49, "shrink": 67, "rate": 76, "ΔCE": 40, "CE rec.": 58}
 """Of the live table, and the width of terminal from which on each is shown."""
-RESULTS = {"SAE": 0, "latents": 63, "L0": 0, "FVU": 0, "dead": 54, "shrink": 71, "ΔCE": 0, "CE recov.": 48, "KL": 79}
-"""Of the table of results, likewise."""
 LONGEST_NAME = 18
 
 
@@ -49,7 +46,7 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
     grid.add_column(width=length)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     told = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
-    if target and rate > 0 and report["state"] in PROGRESSING:
+    if target and rate > 0:
         told.append(f"{span((target - tokens) / rate)} left")
     bar = ProgressBar(total=target or 1, completed=tokens if target else 1, width=length, pulse=not target)
     grid.add_row("tokens", bar, " · ".join(told))
@@ -102,8 +99,8 @@ def _sae_row(name: str, sae: Report, evaluation: Report) -> dict[str, str]:
     }
 
 
-def results(summary: Report, width: int = 80) -> Table:
-    """The table of a finished run, from summary.json. Below it, where trans- and crosscoders sit."""
+def results(summary: Report) -> Table:
+    """The table of a finished run, from summary.json; fits 80 columns. Below it, where trans- and crosscoders sit."""
     elsewhere = {name: sae for name, sae in summary["saes"].items() if sae.get("target") or sae.get("hooks")}
     table = Table(
         title="Results",
@@ -114,22 +111,20 @@ def results(summary: Report, width: int = 80) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    shown = [name for name, least in RESULTS.items() if width >= least]
-    for name in shown:
+    for name in ("SAE", "latents", "L0", "FVU", "dead", "shrink", "ΔCE", "CE recov.", "KL"):
         table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True)
     for name, sae in summary["saes"].items():
-        row = {
-            "SAE": name,
-            "latents": number(sae.get("d_sae"), ","),
-            "L0": number(sae.get("held_out_l0"), ".1f"),
-            "FVU": number(sae.get("held_out_fvu"), ".4f"),
-            "dead": number(sae.get("dead_latents_ratio"), ".1%"),
-            "shrink": number(sae.get("shrinkage"), ".3f"),
-            "ΔCE": number(sae.get("ce_delta"), ".4f"),
-            "CE recov.": number(sae.get("ce_recovered"), ".4f"),
-            "KL": number(sae.get("kl"), ".4f"),
-        }
-        table.add_row(*(row[one] for one in shown))
+        table.add_row(
+            name,
+            f"{sae['d_sae']:,}",
+            number(sae.get("held_out_l0"), ".1f"),
+            number(sae.get("held_out_fvu"), ".4f"),
+            number(sae.get("dead_latents_ratio"), ".1%"),
+            number(sae.get("shrinkage"), ".3f"),
+            number(sae.get("ce_delta"), ".4f"),
+            number(sae.get("ce_recovered"), ".4f"),
+            number(sae.get("kl"), ".4f"),
+        )
     return table
 
 

@@ -13,6 +13,8 @@ What is notable:
   line ends, such as text8, have usable shards too.
 - Small files share a shard, so that shards stay near `shard_bytes`. A .gz file cannot be entered in the middle: it is
   never cut, and a text.gz file is one document in memory.
+- No line, file or row is held that is longer than `max_document_bytes`: it fails its shard, however it is packed.
+- Links are followed. A folder's files are found once, whatever links lead to them.
 - The fingerprint names files relative to the folder or glob that found them: two machines may mount the data in
   different places. It holds no times. A file whose size changes while the run goes on is refused when it is read.
 - pyarrow and datasets are imported by the kinds that need them, and only then.
@@ -33,20 +35,23 @@ import json
 import logging
 import math
 import os
+import re
 import sysconfig
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from platform import python_version
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from producer.parsing import ParseError, parse_object
 from producer.settings import CorpusSettings, SyntheticSettings
+from producer.token_files import Layout, read_layout
 from producer.wire import held_out_shards
 
 log = logging.getLogger(__name__)
@@ -60,6 +65,8 @@ GZIP_RATIO = 3
 """Text is about this many times larger than its .gz file."""
 RESHARD_UP_TO = 512
 """Files of a streamed dataset up to which each footer is read for its row groups; 10,000 would take an hour."""
+BATCH_ROWS = 256
+"""Rows of a parquet file that are in memory together, at most."""
 STDLIB_SHARDS = 64
 SYNTHETIC_SEED = 20221213
 CORRELATION_RANK = 8
@@ -71,6 +78,21 @@ NORMAL_DISTRIBUTION = np.array(
     dtype=np.float32,
 )
 FAULTS_SHOWN = 10
+CONTAINERS = (
+    (b"\x1f\x8b\x08", "gzip data", "end its name with .gz"),
+    (b"\x28\xb5\x2f\xfd", "zstd data, which is not read", "unpack it (zstd -d), or pack it with gzip"),
+    (b"\xfd7zXZ\0", "xz data, which is not read", "unpack it (xz -d), or pack it with gzip"),
+    (b"\x04\x22\x4d\x18", "lz4 data, which is not read", "unpack it (lz4 -d), or pack it with gzip"),
+    *((b"BZh%d1AY&SY" % level, "bzip2 data, which is not read", "unpack it (bunzip2)") for level in range(1, 10)),
+    (b"PK\x03\x04", "a zip archive, such as .npz files and those of torch.save", "unpack it, or save one plain array"),
+    (b"PAR1", "a parquet file", 'set corpus.kind = "parquet"'),
+    (b"ARROW1", "an Arrow file", 'write it as parquet and set corpus.kind = "parquet"'),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "write its text or ids as one of the kinds of corpus.kind"),
+    (b"%PDF-", "a PDF file", "extract its text"),
+    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", "a pickle of torch.save, which is never read", "save a plain array"),
+    *((b"\x80%c\x95" % level, "a pickle, which is never read", "write plain text or numbers") for level in (4, 5)),
+)
+"""How files begin that hold their contents in another form: (bytes, name, remedy)."""
 SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tokens": (".bin",)}
 """What counts in a folder, per kind; `""` is every file. A file or glob that is named counts whatever its suffix."""
 
@@ -213,8 +235,10 @@ class FileCorpus(Corpus):
         files = [file for file in files if not self._is_empty(file)]
         if not files:
             raise CorpusError(f"corpus.paths = {settings.paths}: the files hold nothing; name files with text")
-        self._plan = _group(files, settings.shard_bytes, align)
-        identity = [[[file.name, file.size, file.digest] for file in files], settings.shard_bytes, align, *decisive]
+        shard_bytes = settings.shard_bytes
+        self._plan = _group((piece for file in files for piece in self._pieces(file, shard_bytes)), shard_bytes)
+        identity = [[[file.name, file.size, file.digest] for file in files], shard_bytes, align, *decisive]
+        identity += self._formats(files)
         super().__init__(settings, len(self._plan), _what(settings, files), identity)
 
     @abstractmethod
@@ -226,19 +250,39 @@ class FileCorpus(Corpus):
         with _opened(file) as stream:
             return not stream.read(1)
 
+    def _pieces(self, file: DataFile, shard_bytes: int) -> list[Piece]:
+        return _pieces(file, shard_bytes)
+
+    def _formats(self, files: Sequence[DataFile]) -> list[object]:
+        """What else of the files decides the documents, as JSON data."""
+        return []
+
 
 class TextCorpus(FileCorpus):
     """UTF-8 text. A file, or the part of it that lies in the shard, is one document, given back to the byte."""
 
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._longest = settings.max_document_bytes
+        super().__init__(settings)
+
     def _fault(self, file: DataFile) -> str | None:
-        return _encoding_fault(file)
+        if fault := _encoding_fault(file):
+            return fault
+        try:
+            if file.compressed and _unpacks_beyond(file, self._longest):
+                return f"{file.path}: {_too_long(None, self._longest, 'split the file')}"
+        except CorpusError as error:
+            return str(error)
+        return None
 
     def _read(self, shard: int) -> Iterator[str]:
         for piece in self._plan[shard]:
             with _opened(piece.file) as stream:
                 start, end = _borders(stream, piece, LONGEST_LINE)
                 stream.seek(start)
-                data = stream.read() if end is None else stream.read(end - start)
+                data = stream.read(self._longest + 1 if end is None else end - start)
+            if end is None and len(data) > self._longest:
+                raise CorpusError(f"{piece.file.path}: {_too_long(None, self._longest, 'split the file')}")
             if data:
                 yield _decoded(data, piece.file, start)
 
@@ -248,86 +292,116 @@ class JsonlCorpus(FileCorpus):
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._column = settings.column
+        self._longest = settings.max_document_bytes
         super().__init__(settings, settings.column)
 
     def _fault(self, file: DataFile) -> str | None:
         if fault := _encoding_fault(file):
             return fault
         try:
-            for offset, line in itertools.islice(self._lines(Piece(file, 0, file.size)), 1):
-                self._document(file, offset, line)
+            for place, record in itertools.islice(_records(Piece(file, 0, file.size), self._longest), 1):
+                self._document(place, record)
         except CorpusError as error:
             return str(error)
         return None
 
     def _is_empty(self, file: DataFile) -> bool:
-        return next(self._lines(Piece(file, 0, file.size)), None) is None
+        return next(_records(Piece(file, 0, file.size), self._longest), None) is None
 
     def _read(self, shard: int) -> Iterator[str]:
         for piece in self._plan[shard]:
-            for offset, line in self._lines(piece):
-                if (document := self._document(piece.file, offset, line)) is not None:
+            for place, record in _records(piece, self._longest):
+                if (document := self._document(place, record)) is not None:
                     yield document
 
-    def _lines(self, piece: Piece) -> Iterator[tuple[int, bytes]]:
-        """(byte offset, line) of each line that is not blank and begins in `piece`."""
-        with _opened(piece.file) as stream:
-            offset, end = _borders(stream, piece, None)
-            stream.seek(offset)
-            while (end is None or offset < end) and (line := stream.readline()):
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    yield offset, line
-                offset += len(line)
-
-    def _document(self, file: DataFile, offset: int, line: bytes) -> str | None:
-        place = f"{file.path}, line at byte {offset:,}"
-        try:
-            record = json.loads(_decoded(line, file, offset))
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{place}: not JSON ({error}); each line must be one whole JSON object") from None
-        if not isinstance(record, dict):
-            found = type(record).__name__
-            raise CorpusError(f"{place}: a JSON {found}; each line must be an object with a field {self._column!r}")
+    def _document(self, place: str, record: dict[str, Any]) -> str | None:
         if self._column not in record:
             raise CorpusError(f"{place}: {_no_column(self._column, record)}")
         text = record[self._column]
         if text is not None and not isinstance(text, str):
             raise CorpusError(f"{place}: {_no_text(self._column, type(text).__name__)}")
-        return _without_lone_surrogates(text) if text else text
+        return text
+
+
+def read_records(path: Path, settings: CorpusSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each line of a jsonl file that is no part of the corpus, read as the corpus is.
+
+    Raises CorpusError, and OSError.
+    """
+    file = _data_file(path, path.name)
+    _raise_any([fault] if file.size and (fault := _encoding_fault(file)) else [])
+    yield from _records(Piece(file, 0, file.size), settings.max_document_bytes)
+
+
+def _records(piece: Piece, longest: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each line that is not blank and begins in `piece`."""
+    with _opened(piece.file) as stream:
+        offset, end = _borders(stream, piece, None)
+        stream.seek(offset)
+        while (end is None or offset < end) and (line := stream.readline(longest + len("\r\n"))):
+            place = f"{piece.file.path}, line at byte {offset:,}"
+            if len(line) > longest and len(line.rstrip(b"\r\n")) > longest:
+                raise CorpusError(f"{place}: {_too_long(None, longest, 'leave the line out')}")
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield place, _record(piece.file, offset, line, place)
+            offset += len(line)
+
+
+def _record(file: DataFile, offset: int, line: bytes, place: str) -> dict[str, Any]:
+    try:
+        return parse_object(_decoded(line, file, offset))
+    except ParseError as error:
+        raise CorpusError(f"{place}: {error}; each line must be one whole JSON object") from None
 
 
 class TokenCorpus(FileCorpus):
-    """Flat little-endian binary files of token ids without a header. A shard is a span, whole windows long.
+    """Binary files of token ids, with the headers of `producer.token_files` or with none. A shard is a span of one.
 
     Spans are multiples of `context` ids, so that files of [rows, context] ids come back row for row with
     prepend_bos = false. An id the tokenizer does not know is found by `producer.tokens`, which has the tokenizer.
     """
 
     def __init__(self, settings: CorpusSettings) -> None:
-        self._dtype = np.dtype(settings.token_dtype).newbyteorder("<")
-        super().__init__(settings, settings.token_dtype, align=settings.context * self._dtype.itemsize)
+        self._expected = np.dtype(settings.token_dtype).newbyteorder("<")
+        self._context = settings.context
+        self._layouts: dict[Path, Layout] = {}
+        super().__init__(settings, settings.token_dtype, align=settings.context * self._expected.itemsize)
 
     def _fault(self, file: DataFile) -> str | None:
         if file.compressed:
             return f"{file.path}: token files are read in place and cannot be compressed; gunzip it"
-        if file.size % self._dtype.itemsize:
-            name = self._dtype.name
-            return f"{file.path}: {file.size:,} bytes are no whole number of {name}; correct corpus.token_dtype"
         with _opened(file) as stream:
-            head = stream.read(EDGE_BYTES // 4 * 4)
-        if head.startswith(b"\x93NUMPY"):
-            return f"{file.path}: a .npy file, which has a header; expected bare numbers, as array.tofile writes them"
-        ids = np.frombuffer(head, self._dtype)
-        if ids.itemsize == 2 and len(ids) >= 64 and not ids[1::2].any():
-            return f'{file.path}: every second uint16 is 0, so these are uint32; set corpus.token_dtype = "uint32"'
+            if container := _container(stream.read(EDGE_BYTES)):
+                return f"{file.path}: {container}"
+        layout = read_layout(file.path, file.size, self._expected)
+        if isinstance(layout, str):
+            return f"{file.path}: {layout}"
+        self._layouts[file.path] = layout
         return None
+
+    def _is_empty(self, file: DataFile) -> bool:
+        return file.size <= self._layouts[file.path].start
+
+    def _pieces(self, file: DataFile, shard_bytes: int) -> list[Piece]:
+        layout = self._layouts[file.path]
+        return _pieces(file, shard_bytes, self._context * layout.dtype.itemsize, layout.start)
+
+    def _formats(self, files: Sequence[DataFile]) -> list[object]:
+        """What decides the ids beside corpus.token_dtype: the headers, where they say something else."""
+        layouts = {file.name: self._layouts[file.path] for file in files}
+        plain = (0, self._expected.itemsize)
+        return [
+            [name, layout.dtype.str, layout.start]
+            for name, layout in layouts.items()
+            if (layout.start, layout.dtype.itemsize) != plain
+        ]
 
     def _read(self, shard: int) -> Iterator[np.ndarray]:
         for piece in self._plan[shard]:
             with _opened(piece.file) as stream:
                 stream.seek(piece.start)
                 data = stream.read(piece.end - piece.start)
-            yield np.frombuffer(data, self._dtype).astype(np.int64)
+            yield np.frombuffer(data, self._layouts[piece.file.path].dtype).astype(np.int64)
 
 
 class ParquetCorpus(Corpus):
@@ -337,6 +411,7 @@ class ParquetCorpus(Corpus):
         self._arrow = _required("pyarrow", settings)
         self._parquet = _required("pyarrow.parquet", settings)
         self._column = settings.column
+        self._longest = settings.max_document_bytes
         files = [file for file in _find_files(settings) if file.size]
         _raise_any(fault for file in files if (fault := self._fault(file)))
         self._groups = [(file, group) for file in files for group in self._groups_of(file)]
@@ -366,9 +441,15 @@ class ParquetCorpus(Corpus):
         file, group = self._groups[shard]
         with _opened(file) as stream:
             table = self._parquet.ParquetFile(stream)
+            metadata, row = table.metadata.row_group(group), 0
+            usual = metadata.total_byte_size // metadata.num_rows
+            rows = max(1, min(BATCH_ROWS, self._longest // max(1, usual)))
             try:
-                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=[self._column]):
-                    yield from (text for text in batch.column(0).to_pylist() if text is not None)
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[self._column]):
+                    for row, text in enumerate(batch.column(0).to_pylist(), row):  # noqa: B020 (goes on counting)
+                        if text is not None:
+                            yield _refuse_long(text, self._longest, f"{file.path}, row group {group}, row {row:,}")
+                    row += 1
             except (self._arrow.ArrowException, UnicodeDecodeError) as error:
                 raise CorpusError(f"{file.path}, row group {group}: damaged ({error}); replace the file") from None
 
@@ -393,7 +474,9 @@ class HuggingFaceCorpus(Corpus):
                 "check dataset, subset, split and revision, the network, and HF_TOKEN if access is restricted"
             ) from error
         _raise_any(_dataset_faults(settings, first, columns))
+        self._name = _name(settings)
         self._column = settings.column
+        self._longest = settings.max_document_bytes
         self._dataset = dataset.select_columns([settings.column])
         shards = self._dataset.num_shards if settings.streaming else _runs(self._dataset, settings.shard_bytes)
         what = f"{_name(settings)}, commit {commit or 'unknown'}, {'streamed' if settings.streaming else 'downloaded'}"
@@ -401,9 +484,10 @@ class HuggingFaceCorpus(Corpus):
         super().__init__(settings, shards, what, identity)
 
     def _read(self, shard: int) -> Iterator[str]:
-        for record in self._dataset.shard(num_shards=self.shards, index=shard, contiguous=True):
-            if record[self._column] is not None:
-                yield record[self._column]
+        records = self._dataset.shard(num_shards=self.shards, index=shard, contiguous=True)
+        for row, record in enumerate(records):
+            if (text := record[self._column]) is not None:
+                yield _refuse_long(text, self._longest, f"{self._name}, shard {shard}, row {row:,}")
 
 
 class SyntheticCorpus(Corpus):
@@ -539,19 +623,80 @@ def _matches(entry: str, kind: str) -> list[tuple[str, Path]] | str:
     if not _is_pattern(entry):
         return "which does not exist; correct the path"
     root = Path(*itertools.takewhile(lambda part: not _is_pattern(part), path.parts))
-    paths = [Path(match) for match in glob(entry, recursive=True)]
-    files = [(match.relative_to(root).as_posix(), match) for match in paths if match.is_file()]
+    files = [(path.relative_to(root).as_posix(), path) for path in _expand(entry) if path.is_file()]
     return files or "which matches no file; correct the pattern"
 
 
 def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Files at any depth whose name ends as asked (.gz aside), without hidden ones."""
-    named = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
     return [
-        (name.as_posix(), path)
-        for name, path in named
-        if name.name.removesuffix(".gz").endswith(suffixes) and not any(part.startswith(".") for part in name.parts)
+        (path.relative_to(folder).as_posix(), path)
+        for path in _walk(folder)
+        if path.name.removesuffix(".gz").endswith(suffixes)
     ]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder, hidden ones aside. Links are followed, and each folder is entered once.
+
+    Folders come before links to them, whatever their names: a link that leads back, or to what is read anyway, adds
+    nothing. What cannot be read is left out with a warning.
+    """
+    entered: set[tuple[int, int]] = set()
+    starts = [folder]
+    while starts:
+        links = []
+        for start in starts:
+            for here, names, files in os.walk(start, onerror=_warn_of_folder):
+                if (identity := _identity(here)) in entered:
+                    names.clear()
+                    continue
+                entered.add(identity)
+                names[:] = [name for name in names if not name.startswith(".")]
+                links += [path for name in names if (path := Path(here, name)).is_symlink()]
+                yield from filter(_is_readable, (Path(here, name) for name in files if not name.startswith(".")))
+        starts = sorted(links)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether this is a file; a link that leads nowhere is none, and is warned of."""
+    if path.is_symlink() and not path.exists():
+        log.warning("%s is left out of the corpus: it is a link to %s, which does not exist", path, os.readlink(path))
+    return path.is_file()
+
+
+def _warn_of_folder(error: OSError) -> None:
+    log.warning("%s is left out of the corpus: it cannot be read (%s)", error.filename, error.strerror)
+
+
+def _expand(pattern: str) -> Iterator[Path]:
+    """What a glob pattern matches. `**` follows links as `glob` does, but never back to where it came from."""
+    recursive = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
+    if recursive is None:
+        yield from map(Path, glob(pattern))
+        return
+    for start in glob(pattern[: recursive.start()] or "."):
+        for folder in _folders(Path(start)):
+            yield from _expand(f"{escape(str(folder))}/{pattern[recursive.end() :] or '*'}")
+
+
+def _folders(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """`folder` and those below it at any depth, through links, without hidden ones and what lies in itself."""
+    if (identity := _identity(folder)) in above:
+        return
+    yield folder
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        _warn_of_folder(error)
+        return
+    for name in names:
+        yield from _folders(folder / name, above | {identity})
 
 
 def _is_pattern(text: str) -> bool:
@@ -583,11 +728,11 @@ def _what(settings: CorpusSettings, files: Sequence[DataFile]) -> str:
 # Cutting files into shards
 
 
-def _group(files: Iterable[DataFile], shard_bytes: int, align: int) -> list[list[Piece]]:
+def _group(pieces: Iterable[Piece], shard_bytes: int) -> list[list[Piece]]:
     """The pieces of each shard: neighbours share one while they fit into `shard_bytes` together."""
     shards: list[list[Piece]] = []
     room = 0
-    for piece in itertools.chain.from_iterable(_pieces(file, shard_bytes, align) for file in files):
+    for piece in pieces:
         if not shards or piece.weight > room:
             shards.append([])
             room = shard_bytes
@@ -596,11 +741,12 @@ def _group(files: Iterable[DataFile], shard_bytes: int, align: int) -> list[list
     return shards
 
 
-def _pieces(file: DataFile, shard_bytes: int, align: int) -> list[Piece]:
-    """Equal parts of about `shard_bytes`, their borders multiples of `align`; a .gz file stays whole."""
-    count = 1 if file.compressed else max(1, min(-(-file.size // shard_bytes), file.size // align))
-    borders = [file.size * part // count // align * align for part in range(count)] + [file.size]
-    return [Piece(file, start, end) for start, end in itertools.pairwise(borders)]
+def _pieces(file: DataFile, shard_bytes: int, align: int = 1, start: int = 0) -> list[Piece]:
+    """What follows `start` in equal parts of about `shard_bytes`, multiples of `align`; a .gz file stays whole."""
+    size = file.size - start
+    count = 1 if file.compressed else max(1, min(-(-size // shard_bytes), size // align))
+    borders = [start + size * part // count // align * align for part in range(count)] + [file.size]
+    return [Piece(file, begin, end) for begin, end in itertools.pairwise(borders)]
 
 
 def _borders(stream: BinaryIO, piece: Piece, longest_line: int | None) -> tuple[int, int | None]:
@@ -659,6 +805,8 @@ def _encoding_fault(file: DataFile) -> str | None:
             whole = not stream.read(1)
     except CorpusError as error:
         return str(error)
+    if container := _container(head):
+        return f"{file.path}: {container}"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=whole)
     except UnicodeDecodeError as error:
@@ -666,6 +814,40 @@ def _encoding_fault(file: DataFile) -> str | None:
     if (zero := head.find(0)) >= 0:
         return f"{file.path}: a zero byte at byte {zero:,}, so this is UTF-16 or no text; convert it to UTF-8"
     return None
+
+
+def _container(head: bytes) -> str | None:
+    """Says if a file that begins with `head` holds its contents in another form, and what to do."""
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it (tar -xf)"
+    return next((f"{name}; {remedy}" for magic, name, remedy in CONTAINERS if head.startswith(magic)), None)
+
+
+def _unpacks_beyond(file: DataFile, size: int) -> bool:
+    """Whether a .gz file that gives its size, at its end, as more than `size` bytes indeed holds so many."""
+    with file.path.open("rb") as stream:
+        stream.seek(max(0, file.size - 4))
+        claimed = int.from_bytes(stream.read(4), "little")
+    if claimed <= size:
+        return False
+    with _opened(file) as stream:  # a file that is cut short claims anything
+        stream.seek(size)
+        return bool(stream.read(1))
+
+
+def _refuse_long(text: str, longest: int, place: str) -> str:
+    """`text`. Raises CorpusError if it is longer than corpus.max_document_bytes."""
+    if 4 * len(text) > longest and (size := len(text.encode())) > longest:
+        raise CorpusError(f"{place}: {_too_long(size, longest, 'leave it out')}")
+    return text
+
+
+def _too_long(size: int | None, longest: int, remedy: str) -> str:
+    many = f"more than {longest:,}" if size is None else f"{size:,}"
+    return (
+        f"{many} bytes in one document, over corpus.max_document_bytes = {longest}; {remedy}, or raise the setting "
+        "(tokenizing takes about 200 bytes of memory for each byte)"
+    )
 
 
 def _decoded(data: bytes, file: DataFile, offset: int) -> str:
@@ -679,15 +861,6 @@ def _decoded(data: bytes, file: DataFile, offset: int) -> str:
 def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
     place, byte = offset + error.start, error.object[error.start]
     return f"not UTF-8 at byte {place:,} (0x{byte:02x}: {error.reason}); convert it (iconv -t UTF-8) or leave it out"
-
-
-def _without_lone_surrogates(text: str) -> str:
-    r"""JSON may escape half a character, as in "\ud83d"; no tokenizer takes that, so it becomes U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _is_utf8(data: bytes) -> bool:

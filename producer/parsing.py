@@ -79,7 +79,7 @@ def parse_toml(data: bytes | str) -> dict[str, Any]:
         raise ParseError(_number_fault(text) or str(error)) from None
 
 
-def without_half_characters(text: str) -> str:
+def _without_half_characters(text: str) -> str:
     r"""JSON may escape half a character, as in "\ud83d"; no encoder and no tokenizer takes that: it becomes U+FFFD."""
     try:
         text.encode()
@@ -109,11 +109,11 @@ def _decoded(data: bytes | str) -> str:
 
 def _with_whole_characters(value: Any) -> Any:
     if isinstance(value, str):
-        return without_half_characters(value)
+        return _without_half_characters(value)
     if isinstance(value, list):
         return [_with_whole_characters(one) for one in value]
     if isinstance(value, dict):
-        return {without_half_characters(key): _with_whole_characters(one) for key, one in value.items()}
+        return {_without_half_characters(key): _with_whole_characters(one) for key, one in value.items()}
     return value
 
 

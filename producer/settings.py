@@ -39,7 +39,6 @@ from producer.addresses import (
 )
 from producer.explain import explain, explain_stray, nearest
 from producer.parsing import ParseError, parse_toml
-from producer.shell import shell_command
 from producer.toml import SettingsError, read_toml, show_value, toml_value
 
 TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
@@ -113,7 +112,7 @@ class StreamSettings(Table):
     endpoint: Endpoint = "tcp://127.0.0.1:5710"
     """ZeroMQ address the trainer binds and producers connect to. Off loopback it needs `keys`."""
     keys: PathText | None = Field(default=None, examples=["keys"])
-    """Folder of CURVE keys, as the producer's command `keys DIR` writes it; needed off loopback."""
+    """Folder of CURVE keys, as `python -m producer keys DIR` writes it; needed off loopback."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of activations on the wire and in the buffer."""
     heartbeat_seconds: Beat = 1.0
@@ -130,8 +129,7 @@ class StreamSettings(Table):
         if not is_loopback(self.endpoint) and self.keys is None:
             raise ValueError(
                 f"stream.endpoint = {show_value(self.endpoint)} is reachable from other machines and "
-                f"stream.keys is not set: write keys with `{shell_command('producer', 'keys', 'DIR')}` and set "
-                'keys = "DIR", or use tcp://127.0.0.1:5710'
+                'stream.keys is not set: write keys with `python -m producer keys DIR` and set keys = "DIR", or use tcp://127.0.0.1:5710'
             )
         if self.dead_seconds < 3 * self.heartbeat_seconds:
             raise ValueError(
@@ -187,11 +185,14 @@ class CorpusSettings(Table):
     """Branch, tag or commit of that dataset; pin it, so that the stream stays the same."""
     streaming: bool = True
     """Read that dataset over the network as it is needed, instead of downloading it first."""
-    token_dtype: Literal["uint16", "uint32"] = "uint16"
-    """Number format of the files, for kind tokens."""
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Number format of files without a header, for kind tokens."""
     shard_bytes: Positive = 1_000_000
     """About how much text one shard holds (text, jsonl, tokens); a shard is what one producer works on at a time. Where
     shards are unlike, several should fit into buffer.rows: a row is about four bytes of text, or one token."""
+    max_document_bytes: Positive = 16_000_000
+    """The longest document: a line of jsonl, a text.gz file, a row of parquet or of a dataset. A longer one fails its
+    shard. Tokenizing takes about 200 bytes of memory for each."""
     held_out: float = Field(default=0.0625, ge=0.0, lt=1.0)
     """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
     epochs: Natural = 1

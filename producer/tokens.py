@@ -227,7 +227,7 @@ def _checked(ids: np.ndarray, packing: _Packing) -> np.ndarray:
         wrong = int(ids.max() if ids.max() >= packing.vocabulary else ids.min())
         raise CorpusError(
             f"a token file holds id {wrong}, but the tokenizer knows {packing.vocabulary} ids, from 0; "
-            "correct corpus.token_dtype, or name the model whose tokenizer wrote the file"
+            "name the model whose tokenizer wrote the file, or correct corpus.token_dtype where the file has no header"
         )
     return ids.astype(np.int64, copy=False)
 

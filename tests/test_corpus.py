@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
+import pickle
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import tracemalloc
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -230,6 +236,48 @@ def test_folder_of_jsonl_ignores_other_files(tmp_path: Path) -> None:
     assert texts_of(corpus_of(tmp_path, kind="jsonl")) == ["one", "two"]
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_linked_folders_are_read(tmp_path: Path, pattern: str) -> None:
+    """Caches and data lakes are made of links; a link that leads back adds nothing."""
+    written(tmp_path / "lake" / "deep" / "x.txt", "linked")
+    written(tmp_path / "data" / "own" / "a.txt", "own")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "lake")
+    (tmp_path / "data" / "own" / "back").symlink_to(tmp_path / "data")
+    for name in "123":  # with three ways back, no search by names alone would end
+        (tmp_path / "lake" / name).symlink_to(tmp_path / "lake")
+    assert texts_of(corpus_of(tmp_path / "data" / pattern)) == ["linked", "own"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**", "**/*.txt", "x/**", "*/**/h.txt", "**/x/**/*.txt", "x**/*.txt", "**/[[]q]/*", ".h/*", "./**/b.*"]
+)
+def test_patterns_match_what_glob_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """But for ways that lead back, `**` is the standard library's: through links, not into hidden folders."""
+    for name in ("a.txt", "x/b.txt", ".h/d.txt", "x/.z/e.txt", "x/[q]/f.txt", "xx/g.md", "x/y/x/h.txt"):
+        written(tmp_path / name, name)
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "xx")
+    monkeypatch.chdir(tmp_path)
+    expected = {Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file()}
+    assert sorted(texts_of(corpus_of(pattern, held_out=0.0))) == sorted(path.read_text() for path in expected)
+
+
+def test_a_folder_that_two_names_lead_to_is_read_once(tmp_path: Path) -> None:
+    """Under its own name, whatever comes first in the alphabet."""
+    written(tmp_path / "2024" / "x.txt", "text")
+    (tmp_path / "0-newest").symlink_to("2024")
+    corpus = corpus_of(tmp_path)
+    assert texts_of(corpus) == ["text"]
+    assert "2024/x.txt" in corpus.description
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A link whose file is gone, as in a cache that was cleaned."""
+    written(tmp_path / "a.txt", "text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "blob")
+    assert texts_of(corpus_of(tmp_path)) == ["text"]
+    assert f"b.txt is left out of the corpus: it is a link to {tmp_path}/blob, which does not exist" in caplog.text
+
+
 # Fingerprints
 
 
@@ -336,6 +384,83 @@ def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
     assert (len(lines), lines[-1]) == (11, "and 2 more")
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(b"text"), "gzip data; end its name with .gz"),
+        (b"\x28\xb5\x2f\xfd\x04\x58" + b"\xff" * 99, "zstd data, which is not read; unpack it (zstd -d), or pack it"),
+        (bz2.compress(b"text"), "bzip2 data, which is not read; unpack it (bunzip2)"),
+        (lzma.compress(b"text"), "xz data, which is not read; unpack it (xz -d), or pack it with gzip"),
+        (b"PK\x03\x04" + b"\0" * 60, "a zip archive, such as .npz files and those of torch.save; unpack it"),
+        (b"PAR1" + b"\0" * 60, 'a parquet file; set corpus.kind = "parquet"'),
+        (pickle.dumps(list(range(99))), "a pickle, which is never read; write plain text or numbers"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "jsonl", "tokens"])
+def test_contents_in_another_form_are_named(tmp_path: Path, kind: str, data: bytes, said: str) -> None:
+    """iconv does not help with a packed file."""
+    path = written(tmp_path / "a.data", data)
+    assert refusal(path, kind=kind).startswith(f"{path}: {said}")
+
+
+# Sizes
+
+
+def test_a_line_may_be_as_long_as_the_setting_says_and_not_longer(tmp_path: Path) -> None:
+    """The records before it arrive; the shard then fails with file, place, size and setting."""
+    lines = [json.dumps({"text": "x" * size}) for size in (9, 86, 87)]  # 12 bytes are not text: 21, 98, 99
+    path = written(tmp_path / "a.jsonl", "\r\n".join(lines))
+    documents = corpus_of(path, kind="jsonl", max_document_bytes=98).documents(0)
+    assert [len(next(documents)), len(next(documents))] == [9, 86]
+    place = re.escape(
+        f"{path}, line at byte 123: more than 98 bytes in one document, over corpus.max_document_bytes = 98"
+    )
+    with pytest.raises(CorpusError, match=f"^{place}; leave the line out, or raise the setting"):
+        next(documents)
+    assert len(texts_of(corpus_of(path, kind="jsonl", max_document_bytes=99))) == 3
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_packed_file_that_would_fill_the_memory(tmp_path: Path, kind: str) -> None:
+    """65 kB of .gz hold 64 MB in one line: it is refused at the start, and no more than the limit is ever held."""
+    start = {"text": b"", "jsonl": b'{"text": "'}[kind]
+    path = written(tmp_path / "a.gz", start + b"x" * 64_000_000)
+    tracemalloc.start()
+    try:
+        message = refusal(path, kind=kind, max_document_bytes=1_000_000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "more than 1,000,000 bytes in one document, over corpus.max_document_bytes = 1000000" in message
+    assert peak < 5_000_000
+
+
+def test_a_packed_file_that_lies_about_its_size_fails_its_shard(tmp_path: Path) -> None:
+    """The size at the end of a .gz file is its last part's only."""
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"x" * 5000) + gzip.compress(b"x"))
+    corpus = corpus_of(path, max_document_bytes=4999)
+    with pytest.raises(CorpusError, match=r"a\.gz: more than 4,999 bytes in one document"):
+        texts_of(corpus)
+    assert texts_of(corpus_of(path, max_document_bytes=5001)) == ["x" * 5001]
+
+
+def test_a_row_that_is_too_long_fails_its_shard(tmp_path: Path) -> None:
+    """Counted in bytes, as everywhere; the rows before it arrive."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["one", "ä" * 50, "ä" * 50 + "x"]}), tmp_path / "a.parquet")
+    documents = corpus_of(tmp_path, kind="parquet", max_document_bytes=100).documents(0)
+    assert [next(documents), next(documents)] == ["one", "ä" * 50]
+    with pytest.raises(CorpusError, match=r"a\.parquet, row group 0, row 2: 101 bytes in one document"):
+        next(documents)
+
+
+def test_the_longest_document_decides_no_other(tmp_path: Path) -> None:
+    """A run whose shard has failed goes on with a higher limit."""
+    path = records(tmp_path / "a.jsonl", ["one"])
+    assert len({corpus_of(path, kind="jsonl", max_document_bytes=size).fingerprint for size in (100, 200)}) == 1
+
+
 def test_file_that_is_no_gzip_file_is_told_at_the_start(tmp_path: Path) -> None:
     """The name says .gz, the contents do not."""
     path = tmp_path / "a.gz"
@@ -397,8 +522,13 @@ def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"text": "one"', "line at byte 1: not JSON (Expecting ',' delimiter"),
-        ('["one"]', "line at byte 1: a JSON list; each line must be an object with a field 'text'"),
+        ('{"text": "one"', "line at byte 1: not JSON: Expecting ',' delimiter"),
+        ('["one"]', "line at byte 1: a JSON list, expected an object; each line must be one whole JSON object"),
+        (
+            '{"text": "pi", "digits": ' + "3" * 5000 + "}",
+            "line at byte 1: an integer of 5,000 digits at line 1 column 26",
+        ),
+        ('{"text": "one", "tree": ' + "[" * 5000, "line at byte 1: nested more than 500 deep"),
         ('{"txt": "one", "id": 3}', "corpus.column = 'text' is not there (did you mean txt?); known here: txt, id"),
         ('{"text": ["one"]}', "corpus.column = 'text' holds list; expected text; name another column"),
     ],
@@ -491,17 +621,38 @@ def test_token_files_come_back_in_spans_of_whole_windows(tmp_path: Path, dtype: 
 
 
 def test_wrong_token_files_are_told_at_the_start(tmp_path: Path) -> None:
-    """Half a number, a .npy header, the wrong width and compression are seen before any model is loaded."""
+    """Half a number, the wrong width and compression are seen before any model is loaded."""
     written(tmp_path / "a.bin", b"\0\0\0")
-    np.save(tmp_path / "b.npy", np.arange(64, dtype=np.uint16))
-    (tmp_path / "b.npy").rename(tmp_path / "b.bin")
     np.arange(64, dtype=np.uint32).tofile(tmp_path / "c.bin")
     written(tmp_path / "d.bin.gz", b"\0\0")
-    first, second, third, fourth = refusal(tmp_path, kind="tokens").splitlines()
+    first, second, third = refusal(tmp_path, kind="tokens").splitlines()
     assert first.endswith("a.bin: 3 bytes are no whole number of uint16; correct corpus.token_dtype")
-    assert second.endswith("b.bin: a .npy file, which has a header; expected bare numbers, as array.tofile writes them")
-    assert third.endswith('c.bin: every second uint16 is 0, so these are uint32; set corpus.token_dtype = "uint32"')
-    assert fourth.endswith("d.bin.gz: token files are read in place and cannot be compressed; gunzip it")
+    assert "c.bin: as uint16 the ids are 0, 0, 1, 0, … up to 63, where every second one is at most 0" in second
+    assert second.endswith('as uint32 the ids are 0, 1, 2, 3, … up to 63; set corpus.token_dtype = "uint32"')
+    assert third.endswith("d.bin.gz: token files are read in place and cannot be compressed; gunzip it")
+
+
+def test_files_with_headers_are_cut_into_windows_behind_the_header(tmp_path: Path) -> None:
+    """Each file in its own format; what a header says beside the settings is part of the fingerprint."""
+    ids = np.arange(100, 130)
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    plain = corpus_of(tmp_path, kind="tokens", context=4, shard_bytes=30, held_out=0.0)
+    prints = {plain.fingerprint}
+    for dtype in ("<u2", "<i4", ">i8"):
+        with open(tmp_path / "a.bin", "wb") as file:
+            np.save(file, ids.astype(dtype).reshape(10, 3))
+        corpus = corpus_of(tmp_path, kind="tokens", context=4, shard_bytes=15 * np.dtype(dtype).itemsize, held_out=0.0)
+        assert [[len(ids) for ids in shard] for shard in shards_of(corpus)] == [[12], [18]]
+        assert np.concatenate([ids for shard in shards_of(corpus) for ids in shard]).tolist() == ids.tolist()
+        prints.add(corpus.fingerprint)
+    assert len(prints) == 4
+
+
+def test_runs_on_files_without_headers_can_be_resumed_by_later_versions(tmp_path: Path) -> None:
+    """The fingerprint of plain token files is the one that every version has given them."""
+    (np.arange(5000, dtype="<u2") % 977).tofile(tmp_path / "a.bin")
+    corpus = corpus_of(tmp_path, kind="tokens", context=16, shard_bytes=999)
+    assert (corpus.shards, corpus.fingerprint[:16]) == (11, "9d63c8e3c2cab38d")
 
 
 # Hugging Face

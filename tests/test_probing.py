@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_a_file_of_texts_is_read(model: LanguageModel, tmp_path: Path):
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        ([{"text": "w1"}], r"line 1: expected .*label.*found \{"),
+        ([{"text": "w1"}], r"line at byte 0: expected .*label.*found \{"),
         ([{"text": "w1", "label": 0}] * 20, "two labels or more .* it has: '0' 20"),
         ([{"text": "w1", "label": i == 0} for i in range(20)], "8 texts or more each; it has: 'False' 19, 'True' 1"),
         ([], "it has: none"),
@@ -117,6 +118,33 @@ def test_files_that_cannot_be_used_say_why(
 ):
     with pytest.raises(EvaluationError, match=complaint):
         read_labelled_texts(_file(tmp_path, lines), model.tokenizer, CorpusSettings(context=CONTEXT))
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.jsonl.gz"])
+def test_the_file_is_read_as_a_corpus_is(model: LanguageModel, tmp_path: Path, name: str):
+    """With a byte order mark, half a character, a line separator inside a text, and packed."""
+    lines = [{"text": f"w{i}\u2028w1 \ud83d", "label": i % 2} for i in range(20)]
+    text = "\ufeff" + "\n".join(json.dumps(line).replace(r"\u2028", "\u2028") for line in lines)
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    texts = read_labelled_texts(tmp_path / name, model.tokenizer, CorpusSettings(context=CONTEXT))
+    assert texts.labels.tolist() == [str(i % 2) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"\x28\xb5\x2f\xfd", "texts.jsonl: zstd data"),
+        (b'{"text": "\xff"}', "texts.jsonl: not UTF-8 at byte 10"),
+        (b'{"text": "a", "label": ' + b"3" * 5000, "line at byte 0: an integer of 5,000 digits"),
+        (b'{"text": "' + b"a" * 6000 + b'"}', "line at byte 0: more than 6,000 bytes in one document"),
+    ],
+)
+def test_files_that_no_corpus_could_be_say_why(data: bytes, complaint: str, model: LanguageModel, tmp_path: Path):
+    (tmp_path / "texts.jsonl").write_bytes(data)
+    settings = CorpusSettings(context=CONTEXT, max_document_bytes=6000)
+    with pytest.raises(EvaluationError, match=f"monitor.probe_file = .* cannot be read: .*{complaint}"):
+        read_labelled_texts(tmp_path / "texts.jsonl", model.tokenizer, settings)
 
 
 def test_a_file_that_is_not_there_is_named(model: LanguageModel, tmp_path: Path):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from producer.addresses import path_argument
 from producer.parsing import ParseError, read_object
 from producer.settings import SettingsError, read_run_file
-from producer.shell import shell_command
 from producer.toml import show_value
 from trainer import cost
 from trainer.cost import Machine, Sharded, Work
@@ -71,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        shell_command("trainer", "estimate"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m trainer estimate", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "run_file", type=path_argument, metavar="RUN.toml", help="the run's settings; deploy/ holds examples"
