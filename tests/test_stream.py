@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,13 @@ def endpoint(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/s"
 
 
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.socket(socket.AF_INET6) as door:
+        door.bind(("::1", 0))
+        return True
+    return False
+
+
 # What is sent arrives
 
 
@@ -66,6 +75,14 @@ def test_every_row_arrives_exactly_once(endpoint: str, address: str, dtype: str)
 
         assert finish(intake, *producers) == every_name()
         assert intake.ledger.sessions_lost == 0
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_rows_arrive_over_ipv6() -> None:
+    """An address in brackets, at a free port; ZeroMQ speaks IPv6 only where it is told to."""
+    with trainer(stream_settings("tcp://[::1]:*")) as intake:
+        assert intake.endpoint.startswith("tcp://[::1]:")
+        assert finish(intake, Producing(stream_settings(intake.endpoint))) == every_name()
 
 
 def test_a_slow_trainer_makes_producers_wait(endpoint: str) -> None:
