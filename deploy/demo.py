@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from monitor.run_directory import last_report, read_json
+from monitor.run_directory import last_report, newest_evaluations
 from monitor.settings import MonitorSettings
+from monitor.snapshot_index import index_of
 from monitor.terminal import live, results
 from producer.parsing import read_object
 from producer.settings import SettingsError, read_run_file
+from producer.shell import shell_command
 from trainer.settings import TrainerSettings
-from trainer.snapshot import snapshot_names
 
 RUN_FILE = "deploy/demo.toml"
 COMMANDS = {
@@ -63,13 +64,13 @@ def main() -> int:
     processes: dict[str, subprocess.Popen[bytes]] = {}
     began = time.monotonic()
     try:
-        for name, command in COMMANDS.items():
+        for name, module in COMMANDS.items():
             if interrupted.is_set():
                 raise KeyboardInterrupt
             log = open(directory / "logs" / f"{name}.log", "wb")  # noqa: SIM115 (the child keeps it open)
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
             processes[name] = subprocess.Popen(
-                [sys.executable, *command, RUN_FILE, *overrides], stdout=log, stderr=log, start_new_session=True
+                [sys.executable, *module, RUN_FILE, *overrides], stdout=log, stderr=log, start_new_session=True
             )
         failed = _watch(console, directory, processes, began, interrupted, _page(overrides))
     except KeyboardInterrupt:
@@ -132,7 +133,7 @@ def _page(overrides: list[str]) -> str:
 
 
 def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]], page: str) -> str:
-    names = snapshot_names(directory)
+    names = index_of(directory).names()
     published = f"{len(names)} snapshot(s), newest {names[-1]}" if names else "no snapshot yet"
     if processes["trainer"].poll() is not None:
         return "training is done; the last snapshot is measured, and its latents are looked at"
@@ -143,12 +144,7 @@ def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]], page: 
 
 def _evaluations(directory: Path) -> dict[str, dict]:
     """The newest evaluation of each SAE, from any snapshot."""
-    found: dict[str, dict] = {}
-    for name in snapshot_names(directory):
-        for path in (directory / "snapshots" / name).glob("*/evaluation.json"):
-            if (evaluation := read_json(path)) is not None:  # else retired a moment ago
-                found[path.parent.name] = evaluation
-    return found
+    return {sae: evaluation for sae, (_, evaluation) in newest_evaluations(directory).items()}
 
 
 def _stop(processes: dict[str, subprocess.Popen[bytes]]) -> None:
@@ -193,7 +189,8 @@ def _show_results(console: Console, settings: TrainerSettings, seconds: float) -
     console.print(
         "Curves, and every latent with what it fires on: start the monitor again, and open the page it names:\n"
     )
-    console.print(f"    python -m monitor {' '.join([RUN_FILE, *sys.argv[1:]])}\n", highlight=False, markup=False)
+    again = shell_command("monitor", RUN_FILE, *sys.argv[1:])
+    console.print(f"    {again}\n", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -22,21 +22,25 @@ from monitor.desk import Desk
 from monitor.settings import MonitorSettings
 from producer.logs import set_up
 from producer.settings import parse_command_line
+from producer.shell import shell_command
 
 if TYPE_CHECKING:
     from monitor.follow import Evaluator
     from monitor.metrics import MonitorMetrics
 
-PURPOSE = """Serves a run's snapshots over HTTP, and measures each new one with the language model.
+PURPOSE = f"""Serves a run's snapshots over HTTP, and measures each new one with the language model.
 
 It only reads what the trainer publishes: start it before, with or after the run, and stop it at any time.
 `--until-evaluated` ends it once the run is finished, its last snapshot is evaluated and summary.json is complete.
 
 Beside it, for a monitor that is running:
-  python -m monitor pull URL       fetch the newest snapshot, or with --follow each new one
-  python -m monitor top URL        the run's live table in this terminal
+  {shell_command("monitor", "pull", "URL")}
+      fetch the newest snapshot, or with --follow each new one
+  {shell_command("monitor", "top", "URL")}
+      the run's live table in this terminal
 and for snapshots on disk:
-  python -m monitor compare A B    what changed between two of them
+  {shell_command("monitor", "compare", "A", "B")}
+      what changed between two of them
 Each has a --help of its own."""
 
 BESIDE = {"pull": "monitor.pull", "top": "monitor.top", "compare": "monitor.compare"}
@@ -44,6 +48,8 @@ BESIDE = {"pull": "monitor.pull", "top": "monitor.top", "compare": "monitor.comp
 
 UNTIL_EVALUATED = "--until-evaluated"
 NICE = 10
+LAST_LOOK_SECONDS = 2.0
+"""Those who watch the run see its results before the service goes: `top` asks every second."""
 HANGS_SECONDS = 900.0
 """One forward pass that takes longer than this is taken for a hang."""
 
@@ -56,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(import_module(BESIDE[arguments[0]]).main(arguments[1:]))
     until_evaluated = UNTIL_EVALUATED in arguments
     arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]
-    settings = parse_command_line("python -m monitor", PURPOSE, MonitorSettings, arguments)
+    settings = parse_command_line(shell_command("monitor"), PURPOSE, MonitorSettings, arguments)
     set_up("monitor")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,6 +144,7 @@ class Watch:
             if finished and self._is_up_to_date():
                 complete_summary(self._directory)
                 if until_evaluated:
+                    self._stop.wait(LAST_LOOK_SECONDS)
                     return 1 if self._evaluator is not None and self._evaluator.has_failed() else 0
             self._stop.wait(self._settings.monitor.poll_seconds)
         return 0

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from producer.addresses import path_argument
+from producer.shell import shell_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +251,7 @@ def _round(value: float) -> float | None:
 def main(arguments: list[str]) -> int:
     """`python -m monitor compare`: 0 compared, 2 wrong usage, such as a folder that holds no SAE."""
     parser = argparse.ArgumentParser(
-        prog="python -m monitor compare",
+        prog=shell_command("monitor", "compare"),
         description="Show what changed between two snapshots: numbers, and latents that were born, died or turned.",
     )
     for name, which in (("A", "before"), ("B", "after")):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from markupsafe import Markup
 
 from monitor.html import duration, number, render, short_count
 from monitor.run_directory import SILENT_SECONDS, wiring
-from trainer.report import StreamReport
+from monitor.server import is_loopback_name
+from producer.shell import shell_command
+from trainer.report import PROGRESSING, StreamReport, what_waits
 
 PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
 """One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
@@ -70,12 +73,17 @@ class Published:
 def run_page(run: Run, snapshots: Published, latents: dict[str, Any], base_url: str) -> str:
     """The whole page. `latents`: its `saes`, the one `chosen`, the `search`, and the `table` as HTML."""
     latents = latents | {"table": Markup(latents["table"])}
+    address = base_url.rstrip("/")
+    is_here = is_loopback_name(urlsplit(address).hostname or "")
     return render(
         "page.html",
         title=run["directory"],
         charts=CHARTS,
         latents=latents,
-        base_url=base_url.rstrip("/"),
+        pull=shell_command("monitor", "pull", address, anywhere=True)
+        if is_here
+        else f"python -m monitor pull {address}",
+        is_here=is_here,
         **_live(run, snapshots),
     )
 
@@ -163,7 +171,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         minutes = run["silent_seconds"] / 60
         return [*facts, ("", f"nothing heard for {minutes:,.0f} min: the trainer is stopped, or waits for producers")]
     facts.append((f"{rate:,.0f}", "tokens/s"))
-    if target and rate > 0:
+    if target and rate > 0 and report.get("state") in PROGRESSING:
         facts.append((duration((target - tokens) / rate), "left"))
     producers = sum(((report.get("stream") or {}).get("producers") or {}).values())
     facts.append((f"{producers}", "producer" if producers == 1 else "producers"))
@@ -175,12 +183,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _bottleneck(run: Run) -> str:
-    """In the words of the trainer's log; nothing of a run that is not at work."""
+    """What holds up training, in the words of the trainer's log; nothing of a run that is not at work."""
     if run["state"] != "running" or _is_silent(run) or not run["report"]:
         return ""
     stream = run["report"].get("stream") or {}
     data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
-    told = StreamReport(data_wait_ratio=data, credit_wait_ratio=credit).bottleneck
+    reported = StreamReport(stream.get("producers") or {}, data_wait_ratio=data, credit_wait_ratio=credit)
+    told = what_waits(run["report"].get("state") or "training", reported)
     return f"{told[:1].upper()}{told[1:]}."
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from monitor.client import BROKEN, LARGEST_DOCUMENT, Gone, Monitor, MonitorError, UsageError, add_address, monitor_of
 from producer.addresses import path_argument
 from producer.parsing import parse_object
+from producer.shell import shell_command
 from trainer.durable import move_folder, replace_text
 from trainer.snapshot import FORMAT, NAME, SnapshotError, file_sha256, read_manifest, snapshot_name, verify
 
@@ -259,7 +260,7 @@ def _retrying(attempt: Callable[[], None]) -> None:
 def main(arguments: list[str]) -> int:
     """`python -m monitor pull`: 0 fetched (or there already), 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m monitor pull",
+        prog=shell_command("monitor", "pull"),
         description="Fetch a snapshot from a monitor, every byte checked. Interrupted, the next call goes on there.",
     )
     add_address(parser)

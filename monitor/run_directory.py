@@ -101,13 +101,25 @@ def complete_summary(run_directory: Path) -> None:
     summary = read_json(path, run_directory)
     if summary is None or not names:
         return
-    before = json.dumps(summary)
-    for sae, told in summary.get("saes", {}).items():
-        folder = run_directory / "snapshots" / names[-1]
-        evaluation = read_json(folder / sae / EVALUATION, folder) or {}
-        told |= {name: evaluation[key] for key, name in EVALUATED.items() if key in evaluation}
-    if json.dumps(summary) != before:
-        replace_text(path, json.dumps(summary, indent=1) + "\n")
+    folder = run_directory / "snapshots" / names[-1]
+    found = {sae: read_json(folder / sae / EVALUATION, folder) or {} for sae in summary.get("saes", {})}
+    complete = with_evaluations(summary, found)
+    if complete != summary:
+        replace_text(path, json.dumps(complete, indent=1) + "\n")
+
+
+def with_evaluations(summary: dict[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A summary to which the evaluations of its last snapshot are added, by SAE."""
+    saes = {
+        sae: told | {name: found[key] for key, name in EVALUATED.items() if key in (found := evaluations.get(sae, {}))}
+        for sae, told in summary.get("saes", {}).items()
+    }
+    return summary | {"saes": saes}
+
+
+def is_measured(summary: Mapping[str, Any]) -> bool:
+    """Whether any SAE of a summary has numbers of held-out text."""
+    return any(sae.get(name) is not None for sae in summary["saes"].values() for name in EVALUATED.values())
 
 
 @dataclass(frozen=True)

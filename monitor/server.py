@@ -66,7 +66,7 @@ def serve(
 
     `allowed_hosts` are names that a loopback server answers to beside loopback's own; None allows any.
     """
-    if allowed_hosts is not None and _is_loopback(str(listener.getsockname()[0])):
+    if allowed_hosts is not None and is_loopback_name(str(listener.getsockname()[0])):
         app = _HostCheck(app, allowed_hosts)
     config = uvicorn.Config(
         app,
@@ -180,7 +180,7 @@ class _HostCheck:
             return await self._app(scope, receive, send)
         host = Request(scope).headers.get("host")
         # Programs of HTTP/1.0 name none; browsers always do.
-        if host is None or _is_loopback(name := _name_of(host)) or name in self._allowed:
+        if host is None or is_loopback_name(name := _name_of(host)) or name in self._allowed:
             return await self._app(scope, receive, send)
         said = (
             f"this server listens on loopback and does not answer to the name {name[:100]!r}: ask for 127.0.0.1 or "
@@ -194,7 +194,7 @@ def _name_of(host: str) -> str:
     return re.sub(r":\d*$", "", host.strip().lower()).strip("[]").removesuffix(".")
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback_name(name: str) -> bool:
     """127.0.0.0/8, ::1, `localhost` and names below it, which browsers take for loopback without asking anybody."""
     if name == "localhost" or name.endswith(".localhost"):
         return True

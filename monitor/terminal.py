@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from monitor.run_directory import wiring
+from trainer.report import PROGRESSING
 
 Report = Mapping[str, Any]
 BAR = 20
 COLUMNS = {"SAE": 0, "L0": 0, "FVU": 0, "dead": 49, "shrink": 67, "rate": 76, "ΔCE": 40, "CE rec.": 58}
 """Of the live table, and the width of terminal from which on each is shown."""
+RESULTS = {"SAE": 0, "latents": 63, "L0": 0, "FVU": 0, "dead": 54, "shrink": 71, "ΔCE": 0, "CE recov.": 48, "KL": 79}
+"""Of the table of results, likewise."""
 LONGEST_NAME = 18
 
 
@@ -46,7 +49,7 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
     grid.add_column(width=length)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     told = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
-    if target and rate > 0:
+    if target and rate > 0 and report["state"] in PROGRESSING:
         told.append(f"{span((target - tokens) / rate)} left")
     bar = ProgressBar(total=target or 1, completed=tokens if target else 1, width=length, pulse=not target)
     grid.add_row("tokens", bar, " · ".join(told))
@@ -99,8 +102,8 @@ def _sae_row(name: str, sae: Report, evaluation: Report) -> dict[str, str]:
     }
 
 
-def results(summary: Report) -> Table:
-    """The table of a finished run, from summary.json; fits 80 columns. Below it, where trans- and crosscoders sit."""
+def results(summary: Report, width: int = 80) -> Table:
+    """The table of a finished run, from summary.json. Below it, where trans- and crosscoders sit."""
     elsewhere = {name: sae for name, sae in summary["saes"].items() if sae.get("target") or sae.get("hooks")}
     table = Table(
         title="Results",
@@ -111,20 +114,22 @@ def results(summary: Report) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("SAE", "latents", "L0", "FVU", "dead", "shrink", "ΔCE", "CE recov.", "KL"):
+    shown = [name for name, least in RESULTS.items() if width >= least]
+    for name in shown:
         table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True)
     for name, sae in summary["saes"].items():
-        table.add_row(
-            name,
-            f"{sae['d_sae']:,}",
-            number(sae.get("held_out_l0"), ".1f"),
-            number(sae.get("held_out_fvu"), ".4f"),
-            number(sae.get("dead_latents_ratio"), ".1%"),
-            number(sae.get("shrinkage"), ".3f"),
-            number(sae.get("ce_delta"), ".4f"),
-            number(sae.get("ce_recovered"), ".4f"),
-            number(sae.get("kl"), ".4f"),
-        )
+        row = {
+            "SAE": name,
+            "latents": number(sae.get("d_sae"), ","),
+            "L0": number(sae.get("held_out_l0"), ".1f"),
+            "FVU": number(sae.get("held_out_fvu"), ".4f"),
+            "dead": number(sae.get("dead_latents_ratio"), ".1%"),
+            "shrink": number(sae.get("shrinkage"), ".3f"),
+            "ΔCE": number(sae.get("ce_delta"), ".4f"),
+            "CE recov.": number(sae.get("ce_recovered"), ".4f"),
+            "KL": number(sae.get("kl"), ".4f"),
+        }
+        table.add_row(*(row[one] for one in shown))
     return table
 
 

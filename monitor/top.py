@@ -16,7 +16,7 @@ import time
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -34,13 +34,15 @@ from monitor.client import (
     document_of,
     monitor_of,
 )
-from monitor.run_directory import SILENT_SECONDS
+from monitor.run_directory import SILENT_SECONDS, is_measured, with_evaluations
 from monitor.terminal import live, results, span
+from producer.shell import shell_command
 
 POLL_SECONDS = 1.0
 EVALUATIONS_SECONDS = 15.0
 """How often evaluations are asked for when no new snapshot has come."""
 FRAME_SECONDS = 0.25
+NO_REPORT = "no report yet: the trainer is not started, waits for its first producer, or fills its buffer"
 
 
 @dataclass
@@ -49,7 +51,9 @@ class Seen:
 
     run: dict[str, Any] | None = None
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The newest of each SAE, from any snapshot."""
+    """The newest of each SAE, from any snapshot;"""
+    final: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """those of the newest snapshot alone."""
     snapshots: int = 0
     broken: str | None = None
     """Why nothing is heard at the moment."""
@@ -71,13 +75,16 @@ class Watcher:
         if run is None or not {"state", "report", "latest", "directory"} <= run.keys():
             raise MonitorError(f"{self._monitor.base} tells of no run; is this the address of a Sluice monitor?")
         before = self.seen
-        evaluations, snapshots = before.evaluations, before.snapshots
-        if before.run is None or run["latest"] != before.run["latest"] or time.monotonic() >= self._next_list:
+        evaluations, final, snapshots = before.evaluations, before.final, before.snapshots
+        # After the end the monitor may leave as soon as it has measured: who asks seldom would not see it.
+        is_due = run["state"] == "finished" or time.monotonic() >= self._next_list
+        if before.run is None or run["latest"] != before.run["latest"] or is_due:
             self._next_list = time.monotonic() + EVALUATIONS_SECONDS
             if (listed := self._list()) is not None:
                 # Each page has the newest; of an SAE that none of them has measured, what was known stays.
                 evaluations, snapshots = evaluations | _newest_evaluations(listed["snapshots"]), listed["count"]
-        self.seen = Seen(run, evaluations, snapshots)
+                final = _newest_evaluations(listed["snapshots"][-1:])
+        self.seen = Seen(run, evaluations, final, snapshots)
 
     def _list(self) -> dict[str, Any] | None:
         """The newest snapshots, and the `count` of all; None when they are those of last time."""
@@ -99,7 +106,7 @@ class Watcher:
             except MonitorError as error:
                 self.failed = error
             except BROKEN as error:
-                self.seen = Seen(self.seen.run, self.seen.evaluations, self.seen.snapshots, str(error))
+                self.seen = replace(self.seen, broken=str(error))
             time.sleep(POLL_SECONDS)
 
 
@@ -119,11 +126,9 @@ def frame(seen: Seen, address: str, width: int) -> RenderableType:
     note = snapshots if run["latest"] else "no snapshot yet"
     silent = run.get("silent_seconds") or 0.0
     if run["state"] == "finished" and summary:
-        seconds = span(summary["seconds"]) if "seconds" in summary else "?"
-        told = Text(f"  finished: {summary['tokens']:,} tokens in {seconds} · {note}", style="dim")
-        picture: RenderableType = Group(results(summary), told)
+        picture = _finished(summary, seen, note, width)
     elif report is None:
-        picture = live(None, {}, None, "no report yet: the trainer waits for its first producer, or is not started")
+        picture = live(None, {}, None, NO_REPORT)
     elif silent > SILENT_SECONDS:
         lines = live(report | {"state": "silent", "tokens_per_second": 0.0}, seen.evaluations, None, note, width)
         why = f"  nothing heard for {span(silent)}: the trainer is stopped, or waits for producers"
@@ -133,6 +138,19 @@ def frame(seen: Seen, address: str, width: int) -> RenderableType:
     if seen.broken:
         return Group(_title(run), picture, Text(f"  {seen.broken}; trying again", style="yellow"))
     return Group(_title(run), picture)
+
+
+def _finished(summary: dict[str, Any], seen: Seen, note: str, width: int) -> RenderableType:
+    """The results; until they are measured, what training counted last."""
+    assert seen.run is not None
+    seconds = span(summary["seconds"]) if "seconds" in summary else "?"
+    note = f"finished: {summary['tokens']:,} tokens in {seconds} · {note}"
+    measured, report = with_evaluations(summary, seen.final), seen.run["report"]
+    if is_measured(measured) or report is None:
+        return Group(results(measured, width), Text(f"  {note}", style="dim"))
+    ended = report | {"state": "finished", "stream": {"producers": {}}}
+    why = Text("  its last snapshot has no numbers on held-out text so far", style="yellow")
+    return Group(live(ended, seen.evaluations, None, note, width), why)
 
 
 def _title(run: dict[str, Any]) -> Text:
@@ -147,7 +165,7 @@ def _title(run: dict[str, Any]) -> Text:
 def main(arguments: list[str]) -> int:
     """`python -m monitor top`: 0 left, 1 the monitor did not answer or refused, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m monitor top", description="Watch a run in the terminal; q or Ctrl-C leaves."
+        prog=shell_command("monitor", "top"), description="Watch a run in the terminal; q or Ctrl-C leaves."
     )
     add_address(parser)
     given = parser.parse_args(arguments)

@@ -18,12 +18,13 @@ from types import FrameType
 from producer.addresses import path_argument
 from producer.logs import set_up
 from producer.settings import ProducerSettings, parse_command_line
+from producer.shell import shell_command
 from producer.toml import toml_value
 
-PURPOSE = """Runs the language model over the corpus and streams the residual activations of the chosen hooks.
+PURPOSE = f"""Runs the language model over the corpus and streams the residual activations of the chosen hooks.
 
 Keeps no state: start one, ten, or kill them. What to compute is leased by the trainer.
-`python -m producer keys DIR` writes CURVE keys for a stream that leaves this machine."""
+`{shell_command("producer", "keys", "DIR")}` writes CURVE keys for a stream that leaves this machine."""
 
 REFUSED = 78
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["keys"]:
         return _keys(arguments[1:])
-    settings = parse_command_line("python -m producer", PURPOSE, ProducerSettings, arguments)
+    settings = parse_command_line(shell_command("producer"), PURPOSE, ProducerSettings, arguments)
     set_up("producer")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -152,7 +153,9 @@ class _told_every_second:
 def _keys(arguments: list[str]) -> int:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m producer keys", description="Writes CURVE keys for the stream.")
+    parser = argparse.ArgumentParser(
+        prog=shell_command("producer", "keys"), description="Writes CURVE keys for the stream."
+    )
     parser.add_argument("folder", metavar="DIR", type=path_argument, help="new folder for the keys")
     folder = parser.parse_args(arguments).folder.absolute()
     from producer.keys import KeysError, write_keys

@@ -23,6 +23,7 @@ import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from producer.logs import OutsideLog
+from producer.shell import shell_command
 
 log = logging.getLogger("sluice.keys")
 
@@ -135,7 +136,9 @@ def _load(path: Path, secret_needed: bool = True) -> tuple[bytes, bytes]:
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
         what = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
-        raise KeysError(f"stream.keys: {path} {what}; write keys with `python -m producer keys DIR`") from None
+        raise KeysError(
+            f"stream.keys: {path} {what}; write keys with `{shell_command('producer', 'keys', 'DIR')}`"
+        ) from None
     except ValueError as error:
         raise KeysError(f"stream.keys: {path} is not a key file: {error}") from None
     if secret is None and secret_needed:

@@ -26,6 +26,7 @@ from producer.addresses import is_ipv6
 from producer.keys import connect_encrypted
 from producer.logs import OutsideLog
 from producer.settings import StreamSettings
+from producer.shell import shell_command
 from producer.toml import show_value
 from producer.wire import (
     MAX_MASK_BYTES,
@@ -421,7 +422,9 @@ class Link:
             self._changed.notify_all()
 
     def _nobody(self) -> str:
-        return f"no trainer answers at {self._settings.endpoint} (start one with `python -m trainer RUN.toml`)"
+        return (
+            f"no trainer answers at {self._settings.endpoint} (start one with `{shell_command('trainer', 'RUN.toml')}`)"
+        )
 
     def _close(self, linger: int) -> None:
         if self._socket is not None:

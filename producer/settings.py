@@ -39,6 +39,7 @@ from producer.addresses import (
 )
 from producer.explain import explain, explain_stray, nearest
 from producer.parsing import ParseError, parse_toml
+from producer.shell import shell_command
 from producer.toml import SettingsError, read_toml, show_value, toml_value
 
 TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
@@ -112,7 +113,7 @@ class StreamSettings(Table):
     endpoint: Endpoint = "tcp://127.0.0.1:5710"
     """ZeroMQ address the trainer binds and producers connect to. Off loopback it needs `keys`."""
     keys: PathText | None = Field(default=None, examples=["keys"])
-    """Folder of CURVE keys, as `python -m producer keys DIR` writes it; needed off loopback."""
+    """Folder of CURVE keys, as the producer's command `keys DIR` writes it; needed off loopback."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of activations on the wire and in the buffer."""
     heartbeat_seconds: Beat = 1.0
@@ -129,7 +130,8 @@ class StreamSettings(Table):
         if not is_loopback(self.endpoint) and self.keys is None:
             raise ValueError(
                 f"stream.endpoint = {show_value(self.endpoint)} is reachable from other machines and "
-                'stream.keys is not set: write keys with `python -m producer keys DIR` and set keys = "DIR", or use tcp://127.0.0.1:5710'
+                f"stream.keys is not set: write keys with `{shell_command('producer', 'keys', 'DIR')}` and set "
+                'keys = "DIR", or use tcp://127.0.0.1:5710'
             )
         if self.dead_seconds < 3 * self.heartbeat_seconds:
             raise ValueError(

@@ -60,6 +60,8 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Results" in done.stdout
     assert "SAE.load_from_disk(" in done.stdout
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert _serves(last), f"the last command that the demo shows does not work: {last}"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"topk", "jumprelu"} == set(summary["saes"])
     for sae in summary["saes"].values():
@@ -70,6 +72,17 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     for name in names:
         verify(tmp_path / "run" / "snapshots" / name)
     assert processes_of(tmp_path) == []
+
+
+def _serves(line: str) -> bool:
+    """Whether a command, as it is shown, starts a monitor in a shell where no virtual environment is active."""
+    environment = os.environ | {"PATH": "/usr/bin:/bin"}
+    shell = ["sh", "-c", f"exec {line.strip()}"]
+    with subprocess.Popen(shell, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as monitor:
+        assert monitor.stderr is not None
+        told = monitor.stderr.readline()
+        monitor.terminate()
+    return "http://127.0.0.1:" in told
 
 
 @pytest.mark.timeout(240)

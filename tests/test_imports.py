@@ -16,7 +16,7 @@ CONTRACTS = {
     "producer": {
         "producer.wire", "producer.report", "producer.settings", "producer.keys", "producer.parsing",
         # how settings, paths and endpoints are read and told
-        "producer.addresses", "producer.toml", "producer.explain",
+        "producer.addresses", "producer.toml", "producer.explain", "producer.shell",
         # for evaluation: the LM loader, and the text it reads
         "producer.activations", "producer.corpus", "producer.tokens",
         "producer.precision", "producer.memory",
@@ -35,6 +35,7 @@ LIGHT = (
     "producer.parsing",
     "producer.addresses",
     "producer.toml",
+    "producer.shell",
     "trainer.report",
     "trainer.settings",
     "trainer.snapshot",

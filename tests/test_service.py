@@ -85,6 +85,36 @@ def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: Test
         assert shown in page and hidden not in page
 
 
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        ("training", "The trainer is the bottleneck: producers wait 100%"),
+        ("starved", "The trainer is the bottleneck"),
+        ("paused", "The run is paused: nothing is trained until it is resumed."),
+        ("draining", "No further row will come"),
+        ("filling", "The buffer is being filled"),
+    ],
+)
+def test_the_bottleneck_is_named_only_while_there_is_one(
+    run_directory: Path, client: TestClient, state: str, shown: str
+):
+    """A person pauses it, and producers wait, but not for the trainer; nor is the time left known then."""
+    stream = {"producers": {"working": 1}, "data_wait_ratio": 0.0, "credit_wait_ratio": 1.0}
+    report = {"time": time.time(), "tokens": 5, "target_tokens": 9, "state": state, "tokens_per_second": 1.0}
+    (run_directory / "metrics.jsonl").write_text(json.dumps(report | {"stream": stream}) + "\n")
+    page = client.get("/").text
+    assert shown in page
+    assert ("is the bottleneck" in page) == (state in ("training", "starved")) == ("</b> left" in page)
+
+
+def test_a_run_without_producers_is_not_called_slow(run_directory: Path, client: TestClient):
+    """It is starved because nobody is at work."""
+    report = {"time": time.time(), "tokens": 5, "state": "starved", "stream": {"data_wait_ratio": 1.0}}
+    (run_directory / "metrics.jsonl").write_text(json.dumps(report) + "\n")
+    page = client.get("/").text
+    assert "No producer is at work" in page and "bottleneck" not in page
+
+
 def test_last_report_is_found_in_a_long_file(run_directory: Path):
     """Only the end of metrics.jsonl is read, however long its lines are."""
     lines = [json.dumps({"tokens": tokens, "pad": "x" * 100_000}) for tokens in range(3)]
@@ -427,7 +457,7 @@ def test_help_is_light_and_names_what_there_is():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     told, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.splitlines()[-1]
-    assert all(f"python -m monitor {command}" in told for command in ("pull", "top", "compare"))
+    assert all(f"-m monitor {command}" in told for command in ("pull", "top", "compare"))
     assert not [name for name in ("torch", "numpy", "uvicorn", "rich") if f"'{name}'" in modules]
     for command in ("pull", "top", "compare"):
         with pytest.raises(SystemExit, match="0"):

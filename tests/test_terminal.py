@@ -79,3 +79,15 @@ def _drawn(what: RenderableType) -> str:
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(what)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 200])
+def test_the_results_fit_any_terminal(width: int):
+    """What matters least is left out first, and no number is cut."""
+    sae = {"d_sae": 131_072, "dead_latents_ratio": 0.012, "shrinkage": 1.001, "held_out_l0": 32.0}
+    sae |= {"held_out_fvu": 0.0406, "ce_delta": 0.0364, "ce_recovered": 0.9951, "kl": 0.0412}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(results({"saes": {"jumprelu": sae}}, width))
+    told = console.export_text()
+    assert "…" not in told and "0.0364" in told and "0.0406" in told
+    assert ("0.0412" in told) == (width >= 79)

@@ -89,6 +89,38 @@ def test_before_the_first_report_and_after_the_last(run_directory: Path, url: st
     assert "Results" in told and "0.5000" in told and "finished: 1,000 tokens" in told
 
 
+def test_the_end_shows_numbers_before_the_last_snapshot_is_measured(
+    run_directory: Path, url: str, capsys: pytest.CaptureFixture[str]
+):
+    """Training's and the last evaluation's, and what is missing; then those of the last snapshot, summary or not."""
+    first = publish_snapshot(run_directory, 1000)
+    replace_text(first / "small" / "evaluation.json", '{"ce_delta": 0.125}')
+    last = publish_snapshot(run_directory, 2000)
+    report(run_directory, 2000)
+    finish_run(run_directory, 2000)
+    assert main([url]) == 0
+    told = capsys.readouterr().out
+    assert "0.2500" in told and "0.1250" in told and " finished · 0 producers" in told and " left" not in told
+    assert "finished: 2,000 tokens" in told and "no numbers on held-out text so far" in told and "Results" not in told
+    replace_text(last / "small" / "evaluation.json", '{"ce_delta": 0.0625, "l0": 7.5, "fvu": 0.0312}')
+    assert main([url]) == 0
+    told = capsys.readouterr().out
+    assert "Results" in told and "0.0625" in told and "7.5" in told and "0.0312" in told and "so far" not in told
+
+
+@pytest.mark.parametrize(
+    ("state", "is_shown"),
+    [("training", True), ("starved", True), ("paused", False), ("draining", False), ("filling", False)],
+)
+def test_the_time_left_is_told_of_a_run_that_goes_on(
+    run_directory: Path, url: str, capsys: pytest.CaptureFixture[str], state: str, is_shown: bool
+):
+    """Not of one that a person has paused, nor of one that ends before its target."""
+    report(run_directory, 5000, state=state)
+    assert main([url]) == 0
+    assert (" left" in capsys.readouterr().out) == is_shown
+
+
 def test_the_token_comes_from_the_environment(
     run_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

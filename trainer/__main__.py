@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from producer.logs import set_up
 from producer.settings import parse_command_line
+from producer.shell import shell_command
 from trainer import ctl
 from trainer.ctl import Inbox, listening
 from trainer.home import Home, HomeError
@@ -38,16 +39,20 @@ if TYPE_CHECKING:
     from trainer.report import StepReport
     from trainer.roster import Roster
 
-PURPOSE = """Trains sparse autoencoders from the activations that producers stream to it.
+PURPOSE = f"""Trains sparse autoencoders from the activations that producers stream to it.
 
 Owns the run directory: checkpoint, snapshots, metrics.jsonl, summary.json. Start it again with the same file and it
 goes on where it was; every row of the corpus is trained on once per epoch, whatever was killed.
 
 Beside it:
-  python -m trainer ctl RUN_DIR COMMAND    speak to a running trainer: status, snapshot, attach, detach, cooldown, …
-  python -m trainer check RUN_DIR          is the run directory whole, and what would a new start do
-  python -m trainer export SNAPSHOT …      write a snapshot in another library's format
-  python -m trainer estimate RUN.toml      how fast a run would be, and what it would hold, before it starts
+  {shell_command("trainer", "ctl", "RUN_DIR", "COMMAND")}
+      speak to a running trainer: status, snapshot, attach, detach, cooldown, …
+  {shell_command("trainer", "check", "RUN_DIR")}
+      is the run directory whole, and what would a new start do
+  {shell_command("trainer", "export", "SNAPSHOT")} …
+      write a snapshot in another library's format
+  {shell_command("trainer", "estimate", "RUN.toml")}
+      how fast a run would be, and what it would hold, before it starts
 Each has a --help of its own."""
 
 log = logging.getLogger("sluice.trainer")
@@ -71,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.estimate import main as estimate
 
         return estimate(arguments[1:])
-    settings = parse_command_line("python -m trainer", PURPOSE, TrainerSettings, arguments)
+    settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments)
     set_up("trainer")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -250,7 +255,7 @@ def _train(
         (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
         if roster.paused:
-            log.info("the run is paused: `python -m trainer ctl %s resume` goes on", directory)
+            log.info("the run is paused: `%s` goes on", shell_command("trainer", "ctl", str(directory), "resume"))
         loop = Loop(settings, roster, intake, inbox, reports, answer, saved)
         health.watch(loop)
         try:
@@ -330,7 +335,7 @@ class Reports:
             self._told = time.monotonic()
             saes = " · ".join(f"{sae.name} fvu {sae.fvu:.4f} l0 {sae.l0:.1f}" for sae in report.saes)
             log.info("%s rows · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
-            log.info("%s", stream.bottleneck)
+            log.info("%s", report.bottleneck)
 
     def saved(self) -> None:
         self._metrics.set_checkpoint_time(time.time())

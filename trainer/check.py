@@ -19,6 +19,7 @@ import numpy as np
 from producer.addresses import path_argument
 from producer.parsing import ParseError, parse_json
 from producer.settings import SettingsError, read_run_file
+from producer.shell import shell_command
 from producer.wire import Hello, held_out_shards, unpack_bits
 from trainer.settings import TrainerSettings
 
@@ -30,7 +31,7 @@ Changes nothing, and may be run while the trainer is at work."""
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m trainer check", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+        shell_command("trainer", "check"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=path_argument, metavar="RUN_DIR", help="run.directory of the run file")
     directory = parser.parse_args(arguments).directory.absolute()

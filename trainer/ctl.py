@@ -28,6 +28,7 @@ from typing import Any
 
 from producer.addresses import expand_path, path_argument
 from producer.parsing import ParseError, parse_object
+from producer.shell import shell_command
 from producer.toml import SettingsError, read_toml, show_value
 
 log = logging.getLogger("sluice.trainer")
@@ -242,7 +243,7 @@ def ask(directory: Path, request: dict[str, Any]) -> Answer:
             line = connection.makefile("rb").readline()
     except (FileNotFoundError, ConnectionRefusedError):
         raise CtlError(
-            f"no trainer is at work in {directory.absolute()}: start it with `python -m trainer RUN.toml`, "
+            f"no trainer is at work in {directory.absolute()}: start it with `{shell_command('trainer', 'RUN.toml')}`, "
             "the run's file",
             1,
         ) from None
@@ -304,7 +305,7 @@ def read_sae_table(path: Path) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer ctl",
+        prog=shell_command("trainer", "ctl"),
         description="Speaks to the trainer at work in RUN_DIR. What changes the run is on disk before it is answered.",
     )
     parser.add_argument(

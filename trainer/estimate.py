@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from producer.addresses import path_argument
 from producer.parsing import ParseError, read_object
 from producer.settings import SettingsError, read_run_file
+from producer.shell import shell_command
 from producer.toml import show_value
 from trainer import cost
 from trainer.cost import Machine, Sharded, Work
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m trainer estimate", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+        shell_command("trainer", "estimate"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "run_file", type=path_argument, metavar="RUN.toml", help="the run's settings; deploy/ holds examples"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from producer.addresses import path_argument
+from producer.shell import shell_command
 from trainer.durable import new_folder
 from trainer.snapshot import SnapshotError, snapshot_names, verify
 
@@ -35,7 +36,7 @@ they are at inference. sparsify: top-k SAEs and transcoders. dictionary_learning
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m trainer export", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+        shell_command("trainer", "export"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "snapshot", type=path_argument, metavar="SNAPSHOT", help="a snapshot, a run directory, or one SAE in it"
@@ -117,5 +118,5 @@ def write(folders: dict[str, Path], format_name: str, target: Path) -> str | Non
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"python -m trainer export: {message}", file=sys.stderr)
+    print(f"{shell_command('trainer', 'export')}: {message}", file=sys.stderr)
     return code

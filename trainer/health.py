@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from producer.shell import shell_command
 from trainer.report import StepReport
 from trainer.train import Loop
 
@@ -13,7 +14,7 @@ WEDGED_SECONDS = 300.0
 STATES = {
     "filling": "filling the buffer",
     "starved": "starved: training waits for rows, the producers are too few or too slow",
-    "paused": "paused: `python -m trainer ctl RUN_DIR resume` goes on",
+    "paused": f"paused: `{shell_command('trainer', 'ctl', 'RUN_DIR', 'resume')}` goes on",
     "draining": "draining: no further row will come",
 }
 """A state of the last report, in words where its name says too little."""

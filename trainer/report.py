@@ -70,7 +70,7 @@ class StreamReport:
 
     @property
     def bottleneck(self) -> str:
-        """Which side the other one waits for, in words."""
+        """Which side the other one waits for while the run trains, in words."""
         data, credit = self.data_wait_ratio, self.credit_wait_ratio
         if max(data, credit) < 0.05:
             return "neither side waits for the other"
@@ -105,6 +105,29 @@ class StepReport:
     stream: StreamReport
     saes: tuple[SaeReport, ...]
 
+    @property
+    def bottleneck(self) -> str:
+        """What holds up training, in words."""
+        return what_waits(self.state, self.stream)
+
     def as_json(self) -> dict:
         """The line of metrics.jsonl."""
         return asdict(self)
+
+
+PROGRESSING = ("training", "starved")
+"""States in which the rate tells how long the rest will take."""
+
+
+def what_waits(state: str, stream: StreamReport) -> str:
+    """What holds up training in this state, in words: neither side is the bottleneck of a run that does not train."""
+    match state:
+        case "paused":
+            return "the run is paused: nothing is trained until it is resumed"
+        case "draining":
+            return "no further row will come: what is buffered is trained, then the run ends"
+        case "filling":
+            return "the buffer is being filled: training begins when it is"
+        case "starved" if not sum(stream.producers.values()):
+            return "no producer is at work: training waits for rows"
+    return stream.bottleneck

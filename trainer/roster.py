@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from producer.shell import shell_command
 from producer.toml import show_value
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
@@ -125,7 +126,7 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: Path)
         raise RosterError(
             f"the run file and the checkpoint of {directory} disagree: {'; '.join(_differences(ours, theirs))}. "
             "Restore the file, or start a new run directory. SAEs join and leave a run while it goes on: "
-            "`python -m trainer ctl --help`"
+            f"`{shell_command('trainer', 'ctl', '--help')}`"
         )
     for sae in saes:
         if sae.name in ours:

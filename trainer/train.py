@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from producer.settings import show_settings
+from producer.shell import shell_command
 from trainer import checkpoint
 from trainer.buffer import Batch, same_context_mates
 from trainer.checkpoint import Saved
@@ -224,7 +225,7 @@ class Loop:
         self._begin()
         if time.monotonic() - self._told > 15:
             self._told = time.monotonic()
-            log.info("still no producer: start one with `python -m producer RUN.toml`")
+            log.info("still no producer: start one with `%s`", shell_command("producer", "RUN.toml"))
 
     def _rest(self) -> None:
         """A moment of a pause. Producers come to rest by themselves, when the buffer is full."""
