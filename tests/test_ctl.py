@@ -169,7 +169,7 @@ def test_without_a_trainer_the_client_says_how_to_start_one(tmp_path: Path) -> N
     alone, nowhere = run_ctl(tmp_path, "status"), run_ctl(tmp_path / "nowhere", "status")
 
     assert (alone.returncode, nowhere.returncode) == (1, 2)
-    assert "start it with `python -m trainer RUN.toml`" in alone.stderr
+    assert "python -m trainer RUN.toml`" in alone.stderr
     assert "does not exist" in nowhere.stderr
     assert not alone.stdout + nowhere.stdout and "Traceback" not in alone.stderr + nowhere.stderr
 

@@ -23,7 +23,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.drills import attacks, deterministic, disk, ledger, malformed, mutants, network, processes, strangers
+from tests.drills import (
+    attacks,
+    deterministic,
+    disk,
+    http_ports,
+    ledger,
+    malformed,
+    mutants,
+    network,
+    processes,
+    strangers,
+)
 from tests.drills.scene import Outcome
 
 Drill = Callable[[Path, bool], Outcome]
@@ -59,6 +70,8 @@ DRILLS: dict[str, Drill] = {
     "HELLO of an absurd width": attacks.wide,
     "keys rotated": strangers.keys_rotated,
     "broken shards": strangers.broken_shards,
+    "half requests": http_ports.half_requests,
+    "many snapshots": http_ports.many_snapshots,
     "deterministic, known rows": deterministic.synthetic,
     "deterministic, language model": deterministic.language_model,
     "soak": processes.soak,

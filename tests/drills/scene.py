@@ -151,6 +151,9 @@ class Scene:
     def producer(self, *overrides: str) -> subprocess.Popen[bytes]:
         return self._start("producer", ["-m", "producer"], overrides, {})
 
+    def monitor(self, *overrides: str) -> subprocess.Popen[bytes]:
+        return self._start("monitor", ["-m", "monitor"], overrides, {})
+
     def program(self, name: str, *overrides: str, **environment: Any) -> subprocess.Popen[bytes]:
         """A program beside this file, which stands for a producer or monitor with a fault."""
         return self._start(name, [str(HERE / f"{name}.py")], overrides, environment)
