@@ -127,7 +127,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """All `subjects` over one pass of the clean model. `between` is called after each forward pass and may raise.
 
-    Raises EvaluationError when `misfit` has something to say about a subject, or a bound is of a hook not here.
+    Raises EvaluationError when `misfit` has something to say about a subject, a bound is of a hook not here, or no row
+    is within the bounds.
     """
     bounds = dict(norm_bounds or {})
     hooks = [hook.name for hook in model.hooks]
@@ -164,6 +165,13 @@ def evaluate(
             log_sae = forward(splicing(streamed, _reconstruct(subject, rows, tally)))
             tally.ce.add(_cross_entropy(log_sae, following))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
+    if windows.kept.any() and not all(tally.rows for tally in tallies.values()):
+        # Nothing was replaced: a ce_delta of 0 would look like a perfect SAE.
+        told = ", ".join(f"{bound:.3g} at {hook}" for hook, bound in within)
+        raise EvaluationError(
+            f"none of the {int(windows.kept.sum()):,} held-out rows is in the stream, which drops norms beyond {told}; "
+            "give the monitor the model, hooks and text that the producers have"
+        )
     baseline.ce |= {ablation: ce.value for ablation, ce in ablated.items()}
     return {
         subject.name: _result(

@@ -89,8 +89,16 @@ def probe_accuracy(
 
     Holds d_sae numbers for each text. `between` is called after each pass and each probe.
     """
-    x, latents, used = _text_means(model, subject, texts.windows, dict(norm_bounds or {}), between)
+    x_means, latent_means, used = _text_means(model, subject, texts.windows, dict(norm_bounds or {}), between)
     labels = texts.labels[used]
+    for label in np.unique(texts.labels):
+        if (count := int((labels == label).sum())) < 2:
+            raise EvaluationError(
+                f"monitor.probe_file: {count} texts labelled {str(label)!r} have a token that is in the stream, whose "
+                "norm bounds drop the others; expected two or more: give the monitor the model and hooks that the "
+                "producers have"
+            )
+    x, latents = torch.stack(x_means), torch.stack(latent_means)
     found: dict[str, list[float]] = {}
     for label in np.unique(labels):
         fit, test = _sides(labels == label)
@@ -106,8 +114,8 @@ def probe_accuracy(
 
 def _text_means(
     model: LanguageModel, subject: Subject, windows: Windows, bounds: NormBounds, between: Callable[[], None]
-) -> tuple[Tensor, Tensor, np.ndarray]:
-    """(x, latents, used): means over each text's rows [texts, d], float32; texts without a row are not used."""
+) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
+    """(x, latents, used): means over each text's rows, float32 [d]; texts without a row are not used."""
     hooks = [hook.name for hook in model.hooks]
     x_means, latent_means, used = [], [], []
     for tokens, kept, _ in passes(model, windows):
@@ -122,7 +130,7 @@ def _text_means(
                 latent_means.append(latents / len(x))
                 x_means.append(x.mean(0))
         between()
-    return torch.stack(x_means), torch.stack(latent_means), np.array(used)
+    return x_means, latent_means, np.array(used, bool)
 
 
 def _sides(is_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

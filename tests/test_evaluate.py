@@ -369,6 +369,14 @@ def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, win
         evaluate_sae(model, windows, folder, {MLP_OUT: 3.0})
 
 
+def test_bounds_that_leave_no_row_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
+    """Nothing would be replaced, and a ΔCE of 0 would look like a perfect SAE."""
+    with pytest.raises(
+        EvaluationError, match=rf"none of the 33 held-out rows is in the stream, .* beyond 1e-09 at {HOOK}"
+    ):
+        _evaluate(model, windows, tmp_path, gain=1.0, norm_bound=1e-9)
+
+
 def test_signed_latents_count_as_active(model: LanguageModel, windows: Windows, tmp_path: Path):
     """Top-k by magnitude gives negative latents; L0 is what is not zero."""
     sae = _sae(0.5)

@@ -71,9 +71,19 @@ def test_latents_are_chosen_by_the_texts_that_are_fitted_to(model: LanguageModel
     shouts = torch.zeros(len(labels))
     shouts[test] = 100 * truth[test]
     latents = torch.stack([0.1 * truth, shouts, shouts, shouts, shouts, shouts], 1)
-    monkeypatch.setattr(monitor.probing, "_text_means", lambda *_: (latents, latents, np.ones(len(labels), bool)))
+    monkeypatch.setattr(
+        monitor.probing, "_text_means", lambda *_: (list(latents), list(latents), np.ones(len(labels), bool))
+    )
     found = probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), labels))
     assert found["1"] == 1.0
+
+
+def test_texts_that_the_stream_drops_are_told(model: LanguageModel):
+    """Where norm bounds leave a label without texts, it is named, and no accuracy made up."""
+    windows, labels = _windows(), np.array(["a", "b"] * (TEXTS // 2))
+    subject = _reading(torch.ones(WIDTH))
+    with pytest.raises(EvaluationError, match=r"monitor.probe_file: 0 texts labelled 'a' have a token that is in the"):
+        probe_accuracy(model, subject, LabelledTexts(windows, labels), {HOOK: 1e-9})
 
 
 def test_texts_that_are_tested_were_not_fitted_to():
