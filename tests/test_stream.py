@@ -287,6 +287,15 @@ def test_a_faulty_chunk_ends_its_session(endpoint: str, code: str, changes: dict
         assert finish(intake, Producing(settings)) == every_name()
 
 
+def test_overflow_of_a_float16_model_is_told_as_that(endpoint: str) -> None:
+    """The refusal, which the shard is set aside for in the end, names the setting."""
+    settings = stream_settings(endpoint)
+    hello = hello_of(named_source(), provenance={"model_dtype": "float16"})
+    with trainer(settings), Peer(settings, hello) as peer:
+        peer.join().chunk(nan_in_the_middle(float("inf")))
+        assert "as float16 gives beyond 65504; set model.dtype to bfloat16 or float32" in peer.hear(Reject).reason
+
+
 def test_what_follows_a_faulty_chunk_is_not_taken(endpoint: str) -> None:
     """A peer that has sent more before it hears of its end: every further chunk is counted as a stranger's."""
     settings = stream_settings(endpoint)

@@ -518,7 +518,10 @@ class Intake:
         data = payload.buffer if payload is not None else memoryview(b"")
         x = _views(self.ledger.sessions[session].hello, data, chunk.rows)
         if x is not None and not is_finite(x):
-            return self.ledger.refuse(session, "non_finite", "chunk holds NaN or infinity", chunk.rows, poisoned=True)
+            reason = "chunk holds NaN or infinity"
+            if self.ledger.sessions[session].hello.provenance.get("model_dtype") == "float16":
+                reason += ", as float16 gives beyond 65504; set model.dtype to bfloat16 or float32"
+            return self.ledger.refuse(session, "non_finite", reason, chunk.rows, poisoned=True)
         buffer = self.buffer
 
         def insert(accepted: Accepted) -> None:
