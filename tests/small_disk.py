@@ -18,13 +18,17 @@ from typing import Any
 import pytest
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
-OUTCOMES: dict[str, Callable[[int], bool]] = {
-    "only what was flushed": lambda depth: False,
-    "all names": lambda depth: True,
-    "names within folders": lambda depth: depth > 0,
-    "names of folders": lambda depth: depth == 0,
+Names = dict[str, int]
+"""What a folder holds: inodes by name."""
+OUTCOMES: dict[str, Callable[[int, Names, Names], Names]] = {
+    "only what was flushed": lambda depth, flushed, now: flushed,
+    "all names": lambda depth, flushed, now: now,
+    "names within folders": lambda depth, flushed, now: now if depth else flushed,
+    "names of folders": lambda depth, flushed, now: flushed if depth else now,
+    "names of folders, and half of those within": lambda depth, flushed, now: flushed | _half(now) if depth else now,
 }
-"""Which folders, by their depth below the one where files are published, have their names of this moment on disk."""
+"""Which names a folder has on disk: by its depth below the one where files are published, those that were flushed and
+those of this moment."""
 
 
 Tree = dict[str, bytes | None]
@@ -41,7 +45,7 @@ class Disk:
     operations: list[tuple[str, str]] = field(default_factory=list)
     """(operation, path below `root`), in order, such as ("fsync", "checkpoint/complete.json")."""
     _contents: dict[int, bytes] = field(default_factory=dict)
-    _names: dict[int, dict[str, int]] = field(default_factory=dict)
+    _names: dict[int, Names] = field(default_factory=dict)
     _held: list[int] = field(default_factory=list)
     """Descriptors that keep flushed inodes from being used again."""
 
@@ -65,15 +69,17 @@ class Disk:
         self._restore(os.stat(self.root).st_ino, self.root, OUTCOMES[outcome], tree)
         return tree
 
-    def _restore(self, inode: int, now: Path, is_current: Callable[[int], bool], tree: Tree) -> None:
+    def _restore(self, inode: int, now: Path, names_of: Callable[[int, Names, Names], Names], tree: Tree) -> None:
         depth = len(now.relative_to(self.published).parts) if now.is_relative_to(self.published) else -1
         there = now.is_dir() and os.stat(now).st_ino == inode
-        names = _names(now) if there and depth >= 0 and is_current(depth) else self._names.get(inode, {})
+        names = self._names.get(inode, {})
+        if there and depth >= 0:
+            names = names_of(depth, names, _names(now))
         for name, entry in names.items():
             path = str((now / name).relative_to(self.root))
             if entry in self._names or ((now / name).is_dir() and os.stat(now / name).st_ino == entry):
                 tree[path] = None
-                self._restore(entry, now / name, is_current, tree)
+                self._restore(entry, now / name, names_of, tree)
             else:
                 tree[path] = self._contents.get(entry, b"")
 
@@ -91,7 +97,11 @@ def write(tree: Tree, to: Path) -> Path:
     return to
 
 
-def _names(folder: Path) -> dict[str, int]:
+def _half(names: Names) -> Names:
+    return {name: names[name] for name in sorted(names)[: len(names) // 2]}
+
+
+def _names(folder: Path) -> Names:
     return {entry.name: entry.inode() for entry in os.scandir(folder)}
 
 

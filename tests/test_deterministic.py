@@ -97,6 +97,15 @@ def test_a_restored_buffer_goes_on_as_if_it_had_never_stopped() -> None:
         assert names(one.draw(3)) == names(other.draw(3))
 
 
+def test_rows_that_come_back_take_their_own_places() -> None:
+    """The pool's order is not that of positions: a checkpoint names 2, 0, 1 of one serial, and they come as 0, 1, 2."""
+    restored = buffer()
+    restored.restore((None, {"names": np.array([[0, 0, 0], [2, 0, 1]])}))
+    insert(restored, (0, [0, 1, 2, 3]))
+
+    assert restored.state()[1]["names"].tolist() == [[0, 0, 0], [2, 0, 1]]
+
+
 def test_what_is_looked_at_does_not_depend_on_the_refill() -> None:
     """Thresholds of snapshots are estimated from rows that wait, and must be the same bits every time."""
     empty, refilled = buffer(), buffer()

@@ -234,6 +234,18 @@ def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytes
     assert "neither" in StreamReport().bottleneck
 
 
+def test_batches_are_drawn_from_a_buffer_that_is_half_full(endpoint: str) -> None:
+    """With fewer rows, those of a batch would be of few contexts: three chunks of eight are too few, four enough."""
+    with trainer(stream_settings(endpoint)) as intake, Peer(stream_settings(endpoint)) as peer:
+        peer.join()
+        for chunks in (1, 2, 3):
+            peer.chunk()
+            wait_for(lambda chunks=chunks: intake.buffer_report().rows == chunks * CHUNK_ROWS)
+            assert not intake.filled(CHUNK_ROWS)
+        peer.chunk()
+        wait_for(lambda: intake.filled(CHUNK_ROWS))
+
+
 def test_rows_that_the_ledger_knows_nothing_of_are_seen(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
     """The audit looks into the real buffer, every second: rows in it that nobody has accounted for are a breach."""
     with trainer(stream_settings(endpoint)) as intake, Peer(stream_settings(endpoint)) as peer:

@@ -134,6 +134,16 @@ def test_bug_23_reports_change_nothing() -> None:
     assert all(torch.equal(before[name], value) for name, value in trainee.state()[1].items())
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("topk", 2.0), ("topk transcoder", 4.0)])
+def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale: float) -> None:
+    """Rows of hook 0 are learned times 2, those of hook 1 times 4: an error of the square of it is one of raw rows."""
+    trainee = trained(settings_of(kind), steps=2)
+    mse = trainee.statistics.summary().mse
+
+    assert mse > 0
+    assert trainee.report([2.0, 4.0]).mse == pytest.approx(mse / scale**2)
+
+
 def test_bug_23_reading_statistics_changes_nothing() -> None:
     """Logging is pure: two readings agree, and so does the state."""
     torch.manual_seed(0)
@@ -635,8 +645,10 @@ def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> No
     before = {name: value.clone() for name, value in trainee.sae.parameters.items()}
     learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(3)])
     untouched = torch.equal(trainee.sae.W_enc[:4], before["W_enc"][:4])
-    learn(trainee, [rows_of(trainee.settings, 64, 3)])
     adam = trainee.optimizer.state()
+    for name in ("W_enc", "W_dec", "b_enc"):
+        adam[f"{name}.exp_avg"][:4] = adam[f"{name}.exp_avg_sq"][:4] = 1.0  # as of latents that have lived before
+    learn(trainee, [rows_of(trainee.settings, 64, 3)])
     others = trainee.sae.W_enc[4:].norm(dim=1).mean()
 
     assert untouched
@@ -648,6 +660,17 @@ def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> No
             assert not adam[f"{name}.{moment}"][:4].any()
             assert adam[f"{name}.{moment}"][4:].any()
     assert trainee.statistics.tokens_since_fired[:4].tolist() == [0] * 4
+
+
+def test_the_average_begins_anew_with_the_latents() -> None:
+    """What they were before is no part of what is published of them; the others are averaged on."""
+    trainee = dying("resample", revive_tokens=128, ema_tokens=10**9)
+    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(4)])
+
+    assert trainee.averaged is not None
+    for name in ("W_enc", "W_dec", "b_enc"):
+        now, mean = trainee.sae.parameters[name], trainee.averaged.parameters[name]
+        assert torch.equal(mean[:4], now[:4]) and not torch.equal(mean[4:], now[4:])
 
 
 def test_resampled_latents_point_at_rows_of_the_batch_with_a_large_loss() -> None:

@@ -25,10 +25,12 @@ from tests.drills.scene import ROOT, Outcome
 
 CAUGHT_AT_LEAST = 0.95
 WORKERS = 2
-TEST_SECONDS, RUN_SECONDS = 60, 300
-"""A test, and all tests of a module, that take longer hang: that is noticed too."""
+RUN_SECONDS = 600
+"""Tests of a module that take longer in all hang, which is noticed too; a single one has the time that pyproject.toml gives."""
+LEFT_OUT = ("test_the_weights_depend_neither_on_producers_nor_on_deaths",)
+"""Tests of many processes, too slow to be run for each bug."""
 
-FAILED = re.compile(r"(FAILED|ERROR) (tests/)?")
+FAILED = re.compile(r"(FAILED|ERROR) tests/")
 
 BUGS = read_bugs(Path(__file__).parent / "mutants.toml")
 
@@ -104,8 +106,9 @@ class Tree:
     def _pytest(self, files: list[str]) -> str:
         temporary = self.folder / "t"
         arguments = [
-            *files, "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--timeout={TEST_SECONDS}",
-            f"--basetemp={temporary}", "-m", "not gpu and not peers and not proof and not watch",
+            *files, "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0",
+            "-k", " and ".join(f"not {test}" for test in LEFT_OUT),
+            "-m", "not gpu and not peers and not proof and not watch", f"--basetemp={temporary}",
         ]  # fmt: skip
         request = {
             "tree": str(self.folder / "tree"), "arguments": arguments, "log": str(self.folder / "log"),
