@@ -8,6 +8,12 @@ A message is a msgpack map (`v`, `kind` and the fields below), followed for CHUN
 Everything from the other side is checked here, field by field, before anyone looks at it: a fault raises WireError
 with a kind that can be counted. Unknown fields are ignored, so that a newer peer may say more. No pickle, no torch.
 
+A connection holds one session: a second HELLO on it ends the first. One that has no session, because no HELLO came or
+was accepted, is closed after ten seconds, and so is one on which more bytes came of a message without an end than its
+credit allows. What a run streams (the fingerprint and all that goes with it) is settled by the first rows that are
+taken. Until then a producer that differs from those at work is told to come again, and when they have left, its own
+facts count.
+
 REVOKE of the protocol's first draft is not needed: a producer that stalls loses its whole session, because the
 credit it holds must return together with its leases.
 """
@@ -84,7 +90,7 @@ class Hello(Message):
     chunk_rows: Annotated[int, Field(gt=0, lt=2**24)]
     """No chunk of mine has more rows than this; the unit of credit."""
     norm_bounds: list[Annotated[float, Field(gt=0)]] | None
-    """Proposed bound per hook above which a row is an outlier; the first producer's is frozen for the run."""
+    """Proposed bound per hook above which a row is an outlier; that of the HELLO which settles the run holds for it."""
     provenance: dict[Word, JsonValue]
     """Facts for the snapshot: model, revision, corpus, exclusions, self-check."""
 

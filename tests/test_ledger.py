@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,64 @@ def test_producer_of_another_stream_is_refused_for_good(change: dict[str, Any], 
     assert not reject.retry and reject.code == "mismatch"
     assert ours in reject.reason and theirs in reject.reason
     assert list(ledger.sessions) == ["ada-1"]
+
+
+def test_nothing_is_settled_before_the_first_row() -> None:
+    """A producer that differs may come again; when those that it differs from have left, its corpus is the run's."""
+    ledger = make_ledger()
+    join(ledger, norm_bounds=[12.5])
+    other = {"fingerprint": "other", "shards": 3, "norm_bounds": [99.0]}
+    (reject,) = rejects(ledger.hello(hello("bob", **other), now=0.0))
+    assert reject.retry and reject.code == "mismatch"
+    assert not ledger.settled and ledger.stream is not None and ledger.stream.shards == 2
+
+    ledger.bye("ada-1", Bye(), 0.0)
+    sends = join(ledger, "bob", **other)
+    assert (ledger.stream.shards, ledger.norm_bounds) == (3, [99.0])
+    assert len(leases(sends)) == 2 and ledger.report().leases["free"] == 1
+    send_windows(ledger, leases(sends)[0], 1, [0], session="bob-1")
+    ledger.bye("bob-1", Bye(), 0.0)
+    (reject,) = rejects(ledger.hello(hello("ada"), now=0.0))
+    assert ledger.settled and not reject.retry
+
+
+def test_only_rows_settle_the_stream() -> None:
+    """Not the end of a shard that is said to have none; what a checkpoint holds is settled."""
+    ledger = make_ledger()
+    first, second = leases(join(ledger))
+    ledger.shard_end("ada-1", end_of(first, 0), 0.0)
+    assert not ledger.settled and not restart(make_ledger()).settled
+    send_windows(ledger, second, 1, [0])
+    assert ledger.settled and restart(ledger).settled
+
+
+def test_a_refusal_tells_each_fact_once() -> None:
+    """Though the run file and the stream that goes on both know it."""
+    ledger = make_ledger()
+    ledger.limits = replace(ledger.limits, expected={"dtype": "float32", "context": CONTEXT, "held_out": 0.0})
+    send_windows(ledger, leases(join(ledger, provenance={"context": CONTEXT}))[0], 1, [0])
+    changes = {"fingerprint": "other", "dtype": "bfloat16", "context": 9, "provenance": {"context": 9}}
+    (reject,) = rejects(ledger.hello(hello("eve", **changes), now=0.0))
+
+    assert reject.reason.count("context differs") == reject.reason.count("dtype differs") == 1
+
+
+def test_rows_that_could_not_be_inserted_are_missing() -> None:
+    """An exception on their way into the buffer leaves the books as they were; they come again under another lease."""
+    ledger = make_ledger()
+    (lease, _) = leases(join(ledger))
+
+    def fail(accepted: Accepted) -> None:
+        raise MemoryError
+
+    chunk = window_chunk(lease, 1, 0)
+    with pytest.raises(MemoryError):
+        ledger.chunk("ada-1", chunk, chunk.rows * ROW_BYTES, 0.0, fail)
+    assert (ledger.rows_received, ledger.rows_buffered, ledger.settled) == (0, 0, False)
+    ledger.refuse("ada-1", "internal", "a fault")
+    (again, _) = leases(join(ledger, session="ada-2"))
+    send_windows(ledger, again, 1, [0], session="ada-2")
+    assert ledger.rows_received == 3
 
 
 def test_many_differences_are_told_from_the_first_one_on() -> None:

@@ -14,6 +14,9 @@ never exceed the buffer's capacity.
 What a checkpoint keeps is `state()`: per open shard one bit per row for *trained* and one for *discarded*. Rows that
 were buffered and not trained are leased again after a restart.
 
+What the run streams is what the first producer says, and settled by the first rows that are taken: until then a HELLO
+that differs takes its place as soon as no session is left that holds to it.
+
 In deterministic mode rows enter the pool of the buffer in the order of shards' serials and of positions. Rows of shards
 after the oldest unfinished one are *early*, and wait. So that the others can always come, these leave room for the pool
 and one chunk, who has the oldest shard is granted credit before those who run ahead, and somebody always has it first:
@@ -375,7 +378,6 @@ class Ledger:
             self._failed(shard, f"{had} rows arrived, the producer counts {end.rows}", rows=end.rows)
             return []
         shard.rows, shard.complete, shard.deaths = end.rows, True, 0
-        self.settled = True
         self._close_if_finished(shard)
         return []
 

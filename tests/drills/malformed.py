@@ -24,7 +24,8 @@ COUNT = 100_000
 PER_SECOND = 2_000
 SHARE = 0.95
 """Of its rate without them, at which training must go on."""
-TURN_SECONDS = 10.0
+TURN_SECONDS = 5.0
+"""Shorter than a connection without a session may last."""
 FUZZ_SECONDS = 600
 
 
