@@ -26,7 +26,7 @@ from tests.drills.scene import ROOT, Outcome
 CAUGHT_AT_LEAST = 0.95
 WORKERS = 2
 RUN_SECONDS = 600
-"""Tests of a module that take longer in all hang, which is noticed too; a single one has the time that pyproject.toml gives."""
+"""Tests of a module that take longer in all hang: that is noticed too. Each has the time that is usual."""
 LEFT_OUT = ("test_the_weights_depend_neither_on_producers_nor_on_deaths",)
 """Tests of many processes, too slow to be run for each bug."""
 
