@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import cast
 
+import h11
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -116,6 +117,17 @@ class _Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._look()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, with the headers of every answer; where one is under way, nothing can be said any more."""
+        if self.is_answering:
+            self.cycle.disconnected = True
+            return self.transport.abort()
+        headers = [*self.server_state.default_headers, (b"Content-Type", b"text/plain"), (b"Connection", b"close")]
+        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (response, h11.Data(data=msg.encode()), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         self.moved_at = self.loop.time()

@@ -193,7 +193,7 @@ def test_where_other_machines_reach_it_any_name_will_do(run_directory: Path):
 def test_allowed_hosts_are_names(tmp_path: Path):
     """No scheme, no port: told at start."""
     (tmp_path / "run.toml").write_text('[monitor]\nallowed_hosts = ["https://sluice.example.org:8710"]\n')
-    with pytest.raises(SettingsError, match=r"monitor\.allowed_hosts\.0 = 'https://sluice"):
+    with pytest.raises(SettingsError, match=r'monitor\.allowed_hosts\.0 = "https://sluice.*without scheme and port'):
         read_run_file(TrainerSettings, str(tmp_path / "run.toml"), [])
 
 
@@ -216,6 +216,34 @@ def test_no_answer_lets_a_browser_guess_its_type(run_directory: Path):
     finally:
         close()
         close_metrics()
+
+
+def test_nonsense_is_answered_once_and_not_logged(
+    run_directory: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
+    """Whether it comes at once or while an answer is under way: nobody fills the log by sending it."""
+    port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0, lambda: False)
+    wait = b"GET /v1/snapshots/latest?after=000000001000&wait=1 HTTP/1.1\r\nHost: localhost\r\n"
+    try:
+        with connect(port, b"nonsense\r\n\r\n") as plain:
+            answer = plain.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 400") and b"nosniff" in answer
+        with connect(port, wait + b"Upgrade: websocket\r\nConnection: upgrade, close\r\n\r\n") as plain:
+            assert plain.recv(1000).startswith(b"HTTP/1.1 204")
+        with connect(port, wait + b"Transfer-Encoding: chunked\r\n\r\n") as plain:
+            time.sleep(0.2)
+            plain.sendall(b"nonsense\r\n")
+            assert not is_open_after(plain, 0.3)
+        time.sleep(1)  # until the answer that nobody takes would have been sent
+        assert ask(port).status_code == 200
+    finally:
+        close()
+    assert not caplog.records and "Traceback" not in capfd.readouterr().err
+
+
+def is_open_after(plain: socket.socket, seconds: float) -> bool:
+    time.sleep(seconds)
+    return is_open(plain)
 
 
 def test_a_small_limit_of_open_files_is_respected(monkeypatch: pytest.MonkeyPatch):
