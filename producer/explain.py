@@ -8,6 +8,7 @@ Name, value, expectation, and what the setting means. Values and examples stand 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,15 +45,14 @@ class Place:
     @property
     def model(self) -> type[BaseModel] | None:
         """The class of the table that the path leads to, looking through lists and optional types."""
-        model: Any = self.kind
         value = self.document
+        model = _model_of(self.kind, value)
         for part in self.path:
             value = _entry(value, part)
             if not part.isdigit():
                 field = model.model_fields.get(part) if model else None
                 model = _model_within(field.annotation) if field else None
-            if hasattr(model, "model_of") and isinstance(value, dict):
-                model = model.model_of(value)
+            model = _model_of(model, value)
         return model
 
     @property
@@ -88,6 +88,11 @@ def _entry(value: Any, part: str) -> Any:
     if isinstance(value, dict):
         return value.get(part)
     return value[int(part)] if isinstance(value, list) and part.isdigit() and int(part) < len(value) else None
+
+
+def _model_of(model: Any, table: Any) -> type[BaseModel] | None:
+    """The class that is meant where `model` stands for several, which it tells apart by the table's contents."""
+    return model.model_of(table) if hasattr(model, "model_of") and isinstance(table, dict) else model
 
 
 def _model_within(annotation: Any) -> type[BaseModel] | None:
@@ -144,7 +149,8 @@ def _no_table(place: Place, value: Any) -> str:
     name = ".".join(part for part in place.path if not part.isdigit())
     if isinstance(value, list):
         return f"{name}: expected one table [{name}], with one bracket on each side"
-    return f"{name} = {show_value(value)}: expected a table, which begins with a line [{name}]"
+    heading = f"[[{name}]]" if place.path[-1].isdigit() else f"[{name}]"
+    return f"{place.name} = {show_value(value)}: expected a table, which begins with a line {heading}"
 
 
 def _expected(place: Place, fault: Any) -> str:
@@ -197,7 +203,7 @@ def _number_meant(value: Any, number: type) -> str:
         meant = float(match[1]) * SIZES.get(match[2], 1)
     except ValueError:
         return ""
-    if number is int and not meant.is_integer():
+    if not math.isfinite(meant) or (number is int and not meant.is_integer()):
         return ""
     return f", without quotes and units: {f'{int(meant):_}' if meant.is_integer() else f'{meant:g}'}"
 

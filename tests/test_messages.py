@@ -16,8 +16,9 @@ import pytest
 from monitor import compare, pull, top
 from monitor.settings import MonitorSettings
 from producer.__main__ import main as producer
-from producer.settings import ProducerSettings, parse_command_line
+from producer.settings import ProducerSettings, SettingsError, parse_command_line, settings_from
 from trainer.__main__ import main as trainer
+from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +220,10 @@ FILES: list[tuple[bytes, str]] = [
         b"run = 5\n" + GOOD.replace("[run]", "[buffer]").encode(),
         "run = 5: expected a table, which begins with a line [run]",
     ),
+    (
+        b"sae = [5]\n" + GOOD.partition("[[sae]]")[0].encode(),
+        "sae.0 = 5: expected a table, which begins with a line [[sae]]",
+    ),
     (b"tokens = 5\n" + GOOD.encode(), "tokens = 5: a key stands under [run] or [[sae]], not before the first table"),
     (
         GOOD.replace("d_sae = 4096", "").encode(),
@@ -320,6 +325,18 @@ def test_what_is_meant_is_understood(
         place = place[int(part)] if part.isdigit() else getattr(place, part)
 
     assert place == value and type(place) is type(value)
+
+
+def test_an_sae_that_is_attached_is_told_likewise() -> None:
+    """`ctl attach` sends the keys of one table, which has no place in a run file."""
+    with pytest.raises(SettingsError) as raised:
+        settings_from(SaeSettings, {"name": "a", "architecture": "topk", "d_sae": 8, "k": "many", "start_from": ""})
+
+    assert str(raised.value).split("\n") == [
+        'start_from = "" is empty; name a file or folder. Folder of an SAE to go on from: one of a Sluice snapshot, '
+        "one that SAELens saved, or one of sparsify.",
+        'k = "many": expected a whole number, such as k = 32. Latents per activation.',
+    ]
 
 
 LATE: list[tuple[list[str], list[str]]] = [
