@@ -489,7 +489,7 @@ def test_a_process_ends_with_code_2(package: str, overrides: list[str], sentence
     (tmp_path / "run.toml").write_text(GOOD)
     command = [sys.executable, "-m", package, "run.toml", *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
 
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
