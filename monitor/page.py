@@ -154,11 +154,28 @@ def _is_silent(run: Run) -> bool:
 
 
 def _state(run: Run) -> str:
-    told = (run["report"] or {}).get("state") if run["state"] == "running" else None
+    told = (run["report"] or {}).get("state") if run["state"] == "running" else (run["summary"] or {}).get("outcome")
     return "silent" if _is_silent(run) else told or run["state"]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
+    return [*_progress(run), *_quarantined(run)]
+
+
+def _quarantined(run: Run) -> list[tuple[str, str]]:
+    """How many shards failed and are not trained on, with their tokens where these are known."""
+    stream, summary = (run["report"] or {}).get("stream") or {}, run["summary"] or {}
+    if run["state"] == "finished":
+        shards, tokens = len(summary.get("shards_set_aside") or []), summary.get("rows_set_aside")
+    else:
+        shards, tokens = (stream.get("leases") or {}).get("set_aside", 0), stream.get("tokens_quarantined")
+    suspects = [] if run["state"] == "finished" else [stream.get("suspect_shards") or 0]
+    of_them = "an unknown number of tokens" if tokens is None else f"{tokens:,} tokens"
+    facts = [(f"{shards:,}", f"shards quarantined, with {of_them} not trained on")] if shards else []
+    return facts + [(f"{count:,}", "shards on which producers are lost") for count in suspects if count]
+
+
+def _progress(run: Run) -> list[tuple[str, str]]:
     report, tokens = run["report"] or {}, _tokens(run)
     if tokens is None:
         return [("", "waiting for the trainer's first report: it fills its buffer before the first step")]

@@ -144,7 +144,7 @@ def _finished(summary: dict[str, Any], seen: Seen, note: str, width: int) -> Ren
     """The results; until they are measured, what training counted last."""
     assert seen.run is not None
     seconds = span(summary["seconds"]) if "seconds" in summary else "?"
-    note = f"finished: {summary['tokens']:,} tokens in {seconds} · {note}"
+    note = f"{summary.get('outcome', 'finished')}: {summary['tokens']:,} tokens in {seconds} · {note}"
     measured, report = with_evaluations(summary, seen.final), seen.run["report"]
     if is_measured(measured) or report is None:
         return Group(results(measured, width), Text(f"  {note}", style="dim"))

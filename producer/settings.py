@@ -98,6 +98,10 @@ class RunSettings(Table):
     """Seeds the order of shards, the draw from the buffer and the initial weights."""
     threads: Positive | None = None
     """CPU threads of the trainer's and the producer's arithmetic, each; without it, torch decides."""
+    max_quarantined_ratio: float = Field(default=0.05, ge=0.0, le=1.0)
+    """A run of whose shards more than this share is quarantined ends as failed (exit code 1). Losing a file of many
+    changes no SAE that one would notice, and a night's run should not fail for it; more than one shard in twenty means
+    that something is wrong with the corpus, a disk or the model."""
     deterministic: bool = False
     """The same weights, bit by bit, whatever number of producers, and whoever was killed and started again. Slower."""
 

@@ -1,9 +1,10 @@
 """Exactly once, whatever happens: the real ledger and the real buffer against an adversary that Hypothesis steers.
 
 Producers behave, fall silent, repeat and lose messages, die, come back with old leases, or bring another corpus; the
-trainer crashes and comes back with its last checkpoint, winds down or takes its leave; shards fail. A model that shares
-no code with the ledger keeps the books from the messages alone, and the two are compared after every step. However an
-example ended, healthy producers must then be able to finish the run, and every row of every epoch be accounted for.
+trainer crashes and comes back with its last checkpoint, winds down or takes its leave; shards fail, and are tried
+again. A model that shares no code with the ledger keeps the books from the messages alone, and the two are compared
+after every step. However an example ended, healthy producers must then be able to finish the run, and every row of
+every epoch be accounted for.
 
     SLUICE_HYPOTHESIS_STEPS=400 pytest tests/test_ledger_machine.py      # 400 examples of 400 steps, at random
 
@@ -18,7 +19,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -49,12 +50,13 @@ from producer.wire import (
     unpack_bits,
 )
 from trainer.buffer import Batch, ShuffleBuffer
-from trainer.ledger import LEASES_PER_PRODUCER, Ledger, Limits, Send
+from trainer.ledger import FAILURES_ALLOWED, LEASES_PER_PRODUCER, LONGEST_REST, Ledger, Limits, Send
 
 SHARDS, HELD_OUT, CONTEXT, WIDTH = 5, 0.2, 4, 2
 DEAD_SECONDS, STALL_SECONDS = 10.0, 5.0
-PATIENCE = 100
-"""Rounds of half a second in which healthy producers must bring something: longer than any time-out."""
+PATIENCE = int(16 * LONGEST_REST * DEAD_SECONDS)
+"""Rounds of half a second in which healthy producers must bring something: longer than any time-out, also when each of
+four producers must fail on a shard, which rests after every try, before a failure counts."""
 
 Name = tuple[int, int]
 """(epoch, shard)."""
@@ -240,8 +242,14 @@ class Books:
     discarded: dict[Name, set[int]] = field(default_factory=dict)
     attempt: dict[Name, int] = field(default_factory=dict)
     aside: dict[Name, int | None] = field(default_factory=dict)
-    """Rows never received of each shard that was given up; None where nobody knows how many there are."""
+    """Rows never received of each shard that is quarantined; None where nobody knows how many there are."""
     rows_aside: int = 0
+    served: int = 0
+    """Shards with rows that came whole."""
+    reports: dict[Name, list[int]] = field(default_factory=dict)
+    """For each time a shard was reported as broken, how many had been served by then."""
+    hopeless: set[Name] = field(default_factory=set)
+    """Those of which a producer said that another try is not worth it."""
 
     def restored(self) -> Books:
         """After a restart: what was buffered is missing again, and set aside where nobody will be asked for it."""
@@ -418,6 +426,20 @@ class Stream(RuleBasedStateMachine):
 
     # The adversary's moves: time and the trainer
 
+    @move(mended=st.booleans())
+    def retry(self, mended: bool) -> None:
+        """`ctl retry-quarantined`, perhaps after what was wrong with the shards is mended."""
+        if mended:
+            for _, shard in self.books.aside:
+                self.corpus[shard] = replace(self.corpus[shard], fate="sound")
+        assert self.ledger.retry_quarantined() == len(self.books.aside)
+        for name in self.books.aside:
+            self.books.reports.pop(name, None)
+            self.books.hopeless.discard(name)
+        self.books.aside.clear()
+        self.books.rows_aside = 0
+        self.seen_aside = 0
+
     @move(seconds=st.sampled_from((0.5, 0.5, 1.0, 6.0, DEAD_SECONDS + 1, 2.0)))
     def tick(self, seconds: float) -> None:
         self.now += seconds
@@ -554,7 +576,10 @@ class Stream(RuleBasedStateMachine):
     def all_shards(self) -> list[Name]:
         """Of every epoch, without the held-out ones."""
         kept = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
-        return [(epoch, shard) for epoch in range(self.limits.epochs or 0) for shard in kept]
+        # An epoch in which nothing could be served is the last.
+        barren = all((self.ledger.epoch, shard) in self.books.aside for shard in kept)
+        epochs = self.ledger.epoch + 1 if barren else self.limits.epochs or 0
+        return [(epoch, shard) for epoch in range(epochs) for shard in kept]
 
     def teardown(self) -> None:
         """From wherever the example ended, healthy producers finish the run, and the books balance."""
@@ -564,6 +589,8 @@ class Stream(RuleBasedStateMachine):
 
     def finish(self) -> None:
         idle_rounds = 0
+        # On a deadly shard the run waits for ever: somebody mends it.
+        self.corpus[:] = [replace(shard, fate="sound") if shard.fate == "deadly" else shard for shard in self.corpus]
         while not self.is_over():
             if self.ledger.dry and self.in_memory() == 0:
                 self.take_leave(everybody_hears=True)
@@ -583,13 +610,13 @@ class Stream(RuleBasedStateMachine):
         """Grows with whatever brings the end nearer."""
         ledger, books = self.ledger, self.books
         ended = sum(shard.complete for shard in ledger.open.values()) + ledger._next_serial - len(ledger.open)
-        failures = sum(shard.failures + shard.deaths for shard in ledger.open.values())
+        failures = sum(shard.failures for shard in ledger.open.values())
         return ledger.rows_received + ledger.rows_discarded, ledger.rows_trained, ended, len(books.aside), failures
 
     def balance(self) -> None:
         """Every row of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
         self.check()
-        assert not self.ledger.open
+        assert all(shard.given_up for shard in self.ledger.open.values())
         for name in self.all_shards():
             content, trained = self.corpus[name[1]], self.books.trained.get(name, set())
             discarded = self.books.discarded.get(name, set())
@@ -641,6 +668,7 @@ class Stream(RuleBasedStateMachine):
         if isinstance(message, ShardEnd | ShardFail):
             if self.holder.get((message.epoch, message.shard)) == (session, message.attempt):
                 del self.holder[message.epoch, message.shard]
+                self.note_end((message.epoch, message.shard), message)
             method = self.ledger.shard_end if isinstance(message, ShardEnd) else self.ledger.shard_fail
             self.dispatch(method(session, message, self.now))  # type: ignore[arg-type]
         elif isinstance(message, Heartbeat):
@@ -711,6 +739,9 @@ class Stream(RuleBasedStateMachine):
                 assert message.number > self.told[send.session], "credit fell"
                 self.told[send.session] = message.number
             elif isinstance(message, Reject):
+                at_work = [name for name, holder in self.holder.items() if holder[0] == send.session][:1]
+                for name in at_work if message.code == "stalled" else []:
+                    self.books.reports.setdefault(name, []).append(self.books.served)
                 self.forget(send.session)
             if send.session in pipes:
                 pipes[send.session].down.append((message, send.payload or b""))
@@ -722,9 +753,35 @@ class Stream(RuleBasedStateMachine):
             name = (entry["epoch"], entry["shard"])
             missing = len(self.corpus[name[1]].rows() - self.books.had.get(name, set()))
             assert entry["rows"] in (None, missing)
+            self.is_proven_broken(name)
             self.books.aside[name] = entry["rows"]
             self.books.rows_aside += entry["rows"] or 0
         self.seen_aside = len(self.ledger.set_aside)
+
+    def note_end(self, name: Name, message: ShardEnd | ShardFail) -> None:
+        """Whoever has a shard ends it: it came whole, or that counts as a report that it is broken."""
+        had = self.books.had.get(name, set())
+        if isinstance(message, ShardEnd) and message.rows == len(had) > 0:
+            self.books.served += 1
+            return
+        self.books.reports.setdefault(name, []).append(self.books.served)
+        if isinstance(message, ShardFail) and not message.retry:
+            self.books.hopeless.add(name)
+
+    def is_proven_broken(self, name: Name) -> None:
+        """A shard is quarantined for what was said of it, and only once others were served, or none was left."""
+        reports = self.books.reports.get(name, [])
+        assert len(reports) >= (1 if name in self.books.hopeless else FAILURES_ALLOWED), "deaths count"
+        served = self.books.served > reports[0]
+        assert served or not self.others_left(name), "a shard was quarantined before others were served"
+
+    def others_left(self, name: Name) -> bool:
+        """Whether a producer could show by another shard that it is sound."""
+        others = [shard for shard in self.ledger.open.values() if (shard.epoch, shard.shard) != name]
+        return self.ledger._cursor < len(self.ledger._queue) or any(
+            not shard.complete and not shard.deaths and (shard.epoch, shard.shard) not in self.books.reports
+            for shard in others
+        )
 
     def gone(self, session: str) -> None:
         self.forget(session)

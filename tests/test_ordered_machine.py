@@ -112,6 +112,10 @@ class OrderedStream(Stream):
         room = self.limits.capacity_rows - pool_rows(self.limits.capacity_rows) - CHUNK_WINDOWS * CONTEXT
         return early + chunk.rows <= room
 
+    def others_left(self, name: Name) -> bool:
+        """What comes later in the order cannot be asked for instead."""
+        return False
+
     def draw(self, count: int) -> None:
         super().draw(count)
         self.drawn.append(self.names_in_hand())

@@ -180,6 +180,7 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     from trainer.check import ledger_faults
     from trainer.checkpoint import CheckpointError
     from trainer.ledger import Ledger, Limits
+    from trainer.train import quarantine_fault
 
     deterministic = settings.run.deterministic
     limits = Limits(
@@ -211,6 +212,8 @@ def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
         }
         ledger.restore(document["ledger"], bits)
         log.info("resuming run %s at %s rows", ledger.run, f"{ledger.rows_trained:,}")
+        if ledger.exhausted and quarantine_fault(settings, ledger):
+            log.warning("the run had failed; %d quarantined shards are tried again", ledger.retry_quarantined())
     return ledger
 
 
@@ -232,7 +235,7 @@ def _train(
     from trainer.machine import free_memory
     from trainer.publishing import summary
     from trainer.run import NoVariance, buffer_of
-    from trainer.train import Loop, is_complete
+    from trainer.train import Loop, is_complete, quarantine_fault
 
     directory = home.path
 
@@ -249,9 +252,12 @@ def _train(
         if settings.stream.keys is not None:
             signal.signal(signal.SIGHUP, lambda *_: intake.keys_changed())
         if is_complete(settings, ledger) or roster.ended:
+            intake.drain(finished=True)
+            if fault := quarantine_fault(settings, ledger):
+                raise IntakeError(fault)
             what = "every SAE is finished" if roster.ended else "raise run.tokens to go on"
             log.info("the run is complete with %s rows; %s", f"{ledger.rows_trained:,}", what)
-            return intake.drain(finished=True)
+            return
         (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
         if roster.paused:
@@ -266,14 +272,21 @@ def _train(
         inbox.close()
         if complete and reports.last is None:
             intake.drain(finished=True)
-            raise IntakeError(f"not one row could be trained on; shards set aside: {ledger.set_aside[:3]}")
+            raise IntakeError(f"not one row could be trained on; quarantined shards: {ledger.quarantined[:3]}")
         # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
+        fault = quarantine_fault(settings, ledger) if complete else None
         if complete and loop.run is not None and reports.last is not None:
-            told = summary(loop.run, intake, reports.last)
+            told = summary(loop.run, intake, reports.last, fault)
             replace_text(directory / "summary.json", json.dumps(told, indent=1) + "\n")
         if loop.run is not None and (present := home.present_path) is not None:
             loop.save(present)
         intake.drain(finished=complete)
+        if ledger.quarantined:
+            tokens = ledger.tokens_quarantined
+            number = "an unknown number of" if tokens is None else f"{tokens:,}"
+            log.warning("%d shards are quarantined, %s tokens were not trained on", len(ledger.quarantined), number)
+        if fault is not None:
+            raise IntakeError(fault)
         if complete:
             log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
         elif not home.is_here:

@@ -149,7 +149,13 @@ class Examination:
             return "there is no checkpoint and no snapshot: the trainer would begin the run anew"
         ledger = saved[0]["ledger"]
         if (self.directory / "summary.json").is_file():
-            return f"the run is complete with {ledger['rows_trained']:,} rows; started again, the trainer would say so"
+            told = [
+                f"the run is complete with {ledger['rows_trained']:,} rows; started again, the trainer would say so"
+            ]
+            if ledger["set_aside"]:
+                told = [f"the run ended with {ledger['rows_trained']:,} rows", _quarantined(ledger["set_aside"])]
+                told.append("started again, the trainer tries them again if the run had failed for them")
+            return "\n".join(told)
         opened = [entry for entry in ledger["open"] if not entry["given_up"]]
         state = "stay paused" if saved[0]["roster"]["paused"] else "go on"
         beyond = [
@@ -166,8 +172,15 @@ class Examination:
                 + ", ".join(sorted(beyond))
             )
         if ledger["set_aside"]:
-            told.append(f"shards given up, {ledger['rows_set_aside']:,} rows known of them: {len(ledger['set_aside'])}")
+            told.append(_quarantined(ledger["set_aside"]))
         return "\n".join(told)
+
+
+def _quarantined(entries: list[dict[str, Any]]) -> str:
+    tokens = [entry["rows"] for entry in entries]
+    told = "an unknown number" if None in tokens else f"{sum(tokens):,}"
+    named = [f"\n  shard {one['shard']} of epoch {one['epoch']}: {one['reason']!r}" for one in entries[-20:]]
+    return f"shards quarantined: {len(entries)}, {told} of their tokens are not trained on{''.join(named)}"
 
 
 def breaches(document: dict[str, Any]) -> list[str]:

@@ -22,6 +22,9 @@ from trainer.trainee import Trainee
 
 log = logging.getLogger("sluice.trainer")
 
+MOST_NAMED = 20
+"""Shards in trouble that a status names one by one."""
+
 
 class Refused(Exception):
     """A command that was not carried out. The message says what to change; `code` is the client's exit code."""
@@ -65,8 +68,27 @@ def status(loop: Loop, _: dict[str, Any]) -> Answer:
         "epoch": stream.epoch,
         "buffer_rows": buffer.rows,
         "buffer_capacity_rows": buffer.capacity,
+        **_trouble(loop),
         "saes": [_sae(loop, member) for member in loop.roster.members],
     }
+
+
+def _trouble(loop: Loop) -> Answer:
+    """Shards that are not trained on, and those on which producers are lost; the newest few by name."""
+    with loop.intake.lock:
+        ledger = loop.intake.ledger
+        return {
+            "quarantined": {
+                "shards": len(ledger.quarantined),
+                "tokens": ledger.tokens_quarantined,
+                "newest": ledger.quarantined[-MOST_NAMED:],
+            },
+            "suspects": [
+                {"epoch": shard.epoch, "shard": shard.shard, "deaths": shard.deaths}
+                for shard in ledger.suspects[-MOST_NAMED:]
+            ],
+            "suspect_shards": len(ledger.suspects),
+        }
 
 
 def _sae(loop: Loop, member: Member) -> Answer:
@@ -207,6 +229,20 @@ def resume(loop: Loop, _: dict[str, Any]) -> Answer:
     return {"said": f"training goes on at {loop.tokens:,} tokens"}
 
 
+def retry_quarantined(loop: Loop, _: dict[str, Any]) -> Answer:
+    """Shards that were quarantined are leased again, for the rows that they lack."""
+    with loop.intake.lock:
+        ledger = loop.intake.ledger
+        if ledger.winding_down:
+            raise Refused("the run is draining and leaves soon; start it again, then try")
+        count, left = ledger.retry_quarantined(), len(ledger.quarantined)
+    if not count:
+        older = f"; an older release quarantined {left} shards, and kept nothing to try them again with" if left else ""
+        return {"said": f"no shard can be tried again{older}", "shards": 0}
+    _keep(loop)
+    return {"said": f"{count} shards are leased again, for the rows that they lack", "shards": count}
+
+
 def drain(loop: Loop, _: dict[str, Any]) -> Answer:
     """Nothing more is asked of producers; what is under way is trained, then the trainer leaves."""
     if loop.settings.run.deterministic:
@@ -228,6 +264,7 @@ COMMANDS: dict[str, Callable[[Loop, dict[str, Any]], Answer]] = {
     "detach": detach,
     "pause": pause,
     "resume": resume,
+    "retry-quarantined": retry_quarantined,
     "drain": drain,
 }
 

@@ -331,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
         command(name, does).add_argument("name", nargs="?", metavar="SNAPSHOT", help="its name (default: the newest)")
     command("pause", "hold training, also across restarts, until `resume`; producers wait")
     command("resume", "go on after `pause`")
+    command("retry-quarantined", "give shards that failed another chance, after what was wrong with them is mended")
     command("drain", "train on the rows that are under way, then stop; nothing has to be computed again")
     return parser
 
@@ -348,6 +349,7 @@ def _show(status: Answer) -> None:
     producers = sum(status["producers"].values())
     console.print(f"{producers} producer{'' if producers == 1 else 's'} · buffer {status['buffer_rows']:,} of "
                   f"{status['buffer_capacity_rows']:,} rows · epoch {status['epoch']}")  # fmt: skip
+    _show_trouble(console, status)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     # Numbers are never cut; a hook's name may be long, and is told only where there are several.
     hooks = {sae["hook"] for sae in status["saes"]}
@@ -369,6 +371,23 @@ def _show(status: Answer) -> None:
         )
         table.add_row(*row, *([sae["hook"]] if len(hooks) > 1 else []))
     console.print(table)
+
+
+def _show_trouble(console: Any, status: Answer) -> None:
+    """Quarantined shards, with their reasons, and those on which producers are lost."""
+    quarantined = status["quarantined"]
+    if quarantined["shards"]:
+        tokens = "unknown" if quarantined["tokens"] is None else f"{quarantined['tokens']:,}"
+        console.print(
+            f"[yellow]{quarantined['shards']} shards quarantined, tokens of them not trained on: {tokens}[/] "
+            "(`retry-quarantined` tries them again)"
+        )
+    for entry in quarantined["newest"]:
+        console.print(f"  shard {entry['shard']} of epoch {entry['epoch']}: {entry['reason']!r}", markup=False)
+    if status["suspect_shards"]:
+        console.print(f"[yellow]{status['suspect_shards']} shards on which producer after producer was lost[/]")
+    for entry in status["suspects"]:
+        console.print(f"  shard {entry['shard']} of epoch {entry['epoch']}: {entry['deaths']} in a row")
 
 
 def _count(rows: int) -> str:

@@ -265,9 +265,9 @@ class Intake:
         return self.buffer.rows >= max(count, self.buffer.capacity // 2)
 
     def _refuse_gaps(self) -> None:
-        """Deterministic mode: a shard that is given up ends the run; how much of it came depends on who failed."""
-        if self.ledger.limits.pool_rows is not None and self.ledger.set_aside:
-            fault = self.ledger.set_aside[0]
+        """Deterministic mode: a shard that is quarantined ends the run; how much of it came depends on who failed."""
+        if self.ledger.limits.pool_rows is not None and self.ledger.quarantined:
+            fault = self.ledger.quarantined[0]
             raise IntakeError(
                 f"shard {fault['shard']} failed ({fault['reason']}), and run.deterministic trains on all rows or none: "
                 "mend what is wrong with it, then start the trainer again; it goes on from its checkpoint"
@@ -352,6 +352,8 @@ class Intake:
             self._waits.append((now, self._data_wait, self._credit_wait))
             for fault in self.ledger.audit(self.buffer.held if self.buffer is not None else 0):
                 log.error("an invariant is broken, please report it: %s", fault)
+            for notice in self.ledger.take_notices():
+                log.warning("%s", notice)
 
     def _close(self) -> None:
         self._socket.disable_monitor()

@@ -5,7 +5,7 @@ No sockets, threads or torch; the clock is an argument. Every row of the corpus 
 and each ends up in exactly one place:
 
     missing ──chunk──▶ buffered ──step──▶ trained
-       └─────outlier──▶ discarded      └─ set aside, with its shard, after failures
+       └─────outlier──▶ discarded      └─ quarantined, with its shard, after failures
 
 Four counters fence what is late: a lease's `attempt`, a session's chunk `number`, the trainer's `incarnation`, and
 absolute `credit`; all only grow. Memory is bounded by one rule: rows buffered plus rows that producers may still send
@@ -14,13 +14,18 @@ never exceed the buffer's capacity.
 What a checkpoint keeps is `state()`: per open shard one bit per row for *trained* and one for *discarded*. Rows that
 were buffered and not trained are leased again after a restart.
 
-What the run streams is what the first producer says, and settled by the first rows that are taken: until then a HELLO
-that differs takes its place as soon as no session is left that holds to it.
+A shard's faults and the deaths of producers are different things. That a producer reports its shard as broken counts
+against the shard once the same producer has served another one, or when there is no other left to serve: a producer
+that is broken itself, or a disk that is away for a while, quarantines nothing. A shard with three such failures is
+quarantined: listed, its bits kept, leased again only when a person asks for it. A shard on which producer after
+producer is lost is never given up; it becomes a *suspect*, which is leased last. Shards in trouble rest for a while
+before they are leased again.
 
 In deterministic mode rows enter the pool of the buffer in the order of shards' serials and of positions. Rows of shards
 after the oldest unfinished one are *early*, and wait. So that the others can always come, these leave room for the pool
 and one chunk, who has the oldest shard is granted credit before those who run ahead, and somebody always has it first:
-if need be, the session that is furthest ahead is ended, and comes back without leases and credit.
+if need be, the session that is furthest ahead is ended, and comes back without leases and credit. There, a shard in
+trouble is leased again at once, and one that is quarantined ends the run.
 """
 
 from __future__ import annotations
@@ -63,9 +68,13 @@ CHUNKS_IN_FLIGHT = 8
 MAX_SESSIONS = 256
 """A tick looks at each of them; who comes later is asked to come again."""
 FAILURES_ALLOWED = 3
-"""A shard that was reported broken this often is set aside."""
-DEATHS_ALLOWED = 8
-"""A shard is set aside when this many producers in a row died on it without sending a row."""
+"""A shard that was reported broken this often, by producers that serve others, is quarantined."""
+SUSPECT_DEATHS = 3
+"""A shard is leased last when this many producers in a row were lost on it before they sent a row."""
+LONGEST_REST = 3
+"""A shard in trouble is not leased again for up to this many times `dead_seconds`."""
+STUCK_SECONDS = 60.0
+"""While only shards in trouble are left, this is told so often."""
 
 MAX_POSITIONS = 8 * MAX_MASK_BYTES
 """Positions of the largest shard: what a lease's mask can name."""
@@ -123,6 +132,16 @@ class Session:
         return (self.granted - self.received) * self.hello.chunk_rows
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a producer says is wrong with its shard; `rows` is how many it has, where that is known."""
+
+    reason: str
+    rows: int | None = None
+    final: bool = False
+    """It is not worth another try."""
+
+
 @dataclass(eq=False)
 class OpenShard:
     """A shard that was leased at least once and is not finished. Bits are bool arrays over its positions."""
@@ -140,9 +159,18 @@ class OpenShard:
     rows: int | None = None
     """How many rows there are; known once a producer has been through."""
     failures: int = 0
+    """Reports that it is broken, by producers that serve others."""
     deaths: int = 0
+    """Producers in a row that were lost on it before they sent a row of it."""
     given_up: bool = False
-    """Set aside: what was received is still trained, the rest is not asked for again."""
+    """Quarantined: what was received is still trained, the rest is not asked for until a person says so."""
+    doubted_by: dict[str, bool] = field(default_factory=dict)
+    """Producers that have reported it as broken, and have not served another shard since; whether that has counted."""
+    report: Report | None = None
+    """The newest of those reports."""
+    tries: int = 0
+    """How often it was reported, or its producer lost, since it last moved."""
+    rests_until: float = float("-inf")
     buffered: int = 0
     """Rows received and not trained in this incarnation of the trainer."""
     through: int = 0
@@ -151,6 +179,15 @@ class OpenShard:
     """Received or discarded in this incarnation of the trainer."""
     trained: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     discarded: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    @property
+    def in_trouble(self) -> bool:
+        """Producers have failed on it, or were lost: whoever does not serve it need not be broken."""
+        return bool(self.failures or self.doubted_by or self.is_suspect)
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.deaths >= SUSPECT_DEATHS
 
     @property
     def finished(self) -> bool:
@@ -217,6 +254,9 @@ class Ledger:
         self._queue = np.zeros(0, np.int64)
         self._drained: bool | None = None
         self._faults: list[str] = []
+        self._notices: list[str] = []
+        self._now = 0.0
+        self._stuck_told_at: float | None = None
         self.winding_down = False
         """No lease and no credit is given any more; what was given is used up."""
 
@@ -249,10 +289,7 @@ class Ledger:
     def exhausted(self) -> bool:
         """No further row will come: the last epoch's shards are all received or set aside."""
         return (
-            self.stream is not None
-            and self._cursor >= len(self._queue)
-            and not self._epochs_left()
-            and all(shard.complete for shard in self.open.values())
+            self.stream is not None and not self._fresh_left() and all(shard.complete for shard in self.open.values())
         )
 
     @property
@@ -267,11 +304,32 @@ class Ledger:
         """Every row there will ever be is trained."""
         return self.exhausted and not self.rows_buffered
 
+    @property
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Each with epoch, shard, reason, and `rows` never received: None where nobody knows how many."""
+        return self.set_aside
+
+    @property
+    def quarantined_ratio(self) -> float:
+        """Share of the shards begun so far."""
+        return len(self.set_aside) / max(self._next_serial, 1)
+
+    @property
+    def tokens_quarantined(self) -> int | None:
+        """Rows of quarantined shards that are not trained on; None when nobody knows how many some of them have."""
+        rows = [entry["rows"] for entry in self.set_aside]
+        return None if None in rows else sum(rows)
+
+    @property
+    def suspects(self) -> list[OpenShard]:
+        """Shards on which producer after producer was lost."""
+        return [shard for shard in self.open.values() if shard.is_suspect and not shard.complete]
+
     def report(self) -> StreamReport:
         leased = sum(shard.holder is not None for shard in self.open.values())
-        complete = sum(shard.complete for shard in self.open.values())
         given_up = sum(shard.given_up for shard in self.open.values())
-        waiting = len(self.open) - leased - complete
+        received = sum(shard.complete and not shard.given_up for shard in self.open.values())
+        waiting = len(self.open) - leased - received - given_up
         return StreamReport(
             producers={
                 "working": sum(bool(session.leases) for session in self.sessions.values()),
@@ -280,12 +338,14 @@ class Ledger:
             leases={
                 "free": len(self._queue) - self._cursor + waiting,
                 "leased": leased,
-                "received": complete - given_up,
+                "received": received,
                 "trained": self.finished_in_epoch,
                 "set_aside": len(self.set_aside),
             },
             epoch=self.epoch,
             tokens_received=self.rows_received,
+            tokens_quarantined=self.tokens_quarantined,
+            suspect_shards=len(self.suspects),
             rows_rejected=dict(self.rejected),
             rows_discarded=self.rows_discarded,
             protocol_errors=dict(self.errors),
@@ -375,10 +435,14 @@ class Ledger:
         had = _count(shard.had)
         if had != end.rows:
             self.errors["short_shard"] += 1
-            self._failed(shard, f"{had} rows arrived, the producer counts {end.rows}", rows=end.rows)
-            return []
-        shard.rows, shard.complete, shard.deaths = end.rows, True, 0
-        self._close_if_finished(shard)
+            self._failed(shard, known, Report(f"{had} rows arrived, the producer counts {end.rows}", end.rows))
+        elif not had:
+            # Text of which nothing is kept is rare, and a producer that skips its work looks the same.
+            self.errors["empty_shard"] += 1
+            self._failed(shard, known, Report("not one row of it is kept", 0))
+        else:
+            self._complete(shard, end.rows)
+            self._believe(known.hello.producer)
         return []
 
     def shard_fail(self, session: str, fail: ShardFail, now: float) -> list[Send]:
@@ -387,7 +451,7 @@ class Ledger:
         known.last_heard = known.last_progress = now
         if shard := next((lease for lease in known.leases if _same(lease, fail)), None):
             self._return(known, shard)
-            self._failed(shard, fail.error, final=not fail.retry)
+            self._failed(shard, known, Report(fail.error, final=not fail.retry))
         return []
 
     def heartbeat(self, session: str, beat: Heartbeat, now: float) -> list[Send]:
@@ -410,15 +474,16 @@ class Ledger:
     def refuse(
         self, session: str, code: str, reason: str, rows: int = 0, poisoned: bool = False, retry: bool = True
     ) -> list[Send]:
-        """Ends a session for a fault of its own. `poisoned`: the shard it worked on counts a failure."""
+        """Ends a session for a fault of its own. `poisoned`: it reports with that that its shard is broken."""
         self.errors[code] += 1
         if rows:
             self.rejected[code] += rows
-        at_work = self.sessions[session].leases[:1] if poisoned else []
+        known = self.sessions[session]
+        at_work = known.leases[:1] if poisoned else []
         self.sessions_lost += 1
         self._end(session, died=not poisoned)
         for shard in at_work:
-            self._failed(shard, reason)
+            self._failed(shard, known, Report(reason))
         return [Send(session, Reject(code=code, reason=reason, retry=retry))]
 
     def trained(self, serial: np.ndarray, position: np.ndarray) -> None:
@@ -448,6 +513,26 @@ class Ledger:
         faults, self._faults = self._faults, []
         return faults
 
+    def take_notices(self) -> list[str]:
+        """What a person should know of since the last call: shards that were quarantined, or that kill producers."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def retry_quarantined(self) -> int:
+        """Quarantined shards are leased again, for the rows that they lack; how many these are.
+
+        Those that stay listed were quarantined by an older release, which kept no bits of them.
+        """
+        shards = [shard for shard in self.open.values() if shard.given_up]
+        names = {(shard.epoch, shard.shard) for shard in shards}
+        self.set_aside = [entry for entry in self.set_aside if (entry["epoch"], entry["shard"]) not in names]
+        self.rows_set_aside = sum(entry["rows"] or 0 for entry in self.set_aside)
+        for shard in shards:
+            shard.given_up = shard.complete = False
+            shard.rows, shard.failures, shard.deaths, shard.tries = None, 0, 0, 0
+            shard.rests_until = float("-inf")
+        return len(shards)
+
     def wind_down(self) -> None:
         """This trainer is going to leave, but first takes in what producers may still send under their credit."""
         self.winding_down = True
@@ -459,12 +544,14 @@ class Ledger:
 
     def tick(self, now: float) -> list[Send]:
         """Time passes: the silent are dropped, shards and credit handed out, heartbeats sent."""
+        self._now = now
         sends = self._drop_silent(now)
         if self._drained is None and not self.winding_down:
             sends += self._assign(now)
             sends += self._make_way(now)
             sends += self._reclaim()
             sends += self._grant(now)
+            self._tell_if_stuck()
         for name, session in self.sessions.items():
             if now - session.last_heartbeat >= self.limits.heartbeat_seconds:
                 session.last_heartbeat = now
@@ -539,6 +626,8 @@ class Ledger:
             shard.complete = _count(shard.had) == shard.rows
             self.open[shard.serial] = shard
             self._close_if_finished(shard)
+        if self.limits.pool_rows is not None:
+            self.retry_quarantined()  # it had ended the run
 
     # Inside
 
@@ -622,6 +711,21 @@ class Ledger:
     def _epochs_left(self) -> bool:
         return self.limits.epochs is None or self.epoch + 1 < self.limits.epochs
 
+    def _fresh_left(self) -> bool:
+        """Whether there is a shard that was never leased."""
+        return self._cursor < len(self._queue) or self._may_begin_epoch()
+
+    def _may_begin_epoch(self) -> bool:
+        """There is another epoch, and this one has shown that shards can be served: or epochs would fly past."""
+        return (
+            self.stream is not None
+            and self._epochs_left()
+            and (
+                self.finished_in_epoch > 0
+                or any(one.epoch == self.epoch and one.complete and not one.given_up for one in self.open.values())
+            )
+        )
+
     def _chunk_fault(self, session: Session, chunk: Chunk, payload_bytes: int) -> tuple[str, str] | None:
         """What is wrong with a chunk, before its lease is looked at: (code, sentence), or None."""
         hello = session.hello
@@ -673,38 +777,65 @@ class Ledger:
     def _assign(self, now: float) -> list[Send]:
         """Hands out shards, evenly: those given back first, then the epoch's next."""
         sends: list[Send] = []
-        for depth in range(LEASES_PER_PRODUCER):
-            for name, session in self.sessions.items():
-                if len(session.leases) > depth:
-                    continue
-                if (shard := self._next_shard()) is None:
-                    return sends
-                if self.limits.pool_rows is not None and session.leases and shard.serial < session.leases[-1].serial:
-                    continue  # it would come after rows that wait for its own
-                shard.attempt += 1
-                shard.holder, shard.moved = name, False
-                if not session.leases:
-                    session.last_progress = now
-                session.leases.append(shard)
-                lease = Lease(shard=shard.shard, epoch=shard.epoch, attempt=shard.attempt)
-                sends.append(Send(name, lease, pack_bits(shard.had) if shard.had.any() else b""))
+        wanting = [
+            (depth, name, session)
+            for depth in range(LEASES_PER_PRODUCER)
+            for name, session in self.sessions.items()
+            if len(session.leases) <= depth
+        ]
+        if not wanting:
+            return sends
+        free = [one for one in self.open.values() if one.holder is None and not one.complete and not one.given_up]
+        for depth, name, session in wanting:
+            if len(session.leases) > depth:
+                continue
+            if not free and not self._fresh_left():
+                break
+            if (shard := self._next_shard(session.hello.producer, free)) is None:
+                continue
+            if self.limits.pool_rows is not None and session.leases and shard.serial < session.leases[-1].serial:
+                continue  # it would come after rows that wait for its own
+            free.remove(shard)
+            shard.attempt += 1
+            shard.holder, shard.moved = name, False
+            if not session.leases:
+                session.last_progress = now
+            session.leases.append(shard)
+            lease = Lease(shard=shard.shard, epoch=shard.epoch, attempt=shard.attempt)
+            sends.append(Send(name, lease, pack_bits(shard.had) if shard.had.any() else b""))
         return sends
 
-    def _next_shard(self) -> OpenShard | None:
-        for shard in self.open.values():
-            if shard.holder is None and not shard.complete:
+    def _next_shard(self, producer: str, free: list[OpenShard]) -> OpenShard | None:
+        """What this producer is to work on: what was given back, the epoch's next, then what is in trouble.
+
+        One of `free`, the open shards that nobody has, to which the epoch's next is added.
+        """
+        if self.limits.pool_rows is not None and free:
+            return free[0]  # order is all
+        rested = [shard for shard in free if shard.rests_until <= self._now]
+        for shard in rested:
+            if not shard.is_suspect and producer not in shard.doubted_by:
                 return shard
         if self._cursor >= len(self._queue):
-            if self.stream is None or not self._epochs_left():
+            if rested := [shard for shard in rested if not self._leave_to_another(shard, producer)]:
+                return min(rested, key=lambda shard: (producer in shard.doubted_by, shard.tries))
+            if not self._may_begin_epoch():
                 return None
             self.epoch += 1
             self.finished_in_epoch = 0
             self._queue, self._cursor = self._permutation(self.epoch), 0
         shard = OpenShard(self._next_serial, self.epoch, int(self._queue[self._cursor]))
         self.open[shard.serial] = shard
+        free.append(shard)
         self._next_serial += 1
         self._cursor += 1
         return shard
+
+    def _leave_to_another(self, shard: OpenShard, producer: str) -> bool:
+        """This producer has failed on it, and one that has not is idle."""
+        return producer in shard.doubted_by and any(
+            not one.leases and one.hello.producer not in shard.doubted_by for one in self.sessions.values()
+        )
 
     def _reclaim(self) -> list[Send]:
         """Ends sessions that hold credit and no work while others have work and no credit; they return without it."""
@@ -783,30 +914,100 @@ class Ledger:
         for index, shard in enumerate(list(known.leases)):
             self._return(known, shard)
             if died and index == 0 and not shard.moved:
-                shard.deaths += 1
-                if shard.deaths >= DEATHS_ALLOWED:
-                    self._set_aside(shard, f"{shard.deaths} producers in a row ended on it without sending a row")
+                self._died_on(shard)
 
     def _return(self, session: Session, shard: OpenShard) -> None:
         session.leases.remove(shard)
         shard.holder = None
         if shard.moved:
-            shard.deaths = 0
+            shard.deaths = shard.tries = 0
 
-    def _failed(self, shard: OpenShard, reason: str, final: bool = False, rows: int | None = None) -> None:
+    def _died_on(self, shard: OpenShard) -> None:
+        """A producer was lost before it sent a row of its shard: that may be the shard's doing, or not."""
+        shard.deaths += 1
+        if not shard.is_suspect:
+            return
+        self._let_rest(shard)
+        # Told at 3, 6, 12, 24 … deaths.
+        if shard.deaths % SUSPECT_DEATHS == 0 and (shard.deaths // SUSPECT_DEATHS).bit_count() == 1:
+            self._notices.append(
+                f"{shard.deaths} producers in a row were lost on {_name(shard)} before they sent a row of it; it is "
+                "leased last, and not given up: do they lack memory, or end at once for another reason? Their logs tell"
+            )
+
+    def _let_rest(self, shard: OpenShard) -> None:
+        """Nobody is given this shard for a while, each time a longer one; the first try comes at once."""
+        shard.rests_until = self._now + min(shard.tries, LONGEST_REST) * self.limits.dead_seconds
+        shard.tries += 1
+
+    def _failed(self, shard: OpenShard, session: Session, report: Report) -> None:
+        """A producer reports its shard as broken; that counts when the producer is known to be sound."""
+        shard.report = report
+        shard.doubted_by[session.hello.producer] = False
+        self._let_rest(shard)
+        if self.limits.pool_rows is not None or not self._others_left(shard):
+            shard.doubted_by[session.hello.producer] = True
+            self._count_failure(shard)
+
+    def _others_left(self, shard: OpenShard) -> bool:
+        """Whether a shard not in trouble, or a producer that has not failed on this one, can show who is broken."""
+        return (
+            self._fresh_left()
+            or any(one is not shard and not one.complete and not one.in_trouble for one in self.open.values())
+            or any(one.hello.producer not in shard.doubted_by for one in self.sessions.values())
+        )
+
+    def _believe(self, producer: str) -> None:
+        """This producer has served a shard: what it reported of others since it last did is true."""
+        for shard in list(self.open.values()):
+            if shard.doubted_by.pop(producer, True) is False:
+                self._count_failure(shard)
+
+    def _count_failure(self, shard: OpenShard) -> None:
+        assert shard.report is not None
         shard.failures += 1
-        if final or shard.failures >= FAILURES_ALLOWED:
-            self._set_aside(shard, reason, rows)
+        if shard.holder is not None or not (shard.failures >= FAILURES_ALLOWED or shard.report.final):
+            return
+        if shard.report.rows == 0 == _count(shard.had):
+            self._complete(shard, 0)
+        else:
+            self._quarantine(shard, shard.report)
 
-    def _set_aside(self, shard: OpenShard, reason: str, rows: int | None = None) -> None:
+    def _complete(self, shard: OpenShard, rows: int) -> None:
+        """All rows of a shard are here."""
+        shard.rows, shard.complete, shard.deaths = rows, True, 0
+        shard.doubted_by.clear()
+        self._close_if_finished(shard)
+
+    def _quarantine(self, shard: OpenShard, report: Report) -> None:
         """Gives a shard up. What was received of it is still trained; the rest is listed, never silently dropped."""
         had = _count(shard.had)
-        rows = shard.rows if rows is None else rows
-        missing = None if rows is None else max(0, rows - had)
-        self.set_aside.append({"epoch": shard.epoch, "shard": shard.shard, "rows": missing, "reason": reason})
+        missing = None if report.rows is None else max(0, report.rows - had)
+        self.set_aside.append({"epoch": shard.epoch, "shard": shard.shard, "rows": missing, "reason": report.reason})
         self.rows_set_aside += missing or 0
-        shard.rows, shard.complete, shard.given_up = had, True, True
-        self._close_if_finished(shard)
+        shard.rows, shard.given_up = had, True
+        shard.complete = self.limits.pool_rows is None  # rows that come later in the order must not pass it
+        shard.doubted_by.clear()
+        self._notices.append(
+            f"{_name(shard)} is quarantined, {_tokens(missing)} of it are not trained on: {report.reason!r}; "
+            f"{len(self.set_aside)} of {self._next_serial} shards are; `ctl RUN_DIR retry-quarantined` tries again"
+        )
+
+    def _tell_if_stuck(self) -> None:
+        """A run that waits for shards in trouble says so, again and again."""
+        left = [shard for shard in self.open.values() if not shard.complete]
+        if not left or self._fresh_left() or not all(shard.in_trouble for shard in left):
+            self._stuck_told_at = None
+        elif self._stuck_told_at is None:
+            self._stuck_told_at = self._now
+        elif self._now - self._stuck_told_at >= STUCK_SECONDS:
+            self._stuck_told_at = self._now
+            deaths = sum(shard.is_suspect for shard in left)
+            self._notices.append(
+                f"the run waits for its last {len(left)} shards: producers were lost on {deaths} of them, and "
+                f"{len(left) - deaths} were reported as broken; the first is {_name(left[0])}, tried {left[0].attempt} "
+                f"times; {len(self.sessions)} producers are here"
+            )
 
     def _lose_buffered(self, shard: OpenShard) -> None:
         """After a restart: what was buffered of a shard given up is not asked for again, so it is set aside too."""
@@ -818,9 +1019,9 @@ class Ledger:
                 entry["rows"] += lost
 
     def _close_if_finished(self, shard: OpenShard) -> None:
-        if shard.finished:
+        if shard.finished and not shard.given_up:  # the bits of those are kept, for `retry_quarantined`
             del self.open[shard.serial]
-            self.finished_in_epoch += shard.epoch == self.epoch and not shard.given_up
+            self.finished_in_epoch += shard.epoch == self.epoch
 
 
 def _differences(facts: list[Fact]) -> dict[str, str]:
@@ -838,6 +1039,14 @@ def _count(bits: np.ndarray) -> int:
 
 def _same(shard: OpenShard, message: Chunk | ShardEnd | ShardFail) -> bool:
     return (shard.shard, shard.epoch, shard.attempt) == (message.shard, message.epoch, message.attempt)
+
+
+def _name(shard: OpenShard) -> str:
+    return f"shard {shard.shard} of epoch {shard.epoch}"
+
+
+def _tokens(count: int | None) -> str:
+    return "an unknown number of tokens" if count is None else f"{count:,} tokens"
 
 
 def _show(fact: Any) -> str:

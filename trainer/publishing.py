@@ -133,15 +133,21 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
     }
 
 
-def summary(run: Run, intake: Intake, report: StepReport) -> dict[str, Any]:
-    """The content of summary.json; the monitor adds the evaluation."""
+def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> dict[str, Any]:
+    """The content of summary.json; the monitor adds the evaluation. `fault` is why the run has failed, if it has.
+
+    `rows_set_aside` is None, in JSON null, when nobody knows how many rows some quarantined shard has.
+    """
     return {
+        "outcome": "finished" if fault is None else "failed",
+        "fault": fault,
         "tokens": report.tokens,
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(report.tokens / max(run.seconds, 1e-9), 1),
         "rows_trained": intake.ledger.rows_trained,
-        "rows_set_aside": intake.ledger.rows_set_aside,
-        "shards_set_aside": intake.ledger.set_aside,
+        "rows_set_aside": intake.ledger.tokens_quarantined,
+        "shards_set_aside": intake.ledger.quarantined,
+        "quarantined_ratio": round(intake.ledger.quarantined_ratio, 6),
         "saes": {trainee.settings.name: numbers_of(run, trainee, _of(report, trainee)) for trainee in run.taught},
     }
 

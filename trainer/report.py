@@ -50,6 +50,10 @@ class StreamReport:
     epoch: int = 0
     tokens_received: int = 0
     """Rows taken into the buffer."""
+    tokens_quarantined: int | None = 0
+    """Rows of quarantined shards that are not trained on; None when it is not known how many some of them have."""
+    suspect_shards: int = 0
+    """Shards on which producer after producer was lost; they are leased last."""
     rows_rejected: dict[str, int] = field(default_factory=dict)
     """Rows that arrived and were not taken, by reason."""
     rows_discarded: int = 0

@@ -325,6 +325,19 @@ def is_complete(settings: TrainerSettings, ledger: Ledger) -> bool:
     return ledger.finished or not _rows_due(settings, ledger.rows_trained)
 
 
+def quarantine_fault(settings: TrainerSettings, ledger: Ledger) -> str | None:
+    """Why a run that has come to its end has failed: too many of its shards are quarantined; None when it has not."""
+    if ledger.quarantined_ratio <= settings.run.max_quarantined_ratio:
+        return None
+    first = ledger.quarantined[0]
+    return (
+        f"{len(ledger.quarantined)} shards, {ledger.quarantined_ratio:.1%} of those begun, are quarantined, and "
+        f"run.max_quarantined_ratio = {settings.run.max_quarantined_ratio:g}: the run has failed. The first is shard "
+        f"{first['shard']} of epoch {first['epoch']}: {first['reason']!r}. Mend what is wrong and start the trainer "
+        "again, which tries them again, or raise run.max_quarantined_ratio"
+    )
+
+
 def _rows_due(settings: TrainerSettings, tokens: int) -> int:
     """Rows of the next batch: a whole one, or what the budget leaves; 0 ends the run."""
     left = settings.optimizer.batch if settings.run.tokens is None else settings.run.tokens - tokens

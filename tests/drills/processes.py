@@ -13,6 +13,7 @@ import numpy as np
 from producer.wire import held_out_shards
 from tests.drills.scene import CAPACITY, EPOCH_ROWS, Outcome, Scene
 from trainer.checkpoint import load_newest
+from trainer.snapshot import file_sha256, snapshot_names
 
 RESTART_SECONDS = 20.0
 """A trainer that was killed trains again within this time of its new start, on two busy cores."""
@@ -46,6 +47,58 @@ def _lost_sessions(scene: Scene) -> str:
     lost = saved[0]["ledger"]["sessions_lost"]
     assert lost, "producers died, and sluice_sessions_lost_total says nothing"
     return f"{lost} sessions lost"
+
+
+def producers_crash_in_a_loop(folder: Path, quick: bool) -> Outcome:
+    """Producer after producer dies right after it was given a shard; then a healthy one comes: no shard is lost."""
+    deaths, epochs = (8, 2) if quick else (100, 2)
+    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+        trainer = scene.trainer()
+        assert scene.program("crashing_producer", DEATHS=deaths).wait(300) == 0
+        assert trainer.poll() is None and not scene.trained
+        scene.producer()
+        assert trainer.wait(300) == 0
+        saved = load_newest(scene.run)
+        assert saved is not None
+        ledger = saved[0]["ledger"]
+        assert not ledger["set_aside"] and ledger["sessions_lost"] >= deaths
+        assert "producers in a row were lost on shard" in scene.log()
+        told = scene.outcome(
+            deaths, epochs, note=f"deaths before the first row, {len(ledger['set_aside'])} shards lost"
+        )
+        told.recovery = None
+        return told
+
+
+def checkpoint_removed(folder: Path, quick: bool) -> Outcome:
+    """The checkpoint of a stopped, then of a finished run vanishes: starts are refused, no snapshot is touched."""
+    refused, epochs = 0, 1 if quick else 4
+    with Scene(folder, f"corpus.epochs={epochs}", "snapshots.every_tokens=8000", "snapshots.keep=100") as scene:
+        scene.producer()
+        trainer = scene.trainer(SECONDS_PER_STEP=0.02)
+        scene.wait_for_rows(20_000)
+        trainer.terminate()
+        assert trainer.wait(30) == 0
+        for finished in (False, True):
+            if finished:
+                assert scene.trainer().wait(300) == 0
+            published = _contents(scene.run)
+            (scene.run / "checkpoint").rename(folder / "checkpoint")
+            for _ in range(1 if quick else 3):
+                assert scene.trainer().wait(60) == 1
+                refused += 1
+            assert _contents(scene.run) == published
+            (folder / "checkpoint").rename(scene.run / "checkpoint")
+        count = len(snapshot_names(scene.run))
+        told = scene.outcome(refused, epochs, note=f"starts refused; {count} snapshots, 0 deleted or changed")
+        told.recovery = None
+        return told
+
+
+def _contents(run: Path) -> dict[str, str]:
+    """Each published file with its sha256."""
+    files = [run / "summary.json", *(path for path in (run / "snapshots").rglob("*") if path.is_file())]
+    return {str(path.relative_to(run)): file_sha256(path) for path in files if path.exists()}
 
 
 def producer_frozen(folder: Path, quick: bool) -> Outcome:

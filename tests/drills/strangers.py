@@ -114,7 +114,7 @@ def broken_shards(folder: Path, quick: bool) -> Outcome:
     raising, nan, infinite = ([int(shard) for shard in TRAINING_SHARDS[at : at + 2]] for at in (3, 11, 19))
     epochs = 1 if quick else 3
     faults = {"RAISE": json.dumps(raising), "NAN": json.dumps(nan), "INFINITE": json.dumps(infinite)}
-    with Scene(folder, f"corpus.epochs={epochs}") as scene:
+    with Scene(folder, f"corpus.epochs={epochs}", "run.max_quarantined_ratio=0.5") as scene:
         trainer = scene.trainer()
         scene.program("faulty_producer", **faults), scene.program("faulty_producer", **faults)
         assert trainer.wait(300) == 0
@@ -128,5 +128,21 @@ def broken_shards(folder: Path, quick: bool) -> Outcome:
             expected = "cannot be read" if entry["shard"] in raising else "NaN or infinity"
             assert expected in entry["reason"], entry
         return scene.outcome(
-            len(aside), epochs, aside={*raising, *nan, *infinite}, note="shards set aside, each after three attempts"
+            len(aside), epochs, aside={*raising, *nan, *infinite}, note="shards quarantined, each after three attempts"
         )
+
+
+def mended_shards(folder: Path, quick: bool) -> Outcome:
+    """A run that loses more shards than it may ends as failed; the same command, after mending, trains them all."""
+    raising = [int(shard) for shard in TRAINING_SHARDS[3:7]]
+    with Scene(folder, "corpus.epochs=2") as scene:
+        trainer = scene.trainer()
+        scene.program("faulty_producer", RAISE=json.dumps(raising), NAN="[]", INFINITE="[]")
+        assert trainer.wait(300) == 1
+        told = json.loads((scene.run / "summary.json").read_text())
+        assert told["outcome"] == "failed" and told["rows_set_aside"] is None and len(told["shards_set_aside"]) == 8
+        trainer, _ = scene.trainer(), scene.producer()
+        assert trainer.wait(300) == 0
+        told = json.loads((scene.run / "summary.json").read_text())
+        assert told["outcome"] == "finished" and told["rows_set_aside"] == 0
+        return scene.outcome(8, 2, note="shards quarantined, mended and trained on")
