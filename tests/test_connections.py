@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 import torch
 
 from producer.keys import write_keys
-from producer.wire import Bye, Heartbeat, Hook, Reject, ShardEnd, ShardFail
-from tests.drills.attacks import GREETING, connect, unended
+from producer.wire import Bye, Heartbeat, Hook, Reject, ShardEnd, ShardFail, encode
+from tests.drills.attacks import GREETING, connect, frame, unended
 from tests.small_stream import (
     CAPACITY,
     CHUNK_ROWS,
@@ -32,7 +33,7 @@ from tests.small_stream import (
 )
 from trainer import connections
 from trainer.buffer import OrderedBuffer, ShuffleBuffer
-from trainer.connections import PENDING_CONNECTIONS, SLACK_BYTES
+from trainer.connections import SLACK_BYTES
 from trainer.intake import Intake, NoRoomError, check_room
 from trainer.ledger import MAX_SESSIONS, Ledger
 from trainer.machine import free_memory
@@ -138,6 +139,33 @@ def test_a_busy_stream_is_never_cut_off() -> None:
         assert not intake.ledger.errors
 
 
+def test_connections_of_one_identity_keep_nothing_unread() -> None:
+    """Forty, one after the other, each with messages of a megabyte: ZeroMQ must not lay those by for ever."""
+    with trainer(TCP) as intake:
+        first, before = connect(intake.endpoint, b"one"), resident()
+        for _ in range(40):
+            with connect(intake.endpoint, b"one") as peer, suppress(OSError):
+                for _ in range(20):
+                    peer.sendall(frame(bytes(1_000_000)))
+        assert resident() - before < 50_000_000
+        first.close()
+        assert finish(intake, Producing(at(intake))) == every_name()
+
+
+def test_an_identity_that_is_taken_over_brings_no_session() -> None:
+    """Who connects under the identity of a producer is a stranger, and that producer's session has ended."""
+    with trainer(TCP) as intake:
+        with connect(intake.endpoint, b"one") as victim, connect(intake.endpoint, b"two") as other:
+            victim.sendall(frame(encode(hello_of(named_source()))))
+            wait_for(lambda: len(intake.ledger.sessions) == 1)
+            with connect(intake.endpoint, b"one") as thief:
+                thief.sendall(frame(encode(Heartbeat(progress=1))))
+                wait_for(lambda: intake.ledger.errors["unknown_session"] == 1)
+                assert not intake.ledger.sessions
+                other.sendall(frame(encode(hello_of(named_source()))) + frame(encode(Bye())))
+        assert finish(intake, Producing(at(intake))) == every_name()
+
+
 # Who says nothing
 
 
@@ -171,8 +199,9 @@ def test_an_ipc_connection_without_a_session_is_shown_out(endpoint: str, monkeyp
 
 def test_the_oldest_of_a_crowd_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """More connections without a session than there may be: whoever brings a HELLO is let in nevertheless."""
+    monkeypatch.setattr(connections, "PENDING_CONNECTIONS", 20)
     with trainer(TCP) as intake:
-        crowd = [connect(intake.endpoint) for _ in range(PENDING_CONNECTIONS + 10)]
+        crowd = [connect(intake.endpoint) for _ in range(30)]
         wait_for(lambda: intake.ledger.errors["closed_crowd"] >= 10)
         assert is_closed(crowd[0])
         assert finish(intake, Producing(at(intake))) == every_name()

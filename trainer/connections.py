@@ -50,9 +50,9 @@ SLACK_BYTES = 2 * MAX_HEADER_BYTES
 """Of each connection, besides its chunks: a HELLO and other headers."""
 PENDING_BYTES = 8 * SLACK_BYTES
 """Of all connections without a session. A frame of one byte takes 3 on the wire and 64 of memory."""
-PENDING_CONNECTIONS = 64
-LOOK_SECONDS, IDLE_SECONDS = 0.005, 0.05
-"""Between two looks, with connections and without any."""
+PENDING_CONNECTIONS = 128
+PENDING_SECONDS, SESSION_SECONDS = 0.005, 0.02
+"""Between two looks: while a connection has no session, and while each has one."""
 
 FRAME_BYTES, LONG_FRAME_BYTES, LONG_FRAME = 2, 9, 256
 """Of a frame's header on the wire, and the length from which it is the long one (ZMTP 3.1)."""
@@ -73,6 +73,8 @@ EVENTS = (
 class Connection:
     """One connection, as both threads see it: totals of bytes, and until when it may go without a session."""
 
+    number: int
+    """ZeroMQ's descriptor."""
     descriptor: socket.socket
     """A second one; what ZeroMQ does with its own is not touched but by shutting the connection down."""
     peer: str
@@ -92,6 +94,10 @@ class Connection:
     @property
     def held(self) -> int:
         return max(0, self.read[0] - self.delivered)
+
+    def brought(self, frame: zmq.Frame) -> bool:
+        """Whether a frame came on this connection, or at least on none that there was beside it."""
+        return frame.get(zmq.SRCFD) == self.number
 
 
 class Connections:
@@ -135,14 +141,10 @@ class Connections:
             self._table.clear()
 
     def of(self, frame: zmq.Frame) -> Connection | None:
-        """On which connection a frame came; None when that is gone by now."""
-        number = frame.get(zmq.SRCFD)
-        connection = self._table.get(number)
-        if connection is None:
-            with self._lock:
-                self._read_monitor()
-                connection = self._table.get(number)
-        return connection
+        """On which connection a frame came; None when that is gone by now. For those whose connection is not known."""
+        with self._lock:
+            self._read_monitor()  # it was announced before it could bring anything
+            return self._table.get(frame.get(zmq.SRCFD))
 
     def deliver(self, connection: Connection, frames: Sequence[zmq.Frame], emptied: float) -> None:
         """A whole message was taken from the socket, which was last found empty at `emptied`."""
@@ -183,11 +185,12 @@ class Connections:
     # The thread
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS if self._table else IDLE_SECONDS):
+        pause = SESSION_SECONDS
+        while not self._stop.wait(pause):
             try:
                 with self._lock:
                     self._read_monitor()
-                    self._look(time.monotonic())
+                    pause = PENDING_SECONDS if self._look(time.monotonic()) else SESSION_SECONDS
             except Exception:
                 self._outside.exception("connections could not be looked at")
             self._outside.flush()
@@ -223,9 +226,10 @@ class Connections:
             known.descriptor.close()
         told = f"{peer[0]}:{peer[1]}" if tcp else "a process of this machine"
         counted = tcp and sys.platform == "linux"
-        self._table[number] = Connection(descriptor, told, counted, time.monotonic() + HELLO_SECONDS)
+        self._table[number] = Connection(number, descriptor, told, counted, time.monotonic() + HELLO_SECONDS)
 
-    def _look(self, now: float) -> None:
+    def _look(self, now: float) -> bool:
+        """Closes what is beyond its bounds; whether any connection has no session."""
         pending = []
         for connection in self._table.values():
             if connection.closed:
@@ -243,6 +247,7 @@ class Connections:
         if (held := sum(connection.held for connection in pending)) > PENDING_BYTES:
             largest = max(pending, key=lambda connection: connection.held)
             self._close(largest, "bytes", f"{held:,} bytes without a session are no message yet")
+        return bool(pending)
 
     def _close(self, connection: Connection, reason: str, sentence: str) -> None:
         if connection.closed:

@@ -287,6 +287,7 @@ class Intake:
         socket, settings = self._socket, self._settings
         socket.linger = 500
         socket.router_mandatory = 1
+        socket.router_handover = 1  # or what a second connection of one identity sends is kept, and never read
         socket.ipv6 = is_ipv6(settings.endpoint)
         socket.maxmsgsize = MAX_CHUNK_BYTES + 1024
         socket.rcvhwm = 64
@@ -425,7 +426,14 @@ class Intake:
 
     def _handle(self, route: bytes, frames: list[zmq.Frame]) -> list[Send]:
         session = self._session_of.get(route)
-        connection = self._connections.of(frames[0])
+        connection = self._connection_of.get(session) if session is not None else None
+        if session is not None and connection is not None and not connection.brought(frames[0]):
+            with self.lock:
+                self.ledger.gone(session)  # another connection has taken this one's identity
+            self._leave_route(session)
+            session = connection = None
+        if connection is None:
+            connection = self._connections.of(frames[0])
         if connection is not None:
             self._connections.deliver(connection, frames, self._emptied)
         try:
@@ -570,7 +578,7 @@ class Intake:
         connection = self._connection_of.pop(session, None)
         if self._session_of.get(route) == session:
             del self._session_of[route]
-            if connection is not None:
+            if connection is not None and connection not in self._connection_of.values():
                 self._connections.end_session(connection)
 
 

@@ -35,7 +35,7 @@ LOG_BYTES = 50_000
 SHARE = 0.9
 """Of its rate without the attack, at which training must go on."""
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity"
 
 
 def unfinished(folder: Path, quick: bool) -> Outcome:
@@ -58,7 +58,7 @@ def _flood_of_frames(folder: Path, quick: bool, keys: Path | None) -> Outcome:
         before = _peak_mb(trainer.pid)
         alone = rate(scene, lambda: time.sleep(1.0 if quick else 10.0))
         details: dict[str, str] = {}
-        for frame_bytes, megabytes in ((1, 30), (1_000_000, 3_000)):
+        for frame_bytes, megabytes in ((1, 30 if keys is None else 3), (1_000_000, 3_000)):
             words = ["unfinished", endpoint, str(keys or "-"), str(megabytes // (10 if quick else 1)), str(frame_bytes)]
             flooded = rate(scene, _attack(words))
             details[f"frames of {frame_bytes:,} bytes"] = (
@@ -178,17 +178,22 @@ def _send_plain(endpoint: str, _: str, left: int, frame_bytes: int) -> None:
 
 def unended(length: int) -> bytes:
     """A frame of zeros that says that its message goes on."""
-    header = b"\x01" + bytes([length]) if length < 256 else b"\x03" + struct.pack(">Q", length)
-    return header + bytes(length)
+    return frame(bytes(length), more=True)
 
 
-def connect(endpoint: str) -> socket.socket:
+def frame(body: bytes, more: bool = False) -> bytes:
+    """A frame as ZMTP writes it."""
+    return bytes([more, len(body)]) + body if len(body) < 256 else struct.pack(">BQ", 2 | more, len(body)) + body
+
+
+def connect(endpoint: str, identity: bytes = b"") -> socket.socket:
     """A connection through the handshake of ZMTP without keys, without a library."""
     peer = socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])))
     peer.settimeout(1.0)
     peer.sendall(GREETING)
     peer.recv(len(GREETING), socket.MSG_WAITALL)
-    peer.sendall(b"\x04" + bytes([len(READY)]) + READY)
+    ready = READY + struct.pack(">I", len(identity)) + identity
+    peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
     peer.recv(4096)  # what comes before the other side is ready ends the handshake
     return peer
 
