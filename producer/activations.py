@@ -986,7 +986,7 @@ def _source(name: str) -> str:
             if re.fullmatch(r"\./[\w.-]+(/[\w.-]+)?", name)
             else ""
         )
-        raise ModelError(f'model.name = "{name}": no such folder (seen from {Path.cwd()}); correct the path{hub}')
+        raise ModelError(f"model.name = {name!r}: no such folder (seen from {Path.cwd()}); correct the path{hub}")
     return name
 
 

@@ -914,6 +914,12 @@ def test_missing_folder_is_named(tmp_path):
     assert refusal(tmp_path / "none").startswith(f"model.name = '{tmp_path}/none': no such folder")
 
 
+def test_a_slash_at_the_end_names_a_folder_and_never_the_hub():
+    """`gpt2/` where there is no such folder must not become a model of the hub, and the sentence says what would."""
+    with pytest.raises(ModelError, match=r"'\./no-such-model': no such folder .* on the hub, write \"no-such-model\""):
+        load_language_model(ModelSettings(name="no-such-model/", hooks=["blocks.0.hook_resid_post"]))
+
+
 def test_folder_without_a_model_is_named(tmp_path):
     """A folder without config.json says what is missing."""
     assert "holds no config.json" in refusal(tmp_path)

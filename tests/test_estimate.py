@@ -172,6 +172,14 @@ def test_the_slower_side_is_told_with_how_many_producers_balance_it(capsys: pyte
     assert "The largest part of a step: " in text
 
 
+def test_what_comes_too_late_is_told_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20", "run.tokens=60_000"]
+    assert main(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+
+    assert "optimizer.warmup_tokens = 100_000 is longer than run.tokens = 60_000: the learning rate never" in text
+
+
 def test_what_shards_is_not_sluice_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [GROWTH, "--width", "4096", "--machine", "h200", "--gpus", "24"]
     assert main(arguments) == 0
