@@ -399,6 +399,16 @@ def test_bug_11_a_restored_trainee_goes_on_bit_for_bit(kind: str, extra: str, op
             assert torch.equal(resumed.averaged.parameters[name], value)
 
 
+def test_counts_survive_a_restart() -> None:
+    """Rows learned from, steps that were skipped, and when it joined: a counter never falls."""
+    settings = settings_of("topk")
+    before, after = trained(settings, steps=2), trainee_of(settings)
+    before.skipped_steps, before.joined_at = 3, 4096
+    after.restore(*before.state())
+
+    assert (after.tokens, after.joined_at, after.report([1.0]).skipped_steps) == (128, 4096, 3)
+
+
 def test_an_interrupted_cooldown_goes_on() -> None:
     """One an operator asked for: the rate falls on, and ends where it would have."""
     settings = settings_of("topk")
