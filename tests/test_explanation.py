@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from monitor.explanation import explain, mean_f1
+from monitor.explanation import _half, explain, mean_f1
 from monitor.latents import LatentActivations
 
 WINDOWS, CONTEXT, WORDS = 120, 16, 10
@@ -19,6 +19,14 @@ AFTER_34: Rule = lambda ids, place: place > 0 and tuple(ids[place - 1 : place + 
 THREE_ANY_FIVE: Rule = lambda ids, place: place > 1 and ids[place - 2] == 3 and ids[place] == 5  # noqa: E731
 AFTER_SEVEN: Rule = lambda ids, place: ids[place - 1] == 7  # noqa: E731
 NEVER: Rule = lambda ids, place: False  # noqa: E731
+
+
+def test_no_token_stands_before_a_window():
+    """Neither the window's own first one again, nor the last of the window before."""
+    half = _half(_latents(NEVER), 0, 0)
+    at_the_second = half.tokens[half.tokens[:, 2] == -1]
+    assert (at_the_second[:, 1] == BOS).all() and (at_the_second[:, 2:] == -1).all()
+    assert len(at_the_second) == WINDOWS / 2
 
 
 @pytest.mark.parametrize(

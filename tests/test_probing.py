@@ -14,7 +14,7 @@ from torch import Tensor
 import monitor.probing
 from monitor.evaluate import Subject, load_subject
 from monitor.held_out import EvaluationError
-from monitor.probing import LabelledTexts, _sides, fit_logistic, probe_accuracy, read_labelled_texts
+from monitor.probing import LabelledTexts, _sides, _tested, fit_logistic, probe_accuracy, read_labelled_texts
 from producer.activations import LanguageModel
 from producer.settings import CorpusSettings
 from producer.tokens import Windows
@@ -84,6 +84,28 @@ def test_texts_that_the_stream_drops_are_told(model: LanguageModel):
     subject = _reading(torch.ones(WIDTH))
     with pytest.raises(EvaluationError, match=r"monitor.probe_file: 0 texts labelled 'a' have a token that is in the"):
         probe_accuracy(model, subject, LabelledTexts(windows, labels), {HOOK: 1e-9})
+
+
+def test_a_probe_is_tested_on_the_other_texts(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """A column that is the number of the text tells which texts a probe has seen: none of those it is tested on."""
+    seen: list[tuple[set[float], set[float]]] = []
+
+    def look(fit: Tensor, fit_truth: Tensor, test: Tensor, test_truth: Tensor) -> float:
+        seen.append((set(fit[:, 0].tolist()), set(test[:, 0].tolist())))
+        return 1.0
+
+    numbers = torch.arange(40.0)[:, None].expand(40, 6)
+    monkeypatch.setattr(monitor.probing, "_text_means", lambda *_: ([*numbers], [*numbers], np.ones(40, bool)))
+    monkeypatch.setattr(monitor.probing, "_tested", look)
+    probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), np.array(["a", "b"] * 20)))
+    assert len(seen) == 2 * 4
+    assert all(len(fit) == len(test) == 20 and fit.isdisjoint(test) for fit, test in seen)
+
+
+def test_a_probe_measures_by_the_texts_that_it_was_fitted_to():
+    """A column around 0, its sign the label. The texts of the test are all far above 0: all of them have the label."""
+    fit, test = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), torch.tensor([[2.0], [3.0]])
+    assert _tested(fit, fit[:, 0] > 0, test, torch.tensor([True, True])) == 1.0
 
 
 def test_texts_that_are_tested_were_not_fitted_to():

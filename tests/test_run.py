@@ -17,11 +17,15 @@ from tests.small_training import Silent
 from trainer.buffer import Batch
 from trainer.ctl import Inbox
 from trainer.ledger import Ledger, Limits
+from trainer.publishing import _exports as published
+from trainer.roster import Roster
+from trainer.roster import resumed as resumed_roster
 from trainer.run import NoVariance, Run, scale_of
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import snapshot_names, supersede_after
 from trainer.train import Loop, written
+from trainer.train import _rows_due as rows_due
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
 
@@ -65,6 +69,79 @@ def test_each_sae_learns_its_own_hook(tmp_path: Path) -> None:
 
     assert [trainee.sae.d_in for trainee in run.trainees] == [4, 6]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, some[0].x, strict=True))
+
+
+def test_each_hook_has_its_own_scale_for_good(tmp_path: Path) -> None:
+    """Rows of hook 1 are five times as large; who joins later, when all are three times larger, changes nothing."""
+    run, sample = two_hooks(tmp_path), batches(1)[0].x
+    run.initialise(sample)
+    assert run.scales is not None
+    before = list(run.scales)
+    assert before[0] == pytest.approx(5 * before[1], rel=0.2)
+    run.attach(SaeSettings.of(name="late", architecture="topk", hook=HOOKS[0], d_sae=16, k=2), 0)
+    run.initialise([3 * x for x in sample])
+
+    assert run.scales == before
+
+
+def test_two_saes_of_one_kind_begin_apart(tmp_path: Path) -> None:
+    """Each has a number of its own in the run, which seeds its weights; one that has left is not stepped into."""
+    same = {"architecture": "topk", "hook": HOOKS[0], "d_sae": 16, "k": 2}
+    run = two_hooks(tmp_path)
+    run.attach(SaeSettings.of(name="a", **same), 0)
+    b = run.attach(SaeSettings.of(name="b", **same), 0)
+    run.initialise(batches(1)[0].x)
+    assert not torch.equal(run.trainees[-2].sae.W_enc, run.trainees[-1].sae.W_enc)
+    run.detach(run.roster.find("a"))
+    for name in ("c", "d"):
+        run.attach(SaeSettings.of(name=name, **same), 0)
+
+    assert b in run.trainees
+    assert [member.number for member in run.roster.members] == [0, 1, 3, 4, 5]
+
+
+def test_a_raised_budget_brings_a_finished_sae_back() -> None:
+    """The run file says more tokens than the checkpoint: it is at work again; with the same, it stays finished."""
+    of = lambda tokens: SaeSettings.of(name="a", architecture="topk", d_sae=16, k=2, tokens=tokens)  # noqa: E731
+    roster = Roster.of([of(1000)])
+    roster.members[0].ended = True
+
+    assert resumed_roster(roster.state(), [of(1000)], Path()).ended
+    assert not resumed_roster(roster.state(), [of(2000)], Path()).ended
+
+
+@pytest.mark.parametrize(("trained", "rows"), [(0, 32), (64, 32), (96, 4), (100, 0), (128, 0)])
+def test_the_last_batch_fills_the_budget(tmp_path: Path, trained: int, rows: int) -> None:
+    """Of 100 rows, in batches of 32, four are left for the last one."""
+    settings = two_hooks(tmp_path).settings
+    budget = settings.model_copy(update={"run": RunSettings(directory=str(tmp_path), tokens=100)})
+
+    assert rows_due(budget, trained) == rows
+    assert rows_due(settings, trained) == 32
+
+
+def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
+    """Not with another's, and an averaged copy with none that were measured on the weights it is a mean of."""
+    run = two_hooks(tmp_path)
+    run.attach(SaeSettings.of(name="both", architecture="topk", hooks=HOOKS, d_sae=16, k=5, ema_tokens=1000), 0)
+    run.initialise(batches(1)[0].x)
+    for batch in batches(3):
+        run.learn(batch)
+    assert run.scales is not None
+    report = SimpleNamespace(saes=[trainee.report(run.scales) for trainee in run.taught])
+    told = {
+        export.name: export.metrics
+        for trainee in run.taught
+        for export in published(run, trainee, report, batches(1)[0].x, {"id": "r"})  # type: ignore[arg-type]
+    }
+
+    assert {name: numbers["hook"] for name, numbers in told.items()} == {
+        "first": HOOKS[0], "second": HOOKS[1], "both": HOOKS[0], "both-ema": HOOKS[0],
+    }  # fmt: skip
+    for sae in report.saes:
+        assert (told[sae.name]["l0"], told[sae.name]["fvu"]) == (sae.l0, sae.fvu)
+    assert len({numbers["fvu"] for numbers in told.values()}) == 4
+    assert {told["both-ema"][name] for name in ("l0", "mse", "fvu", "shrinkage", "dead_latents")} == {None}
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -186,3 +263,13 @@ def test_activations_that_do_not_vary_are_refused(tmp_path: Path, x: torch.Tenso
     with pytest.raises(NoVariance, match=f"model.hooks = '{HOOKS[1]}': .*{reason}"):
         run.initialise([torch.randn(9, 4), x])
     assert run.scales is None and len(run.newcomers) == 2
+
+
+def test_a_paused_run_rests(tmp_path: Path) -> None:
+    """It asks for no rows: the intake here could give none."""
+    run = two_hooks(tmp_path)
+    run.roster.paused = True
+    loop = Snapshots(run, SimpleNamespace(ledger=SimpleNamespace(rows_trained=100)))
+    loop._turn()
+
+    assert loop.published == []
