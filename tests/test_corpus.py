@@ -455,6 +455,19 @@ def test_a_row_that_is_too_long_fails_its_shard(tmp_path: Path) -> None:
         next(documents)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_row_of_a_dataset_that_is_too_long_fails_its_shard(tmp_path: Path, cache: None, streaming: bool) -> None:
+    """The message names dataset, split, shard and row."""
+    records(tmp_path / "data" / "a.jsonl", ["one", "two", "x" * 101])
+    folder = str(tmp_path / "data")
+    documents = corpus_of(
+        kind="huggingface", dataset=folder, streaming=streaming, held_out=0.0, max_document_bytes=100
+    ).documents(0)
+    assert [next(documents), next(documents)] == ["one", "two"]
+    with pytest.raises(CorpusError, match=r"split 'train', shard 0, row 2: 101 bytes in one document"):
+        next(documents)
+
+
 def test_the_longest_document_decides_no_other(tmp_path: Path) -> None:
     """A run whose shard has failed goes on with a higher limit."""
     path = records(tmp_path / "a.jsonl", ["one"])

@@ -88,6 +88,13 @@ def test_unusual_ids_in_the_right_format_are_no_fault(tmp_path: Path, ids: np.nd
     assert layout_of(tmp_path / "a.bin", ids.astype(dtype).tobytes(), setting) == Layout(dtype)
 
 
+@pytest.mark.parametrize("wrote", ["<u4", "<i8", ">u4", ">i8"])
+def test_a_small_file_tells_how_wide_its_numbers_are(tmp_path: Path, wrote: str) -> None:
+    """In either order of bytes; some hundred ids are enough."""
+    layout = layout_of(tmp_path / "a.bin", text_like(128_256, 400).astype(wrote).tobytes())
+    assert isinstance(layout, str) and "of wider numbers are" in layout
+
+
 def test_the_fault_may_begin_anywhere(tmp_path: Path) -> None:
     """The sample covers the whole of a large file, not only its beginning; a part in another format is not enough."""
     data = bytes(4_000_000) + text_like(128_256, 200_000).astype("<u4").tobytes()

@@ -9,6 +9,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "producer.source": ("producer/source.py", "test_produce"),
     "producer.tokens": ("producer/tokens.py", "test_tokens"),
     "producer.corpus": ("producer/corpus.py", "test_corpus"),
+    "producer.parsing": ("producer/parsing.py", "test_parsing"),
+    "producer.token_files": ("producer/token_files.py", "test_token_files"),
     "producer.keys": ("producer/keys.py", "test_keys", "test_durable"),
     "producer.logs": ("producer/logs.py", "test_logs"),
     "producer.activations": ("producer/activations.py", "test_activations"),
