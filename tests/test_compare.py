@@ -62,6 +62,12 @@ def test_births_and_deaths_are_found_by_firing_rates(tmp_path: Path):
     assert (latents["born"], latents["died"], latents["live"]) == ([1], [3], [D_SAE - 2, D_SAE - 2])
 
 
+def test_a_latent_that_is_dead_has_not_turned(tmp_path: Path):
+    """Where its row points means nothing: neither the silent one nor the one that has died is told of."""
+    latents = latents_of(tmp_path, sae(dead=(1,)), sae(dead=(1, 2), row1=unit(4), row2=unit(5), row3=unit(6)))
+    assert [row["latent"] for row in latents["turned"]] == [3]
+
+
 def test_latents_that_turned_are_told_with_their_best_match(tmp_path: Path):
     """One that turned away, one that turned by 30°, and two that changed places: the length of rows means nothing."""
     thirty = np.cos(np.pi / 6) * unit(5) + np.sin(np.pi / 6) * unit(6)

@@ -587,6 +587,19 @@ def test_snapshot_retired_under_way_is_no_failure(run_file: Path):
     assert registry.get_sample_value("sluice_evaluated_snapshot_tokens", {"sae": "small"}) == 2000
 
 
+def test_a_piece_of_work_is_followed_by_its_rest(run_file: Path):
+    """A tenth of a second of work at a share of a quarter: three tenths of rest; none once the run is over."""
+    evaluator, _ = _evaluator(run_file, "monitor.evaluation_share=0.25")
+    rests: list[float] = []
+    evaluator._stop = SimpleNamespace(wait=rests.append)  # type: ignore[assignment]
+    for finished in (False, True):
+        if finished:
+            finish_run(run_file.parent / "demo", 1000)
+        evaluator.moved_at = time.monotonic() - 0.1
+        evaluator._between()
+    assert rests == [pytest.approx(0.3, abs=0.1), 0.0]
+
+
 def test_stopping_does_not_wait_for_an_evaluation(run_file: Path):
     """Asked to stop, it leaves after the forward pass it is in, and nothing half done is written."""
     folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(0.5)])

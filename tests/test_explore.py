@@ -385,6 +385,27 @@ def test_births_are_followed_through_snapshots_that_nobody_looked_at(model: Lang
     assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [2000, 3000]
 
 
+def test_births_are_followed_by_a_trainer_that_went_back(model: LanguageModel, tmp_path: Path):
+    """Looked at up to 3000, it resumes from 1000 and comes to 1500, where latent 0 has turned: it is born there."""
+    settings = read_run_file(MonitorSettings, str(run_file(tmp_path)), [])
+    desk = Desk()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    for tokens in (1000, 3000):
+        publish_snapshot(tmp_path / "run", tokens, [planted_sae(model)])
+        follower.look()
+    supersede_after(tmp_path / "run", 1000)
+    publish_snapshot(tmp_path / "run", 1500, [planted_sae(model, turned=(0,))])
+    follower.look()
+    assert desk.explorer is not None and not follower.has_failed()
+    assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [0, 500]
+
+
+def test_of_a_long_past_the_newest_is_shown(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
+    """Where there is room for one snapshot of two."""
+    monkeypatch.setattr(monitor.explore, "MOST_PAST", 1)
+    assert [then["tokens"] for then in explorer.latent("planted", 0)["past"]] == [2000]
+
+
 def test_negative_latents_are_strong_too(folder: Path, explorer: Explorer, model: LanguageModel, tmp_path: Path):
     """Of an SAE that keeps signs: sorted, ranked and shaded by how far from zero they are."""
     shutil.copytree(folder / "run", tmp_path / "run")

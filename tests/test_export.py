@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,17 @@ HOSTILE = [
     "k too large", "normalised", "top-k of SAELens 5", "checkpoint", "nan", "no b_enc", "transposed", "a vector",
     "strange tensor",
 ]  # fmt: skip
+
+
+def test_a_start_of_other_widths_is_refused(tmp_path: Path) -> None:
+    """With both widths: what the folder is for, and what the hooks have."""
+    start = read_start(settings(written(tmp_path / "start", published("topk"))))
+    assert start is not None
+    width = start.sae.d_in
+    for d_in, d_out in ((width + 1, width), (width, width + 1)):
+        sae = SimpleNamespace(settings=SimpleNamespace(name="on"), d_in=d_in, d_out=d_out)
+        with pytest.raises(SnapshotError, match=f"rows of {width} numbers, its hooks have {d_in} → {d_out}"):
+            start.require_widths(sae)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", HOSTILE)

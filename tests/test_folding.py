@@ -12,13 +12,26 @@ from torch import Tensor
 from tests.small_saes import FAMILY, NOBODY, make, rows_of, settings_of, trained
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Frame, fold, fold_norms, unfold, whitening_of
-from trainer.saes.inference import InferenceSae, check, export, load_sae
+from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
 from trainer.snapshot import SnapshotError, publish, read_sae
 from trainer.trainee import Trainee
 
 SCALES = [0.37, 2.5]
 """Of hook 0 and hook 1, far enough apart to notice when they are mixed up."""
 AUTOENCODERS = [kind for kind in FAMILY if "coder" not in kind and kind != "repair"]
+
+
+def test_a_threshold_is_to_be_exceeded() -> None:
+    """z at the threshold is off, as SAELens has it; just above it, all of z is on."""
+    weights = {"W_enc": torch.eye(2), "W_dec": torch.eye(2), "b_enc": torch.zeros(2), "b_dec": torch.zeros(2)}
+    sae = InferenceSae({"architecture": "jumprelu"}, weights | {"threshold": torch.ones(2)})
+    assert sae.encode(torch.tensor([1.0, 1.5])).tolist() == [0.0, 1.5]
+
+
+def test_a_self_test_of_nan_fails() -> None:
+    """NaN differs from everything by an amount that is not more than the tolerance, nor less."""
+    with pytest.raises(SnapshotError, match="self-test of latents differs by nan"):
+        _agree("latents", torch.tensor([float("nan")]), torch.tensor([1.0]))
 
 
 def published(trainee: Trainee, directory: Path) -> InferenceSae:

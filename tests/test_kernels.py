@@ -311,6 +311,15 @@ def test_adam_is_torchs(kernels: ModuleType, dtype: torch.dtype, unit: bool) -> 
         assert torch.equal(half, W.bfloat16())
 
 
+def test_moments_keep_what_float32_would_lose(kernels: ModuleType) -> None:
+    """4096² + 63 is odd and beyond 2²⁴, so that float32 does not have it."""
+    x = torch.ones(64, 1)
+    x[0] = 4096.0
+    _, _, squares = kernels.moments(x, torch.zeros(64, 1), torch.zeros(1))
+
+    assert squares.tolist() == [4096**2 + 63, 0, 0, 4096**2 + 63]
+
+
 def test_of_two_bfloat16_numbers_equally_near_the_even_one_is_stored(kernels: ModuleType) -> None:
     """As torch does it: 1 + 1/256 lies between 1 and 1 + 2/256, 1 + 3/256 between that and 1 + 4/256."""
     W = torch.tensor([[1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 1 + 1.01 / 256]])
