@@ -272,6 +272,16 @@ def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint
     assert kept.tolist() == [[False, True, True, True]]
 
 
+def test_waits_are_told_by_what_is_waited_for(hand: Trainer, endpoint: str) -> None:
+    """Three tenths of a second without a lease, and never without credit."""
+    producer = start(endpoint, tensors(1))
+    hand.welcome()
+    time.sleep(0.3)
+    hand.lease()
+    finish(hand, producer)
+    assert producer.link.stall_seconds["lease"] >= 0.25 and producer.link.stall_seconds["credit"] == 0
+
+
 def test_time_spent_on_text_is_told(hand: Trainer, endpoint: str) -> None:
     """A tokenizer that takes a tenth of a second for a shard is seen among the producer's waits."""
 
