@@ -196,6 +196,13 @@ def test_another_kind_of_server_is_recognised(tmp_path: Path):
             pull(Monitor(f"127.0.0.1:{port}"), tmp_path)
 
 
+@pytest.mark.parametrize("status", [b"429 Too Many Requests", b"502 Bad Gateway", b"503 Service Unavailable"])
+def test_a_server_that_is_busy_is_asked_again(status: bytes):
+    """It is broken for now, as a line is, and not a refusal."""
+    with _answering(b'{"error": "later"}', status) as port, pytest.raises(ConnectionError, match="later"):
+        Monitor(f"127.0.0.1:{port}").read("/v1/run")
+
+
 def test_the_token_is_sent_and_never_shown(
     run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
