@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from monitor.desk import Desk
 from monitor.settings import MonitorSettings
 from producer.logs import set_up
+from producer.process import run_within_limits, stop_on_signals
 from producer.settings import parse_command_line
 from producer.shell import shell_command
 
@@ -65,12 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parse_command_line(shell_command("monitor"), PURPOSE, MonitorSettings, arguments)
     set_up("monitor")
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop_on_signals(stop.set)
     from monitor.access import TokenError
 
     try:
-        return _run(settings, until_evaluated, stop)
+        return run_within_limits(log, lambda: _run(settings, until_evaluated, stop))
     except TokenError as error:
         log.error("%s", error)
         return 2

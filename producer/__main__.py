@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 import uuid
-from types import FrameType
 
 from producer.addresses import path_argument
 from producer.logs import set_up
+from producer.process import ignore_stopping, run_within_limits, stop_on_signals
 from producer.settings import ProducerSettings, parse_command_line
 from producer.shell import shell_command
 from producer.toml import toml_value
@@ -35,17 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _keys(arguments[1:])
     settings = parse_command_line(shell_command("producer"), PURPOSE, ProducerSettings, arguments)
     set_up("producer")
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_signals(_interrupt)
     try:
-        return _run(settings)
+        return run_within_limits(logging.getLogger("sluice.producer"), lambda: _run(settings))
     except KeyboardInterrupt:
         return 0
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+def _interrupt() -> None:
     # The first signal leaves cleanly; more of them must not interrupt the leaving.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_stopping()
     raise KeyboardInterrupt
 
 

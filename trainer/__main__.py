@@ -2,9 +2,9 @@
 
 `python -m trainer ctl …` speaks to one that is running, `python -m trainer check …` tells whether a run directory is
 whole, `python -m trainer export …` converts a snapshot, `python -m trainer estimate …` tells what a run will cost.
-Settings are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM and Ctrl-C write
-a checkpoint and leave; the same command goes on from there. Exit codes: 0 finished or stopped, 1 failed, 2 bad
-settings.
+Settings are read first, so that `--help` and faults answer at once; torch is imported after. SIGTERM, Ctrl-C, a closed
+terminal and what batch systems send (SIGUSR1, SIGUSR2) write a checkpoint and leave; the same command goes on from
+there. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from producer.logs import set_up
+from producer.process import run_within_limits, stop_on_signals
 from producer.settings import parse_command_line
 from producer.shell import shell_command
 from trainer import ctl
@@ -79,8 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments)
     set_up("trainer")
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop_on_signals(stop.set)
+    if settings.stream.keys is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # means that keys have changed, and there is no stream yet
     for warning in settings.warnings():
         log.warning("%s", warning)
     log.info("run directory %s", settings.run.folder)
@@ -90,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             inbox = Inbox(stop)
             home.watch(stop.set)
             with listening(home.path, inbox):
-                return _run(settings, home, inbox)
+                return run_within_limits(log, lambda: _run(settings, home, inbox))
     except HomeError as error:
         log.error("%s", error)
         return 1
