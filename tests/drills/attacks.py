@@ -222,18 +222,13 @@ def send_hellos(endpoint: str, count: int, per_connection: int) -> None:
     placeholder, name = "0" * 32, "eve\nforged\x1b[31m\u202e" + "x" * 900
     facts = {"producer": placeholder, "session": placeholder, "name": name}
     templates = [encode(hello_of(named_source(), **facts, **own)) for own in ({}, {"context": 32, "held_out": 0.0625})]
-    left, context = count, zmq.Context()
+    left = count
     while left > 0:
-        with context.socket(zmq.DEALER) as dealer:
-            dealer.linger, dealer.sndtimeo = 1000, 1000
-            dealer.connect(endpoint)
+        with suppress(OSError), connect(endpoint) as peer:
             for _ in range(min(left, per_connection)):
                 left -= 1
-                with suppress(zmq.Again):
-                    dealer.send(templates[left % 2].replace(placeholder.encode(), os.urandom(16).hex().encode()))
-                while dealer.poll(0):
-                    dealer.recv_multipart()
-    context.destroy(linger=1000)
+                peer.sendall(frame(templates[left % 2].replace(placeholder.encode(), os.urandom(16).hex().encode())))
+            peer.recv(4096)
 
 
 if __name__ == "__main__":
