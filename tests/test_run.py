@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,18 @@ from producer.wire import Hello, Hook
 from tests.small_training import Silent
 from trainer.buffer import Batch
 from trainer.ctl import Inbox
+from trainer.intake import BufferReport
 from trainer.ledger import Ledger, Limits
 from trainer.publishing import _exports as published
+from trainer.publishing import summary
+from trainer.report import StreamReport
 from trainer.roster import Roster
 from trainer.roster import resumed as resumed_roster
 from trainer.run import NoVariance, Run, scale_of
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import snapshot_names, supersede_after
-from trainer.train import Loop, written
+from trainer.train import Clock, Loop, written
 from trainer.train import _rows_due as rows_due
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
@@ -273,3 +277,44 @@ def test_a_paused_run_rests(tmp_path: Path) -> None:
     loop._turn()
 
     assert loop.published == []
+
+
+def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None:
+    """A tenth of a second of rest is no part of a step; rows and steps are told once; a pause is no training time."""
+    run = two_hooks(tmp_path)
+    run.initialise(batches(1)[0].x)
+    run.learn = lambda batch: None  # type: ignore[method-assign]
+    ledger = SimpleNamespace(rows_trained=0)
+    clock = Clock(
+        run,
+        SimpleNamespace(  # type: ignore[arg-type]
+            ledger=ledger,
+            trained=lambda rows: setattr(ledger, "rows_trained", ledger.rows_trained + rows),
+            buffer_report=lambda: BufferReport("training", 7, 9, 0.5),
+            stream_report=StreamReport,
+        ),
+    )
+    clock.work(32)  # type: ignore[arg-type]
+    time.sleep(0.1)
+    first, second = clock.report(), clock.report()
+    trained = run.seconds
+    run.roster.paused = True
+    time.sleep(0.05)
+    clock.report()
+
+    assert (first.tokens, first.buffer_rows, first.buffer_capacity_rows, first.data_wait_seconds) == (32, 7, 9, 0.5)
+    assert 0 < first.tokens_per_second <= 320 and first.step_seconds < 0.05
+    assert (second.tokens, second.tokens_per_second, second.step_seconds) == (32, 0, 0)
+    assert trained >= 0.1 and run.seconds == trained
+
+
+def test_the_summary_tells_what_was_quarantined(tmp_path: Path) -> None:
+    """Beside what was trained on, each under its own name."""
+    run = two_hooks(tmp_path)
+    ledger = SimpleNamespace(rows_trained=100, tokens_quarantined=8, quarantined=[{"shard": 3}], quarantined_ratio=0.5)
+    told = summary(run, SimpleNamespace(ledger=ledger), SimpleNamespace(tokens=100, saes=[]), None)  # type: ignore[arg-type]
+
+    assert {name: told[name] for name in ("tokens", "rows_trained", "rows_set_aside", "quarantined_ratio")} == {
+        "tokens": 100, "rows_trained": 100, "rows_set_aside": 8, "quarantined_ratio": 0.5,
+    }  # fmt: skip
+    assert told["shards_set_aside"] == [{"shard": 3}]

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 LIBRARIES = ("numpy", "torch", "numba", "transformers", "safetensors.torch", "zmq", "pydantic", "pytest",
              "hypothesis", "starlette.testclient", "uvicorn", "prometheus_client", "plotly.graph_objects")  # fmt: skip
+WITHOUT_REAPING = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def main() -> None:
@@ -27,20 +28,17 @@ def main() -> None:
 
 
 def run(tree: str, arguments: list[str], log: str, seconds: float) -> int | str:
-    """pytest's exit code for these arguments in the folder `tree`; "hangs" when it had not ended after `seconds`."""
+    """pytest's exit code for these arguments in the folder `tree`, or −N for signal N; "hangs" after `seconds`."""
     child = os.fork()
     if not child:
         _become_pytest(tree, arguments, log)
     deadline = time.monotonic() + seconds
-    code: int | str = "hangs"
-    while time.monotonic() < deadline:
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break
+    while (in_time := time.monotonic() < deadline) and os.waitid(os.P_PID, child, WITHOUT_REAPING) is None:
         time.sleep(0.02)
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and whatever the tests started
-    status = os.waitpid(child, 0)[1]
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else code
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if in_time else "hangs"
 
 
 def _become_pytest(tree: str, arguments: list[str], log: str) -> None:
