@@ -97,9 +97,10 @@ class Tree:
         try:
             if bug is not None:
                 path.write_text(plant(text, bug), "utf-8")
+            files = [f"tests/{test}.py" for test in tests]
             for _ in range(ATTEMPTS):
-                failed = self._first_failure([f"tests/{test}.py" for test in tests])
-                if "::" not in failed or failed == self._first_failure([failed]):
+                failed = self._first_failure(files)
+                if not failed or failed == self._first_failure([failed] if "::" in failed else files):
                     return failed.removeprefix("tests/")
             return ""
         finally:
