@@ -24,7 +24,7 @@ import torch
 
 from producer.settings import ProducerSettings, read_run_file
 from producer.source import SyntheticSource
-from producer.wire import Hello, held_out_shards
+from producer.wire import Bye, Hello, held_out_shards
 from tests.small_run import publish_snapshot
 from tests.small_stream import (
     CAPACITY,
@@ -42,6 +42,7 @@ from trainer.checkpoint import load_newest
 from trainer.commands import answer
 from trainer.ctl import CtlError, Inbox, ask, listening
 from trainer.intake import TORCH_DTYPE, Intake
+from trainer.ledger import Report
 from trainer.report import StepReport
 from trainer.roster import Roster
 from trainer.run import Run, roster_of
@@ -423,6 +424,27 @@ def test_a_run_is_complete_when_every_sae_is_finished(trainer: Trainer) -> None:
     wait_for(lambda: trainer.complete)
     assert sorted(trainer.newest()["saes"]) == ["jump", "jump-ema", "top"]
     assert trainer.loop.roster.ended
+
+
+def test_quarantined_shards_are_told_and_tried_again(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name and reason, with unknown tokens where nobody knows them; what was retried is in the next checkpoint."""
+    trainer.produce()
+    with trainer.intake.lock:
+        ledger = trainer.intake.ledger
+        shard = next(one for one in ledger.open.values() if one.holder is not None)
+        ledger.bye(shard.holder or "", Bye(), 0.0)
+        ledger._quarantine(shard, Report("a torn page"))
+    assert ctl.main([str(trainer.directory), "status"]) == 0
+    told = capsys.readouterr().out
+    assert "1 shards quarantined, tokens of them not trained on: unknown" in told
+    assert f"shard {shard.shard} of epoch {shard.epoch}: 'a torn page'" in told
+    assert trainer.ask("status")["quarantined"]["tokens"] is None
+
+    assert trainer.ask("retry-quarantined")["shards"] == 1
+    saved = load_newest(trainer.directory)
+    assert saved is not None and saved[0]["ledger"]["set_aside"] == []
+    assert trainer.ask("status")["quarantined"] == {"shards": 0, "tokens": 0, "newest": []}
+    assert trainer.ask("retry-quarantined")["said"] == "no shard can be tried again"
 
 
 def test_a_paused_run_holds_its_producers_and_goes_on(trainer: Trainer) -> None:
