@@ -83,7 +83,7 @@ def hellos(folder: Path, quick: bool) -> Outcome:
         before, details = len(scene.log()), dict[str, str]()
         for per_connection in (count, 1):
             began = time.monotonic()
-            some = count if per_connection > 1 else count // 10
+            some = count if per_connection > 1 else count // 100
             flooded = rate(scene, _attack(["hellos", endpoint, str(some), str(per_connection)]))
             details[f"{some:,} HELLOs, {per_connection:,} in a connection"] = (
                 f"{some / (time.monotonic() - began):,.0f} a second, training at {flooded / alone:.2f} of its rate"
@@ -92,7 +92,7 @@ def hellos(folder: Path, quick: bool) -> Outcome:
         assert "\x1b" not in scene.log() and "\nforged" not in scene.log(), "a name forges the log"
         assert _errors_at_the_end(scene, trainer)
         assert written < LOG_BYTES, f"the log grew by {written:,} bytes"
-        return Outcome(count + count // 10, note=f"HELLOs; log +{written:,} bytes", details=details)
+        return Outcome(count + count // 100, note=f"HELLOs; log +{written:,} bytes", details=details)
 
 
 def wide(folder: Path, quick: bool) -> Outcome:
@@ -191,7 +191,11 @@ def connect(endpoint: str, identity: bytes = b"") -> socket.socket:
     peer = socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])))
     peer.settimeout(1.0)
     peer.sendall(GREETING)
-    peer.recv(len(GREETING), socket.MSG_WAITALL)
+    got = 0
+    while got < len(GREETING):
+        if not (some := len(peer.recv(len(GREETING) - got))):
+            raise ConnectionResetError
+        got += some
     ready = READY + struct.pack(">I", len(identity)) + identity
     peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
     peer.recv(4096)  # what comes before the other side is ready ends the handshake
