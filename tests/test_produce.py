@@ -272,6 +272,17 @@ def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint
     assert kept.tolist() == [[False, True, True, True]]
 
 
+def test_a_report_counts_each_thing_under_its_name(hand: Trainer, endpoint: str) -> None:
+    """Six windows, two in a pass, of which three positions are kept: three chunks of one shard; block 1 of 2 runs."""
+    producer = start(endpoint, tensors(6))
+    hand.welcome()
+    hand.lease()
+    finish(hand, producer)
+    told = producer.producer.report()
+    assert (told.chunks, told.forwards, told.shards, told.tokens) == (3, 3, 1, 18)
+    assert (told.layers_run, told.layers_total, told.sessions) == (1, 2, 1)
+
+
 def test_waits_are_told_by_what_is_waited_for(hand: Trainer, endpoint: str) -> None:
     """Three tenths of a second without a lease, and never without credit."""
     producer = start(endpoint, tensors(1))
