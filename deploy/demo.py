@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from monitor.cli.terminal import live, results
 from monitor.run_directory import last_report, newest_evaluations
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
-from monitor.terminal import live, results
-from producer.parsing import read_object
+from producer.common.parsing import read_object
+from producer.common.shell import shell_command
 from producer.settings import SettingsError, read_run_file
-from producer.shell import shell_command
 from trainer.settings import TrainerSettings
 
 RUN_FILE = "deploy/demo.toml"

@@ -17,15 +17,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monitor.desk import Desk
+from monitor.http.desk import Desk
 from monitor.settings import MonitorSettings
-from producer.logs import set_up
+from producer.common.logs import set_up
+from producer.common.shell import shell_command
 from producer.process import run_within_limits, stop_on_signals
 from producer.settings import parse_command_line
-from producer.shell import shell_command
 
 if TYPE_CHECKING:
-    from monitor.follow import Evaluator
+    from monitor.evaluation.follow import Evaluator
     from monitor.metrics import MonitorMetrics
 
 PURPOSE = f"""Serves a run's snapshots over HTTP, and measures each new one with the language model.
@@ -43,7 +43,7 @@ and for snapshots on disk:
       what changed between two of them
 Each has a --help of its own."""
 
-BESIDE = {"pull": "monitor.pull", "top": "monitor.top", "compare": "monitor.compare"}
+BESIDE = {"pull": "monitor.cli.pull", "top": "monitor.cli.top", "compare": "monitor.cli.compare"}
 """Commands, and the modules whose `main` they are."""
 
 UNTIL_EVALUATED = "--until-evaluated"
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_up("monitor")
     stop = threading.Event()
     stop_on_signals(stop.set)
-    from monitor.access import TokenError
+    from monitor.http.access import TokenError
 
     try:
         return run_within_limits(log, lambda: _run(settings, until_evaluated, stop))
@@ -79,10 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
-    from monitor.access import read_token
+    from monitor.http.access import read_token
+    from monitor.http.service import make_app, start_service
     from monitor.metrics import MonitorMetrics, new_registry, start_metrics_server
     from monitor.run_directory import is_training
-    from monitor.service import make_app, start_service
 
     directory, table = settings.run.folder, settings.monitor
     token = None if table.token_file is None else read_token(Path(table.token_file).absolute())
@@ -171,7 +171,7 @@ class Watch:
             return  # the language model is loaded while the run works towards its first snapshot, not before it begins
         if self._evaluator is None:
             self._evaluator = self._new_evaluator()
-        from monitor.follow import Stopped
+        from monitor.evaluation.follow import Stopped
 
         try:
             self._evaluator.look()
@@ -183,7 +183,7 @@ class Watch:
         # On Linux, niceness is the thread's: this one and those that torch starts from it give way to the training,
         # the service's do not.
         os.nice(NICE)
-        from monitor.follow import Evaluator
+        from monitor.evaluation.follow import Evaluator
 
         return Evaluator(self._settings, self._metrics, self._stop, self.desk)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from producer.parsing import ParseError, parse_object
+from producer.common.parsing import ParseError, parse_object
 from trainer.report import DENSITY_EDGES
 
 Columns = dict[str, dict[str, list[Any]]]

@@ -38,7 +38,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from monitor.server import listen, serve
+from producer.common.server import listen, serve
 from producer.report import ProducerReport
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport
 

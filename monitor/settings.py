@@ -11,7 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from producer.addresses import is_loopback
+from producer.common.addresses import is_loopback
+from producer.common.toml import show_value
 from producer.settings import (
     CorpusSettings,
     MetricsSettings,
@@ -23,7 +24,6 @@ from producer.settings import (
     RunSettings,
     Seconds,
 )
-from producer.toml import show_value
 
 
 class MonitorTable(MetricsSettings):

@@ -49,7 +49,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from producer.parsing import ParseError, parse_object
+from producer.common.parsing import ParseError, parse_object
 from producer.settings import CorpusSettings, SyntheticSettings
 from producer.token_files import Layout, read_layout
 from producer.wire import held_out_shards

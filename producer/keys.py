@@ -22,8 +22,8 @@ import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
-from producer.logs import OutsideLog
-from producer.shell import shell_command
+from producer.common.logs import OutsideLog
+from producer.common.shell import shell_command
 
 log = logging.getLogger("sluice.keys")
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from producer.addresses import is_ipv6
+from producer.common.addresses import is_ipv6
+from producer.common.logs import OutsideLog
+from producer.common.shell import shell_command
+from producer.common.toml import show_value
 from producer.keys import connect_encrypted
-from producer.logs import OutsideLog
 from producer.settings import StreamSettings
-from producer.shell import shell_command
-from producer.toml import show_value
 from producer.wire import (
     MAX_MASK_BYTES,
     Bye,

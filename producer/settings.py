@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from producer.addresses import (
+from producer.common.addresses import (
     check_host,
     check_host_name,
     check_port,
@@ -37,10 +37,10 @@ from producer.addresses import (
     path_argument,
     unreachable,
 )
-from producer.explain import explain, explain_stray, nearest
-from producer.parsing import ParseError, parse_toml
-from producer.shell import shell_command
-from producer.toml import SettingsError, read_toml, show_value, toml_value
+from producer.common.explain import explain, explain_stray, nearest
+from producer.common.parsing import ParseError, parse_toml
+from producer.common.shell import shell_command
+from producer.common.toml import SettingsError, read_toml, show_value, toml_value
 
 TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
 

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from producer.common.parsing import parse_object
 from producer.corpus import CorpusError
-from producer.parsing import parse_object
 from producer.settings import CorpusSettings
 
 if TYPE_CHECKING:

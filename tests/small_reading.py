@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from monitor.desk import Desk
-from monitor.explore import Explorer
-from monitor.follow import Evaluator
+from monitor.evaluation.explore import Explorer
+from monitor.evaluation.follow import Evaluator
+from monitor.http.desk import Desk
 from monitor.metrics import MonitorMetrics, new_registry
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel, load_language_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.durable import replace_text
 from trainer.snapshot import Export, publish
+from trainer.state.durable import replace_text
 
 D_IN, D_SAE = 4, 8
 

@@ -13,7 +13,7 @@ from trainer.saes import registry
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.trainee import Trainee, Wiring
+from trainer.training.sae_trainer import Trainee, Wiring
 
 D_IN, D_OUT, D_SAE, BATCH = 12, 9, 32, 20
 HOOK_WIDTHS = (7, 5)

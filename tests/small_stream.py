@@ -35,9 +35,9 @@ from producer.wire import (
     encode,
     pack_bits,
 )
-from trainer.buffer import ShuffleBuffer
-from trainer.intake import TORCH_DTYPE, Intake
-from trainer.ledger import Ledger, Limits
+from trainer.stream.buffer import ShuffleBuffer
+from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.ledger import Ledger, Limits
 
 SHARDS, WINDOWS, CONTEXT, D_IN = 6, 8, 8, 4
 CHUNK_ROWS = 2 * CONTEXT

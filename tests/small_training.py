@@ -21,16 +21,16 @@ from producer.settings import CorpusSettings, ProducerSettings, RunSettings, Syn
 from producer.source import SyntheticSource
 from producer.wire import Hello
 from tests.small_stream import Producing, hello_of, new_ledger, stream_settings, wait_for
-from trainer.buffer import ShuffleBuffer
-from trainer.ctl import Inbox
-from trainer.intake import TORCH_DTYPE, Intake
+from trainer.control.ctl import Inbox
 from trainer.report import StepReport
-from trainer.run import Run
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.snapshot import snapshot_names
-from trainer.train import Loop
+from trainer.stream.buffer import ShuffleBuffer
+from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.training.loop import Loop
+from trainer.training.run import Run
 
 HELD_OUT = 1 / 16
 CONTEXT = 128

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from monitor.ablation import POSITIONS, ablation_effects, effective_number
-from monitor.evaluate import Subject
-from monitor.latents import LatentActivations, gather_latents
+from monitor.evaluation.ablation import POSITIONS, ablation_effects, effective_number
+from monitor.evaluation.evaluator import Subject
+from monitor.evaluation.latents import LatentActivations, gather_latents
 from producer.tokens import Windows
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from trainer.saes.inference import InferenceSae

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from monitor.desk import Desk
-from monitor.explore import Explorer
+from monitor.evaluation.explore import Explorer
+from monitor.http.desk import Desk
+from monitor.http.service import make_app, start_service
 from monitor.metrics import new_registry
-from monitor.service import make_app, start_service
 from tests.small_reading import WORDS, read_run, small_model
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.buffer import Batch, ShuffleBuffer, same_context_mates
+from trainer.stream.buffer import Batch, ShuffleBuffer, same_context_mates
 
 
 def rows(serial: int, position: np.ndarray, width: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:

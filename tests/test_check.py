@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.drills.scene import Scene
 from trainer.__main__ import main
-from trainer.checkpoint import complete
 from trainer.snapshot import snapshot_names
+from trainer.state.checkpoint import complete
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ import torch
 
 from producer.wire import Hello, Hook
 from tests.small_run import identity_sae, publish_snapshot
-from trainer import checkpoint
-from trainer.buffer import Batch
-from trainer.checkpoint import CheckpointError, load_newest, save
-from trainer.durable import sweep
-from trainer.run import Run, roster_of
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, pin, retire, snapshot_names, supersede_after, unpin, verify
+from trainer.state import checkpoint
+from trainer.state.checkpoint import CheckpointError, load_newest, save
+from trainer.state.durable import sweep
+from trainer.stream.buffer import Batch
+from trainer.training.run import Run, roster_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,7 +153,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch
 from tests.small_run import identity_sae
-from trainer.checkpoint import save
+from trainer.state.checkpoint import save
 from trainer.snapshot import publish
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -188,7 +188,7 @@ KILLED_AT_RANDOM = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from trainer.checkpoint import load_newest, save
+from trainer.state.checkpoint import load_newest, save
 
 torch.set_num_threads(1)
 directory, number = Path(sys.argv[1]), 0

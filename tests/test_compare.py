@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import monitor.compare
-from monitor.compare import best_matches, compare, main
+import monitor.cli.compare
+from monitor.cli.compare import best_matches, compare, main
 from tests.small_run import identity_sae, publish_snapshot
-from trainer.durable import replace_text
 from trainer.snapshot import Export
+from trainer.state.durable import replace_text
 
 D_IN, D_SAE = 16, 32
 """Of the SAE below: latents 0 to 15 stand for the positive, 16 to 31 for the negative part of each entry."""
@@ -22,7 +22,7 @@ D_IN, D_SAE = 16, 32
 @pytest.fixture(autouse=True)
 def _same_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command lowers that of its process, which here is also that of all further tests."""
-    monkeypatch.setattr(monitor.compare.os, "nice", lambda by: by)
+    monkeypatch.setattr(monitor.cli.compare.os, "nice", lambda by: by)
 
 
 def sae(name: str = "small", dead: tuple[int, ...] = (), **rows: np.ndarray) -> Export:
@@ -80,7 +80,7 @@ def test_latents_that_turned_are_told_with_their_best_match(tmp_path: Path):
     assert latents["cosine"]["matched"]["mean"] > latents["cosine"]["same_index"]["mean"]
 
 
-EDGE_OF_30_DEGREES = monitor.compare.EDGES.index(0.8)
+EDGE_OF_30_DEGREES = monitor.cli.compare.EDGES.index(0.8)
 
 
 def test_saes_of_different_width_are_matched_in_both_directions(tmp_path: Path):
@@ -107,7 +107,7 @@ def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch):
     rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     at_once = best_matches(rows, rows[::-1].copy(), np.arange(50))
-    monkeypatch.setattr(monitor.compare, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(monitor.cli.compare, "BLOCK_BYTES", 1)
     for whole, part in zip(at_once, best_matches(rows, rows[::-1].copy(), np.arange(50)), strict=True):
         np.testing.assert_allclose(whole, part, rtol=1e-6)
     assert at_once[1].tolist() == list(range(49, -1, -1))

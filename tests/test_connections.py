@@ -31,12 +31,12 @@ from tests.small_stream import (
     trainer,
     wait_for,
 )
-from trainer import connections
-from trainer.buffer import OrderedBuffer, ShuffleBuffer
-from trainer.connections import SLACK_BYTES
-from trainer.intake import Intake, NoRoomError, check_room
-from trainer.ledger import MAX_SESSIONS, Ledger
-from trainer.machine import free_memory
+from trainer.planning.machine import free_memory
+from trainer.stream import connections
+from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
+from trainer.stream.connections import SLACK_BYTES
+from trainer.stream.intake import Intake, NoRoomError, check_room
+from trainer.stream.ledger import MAX_SESSIONS, Ledger
 
 TCP = stream_settings("tcp://127.0.0.1:*")
 
@@ -395,7 +395,7 @@ def test_a_fault_of_the_decoder_costs_the_message(endpoint: str, monkeypatch: py
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join()
         with monkeypatch.context() as patch:
-            patch.setattr("trainer.intake.decode", raising)
+            patch.setattr("trainer.stream.intake.decode", raising)
             peer.say(Heartbeat(progress=1))
             assert peer.hear(Reject).code == "internal"
         assert finish(intake, Producing(settings)) == every_name()
@@ -405,7 +405,7 @@ def test_an_answer_that_cannot_be_encoded_costs_its_session(endpoint: str, monke
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
         with monkeypatch.context() as patch, Peer(settings) as peer:
-            patch.setattr("trainer.intake.encode", raising)
+            patch.setattr("trainer.stream.intake.encode", raising)
             peer.say(peer.hello)
             wait_for(lambda: intake.ledger.errors["internal"])
             wait_for(lambda: not intake.ledger.sessions)

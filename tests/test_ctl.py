@@ -36,19 +36,20 @@ from tests.small_stream import (
     stream_settings,
     wait_for,
 )
-from trainer import checkpoint, ctl
-from trainer.buffer import Batch, ShuffleBuffer
-from trainer.checkpoint import load_newest
-from trainer.commands import answer
-from trainer.ctl import CtlError, Inbox, ask, listening
-from trainer.intake import TORCH_DTYPE, Intake
-from trainer.ledger import Report
+from trainer.control import ctl
+from trainer.control.commands import answer
+from trainer.control.ctl import CtlError, Inbox, ask, listening
 from trainer.report import StepReport
-from trainer.roster import Roster
-from trainer.run import Run, roster_of
 from trainer.settings import TrainerSettings
 from trainer.snapshot import is_pinned, read_manifest, snapshot_names
-from trainer.train import Loop
+from trainer.state import checkpoint
+from trainer.state.checkpoint import load_newest
+from trainer.stream.buffer import Batch, ShuffleBuffer
+from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.ledger import Report
+from trainer.training.loop import Loop
+from trainer.training.roster import Roster
+from trainer.training.run import Run, roster_of
 
 ROOT = Path(__file__).parent.parent
 TOP = {"name": "top", "architecture": "topk", "d_sae": 16, "k": 2}

@@ -16,12 +16,12 @@ from producer.wire import Lease, Reject
 from tests.drills.deterministic import ALWAYS, Fate, compare
 from tests.drills.scene import RUN
 from tests.small_stream import hello_of, named_source, new_ledger, stream_settings, trainer
-from trainer.buffer import Batch, OrderedBuffer, pool_rows
-from trainer.checkpoint import CheckpointError
-from trainer.intake import IntakeError
-from trainer.ledger import Ledger
-from trainer.run import buffer_of
 from trainer.settings import TrainerSettings
+from trainer.state.checkpoint import CheckpointError
+from trainer.stream.buffer import Batch, OrderedBuffer, pool_rows
+from trainer.stream.intake import IntakeError
+from trainer.stream.ledger import Ledger
+from trainer.training.run import buffer_of
 
 CAPACITY = 16
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from monitor.client import Monitor
-from monitor.latents import LatentActivations, load_latents
+from monitor.cli.client import Monitor
+from monitor.cli.pull import pull
+from monitor.evaluation.latents import LatentActivations, load_latents
+from monitor.http.service import make_app, start_service
 from monitor.metrics import new_registry
-from monitor.pull import pull
-from monitor.service import make_app, start_service
 from producer.keys import write_keys
 from tests.small_disk import OUTCOMES, Disk, Tree, recorded, write
 from tests.small_run import publish_snapshot, start_run
-from trainer import checkpoint
-from trainer.durable import make_folder, remove_folder, replace_text
 from trainer.snapshot import SUPERSEDED, is_pinned, pin, retire, snapshot_names, supersede_after, unpin, verify
+from trainer.state import checkpoint
+from trainer.state.durable import make_folder, remove_folder, replace_text
 
 TENSORS = {"weights": torch.ones(3)}
 

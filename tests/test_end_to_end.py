@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from producer.wire import held_out_shards
-from trainer.checkpoint import load_newest
 from trainer.saes.inference import check
 from trainer.snapshot import snapshot_names, verify
+from trainer.state.checkpoint import load_newest
 
 ROOT = Path(__file__).parent.parent
 SHARDS, WINDOWS, CONTEXT = 24, 32, 32

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from trainer import cost
-from trainer.cost import CUDA, Machine, Work
-from trainer.estimate import blocks_parameters, main, threads_at_work, works_of
+from trainer.planning import cost
+from trainer.planning.cost import CUDA, Machine, Work
+from trainer.planning.estimate import blocks_parameters, main, threads_at_work, works_of
 from trainer.saes.base import BLOCK_BYTES, BLOCK_BYTES_ON_CPU
 from trainer.settings import TrainerSettings
 

@@ -26,11 +26,11 @@ import torch
 import transformers
 from prometheus_client import CollectorRegistry
 
-import monitor.evaluate
-import monitor.passes
-from monitor.evaluate import evaluate_sae
-from monitor.follow import Evaluator, Stopped
-from monitor.held_out import EvaluationError, held_out_windows
+import monitor.evaluation.evaluator
+import monitor.evaluation.passes
+from monitor.evaluation.evaluator import evaluate_sae
+from monitor.evaluation.follow import Evaluator, Stopped
+from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
@@ -220,8 +220,8 @@ def test_passes_do_not_change_the_numbers(
 ):
     """One window at a time, or a few latents at a time, gives what all at once gives."""
     at_once = _evaluate(model, windows, tmp_path, gain=0.5)
-    monkeypatch.setattr(monitor.passes, "LOGITS_IN_MEMORY", 1)
-    monkeypatch.setattr(monitor.evaluate, "LATENTS_IN_MEMORY", 3 * 2 * WIDTH)
+    monkeypatch.setattr(monitor.evaluation.passes, "LOGITS_IN_MEMORY", 1)
+    monkeypatch.setattr(monitor.evaluation.evaluator, "LATENTS_IN_MEMORY", 3 * 2 * WIDTH)
     one_by_one = _evaluate(model, windows, tmp_path, gain=0.5)
     for name in ("ce_clean", "ce_sae", "ce_zero", "ce_delta", "ce_recovered", "kl", "fvu", "l0", *MORE):
         assert one_by_one[name] == pytest.approx(at_once[name], rel=1e-5), name
@@ -358,7 +358,7 @@ def test_rows_are_dropped_as_the_producer_drops_them():
     kept = torch.rand(3, 8, generator=generator) < 0.9
     bounds = {"a": 2.0, "b": 2.5}
     sent, _ = _pack_rows(list(seen.values()), kept.numpy(), list(bounds.values()), torch.bfloat16)
-    streamed = monitor.passes.in_stream(seen, kept, bounds)
+    streamed = monitor.evaluation.passes.in_stream(seen, kept, bounds)
     assert np.array_equal(streamed.numpy(), sent) and 0 < sent.sum() < kept.sum()
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.small_run import identity_sae, publish_snapshot, start_run
-from trainer.export import LOADED_BY, main
-from trainer.formats import FORMATS, convert, read_published
+from trainer.saes.export import LOADED_BY, main
 from trainer.saes.folding import recentre
+from trainer.saes.formats import FORMATS, convert, read_published
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.published import FormatError, Published
 from trainer.saes.settings import SaeSettings
@@ -61,7 +61,7 @@ def rows(count: int = 500) -> Tensor:
 
 
 def written(folder: Path, sae: Published, format_name: str = "saelens") -> Path:
-    from trainer.formats import write
+    from trainer.saes.formats import write
 
     folder.mkdir(parents=True)
     write(folder, convert(sae, format_name))

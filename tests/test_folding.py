@@ -14,7 +14,7 @@ from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Frame, fold, fold_norms, unfold, whitening_of
 from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
 from trainer.snapshot import SnapshotError, publish, read_sae
-from trainer.trainee import Trainee
+from trainer.training.sae_trainer import Trainee
 
 SCALES = [0.37, 2.5]
 """Of hook 0 and hook 1, far enough apart to notice when they are mixed up."""

@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from monitor.ablation import ablation_effects
-from monitor.evaluate import Baseline, evaluate, load_subject
-from monitor.latents import gather_latents
-from monitor.probing import LabelledTexts, probe_accuracy
+from monitor.evaluation.ablation import ablation_effects
+from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
+from monitor.evaluation.latents import gather_latents
+from monitor.evaluation.probing import LabelledTexts, probe_accuracy
 from producer.activations import LanguageModel
 from producer.tokens import Windows
 from tests.small_model import HOOK, WIDTH, load_model, write_model
@@ -32,7 +32,6 @@ from tests.small_stream import Producing, hello_of, stream_settings
 from tests.test_checkpoint import batches, fresh_run
 from tests.test_checkpoint import learn as learn_run
 from tests.test_produce import Sent, Tensors, Trainer, finish, tensors
-from trainer.checkpoint import load_newest, save
 from trainer.kernels import select
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
@@ -40,8 +39,9 @@ from trainer.saes.inference import check, export
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish, snapshot_names, verify
-from trainer.statistics import Statistics
-from trainer.trainee import Trainee, Wiring
+from trainer.state.checkpoint import load_newest, save
+from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.statistics import Statistics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -26,9 +26,9 @@ from tests.small_training import (
     train_on_truth,
     truth,
 )
-from trainer.run import Run
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
+from trainer.training.run import Run
 
 pytestmark = pytest.mark.timeout(600)  # whole runs, on machines that may have other work
 

@@ -14,8 +14,8 @@ import pytest
 
 import monitor.__main__
 import trainer.health
-import trainer.train
-from monitor.follow import Evaluator
+import trainer.training.loop
+from monitor.evaluation.follow import Evaluator
 from monitor.metrics import MonitorMetrics, Verdict, new_registry, start_metrics_server
 from monitor.settings import MonitorSettings
 from producer.health import Health as ProducerHealth
@@ -69,7 +69,7 @@ def test_a_trainer_without_producers_is_alive_and_ready(health: tuple[Trainer, A
 
 def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its producer is here, and dashboards see it, long before the first step."""
-    monkeypatch.setattr(trainer.train, "STARVED_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(trainer.training.loop, "STARVED_REPORT_SECONDS", 0.1)
     at_work, ask = health
     with Peer(at_work.settings.stream).join() as producer:
         producer.chunk()
@@ -81,7 +81,7 @@ def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask], mo
 
 def test_a_starved_trainer_is_alive_and_says_so(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its only producer leaves in the middle of the corpus; the loop waits, comes round, and is not restarted."""
-    monkeypatch.setattr(trainer.train, "STARVED_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(trainer.training.loop, "STARVED_REPORT_SECONDS", 0.1)
     monkeypatch.setattr(trainer.health, "WEDGED_SECONDS", 1.0)
     at_work, ask = health
     with Peer(at_work.settings.stream).join() as producer:

@@ -11,10 +11,10 @@ import pytest
 from tests.drills.scene import Scene
 from tests.small_run import finish_run, publish_snapshot
 from trainer.__main__ import main
-from trainer.checkpoint import complete, load_newest
-from trainer.durable import replace_text, sweep
-from trainer.home import Home, HomeError
 from trainer.snapshot import snapshot_names, verify
+from trainer.state.checkpoint import complete, load_newest
+from trainer.state.durable import replace_text, sweep
+from trainer.state.home import Home, HomeError
 
 RUN = """
 [run]
@@ -132,7 +132,7 @@ def test_what_killed_writers_left_is_swept_wherever_it_is(tmp_path: Path) -> Non
 
 def test_a_writer_survives_the_sweep_of_its_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A monitor writes summary.json at the moment at which a trainer starts: it writes again."""
-    monkeypatch.setattr("trainer.durable.flush", lambda _: (monkeypatch.undo(), sweep(tmp_path)))
+    monkeypatch.setattr("trainer.state.durable.flush", lambda _: (monkeypatch.undo(), sweep(tmp_path)))
     replace_text(tmp_path / "summary.json", "whole")
 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.json", "whole")]

@@ -18,16 +18,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monitor.http.service import make_app
 from monitor.metrics import new_registry
-from monitor.service import make_app
 from producer.activations import ModelError
 from producer.corpus import CorpusError, open_corpus
 from producer.settings import CorpusSettings
 from tests.small_model import load_model, write_model
 from tests.small_run import publish_snapshot, start_run
-from trainer.checkpoint import CheckpointError, load_newest, save
 from trainer.saes.inference import load_sae
 from trainer.snapshot import SnapshotError, verify
+from trainer.state.checkpoint import CheckpointError, load_newest, save
 
 HUGE_HEADER = struct.pack("<Q", 1 << 60) + b"{}"
 """A safetensors file that claims a header of 2^60 bytes."""

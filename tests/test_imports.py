@@ -14,16 +14,16 @@ PACKAGES = ("producer", "trainer", "monitor")
 
 CONTRACTS = {
     "producer": {
-        "producer.wire", "producer.report", "producer.settings", "producer.keys", "producer.parsing",
+        "producer.wire", "producer.report", "producer.settings", "producer.keys", "producer.common.parsing",
         # how settings, paths and endpoints are read and told
-        "producer.addresses", "producer.toml", "producer.explain", "producer.shell",
+        "producer.common.addresses", "producer.common.toml", "producer.common.explain", "producer.common.shell",
         # for evaluation: the LM loader, and the text it reads
         "producer.activations", "producer.corpus", "producer.tokens",
-        "producer.precision", "producer.memory",
+        "producer.precision", "producer.common.memory",
         # every process writes its log alike
-        "producer.logs",
+        "producer.common.logs",
     },
-    "trainer": {"trainer.snapshot", "trainer.report", "trainer.settings", "trainer.durable", "trainer.saes.inference"},
+    "trainer": {"trainer.snapshot", "trainer.report", "trainer.settings", "trainer.state.durable", "trainer.saes.inference"},
     "monitor": set(),
 }  # fmt: skip
 """What another stage may import of each stage."""
@@ -32,10 +32,10 @@ LIGHT = (
     "producer.wire",
     "producer.report",
     "producer.settings",
-    "producer.parsing",
-    "producer.addresses",
-    "producer.toml",
-    "producer.shell",
+    "producer.common.parsing",
+    "producer.common.addresses",
+    "producer.common.toml",
+    "producer.common.shell",
     "trainer.report",
     "trainer.settings",
     "trainer.snapshot",
@@ -139,4 +139,4 @@ def test_json_and_toml_are_parsed_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in parsers
     }
-    assert callers == {"producer/parsing.py"}
+    assert callers == {"producer/common/parsing.py"}

@@ -31,7 +31,7 @@ from tests.small_stream import (
     trainer,
     wait_for,
 )
-from trainer.intake import Intake
+from trainer.stream.intake import Intake
 
 ROOT = Path(__file__).parent.parent
 TELLING_SECONDS = 5.0

@@ -39,7 +39,7 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
-from trainer.ledger import (
+from trainer.stream.ledger import (
     CHUNKS_IN_FLIGHT,
     FAILURES_ALLOWED,
     LONGEST_REST,

@@ -49,8 +49,8 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
-from trainer.buffer import Batch, ShuffleBuffer
-from trainer.ledger import FAILURES_ALLOWED, LEASES_PER_PRODUCER, LONGEST_REST, Ledger, Limits, Send
+from trainer.stream.buffer import Batch, ShuffleBuffer
+from trainer.stream.ledger import FAILURES_ALLOWED, LEASES_PER_PRODUCER, LONGEST_REST, Ledger, Limits, Send
 
 SHARDS, HELD_OUT, CONTEXT, WIDTH = 5, 0.2, 4, 2
 DEAD_SECONDS, STALL_SECONDS = 10.0, 5.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.logs import BURST, TEXT_LENGTH, WINDOW_SECONDS, LineFormatter, OutsideLog, escape
+from producer.common.logs import BURST, TEXT_LENGTH, WINDOW_SECONDS, LineFormatter, OutsideLog, escape
 
 ROOT = Path(__file__).parent.parent
 FORGERY = "eve\n12:00:00 trainer INFO all is well\r\x1b[2K\u202e\x00\x9b1m\u2028"

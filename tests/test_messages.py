@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from monitor import compare, pull, top
+from monitor.cli import compare, pull, top
 from monitor.settings import MonitorSettings
 from producer.__main__ import main as producer
 from producer.settings import ProducerSettings, SettingsError, parse_command_line, settings_from

@@ -15,19 +15,19 @@ from prometheus_client import CollectorRegistry
 from pydantic import Field
 from torch import Tensor
 
-from monitor.follow import Evaluator
+from monitor.evaluation.follow import Evaluator
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.settings import read_run_file
 from tests.small_reading import HOOK, run_file, small_model
 from tests.small_run import publish_snapshot
 from tests.test_ctl import Trainer
-from trainer import estimate
-from trainer.formats import convert, read_published
 from trainer.kernels.select import Latents, positive
+from trainer.planning import estimate
 from trainer.saes import registry
 from trainer.saes.base import Gradients, Sae, add
 from trainer.saes.folding import Frame
+from trainer.saes.formats import convert, read_published
 from trainer.saes.inference import check, export, load_sae
 from trainer.saes.published import Activation, FormatError
 from trainer.saes.settings import CostTerms, SaeSettings

@@ -31,8 +31,8 @@ from tests.test_ledger_machine import (
     move,
     shards,
 )
-from trainer.buffer import BufferState, OrderedBuffer, pool_rows
-from trainer.ledger import Limits
+from trainer.stream.buffer import BufferState, OrderedBuffer, pool_rows
+from trainer.stream.ledger import Limits
 
 CHUNK_WINDOWS = 2
 FAR = 1 << 30

@@ -11,8 +11,8 @@ import anyio.to_thread
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-import monitor.pace
-from monitor.pace import Pace, _clock_of, _CpuClock
+import monitor.http.pace
+from monitor.http.pace import Pace, _clock_of, _CpuClock
 
 REQUEST: Scope = {"type": "http"}
 
@@ -55,7 +55,7 @@ async def _burning(seconds: float) -> None:
 def test_a_flood_keeps_to_its_share(monkeypatch: pytest.MonkeyPatch, in_thread: bool, clients: int, pieces: int):
     """Work in the loop's thread or in a worker's, in small answers or in long ones: what is used over time is given."""
     work, cores, saved = 0.05, 0.5, 0.1
-    monkeypatch.setattr(monitor.pace, "BURST_SECONDS", saved)
+    monkeypatch.setattr(monitor.http.pace, "BURST_SECONDS", saved)
 
     async def flood() -> float:
         app = paced(work, cores, in_thread, pieces)
@@ -83,8 +83,8 @@ def test_one_who_asks_now_and_then_never_waits():
 
 def test_after_a_costly_request_nobody_waits_for_long(monkeypatch: pytest.MonkeyPatch):
     """What one search has used ahead of time is forgiven in part: the next in line comes soon."""
-    monkeypatch.setattr(monitor.pace, "BURST_SECONDS", 0.01)
-    monkeypatch.setattr(monitor.pace, "LONGEST_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(monitor.http.pace, "BURST_SECONDS", 0.01)
+    monkeypatch.setattr(monitor.http.pace, "LONGEST_WAIT_SECONDS", 0.2)
 
     async def search_twice() -> float:
         app = paced(0.5, cores=0.05)

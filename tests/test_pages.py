@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from monitor.desk import Desk
-from monitor.explore import Explorer
-from monitor.html import density_share, duration, percentage, shaded, short_count, visible
+from monitor.evaluation.explore import Explorer
+from monitor.http.desk import Desk
+from monitor.http.html import density_share, duration, percentage, shaded, short_count, visible
+from monitor.http.live_page import measured
+from monitor.http.service import make_app
 from monitor.metrics import new_registry
-from monitor.page import measured
-from monitor.service import make_app
 from tests.small_reading import WORDS, read_run, small_model
 from tests.small_run import publish_snapshot, start_run
 

@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from monitor.client import Monitor, MonitorError
+from monitor.cli.client import Monitor, MonitorError
+from monitor.cli.pull import main as pull
+from monitor.cli.top import main as top
 from monitor.history import History
+from monitor.http.service import make_app
 from monitor.metrics import new_registry
-from monitor.pull import main as pull
 from monitor.run_directory import last_report, read_json, read_run
-from monitor.service import make_app
-from monitor.top import main as top
-from producer.parsing import MAX_DEPTH, ParseError, parse_json, parse_object, parse_toml
+from producer.common.parsing import MAX_DEPTH, ParseError, parse_json, parse_object, parse_toml
 from producer.settings import ProducerSettings, SettingsError, read_run_file
 from tests.small_run import publish_snapshot, start_run
-from trainer.check import main as check
-from trainer.checkpoint import CheckpointError, load_newest, save
-from trainer.ctl import CtlError, read_sae_table
-from trainer.formats import read_published
+from trainer.control.ctl import CtlError, read_sae_table
+from trainer.saes.formats import read_published
 from trainer.saes.inference import load_sae
 from trainer.snapshot import SnapshotError, file_sha256, read_manifest
+from trainer.state.check import main as check
+from trainer.state.checkpoint import CheckpointError, load_newest, save
 
 DIGITS = b"3" * 5000
 BAD = {

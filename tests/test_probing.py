@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import monitor.probing
-from monitor.evaluate import Subject, load_subject
-from monitor.held_out import EvaluationError
-from monitor.probing import LabelledTexts, _sides, _tested, fit_logistic, probe_accuracy, read_labelled_texts
+import monitor.evaluation.probing
+from monitor.evaluation.evaluator import Subject, load_subject
+from monitor.evaluation.held_out import EvaluationError
+from monitor.evaluation.probing import LabelledTexts, _sides, _tested, fit_logistic, probe_accuracy, read_labelled_texts
 from producer.activations import LanguageModel
 from producer.settings import CorpusSettings
 from producer.tokens import Windows
@@ -72,7 +72,7 @@ def test_latents_are_chosen_by_the_texts_that_are_fitted_to(model: LanguageModel
     shouts[test] = 100 * truth[test]
     latents = torch.stack([0.1 * truth, shouts, shouts, shouts, shouts, shouts], 1)
     monkeypatch.setattr(
-        monitor.probing, "_text_means", lambda *_: (list(latents), list(latents), np.ones(len(labels), bool))
+        monitor.evaluation.probing, "_text_means", lambda *_: (list(latents), list(latents), np.ones(len(labels), bool))
     )
     found = probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), labels))
     assert found["1"] == 1.0
@@ -95,8 +95,10 @@ def test_a_probe_is_tested_on_the_other_texts(model: LanguageModel, monkeypatch:
         return 1.0
 
     numbers = torch.arange(40.0)[:, None].expand(40, 6)
-    monkeypatch.setattr(monitor.probing, "_text_means", lambda *_: ([*numbers], [*numbers], np.ones(40, bool)))
-    monkeypatch.setattr(monitor.probing, "_tested", look)
+    monkeypatch.setattr(
+        monitor.evaluation.probing, "_text_means", lambda *_: ([*numbers], [*numbers], np.ones(40, bool))
+    )
+    monkeypatch.setattr(monitor.evaluation.probing, "_tested", look)
     probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), np.array(["a", "b"] * 20)))
     assert len(seen) == 2 * 4
     assert all(len(fit) == len(test) == 20 and fit.isdisjoint(test) for fit, test in seen)

@@ -18,7 +18,7 @@ import zmq
 
 from producer.process import STOPPING, run_within_limits
 from tests.drills.scene import Scene
-from trainer.checkpoint import load_newest
+from trainer.state.checkpoint import load_newest
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ import transformers
 import zmq
 from torch import Tensor
 
-from monitor.passes import in_stream
+from monitor.evaluation.passes import in_stream
 from producer.activations import ModelError
 from producer.produce import CHUNK_ROWS, ReadingAhead, _pack_rows, chunk_parts, chunk_windows
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
@@ -46,7 +46,7 @@ from producer.wire import (
     unpack_bits,
 )
 from tests.small_stream import Producing, hello_of, named_source, stream_settings, trainer
-from trainer.intake import TORCH_DTYPE
+from trainer.stream.intake import TORCH_DTYPE
 
 CONTEXT = 4
 

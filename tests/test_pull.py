@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import monitor.pull
-from monitor.client import Monitor, MonitorError
+import monitor.cli.pull
+from monitor.cli.client import Monitor, MonitorError
+from monitor.cli.pull import Tell, _newer, follow, main, pull
+from monitor.http.service import make_app, start_service
 from monitor.metrics import new_registry
-from monitor.pull import Tell, _newer, follow, main, pull
-from monitor.service import make_app, start_service
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
-from trainer.durable import replace_text
 from trainer.snapshot import Export, retire, verify
+from trainer.state.durable import replace_text
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "correct-horse-battery-staple"
@@ -101,7 +101,7 @@ def test_half_a_file_is_resumed(run_directory: Path, url: str, tmp_path: Path):
         Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(done) if path == WEIGHTS else None
     )
     verify(folder)
-    assert told[0] == half + monitor.pull.PIECE_BYTES
+    assert told[0] == half + monitor.cli.pull.PIECE_BYTES
 
 
 def test_half_a_wrong_file_is_fetched_anew(run_directory: Path, url: str, tmp_path: Path):
@@ -116,7 +116,7 @@ def test_broken_connections_do_not_start_over(
     run_directory: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Through a line that breaks after 400 kB, a file of 1.2 MB arrives whole, in pieces."""
-    monkeypatch.setattr(monitor.pull, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(monitor.cli.pull, "PAUSE_SECONDS", 0.01)
     publish_snapshot(run_directory, 2000, [_large_sae()])
     with _breaking_line(int(url.rpartition(":")[2]), after_bytes=400_000) as port:
         verify(pull(Monitor(f"127.0.0.1:{port}"), tmp_path / "here"))
@@ -282,7 +282,7 @@ def test_what_is_newer_is_gathered_from_all_pages(
     run_directory: Path, url: str, monkeypatch: pytest.MonkeyPatch, after: str
 ):
     """The list comes in pages of two here; only as many are asked for as are needed."""
-    monkeypatch.setattr("monitor.service.SNAPSHOTS", 2)
+    monkeypatch.setattr("monitor.http.service.SNAPSHOTS", 2)
     for tokens in range(2000, 7000, 1000):
         publish_snapshot(run_directory, tokens)
     expected = [f"{tokens:012d}" for tokens in range(1000, 7000, 1000)]

@@ -15,21 +15,21 @@ import torch
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from tests.small_training import Silent
-from trainer.buffer import Batch
-from trainer.ctl import Inbox
-from trainer.intake import BufferReport
-from trainer.ledger import Ledger, Limits
-from trainer.publishing import _exports as published
-from trainer.publishing import summary
+from trainer.control.ctl import Inbox
 from trainer.report import StreamReport
-from trainer.roster import Roster
-from trainer.roster import resumed as resumed_roster
-from trainer.run import NoVariance, Run, scale_of
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import snapshot_names, supersede_after
-from trainer.train import Clock, Loop, written
-from trainer.train import _rows_due as rows_due
+from trainer.stream.buffer import Batch
+from trainer.stream.intake import BufferReport
+from trainer.stream.ledger import Ledger, Limits
+from trainer.training.loop import Clock, Loop, written
+from trainer.training.loop import _rows_due as rows_due
+from trainer.training.publishing import _exports as published
+from trainer.training.publishing import summary
+from trainer.training.roster import Roster
+from trainer.training.roster import resumed as resumed_roster
+from trainer.training.run import NoVariance, Run, scale_of
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
 

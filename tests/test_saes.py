@@ -28,7 +28,7 @@ from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
 from trainer.snapshot import publish
-from trainer.trainee import Trainee
+from trainer.training.sae_trainer import Trainee
 
 SHARED = ("b_dec", "W_skip")
 

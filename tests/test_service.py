@@ -18,13 +18,13 @@ import pytest
 from starlette.testclient import TestClient
 
 import monitor.__main__
-from monitor.access import TokenError, read_token
+from monitor.http.access import TokenError, read_token
+from monitor.http.service import make_app, start_service
 from monitor.metrics import MonitorMetrics, new_registry
 from monitor.run_directory import last_report
-from monitor.service import make_app, start_service
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
-from trainer.durable import replace_text
 from trainer.snapshot import pin, retire, snapshot_names
+from trainer.state.durable import replace_text
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "correct-horse-battery-staple"
@@ -303,8 +303,8 @@ def test_a_page_is_no_longer_than_it_may_be(run_directory: Path, client: TestCli
     """By default, and whatever is asked for."""
     for tokens in range(1, 6):
         publish_snapshot(run_directory, 1000 * tokens)
-    monkeypatch.setattr("monitor.service.SNAPSHOTS", 2)
-    monkeypatch.setattr("monitor.service.MOST_SNAPSHOTS", 4)
+    monkeypatch.setattr("monitor.http.service.SNAPSHOTS", 2)
+    monkeypatch.setattr("monitor.http.service.MOST_SNAPSHOTS", 4)
     assert len(client.get("/v1/snapshots").json()["snapshots"]) == 2
     assert len(client.get("/v1/snapshots?limit=5").json()["snapshots"]) == 4
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from producer.addresses import is_loopback
+from producer.common.addresses import is_loopback
 from producer.settings import ModelSettings, ProducerSettings, SettingsError, read_run_file, show_settings
 from tests.small_saes import FAMILY
 from trainer.saes.settings import SaeSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.shell import shell_command
+from producer.common.shell import shell_command
 
 ROOT = Path(__file__).parent.parent
 

@@ -44,9 +44,9 @@ from tests.small_stream import (
     trainer,
     wait_for,
 )
-from trainer.buffer import bits_of
-from trainer.intake import GOODBYE_SECONDS, Intake, IntakeError, is_finite
 from trainer.report import StreamReport
+from trainer.stream.buffer import bits_of
+from trainer.stream.intake import GOODBYE_SECONDS, Intake, IntakeError, is_finite
 
 
 @pytest.fixture

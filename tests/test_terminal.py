@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from monitor.terminal import live, results, span
+from monitor.cli.terminal import live, results, span
 
 UNKNOWN: dict[str, Any] = {"d_sae": 4096, "hook": "blocks.1.hook_resid_mid", "dead_latents_ratio": None}
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
+from monitor.cli.top import main
+from monitor.http.service import make_app, start_service
 from monitor.metrics import new_registry
-from monitor.service import make_app, start_service
-from monitor.top import main
 from tests.small_run import finish_run, publish_snapshot, start_run
-from trainer.durable import replace_text
+from trainer.state.durable import replace_text
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "correct-horse-battery-staple"

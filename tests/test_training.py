@@ -14,19 +14,19 @@ from torch import Tensor
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from tests.small_saes import FAMILY, learn, rows_of, settings_of, trained, trainee_of
-from trainer.buffer import Batch
-from trainer.checkpoint import load_newest, save
 from trainer.kernels import select
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
-from trainer.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
 from trainer.report import DENSITY_EDGES
-from trainer.run import Run, scale_of
 from trainer.saes.base import normalise_rows
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
-from trainer.statistics import HALF_LIFE_TOKENS, Statistics
-from trainer.trainee import Trainee, Wiring
+from trainer.state.checkpoint import load_newest, save
+from trainer.stream.buffer import Batch
+from trainer.training.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
+from trainer.training.run import Run, scale_of
+from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics
 
 
 def nothing_fired(rows: int, d_sae: int) -> Entries:

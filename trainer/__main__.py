@@ -22,23 +22,23 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from producer.logs import set_up
+from producer.common.logs import set_up
+from producer.common.shell import shell_command
 from producer.process import run_within_limits, stop_on_signals
 from producer.settings import parse_command_line
-from producer.shell import shell_command
-from trainer import ctl
-from trainer.ctl import Inbox, listening
-from trainer.home import Home, HomeError
+from trainer.control import ctl
+from trainer.control.ctl import Inbox, listening
 from trainer.settings import TrainerSettings
+from trainer.state.home import Home, HomeError
 
 if TYPE_CHECKING:
     from monitor.metrics import TrainerMetrics
     from producer.wire import Hello
-    from trainer.checkpoint import Saved
     from trainer.health import Health
-    from trainer.ledger import Ledger
     from trainer.report import StepReport
-    from trainer.roster import Roster
+    from trainer.state.checkpoint import Saved
+    from trainer.stream.ledger import Ledger
+    from trainer.training.roster import Roster
 
 PURPOSE = f"""Trains sparse autoencoders from the activations that producers stream to it.
 
@@ -66,15 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["ctl"]:
         return ctl.main(arguments[1:])
     if arguments[:1] == ["check"]:
-        from trainer.check import main as check
+        from trainer.state.check import main as check
 
         return check(arguments[1:])
     if arguments[:1] == ["export"]:
-        from trainer.export import main as export
+        from trainer.saes.export import main as export
 
         return export(arguments[1:])
     if arguments[:1] == ["estimate"]:
-        from trainer.estimate import main as estimate
+        from trainer.planning.estimate import main as estimate
 
         return estimate(arguments[1:])
     settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments)
@@ -106,16 +106,16 @@ def _run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
     from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
     from producer.keys import KeysError
     from producer.precision import take_deterministic_algorithms
-    from trainer.checkpoint import CheckpointError, load_newest, start_fault
-    from trainer.durable import sweep
     from trainer.health import Health
-    from trainer.intake import IntakeError
     from trainer.kernels.cpu import warm_up
-    from trainer.roster import Roster
-    from trainer.run import DeviceError, NoVariance, pick_device, roster_of
     from trainer.saes.start import check_starts
     from trainer.snapshot import SnapshotError, supersede_after
-    from trainer.train import write_settings
+    from trainer.state.checkpoint import CheckpointError, load_newest, start_fault
+    from trainer.state.durable import sweep
+    from trainer.stream.intake import IntakeError
+    from trainer.training.loop import write_settings
+    from trainer.training.roster import Roster
+    from trainer.training.run import DeviceError, NoVariance, pick_device, roster_of
 
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
@@ -178,11 +178,11 @@ def _set_reports_aside(directory: Path) -> None:
 
 def _ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     """The ledger of a new run, or of the one that `saved` holds."""
-    from trainer.buffer import pool_rows
-    from trainer.check import ledger_faults
-    from trainer.checkpoint import CheckpointError
-    from trainer.ledger import Ledger, Limits
-    from trainer.train import quarantine_fault
+    from trainer.state.check import ledger_faults
+    from trainer.state.checkpoint import CheckpointError
+    from trainer.stream.buffer import pool_rows
+    from trainer.stream.ledger import Ledger, Limits
+    from trainer.training.loop import quarantine_fault
 
     deterministic = settings.run.deterministic
     limits = Limits(
@@ -230,14 +230,14 @@ def _train(
     health: Health,
 ) -> None:
     """Opens the stream, trains until the end or until told to stop, and leaves everything on disk."""
-    from trainer.buffer import OrderedBuffer, ShuffleBuffer
-    from trainer.commands import answer
-    from trainer.durable import replace_text
-    from trainer.intake import TORCH_DTYPE, Intake, IntakeError, check_room
-    from trainer.machine import free_memory
-    from trainer.publishing import summary
-    from trainer.run import NoVariance, buffer_of
-    from trainer.train import Loop, is_complete, quarantine_fault
+    from trainer.control.commands import answer
+    from trainer.planning.machine import free_memory
+    from trainer.state.durable import replace_text
+    from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
+    from trainer.stream.intake import TORCH_DTYPE, Intake, IntakeError, check_room
+    from trainer.training.loop import Loop, is_complete, quarantine_fault
+    from trainer.training.publishing import summary
+    from trainer.training.run import NoVariance, buffer_of
 
     directory = home.path
 

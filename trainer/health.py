@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from producer.shell import shell_command
+from producer.common.shell import shell_command
 from trainer.report import StepReport
-from trainer.train import Loop
+from trainer.training.loop import Loop
 
 WEDGED_SECONDS = 300.0
 """A step, a snapshot or a checkpoint that takes longer is taken for a hang; so is whatever else keeps the loop."""

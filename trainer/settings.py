@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-from producer.addresses import split_endpoint
+from producer.common.addresses import split_endpoint
+from producer.common.toml import show_value
 from producer.settings import (
     CorpusSettings,
     Device,
@@ -21,7 +22,6 @@ from producer.settings import (
     Table,
     deterministic_fault,
 )
-from producer.toml import show_value
 from trainer.saes.settings import SaeSettings
 
 

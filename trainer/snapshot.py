@@ -36,8 +36,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from producer.parsing import ParseError, read_object
-from trainer.durable import flush, make_folder, move_folder, new_folder, remove_folder, replace_text
+from producer.common.parsing import ParseError, read_object
+from trainer.state.durable import flush, make_folder, move_folder, new_folder, remove_folder, replace_text
 
 FORMAT = 1
 NAME = re.compile(r"\d{12,}")

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from tests.benchmarks.measure import Figure, Options, Result, milliseconds
-from trainer.buffer import ShuffleBuffer
+from trainer.stream.buffer import ShuffleBuffer
 
 CAPACITY, WIDTH, BATCH = 262_144, 768, 4096
 TURNS = 200

@@ -17,10 +17,10 @@ import torch
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.step import TITLES, stepping
 from tests.benchmarks.subject import Size, correlated_rows, size_for, trainee
-from trainer import cost
-from trainer.cost import Machine, Work
-from trainer.estimate import works_of
-from trainer.machine import measure_machine
+from trainer.planning import cost
+from trainer.planning.cost import Machine, Work
+from trainer.planning.estimate import works_of
+from trainer.planning.machine import measure_machine
 from trainer.settings import TrainerSettings
 
 WIDEST, NARROWEST = 1.25, 0.75

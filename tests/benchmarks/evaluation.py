@@ -154,7 +154,7 @@ def _process(command: list[str], stderr: int) -> Iterator[subprocess.Popen[str]]
 def monitor(gate: Path, arguments: list[str]) -> int:
     """The monitor as it is, but that it waits at its gate after each piece of work."""
     from monitor.__main__ import main
-    from monitor.follow import Evaluator
+    from monitor.evaluation.follow import Evaluator
 
     between = Evaluator._between
 

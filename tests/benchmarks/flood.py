@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from monitor.client import Monitor, MonitorError
+from monitor.cli.client import Monitor, MonitorError
 from monitor.run_directory import last_report
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.producer import RUN_FILE
@@ -133,7 +133,7 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 def train(steps: Path, arguments: list[str]) -> int:
     """The trainer as it is, with each step's end and seconds appended to a file."""
     from trainer.__main__ import main
-    from trainer.run import Run
+    from trainer.training.run import Run
 
     learn, file = Run.learn, open(steps, "wb", buffering=0)  # noqa: SIM115 (open as long as the process)
 

@@ -16,8 +16,8 @@ from tests.benchmarks.measure import Figure, Options, Result, copying, milliseco
 from tests.benchmarks.subject import Size, correlated_rows, size_for, trainee
 from trainer.kernels import select
 from trainer.kernels.sparse import Entries
-from trainer.optimizer import RowAdam
 from trainer.settings import OptimizerSettings
+from trainer.training.optimizer import RowAdam
 
 
 def run(options: Options) -> Iterator[Result]:

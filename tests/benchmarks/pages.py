@@ -17,12 +17,12 @@ import psutil
 import torch
 import transformers
 
-from monitor.desk import Desk
-from monitor.explore import Explorer
-from monitor.latents import LatentActivations
+from monitor.evaluation.explore import Explorer
+from monitor.evaluation.latents import LatentActivations
+from monitor.http.desk import Desk
+from monitor.http.service import make_app, start_service
 from monitor.metrics import new_registry
 from monitor.run_directory import LATENTS
-from monitor.service import make_app, start_service
 from producer.activations import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
 from tests.benchmarks.measure import Figure, Options, Result

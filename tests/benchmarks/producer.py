@@ -31,10 +31,10 @@ from producer.settings import read_run_file
 from producer.source import LanguageModelSource, batches
 from producer.wire import held_out_shards
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result
-from trainer.buffer import ShuffleBuffer
-from trainer.intake import TORCH_DTYPE, Intake
-from trainer.ledger import Ledger, Limits
 from trainer.settings import TrainerSettings
+from trainer.stream.buffer import ShuffleBuffer
+from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.ledger import Ledger, Limits
 
 RUN_FILE = "deploy/demo.toml"
 SECONDS, SETTLING_SECONDS = 2.5, 1.0

@@ -23,9 +23,9 @@ from tests.benchmarks.producer import demo_settings
 from tests.benchmarks.step import BYTES, WRITTEN, limit, stepping
 from tests.benchmarks.subject import SAMPLE_ROWS, Size, correlated_rows, hello_of, size_for, trainee
 from tests.benchmarks.svg import Axis, Points, document, frame, level, line, text, upright
-from trainer.buffer import Batch
-from trainer.run import Run
 from trainer.saes.settings import SaeSettings
+from trainer.stream.buffer import Batch
+from trainer.training.run import Run
 
 PICTURE = Path(__file__).with_name("scaling.svg")
 OURS, BOUND = "TopK step", "lower bound"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result, copying, milliseconds
 from tests.benchmarks.subject import BATCHES, Size, correlated_rows, size_for, trainee
-from trainer.trainee import Trainee
+from trainer.training.sae_trainer import Trainee
 
 TITLES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
 LIBRARIES = {

@@ -12,7 +12,7 @@ from producer.wire import Hello, Hook
 from trainer.saes.jumprelu import MINIMUM_THRESHOLD
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.trainee import Trainee, Wiring
+from trainer.training.sae_trainer import Trainee, Wiring
 
 SAMPLE_ROWS = 4096
 BATCHES = 4

@@ -29,8 +29,8 @@ from producer.source import LanguageModelSource
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.producer import RUN_FILE, RunningProducer, demo_settings
 from tests.benchmarks.subject import hello_of
-from trainer.buffer import ShuffleBuffer
-from trainer.run import Run
+from trainer.stream.buffer import ShuffleBuffer
+from trainer.training.run import Run
 
 SECONDS = 6.0
 WARM_TOKENS = 300_000

@@ -31,9 +31,9 @@ from producer.settings import StreamSettings
 from tests.benchmarks.measure import Figure, Options, Result, seconds_once
 from tests.benchmarks.sending import chunk_rows
 from tests.benchmarks.subject import Size, correlated_rows, trainee
-from trainer.buffer import Batch, ShuffleBuffer
-from trainer.intake import Intake
-from trainer.ledger import Ledger, Limits
+from trainer.stream.buffer import Batch, ShuffleBuffer
+from trainer.stream.intake import Intake
+from trainer.stream.ledger import Ledger, Limits
 
 WIDTH = 1024
 SECONDS, SETTLING_SECONDS = 2.0, 0.5

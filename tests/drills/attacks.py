@@ -26,7 +26,7 @@ from producer.wire import Hook, Reject, decode, encode
 from tests.drills.malformed import rate
 from tests.drills.scene import ROOT, Outcome, Scene
 from tests.small_stream import hello_of, named_source
-from trainer.checkpoint import load_newest
+from trainer.state.checkpoint import load_newest
 
 MEMORY_MB = 256
 """By so much an attack may raise the trainer's largest resident memory."""

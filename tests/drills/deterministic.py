@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.drills.scene import EPOCH_ROWS, ROOT, RUN, Outcome, Scene
-from trainer.ctl import main as ctl
+from trainer.control.ctl import main as ctl
 from trainer.snapshot import snapshot_names
 
 SEVERAL_KINDS = """

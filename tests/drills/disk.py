@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.drills.scene import Outcome, Scene, small_disk
-from trainer.checkpoint import complete, read
 from trainer.snapshot import snapshot_names
+from trainer.state.checkpoint import complete, read
 
 PARTS = ("run/checkpoint", "run/snapshots")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from monitor.server import HEAD_SECONDS, MOST_CONNECTIONS
-from producer.parsing import parse_object
+from producer.common.parsing import parse_object
+from producer.common.server import HEAD_SECONDS, MOST_CONNECTIONS
 from tests.drills.scene import Outcome, Scene
 from tests.small_run import publish_snapshot
 

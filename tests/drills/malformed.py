@@ -18,7 +18,7 @@ import zmq
 
 from producer.wire import MAX_HEADER_BYTES, Bye, Drain, Heartbeat, ShardEnd, encode
 from tests.drills.scene import HERE, ROOT, Outcome, Scene
-from trainer.checkpoint import load_newest
+from trainer.state.checkpoint import load_newest
 
 COUNT = 100_000
 PER_SECOND = 2_000

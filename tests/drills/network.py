@@ -16,7 +16,7 @@ from pathlib import Path
 
 from producer.keys import write_keys
 from tests.drills.scene import Outcome, Scene
-from trainer.checkpoint import load_newest
+from trainer.state.checkpoint import load_newest
 
 BACK_SECONDS = 10.0
 """After the network is well again rows are trained within this time; producers look for a trainer every 2 s at most."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from producer.wire import held_out_shards
 from tests.drills.scene import CAPACITY, EPOCH_ROWS, Outcome, Scene
-from trainer.checkpoint import load_newest
 from trainer.snapshot import file_sha256, snapshot_names
+from trainer.state.checkpoint import load_newest
 
 RESTART_SECONDS = 20.0
 """A trainer that was killed trains again within this time of its new start, on two busy cores."""

@@ -27,11 +27,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import trainer.train
+import trainer.training.loop
 from trainer.__main__ import main
-from trainer.buffer import Batch
-from trainer.ledger import Ledger, Send
-from trainer.run import Run
+from trainer.stream.buffer import Batch
+from trainer.stream.ledger import Ledger, Send
+from trainer.training.run import Run
 
 ROWS_FILE = Path(sys.argv[1])
 PACE = float(os.environ.get("SECONDS_PER_STEP", "0"))
@@ -115,5 +115,5 @@ if __name__ == "__main__":
         Points(watched, int(os.environ.get("DIE_AT", "0")))
     if "CLOCK_JUMPS" in os.environ:
         jumping_clock()
-    trainer.train.Run = RecordingRun  # type: ignore[misc]
+    trainer.training.loop.Run = RecordingRun  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

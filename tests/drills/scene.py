@@ -24,8 +24,8 @@ import numpy as np
 import psutil
 
 from producer.wire import held_out_shards
-from trainer.checkpoint import load_newest
 from trainer.snapshot import snapshot_names, verify
+from trainer.state.checkpoint import load_newest
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent

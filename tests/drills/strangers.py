@@ -11,12 +11,12 @@ from pathlib import Path
 
 import zmq
 
+from producer.common.logs import BURST
 from producer.keys import write_keys
-from producer.logs import BURST
 from producer.wire import Reject, decode, encode
 from tests.drills.scene import TRAINING_SHARDS, Outcome, Scene
 from tests.small_stream import hello_of, named_source
-from trainer.checkpoint import load_newest
+from trainer.state.checkpoint import load_newest
 
 OTHERS = (
     ["corpus.synthetic.shards=33"],

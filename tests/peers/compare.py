@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.peers.family import FAMILY, Zoo, begin, difference, print_snapshot, real_rows
-from trainer.export import main as export
+from trainer.saes.export import main as export
 from trainer.saes.inference import InferenceSae, load_sae, margins
 from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError

@@ -13,13 +13,13 @@ from producer.activations import load_language_model
 from producer.corpus import open_corpus
 from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import windows_of
-from trainer.run import scale_of
 from trainer.saes.inference import InferenceSae, check, export, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish
-from trainer.trainee import Trainee, Wiring
+from trainer.training.run import scale_of
+from trainer.training.sae_trainer import Trainee, Wiring
 
 ROOT = Path(__file__).parent.parent.parent
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"]

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from monitor.evaluate import Baseline, evaluate, load_subject
+from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
 from producer.activations import LanguageModel, load_language_model
 from producer.corpus import open_corpus
 from producer.settings import CorpusSettings, ModelSettings

@@ -24,8 +24,8 @@ from tests.peers.family import (
     print_snapshot,
     sae,
 )
-from trainer.export import main as export
-from trainer.formats import read_published
+from trainer.saes.export import main as export
+from trainer.saes.formats import read_published
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.settings import SaeSettings
 

@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from producer.explain import nearest
+from producer.common.explain import nearest
+from producer.common.toml import show_value
 from producer.settings import Natural, PathText, Positive, Table
-from producer.toml import show_value
 from trainer.saes import registry
 
 Revival = Literal["auxk", "pre_act", "resample", "none"]

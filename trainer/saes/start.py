@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.formats import read_published
 from trainer.saes import registry
 from trainer.saes.base import Sae
 from trainer.saes.folding import Frame, fold_norms, recentre, require_almost_unit_rows, unfold
+from trainer.saes.formats import read_published
 from trainer.saes.published import Published
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings

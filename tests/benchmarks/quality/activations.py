@@ -16,7 +16,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monitor.held_out import held_out_windows
+from monitor.evaluation.held_out import held_out_windows
 from producer.activations import LanguageModel, load_language_model
 from producer.corpus import open_corpus
 from producer.settings import CorpusSettings, ModelSettings

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from monitor.evaluate import Baseline, Subject, evaluate
-from monitor.held_out import held_out_windows
+from monitor.evaluation.evaluator import Baseline, Subject, evaluate
+from monitor.evaluation.held_out import held_out_windows
 from producer.activations import load_language_model
 from producer.corpus import open_corpus
 from tests.benchmarks.quality import activations

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from tests.benchmarks.quality.activations import HOOK
 from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
-from trainer.run import scale_of
 from trainer.saes.inference import export
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.trainee import Trainee, Wiring
+from trainer.training.run import scale_of
+from trainer.training.sae_trainer import Trainee, Wiring
 
 SAMPLE_BATCHES = 16
 """Rows that scale, centre and thresholds are estimated from; they are trained on as well."""

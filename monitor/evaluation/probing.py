@@ -1,0 +1,172 @@
+"""What a few latents tell of labels that a person gave: k-sparse probing.
+
+After Gurnee et al. (2305.01610) as SAEBench does it for SAEs ("sparse probing", 2503.09532). Each text becomes the mean
+of its latents over its tokens. Each label stands against all others, with as many texts on either side, so that a guess
+is right half the time; one half of them is for fitting, the other for testing. The k latents whose means differ most
+between the two sides, on the half for fitting, are put into a logistic regression. `probe_accuracy` is its accuracy on
+the half for testing, mean over labels, by k; `dense` is the same of all of x, what the model itself knows.
+
+What differs from SAEBench: the texts are the user's, cut to one window of corpus.context tokens (there 128), and
+columns are brought to unit variance, so that one penalty suits them all (there they stay as they are).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
+from monitor.evaluation.held_out import EvaluationError
+from monitor.evaluation.passes import NormBounds, in_stream, passes
+from producer.activations import LanguageModel
+from producer.corpus import CorpusError, read_records
+from producer.settings import CorpusSettings
+from producer.tokens import Windows, windows_of
+
+SPARSITIES = (1, 2, 5)
+FEWEST_TEXTS = 8
+"""Of a label; with fewer a test says nothing."""
+PENALTY = 1e-2
+"""On half the squares of the weights, beside the mean loss of a text."""
+STEPS = 200
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """One window of each text, and what a person says of it."""
+
+    windows: Windows
+    labels: np.ndarray
+    """str [windows]"""
+
+
+def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) -> LabelledTexts:
+    """Reads a file of JSON lines, {"text": …, "label": …}, as a corpus of jsonl is read; it may be a .gz file.
+
+    Raises EvaluationError for one that cannot be used.
+    """
+    texts, labels = [], []
+    try:
+        for place, record in read_records(path, settings):
+            text, label = _parsed(record, place)
+            windows = windows_of([text], tokenizer, settings)
+            if len(windows) and windows.kept[0].any():
+                texts.append((windows.ids[:1], windows.kept[:1], windows.padded[:1]))
+                labels.append(label)
+    except (OSError, CorpusError) as error:
+        raise EvaluationError(f"monitor.probe_file = {str(path)!r} cannot be read: {error}") from None
+    counts = Counter(labels)
+    if len(counts) < 2 or min(counts.values()) < FEWEST_TEXTS:
+        told = ", ".join(f"{label!r} {count}" for label, count in sorted(counts.items())) or "none"
+        raise EvaluationError(
+            f"{path} must have two labels or more with {FEWEST_TEXTS} texts or more each; it has: {told}"
+        )
+    return LabelledTexts(Windows(*map(np.concatenate, zip(*texts, strict=True))), np.array(labels))
+
+
+def _parsed(record: dict[str, Any], place: str) -> tuple[str, str]:
+    text, label = record.get("text"), record.get("label")
+    if not isinstance(text, str) or not isinstance(label, str | int):
+        raise EvaluationError(f'{place}: expected {{"text": "…", "label": "…"}}, found {str(record)[:60]}')
+    return text, str(label)
+
+
+def probe_accuracy(
+    model: LanguageModel,
+    subject: Subject,
+    texts: LabelledTexts,
+    norm_bounds: NormBounds | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Accuracy on texts not fitted to, by k of SPARSITIES and `dense`.
+
+    Holds d_sae numbers for each text. `between` is called after each pass and each probe.
+    """
+    x_means, latent_means, used = _text_means(model, subject, texts.windows, dict(norm_bounds or {}), between)
+    labels = texts.labels[used]
+    for label in np.unique(texts.labels):
+        if (count := int((labels == label).sum())) < 2:
+            raise EvaluationError(
+                f"monitor.probe_file: {count} texts labelled {str(label)!r} have a token that is in the stream, whose "
+                "norm bounds drop the others; expected two or more: give the monitor the model and hooks that the "
+                "producers have"
+            )
+    x, latents = torch.stack(x_means), torch.stack(latent_means)
+    found: dict[str, list[float]] = {}
+    for label in np.unique(labels):
+        fit, test = _sides(labels == label)
+        truth = torch.from_numpy(labels == label).to(x.device)
+        difference = (latents[fit][truth[fit]].mean(0) - latents[fit][~truth[fit]].mean(0)).abs()
+        best = difference.topk(min(max(SPARSITIES), latents.shape[1])).indices
+        inputs = {str(k): latents[:, best[:k]] for k in SPARSITIES} | {"dense": x}
+        for name, columns in inputs.items():
+            found.setdefault(name, []).append(_tested(columns[fit], truth[fit], columns[test], truth[test]))
+            between()
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _text_means(
+    model: LanguageModel, subject: Subject, windows: Windows, bounds: NormBounds, between: Callable[[], None]
+) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
+    """(x, latents, used): means over each text's rows, float32 [d]; texts without a row are not used."""
+    hooks = [hook.name for hook in model.hooks]
+    x_means, latent_means, used = [], [], []
+    for tokens, kept, _ in passes(model, windows):
+        seen = dict(zip(hooks, model.activations(tokens), strict=True))
+        streamed = in_stream(seen, kept, bounds)
+        for text, rows in enumerate(streamed):
+            used.append(bool(rows.any()))
+            if used[-1]:
+                x = torch.cat([seen[hook][text][rows].float() for hook in subject.reads], 1)
+                pieces = x.split(max(1, LATENTS_IN_MEMORY // subject.sae.W_enc.shape[1]))
+                latents = torch.stack([subject.sae.encode(piece).sum(0) for piece in pieces]).sum(0)
+                latent_means.append(latents / len(x))
+                x_means.append(x.mean(0))
+        between()
+    return x_means, latent_means, np.array(used, bool)
+
+
+def _sides(is_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, test): as many texts with the label as without, half of both in each; always the same ones."""
+    random = np.random.default_rng(0)
+    sides = [random.permutation(np.flatnonzero(side)) for side in (is_label, ~is_label)]
+    count = min(map(len, sides))
+    return (
+        np.concatenate([side[: count // 2] for side in sides]),
+        np.concatenate([side[count // 2 : count // 2 * 2] for side in sides]),
+    )
+
+
+def _tested(fit: Tensor, fit_truth: Tensor, test: Tensor, test_truth: Tensor) -> float:
+    """Accuracy on `test` of a logistic regression fitted to `fit`, both [texts, columns]."""
+    centre, scale = fit.mean(0), fit.std(0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    weights = fit_logistic((fit - centre) / scale, fit_truth)
+    return float((((test - centre) / scale @ weights > 0) == test_truth).double().mean())
+
+
+def fit_logistic(x: Tensor, truth: Tensor) -> Tensor:
+    """Weights [columns] of the penalised logistic regression on x [texts, columns] of mean 0, without an intercept.
+
+    None is needed: each side has half of the texts.
+    """
+    weights = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")
+    target = truth.to(x.dtype)
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        of_texts = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, target)
+        total = of_texts + PENALTY / 2 * weights.square().sum()
+        total.backward()
+        return total
+
+    optimiser.step(loss)
+    return weights.detach()

@@ -1,0 +1,266 @@
+"""The live page (`/`): a run at a glance, its curves, its latents, its snapshots. Pure functions of what was read.
+
+The page is whole as it is sent; its script (`static/page.js`) replaces parts of it by newer ones, draws the curves and
+saves clicks a reload. What is not known yet is said in words where it will stand, so nothing jumps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from markupsafe import Markup
+
+from monitor.http.html import duration, number, render, short_count
+from monitor.run_directory import SILENT_SECONDS, wiring
+from producer.common.server import is_loopback_name
+from producer.common.shell import shell_command
+from trainer.report import PROGRESSING, StreamReport, what_waits
+
+PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
+"""One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
+SNAPSHOTS_SHOWN = 20
+"""The newest; the page is asked for its parts every two seconds."""
+MEASURED = (
+    ("ce_clean", "CE of the model alone", ".4f", "nats per token"),
+    ("ce_sae", "CE with the reconstruction", ".4f", "nats per token"),
+    ("ce_delta", "ΔCE", "+.4f", "nats per token: the primary number"),
+    ("ce_recovered", "CE recovered, against zero ablation", ".2%", "1 − ΔCE / what zeros in its place cost"),
+    (
+        "ce_recovered_mean_ablation",
+        "CE recovered, against mean ablation",
+        ".2%",
+        "the stricter one: the mean in its place",
+    ),
+    ("kl", "KL(clean ‖ SAE)", ".4f", "nats per token"),
+    ("fvu", "FVU", ".4f", "fraction of variance unexplained"),
+    ("l0", "L0", ".1f", "latents active on a row"),
+    ("cosine", "cosine of x and x_hat", ".4f", "mean over rows"),
+    ("norm_ratio", "‖x_hat‖ / ‖x‖", ".3f", "mean over rows"),
+    ("shrinkage", "shrinkage", ".3f", "1 is unbiased, less is suppressed"),
+    ("dense_latents", "dense latents", ",", "active on more than a tenth of rows"),
+    ("dead_latents", "silent latents", ",", "active on none of these rows"),
+    ("explanation_f1", "F1 of n-grams", ".3f", "how well the best n-gram tells a latent, mean of a sample"),
+    ("ablation_effects", "effects of ablation", ",.0f", "effective number of logits that ablating a latent changes"),
+    ("rows", "rows", ",", "of held-out text"),
+)
+"""What an evaluation tells: name in evaluation.json, words, form, meaning."""
+CHARTS = (
+    ("fvu", "FVU", "variance left unexplained"),
+    ("l0", "L0", "latents active on a row"),
+    ("dead", "Dead latents", "silent for dead_tokens"),
+    ("ce", "ΔCE", "nats per token, on held-out text"),
+    ("density", "Firing rates", "latents by log10 of their recent rate"),
+    ("speed", "Speed", "tokens trained per second"),
+)
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the page tells of a run's snapshots."""
+
+    newest: list[dict[str, Any]]
+    """The last SNAPSHOTS_SHOWN of them, oldest first, as `monitor.run_directory` reads them."""
+    count: int
+    """Of them all."""
+    evaluated: dict[str, tuple[int, dict[str, Any]]]
+    """By SAE, tokens and numbers of its newest evaluation, from whichever snapshot."""
+
+
+def run_page(run: Run, snapshots: Published, latents: dict[str, Any], base_url: str) -> str:
+    """The whole page. `latents`: its `saes`, the one `chosen`, the `search`, and the `table` as HTML."""
+    latents = latents | {"table": Markup(latents["table"])}
+    address = base_url.rstrip("/")
+    is_here = is_loopback_name(urlsplit(address).hostname or "")
+    return render(
+        "page.html",
+        title=run["directory"],
+        charts=CHARTS,
+        latents=latents,
+        pull=shell_command("monitor", "pull", address, anywhere=True)
+        if is_here
+        else f"python -m monitor pull {address}",
+        is_here=is_here,
+        **_live(run, snapshots),
+    )
+
+
+def parts(run: Run, snapshots: Published) -> dict[str, Any]:
+    """What the script puts in place of what is there, by the id of the element; and the colours of its curves."""
+    live = _live(run, snapshots)
+    return {
+        "state": run["state"],
+        "colours": colours_of(run, snapshots),
+        "parts": {
+            "headline": render("headline.html", **live),
+            "saes-part": render("saes.html", **live),
+            "snapshots-part": render("snapshots.html", **live),
+        },
+    }
+
+
+def _live(run: Run, snapshots: Published) -> dict[str, Any]:
+    """What the templates of the parts are made from."""
+    shown = saes(run, snapshots)
+    return {
+        "run": run,
+        "glance": glance(run),
+        "saes": shown,
+        "measured": measured(shown),
+        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots.newest],
+        "older": max(0, snapshots.count - len(snapshots.newest)),
+    }
+
+
+def colours_of(run: Run, snapshots: Published) -> dict[str, str]:
+    """A colour for each SAE of the run, in the order in which the trainer names them; a mean copy has its SAE's."""
+    names = _names(run, snapshots)
+    own = [name for name in names if not (name.endswith("-ema") and name.removesuffix("-ema") in names)]
+    found = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(own)}
+    return {name: found.get(name) or found[name.removesuffix("-ema")] for name in names}
+
+
+def _names(run: Run, snapshots: Published) -> list[str]:
+    reported = [sae["name"] for sae in (run["report"] or {}).get("saes", [])]
+    return list(dict.fromkeys([*reported, *(snapshots.newest[-1]["saes"] if snapshots.newest else {})]))
+
+
+# --- The run at a glance ---------------------------------------------------------------------------------------------
+
+
+def glance(run: Run) -> dict[str, Any]:
+    """The headline: state, the source of the activations, progress, facts as (number, words), the bottleneck."""
+    report, model = run["report"] or {}, (run["settings"] or {}).get("model", {})
+    tokens, target = _tokens(run), report.get("target_tokens")
+    return {
+        "state": _state(run),
+        "source": f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else "",
+        "share": 1.0 if run["state"] == "finished" else min(1.0, tokens / target) if tokens and target else 0.0,
+        "facts": _facts(run),
+        "bottleneck": _bottleneck(run),
+    }
+
+
+def _tokens(run: Run) -> int | None:
+    told = run["summary"] if run["state"] == "finished" else run["report"]
+    return (told or {}).get("tokens")
+
+
+def _is_silent(run: Run) -> bool:
+    return run["state"] == "running" and (run["silent_seconds"] or 0.0) > SILENT_SECONDS
+
+
+def _state(run: Run) -> str:
+    told = (run["report"] or {}).get("state") if run["state"] == "running" else (run["summary"] or {}).get("outcome")
+    return "silent" if _is_silent(run) else told or run["state"]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    return [*_progress(run), *_quarantined(run)]
+
+
+def _quarantined(run: Run) -> list[tuple[str, str]]:
+    """How many shards failed and are not trained on, with their tokens where these are known."""
+    stream, summary = (run["report"] or {}).get("stream") or {}, run["summary"] or {}
+    if run["state"] == "finished":
+        shards, tokens = len(summary.get("shards_set_aside") or []), summary.get("rows_set_aside")
+    else:
+        shards, tokens = (stream.get("leases") or {}).get("set_aside", 0), stream.get("tokens_quarantined")
+    suspects = [] if run["state"] == "finished" else [stream.get("suspect_shards") or 0]
+    of_them = "an unknown number of tokens" if tokens is None else f"{tokens:,} tokens"
+    facts = [(f"{shards:,}", f"shards quarantined, with {of_them} not trained on")] if shards else []
+    return facts + [(f"{count:,}", "shards on which producers are lost") for count in suspects if count]
+
+
+def _progress(run: Run) -> list[tuple[str, str]]:
+    report, tokens = run["report"] or {}, _tokens(run)
+    if tokens is None:
+        return [("", "waiting for the trainer's first report: it fills its buffer before the first step")]
+    if run["state"] == "finished":
+        rate = (run["summary"] or {}).get("tokens_per_second")
+        return [(f"{tokens:,}", "tokens trained"), (number(rate, ",.0f"), "tokens/s")]
+    target, rate = report.get("target_tokens"), report.get("tokens_per_second") or 0.0
+    facts = [(f"{tokens:,}", f"of {target:,} tokens trained" if target else "tokens trained")]
+    if _is_silent(run):
+        minutes = run["silent_seconds"] / 60
+        return [*facts, ("", f"nothing heard for {minutes:,.0f} min: the trainer is stopped, or waits for producers")]
+    facts.append((f"{rate:,.0f}", "tokens/s"))
+    if target and rate > 0 and report.get("state") in PROGRESSING:
+        facts.append((duration((target - tokens) / rate), "left"))
+    producers = sum(((report.get("stream") or {}).get("producers") or {}).values())
+    facts.append((f"{producers}", "producer" if producers == 1 else "producers"))
+    if (capacity := report.get("buffer_capacity_rows")) and report.get("buffer_rows") is not None:
+        facts.append(
+            (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {short_count(capacity)} rows filled")
+        )
+    return facts
+
+
+def _bottleneck(run: Run) -> str:
+    """What holds up training, in the words of the trainer's log; nothing of a run that is not at work."""
+    if run["state"] != "running" or _is_silent(run) or not run["report"]:
+        return ""
+    stream = run["report"].get("stream") or {}
+    data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
+    reported = StreamReport(stream.get("producers") or {}, data_wait_ratio=data, credit_wait_ratio=credit)
+    told = what_waits(run["report"].get("state") or "training", reported)
+    return f"{told[:1].upper()}{told[1:]}."
+
+
+# --- The SAEs and the snapshots --------------------------------------------------------------------------------------
+
+
+def saes(run: Run, snapshots: Published) -> list[dict[str, Any]]:
+    """Each SAE as it trains at this moment, and as the language model found its newest evaluated snapshot."""
+    reported = {sae["name"]: sae for sae in (run["report"] or {}).get("saes", [])}
+    published = snapshots.newest[-1]["saes"] if snapshots.newest else {}
+    colours = colours_of(run, snapshots)
+    found = []
+    for name in _names(run, snapshots):
+        report, metrics = reported.get(name), (published.get(name) or {}).get("metrics") or {}
+        evaluated_at, evaluation = snapshots.evaluated.get(name, (None, {}))
+        found.append(
+            {
+                "name": name,
+                "colour": colours[name],
+                "metrics": metrics,
+                "wiring": wiring(metrics),
+                "latents": metrics.get("d_sae") or _latents_of(report),
+                "now": report or metrics,
+                "evaluation": evaluation,
+                "evaluated_at": evaluated_at,
+            }
+        )
+    return found
+
+
+def measured(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every number of the newest evaluations, a row each: `title`, `meaning`, and the `cells` of the SAEs."""
+    evaluations = [sae["evaluation"] for sae in saes]
+    rows = [
+        {"title": title, "meaning": meaning, "cells": [number(told.get(name), form) for told in evaluations]}
+        for name, title, form, meaning in MEASURED
+        if any(isinstance(told.get(name), int | float) for told in evaluations)
+    ]
+    probes = [told.get("probe_accuracy") or {} for told in evaluations]
+    return rows + [
+        {
+            "title": f"probe accuracy, {'all of x' if k == 'dense' else f'k = {k}'}",
+            "meaning": "on the labels of monitor.probe_file",
+            "cells": [number(told.get(k), ".1%") for told in probes],
+        }
+        for k in dict.fromkeys(k for told in probes for k in told)
+    ]
+
+
+def _latents_of(report: dict[str, Any] | None) -> int | None:
+    """How many there are; a report counts each of them once in its density."""
+    return sum(report["density"]) if report and report.get("density") else None
+
+
+def _paths(entry: dict[str, Any]) -> list[str]:
+    """What can be downloaded of one snapshot, beside its manifest."""
+    return [*entry["files"], *(f"{sae}/evaluation.json" for sae, told in entry["saes"].items() if told["evaluation"])]

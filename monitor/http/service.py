@@ -1,0 +1,279 @@
+"""The HTTP service: reads the run directory, hands out its snapshots, changes nothing.
+
+    GET / and what belongs to it                the pages for people, and their JSON: `monitor.http.routes`
+    GET /v1/run                                 settings, newest report, summary
+    GET /v1/snapshots                           the newest complete snapshots, oldest first; ?limit= of them, the newest
+                                                ?before=NAME; `next` is the address of those before, `count` tells all
+    GET /v1/snapshots/latest                    the newest manifest; ?after=NAME&wait=SECONDS waits for a newer one
+    GET /v1/snapshots/{name}/manifest.json
+    GET /v1/snapshots/{name}/{path}             a file of the manifest (Range, ETag, immutable), or an evaluation.json
+    GET /healthz  /readyz  /metrics
+
+What may be read is what a manifest lists, so no path of a request ever reaches the file system unchecked; nor is a link
+followed that leads out of a snapshot. The sha256
+of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
+when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
+
+All of it happens at the lowest priority, and within the CPU time that `monitor.http.pace` gives: a flood must not slow the
+training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from monitor.http.access import TokenGate
+from monitor.http.answers import IMMUTABLE, MUTABLE, is_known, json_unless_known, tags
+from monitor.http.desk import Desk
+from monitor.http.pace import Pace
+from monitor.http.routes import error_page, page_routes
+from monitor.run_directory import read_page, read_run, why_not_ready
+from monitor.snapshot_index import index_of, is_within, manifest_of
+from producer.common.server import listen, serve
+from trainer.snapshot import NAME, SnapshotError, which_there_are
+
+LONGEST_WAIT_SECONDS = 300.0
+LOOK_SECONDS = 0.5
+"""How often a waiting request looks for a newer snapshot."""
+SNAPSHOTS = 100
+"""Listed at a time, unless it is asked for fewer or more;"""
+MOST_SNAPSHOTS = 1000
+"""the most."""
+NICE = 19
+PIECE_BYTES = 1 << 18
+"""Of a file, read and sent at a time: each costs a turn of a thread."""
+PAGES = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
+
+
+def make_app(
+    run_directory: Path,
+    registry: CollectorRegistry,
+    unhealthy: Callable[[], str | None] = lambda: None,
+    token: str | None = None,
+    desk: Desk | None = None,
+) -> Starlette:
+    """The service over one run directory, which need not exist yet; with a token, only for those who have it.
+
+    `unhealthy` says what is wrong, if anything; at the `desk` it finds who answers questions about latents.
+    """
+    routes = _Routes(run_directory, registry, unhealthy)
+    return Starlette(
+        routes=[
+            *page_routes(run_directory, desk or Desk(why_not="Nobody looks at latents here.", coming=False)),
+            Route("/v1/run", routes.run),
+            Route("/v1/snapshots", routes.snapshots),
+            Route("/v1/snapshots/latest", routes.latest),
+            Route("/v1/snapshots/{name}/manifest.json", routes.manifest),
+            Route("/v1/snapshots/{name}/{path:path}", routes.file),
+            Route("/metrics", routes.metrics),
+            Route("/healthz", routes.healthz),
+            Route("/readyz", routes.readyz),
+        ],
+        middleware=[Middleware(TokenGate, token=token)] if token else [],
+        exception_handlers={HTTPException: _explain, Exception: _explain},
+    )
+
+
+def start_service(
+    app: Starlette,
+    host: str,
+    port: int,
+    is_training: Callable[[], bool] = lambda: True,
+    allowed_hosts: Collection[str] | None = (),
+) -> tuple[int, Callable[[], None]]:
+    """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
+
+    While `is_training`, it keeps to its share of the machine. `allowed_hosts` as in `producer.common.server`; an app that asks
+    for a token needs none. Raises OSError, naming host and port, when it cannot listen there.
+    """
+    try:
+        listener = listen(host, port)
+    except OSError as error:
+        raise OSError(
+            f"cannot serve snapshots on {host}, port {port}: {error.strerror or error}. "
+            "Set monitor.service_port to another port, or to 0 for any free one"
+        ) from None
+    names = None if allowed_hosts is None else {host, *allowed_hosts}
+    return listener.getsockname()[1], serve(Pace(app, is_training), listener, "service", names, NICE)
+
+
+class _Routes:
+    def __init__(self, run_directory: Path, registry: CollectorRegistry, unhealthy: Callable[[], str | None]) -> None:
+        self.run_directory = run_directory
+        self.registry = registry
+        self.unhealthy = unhealthy
+        self.index = index_of(run_directory)
+
+    # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
+
+    def run(self, request: Request) -> Response:
+        return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})
+
+    def snapshots(self, request: Request) -> Response:
+        limit, before = _parse_page(request)
+        page = read_page(self.run_directory, limit, before)
+        names = self.index.names()
+        older = None if page.older is None else f"/v1/snapshots?limit={limit}&before={page.older}"
+        listed = {
+            "latest": names[-1] if names else None,
+            "count": page.count,
+            "snapshots": page.entries,
+            "next": older,
+        }
+        return json_unless_known(request, json.dumps(listed, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
+
+    async def latest(self, request: Request) -> Response:
+        after, deadline = _parse_wait(request)
+        while True:
+            names = self.index.names()  # a glance at one folder, cheaper than the way to another thread
+            if names and names[-1] > after:
+                return await run_in_threadpool(self._newest, request, names[-1])
+            if time.monotonic() >= deadline or await request.is_disconnected():
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        if after:
+            return Response(status_code=204, headers={"Cache-Control": MUTABLE})
+        raise HTTPException(404, f"no snapshot yet in {self.run_directory.name}; ask again with ?wait=SECONDS")
+
+    def _newest(self, request: Request, name: str) -> Response:
+        return self._manifest(request, name, MUTABLE, {"Content-Location": f"/v1/snapshots/{name}/manifest.json"})
+
+    def manifest(self, request: Request) -> Response:
+        return self._manifest(request, request.path_params["name"], IMMUTABLE, {})
+
+    def _manifest(self, request: Request, name: str, caching: str, headers: dict[str, str]) -> Response:
+        folder = self._folder(name)
+        self._read_manifest(folder)
+        return _small_file(request, folder / "manifest.json", caching, headers)
+
+    def file(self, request: Request) -> Response:
+        name, path = request.path_params["name"], request.path_params["path"]
+        folder = self._folder(name)
+        manifest = self._read_manifest(folder)
+        digests = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+        evaluations = [f"{sae}/evaluation.json" for sae in manifest["saes"]]
+        if path not in digests and path not in evaluations:
+            raise HTTPException(
+                404, f"snapshot {name} has no file {path!r}; it has manifest.json, {', '.join(digests)}"
+            )
+        target = folder / path
+        if not is_within(target, folder):
+            raise HTTPException(404, f"{path!r} lies outside of snapshot {name}")
+        if path in evaluations and path not in digests:
+            return _small_file(request, target, MUTABLE, {}, f"snapshot {name} has no {path} yet: it is not evaluated")
+        return _large_file(request, target, digests[path])
+
+    def _folder(self, name: str) -> Path:
+        """The folder of one complete snapshot; anything that is not a snapshot's name is refused here."""
+        names = self.index.names()
+        place = bisect_left(names, name)
+        folder = self.run_directory / "snapshots" / name
+        if place < len(names) and names[place] == name and (folder / "manifest.json").is_file():
+            return folder
+        raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {which_there_are(names)}")
+
+    def _read_manifest(self, folder: Path) -> dict[str, Any]:
+        try:
+            return manifest_of(folder)
+        except SnapshotError as error:
+            raise HTTPException(404, str(error)) from None
+
+    def metrics(self, request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self.registry), headers={"Content-Type": content_type})
+
+    def healthz(self, request: Request) -> Response:
+        return _verdict(self.unhealthy())
+
+    def readyz(self, request: Request) -> Response:
+        return _verdict(why_not_ready(self.run_directory))
+
+
+def _verdict(reason: str | None) -> Response:
+    body, status = ({"error": reason}, 503) if reason else ({"status": "ok"}, 200)
+    return JSONResponse(body, status, {"Cache-Control": "no-store"})
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def _small_file(request: Request, path: Path, caching: str, headers: dict[str, str], absent: str = "") -> Response:
+    """A JSON file, hashed as it is read, since no manifest lists it."""
+    try:
+        body = path.read_bytes()
+    except FileNotFoundError:
+        raise HTTPException(404, absent or f"snapshot {path.parent.name} has just been retired") from None
+    return json_unless_known(request, body, caching, headers)
+
+
+def _large_file(request: Request, path: Path, sha256: str) -> Response:
+    headers = tags(sha256, IMMUTABLE)
+    if is_known(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise HTTPException(404, f"{path.name} of this snapshot has just been retired") from None
+    media_type = "application/json" if path.suffix == ".json" else "application/octet-stream"
+    return _Pieces(path, headers=headers, media_type=media_type, stat_result=found)
+
+
+class _Pieces(FileResponse):
+    chunk_size = PIECE_BYTES
+
+
+def _parse_wait(request: Request) -> tuple[str, float]:
+    """(name after which, monotonic deadline) of a request for the latest snapshot."""
+    after, wait = request.query_params.get("after", ""), request.query_params.get("wait", "0")
+    if after and not _is_name(after):
+        raise HTTPException(400, f"after = {after!r}: expected a snapshot's name, such as 000001234567")
+    try:
+        seconds = float(wait)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds <= LONGEST_WAIT_SECONDS:
+        raise HTTPException(400, f"wait = {wait!r}: expected seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+    return after, time.monotonic() + seconds
+
+
+def _parse_page(request: Request) -> tuple[int, str | None]:
+    """(how many snapshots, the name before which) of a request for the list."""
+    limit, before = request.query_params.get("limit", str(SNAPSHOTS)), request.query_params.get("before")
+    if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and int(limit) > 0):
+        raise HTTPException(400, f"limit = {limit[:20]!r}: expected a whole number from 1 to {MOST_SNAPSHOTS:,}")
+    if before is not None and not _is_name(before):
+        raise HTTPException(400, f"before = {before[:20]!r}: expected a snapshot's name, such as 000001234567")
+    return min(int(limit), MOST_SNAPSHOTS), before
+
+
+def _is_name(text: str) -> bool:
+    return text.isascii() and NAME.fullmatch(text) is not None
+
+
+def _explain(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return JSONResponse({"error": "the monitor failed at this; its log says how"}, 500)
+    message = error.detail
+    if error.status_code == 404 and message == "Not Found":
+        message = f"no {request.url.path!r} here; there are {PAGES}"
+    if error.status_code == 405:
+        message = f"{request.method} is not served: this service only reads"
+    if request.url.path.startswith("/latents/") and "text/html" in request.headers.get("accept", ""):
+        return error_page(message, error)
+    return JSONResponse({"error": message}, error.status_code, headers=error.headers)

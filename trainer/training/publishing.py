@@ -1,0 +1,156 @@
+"""What a run tells the world: its SAEs as a snapshot, the facts of a manifest, and the summary at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from trainer.report import SaeReport, StepReport
+from trainer.saes.inference import check, export
+from trainer.snapshot import Export, SnapshotError, finite, publish, retire
+from trainer.stream.intake import Intake
+from trainer.training.run import Run
+from trainer.training.sae_trainer import Trainee
+
+log = logging.getLogger("sluice.trainer")
+
+SELFTEST_CANDIDATES = 1024
+"""Rows among which the self-test's are found."""
+
+
+def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: dict[str, Any]) -> list[str]:
+    """Writes a snapshot of every SAE that has learned something, self-tested, and retires old ones.
+
+    An SAE that fails its self-test is told in the log and left out; it does not keep the others from appearing.
+    Returns the names of those in it. `rows` are raw rows of every hook, for calibration and self-test; `facts` what
+    the manifest tells of the run.
+    """
+    directory = run.settings.run.folder
+    exports: list[Export] = []
+    for trainee in run.taught:
+        try:
+            exports += _exports(run, trainee, report, rows, facts)
+        except SnapshotError as error:
+            log.error("sae %s is left out of this snapshot: %s", trainee.settings.name, error)
+    if not exports:
+        raise SnapshotError("there is no SAE to publish")
+    publish(directory, report.tokens, exports, facts, check)
+    retire(directory, run.settings.snapshots.keep, run.settings.snapshots.keep_every_tokens)
+    return [export.name for export in exports]
+
+
+def _exports(
+    run: Run, trainee: Trainee, report: StepReport, rows: list[Tensor], facts: dict[str, Any]
+) -> Iterator[Export]:
+    """The SAE, and the mean of its recent weights beside it when there is one."""
+    assert run.scales is not None
+    scaled = [x.float() * scale for x, scale in zip(rows, run.scales, strict=True)]
+    x = trainee.wiring.read(rows)[:SELFTEST_CANDIDATES].float()
+    frame, rate = trainee.frame(run.scales), trainee.statistics.firing_rate()
+    metadata, numbers = _metadata(run, trainee, report, facts), numbers_of(run, trainee, _of(report, trainee))
+    trainee.calibrate(trainee.sae, scaled)
+    yield export(trainee.sae, frame, trainee.settings.name, rate, x, metadata, numbers)
+    if (averaged := trainee.averaged) is not None:
+        trainee.calibrate(averaged, scaled)
+        # What was measured in training was measured on the other weights.
+        unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
+        yield export(averaged, frame, f"{trainee.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
+
+
+def numbers_of(run: Run, trainee: Trainee, report: SaeReport) -> dict[str, Any]:
+    """What manifest and summary tell of one SAE."""
+    hooks, wiring = run.stream.hooks, trainee.wiring
+    named: dict[str, Any] = {"hook": hooks[wiring.inputs[0]].name}
+    if len(wiring.inputs) > 1:
+        named["hooks"] = [hooks[hook].name for hook in wiring.inputs]
+    if wiring.target is not None:
+        named["target"] = hooks[wiring.target].name
+    return {
+        "architecture": trainee.settings.architecture,
+        "d_in": trainee.sae.d_in,
+        "d_sae": trainee.sae.d_sae,
+        **named,
+        "tokens": trainee.tokens,
+        "l0": finite(report.l0),
+        "mse": finite(report.mse),
+        "fvu": finite(report.fvu),
+        "dead_latents": report.dead_latents,
+        "dead_latents_ratio": report.dead_latents_ratio,
+        "shrinkage": finite(report.shrinkage),
+    }
+
+
+def _metadata(run: Run, trainee: Trainee, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens and others look for beside the weights, and where this SAE came from."""
+    provenance, hooks, wiring = run.stream.provenance, run.stream.hooks, trainee.wiring
+    hook, measured = hooks[wiring.inputs[0]], _of(report, trainee)
+    metadata = {
+        "model_name": provenance.get("model"),
+        "model_revision": provenance.get("model_revision"),
+        "model_from_pretrained_kwargs": {},
+        "hook_name": hook.name,
+        "hf_hook_name": hook.module,
+        "context_size": run.stream.context,
+        "prepend_bos": provenance.get("prepend_bos"),
+        "exclude_special_tokens": provenance.get("exclude_special"),
+        "dataset_path": provenance.get("corpus"),
+        "sae_lens_training_version": None,
+        "trained_with": "sluice",
+        "tokens_trained": trainee.tokens,
+        "input_scale": run.scales[wiring.inputs[0]] if run.scales else None,
+        "settings": trainee.settings.model_dump(mode="json", exclude_none=True),
+        "run": facts["id"],
+        "stream": provenance,
+        "l0": finite(measured.l0),
+        "fvu": finite(measured.fvu),
+        "num_dead_features": measured.dead_latents,
+    }
+    if len(wiring.inputs) > 1:
+        metadata["hook_names"] = [hooks[index].name for index in wiring.inputs]
+    if wiring.target is not None:
+        metadata |= {"hook_name_out": hooks[wiring.target].name, "hf_hook_name_out": hooks[wiring.target].module}
+    return metadata
+
+
+def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
+    """What a manifest tells of the run."""
+    hooks, bounds = run.stream.hooks, intake.ledger.norm_bounds
+    return {
+        "id": intake.ledger.run,
+        "settings": run.roster.resolve(run.settings).model_dump(mode="json", exclude_none=True),
+        "stream": {
+            **run.stream.provenance,
+            "fingerprint": run.stream.fingerprint,
+            "shards": run.stream.shards,
+            "held_out": run.stream.held_out,
+            "hooks": [hook.model_dump() for hook in hooks],
+            "norm_bounds": bounds and {hook.name: bound for hook, bound in zip(hooks, bounds, strict=True)},
+        },
+        "epoch": intake.ledger.epoch,
+    }
+
+
+def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> dict[str, Any]:
+    """The content of summary.json; the monitor adds the evaluation. `fault` is why the run has failed, if it has.
+
+    `rows_set_aside` is None, in JSON null, when nobody knows how many rows some quarantined shard has.
+    """
+    return {
+        "outcome": "finished" if fault is None else "failed",
+        "fault": fault,
+        "tokens": report.tokens,
+        "seconds": round(run.seconds, 3),
+        "tokens_per_second": round(report.tokens / max(run.seconds, 1e-9), 1),
+        "rows_trained": intake.ledger.rows_trained,
+        "rows_set_aside": intake.ledger.tokens_quarantined,
+        "shards_set_aside": intake.ledger.quarantined,
+        "quarantined_ratio": round(intake.ledger.quarantined_ratio, 6),
+        "saes": {trainee.settings.name: numbers_of(run, trainee, _of(report, trainee)) for trainee in run.taught},
+    }
+
+
+def _of(report: StepReport, trainee: Trainee) -> SaeReport:
+    return next(sae for sae in report.saes if sae.name == trainee.settings.name)

@@ -1,0 +1,263 @@
+"""A run: its SAEs and what they share, as one state that learns batch by batch.
+
+It learns its shape from the first producer's HELLO, its input scales from the first half bufferful of rows, and
+everything after that from batches. SAEs may join and leave between two steps; the others do not notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from producer.precision import fastest_dtype
+from producer.wire import Hello
+from trainer.saes.settings import SaeSettings
+from trainer.saes.start import read_start
+from trainer.settings import TrainerSettings
+from trainer.state.checkpoint import CheckpointError, Saved
+from trainer.stream.buffer import Batch, BufferState, pool_rows
+from trainer.training.roster import Member, Roster, RosterError, resumed
+from trainer.training.sae_trainer import Trainee, Wiring
+
+log = logging.getLogger("sluice.trainer")
+
+
+class NoVariance(ValueError):
+    """The activations of a hook do not vary: there is nothing to learn from them."""
+
+
+LEAST_VARIANCE = 1e-12
+"""Of an element, as a share of its mean square: below that rows differ by rounding alone."""
+
+
+def scale_of(x: Tensor) -> float:
+    """What raw rows [rows, width] are multiplied by so that the variance of an element is 1.
+
+    About the mean, not about zero: a mean far larger than the spread, which b_dec takes away at once, would otherwise
+    shrink what is to be learned, and with it every threshold, bandwidth and learning rate. Raises NoVariance.
+    """
+    if len(x) == 1:
+        raise NoVariance(
+            "there is 1 activation when training begins, and no scale can be estimated from one; give the corpus more "
+            "text, or lower corpus.held_out"
+        )
+    x = x.double()
+    scale = float((x.shape[1] / (x - x.mean(0)).square().sum(1).mean()).sqrt())
+    square = float(x.square().mean())
+    # The mean of equal numbers is rounded, too: constant rows have a variance that is not quite 0.
+    if square * scale**2 > 1 / LEAST_VARIANCE or scale > torch.finfo(torch.float32).max:
+        raise NoVariance(
+            f"the first {len(x):,} activations do not vary (their rms is {square**0.5:.3g}), so that nothing can be "
+            "learned from them; hook another place: this module is constant, as one that was zeroed or pruned"
+        )
+    return scale
+
+
+def _scale(x: Tensor, hook: str) -> float:
+    try:
+        return scale_of(x)
+    except NoVariance as error:
+        raise NoVariance(f"model.hooks = {hook!r}: {error}") from None
+
+
+class Run:
+    """See the module's docstring. `stream` is the frozen HELLO of the first producer."""
+
+    def __init__(self, settings: TrainerSettings, stream: Hello, roster: Roster | None = None) -> None:
+        self.settings = settings
+        self.stream = stream
+        self.roster = roster or Roster.of(settings.sae)
+        self.step = 0
+        self.seconds = 0.0
+        """Time spent training, restarts included and pauses not."""
+        self.scales: list[float] | None = None
+        """One per hook: rows are multiplied by it, so that an element's variance is 1. Frozen."""
+        self.last_batch: Batch | None = None
+        self.device = pick_device(settings.optimizer.device)
+        self.trainees = [self._trainee(member) for member in self.roster.members]
+        self.newcomers = list(self.trainees)
+        """Those whose first weights are still to be drawn."""
+        self._pool = self._side_by_side()
+
+    def _side_by_side(self) -> ThreadPoolExecutor | None:
+        """On a CPU several SAEs learn at the same time, each on its share of the threads.
+
+        Their steps are independent, and half of a step does not profit from a second thread: two SAEs on two cores
+        take little longer than one. A GPU is kept busy by one thread.
+        """
+        if self.device.type != "cpu":
+            return None
+        cores = os.cpu_count() or 1
+        if self.settings.run.threads is not None:
+            self.roster.threads = self.settings.run.threads
+        elif self.roster.threads is None:
+            count = len(self.trainees)
+            self.roster.threads = torch.get_num_threads() if count == 1 else max(1, cores // count)
+        threads = min(self.roster.threads, cores)
+        torch.set_num_threads(threads)
+        return ThreadPoolExecutor(cores // threads, thread_name_prefix="sae")
+
+    def _trainee(self, member: Member) -> Trainee:
+        sae, optimizer = member.settings, self.settings.optimizer
+        widths = tuple(hook.width for hook in self.stream.hooks)
+        wiring = Wiring(tuple(self.settings.inputs_of(sae)), self.settings.target_of(sae), widths)
+        d_in = sum(widths[hook] for hook in wiring.inputs)
+        if optimizer.matmul == "auto":
+            dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
+        else:
+            dtype = getattr(torch, optimizer.matmul)
+        log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
+        seed = self.settings.run.seed * 1000 + member.number
+        return Trainee(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at)
+
+    @property
+    def taught(self) -> list[Trainee]:
+        """Those that have learned something: what is reported and published."""
+        return [trainee for trainee in self.trainees if trainee.tokens]
+
+    @property
+    def finished(self) -> bool:
+        """Every SAE is: nothing is left to train."""
+        return all(trainee.finished for trainee in self.trainees)
+
+    def trainee(self, member: Member) -> Trainee:
+        return next(trainee for trainee in self.trainees if trainee.settings.name == member.name)
+
+    def attach(self, sae: SaeSettings, joined_at: int) -> Trainee:
+        """A new SAE, one of the `newcomers`. Raises RosterError or SnapshotError, and changes nothing then."""
+        start = read_start(sae)
+        member = self.roster.join(sae, joined_at)
+        try:
+            trainee = self._trainee(member)
+            if start is not None:  # does it fit?
+                start.require_widths(trainee.sae)
+                if self.scales is not None:
+                    start.weights_for(trainee.sae, trainee.wiring.frame(self.scales))
+        except BaseException:
+            self.roster.leave(member, known=False)
+            raise
+        self.trainees.append(trainee)
+        self.newcomers.append(trainee)
+        return trainee
+
+    def detach(self, member: Member) -> None:
+        """Lets an SAE go, as it is."""
+        trainee = self.trainee(member)
+        self.trainees.remove(trainee)
+        if trainee in self.newcomers:
+            self.newcomers.remove(trainee)
+        self.roster.leave(member, known=trainee.tokens > 0)
+
+    def initialise(self, sample: list[Tensor]) -> None:
+        """The newcomers' first weights from raw rows per hook, and the run's scales when they are the first."""
+        rows = [x.float() for x in sample]
+        if self.scales is None:
+            self.scales = [_scale(x, hook.name) for x, hook in zip(rows, self.stream.hooks, strict=True)]
+        scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
+        while self.newcomers:
+            trainee = self.newcomers[0]
+            trainee.initialise(scaled, self.scales, read_start(trainee.settings))
+            self.newcomers.pop(0)
+
+    def learn(self, batch: Batch) -> None:
+        """One step of every SAE on the same rows; what they share is done once."""
+        assert self.scales is not None
+        learning = [trainee for trainee in self.trainees if not trainee.finished]
+        needed = set().union(*(trainee.wiring.hooks for trainee in learning))
+        scaled = [
+            x.to(self.device).float() * scale if hook in needed else x
+            for hook, (x, scale) in enumerate(zip(batch.x, self.scales, strict=True))
+        ]
+
+        def step(trainee: Trainee) -> None:
+            trainee.step(scaled, self.settings.run.tokens)
+
+        for _ in self._pool.map(step, learning) if self._pool else map(step, learning):
+            pass
+        self.step += 1
+        self.last_batch = batch
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(plain JSON, tensors) from which `restore` continues."""
+        document: dict[str, Any] = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "scales": self.scales,
+            "roster": self.roster.state(),
+            "saes": {},
+        }
+        tensors: dict[str, Tensor] = {}
+        for trainee in self.trainees:
+            if trainee in self.newcomers:
+                continue
+            document["saes"][trainee.settings.name], more = trainee.state()
+            document["saes"][trainee.settings.name]["matmul"] = str(trainee.sae.matmul_dtype).removeprefix("torch.")
+            tensors |= more
+        return document, tensors
+
+    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Becomes what `state` described; the roster was handed in before, from `roster_of`."""
+        self.step, self.seconds, self.scales = document["step"], document["seconds"], document["scales"]
+        for trainee in list(self.newcomers):
+            if (saved := document["saes"].get(trainee.settings.name)) is not None:
+                trainee.restore(saved, tensors, self.settings.run.tokens)
+                trainee.sae.matmul_dtype = getattr(torch, saved["matmul"])
+                self.newcomers.remove(trainee)
+
+
+def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
+    """The roster of a checkpoint, checked against the run file. Raises CheckpointError, saying what to do."""
+    try:
+        roster = resumed(document["roster"], settings.sae, settings.run.folder)
+    except RosterError as error:
+        raise CheckpointError(str(error)) from None
+    for sae in settings.sae:
+        if sae.name in roster.gone:
+            log.info("sae %s was detached from this run; the run file still names it", sae.name)
+    for member in roster.members:
+        if fault := settings.hook_fault(member.settings):
+            raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.folder}: {fault}")
+    return roster
+
+
+def buffer_of(saved: Saved, settings: TrainerSettings) -> BufferState:
+    """What a checkpoint kept of the buffer. Raises CheckpointError when a deterministic run cannot go on from it."""
+    document, tensors = saved
+    # Copies: what was loaded is one mapped file.
+    names = {
+        name.removeprefix("buffer/"): x.numpy().copy() for name, x in tensors.items() if name.startswith("buffer/")
+    }
+    if settings.run.deterministic and document["ledger"]["rows_trained"]:
+        if not names:
+            raise CheckpointError(
+                f"run.deterministic is set, and the run in {settings.run.folder} began without it: unset it, or use "
+                "a new run.directory"
+            )
+        if names["names"].shape[1] > (pool := pool_rows(settings.buffer.rows)):
+            raise CheckpointError(
+                f"buffer.rows = {settings.buffer.rows} holds {pool} rows to draw from, the checkpoint of "
+                f"{settings.run.folder} has {names['names'].shape[1]}: set it to what it was"
+            )
+    return document["buffer_random"], names
+
+
+class DeviceError(ValueError):
+    """The device asked for is not here."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of optimizer.device; auto takes a GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"optimizer.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            'set it to "auto" or "cpu", or install a torch build for your CUDA'
+        )
+    return device
