@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from monitor.http.desk import Desk
 from monitor.settings import MonitorSettings
 from producer.common.logs import set_up
+from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
-from producer.process import run_within_limits, stop_on_signals
 from producer.settings import parse_command_line
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
     from monitor.http.access import read_token
     from monitor.http.service import make_app, start_service
-    from monitor.metrics import MonitorMetrics, new_registry, start_metrics_server
+    from monitor.metrics import MonitorMetrics
     from monitor.run_directory import is_training
+    from producer.common.metrics import new_registry, start_metrics_server
 
     directory, table = settings.run.folder, settings.monitor
     token = None if table.token_file is None else read_token(Path(table.token_file).absolute())

@@ -1,0 +1,22 @@
+"""Producer: runs a language model and streams the activations of its hooks to the trainer.
+
+    __main__      `python -m producer RUN.toml`
+    settings      [run] [stream] [model] [corpus] of the run file
+    produce       the loop: lease → windows → activations → chunks
+    source        where activations come from: a language model on text, or synthetic data
+    activations   the language model and its hooks
+    corpus        text in shards
+    token_files   files of token ids
+    tokens        documents → windows of token ids
+    precision     which number formats a machine computes in
+    link          the producer's end of the stream
+    wire          the messages of the stream
+    keys          who may connect
+    report        what a producer reports of itself
+    metrics       its Prometheus metrics
+    health        its answers to /healthz and /readyz
+    common/       what every process needs
+    demo_lm/      the demo's language model
+
+The trainer and the monitor import the modules that tests/test_imports.py lists as contracts.
+"""

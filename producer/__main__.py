@@ -15,9 +15,9 @@ import uuid
 
 from producer.common.addresses import path_argument
 from producer.common.logs import set_up
+from producer.common.process import ignore_stopping, run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
 from producer.common.toml import toml_value
-from producer.process import ignore_stopping, run_within_limits, stop_on_signals
 from producer.settings import ProducerSettings, parse_command_line
 
 PURPOSE = f"""Runs the language model over the corpus and streams the residual activations of the chosen hooks.
@@ -50,13 +50,14 @@ def _interrupt() -> None:
 def _run(settings: ProducerSettings) -> int:
     import torch
 
-    from monitor.metrics import ProducerMetrics, new_registry, start_metrics_server
     from producer.activations import ModelError
     from producer.common.memory import keep_freed_memory
+    from producer.common.metrics import new_registry, start_metrics_server
     from producer.corpus import CorpusError
     from producer.health import Health
     from producer.keys import KeysError
     from producer.link import Link, NoTrainer, Refused
+    from producer.metrics import ProducerMetrics
     from producer.precision import take_deterministic_algorithms
     from producer.produce import Producer, chunk_windows
     from producer.source import fingerprint, norm_bounds, open_source

@@ -15,9 +15,10 @@ import torch
 from monitor.evaluation.explore import Explorer
 from monitor.evaluation.follow import Evaluator
 from monitor.http.desk import Desk
-from monitor.metrics import MonitorMetrics, new_registry
+from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel, load_language_model
+from producer.common.metrics import new_registry
 from producer.settings import ModelSettings, read_run_file
 from tests.small_run import publish_snapshot, start_run
 from trainer.snapshot import Export

@@ -13,7 +13,7 @@ import pytest
 from monitor.evaluation.explore import Explorer
 from monitor.http.desk import Desk
 from monitor.http.service import make_app, start_service
-from monitor.metrics import new_registry
+from producer.common.metrics import new_registry
 from tests.small_reading import WORDS, read_run, small_model
 
 playwright = pytest.importorskip("playwright.sync_api")

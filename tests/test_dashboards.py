@@ -19,7 +19,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from monitor.grafana.generate import DASHBOARDS, FOLDER, main
 from monitor.grafana.panels import COLUMNS
-from monitor.metrics import ALL, MILESTONES, SAE, STEP
+from monitor.metrics import ALL
+from trainer.metrics import MILESTONES, SAE, STEP
 
 register_default_plugins()
 

@@ -14,7 +14,7 @@ from monitor.cli.client import Monitor
 from monitor.cli.pull import pull
 from monitor.evaluation.latents import LatentActivations, load_latents
 from monitor.http.service import make_app, start_service
-from monitor.metrics import new_registry
+from producer.common.metrics import new_registry
 from producer.keys import write_keys
 from tests.small_disk import OUTCOMES, Disk, Tree, recorded, write
 from tests.small_run import publish_snapshot, start_run

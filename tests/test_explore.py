@@ -27,10 +27,11 @@ from monitor.evaluation.latents import LatentActivations, births, gather_latents
 from monitor.evaluation.texts import Texts
 from monitor.http.desk import Desk
 from monitor.http.latent_pages import latent_page
-from monitor.metrics import MonitorMetrics, new_registry
+from monitor.metrics import MonitorMetrics
 from monitor.run_directory import LATENTS, NotThere
 from monitor.settings import MonitorSettings
 from producer.activations import LanguageModel
+from producer.common.metrics import new_registry
 from producer.corpus import open_corpus
 from producer.settings import CorpusSettings, read_run_file
 from producer.tokens import Windows

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor.http.service import make_app
-from monitor.metrics import new_registry
 from producer.activations import ModelError
+from producer.common.metrics import new_registry
 from producer.corpus import CorpusError, open_corpus
 from producer.settings import CorpusSettings
 from tests.small_model import load_model, write_model

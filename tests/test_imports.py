@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,16 @@ PACKAGES = ("producer", "trainer", "monitor")
 
 CONTRACTS = {
     "producer": {
-        "producer.wire", "producer.report", "producer.settings", "producer.keys", "producer.common.parsing",
-        # how settings, paths and endpoints are read and told
-        "producer.common.addresses", "producer.common.toml", "producer.common.explain", "producer.common.shell",
-        # for evaluation: the LM loader, and the text it reads
-        "producer.activations", "producer.corpus", "producer.tokens",
-        "producer.precision", "producer.common.memory",
-        # every process writes its log alike
-        "producer.common.logs",
+        "producer.wire", "producer.report", "producer.metrics", "producer.settings", "producer.keys",
+        # for evaluation: the language model, and the text it reads
+        "producer.activations", "producer.corpus", "producer.tokens", "producer.precision",
+        # what every process needs
+        *(f"producer.common.{path.stem}" for path in (ROOT / "producer/common").glob("*.py")),
     },
-    "trainer": {"trainer.snapshot", "trainer.report", "trainer.settings", "trainer.state.durable", "trainer.saes.inference"},
+    "trainer": {
+        "trainer.snapshot", "trainer.report", "trainer.metrics", "trainer.settings", "trainer.state.durable",
+        "trainer.saes.inference",
+    },
     "monitor": set(),
 }  # fmt: skip
 """What another stage may import of each stage."""
@@ -65,11 +66,9 @@ def modules(package: str) -> list[Path]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_upstream_only_and_onto_contracts(package: str) -> None:
-    """monitor → trainer → producer, and there only the contracts; `__main__` alone puts a process together."""
+    """monitor → trainer → producer, and there only the contracts."""
     upstream = PACKAGES[: PACKAGES.index(package)]
     for path in modules(package):
-        if path.name == "__main__.py":
-            continue
         for module in imports_of(path):
             owner = module.split(".")[0]
             if owner in PACKAGES and owner != package:
@@ -109,6 +108,24 @@ def test_there_are_no_import_cycles() -> None:
         return seen
 
     assert [module for module in graph if module in reachable(module)] == []
+
+
+@pytest.mark.parametrize("package", [path.parent for top in PACKAGES for path in (ROOT / top).rglob("__init__.py")])
+def test_a_package_names_its_modules(package: Path) -> None:
+    """Its docstring lists every module and folder with Python in it, each as a word, in reading order."""
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    parts = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    parts += [path.parent.name for path in package.glob("*/__init__.py")]
+
+    assert docstring is not None
+    assert [part for part in parts if not re.search(rf"\b{part}\b", docstring)] == []
+
+
+def test_the_shared_package_imports_no_other() -> None:
+    """producer/common is below everything."""
+    for path in (ROOT / "producer/common").glob("*.py"):
+        ours = {module for module in imports_of(path) if module.split(".")[0] in PACKAGES}
+        assert {module for module in ours if not module.startswith("producer.common")} == set(), path
 
 
 @pytest.mark.parametrize("module", LIGHT)

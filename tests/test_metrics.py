@@ -20,9 +20,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from monitor import metrics
-from monitor.metrics import MonitorMetrics, ProducerMetrics, TrainerMetrics, new_registry, start_metrics_server
+from monitor.metrics import MonitorMetrics
+from producer import metrics as producer_metrics
+from producer.common.metrics import Metric, Verdict, new_registry, start_metrics_server
+from producer.metrics import ProducerMetrics
 from producer.report import ProducerReport
+from trainer import metrics as trainer_metrics
 from trainer.__main__ import Reports
+from trainer.metrics import TrainerMetrics
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport, StreamReport
 
 PROMISED = re.findall(
@@ -87,7 +92,7 @@ def test_every_promised_name_is_in_the_tables():
 
 
 @pytest.mark.parametrize("metric", metrics.ALL, ids=lambda metric: metric.name)
-def test_every_metric_says_what_it_is_and_in_which_unit(metric: metrics.Metric):
+def test_every_metric_says_what_it_is_and_in_which_unit(metric: Metric):
     """A sentence and a unit; a name that ends with a base unit means it, and only counters end with _total."""
     assert metric.help.endswith(".") and metric.unit
     assert (metric.kind == "counter") == metric.name.endswith("_total")
@@ -164,14 +169,14 @@ MEASURES = {name: next(NUMBERS) for name in (
 @pytest.mark.parametrize(
     ("table", "reports"),
     [
-        (metrics.STEP, [report := numbered(StepReport, stream=numbered(StreamReport)), report.stream]),
-        (metrics.SAE, [numbered(SaeReport)]),
-        (metrics.PRODUCER, [numbered(ProducerReport)]),
+        (trainer_metrics.STEP, [report := numbered(StepReport, stream=numbered(StreamReport)), report.stream]),
+        (trainer_metrics.SAE, [numbered(SaeReport)]),
+        (producer_metrics.PRODUCER, [numbered(ProducerReport)]),
         (metrics.EVALUATION, [MEASURES]),
     ],
     ids=["step", "sae", "producer", "evaluation"],
 )
-def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[metrics.Metric, ...], reports: list[Any]):
+def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[Metric, ...], reports: list[Any]):
     """No two numbers of the report are the same: which one is shown tells which field was read."""
     known = {
         name: value
@@ -346,7 +351,7 @@ def test_a_full_disk_costs_the_history_a_line_and_not_the_training(tmp_path: Pat
 
 
 @contextmanager
-def _served(registry: CollectorRegistry, **verdicts: metrics.Verdict) -> Iterator[int]:
+def _served(registry: CollectorRegistry, **verdicts: Verdict) -> Iterator[int]:
     port, close = start_metrics_server(registry, "127.0.0.1", 0, **verdicts)
     try:
         yield port

@@ -13,7 +13,7 @@ from monitor.http.desk import Desk
 from monitor.http.html import density_share, duration, percentage, shaded, short_count, visible
 from monitor.http.live_page import measured
 from monitor.http.service import make_app
-from monitor.metrics import new_registry
+from producer.common.metrics import new_registry
 from tests.small_reading import WORDS, read_run, small_model
 from tests.small_run import publish_snapshot, start_run
 

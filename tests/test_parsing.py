@@ -18,8 +18,8 @@ from monitor.cli.pull import main as pull
 from monitor.cli.top import main as top
 from monitor.history import History
 from monitor.http.service import make_app
-from monitor.metrics import new_registry
 from monitor.run_directory import last_report, read_json, read_run
+from producer.common.metrics import new_registry
 from producer.common.parsing import MAX_DEPTH, ParseError, parse_json, parse_object, parse_toml
 from producer.settings import ProducerSettings, SettingsError, read_run_file
 from tests.small_run import publish_snapshot, start_run

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from producer.process import STOPPING, run_within_limits
+from producer.common.process import STOPPING, run_within_limits
 from tests.drills.scene import Scene
 from trainer.state.checkpoint import load_newest
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 WAITING = """
 import logging, sys, threading
 from pathlib import Path
-from producer.process import stop_on_signals
+from producer.common.process import stop_on_signals
 
 stop = threading.Event()
 stop_on_signals(stop.set)

@@ -22,7 +22,7 @@ import monitor.cli.pull
 from monitor.cli.client import Monitor, MonitorError
 from monitor.cli.pull import Tell, _newer, follow, main, pull
 from monitor.http.service import make_app, start_service
-from monitor.metrics import new_registry
+from producer.common.metrics import new_registry
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.snapshot import Export, retire, verify
 from trainer.state.durable import replace_text

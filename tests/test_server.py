@@ -13,8 +13,8 @@ import pytest
 from starlette.routing import Route
 
 from monitor.http.service import make_app, start_service
-from monitor.metrics import new_registry, start_metrics_server
 from producer.common import server
+from producer.common.metrics import new_registry, start_metrics_server
 from producer.settings import SettingsError, read_run_file
 from tests.small_run import publish_snapshot, start_run
 from trainer.settings import TrainerSettings

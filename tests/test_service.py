@@ -20,8 +20,9 @@ from starlette.testclient import TestClient
 import monitor.__main__
 from monitor.http.access import TokenError, read_token
 from monitor.http.service import make_app, start_service
-from monitor.metrics import MonitorMetrics, new_registry
+from monitor.metrics import MonitorMetrics
 from monitor.run_directory import last_report
+from producer.common.metrics import new_registry
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.snapshot import pin, retire, snapshot_names
 from trainer.state.durable import replace_text

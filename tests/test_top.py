@@ -18,7 +18,7 @@ import pytest
 
 from monitor.cli.top import main
 from monitor.http.service import make_app, start_service
-from monitor.metrics import new_registry
+from producer.common.metrics import new_registry
 from tests.small_run import finish_run, publish_snapshot, start_run
 from trainer.state.durable import replace_text
 

@@ -1,0 +1,18 @@
+"""Trainer: leases text to producers, shuffles what they stream, and trains SAEs on it.
+
+    __main__      `python -m trainer RUN.toml`
+    settings      [buffer] [optimizer] [snapshots] [checkpoint] of the run file, and all of it together
+    stream/       activations in: ledger, intake, buffer
+    saes/         one module per architecture, with its settings, and how SAEs are published
+    kernels/      sparse products and selection
+    training/     the loop, SAEs with optimizer and statistics, publishing
+    state/        checkpoints and the run directory
+    control/      requests of a person to a running trainer
+    planning/     what a run will cost
+    snapshot      a published SAE on disk
+    report        what the loop reports
+    metrics       its Prometheus metrics
+    health        its answers to /healthz and /readyz
+
+It imports producer/; the monitor imports the modules that tests/test_imports.py lists as contracts.
+"""

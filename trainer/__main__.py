@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from producer.common.logs import set_up
+from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
-from producer.process import run_within_limits, stop_on_signals
 from producer.settings import parse_command_line
 from trainer.control import ctl
 from trainer.control.ctl import Inbox, listening
@@ -32,9 +32,9 @@ from trainer.settings import TrainerSettings
 from trainer.state.home import Home, HomeError
 
 if TYPE_CHECKING:
-    from monitor.metrics import TrainerMetrics
     from producer.wire import Hello
     from trainer.health import Health
+    from trainer.metrics import TrainerMetrics
     from trainer.report import StepReport
     from trainer.state.checkpoint import Saved
     from trainer.stream.ledger import Ledger
@@ -103,11 +103,12 @@ def _run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from monitor.metrics import TrainerMetrics, new_registry, start_metrics_server
+    from producer.common.metrics import new_registry, start_metrics_server
     from producer.keys import KeysError
     from producer.precision import take_deterministic_algorithms
     from trainer.health import Health
     from trainer.kernels.cpu import warm_up
+    from trainer.metrics import TrainerMetrics
     from trainer.saes.start import check_starts
     from trainer.snapshot import SnapshotError, supersede_after
     from trainer.state.checkpoint import CheckpointError, load_newest, start_fault

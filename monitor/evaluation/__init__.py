@@ -1,0 +1,15 @@
+"""How good is an SAE, and what do its latents mean?
+
+    follow          each new snapshot, evaluated as it appears
+    evaluator       the language model's loss with x_hat for x, and reconstruction on held-out text
+    held_out        the text that no producer streams
+    passes          passes of the language model over it
+    ablation        how many logits a latent changes
+    probing         k-sparse probes of labelled texts
+    latents         all activations of a snapshot's latents, stored by latent
+    explanation     n-grams that tell where a latent fires
+    explore         latents for a person to read
+    texts           token ids as text
+
+Imported by http/ and `__main__`.
+"""

@@ -33,7 +33,7 @@ stream drops because their norm at any of its hooks is beyond that hook's frozen
 Cross-entropy is counted wherever a real token follows a real token, replaced or not, so ce_clean is the model's plain
 loss on this text. CE and KL are taken from logits in float32.
 
-Always over the same rows (`monitor.evaluation.held_out`), so that the numbers of snapshots compare. The text is read once: a pass
+Always over the same rows (`held_out`), so that the numbers of snapshots compare. The text is read once: a pass
 of the clean model and one with each SAE's reconstruction. What does not depend on the SAE is measured with the first,
 the mean rows before it. Nothing is kept but sums.
 """

@@ -1,6 +1,6 @@
 """Latents one can read: what each one fires on, what it does to the next token, what lies near it, how it came about.
 
-Everything is read off the newest snapshot whose `latents.safetensors` (`monitor.evaluation.latents`) is written, and off the SAE's
+Everything is read off the newest snapshot whose `latents.safetensors` (`latents`) is written, and off the SAE's
 own weights; both are mapped, so that they take no memory that others want.
 
     density       share of held-out rows on which the latent fires

@@ -1,6 +1,6 @@
 """What the pages show of latents: the table, the latents that fire on a text, and the page of one latent.
 
-Pure functions of what `monitor.evaluation.explore` returns. The page of one latent needs no script, so that its export, a single
+Pure functions of what `explore` returns. The page of one latent needs no script, so that its export, a single
 file, is the same page.
 """
 

@@ -14,7 +14,7 @@ followed that leads out of a snapshot. The sha256
 of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
 when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
 
-All of it happens at the lowest priority, and within the CPU time that `monitor.http.pace` gives: a flood must not slow the
+All of it happens at the lowest priority, and within the CPU time that `pace` gives: a flood must not slow the
 training.
 """
 

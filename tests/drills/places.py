@@ -51,6 +51,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "monitor.evaluation.follow": ("monitor/evaluation/follow.py", "test_explore", "test_evaluate"),
     "monitor.evaluation.texts": ("monitor/evaluation/texts.py", "test_explore"),
     "monitor.cli.compare": ("monitor/cli/compare.py", "test_compare"),
+    "producer.common.metrics": ("producer/common/metrics.py", "test_metrics"),
+    "trainer.metrics": ("trainer/metrics.py", "test_metrics"),
     "monitor.metrics": ("monitor/metrics.py", "test_metrics"),
     "monitor.history": ("monitor/history.py", "test_history"),
     "monitor.run_directory": ("monitor/run_directory.py", "test_service", "test_evaluate"),

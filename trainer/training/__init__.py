@@ -1,0 +1,12 @@
+"""How do SAEs train: step by step, side by side, from beginning to end?
+
+    loop          take a batch, step, report, publish, save, answer a request
+    run           the SAEs of a run, and what they share
+    sae_trainer   one SAE with optimizer, schedule and statistics
+    optimizer     Adam for latents, and schedules in tokens
+    statistics    L0, MSE, FVU, firing rates, dead latents
+    roster        which SAEs belong to a run
+    publishing    snapshots, manifest, summary
+
+Imported by control/ and `__main__`.
+"""
