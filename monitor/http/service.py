@@ -99,8 +99,8 @@ def start_service(
 ) -> tuple[int, Callable[[], None]]:
     """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
 
-    While `is_training`, it keeps to its share of the machine. `allowed_hosts` as in `producer.common.server`; an app that asks
-    for a token needs none. Raises OSError, naming host and port, when it cannot listen there.
+    While `is_training`, it keeps to its share of the machine. `allowed_hosts` as in `producer.common.server`; an app
+    that asks for a token needs none. Raises OSError, naming host and port, when it cannot listen there.
     """
     try:
         listener = listen(host, port)
