@@ -54,6 +54,14 @@ def test_topk_is_exact(kernels: ModuleType, rows: int, n: int, k: int, dtype: to
     assert all(k == len(set(row.tolist())) for row in index)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_negative_values_those_nearest_to_zero_are_the_largest(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """A row without a positive pre-activation; among bfloat16's bits, more stand for a smaller number there."""
+    value, index = kernels.topk(torch.tensor([[-3.0, -1.0, -2.0, -4.0]], dtype=dtype), 2)
+
+    assert sorted(index[0].tolist()) == [1, 2] and sorted(value[0].tolist()) == [-2.0, -1.0]
+
+
 def test_of_equal_values_the_first_are_chosen() -> None:
     """All the same, or k in the middle of a run of equal ones: positions decide, so that a choice repeats."""
     values = torch.zeros(2, 6000)
