@@ -4,11 +4,10 @@
     settings      [run] [stream] [model] [corpus] of the run file
     produce       the loop: lease → windows → activations → chunks
     source        where activations come from: a language model on text, or synthetic data
-    activations   the language model and its hooks
+    lm/           a language model whose activations can be read
     corpus        text in shards
     token_files   files of token ids
     tokens        documents → windows of token ids
-    precision     which number formats a machine computes in
     link          the producer's end of the stream
     wire          the messages of the stream
     keys          who may connect

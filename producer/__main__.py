@@ -50,15 +50,15 @@ def _interrupt() -> None:
 def _run(settings: ProducerSettings) -> int:
     import torch
 
-    from producer.activations import ModelError
     from producer.common.memory import keep_freed_memory
     from producer.common.metrics import new_registry, start_metrics_server
     from producer.corpus import CorpusError
     from producer.health import Health
     from producer.keys import KeysError
     from producer.link import Link, NoTrainer, Refused
+    from producer.lm.errors import ModelError
+    from producer.lm.precision import take_deterministic_algorithms
     from producer.metrics import ProducerMetrics
-    from producer.precision import take_deterministic_algorithms
     from producer.produce import Producer, chunk_windows
     from producer.source import fingerprint, norm_bounds, open_source
     from producer.wire import DTYPE_BYTES, Hello, held_out_shards

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from producer.activations import ModelError
 from producer.corpus import CorpusError
 from producer.link import Finished, Link, SessionLost
+from producer.lm.errors import ModelError
 from producer.report import ProducerReport
 from producer.source import Source, batches, open_lanes
 from producer.tokens import Windows

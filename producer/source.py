@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from producer.activations import LanguageModel, ModelError, load_language_model, not_finite
 from producer.corpus import Corpus, SyntheticCorpus, open_corpus
+from producer.lm.errors import ModelError, non_finite_message
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.settings import ProducerSettings
 from producer.tokens import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.wire import Hook
@@ -309,7 +311,7 @@ def _usual_norm(source: Source, hook: str, norms: np.ndarray) -> float:
     if not np.isfinite(norms).all():
         facts = source.facts
         raise ModelError(
-            f"{where}: {not_finite(facts.get('model', 'the source'), facts.get('model_dtype', 'float32'))}"
+            f"{where}: {non_finite_message(facts.get('model', 'the source'), facts.get('model_dtype', 'float32'))}"
         )
     usual = float(torch.from_numpy(norms).median())
     if usual == 0:

@@ -10,7 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from producer.activations import LanguageModel, load_language_model
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.settings import ModelSettings
 
 HOOK = "blocks.0.hook_resid_post"

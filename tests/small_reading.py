@@ -17,8 +17,9 @@ from monitor.evaluation.follow import Evaluator
 from monitor.http.desk import Desk
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
-from producer.activations import LanguageModel, load_language_model
 from producer.common.metrics import new_registry
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.settings import ModelSettings, read_run_file
 from tests.small_run import publish_snapshot, start_run
 from trainer.snapshot import Export
@@ -53,7 +54,7 @@ def tokens_of(model: LanguageModel) -> list[int]:
 def planted_sae(model: LanguageModel, name: str = "planted", turned: tuple[int, ...] = ()) -> Export:
     """An SAE of len(WORDS) + 1 latents; the decoder rows of those `turned` point the other way."""
     with torch.no_grad():
-        E = model._network.get_input_embeddings().weight[tokens_of(model)].float()
+        E = model.network.module.get_input_embeddings().weight[tokens_of(model)].float()
         unembedding = model.unembedding()
         W_enc = VALUE * E / E.square().sum(1, keepdim=True)
         seen = [index for index, word in enumerate(WORDS) if word != " socket"]

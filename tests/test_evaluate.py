@@ -34,8 +34,8 @@ from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
-from producer.activations import LanguageModel
 from producer.corpus import open_corpus
+from producer.lm.model import LanguageModel
 from producer.produce import _pack_rows
 from producer.settings import CorpusSettings, read_run_file
 from producer.tokens import Windows

@@ -30,9 +30,9 @@ from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import LATENTS, NotThere
 from monitor.settings import MonitorSettings
-from producer.activations import LanguageModel
 from producer.common.metrics import new_registry
 from producer.corpus import open_corpus
+from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, read_run_file
 from producer.tokens import Windows
 from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of

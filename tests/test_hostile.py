@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor.http.service import make_app
-from producer.activations import ModelError
 from producer.common.metrics import new_registry
 from producer.corpus import CorpusError, open_corpus
+from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings
 from tests.small_model import load_model, write_model
 from tests.small_run import publish_snapshot, start_run

@@ -17,7 +17,8 @@ CONTRACTS = {
     "producer": {
         "producer.wire", "producer.report", "producer.metrics", "producer.settings", "producer.keys",
         # for evaluation: the language model, and the text it reads
-        "producer.activations", "producer.corpus", "producer.tokens", "producer.precision",
+        "producer.lm.model", "producer.lm.loading", "producer.lm.errors", "producer.lm.unembedding",
+        "producer.lm.precision", "producer.corpus", "producer.tokens",
         # what every process needs
         *(f"producer.common.{path.stem}" for path in (ROOT / "producer/common").glob("*.py")),
     },

@@ -105,7 +105,7 @@ def _run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
 
     from producer.common.metrics import new_registry, start_metrics_server
     from producer.keys import KeysError
-    from producer.precision import take_deterministic_algorithms
+    from producer.lm.precision import take_deterministic_algorithms
     from trainer.health import Health
     from trainer.kernels.cpu import warm_up
     from trainer.metrics import TrainerMetrics

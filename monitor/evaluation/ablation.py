@@ -25,7 +25,7 @@ from torch import Tensor
 from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.latents import LatentActivations
 from monitor.evaluation.passes import windows_in_memory
-from producer.activations import LanguageModel
+from producer.lm.model import LanguageModel
 from trainer.snapshot import finite
 
 POSITIONS = 16

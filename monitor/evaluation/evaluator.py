@@ -59,7 +59,7 @@ from monitor.evaluation.passes import (
     refuse_unknown_bounds,
     splicing,
 )
-from producer.activations import LanguageModel
+from producer.lm.model import LanguageModel
 from producer.tokens import Windows
 from trainer.report import DENSITY_EDGES
 from trainer.saes.inference import InferenceSae

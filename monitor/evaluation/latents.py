@@ -27,7 +27,7 @@ from torch import Tensor
 
 from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
 from monitor.evaluation.passes import NormBounds, in_stream, passes, refuse_unknown_bounds
-from producer.activations import LanguageModel
+from producer.lm.model import LanguageModel
 from producer.tokens import Windows
 from trainer.state.durable import new_file
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.held_out import EvaluationError
-from producer.activations import LanguageModel
+from producer.lm.model import LanguageModel
 from producer.tokens import Windows
 
 LOGITS_IN_MEMORY = 1 << 24

@@ -25,8 +25,8 @@ from torch import Tensor
 from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import NormBounds, in_stream, passes
-from producer.activations import LanguageModel
 from producer.corpus import CorpusError, read_records
+from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from producer.tokens import Windows, windows_of
 

@@ -22,8 +22,8 @@ from monitor.evaluation.latents import LatentActivations
 from monitor.http.desk import Desk
 from monitor.http.service import make_app, start_service
 from monitor.run_directory import LATENTS
-from producer.activations import load_language_model
 from producer.common.metrics import new_registry
+from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.small_run import publish_snapshot, start_run

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from producer.activations import load_language_model
 from producer.corpus import open_corpus
+from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import windows_of
 from trainer.saes.inference import InferenceSae, check, export, load_sae

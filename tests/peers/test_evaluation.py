@@ -31,8 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
-from producer.activations import LanguageModel, load_language_model
 from producer.corpus import open_corpus
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import Windows, windows_of
 from tests.peers.compare import Peers

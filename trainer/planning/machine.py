@@ -24,7 +24,7 @@ def measure_machine(work: Work, device_name: str, threads: int, matmul: str = "a
     """Two numbers of this machine, in about two seconds: a product as `work` needs it, and a large copy."""
     import torch
 
-    from producer.precision import fastest_dtype
+    from producer.lm.precision import fastest_dtype
 
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from producer.precision import fastest_dtype
+from producer.lm.precision import fastest_dtype
 from producer.wire import Hello
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from monitor.evaluation.held_out import held_out_windows
-from producer.activations import LanguageModel, load_language_model
 from producer.corpus import open_corpus
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import Windows, windows_of
 

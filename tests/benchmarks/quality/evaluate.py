@@ -20,8 +20,8 @@ from torch import Tensor
 
 from monitor.evaluation.evaluator import Baseline, Subject, evaluate
 from monitor.evaluation.held_out import held_out_windows
-from producer.activations import load_language_model
 from producer.corpus import open_corpus
+from producer.lm.loading import load_language_model
 from tests.benchmarks.quality import activations
 from tests.benchmarks.quality.rows import D_SAE, read
 from trainer.saes.inference import InferenceSae

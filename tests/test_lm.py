@@ -25,7 +25,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from producer.activations import HookPoint, LanguageModel, ModelError, load_language_model
+from producer.lm.errors import ModelError
+from producer.lm.hooks import HookPoint
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings
 from producer.tokens import windows_of
 
@@ -636,7 +639,7 @@ def test_unembedding_of_a_small_change(tiny, architecture):
     last = f"blocks.{config.num_hidden_layers - 1}.hook_resid_post"
     model = load(tiny(architecture), last, whole=True)
     unembedding = model.unembedding()
-    assert unembedding.centres == (architecture == "gpt2")
+    assert unembedding.norm_subtracts_mean == (architecture == "gpt2")
     direction = torch.randn(len(unembedding.gain), generator=torch.Generator().manual_seed(1)) + 2
     size = 1e-2
     moved = model.logits(windows(), {last: lambda rows: rows + size * direction})

@@ -1,4 +1,4 @@
-"""CONTRACT: which arithmetic is used on a machine. Shared by the language model and the SAEs."""
+"""The number format that is fastest on this machine, for the language model and the SAEs; deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import torch
 
 WORTH = 1.3
-"""bfloat16 must be this much faster before digits are given up for it."""
+"""bfloat16 must be this much faster to be worth its fewer digits."""
 
 
 def fastest_dtype(rows: int, d_in: int, d_out: int, device: torch.device) -> torch.dtype:
@@ -24,9 +24,9 @@ def fastest_dtype(rows: int, d_in: int, d_out: int, device: torch.device) -> tor
 
 
 def take_deterministic_algorithms() -> None:
-    """Before its first use: a GPU gives the same bits each time, and torch warns of operations that cannot.
+    """Makes a GPU give the same bits each time; torch warns of operations that cannot. Call before its first use.
 
-    On a CPU nothing is to be done: what is used there adds in a fixed order.
+    On a CPU nothing is changed: the operations used there add in a fixed order.
     """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -38,7 +38,7 @@ def _seconds(rows: int, d_in: int, d_out: int, dtype: torch.dtype) -> float:
     a, b = torch.ones(rows, d_in, dtype=dtype), torch.ones(d_out, d_in, dtype=dtype)
     best = float("inf")
     for _ in range(4):
-        began = time.perf_counter()
+        start = time.perf_counter()
         a @ b.T
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return best

@@ -1,0 +1,105 @@
+"""The hooked network: runs passes and collects the activations at its locations.
+
+The last hook ends the pass with an exception, so that nothing after it runs, and the blocks that run are counted in
+every pass. Full windows run without an attention mask, so that SDPA may use its causal kernel. Several threads may run
+passes at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from producer.lm.errors import ModelError
+from producer.lm.hooks import HookFunction, HookLocation, StopForward, attach, register
+
+
+class HookedNetwork:
+    """A network with a hook at each location, on one device."""
+
+    def __init__(
+        self, name: str, module: Any, blocks: nn.ModuleList, locations: Sequence[HookLocation], dtype: torch.dtype
+    ) -> None:
+        self.name = name
+        """model.name, for messages."""
+        self.module = module
+        """A transformers model, whole or cut."""
+        self.locations = tuple(locations)
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        self.parameters = sum(parameter.numel() for parameter in module.parameters())
+        """Numbers in memory."""
+        self.layers_run = 0
+        """Blocks that executed in the last pass, counted."""
+        self._pass = threading.local()
+        """Of the pass that a thread is in: the activations so far, and the number of blocks that ran."""
+        for block in blocks:
+            block.register_forward_pre_hook(self._count_block)
+        for index, location in enumerate(self.locations):
+            register(location, partial(self._collect, index))
+
+    def move(self, device: torch.device) -> None:
+        """Moves the network, in place. Raises ModelError when it does not fit."""
+        try:
+            self.module.to(device)
+        except torch.OutOfMemoryError:
+            size = self.parameters * self.dtype.itemsize / 2**30
+            raise ModelError(
+                f"model.name = {self.name!r}: the {self.parameters:,} parameters that are needed "
+                f"({size:.1f} GiB) do not fit on {device}; free it, use another device, or hook an earlier layer"
+            ) from None
+        self.device = device
+
+    def activations(self, ids: Tensor, padding: Tensor | None = None) -> list[Tensor]:
+        """One `[windows, context, width]` per location, on `device`, in `dtype`, for token ids `[windows, context]`.
+
+        With `padding`, bool of the same shape, an attention mask hides those positions.
+        """
+        activations: dict[int, Tensor] = {}
+        self._pass.activations = activations
+        try:
+            with torch.inference_mode(), suppress(StopForward):
+                self._run(ids, padding)
+        finally:
+            self._pass.activations = None
+        return [activations[index].reshape(*ids.shape, -1).to(self.dtype) for index in range(len(self.locations))]
+
+    def logits(self, ids: Tensor, functions: Iterable[tuple[HookLocation, HookFunction]] = ()) -> Tensor:
+        """Logits `[windows, context, vocabulary]` of a pass with `functions` attached to their locations.
+
+        Raises ModelError for a network without a head.
+        """
+        with torch.inference_mode(), ExitStack() as handles:
+            for location, function in functions:
+                handles.enter_context(attach(location, function))
+            output = self._run(ids)
+        if getattr(output, "logits", None) is None:
+            raise ModelError(f"model.name = {self.name!r} has no head that gives logits; use a causal model")
+        return output.logits
+
+    def _run(self, ids: Tensor, padding: Tensor | None = None) -> Any:
+        options = {} if padding is None else {"attention_mask": (~padding).to(self.device, torch.int64)}
+        self._pass.layers = 0
+        try:
+            return self.module(input_ids=ids.to(self.device, non_blocking=True), **options)
+        finally:
+            self.layers_run = self._pass.layers
+
+    def _count_block(self, *_: Any) -> None:
+        self._pass.layers = getattr(self._pass, "layers", 0) + 1
+
+    def _collect(self, index: int, x: Tensor) -> None:
+        activations = getattr(self._pass, "activations", None)
+        if activations is None:
+            return
+        is_last = len(activations) + 1 == len(self.locations)
+        # Models may write into a tensor after the hook has run (Falcon does), so only the last needs no copy.
+        activations[index] = x if is_last else x.clone()
+        if is_last:
+            raise StopForward

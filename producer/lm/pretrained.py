@@ -1,0 +1,224 @@
+"""The whole model and its tokenizer, loaded from a folder or the hub onto the CPU.
+
+Whatever transformers and the hub raise becomes one line with the setting, its value and what to do. A checkpoint that
+lacks weights and a tokenizer of another model are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants as hub
+from huggingface_hub import errors as hub_errors
+from torch import nn
+
+from producer.lm.errors import ModelError
+from producer.lm.limits import vocabulary_size
+from producer.settings import ModelSettings
+
+
+@dataclass(frozen=True, eq=False)
+class PretrainedModel:
+    """The whole model in memory, on the CPU, with its tokenizer."""
+
+    settings: ModelSettings
+    tokenizer: Any
+    dtype: torch.dtype
+    network: Any
+    """A transformers model, of the class users know it by."""
+    has_causal_head: bool
+    """The model was loaded as a causal language model, which its attention may yet contradict."""
+    vocabulary: int
+    """Token ids the model has: 0 to vocabulary − 1."""
+    revision: str | None
+    """The hub's commit, when the model came from there."""
+    random_parameters: tuple[str, ...]
+    """Parameters that the checkpoint does not hold, so that transformers filled them with random numbers."""
+
+
+def load_pretrained(settings: ModelSettings, dtype: torch.dtype) -> PretrainedModel:
+    """The model that `settings` name, in `dtype`, ready for passes without cache and gradients."""
+    source = _source(settings.name)
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    with _explain_errors(settings), torch.inference_mode(False):
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        _check_config(settings, config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        auto_class = _auto_class(config)
+        network, report = auto_class.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+    vocabulary = vocabulary_size(settings, network)
+    has_causal_head = auto_class is transformers.AutoModelForCausalLM
+    network.eval().requires_grad_(False)
+    for part in (network.config, network.config.get_text_config()):
+        part.use_cache = False
+        if has_causal_head:
+            part.pad_token_id = None  # else GPT-2's kind looks for padding in each pass, and the GPU waits for that
+    return PretrainedModel(
+        settings=settings,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        network=network,
+        has_causal_head=has_causal_head,
+        vocabulary=vocabulary,
+        revision=getattr(config, "_commit_hash", None),
+        random_parameters=tuple(sorted(report["missing_keys"])),
+    )
+
+
+def fingerprint(network: Any) -> str:
+    """A hash of the configuration and of some numbers of every weight, so that each fine-tuned copy has its own."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "use_cache")
+    config = {key: value for key, value in network.config.to_diff_dict().items() if key not in volatile}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in network.named_parameters():
+        sample = weight.flatten()[:: max(1, weight.numel() // 16)]
+        digest.update(name.encode() + sample.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_tokenizer(pretrained: PretrainedModel) -> None:
+    """Raises ModelError when the tokenizer is absent or belongs to another model."""
+    tokenizer, name = pretrained.tokenizer, pretrained.settings.name
+    # Without any file of a tokenizer, transformers makes an empty one and says nothing.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(
+            f"model.name = {name!r}: no tokenizer found beside the model; put its files there, as "
+            "tokenizer.save_pretrained writes them"
+        )
+    # Added tokens are not counted: Gemma 3 has one for images that its text models lack.
+    words = tokenizer.vocab_size
+    if words > pretrained.vocabulary:
+        raise ModelError(
+            f"model.name = {name!r}: the tokenizer has {words} tokens and the model knows "
+            f"{pretrained.vocabulary}; it belongs to another model: put the right one there"
+        )
+
+
+def replace_unknown_padding(tokenizer: Any, vocabulary: int) -> None:
+    """Unsets a padding token that the model has no id for, as after adding [PAD] without resizing the embedding.
+
+    Activations at padding are never kept and no text depends on them, so any id of the model serves as padding.
+    """
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding >= vocabulary:
+        tokenizer.pad_token = None
+
+
+def check_weights(pretrained: PretrainedModel, blocks: nn.ModuleList, whole: bool) -> None:
+    """Raises ModelError when the blocks, the embedding or, if `whole`, the head have random parameters."""
+    network = pretrained.network
+    parts = [blocks, network.get_input_embeddings()]
+    if whole and network.get_output_embeddings() is not None:
+        parts.append(network.get_output_embeddings())
+    prefixes = tuple(f"{path}." for path, module in network.named_modules() if any(module is part for part in parts))
+    if names := [name for name in pretrained.random_parameters if name.startswith(prefixes)]:
+        raise ModelError(
+            f"model.name = {pretrained.settings.name!r}: the checkpoint lacks {len(names)} parameters, such as "
+            f"{names[0]}; they would be random: use a complete checkpoint of a {type(network).__name__}"
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and advice from stderr; errors still travel."""
+    logging = transformers.utils.logging
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def _source(name: str) -> str:
+    """A folder when there is one of that name, else a name on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"model.name = {name!r}: this folder holds no config.json; expected a Hugging Face model, as "
+                "save_pretrained writes it"
+            )
+        return str(folder)
+    if folder.exists():
+        raise ModelError(f"model.name = {name!r}: this is a file; name the folder that holds the model")
+    if name.startswith(("/", ".")) or name.count("/") > 1:
+        hub_hint = (
+            f', or, for the model on the hub, write "{name[2:]}"'
+            if re.fullmatch(r"\./[\w.-]+(/[\w.-]+)?", name)
+            else ""
+        )
+        raise ModelError(f"model.name = {name!r}: no such folder (seen from {Path.cwd()}); correct the path{hub_hint}")
+    return name
+
+
+def _check_config(settings: ModelSettings, config: Any) -> None:
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        raise ModelError(
+            f"model.name = {settings.name!r} ({config.model_type}) is an encoder-decoder model or uses cross-"
+            "attention, which Sluice does not run; use a decoder such as gpt2 or an encoder such as bert-base-uncased"
+        )
+
+
+def _auto_class(config: Any) -> Any:
+    """The class users know the model by: with its causal head, else its masked one, else bare."""
+    kind, remote_classes = type(config), getattr(config, "auto_map", None) or {}
+    is_masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if "AutoModelForCausalLM" in remote_classes or (kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not is_masked):
+        return transformers.AutoModelForCausalLM
+    if is_masked or "AutoModelForMaskedLM" in remote_classes:
+        return transformers.AutoModelForMaskedLM
+    return transformers.AutoModel
+
+
+@contextmanager
+def _explain_errors(settings: ModelSettings) -> Iterator[None]:
+    """Turns what transformers and the hub raise into one line that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model.name = {settings.name!r}: {_reason(settings, error)}") from error
+
+
+def _reason(settings: ModelSettings, error: BaseException) -> str:
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
+
+    def has_cause(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if has_cause(hub_errors.GatedRepoError):
+        return f"access is gated; accept its terms at {hub.ENDPOINT}/{settings.name} and set HF_TOKEN"
+    if has_cause(hub_errors.RevisionNotFoundError):
+        return f"model.revision = {settings.revision!r} does not exist there; use a branch, tag or commit of the model"
+    if has_cause(hub_errors.RepositoryNotFoundError):
+        return "neither a folder here nor a model on the hub; correct the name, or set HF_TOKEN if it is private"
+    if has_cause(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError):
+        return (
+            f"not a folder here, not in the cache ({hub.HF_HUB_CACHE}), and {hub.ENDPOINT} does not answer; "
+            "connect to the network, or name a folder that holds the model"
+        )
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text and not settings.trust_remote_code:
+        return "it needs Python code that comes with it; set model.trust_remote_code = true if you trust its author"
+    return f"cannot be loaded ({type(error).__name__}): {text[:400]}"
