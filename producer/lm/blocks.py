@@ -64,21 +64,21 @@ def find_blocks(pretrained: PretrainedModel) -> BlockChain:
     )
 
 
-def cut_after(network: nn.Module, chain: BlockChain, needed: int, locations: Sequence[HookLocation]) -> None:
-    """Frees the blocks after the first `needed` and everything around the decoder, in place.
+def cut_after(network: nn.Module, chain: BlockChain, layers_needed: int, locations: Sequence[HookLocation]) -> None:
+    """Frees the blocks after the first `layers_needed` and everything around the decoder, in place.
 
-    Where the last location is the input of the block after those, that block stays as an empty shell.
+    A block after those whose input is hooked stays, without parts and parameters, to be called with that input.
     """
     modules = list(network.modules())
-    shell = chain.blocks[needed] if needed < chain.layers else None
-    if shell is not None and any(location.module is shell for location in locations):
-        shell._modules.clear()
-        shell._parameters.clear()
-        needed += 1
-    del chain.blocks[needed:]
-    remaining = set(chain.decoder.modules())
+    next_block = chain.blocks[layers_needed] if layers_needed < chain.layers else None
+    if next_block is not None and any(location.module is next_block for location in locations):
+        next_block._modules.clear()
+        next_block._parameters.clear()
+        layers_needed += 1
+    del chain.blocks[layers_needed:]
+    remaining_modules = set(chain.decoder.modules())
     for module in modules:
-        if module not in remaining:
+        if module not in remaining_modules:
             module._parameters.clear()  # freed at once, and not when the garbage collector comes by
 
 

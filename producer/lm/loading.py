@@ -55,8 +55,8 @@ def load_language_model(settings: ModelSettings, *, whole: bool = False) -> Lang
         )
 
         if not whole:
-            needed = max(observation.depths[0] for observation in observations)
-            cut_after(pretrained.network, chain, needed, locations)
+            layers_needed = max(observation.depths[0] for observation in observations)
+            cut_after(pretrained.network, chain, layers_needed, locations)
         module = pretrained.network if whole else chain.decoder
         network = HookedNetwork(settings.name, module, chain.blocks, locations, pretrained.dtype)
         self_check = compare(hooks, network.activations(probe), observations, pretrained.dtype)

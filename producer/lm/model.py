@@ -67,13 +67,13 @@ class LanguageModel:
     @property
     def parameters_held(self) -> int:
         """Numbers in memory, after the cut."""
-        return self.network.parameters
+        return self.network.parameter_count
 
     @property
     def unknown_tokens(self) -> dict[int, str]:
         """Tokens of the tokenizer, by id, that the embedding does not have: a text must not contain them."""
-        added = self.tokenizer.added_tokens_decoder
-        return {number: str(token) for number, token in sorted(added.items()) if number >= self.vocabulary}
+        added_tokens = self.tokenizer.added_tokens_decoder
+        return {number: str(token) for number, token in sorted(added_tokens.items()) if number >= self.vocabulary}
 
     def activations(self, tokens: Tensor, padding: Tensor | None = None) -> list[Tensor]:
         """One `[windows, context, width]` per hook, in the order of the settings, on `device`, in `dtype`.
@@ -97,9 +97,9 @@ class LanguageModel:
         are not hooks, and for a replacement of another shape.
         """
         replace = replace or {}
-        if unknown := sorted(set(replace) - {hook.name for hook in self.hooks}):
+        if unknown_names := sorted(set(replace) - {hook.name for hook in self.hooks}):
             raise ModelError(
-                f"cannot replace {', '.join(unknown)}: the hooks of this model are {hook_names(self.hooks)}"
+                f"cannot replace {', '.join(unknown_names)}: the hooks of this model are {hook_names(self.hooks)}"
             )
         if not self.whole:
             raise ModelError("logits need the whole model: load it with whole=True")
@@ -128,14 +128,15 @@ class LanguageModel:
         if least >= 0 and most < self.vocabulary:
             return
         window, position = ((ids < 0) | (ids >= self.vocabulary)).nonzero()[0].tolist()
-        unknown = int(ids[window, position])
+        unknown_id = int(ids[window, position])
+        token = _token_name(self.tokenizer, unknown_id)
         context = ids[window, max(0, position - TEXT_AROUND) :][: 2 * TEXT_AROUND].tolist()
         text = self.tokenizer.decode([number for number in context if 0 <= number < len(self.tokenizer)])
         raise ModelError(
-            f"{where} {window}, position {position}: token id {unknown} ({_token_name(self.tokenizer, unknown)}) is "
-            f"unknown to {self.settings.name}, whose embedding has ids 0 to {self.vocabulary - 1}; the text there is "
-            f"{text!r}: take it out of the text, take that token out of the tokenizer's files, or use a model whose "
-            "embedding was resized for this tokenizer"
+            f"{where} {window}, position {position}: token id {unknown_id} ({token}) is unknown to "
+            f"{self.settings.name}, whose embedding has ids 0 to {self.vocabulary - 1}; the text there is {text!r}: "
+            "take it out of the text, take that token out of the tokenizer's files, or use a model whose embedding "
+            "was resized for this tokenizer"
         )
 
     def check_context(self, context: int) -> None:

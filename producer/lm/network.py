@@ -33,7 +33,7 @@ class HookedNetwork:
         self.locations = tuple(locations)
         self.dtype = dtype
         self.device = torch.device("cpu")
-        self.parameters = sum(parameter.numel() for parameter in module.parameters())
+        self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
         """Numbers in memory."""
         self.layers_run = 0
         """Blocks that executed in the last pass, counted."""
@@ -49,9 +49,9 @@ class HookedNetwork:
         try:
             self.module.to(device)
         except torch.OutOfMemoryError:
-            size = self.parameters * self.dtype.itemsize / 2**30
+            size = self.parameter_count * self.dtype.itemsize / 2**30
             raise ModelError(
-                f"model.name = {self.name!r}: the {self.parameters:,} parameters that are needed "
+                f"model.name = {self.name!r}: the {self.parameter_count:,} parameters that are needed "
                 f"({size:.1f} GiB) do not fit on {device}; free it, use another device, or hook an earlier layer"
             ) from None
         self.device = device

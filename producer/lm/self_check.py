@@ -144,12 +144,12 @@ def masks_padding(network: HookedNetwork, probe: Tensor) -> bool:
     padding = torch.zeros_like(probe, dtype=torch.bool)
     padding[:, half:] = True
     try:
-        padded = network.activations(probe, padding)
+        padded_activations = network.activations(probe, padding)
     except (TypeError, ValueError):  # it takes no mask
         return False
     return not any(
         _differs(x, y[:, :half], network.dtype)
-        for x, y in zip(network.activations(probe[:, :half]), padded, strict=True)
+        for x, y in zip(network.activations(probe[:, :half]), padded_activations, strict=True)
     )
 
 
