@@ -5,9 +5,7 @@
     produce       the loop: lease → windows → activations → chunks
     source        where activations come from: a language model on text, or synthetic data
     lm/           a language model whose activations can be read
-    corpus        text in shards
-    token_files   files of token ids
-    tokens        documents → windows of token ids
+    corpus/       text in shards, and documents → windows of token ids; synthetic data
     link          the producer's end of the stream
     wire          the messages of the stream
     keys          who may connect

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from producer.corpus import CorpusError
+from producer.corpus.windows import Windows
 from producer.link import Finished, Link, SessionLost
 from producer.lm.errors import ModelError
 from producer.report import ProducerReport
 from producer.source import Source, batches, open_lanes
-from producer.tokens import Windows
 from producer.wire import (
     DTYPE_BYTES,
     MAX_CHUNK_POSITIONS,

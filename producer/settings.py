@@ -247,9 +247,14 @@ class SyntheticSettings(Table):
     """Number of shards."""
     shard_windows: Positive = 64
     """Windows in a shard."""
-    naming: bool = False
-    """Replace the contents by the row's own name (shard, window, position as integers), so that a drill can
-    check each trained row against the ledger. Needs d_in >= 4."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_naming(cls, table: Any) -> Any:
+        """Accepts `naming = false`, which earlier versions wrote into the settings of each run."""
+        if isinstance(table, dict) and table.get("naming") is False:
+            return {key: value for key, value in table.items() if key != "naming"}
+        return table
 
 
 def deterministic_fault(run: RunSettings, model: ModelSettings | None) -> str | None:

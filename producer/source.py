@@ -1,8 +1,8 @@
-"""Where rows come from: a shard number becomes windows, windows become activations.
+"""Where activations come from: a shard number becomes windows, windows become activations.
 
 Two sources share one shape: a language model reading text, and synthetic vectors of known ground truth. Everything
-that decides which rows a shard has is in `facts`; their hash is the stream's fingerprint, so that two producers
-either stream the same rows or are not let in together.
+that decides which activations a shard has is in `facts`; their hash is the stream's fingerprint, so that two producers
+either stream the same activations or are not let in together.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from producer.corpus import Corpus, SyntheticCorpus, open_corpus
+from producer.corpus import Corpus, open_corpus
+from producer.corpus.synthetic import SyntheticActivations
+from producer.corpus.windows import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.lm.errors import ModelError, non_finite_message
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.settings import ProducerSettings
-from producer.tokens import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.wire import Hook
 
 log = logging.getLogger("sluice.producer")
@@ -214,7 +215,7 @@ class LanguageModelSource:
 
 
 class SyntheticSource:
-    """Sparse sums of known directions; no language model."""
+    """Sparse sums of known directions; no language model, no text."""
 
     device = torch.device("cpu")
     lanes = 1
@@ -222,19 +223,16 @@ class SyntheticSource:
     findings: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, settings: ProducerSettings) -> None:
-        assert settings.corpus.synthetic is not None
-        corpus = open_corpus(settings.corpus)
-        assert isinstance(corpus, SyntheticCorpus)
-        self._corpus = corpus
-        self._rows: dict[int, np.ndarray] = {}
-        """Of the shard that is worked on and of the one that is read ahead."""
+        self.data = SyntheticActivations(settings.corpus)
+        self._shards: dict[int, np.ndarray] = {}
+        """Activations of the shard that is worked on and of the one that is read ahead."""
         self.context = settings.corpus.context
-        self.shards = corpus.shards
-        self.hooks = [Hook(name="synthetic", module="synthetic", width=settings.corpus.synthetic.d_in)]
+        self.shards = self.data.shards
+        self.hooks = [Hook(name="synthetic", module="synthetic", width=self.data.d_in)]
         self.batch_windows = max(1, CPU_TOKENS // self.context)
         self.facts = {
-            "corpus": corpus.description,
-            "corpus_fingerprint": corpus.fingerprint,
+            "corpus": self.data.description,
+            "corpus_fingerprint": self.data.fingerprint,
             "context": self.context,
             "outlier_factor": settings.corpus.outlier_factor,
         } | ({"deterministic": True} if settings.run.deterministic else {})
@@ -248,14 +246,15 @@ class SyntheticSource:
         return Windows(np.zeros(shape, np.int64), np.ones(shape, bool), np.zeros(shape, bool))
 
     def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-        rows = self._shard(shard)
-        return [torch.from_numpy(rows.reshape(-1, self.context, rows.shape[1])[chosen])]
+        activations = self._shard(shard)
+        return [torch.from_numpy(activations.reshape(-1, self.context, activations.shape[1])[chosen])]
 
     def _shard(self, shard: int) -> np.ndarray:
-        if (rows := self._rows.get(shard)) is None:
-            rows = self._corpus.rows(shard)
-            self._rows = dict([*self._rows.items()][-1:]) | {shard: rows}
-        return rows
+        """Returns the shard's activations, [shard_windows * context, d_in], computed once while it is needed."""
+        if (activations := self._shards.get(shard)) is None:
+            activations = self.data.activations(shard)
+            self._shards = dict([*self._shards.items()][-1:]) | {shard: activations}
+        return activations
 
 
 def open_lanes(lanes: int) -> ThreadPoolExecutor:

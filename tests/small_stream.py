@@ -21,7 +21,7 @@ from producer.keys import connect_encrypted
 from producer.link import Link
 from producer.produce import Producer, chunk_windows
 from producer.settings import CorpusSettings, ProducerSettings, StreamSettings, SyntheticSettings
-from producer.source import Source, SyntheticSource, fingerprint
+from producer.source import Source, fingerprint
 from producer.wire import (
     DTYPE_BYTES,
     Bye,
@@ -35,6 +35,7 @@ from producer.wire import (
     encode,
     pack_bits,
 )
+from tests.drills.named_producer import NamedSource
 from trainer.stream.buffer import ShuffleBuffer
 from trainer.stream.intake import TORCH_DTYPE, Intake
 from trainer.stream.ledger import Ledger, Limits
@@ -58,10 +59,10 @@ def stream_settings(endpoint: str, **changes: Any) -> StreamSettings:
     return StreamSettings(endpoint=endpoint, **(quick | changes))
 
 
-def named_source(shards: int = SHARDS) -> SyntheticSource:
+def named_source(shards: int = SHARDS) -> NamedSource:
     """Rows that are their own names: two windows, 16 rows, in a chunk."""
-    truth = SyntheticSettings(d_in=D_IN, features=8, shards=shards, shard_windows=WINDOWS, naming=True)
-    source = SyntheticSource(
+    truth = SyntheticSettings(d_in=D_IN, features=8, shards=shards, shard_windows=WINDOWS)
+    source = NamedSource(
         ProducerSettings(corpus=CorpusSettings(kind="synthetic", context=CONTEXT, held_out=0.0, synthetic=truth))
     )
     source.batch_windows = 2

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from producer.corpus import SyntheticCorpus, open_corpus
+from producer.corpus.synthetic import SyntheticActivations
 from producer.settings import CorpusSettings, ProducerSettings, RunSettings, SyntheticSettings
 from producer.source import SyntheticSource
 from producer.wire import Hello
@@ -92,12 +92,6 @@ def truth(
         d_in=d_in, features=features, active=active, shards=shards, shard_windows=SHARD_WINDOWS, **more
     )
     return CorpusSettings(kind="synthetic", context=CONTEXT, held_out=HELD_OUT, synthetic=synthetic)
-
-
-def ground_truth(corpus: CorpusSettings) -> SyntheticCorpus:
-    opened = open_corpus(corpus)
-    assert isinstance(opened, SyntheticCorpus)
-    return opened
 
 
 def train_on_truth(
@@ -199,12 +193,12 @@ def found(run: Run, name: str) -> Found:
 
 def judge(sae: InferenceSae, corpus: CorpusSettings) -> Found:
     """Judges an SAE that takes raw rows."""
-    opened = ground_truth(corpus)
-    x = torch.cat([torch.from_numpy(opened.rows(shard)) for shard in opened.held_out_shards[:2]])
+    data = SyntheticActivations(corpus)
+    x = torch.cat([torch.from_numpy(data.activations(shard)) for shard in data.held_out_shards[:2]])
     latents = sae.encode(x)
     error = (x - sae.decode(latents)).double().square().sum()
     return Found(
-        cosine=best_cosines(sae.W_dec, opened),
+        cosine=best_cosines(sae.W_dec, data),
         fvu=float(error / (x - x.mean(0)).double().square().sum()),
         l0=float((latents != 0).sum(1).double().mean()),
         dead=float((latents == 0).all(0).double().mean()),
@@ -212,7 +206,7 @@ def judge(sae: InferenceSae, corpus: CorpusSettings) -> Found:
     )
 
 
-def best_cosines(W_dec: Tensor, corpus: SyntheticCorpus) -> Tensor:
+def best_cosines(W_dec: Tensor, truth: SyntheticActivations) -> Tensor:
     """For each true direction, the largest cosine with a row of W_dec [d_sae, d_in]."""
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return (torch.from_numpy(corpus.directions) @ rows.T).amax(1)
+    return (torch.from_numpy(truth.directions) @ rows.T).amax(1)

@@ -19,15 +19,19 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.corpus import Corpus, CorpusError, StdlibCorpus, SyntheticCorpus, open_corpus
+from producer.corpus import Corpus, CorpusError, open_corpus
+from producer.corpus.registry import KINDS
+from producer.corpus.stdlib import StdlibCorpus
+from producer.corpus.synthetic import SyntheticActivations
 from producer.settings import CorpusSettings, SyntheticSettings
+from tests.drills.named_producer import NamedActivations
 
 LINES = st.lists(st.text(st.sampled_from("aä€😀\r "), max_size=9), max_size=12)
 ENDS = st.sampled_from(["\n", "\r\n"])
@@ -130,7 +134,7 @@ def test_shard_that_does_not_exist_is_refused(tmp_path: Path, shard: int) -> Non
 def test_importing_is_light() -> None:
     """No heavy library is imported before a kind needs it."""
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}"
-    code = f"import sys, producer.corpus, producer.tokens; print({heavy} & set(sys.modules))"
+    code = f"import sys, producer.corpus, producer.corpus.windows; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -745,26 +749,28 @@ def test_dataset_that_cannot_be_reached_is_told_at_the_start(monkeypatch: pytest
     assert message.endswith("the network, and HF_TOKEN if access is restricted")
 
 
-# Synthetic rows
+# Synthetic activations
 
 
-def synthetic(context: int = 8, **truth: Any) -> SyntheticCorpus:
+def synthetic_settings(context: int = 8, **truth: Any) -> CorpusSettings:
     truth = {"d_in": 16, "features": 32, "shards": 4, "shard_windows": 5} | truth
-    corpus = open_corpus(CorpusSettings(kind="synthetic", context=context, synthetic=SyntheticSettings(**truth)))
-    assert isinstance(corpus, SyntheticCorpus)
-    return corpus
+    return CorpusSettings(kind="synthetic", context=context, synthetic=SyntheticSettings(**truth))
+
+
+def synthetic(context: int = 8, **truth: Any) -> SyntheticActivations:
+    return SyntheticActivations(synthetic_settings(context, **truth))
 
 
 def test_synthetic_shard_is_the_same_on_each_reading_and_unlike_others() -> None:
     """A shard's rows are a function of its number and the settings."""
-    corpus = synthetic()
-    rows = corpus.rows(2)
+    data = synthetic()
+    rows = data.activations(2)
     assert (rows.shape, rows.dtype) == ((40, 16), np.float32)
-    corpus.rows(1)
-    assert np.array_equal(corpus.rows(2), rows)
-    assert np.array_equal(synthetic().rows(2), rows)
-    assert not np.allclose(corpus.rows(3), rows)
-    assert synthetic().fingerprint == corpus.fingerprint != synthetic(features=31).fingerprint
+    data.activations(1)
+    assert np.array_equal(data.activations(2), rows)
+    assert np.array_equal(synthetic().activations(2), rows)
+    assert not np.allclose(data.activations(3), rows)
+    assert synthetic().fingerprint == data.fingerprint != synthetic(features=31).fingerprint
 
 
 def test_synthetic_directions_are_unit_rows() -> None:
@@ -776,9 +782,9 @@ def test_synthetic_directions_are_unit_rows() -> None:
 
 def test_synthetic_rows_are_sparse_sums_of_the_directions() -> None:
     """With fewer directions than dimensions, coefficients can be solved for: as many, as often, as large as asked."""
-    corpus = synthetic(d_in=24, features=12, active=3.0, decay=0.9, shard_windows=400)
-    coefficients = corpus.rows(0) @ np.linalg.pinv(corpus.directions)
-    np.testing.assert_allclose(coefficients @ corpus.directions, corpus.rows(0), atol=1e-5)
+    data = synthetic(d_in=24, features=12, active=3.0, decay=0.9, shard_windows=400)
+    coefficients = data.activations(0) @ np.linalg.pinv(data.directions)
+    np.testing.assert_allclose(coefficients @ data.directions, data.activations(0), atol=1e-5)
     active = coefficients > 1e-4
     expected = 0.9 ** np.arange(12)
     np.testing.assert_allclose(active.mean(0), 3 * expected / expected.sum(), atol=0.04)
@@ -790,12 +796,12 @@ def test_synthetic_rows_are_sparse_sums_of_the_directions() -> None:
 
 def test_correlated_features_come_together_and_are_as_many() -> None:
     """How much more often than by chance two features share a row follows the random correlation matrix."""
-    corpus = synthetic(d_in=24, features=12, active=3.0, decay=0.9, shard_windows=8000, correlated=True)
-    active = (corpus.rows(0) @ np.linalg.pinv(corpus.directions) > 1e-4).astype(float)
+    data = synthetic(d_in=24, features=12, active=3.0, decay=0.9, shard_windows=8000, correlated=True)
+    active = (data.activations(0) @ np.linalg.pinv(data.directions) > 1e-4).astype(float)
     rate = active.mean(0)
     lift = (active.T @ active / len(active) / np.outer(rate, rate))[np.triu_indices(12, 1)]
-    assert corpus.loadings is not None
-    wanted = (corpus.loadings.T @ corpus.loadings)[np.triu_indices(12, 1)]
+    assert data.loadings is not None
+    wanted = (data.loadings.T @ data.loadings)[np.triu_indices(12, 1)]
     assert np.corrcoef(lift, wanted)[0, 1] > 0.9
     assert abs(active.sum(1).mean() - 3) < 0.1
     assert rate[0] > 2 * rate[-1]
@@ -806,48 +812,48 @@ def test_correlated_features_come_together_and_are_as_many() -> None:
     [
         ({}, "a26fbd1c1691a3b9", "c63ed2f260954b19"),
         ({"decay": 0.9}, "4822643186f411f5", "9e4d7917c33689d7"),
-        ({"naming": True}, "c4e96d42c23496d0", "562dd888ae82616f"),
+        ({"naming": False}, "a26fbd1c1691a3b9", "c63ed2f260954b19"),
         ({"correlated": True}, "c920ef1de343e4bf", "52443320a1ee4e38"),
     ],
-    ids=["equal", "decay", "naming", "correlated"],
+    ids=["equal", "decay", "written with naming", "correlated"],
 )
 def test_a_synthetic_run_can_be_resumed_by_later_versions(truth: dict[str, Any], rows: str, fingerprint: str) -> None:
     """The rows of a shard, and what a checkpoint compares, are what they were when the kind was written."""
-    corpus = synthetic(**truth)
-    assert hashlib.sha256(corpus.rows(2).tobytes()).hexdigest().startswith(rows)
-    assert corpus.fingerprint.startswith(fingerprint)
+    data = synthetic(**truth)
+    assert hashlib.sha256(data.activations(2).tobytes()).hexdigest().startswith(rows)
+    assert data.fingerprint.startswith(fingerprint)
 
 
 def test_rows_without_an_active_feature_are_zero() -> None:
     """Few active features leave some rows empty; those are zero vectors in their own places."""
-    corpus = synthetic(active=0.5)
-    empty = (corpus.rows(0) == 0).all(1)
+    data = synthetic(active=0.5)
+    empty = (data.activations(0) == 0).all(1)
     assert 0 < empty.sum() < len(empty)
 
 
-def test_naming_rows_say_where_they_stand() -> None:
-    """Each row is its own name, so that a drill can check what was trained on."""
-    rows = synthetic(context=3, d_in=6, naming=True, shard_windows=2).rows(1)
-    assert rows.dtype == np.float32
-    assert rows.tolist() == [[1, window, position, 1, 0, 0] for window in range(2) for position in range(3)]
+def test_named_activations_say_where_they_stand() -> None:
+    """Each is its own name, so that a drill can check what was trained on."""
+    settings = synthetic_settings(context=3, d_in=6, shard_windows=2)
+    names = NamedActivations(settings).activations(1)
+    assert (names.shape, names.dtype) == (SyntheticActivations(settings).activations(1).shape, np.float32)
+    assert names.tolist() == [[1, window, position, 1, 0, 0] for window in range(2) for position in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("truth", "said"),
-    [
-        ({"naming": True, "d_in": 3}, "corpus.synthetic.naming needs room for four numbers, but d_in = 3; raise d_in"),
-        ({"features": 4}, "corpus.synthetic.active = 5 exceeds features = 4; lower active"),
-    ],
-)
-def test_synthetic_settings_that_contradict_each_other_are_refused(truth: dict[str, Any], said: str) -> None:
+def test_synthetic_settings_that_contradict_each_other_are_refused() -> None:
     """What cannot be built is told at the start."""
-    with pytest.raises(CorpusError, match=said):
-        synthetic(**truth)
+    with pytest.raises(CorpusError, match=r"corpus.synthetic.active = 5 exceeds features = 4; lower active"):
+        synthetic(features=4)
+    with pytest.raises(IndexError, match="not one of the corpus' 4"):
+        synthetic().activations(4)
 
 
-def test_synthetic_corpus_has_no_documents() -> None:
-    """Asking for text points to `rows`."""
-    with pytest.raises(CorpusError, match=r"SyntheticCorpus\.rows"):
-        synthetic().documents(0)
-    with pytest.raises(IndexError):
-        synthetic().rows(4)
+def test_synthetic_data_is_no_corpus() -> None:
+    """There are no documents to open."""
+    with pytest.raises(CorpusError, match=r"corpus.kind = 'synthetic' has no documents; choose one of stdlib, text"):
+        open_corpus(synthetic_settings())
+
+
+def test_every_kind_of_the_settings_is_registered() -> None:
+    """A kind that the settings accept can be opened, but for the one that has no text."""
+    kinds = get_args(CorpusSettings.model_fields["kind"].annotation)
+    assert {*kinds} == {*KINDS, "synthetic"}

@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from producer.settings import ProducerSettings, read_run_file
-from producer.source import SyntheticSource
 from producer.wire import Bye, Hello, held_out_shards
+from tests.drills.named_producer import NamedSource
 from tests.small_run import publish_snapshot
 from tests.small_stream import (
     CAPACITY,
@@ -636,7 +636,6 @@ d_in = 8
 features = 16
 shards = 12
 shard_windows = 64
-naming = true
 [buffer]
 rows = 16500
 [optimizer]
@@ -674,8 +673,11 @@ class Processes:
         (folder / "run.toml").write_text(FILE.replace("DIR", str(folder)))
 
     def start(self, what: str, *overrides: str, pace: float = 0.0) -> subprocess.Popen[bytes]:
-        recording = [str(ROOT / "tests/drills/recording_trainer.py"), str(self.folder / "rows")]
-        command = [sys.executable, *(recording if what == "trainer" else ["-m", what])]
+        programs = {
+            "trainer": [str(ROOT / "tests/drills/recording_trainer.py"), str(self.folder / "rows")],
+            "producer": [str(ROOT / "tests/drills/named_producer.py")],
+        }
+        command = [sys.executable, *programs[what]]
         with open(self.folder / f"{what}.log", "ab") as log:
             process = subprocess.Popen(
                 [*command, str(self.folder / "run.toml"), *overrides], cwd=ROOT, stdout=log, stderr=log,
@@ -694,7 +696,7 @@ class Processes:
     def produce(self) -> Producing:
         """A producer in this process."""
         settings = read_run_file(ProducerSettings, self.folder / "run.toml", [])
-        source = SyntheticSource(settings)
+        source = NamedSource(settings)
         return Producing(settings.stream, source, hello_of(source, held_out=settings.corpus.held_out))
 
     def ask(self, command: str, **fields: Any) -> dict[str, Any]:

@@ -39,7 +39,6 @@ d_in = 8
 features = 16
 shards = {SHARDS}
 shard_windows = {WINDOWS}
-naming = true
 [buffer]
 rows = 20000
 [optimizer]
@@ -69,15 +68,18 @@ def run_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path, run_file: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts `trainer` (the recording one) or `producer`; whatever still runs at the end is killed."""
+    """Starts a trainer that records its rows, or a producer of named or of synthetic activations, and ends them all."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def begin(what: str, *overrides: str) -> subprocess.Popen[bytes]:
-        recording = [str(ROOT / "tests/drills/recording_trainer.py"), str(tmp_path / "rows")]
-        command = recording if what == "trainer" else ["-m", what]
+        programs = {
+            "trainer": [str(ROOT / "tests/drills/recording_trainer.py"), str(tmp_path / "rows")],
+            "producer": [str(ROOT / "tests/drills/named_producer.py")],
+            "unnamed_producer": ["-m", "producer"],
+        }
         log = open(tmp_path / f"{what}.log", "ab")  # noqa: SIM115 (the child keeps it)
         process = subprocess.Popen(
-            [sys.executable, *command, str(run_file), *overrides], cwd=ROOT, stdout=log, stderr=log
+            [sys.executable, *programs[what], str(run_file), *overrides], cwd=ROOT, stdout=log, stderr=log
         )
         processes.append(process)
         return process
@@ -192,16 +194,18 @@ def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Pa
 def test_activations_that_do_not_vary_end_the_run_with_a_sentence(start: Callable, tmp_path: Path) -> None:
     """All are zero: with a norm bound the producer notices at its start, without one the trainer; nobody is left."""
     zeros = "corpus.synthetic={d_in = 8, features = 16, shards = 24, shard_windows = 32, active = 1e-12}"
-    trainer, careless = start("trainer", zeros), start("producer", zeros, "corpus.outlier_factor=0.0")
-    careful = start("producer", zeros)
+    trainer, careless = start("trainer", zeros), start("unnamed_producer", zeros, "corpus.outlier_factor=0.0")
+    careful = start("unnamed_producer", zeros)
 
     assert careful.wait(60) == 1
     assert trainer.wait(60) == 1
     assert careless.wait(20) == 0
     told = (tmp_path / "trainer.log").read_text()
     assert "model.hooks = 'synthetic': the first " in told and "do not vary (their rms is 0)" in told
-    assert "median norm, which corpus.outlier_factor counts from, is 0" in (tmp_path / "producer.log").read_text()
-    assert "Traceback" not in told + (tmp_path / "producer.log").read_text()
+    assert (
+        "median norm, which corpus.outlier_factor counts from, is 0" in (tmp_path / "unnamed_producer.log").read_text()
+    )
+    assert "Traceback" not in told + (tmp_path / "unnamed_producer.log").read_text()
 
 
 def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
 from producer.corpus import open_corpus
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.produce import _pack_rows
 from producer.settings import CorpusSettings, read_run_file
-from producer.tokens import Windows
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.report import DENSITY_EDGES

@@ -32,9 +32,9 @@ from monitor.run_directory import LATENTS, NotThere
 from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
 from producer.corpus import open_corpus
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, read_run_file
-from producer.tokens import Windows
 from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot
 from trainer.snapshot import retire, supersede_after

@@ -23,8 +23,8 @@ from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
 from monitor.evaluation.latents import gather_latents
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.tokens import Windows
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from tests.small_run import identity_sae, publish_snapshot
 from tests.small_saes import FAMILY, dead_latents, dense_loss, learn, make, rows_of, settings_of, trainee_of

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from producer.corpus.synthetic import SyntheticActivations
 from tests.small_training import (
     ROWS,
     SHARKEY,
@@ -21,7 +22,6 @@ from tests.small_training import (
     best_cosines,
     candidates,
     found,
-    ground_truth,
     train_on_sharkey,
     train_on_truth,
     truth,
@@ -70,14 +70,14 @@ def test_every_true_feature_is_found(quick: tuple[Run, dict[str, Tensor]], name:
 def test_random_directions_find_nothing(quick: tuple[Run, dict[str, Tensor]], name: str) -> None:
     """The control: before learning the mean best cosine is below 0.4."""
     run, began = quick
-    assert best_cosines(began[name], ground_truth(run.settings.corpus)).mean() < 0.4
+    assert best_cosines(began[name], SyntheticActivations(run.settings.corpus)).mean() < 0.4
 
 
 def test_the_first_prefix_holds_the_most_frequent_features(quick: tuple[Run, dict[str, Tensor]]) -> None:
     """64 latents that must reconstruct alone learn what pays most."""
     run, _ = quick
     prefix = found(run, "matryoshka").sae.W_dec[:64]
-    cosine = best_cosines(prefix, ground_truth(run.settings.corpus))
+    cosine = best_cosines(prefix, SyntheticActivations(run.settings.corpus))
 
     assert cosine[:32].mean() > cosine[-32:].mean() + 0.2
 

@@ -18,7 +18,7 @@ CONTRACTS = {
         "producer.wire", "producer.report", "producer.metrics", "producer.settings", "producer.keys",
         # for evaluation: the language model, and the text it reads
         "producer.lm.model", "producer.lm.loading", "producer.lm.errors", "producer.lm.unembedding",
-        "producer.lm.precision", "producer.corpus", "producer.tokens",
+        "producer.lm.precision", "producer.corpus", "producer.corpus.windows", "producer.corpus.jsonl",
         # what every process needs
         *(f"producer.common.{path.stem}" for path in (ROOT / "producer/common").glob("*.py")),
     },
@@ -148,7 +148,7 @@ def test_nothing_unpickles() -> None:
 
 
 def test_json_and_toml_are_parsed_in_one_place() -> None:
-    """What the parsers raise besides their own errors is known to producer.parsing alone."""
+    """What the parsers raise besides their own errors is known to producer.common.parsing alone."""
     parsers = {"json.loads", "json.load", "tomllib.loads", "tomllib.load", "json.JSONDecoder"}
     callers = {
         path.relative_to(ROOT).as_posix()

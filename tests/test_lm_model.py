@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
+from producer.corpus.windows import windows_of
 from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings
-from producer.tokens import windows_of
 from tests.small_language_models import (
     MIDDLES,
     WIDTH,

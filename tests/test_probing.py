@@ -15,9 +15,9 @@ import monitor.evaluation.probing
 from monitor.evaluation.evaluator import Subject, load_subject
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.probing import LabelledTexts, _sides, _tested, fit_logistic, probe_accuracy, read_labelled_texts
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
-from producer.tokens import Windows
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import identity_sae, publish_snapshot
 from trainer.saes.inference import InferenceSae

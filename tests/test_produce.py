@@ -20,11 +20,11 @@ import zmq
 from torch import Tensor
 
 from monitor.evaluation.passes import in_stream
+from producer.corpus.windows import Windows
 from producer.lm.errors import ModelError
 from producer.produce import CHUNK_ROWS, ReadingAhead, _pack_rows, chunk_parts, chunk_windows
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
 from producer.source import CALIBRATION_SECONDS, LanguageModelSource, Source, fingerprint, norm_bounds
-from producer.tokens import Windows
 from producer.wire import (
     MAX_CHUNK_POSITIONS,
     TARGET_CHUNK_BYTES,

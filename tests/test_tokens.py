@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from producer.corpus import CorpusError
+from producer.corpus.windows import BATCH_DOCUMENTS, Windows, check_packing, tokens_fingerprint, windows_of
 from producer.settings import CorpusSettings
-from producer.tokens import BATCH_DOCUMENTS, Windows, check_packing, tokens_fingerprint, windows_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DOCUMENTS = st.lists(st.text(st.sampled_from("abcdefg"), max_size=9), max_size=9)

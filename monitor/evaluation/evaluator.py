@@ -59,8 +59,8 @@ from monitor.evaluation.passes import (
     refuse_unknown_bounds,
     splicing,
 )
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.tokens import Windows
 from trainer.report import DENSITY_EDGES
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite, read_sae

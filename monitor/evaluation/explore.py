@@ -43,11 +43,11 @@ from monitor.run_directory import (
     read_json,
 )
 from monitor.snapshot_index import is_within, manifest_of
+from producer.corpus.windows import Windows
 from producer.lm.errors import ModelError
 from producer.lm.model import LanguageModel
 from producer.lm.unembedding import Unembedding
 from producer.settings import CorpusSettings
-from producer.tokens import Windows
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import SnapshotError
 

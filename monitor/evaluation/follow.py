@@ -40,10 +40,10 @@ from monitor.run_directory import (
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of, manifest_of
 from producer.corpus import CorpusError, open_corpus
+from producer.corpus.windows import Windows, check_packing, tokens_fingerprint
 from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
-from producer.tokens import Windows, check_packing, tokens_fingerprint
 from trainer.snapshot import SnapshotError, is_complete
 from trainer.state.durable import replace_text
 

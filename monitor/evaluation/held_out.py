@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from producer.corpus import Corpus, finer
+from producer.corpus import Corpus, more_shards_advice
+from producer.corpus.windows import Windows, windows_of
 from producer.settings import CorpusSettings
-from producer.tokens import Windows, windows_of
 
 SHARDS_SHARING = 8
 """Held-out windows come from so many shards, so that one odd file does not decide the numbers."""
@@ -44,7 +44,7 @@ def _no_text(corpus: Corpus, settings: CorpusSettings) -> str:
     told = f"{count} of the corpus' {corpus.shards:,} shards {'is' if count == 1 else 'are'} held out, without any text"
     if count < corpus.shards - 1 and corpus.shards > 2:
         return f"{told}; raise corpus.held_out = {settings.held_out:g}, or check the corpus"
-    return f"{told}. {finer(settings)}"
+    return f"{told}. {more_shards_advice(settings)}"
 
 
 def _beginning(windows: Windows, rows: int) -> Windows:

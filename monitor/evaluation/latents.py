@@ -27,8 +27,8 @@ from torch import Tensor
 
 from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
 from monitor.evaluation.passes import NormBounds, in_stream, passes, refuse_unknown_bounds
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.tokens import Windows
 from trainer.state.durable import new_file
 
 MOST_ACTIVATIONS = 1 << 24

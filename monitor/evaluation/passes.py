@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.held_out import EvaluationError
+from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.tokens import Windows
 
 LOGITS_IN_MEMORY = 1 << 24
 """Elements of one logits tensor, of which a pass holds about six: 64 MB each in float32."""

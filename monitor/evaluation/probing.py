@@ -25,10 +25,11 @@ from torch import Tensor
 from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import NormBounds, in_stream, passes
-from producer.corpus import CorpusError, read_records
+from producer.corpus import CorpusError
+from producer.corpus.jsonl import read_records
+from producer.corpus.windows import Windows, windows_of
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
-from producer.tokens import Windows, windows_of
 
 SPARSITIES = (1, 2, 5)
 FEWEST_TEXTS = 8

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from producer.corpus.windows import Windows, windows_of
 from producer.settings import CorpusSettings
-from producer.tokens import Windows, windows_of
 
 ANCHOR = "a"
 """Stands before what is decoded: some tokenizers take the first space off a text."""

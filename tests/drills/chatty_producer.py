@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import producer.produce
-from producer.__main__ import main
+from tests.drills.named_producer import main
 
 if __name__ == "__main__":
     windows = int(os.environ["CHUNK_WINDOWS"])

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from producer.__main__ import main
 from producer.link import Link
+from tests.drills.named_producer import main
 
 
 def live_and_die(link: Link) -> None:

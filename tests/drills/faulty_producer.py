@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from producer.__main__ import main
 from producer.source import SyntheticSource
+from tests.drills.named_producer import main
 
 RAISE, NAN, INFINITE = (set(json.loads(os.environ[name])) for name in ("RAISE", "NAN", "INFINITE"))
 

@@ -2,7 +2,7 @@
 
     python tests/drills/recording_trainer.py ROWS_FILE RUN.toml [section.key=value …]
 
-With the synthetic source's `naming`, a row's content is its name, so ROWS_FILE tells which rows were trained, in
+Where `named_producer` streams, a row's content is its name, so ROWS_FILE tells which rows were trained, in
 which order. Its length is part of each checkpoint: what a killed trainer wrote after its last checkpoint is cut off
 when the next one resumes, so that the file always holds the surviving lineage. Whether memory keeps its bound is asked
 whenever the ledger's clock ticks, every few milliseconds. In the environment:

@@ -55,7 +55,6 @@ d_in = 8
 features = 16
 shards = {SHARDS}
 shard_windows = {WINDOWS}
-naming = true
 [buffer]
 rows = {CAPACITY}
 [optimizer]
@@ -149,7 +148,7 @@ class Scene:
         return self._start("trainer", [str(HERE / "recording_trainer.py"), str(self.rows_file)], overrides, environment)
 
     def producer(self, *overrides: str) -> subprocess.Popen[bytes]:
-        return self._start("producer", ["-m", "producer"], overrides, {})
+        return self._start("producer", [str(HERE / "named_producer.py")], overrides, {})
 
     def monitor(self, *overrides: str) -> subprocess.Popen[bytes]:
         return self._start("monitor", ["-m", "monitor"], overrides, {})

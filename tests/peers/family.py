@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from producer.corpus import open_corpus
+from producer.corpus.windows import windows_of
 from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
-from producer.tokens import windows_of
 from trainer.saes.inference import InferenceSae, check, export, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start

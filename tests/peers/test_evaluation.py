@@ -32,10 +32,10 @@ from torch import Tensor
 
 from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
 from producer.corpus import open_corpus
+from producer.corpus.windows import Windows, windows_of
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings
-from producer.tokens import Windows, windows_of
 from tests.peers.compare import Peers
 from tests.peers.family import READ, ROOT, Zoo
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from monitor.evaluation.held_out import held_out_windows
 from producer.corpus import open_corpus
+from producer.corpus.windows import Windows, windows_of
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings
-from producer.tokens import Windows, windows_of
 
 HOOK = "blocks.1.hook_resid_post"
 MODEL = ModelSettings(name="producer/demo_lm", hooks=[HOOK])

@@ -1,4 +1,4 @@
-"""A shard's documents → windows of token ids, and which of their positions become rows of the stream.
+"""A shard's documents → windows of token ids, and which of their positions become activations of the stream.
 
     windows = windows_of(corpus.documents(shard), tokenizer, settings.corpus)
     windows.ids, windows.kept                                                   # [windows, context]
@@ -13,7 +13,7 @@ whatever order and by whichever producer they are read. Packing restarts with ea
 
 Ids are never tested for truth: 0 is a real id, and Pythia's BOS. Where BOS and separator are the same token, a window
 whose text happens to begin with a separator starts with it twice; cutting there would make each window depend on all
-the ones before. A text that brings BOS with it ("<s>Once upon") loses it where windows get their own.
+the ones before. A text that begins with BOS ("<s>Once upon") loses it where windows get their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from producer.common.parsing import parse_object
-from producer.corpus import CorpusError
+from producer.corpus.base import CorpusError
 from producer.settings import CorpusSettings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Windows:
     ids: np.ndarray
     """Token ids, int64 [windows, context]."""
     kept: np.ndarray
-    """Positions that are rows of the stream, bool [windows, context]; outliers among them are dropped later."""
+    """Positions whose activations are streamed, bool [windows, context]; outliers among them are dropped later."""
     padded: np.ndarray
     """Positions behind the shard's last token, bool [windows, context]; never kept."""
 
@@ -56,7 +56,7 @@ class Windows:
 def windows_of(
     documents: Iterable[str | np.ndarray], tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings
 ) -> Windows:
-    """All windows of one shard, in order; without text there are none. A window may be without kept positions.
+    """Cuts all windows of one shard, in order; without text there are none. A window may be without kept positions.
 
     Holds the text of one batch of documents at a time, and the ids of the whole shard.
     Raises CorpusError if there is no room beside BOS, or if a token file holds ids that the tokenizer lacks.
@@ -67,7 +67,7 @@ def windows_of(
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> str:
-    """sha256, hex, over what decides how documents become windows: the tokenizer, and the settings of packing.
+    """Hashes what decides how documents become windows, the tokenizer and the settings of packing: sha256, hex.
 
     Truncation, padding and post-processing are left out of the tokenizer: we do not use them, and calling a
     tokenizer changes them. Raises CorpusError if there is no room beside BOS.
@@ -104,7 +104,7 @@ def check_packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings, 
 
 @dataclass(frozen=True)
 class _Packing:
-    """What a tokenizer and the settings come down to."""
+    """What packing needs to know of a tokenizer and the settings."""
 
     context: int
     text: int
@@ -128,7 +128,7 @@ def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _P
             f"corpus.context = {settings.context} leaves no room beside BOS; "
             "raise it, or set corpus.prepend_bos = false"
         )
-    probe = _tokenized(tokenizer, ["a"])[0]
+    probe = _tokenize(tokenizer, ["a"])[0]
     return _Packing(
         context=settings.context,
         text=text,
@@ -143,20 +143,20 @@ def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _P
 
 
 def _first(*ids: int | None) -> int | None:
-    """The first id that is one; `or` would pass over 0."""
+    """Returns the first id that is not None; `or` would pass over 0."""
     return next((number for number in ids if number is not None), None)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Named special tokens, and those a vocabulary merely marks so, such as Llama 3's reserved ones."""
-    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(tokenizer.all_special_ids) | marked
+    """Returns the named special tokens, and those only marked as special, such as Llama 3's reserved ones."""
+    flagged_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | flagged_ids
 
 
 def _stream(
     documents: Iterable[str | np.ndarray], tokenizer: PreTrainedTokenizerBase, packing: _Packing
 ) -> Iterator[np.ndarray]:
-    """Token ids of the documents with separators between them, as int64 arrays; empty documents leave no trace.
+    """Yields the token ids of the documents with separators between them, int64; empty documents leave no trace.
 
     A document that ends with the separator, as those of token files often do, gets no second one.
     """
@@ -173,12 +173,12 @@ def _stream(
 def _document_ids(
     documents: Iterable[str | np.ndarray], tokenizer: PreTrainedTokenizerBase, packing: _Packing
 ) -> Iterator[np.ndarray]:
-    """Token ids of each document, in order; texts are tokenized in batches."""
+    """Yields the token ids of each document, in order; texts are tokenized in batches."""
     texts: list[str] = []
     characters = 0
     for document in documents:
         if not isinstance(document, str):
-            yield _checked(document, packing)
+            yield _check_ids(document, packing)
             continue
         texts.append(document)
         characters += len(document)
@@ -189,8 +189,9 @@ def _document_ids(
 
 
 def _text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, packing: _Packing) -> Iterator[np.ndarray]:
-    for text, ids in zip(texts, _tokenized(tokenizer, texts) if texts else [], strict=True):
-        # Some tokenizers add their BOS or EOS whatever they are told.
+    """Yields the token ids of each text, without the BOS and EOS that are not part of it."""
+    for text, ids in zip(texts, _tokenize(tokenizer, texts) if texts else [], strict=True):
+        # Some tokenizers add their BOS or EOS although add_special_tokens is False.
         front = int(packing.adds_bos and len(ids) > 0)
         back = packing.adds_eos and len(ids) > front
         front += _own_bos(text, ids[front:], tokenizer, packing)
@@ -198,17 +199,17 @@ def _text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, packing: _Pa
 
 
 def _own_bos(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, packing: _Packing) -> int:
-    """How many BOS tokens a text brings where windows get their own; unknown text may have the same id, and stays."""
+    """Counts the BOS tokens that a text begins with where windows get their own; text with the same id stays."""
     if packing.bos is None or not ids or ids[0] != packing.bos:
         return 0
-    written = str(tokenizer.bos_token)
+    bos_text = str(tokenizer.bos_token)
     count = 0
-    while text.startswith(written, count * len(written)) and ids[count : count + 1] == [packing.bos]:
+    while text.startswith(bos_text, count * len(bos_text)) and ids[count : count + 1] == [packing.bos]:
         count += 1
     return count
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -221,19 +222,22 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     return encoded["input_ids"]
 
 
-def _checked(ids: np.ndarray, packing: _Packing) -> np.ndarray:
-    """`ids` of a token file; an unknown one would end a GPU process without saying why."""
+def _check_ids(ids: np.ndarray, packing: _Packing) -> np.ndarray:
+    """Returns the ids of a token file as int64. Raises CorpusError for an id that the tokenizer lacks.
+
+    An embedding without that id would end a GPU process without saying why.
+    """
     if len(ids) and not 0 <= ids.min() <= ids.max() < packing.vocabulary:
-        wrong = int(ids.max() if ids.max() >= packing.vocabulary else ids.min())
+        wrong_id = int(ids.max() if ids.max() >= packing.vocabulary else ids.min())
         raise CorpusError(
-            f"a token file holds id {wrong}, but the tokenizer knows {packing.vocabulary} ids, from 0; "
+            f"a token file holds id {wrong_id}, but the tokenizer knows {packing.vocabulary} ids, from 0; "
             "name the model whose tokenizer wrote the file, or correct corpus.token_dtype where the file has no header"
         )
     return ids.astype(np.int64, copy=False)
 
 
 def _cut(stream: np.ndarray, packing: _Packing) -> Windows:
-    """The token stream of a shard as windows, each with BOS in front; the last padded on the right."""
+    """Cuts the token stream of a shard into windows, each with BOS in front, and pads the last on the right."""
     missing = -len(stream) % packing.text
     ids = np.pad(stream, (0, missing), constant_values=packing.pad).reshape(-1, packing.text)
     padded = np.zeros((len(ids), packing.context), dtype=bool)
@@ -245,7 +249,7 @@ def _cut(stream: np.ndarray, packing: _Packing) -> Windows:
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
-    """The tokenizer's rules as JSON data: the fast backend's own serialisation, or the class and its vocabulary."""
+    """Returns the tokenizer's rules as JSON data: the fast backend's serialisation, or its class and vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]

@@ -1,10 +1,10 @@
-"""Files of token ids: which numbers they hold, said by a header where there is one and doubted where there is none.
+"""Layouts of token files: a header says which numbers a file holds; without one, a sample must look like the settings.
 
     layout = read_layout(path, size, np.dtype("<u2"))       # Layout, or in words why the file cannot be used
 
 Headers are believed: numpy (.npy), llm.c (GPT-2 and Llama 3), Lit-GPT's packed datasets, and Megatron, whose header is
 the .idx file beside the .bin. What has none is read as corpus.token_dtype says, unless a sample of the file shows that
-it cannot be so: a wrong format that still "fits" the vocabulary would be trained on as noise, without a word.
+it cannot be so: a wrong format that still "fits" the vocabulary would be trained on as noise, silently.
 
     written as        read as uint16               seen by
     uint32, int64     id, 0, id, 0, …              every second number is at most HIGHEST, and the others are not
@@ -28,15 +28,15 @@ import numpy as np
 
 HEAD_BYTES = 64 * 1024
 BLOCKS, BLOCK_BYTES = 64, 4096
-"""What is looked at of a file without a header: so many blocks, evenly spread."""
-FEWEST = 32
-"""Pairs of ids below which nothing is said of a file."""
+"""The sample of a file without a header: so many blocks, evenly spread, each of so many bytes."""
+MIN_GROUPS = 32
+"""Pairs of ids below which a file is not judged."""
 HIGHEST = 4
 """Of an id, the number above the lower 16 bits: vocabularies end below 5 · 65,536."""
 LARGEST_ID = 2**24
 MANY_IDS, MANY_DISTINCT = 16_384, 1_000
 """Ids, and distinct ones, below which the order of bytes is not judged."""
-CLEARLY = 0.25
+ENTROPY_MARGIN = 0.25
 """Bits of entropy by which high bytes must vary more than low ones."""
 
 NUMPY = b"\x93NUMPY"
@@ -63,20 +63,20 @@ class Layout:
 
 
 def read_layout(path: Path, size: int, expected: np.dtype) -> Layout | str:
-    """The layout of a file of `size` bytes, or in words why its ids cannot be read.
+    """Reads the layout of a file of `size` bytes, or says in words why its ids cannot be read.
 
     `expected` is the format of files without a header. Raises OSError.
     """
     with path.open("rb") as stream:
         layout = _from_header(path, stream.read(HEAD_BYTES))
         if layout is None:
-            return _doubt(_sample(stream, size), size, expected, path) or Layout(expected)
+            return _fault(_sample(stream, size), size, expected, path) or Layout(expected)
     if isinstance(layout, str):
         return layout
     count, rest = divmod(size - layout.start, layout.dtype.itemsize)
     if rest or layout.count not in (None, count):
-        promised = f"{'' if layout.count is None else f'{layout.count:,} '}ids of {layout.dtype.name}"
-        return f"its header promises {promised}, and {size - layout.start:,} bytes follow; replace the file"
+        promise = f"{'' if layout.count is None else f'{layout.count:,} '}ids of {layout.dtype.name}"
+        return f"its header promises {promise}, and {size - layout.start:,} bytes follow; replace the file"
     return layout
 
 
@@ -84,7 +84,7 @@ def read_layout(path: Path, size: int, expected: np.dtype) -> Layout | str:
 
 
 def _from_header(path: Path, head: bytes) -> Layout | str | None:
-    """What a header says; None where there is none."""
+    """Returns the layout that a header gives, or what is wrong with it; None where there is no header."""
     if head.startswith(NUMPY):
         return _numpy(head)
     if head.startswith(LIT_GPT) and len(head) >= LIT_GPT_BYTES:
@@ -94,7 +94,7 @@ def _from_header(path: Path, head: bytes) -> Layout | str | None:
     if (index := _index_of(path)) is not None:
         return _megatron_type(index[17], 0)
     magic, version, count = struct.unpack("<iii", head[:12]) if len(head) >= LLM_C_BYTES else (0, 0, 0)
-    if magic not in {known for known, _ in LLM_C}:
+    if magic not in {number for number, _ in LLM_C}:
         return None
     if (dtype := LLM_C.get((magic, version))) is None:
         return f"a token file of llm.c, version {version}, which is not known; write the ids with numpy.save"
@@ -102,24 +102,25 @@ def _from_header(path: Path, head: bytes) -> Layout | str | None:
 
 
 def _numpy(head: bytes) -> Layout | str:
+    """Returns the layout of a .npy file."""
     stream = BytesIO(head)
     readers: dict[tuple[int, int], Callable[[BinaryIO], tuple[tuple[int, ...], bool, np.dtype]]] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     try:
-        shape, in_columns, dtype = readers[np.lib.format.read_magic(stream)](stream)
+        shape, is_column_order, dtype = readers[np.lib.format.read_magic(stream)](stream)
     except Exception as error:  # numpy evaluates the header, and errors of Python's own parser come out
         return f"a .npy file with a header that cannot be read ({error}); write it again with numpy.save"
     if dtype.kind not in "iu":
         return f"a .npy file of {dtype.name}; expected whole numbers, such as uint16 or int64"
-    if in_columns and len(shape) > 1:
+    if is_column_order and len(shape) > 1:
         return "a .npy file in column order; write numpy.ascontiguousarray(ids) with numpy.save"
     return Layout(dtype, stream.tell(), math.prod(shape))
 
 
 def _index_of(path: Path) -> bytes | None:
-    """The head of the .idx file that Megatron writes beside a .bin file."""
+    """Reads the head of the .idx file that Megatron writes beside a .bin file; None without one."""
     index = path.with_suffix(".idx")
     if path.suffix != ".bin" or not index.is_file():
         return None
@@ -129,6 +130,7 @@ def _index_of(path: Path) -> bytes | None:
 
 
 def _megatron_type(code: int, start: int) -> Layout | str:
+    """Returns the layout of ids in a number format that Megatron and Lit-GPT give as a code."""
     if code not in MEGATRON_TYPES:
         return f"its header names number format {code}, which is no whole number; expected token ids"
     return Layout(np.dtype(MEGATRON_TYPES[code]), start)
@@ -138,7 +140,7 @@ def _megatron_type(code: int, start: int) -> Layout | str:
 
 
 def _sample(stream: BinaryIO, size: int) -> bytes:
-    """Blocks from the whole of a file, each a multiple of eight bytes long and so far from its beginning."""
+    """Reads blocks from the whole of a file; each begins and ends at a multiple of eight bytes."""
     if size <= BLOCKS * BLOCK_BYTES:
         starts, length = [0], size
     else:
@@ -151,17 +153,17 @@ def _sample(stream: BinaryIO, size: int) -> bytes:
     return sample[: len(sample) // 8 * 8] if size >= 8 else sample
 
 
-def _doubt(sample: bytes, size: int, expected: np.dtype, path: Path) -> str | None:
-    """Why a file without a header cannot hold what the settings say, what else it can be, and what to do."""
-    if len(sample) >= 2 * FEWEST and _is_plain_text(sample):
+def _fault(sample: bytes, size: int, expected: np.dtype, path: Path) -> str | None:
+    """Says why a file without a header cannot hold what the settings say, what else it can hold, and what to do."""
+    if len(sample) >= 2 * MIN_GROUPS and _is_plain_text(sample):
         return 'plain text, no token ids; set corpus.kind = "text" or "jsonl"'
     if (reason := _implausible(sample, size, expected)) is None:
         return None
     others = [dtype for dtype in WITHOUT_HEADER if _implausible(sample, size, np.dtype(dtype)) is None]
     # The usual order of bytes is meant wherever both are possible.
     others = [dtype for dtype in others if dtype[0] == "<" or dtype.replace(">", "<") not in others]
-    said = [reason] + [
-        f"as {np.dtype(dtype).name}{_order(dtype)} {_shown(sample, np.dtype(dtype))}" for dtype in others
+    reasons = [reason] + [
+        f"as {np.dtype(dtype).name}{_order(dtype)} {_show_ids(sample, np.dtype(dtype))}" for dtype in others
     ]
     remedies = [
         f'set corpus.token_dtype = "{WITHOUT_HEADER[dtype]}"'
@@ -169,7 +171,7 @@ def _doubt(sample: bytes, size: int, expected: np.dtype, path: Path) -> str | No
         else _conversion(path, np.dtype(dtype))
         for dtype in others
     ]
-    return f"{'; '.join(said)}; {', or '.join(remedies) or 'correct corpus.token_dtype'}"
+    return f"{'; '.join(reasons)}; {', or '.join(remedies) or 'correct corpus.token_dtype'}"
 
 
 def _is_plain_text(sample: bytes) -> bool:
@@ -177,52 +179,54 @@ def _is_plain_text(sample: bytes) -> bool:
 
 
 def _implausible(sample: bytes, size: int, dtype: np.dtype) -> str | None:
-    """Why a file of `size` bytes with these among them cannot hold ids of this format; None when it can."""
+    """Says why a file of `size` bytes with this sample cannot hold ids of this format; None when it can."""
     if size % dtype.itemsize:
         return f"{size:,} bytes are no whole number of {dtype.name}"
     ids = np.frombuffer(sample, dtype)
-    looks = None
+    oddity = None
     if dtype.itemsize > 2 and (ids.min() < 0 or ids.max() >= LARGEST_ID):
-        looks = "which no vocabulary has"
+        oddity = "which no vocabulary has"
     elif (highest := _high_parts(ids, 2)) is not None:
-        looks = f"where every second one is at most {highest}, as the high halves of wider numbers are"
+        oddity = f"where every second one is at most {highest}, as the high halves of wider numbers are"
     elif (highest := _high_parts(ids, 4)) is not None:
-        looks = f"where three of four are at most {highest}, as the high parts of wider numbers are"
+        oddity = f"where three of four are at most {highest}, as the high parts of wider numbers are"
     elif dtype.itemsize == 2 and len(ids) >= MANY_IDS and _is_swapped(ids):
-        looks = "where low bytes vary less than high bytes, as in the other order of bytes"
-    if looks is None:
+        oddity = "where low bytes vary less than high bytes, as in the other order of bytes"
+    if oddity is None:
         return None
-    return (
-        f"as {dtype.name} {_shown(sample, dtype)}, {looks} (if it is right, write it with numpy.save: headers decide)"
-    )
+    remedy = "if it is right, write it with numpy.save: headers decide"
+    return f"as {dtype.name} {_show_ids(sample, dtype)}, {oddity} ({remedy})"
 
 
 def _high_parts(ids: np.ndarray, parts: int) -> int | None:
-    """The largest of the other ids if one of `parts` is the low part of a wider number, in either order of bytes."""
+    """Returns the largest high part if one id in `parts` is the low part of a wider number; None otherwise.
+
+    Both orders of bytes are tried.
+    """
     if ids.itemsize * parts > 8:
         return None
     limit = HIGHEST if ids.itemsize == 2 else 0
     unsigned = ids.view(f"{ids.dtype.byteorder}u{ids.itemsize}")
     for numbers in (unsigned, unsigned.byteswap()):
         groups = numbers[: len(ids) // parts * parts].reshape(-1, parts)
-        groups = groups[groups.any(1)]  # padding with zeros says nothing
+        groups = groups[groups.any(1)]  # padding with zeros decides nothing
         for low, high in ((groups[:, 0], groups[:, 1:]), (groups[:, -1], groups[:, :-1])):
-            if len(groups) >= FEWEST and high.max() <= limit and (low > limit).mean() > 0.5:
+            if len(groups) >= MIN_GROUPS and high.max() <= limit and (low > limit).mean() > 0.5:
                 return int(high.max())
     return None
 
 
 def _is_swapped(ids: np.ndarray) -> bool:
-    return len(np.unique(ids)) >= MANY_DISTINCT and _entropy(ids & 0xFF) < _entropy(ids >> 8) - CLEARLY
+    return len(np.unique(ids)) >= MANY_DISTINCT and _entropy(ids & 0xFF) < _entropy(ids >> 8) - ENTROPY_MARGIN
 
 
 def _entropy(numbers: np.ndarray) -> float:
-    """Of numbers below 256, in bits."""
+    """Returns the entropy of numbers below 256, in bits."""
     shares = np.bincount(numbers, minlength=256) / len(numbers)
     return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
 
 
-def _shown(sample: bytes, dtype: np.dtype) -> str:
+def _show_ids(sample: bytes, dtype: np.dtype) -> str:
     ids = np.frombuffer(sample, dtype)
     return f"the ids are {', '.join(map(str, ids[:4]))}, … up to {ids.max():,}"
 

@@ -1,0 +1,35 @@
+"""Text as numbered shards, and shards as windows of token ids: what does a producer read for a shard that it is leased?
+
+    corpus = open_corpus(settings.corpus)                    # CorpusError now, not after an hour
+    for shard in corpus.training_shards:
+        windows = windows_of(corpus.documents(shard), tokenizer, settings.corpus)
+
+All of it is a pure function of the settings and the data: a shard can be read alone, in any order and on any machine,
+and always reads the same. There is no index file; what a shard holds is arithmetic on names and sizes.
+
+In reading order:
+
+    base            Corpus and CorpusError: what every kind promises
+    registry        open_corpus: the kinds, one line for each
+    stdlib          kind `stdlib`: the sources of Python's standard library
+    files           which files corpus.paths names, and what identifies them
+    reading         opening files: unpacking, encodings, limits, and formats that are refused
+    pieces          files cut into byte ranges, and the corpora made of them
+    text jsonl token_files      kinds that are made of pieces
+    token_layouts   which numbers a file of token ids holds
+    parquet huggingface         kinds that a library reads
+    windows         documents → windows of token ids
+    synthetic       activations of known ground truth: no text, and so no Corpus
+
+A new kind is one module, one line in `registry`, and its name in `producer.settings`. The package imports settings,
+parsing and the wire's arithmetic of the producer, and neither torch nor, before a kind needs it, pyarrow or datasets.
+The producer's sources import it, and so may the monitor, which evaluates on the text that was held out.
+
+Faults of the data raise CorpusError, and reading again will not help. Anything else that travels out of `documents`,
+such as an OSError of the network, may be worth another attempt.
+"""
+
+from producer.corpus.base import Corpus, CorpusError
+from producer.corpus.registry import more_shards_advice, open_corpus
+
+__all__ = ["Corpus", "CorpusError", "more_shards_advice", "open_corpus"]

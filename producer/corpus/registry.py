@@ -1,0 +1,52 @@
+"""The kinds of corpus, by the name that corpus.kind gives them: a kind is its module and its line here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from producer.corpus.base import Corpus, CorpusError
+from producer.corpus.huggingface import HuggingFaceCorpus
+from producer.corpus.jsonl import JsonlCorpus
+from producer.corpus.parquet import ParquetCorpus
+from producer.corpus.stdlib import StdlibCorpus
+from producer.corpus.text import TextCorpus
+from producer.corpus.token_files import TokenCorpus
+from producer.settings import CorpusSettings
+
+
+class CorpusKind(Protocol):
+    """A class of corpora that open from [corpus] alone."""
+
+    def __call__(self, settings: CorpusSettings) -> Corpus: ...
+
+    def more_shards_advice(self, settings: CorpusSettings) -> str: ...
+
+
+KINDS: dict[str, CorpusKind] = {
+    "stdlib": StdlibCorpus,
+    "text": TextCorpus,
+    "jsonl": JsonlCorpus,
+    "parquet": ParquetCorpus,
+    "huggingface": HuggingFaceCorpus,
+    "tokens": TokenCorpus,
+}
+
+
+def open_corpus(settings: CorpusSettings) -> Corpus:
+    """Opens the corpus of [corpus] and checks it: files exist and are not empty, encodings and columns are as expected.
+
+    Every file is opened, none is read in full (but for the standard library's, which are small).
+    Raises CorpusError with up to ten faults, one per line.
+    """
+    return _kind(settings)(settings)
+
+
+def more_shards_advice(settings: CorpusSettings) -> str:
+    """Says, as a sentence, which setting or data gives this corpus more shards."""
+    return _kind(settings).more_shards_advice(settings)
+
+
+def _kind(settings: CorpusSettings) -> CorpusKind:
+    if settings.kind not in KINDS:  # synthetic: a source of activations, without text
+        raise CorpusError(f"corpus.kind = {settings.kind!r} has no documents; choose one of {', '.join(KINDS)}")
+    return KINDS[settings.kind]
