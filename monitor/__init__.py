@@ -1,6 +1,7 @@
 """Monitor: evaluates what the trainer publishes, serves it, and shows it.
 
     __main__        `python -m monitor RUN.toml`
+    app             the monitor as a process
     settings        [monitor] of the run file
     run_directory   what a run directory holds
     snapshot_index  which snapshots it holds, from look to look

@@ -1,6 +1,7 @@
 """Producer: runs a language model and streams the activations of its hooks to the trainer.
 
     __main__      `python -m producer RUN.toml`
+    app           the producer as a process
     settings      [run] [stream] [model] [corpus] of the run file
     produce       the loop: lease → windows → activations → chunks
     source        where activations come from: a language model on text, or synthetic data

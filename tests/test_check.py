@@ -203,7 +203,7 @@ def test_a_ledger_that_does_not_balance_is_not_resumed(
     directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     """What `check` faults, the trainer refuses: it would train rows twice, or never."""
-    monkeypatch.setattr("trainer.__main__.signal.signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     damage(directory)
 
     assert main([str(directory / "settings.toml")]) == 1

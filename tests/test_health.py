@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import monitor.__main__
+import monitor.app
 import trainer.health
 import trainer.training.loop
 from monitor.evaluation.follow import Evaluator
@@ -199,7 +199,7 @@ def test_a_producer_that_hangs_in_a_forward_pass_is_dead() -> None:
 def test_a_monitor_is_ready_when_there_is_a_run_to_show(tmp_path: Path) -> None:
     """It may be started before the trainer."""
     settings = MonitorSettings.model_validate({"run": {"directory": str(tmp_path / "run")}})
-    watch = monitor.__main__.Watch(settings, MonitorMetrics(new_registry()), threading.Event())
+    watch = monitor.app.Watch(settings, MonitorMetrics(new_registry()), threading.Event())
     with asking(watch.alive, watch.ready) as ask:
         assert ask("/healthz")[0] == 200
         assert ask("/readyz")[0] == 503 and "does not exist yet" in ask("/readyz")[1]
@@ -209,10 +209,10 @@ def test_a_monitor_is_ready_when_there_is_a_run_to_show(tmp_path: Path) -> None:
 
 def test_a_monitor_whose_evaluation_hangs_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its service may still answer; the evaluation has not moved."""
-    monkeypatch.setattr(monitor.__main__, "HANGS_SECONDS", 0.0)
+    monkeypatch.setattr(monitor.app, "HANGS_SECONDS", 0.0)
     settings = MonitorSettings.model_validate({"run": {"directory": str(tmp_path / "run")}})
     metrics, stop = MonitorMetrics(new_registry()), threading.Event()
-    watch = monitor.__main__.Watch(settings, metrics, stop)
+    watch = monitor.app.Watch(settings, metrics, stop)
     watch._evaluator = Evaluator(settings, metrics, stop)
     watch._evaluator.moved_at = time.monotonic() - 1.0
     with asking(watch.alive, watch.ready) as ask:

@@ -38,7 +38,7 @@ def start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], tuple[int, str]]:
     """Starts a trainer that will refuse, in this process: (exit code, log)."""
-    monkeypatch.setattr("trainer.__main__.signal.signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     file = tmp_path / "run.toml"
     file.write_text(RUN.replace("DIR", str(tmp_path)))
 

@@ -26,9 +26,9 @@ from producer.common.metrics import Metric, Verdict, new_registry, start_metrics
 from producer.metrics import ProducerMetrics
 from producer.report import ProducerReport
 from trainer import metrics as trainer_metrics
-from trainer.__main__ import Reports
 from trainer.metrics import TrainerMetrics
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport, StreamReport
+from trainer.reporting import Reports
 
 PROMISED = re.findall(
     r"\S+",

@@ -1,6 +1,7 @@
 """Trainer: leases text to producers, shuffles what they stream, and trains SAEs on it.
 
     __main__      `python -m trainer RUN.toml`
+    app           the trainer as a process
     settings      [buffer] [optimizer] [snapshots] [checkpoint] of the run file, and all of it together
     stream/       activations in: ledger, intake, buffer
     saes/         one module per architecture, with its settings, and how SAEs are published
@@ -10,6 +11,7 @@
     control/      requests of a person to a running trainer
     planning/     what a run will cost
     snapshot      a published SAE on disk
+    reporting     where reports go: metrics.jsonl, Prometheus, the log
     report        what the loop reports
     metrics       its Prometheus metrics
     health        its answers to /healthz and /readyz
