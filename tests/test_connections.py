@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -149,6 +150,20 @@ def test_connections_of_one_identity_keep_nothing_unread() -> None:
                     peer.sendall(frame(bytes(1_000_000)))
         assert resident() - before < 50_000_000
         first.close()
+        assert finish(intake, Producing(at(intake))) == every_name()
+
+
+def test_a_connection_that_breaks_at_the_high_water_mark_ends_nothing() -> None:
+    """200 messages wait for a busy trainer when their sender vanishes, and heartbeats are due: the trainer lives."""
+    with trainer(stream_settings("tcp://127.0.0.1:*", heartbeat_seconds=0.1)) as intake:
+        with intake.lock:  # the stream's thread stops at the first message
+            peer = connect(intake.endpoint, b"one")
+            with suppress(OSError):
+                peer.sendall(frame(encode(Heartbeat(progress=0))) * 200)
+            time.sleep(0.2)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+            peer.close()
+            time.sleep(0.5)
         assert finish(intake, Producing(at(intake))) == every_name()
 
 
