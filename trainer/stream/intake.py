@@ -291,9 +291,9 @@ class Intake:
         socket.ipv6 = is_ipv6(settings.endpoint)
         socket.maxmsgsize = MAX_CHUNK_BYTES + 1024
         socket.rcvhwm = 64
-        # No heartbeats of ZeroMQ's own: libzmq 4.3.5 aborts the process when one is due on a connection that broke while
-        # its messages were waiting at the high-water mark. The ledger ends silent sessions, and `Connections` closes
-        # connections without one.
+        # No heartbeats of ZeroMQ's own: libzmq 4.3.5 aborts the process when one is due on a connection that broke
+        # while its messages were waiting at the high-water mark. The ledger ends silent sessions, and `Connections`
+        # closes connections without one.
         socket.handshake_ivl = 10_000
         if settings.keys is not None:
             self._authenticator, self._clients = serve_encrypted(self._context, socket, settings.keys)
