@@ -29,7 +29,7 @@ from producer.corpus.windows import Windows
 from producer.link import Finished, Link, SessionLost
 from producer.lm.errors import ModelError
 from producer.report import ProducerReport
-from producer.source import Source, batches, open_lanes
+from producer.source import Source, batches, open_pass_threads
 from producer.wire import (
     DTYPE_BYTES,
     MAX_CHUNK_POSITIONS,
@@ -100,7 +100,7 @@ class Producer:
         self._forward_seconds = self._text_seconds = 0.0
         self._dropped: Counter[str] = Counter()
         self._text = ReadingAhead(source.windows)
-        self._lanes = open_lanes(source.lanes)
+        self._threads = open_pass_threads(source.concurrent_passes)
 
     def run(self) -> None:
         """Raises Refused or NoTrainer when there is no run to serve."""
@@ -108,7 +108,7 @@ class Producer:
             self._run()
         finally:
             self._text.close()
-            self._lanes.shutdown(cancel_futures=True)
+            self._threads.shutdown(cancel_futures=True)
 
     def _run(self) -> None:
         while True:
@@ -175,7 +175,7 @@ class Producer:
             yield chosen
 
     def _on_cpu(self, work: Work) -> Iterator[list[Packed]]:
-        """The chunks of each pass, in order; passes run in all lanes, and one more is ready when a lane is free."""
+        """The chunks of each pass, in order; passes run in all threads, and one more is ready when a thread is free."""
         ahead: deque[Future[tuple[list[Packed], float]]] = deque()
 
         def run(chosen: np.ndarray) -> tuple[list[Packed], float]:
@@ -191,8 +191,8 @@ class Producer:
 
         try:
             for chosen in self._passes(work):
-                ahead.append(self._lanes.submit(run, chosen))
-                if len(ahead) > self._source.lanes:
+                ahead.append(self._threads.submit(run, chosen))
+                if len(ahead) > self._source.concurrent_passes:
                     yield first()
             while ahead:
                 yield first()

@@ -33,23 +33,23 @@ log = logging.getLogger("sluice.producer")
 CPU_TOKENS, GPU_TOKENS = 4096, 32_768
 """About how many tokens one forward pass takes, unless model.batch_windows says otherwise or others are faster."""
 CALIBRATION_SECONDS, CALIBRATION_ROUNDS = 2.5, 5
-MAX_LANES = 4
+MAX_CONCURRENT_PASSES = 4
 """Most forward passes side by side on a CPU; each needs memory of its own."""
-WORTH = 1.05
+MIN_SPEEDUP = 1.05
 """Passes of another size must be this much faster to be preferred."""
 BOUND_TOKENS = 4096
-"""Tokens whose rows tell the usual norm. Not a forward pass: the bound must not depend on how large one is."""
+"""Tokens whose norms give the median. Not a forward pass: the bound must not depend on how large one is."""
 
 
 class Source(Protocol):
-    """What the loop needs of a source."""
+    """Shards of activations, as the producer's loop reads them."""
 
     hooks: list[Hook]
     context: int
     shards: int
     batch_windows: int
-    lanes: int
-    """How many forward passes should run side by side."""
+    concurrent_passes: int
+    """How many forward passes run side by side."""
     facts: dict[str, Any]
     device: torch.device
 
@@ -64,18 +64,18 @@ class Source(Protocol):
 
     @property
     def findings(self) -> dict[str, Any]:
-        """What was measured at the start, for the stream's HELLO and the snapshots; decides no row."""
+        """Measurements of the start, for the stream's HELLO and the snapshots; they decide no activation."""
         ...
 
     def windows(self, shard: int) -> Windows: ...
 
-    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-        """[chosen, context, width] per hook, for the windows whose indices are in `chosen`."""
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+        """Computes the activations of the windows with these indices: [len(indices), context, width] per hook."""
         ...
 
 
 class LanguageModelSource:
-    """Text, read by a language model."""
+    """Activations of a language model that reads a corpus."""
 
     def __init__(self, settings: ProducerSettings) -> None:
         assert settings.model is not None
@@ -103,8 +103,8 @@ class LanguageModelSource:
         self.shards = self._corpus.shards
         self.hooks = [Hook(name=hook.name, module=hook.module, width=hook.width) for hook in self.model.hooks]
         on_gpu = self.device.type == "cuda"
-        self.lanes = 1 if on_gpu else min(MAX_LANES, torch.get_num_threads())
-        tokens = GPU_TOKENS if on_gpu else CPU_TOKENS // self.lanes
+        self.concurrent_passes = 1 if on_gpu else min(MAX_CONCURRENT_PASSES, torch.get_num_threads())
+        tokens = GPU_TOKENS if on_gpu else CPU_TOKENS // self.concurrent_passes
         self.batch_windows = settings.model.batch_windows or max(1, tokens // self.context)
         self.facts = {
             "model": settings.model.name,
@@ -121,7 +121,7 @@ class LanguageModelSource:
         } | (self._arithmetic() if settings.run.deterministic else {})
 
     def _arithmetic(self) -> dict[str, Any]:
-        """What decides the last bits of a row, besides what it is: the sizes of products, and what computes them."""
+        """Returns what decides the last bits of an activation: the sizes of products, and what computes them."""
         on_gpu = self.device.type == "cuda"
         return {
             "deterministic": True,
@@ -134,31 +134,31 @@ class LanguageModelSource:
     def choose_batch(self) -> None:
         """Measures how many windows a forward pass should take here, unless the settings say it.
 
-        Rows do not depend on it but for rounding. Takes CALIBRATION_SECONDS at most; a model that is too slow for that
-        keeps the usual number.
+        Activations depend on it only in rounding. Takes CALIBRATION_SECONDS at most; a model that is too slow for that
+        keeps the default.
         """
         if self._batch_is_set:
             return
-        usual = self.batch_windows
-        with open_lanes(self.lanes) as lanes:
-            best = self._seconds_a_window(usual, lanes)
-        if best:
-            fastest = min(best.values())
-            if best.get(usual, float("inf")) > WORTH * fastest:
-                self.batch_windows = min(size for size in best if best[size] <= (1 + WORTH) / 2 * fastest)
-        told = ", ".join(f"{size}: {self.context / best[size]:,.0f}" for size in sorted(best))
+        default = self.batch_windows
+        with open_pass_threads(self.concurrent_passes) as threads:
+            seconds = self._seconds_per_window(default, threads)
+        if seconds:
+            fastest = min(seconds.values())
+            if seconds.get(default, float("inf")) > MIN_SPEEDUP * fastest:
+                self.batch_windows = min(size for size in seconds if seconds[size] <= (1 + MIN_SPEEDUP) / 2 * fastest)
+        rates = ", ".join(f"{size}: {self.context / seconds[size]:,.0f}" for size in sorted(seconds))
         log.info(
             "%d windows in a forward pass, %d at a time (tokens/s by windows: %s)",
-            self.batch_windows, self.lanes, told or "not measured",
+            self.batch_windows, self.concurrent_passes, rates or "not measured",
         )  # fmt: skip
 
-    def _seconds_a_window(self, usual: int, lanes: ThreadPoolExecutor) -> dict[int, float]:
-        """Of passes of several sizes, the best of some rounds; empty when there is no time to try the usual one."""
-        sizes = {max(1, usual // 4), max(1, usual // 2), usual, 2 * usual, 4 * usual}
-        self._pass_seconds(1, lanes)
-        windows = CALIBRATION_SECONDS / self._pass_seconds(1, lanes)
+    def _seconds_per_window(self, default: int, threads: ThreadPoolExecutor) -> dict[int, float]:
+        """Times passes of several sizes, the best of some rounds each; returns nothing without time for the default."""
+        sizes = {max(1, default // 4), max(1, default // 2), default, 2 * default, 4 * default}
+        self._pass_seconds(1, threads)
+        windows = CALIBRATION_SECONDS / self._pass_seconds(1, threads)
         while 2 * sum(sizes) > windows:
-            if max(sizes) <= usual:
+            if max(sizes) <= default:
                 return {}
             sizes.remove(max(sizes))
         rounds = int(windows / sum(sizes))
@@ -166,22 +166,22 @@ class LanguageModelSource:
         for _ in range(min(rounds, CALIBRATION_ROUNDS)):
             for size in sorted(sizes):
                 try:
-                    seconds = self._pass_seconds(size, lanes) / (size * self.lanes)
+                    seconds = self._pass_seconds(size, threads) / (size * self.concurrent_passes)
                     best[size] = min(seconds, best.get(size, float("inf")))
                 except torch.OutOfMemoryError:
-                    sizes = {one for one in sizes if one < size}
+                    sizes = {smaller for smaller in sizes if smaller < size}
         return {size: seconds for size, seconds in best.items() if size in sizes}
 
-    def _pass_seconds(self, size: int, lanes: ThreadPoolExecutor) -> float:
-        """Of one forward pass over so many windows in every lane."""
+    def _pass_seconds(self, size: int, threads: ThreadPoolExecutor) -> float:
+        """Times one forward pass over `size` windows in every thread, all side by side."""
         tokens = torch.arange(size * self.context).view(size, self.context) % self.model.vocabulary
 
-        def forward(_lane: int) -> None:
+        def forward(_: int) -> None:
             x = self.model.activations(tokens)[-1]
             x[-1, -1, -1].item()  # a GPU is done only then
 
         began = time.monotonic()
-        list(lanes.map(forward, range(self.lanes)))
+        list(threads.map(forward, range(self.concurrent_passes)))
         return time.monotonic() - began
 
     @property
@@ -204,13 +204,13 @@ class LanguageModelSource:
 
     def windows(self, shard: int) -> Windows:
         windows = windows_of(self._corpus.documents(shard), self.model.tokenizer, self._settings)
-        self.model.check_ids(torch.from_numpy(windows.ids))  # before any row of the shard is sent
+        self.model.check_ids(torch.from_numpy(windows.ids))  # before any activation of the shard is sent
         return windows
 
-    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-        padded = windows.padded[chosen]
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+        padded = windows.padded[indices]
         return self.model.activations(
-            torch.from_numpy(windows.ids[chosen]), torch.from_numpy(padded) if padded.any() else None
+            torch.from_numpy(windows.ids[indices]), torch.from_numpy(padded) if padded.any() else None
         )
 
 
@@ -218,7 +218,7 @@ class SyntheticSource:
     """Sparse sums of known directions; no language model, no text."""
 
     device = torch.device("cpu")
-    lanes = 1
+    concurrent_passes = 1
     layers = (0, 0)
     findings: ClassVar[dict[str, Any]] = {}
 
@@ -245,9 +245,9 @@ class SyntheticSource:
         shape = (count, self.context)
         return Windows(np.zeros(shape, np.int64), np.ones(shape, bool), np.zeros(shape, bool))
 
-    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
         activations = self._shard(shard)
-        return [torch.from_numpy(activations.reshape(-1, self.context, activations.shape[1])[chosen])]
+        return [torch.from_numpy(activations.reshape(-1, self.context, activations.shape[1])[indices])]
 
     def _shard(self, shard: int) -> np.ndarray:
         """Returns the shard's activations, [shard_windows * context, d_in], computed once while it is needed."""
@@ -257,29 +257,29 @@ class SyntheticSource:
         return activations
 
 
-def open_lanes(lanes: int) -> ThreadPoolExecutor:
-    """Threads for forward passes side by side, each with its share of the cores.
+def open_pass_threads(count: int) -> ThreadPoolExecutor:
+    """Opens threads for forward passes side by side, each with its share of the cores.
 
     As fast as one pass after the other on all cores where nothing else runs; but those wait for their slowest core in
     each of their hundred operations, and lose a third of their speed to any other process that wakes now and then.
     """
-    share = max(1, torch.get_num_threads() // lanes)
-    return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(share,))
+    share = max(1, torch.get_num_threads() // count)
+    return ThreadPoolExecutor(count, "pass", initializer=torch.set_num_threads, initargs=(share,))
 
 
 def open_source(settings: ProducerSettings) -> Source:
-    """The source that the run file names. Raises CorpusError or ModelError for what an operator can mend."""
+    """Opens the source that the run file names. Raises CorpusError or ModelError for what an operator can mend."""
     return SyntheticSource(settings) if settings.corpus.kind == "synthetic" else LanguageModelSource(settings)
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """One hash over all that decides the rows; names and descriptions, which depend on the place, do not."""
+    """Hashes what decides the activations: sha256, hex. Names and descriptions depend on the place and are left out."""
     decisive = {name: value for name, value in facts.items() if name not in ("model", "corpus")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[float] | None:
-    """Per hook, `factor` times the median norm of the rows in the corpus' first windows; None when nothing is dropped.
+    """Returns per hook `factor` times the median norm in the corpus' first windows; None when nothing is dropped.
 
     Attention sinks have a hundred times the usual norm; a bound from the median hardly notices them. Raises ModelError
     for a hook whose median is 0, or that gives what is not finite.
@@ -288,43 +288,43 @@ def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[fl
         return None
     for shard in shards:
         windows = source.windows(shard)
-        chosen = np.flatnonzero(windows.kept.any(1))[: max(1, BOUND_TOKENS // source.context)]
-        if len(chosen):
+        indices = np.flatnonzero(windows.kept.any(1))[: max(1, BOUND_TOKENS // source.context)]
+        if len(indices):
             norms = [
                 [
-                    x.float().norm(dim=-1).cpu().numpy()[windows.kept[some]]
-                    for x in source.activations(shard, windows, some)
+                    x.float().norm(dim=-1).cpu().numpy()[windows.kept[batch]]
+                    for x in source.activations(shard, windows, batch)
                 ]
-                for some in np.array_split(chosen, -(-len(chosen) // source.batch_windows))
+                for batch in np.array_split(indices, -(-len(indices) // source.batch_windows))
             ]
             return [
-                factor * _usual_norm(source, hook.name, np.concatenate(parts))
+                factor * _median_norm(source, hook.name, np.concatenate(parts))
                 for hook, parts in zip(source.hooks, zip(*norms, strict=True), strict=True)
             ]
     return None
 
 
-def _usual_norm(source: Source, hook: str, norms: np.ndarray) -> float:
-    """The median; raises ModelError where no bound can be made of it."""
-    where = f"model.hooks = {hook!r}"
+def _median_norm(source: Source, hook: str, norms: np.ndarray) -> float:
+    """Returns the median. Raises ModelError where no bound can be made of it."""
+    setting = f"model.hooks = {hook!r}"
     if not np.isfinite(norms).all():
         facts = source.facts
         raise ModelError(
-            f"{where}: {non_finite_message(facts.get('model', 'the source'), facts.get('model_dtype', 'float32'))}"
+            f"{setting}: {non_finite_message(facts.get('model', 'the source'), facts.get('model_dtype', 'float32'))}"
         )
-    usual = float(torch.from_numpy(norms).median())
-    if usual == 0:
+    median = float(torch.from_numpy(norms).median())
+    if median == 0:
         zeros = int((norms == 0).sum())
         raise ModelError(
-            f"{where}: {zeros:,} of the first {len(norms):,} activations are zero, so that their median norm, which "
+            f"{setting}: {zeros:,} of the first {len(norms):,} activations are zero, so that their median norm, which "
             "corpus.outlier_factor counts from, is 0; hook another place, if this module was zeroed or pruned, or set "
             "corpus.outlier_factor = 0"
         )
-    return usual
+    return median
 
 
 def batches(windows: Windows, wanted: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Indices of the windows that have a wanted row, `size` at a time, in order."""
+    """Yields the indices of the windows with a wanted position, `size` at a time, in order."""
     needed = np.flatnonzero(wanted.any(1))
     for start in range(0, len(needed), size):
         yield needed[start : start + size]

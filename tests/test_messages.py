@@ -67,7 +67,10 @@ OVERRIDES: list[tuple[str, str]] = [
         "run.directory=~no-such-user/x",
         "begins with ~no-such-user, a user whom this machine does not have; for a folder",
     ),
-    ("run.dir=x", 'run.dir = "x": no such key; known here: directory, tokens, seed, threads, deterministic'),
+    (
+        "run.dir=x",
+        'run.dir = "x": no such key; known here: directory, tokens, seed, threads, max_quarantined_ratio, ',
+    ),
     ("run.x.y=5", "run.x = { y = 5 }: no such key; known here: directory"),
     ("run.tokens.x=5", f"run.tokens = {{ x = 5 }}: {WHOLE}"),
     # [stream]: endpoints, choices, seconds

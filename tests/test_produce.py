@@ -62,7 +62,7 @@ class Tensors:
     forwarded: list[list[int]] = field(default_factory=list)
     """The windows of each forward pass."""
     device: ClassVar[torch.device] = torch.device("cpu")
-    lanes: ClassVar[int] = 1
+    concurrent_passes: ClassVar[int] = 1
     layers: ClassVar[tuple[int, int]] = (1, 2)
     findings: ClassVar[dict[str, Any]] = {}
     facts: ClassVar[dict[str, Any]] = {"corpus": "tensors"}
@@ -410,20 +410,20 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
     assert {readers[shard] for shard in (0, 1, 2, 4)} == {"text_0"}
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5])
-def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endpoint: str, lanes: int) -> None:
-    """Early windows take longest; they come first all the same. What fails in one lane fails its shard alone."""
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endpoint: str, passes: int) -> None:
+    """Early windows take longest; they come first all the same. A pass that fails fails its shard alone."""
 
     class Uneven(Tensors):
         def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
             time.sleep(0.03 / (1 + chosen[0]))
             if shard == 1 and chosen[0] == 2:
-                raise RuntimeError("lane broken")
+                raise RuntimeError("pass broken")
             return super().activations(shard, windows, chosen)
 
     given = tensors(9)
     source = Uneven(given.x, given.kept)
-    source.lanes = lanes  # type: ignore[misc]
+    source.concurrent_passes = passes  # type: ignore[misc]
     producer = start(endpoint, source)
     hand.welcome()
     whole, broken, again = hand.lease(), hand.lease(1), hand.lease(2)
@@ -431,7 +431,7 @@ def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endp
 
     assert whole.positions(CONTEXT) == again.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
     assert whole.payloads == again.payloads
-    assert isinstance(broken.end, ShardFail) and "lane broken" in broken.end.error
+    assert isinstance(broken.end, ShardFail) and "pass broken" in broken.end.error
     assert producer.producer.report().forwards == 5 + 1 + 5
 
 
@@ -443,10 +443,10 @@ class Timed(LanguageModelSource):
 
     def __init__(self, seconds: dict[int, float], is_set: bool = False) -> None:
         self.batch_windows, self.context, self._batch_is_set, self._seconds = 16, 256, is_set, seconds
-        self.lanes = 1
+        self.concurrent_passes = 1
         self.passes: list[int] = []
 
-    def _pass_seconds(self, size: int, lanes: ThreadPoolExecutor) -> float:
+    def _pass_seconds(self, size: int, threads: ThreadPoolExecutor) -> float:
         self.passes.append(size)
         if self._seconds[size] == float("inf"):
             raise torch.OutOfMemoryError
