@@ -147,16 +147,16 @@ def test_while_nothing_trains_nobody_waits():
 def test_cpu_time_is_saved_and_owed_within_bounds(monkeypatch: pytest.MonkeyPatch):
     """A tenth of a core: an hour of silence saves up one second, and five at once cost a wait of two, no longer."""
     now, used = [0.0], [0.0]
-    monkeypatch.setattr(monitor.pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(monitor.http.pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
     pace = Pace(_nobody, lambda: True)
     pace._rate, pace._clock = 0.1, SimpleNamespace(read=lambda: used[0])  # type: ignore[assignment]
     pace._left()
     now[0] = 3600.0
-    assert pace._left() == pytest.approx(monitor.pace.BURST_SECONDS)
+    assert pace._left() == pytest.approx(monitor.http.pace.BURST_SECONDS)
     used[0] = 5.0
-    assert pace._left() == pytest.approx(-0.1 * monitor.pace.LONGEST_WAIT_SECONDS)
+    assert pace._left() == pytest.approx(-0.1 * monitor.http.pace.LONGEST_WAIT_SECONDS)
     now[0] += 1.0
-    assert pace._left() == pytest.approx(-0.1 * (monitor.pace.LONGEST_WAIT_SECONDS - 1))
+    assert pace._left() == pytest.approx(-0.1 * (monitor.http.pace.LONGEST_WAIT_SECONDS - 1))
 
 
 async def _nobody(scope: Scope, receive: Receive, send: Send) -> None: ...

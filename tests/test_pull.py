@@ -337,7 +337,7 @@ def test_following_survives_a_killed_monitor(tmp_path: Path):
 
 @pytest.mark.skipif(not all(map(shutil.which, ("curl", "awk", "sha256sum"))), reason="curl or coreutils are missing")
 def test_curl_is_enough(run_directory: Path, url: str, tmp_path: Path):
-    """The README's lines: everything arrives, half a file is gone on with, hashes are checked."""
+    """The lines of docs/snapshots.md: everything arrives, half a file is gone on with, hashes are checked."""
     assert _recipe(url, tmp_path).returncode == 0
     weights = tmp_path / "000000001000" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
@@ -385,9 +385,9 @@ def test_curl_is_led_nowhere_else(run_directory: Path, tmp_path: Path, old: str,
 
 
 def _recipe(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The README's lines, as they stand there."""
-    readme = (ROOT / "README.md").read_text()
-    lines = readme[readme.index("    curl -fsS $MONITOR") :].split("\n\n")[0]
+    """The lines of docs/snapshots.md, as they stand there."""
+    page = (ROOT / "docs" / "snapshots.md").read_text()
+    lines = page[page.index("    curl -fsS $MONITOR") :].split("\n\n")[0]
     environment = os.environ | {"MONITOR": url}
     return subprocess.run(["bash", "-c", lines], cwd=folder, env=environment, capture_output=True, text=True)
 
