@@ -1,7 +1,8 @@
 """A whole training run on rows of known ground truth, in one process: corpus → wire → buffer → SAEs → snapshot.
 
-Everything is the real thing: a producer's thread sends the synthetic corpus over a socket, `trainer.train.Loop` takes
-batches from the shuffling buffer, and what is judged is the snapshot it publishes, on raw rows it never saw.
+Everything is the real thing: a producer's thread sends the synthetic corpus over a socket,
+`trainer.training.loop.Loop` takes batches from the shuffling buffer, and what is judged is the snapshot it publishes,
+on raw rows it never saw.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -153,6 +155,35 @@ def test_what_tests_replace_is_said() -> None:
     assert replaced_names() <= table
     assert {module for module, _ in table} == {module for module, _ in replaced_names()}
     assert {name for _, name in table} - {name for _, name in replaced_names()} <= {"_clock"}  # set, not patched
+
+
+def prose(source: str) -> str:
+    """The docstrings of a Python file, those of its fields included, and its comments."""
+    strings = [
+        node.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return "\n".join(strings + [token.string for token in tokens if token.type == tokenize.COMMENT])
+
+
+def missing_modules(text: str) -> Iterable[str]:
+    """Dotted names that begin like a module of ours and are neither that, nor defined in one, nor a setting."""
+    for name in re.findall(r"(?<![\w./-])(?:producer|trainer|monitor|tests)(?:\.\w+)+(?![\w(])", text):
+        owner = name.rpartition(".")[0]  # a class, perhaps, or a file such as tests.yml
+        is_member = is_defined(owner) and not is_module(owner)
+        if not (is_defined(name) or is_member or is_setting(name) or name.endswith((".yml", ".toml", ".NAME"))):
+            yield name
+
+
+@pytest.mark.parametrize("folder", TOP[:5])
+def test_modules_that_comments_name_exist(folder: str) -> None:
+    """In docstrings and comments of every Python file: what was moved is not named by its old place."""
+    paths = (ROOT / folder).rglob("*.py")
+    faults = {path.relative_to(ROOT).as_posix(): [*missing_modules(prose(path.read_text()))] for path in paths}
+
+    assert {path: names for path, names in faults.items() if names} == {}
 
 
 def test_the_readme_is_short() -> None:

@@ -52,7 +52,7 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from trainer import checkpoint` names a module, `from trainer.train import Loop` something in one.
+            # `from trainer import snapshot` names a module, `from trainer.training.loop import Loop` something in one.
             found |= {
                 f"{node.module}.{alias.name}" if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists()
                 else node.module

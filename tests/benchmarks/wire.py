@@ -1,7 +1,7 @@
 """Rows through the real link and intake, beside frames of the same size through bare sockets; what intake costs a step.
 
-Sluice   producer.link → trainer.intake: headers, credit, leases, checks, and the copy into the buffer. Rows are taken
-         out without being read: reading them belongs to the buffer's section.
+Sluice   producer.link → trainer.stream.intake: headers, credit, leases, checks, and the copy into the buffer. Rows are
+         taken out without being read: reading them belongs to the buffer's section.
 bare     DEALER → ROUTER of pyzmq, header and payload of the same size, without copies; dropped on arrival.
 
 Each sender is a process of its own that rests while it is not its turn, because nobody takes what it sends.

@@ -38,7 +38,7 @@ class Bug:
     """What is to be changed, and where."""
 
     module: str
-    """Dotted, such as trainer.durable."""
+    """Dotted, such as trainer.state.durable."""
     function: str
     """Qualified, such as Ledger.tick; empty for anything in the module."""
     old: str

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.quality.ours '{"architecture": "topk", ...}' ACTIVATIONS FOLDER
 
 The stream, the buffer and the ledger are left out: the shuffled batches that the peers get go straight to
-`trainer.trainee.Trainee`, set up as `trainer.run.Run` does it, and come out of the trainer's own export.
+`trainer.training.sae_trainer.Trainee`, set up as `trainer.training.run.Run` does it, and come out of the trainer's own
+export.
 """
 
 from __future__ import annotations
