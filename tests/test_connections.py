@@ -89,13 +89,14 @@ def test_a_message_without_end_costs_its_connection(frame_bytes: int) -> None:
 
 
 def test_a_session_may_hold_its_credit_and_no_more(tmp_path: Path) -> None:
-    """With keys: a producer that was welcomed and then sends a message without end is cut off as well."""
+    """With keys: a producer that was welcomed and then sends a message of 40 MB in small frames is cut off as well."""
     write_keys(tmp_path / "keys")
     keys = str(tmp_path / "keys")
     with trainer(stream_settings("tcp://127.0.0.1:*", keys=keys)) as intake:
         with Peer(at(intake, keys=keys)) as peer:
             peer.join()
-            peer.send(*[b"x" * 1000] * (3 * (8 * CHUNK_ROWS * 16 + 9 * SLACK_BYTES) // 1000))
+            assert 8 * CHUNK_ROWS * 16 + SLACK_BYTES < 1_000_000
+            peer.send(*[b"x" * 1000] * 40_000)  # takes longer than two looks at what is held
             wait_for(lambda: intake.ledger.errors["closed_bytes"] == 1)
         assert finish(intake, Producing(at(intake, keys=keys))) == every_name()
 

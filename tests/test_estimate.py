@@ -227,7 +227,7 @@ def test_this_machine_is_measured_in_a_few_seconds() -> None:
 
 def test_help_and_faults_answer_without_torch() -> None:
     """`--help` comes at once, because nothing heavy is imported for it."""
-    code = "import sys, trainer.estimate; print('torch' in sys.modules)"
+    code = "import sys, trainer.planning.estimate; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     began = time.monotonic()
     help_ = subprocess.run([sys.executable, "-m", "trainer", "estimate", "--help"], cwd=ROOT, capture_output=True)

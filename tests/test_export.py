@@ -177,7 +177,7 @@ def test_rows_that_saelens_rescales_are_read_as_it_reads_them(tmp_path: Path) ->
 
 def test_help_needs_no_torch() -> None:
     """Arguments are read before anything heavy is imported, and both lists of formats agree."""
-    program = "import sys, trainer.export; sys.exit('torch' in sys.modules)"
+    program = "import sys, trainer.saes.export; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert LOADED_BY.keys() == FORMATS.keys()

@@ -115,7 +115,9 @@ def test_threads_share_it() -> None:
 @pytest.mark.parametrize("process", ["producer", "trainer", "monitor"])
 def test_every_process_writes_its_log_so(process: str) -> None:
     assert f'set_up("{process}")' in (ROOT / process / "__main__.py").read_text()
-    code = f"import logging; from producer.logs import set_up; set_up('{process}'); logging.warning('a\\nb\\x1b')"
+    code = (
+        f"import logging; from producer.common.logs import set_up; set_up('{process}'); logging.warning('a\\nb\\x1b')"
+    )
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stderr
 
     assert told.split(" ", 1)[1] == f"{process} WARNING a\n    b\\x1b\n"

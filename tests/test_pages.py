@@ -84,7 +84,7 @@ def test_what_is_asked_wrongly_is_told(client: TestClient):
         ("/v1/latents/planted/fires?text=", 400, "expected 1 to 4,000"),
         ("/v1/latents/planted/99", 404, "latents 0 to 6, not 99"),
         ("/latents/other/0", 404, "'planted'"),
-        ("/static/../page.py", 404, ""),
+        ("/static/../live_page.py", 404, ""),
         ("/static/page.css", 404, "page.js"),
     ):
         answer = client.get(address)

@@ -56,4 +56,4 @@ def test_no_message_writes_a_command_by_hand():
                           if node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
             for node in ast.walk(tree):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
-                    assert "python -m" not in node.value or path.name == "page.py", f"{path}: {node.value}"
+                    assert "python -m" not in node.value or path.name == "live_page.py", f"{path}: {node.value}"
