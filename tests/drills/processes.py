@@ -107,6 +107,7 @@ def producer_frozen(folder: Path, quick: bool) -> Outcome:
     with Scene(folder, f"corpus.epochs={epochs}") as scene:
         trainer = scene.trainer(SECONDS_PER_STEP=0.03)
         zombie, _ = scene.producer(), scene.producer()
+        scene.wait(lambda: scene.log("producer").count("welcomed by run") == 2, 60.0, "for both producers")
         scene.wait_for_rows(1)
         for number in range(rounds):
             zombie.send_signal(signal.SIGSTOP)
