@@ -284,8 +284,7 @@ class Link:
         dealer.ipv6 = is_ipv6(self._settings.endpoint)
         dealer.reconnect_ivl, dealer.reconnect_ivl_max = 200, 2000
         dealer.maxmsgsize = MAX_MASK_BYTES + 1024  # CURVE adds some bytes to a frame
-        dealer.heartbeat_ivl = round(1000 * self._settings.heartbeat_seconds)
-        dealer.heartbeat_timeout = round(1000 * self._settings.dead_seconds)
+        dealer.rcvhwm = 0  # see the trainer's socket: libzmq aborts where a connection breaks at the high-water mark
         if self._settings.keys is not None:
             connect_encrypted(dealer, self._settings.keys)
         self._monitor = dealer.get_monitor_socket(

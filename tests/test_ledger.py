@@ -1159,3 +1159,14 @@ def message_kinds(sends: list[Send]) -> list[type[Message]]:
 def test_welcome_precedes_leases_and_leases_precede_credit() -> None:
     """A producer never holds credit for work it has not been told of."""
     assert message_kinds(join(make_ledger())) == [Welcome, Lease, Lease, Credit, Heartbeat]
+
+
+def test_bounds_of_a_producer_that_left_without_a_row_decide_nothing() -> None:
+    """Until rows have settled the stream, the next producer's own bounds count."""
+    ledger = make_ledger()
+    join(ledger, "ada", norm_bounds=[5e-324])
+    ledger.bye("ada-1", Bye(), 0.0)
+
+    join(ledger, "bob", norm_bounds=[7.0])
+
+    assert ledger.norm_bounds == [7.0]

@@ -51,7 +51,7 @@ SLACK_BYTES = 2 * MAX_HEADER_BYTES
 PENDING_BYTES = 8 * SLACK_BYTES
 """Of all connections without a session. A frame of one byte takes 3 on the wire and 64 of memory."""
 PENDING_CONNECTIONS = 128
-PENDING_SECONDS, SESSION_SECONDS = 0.005, 0.02
+PENDING_SECONDS, SESSION_SECONDS = 0.002, 0.02
 """Between two looks: while a connection has no session, and while each has one."""
 
 FRAME_BYTES, LONG_FRAME_BYTES, LONG_FRAME = 2, 9, 256
@@ -97,7 +97,7 @@ class Connection:
 
     def brought(self, frame: zmq.Frame) -> bool:
         """Whether a frame came on this connection, or at least on none that there was beside it."""
-        return frame.get(zmq.SRCFD) == self.number
+        return _source(frame) == self.number
 
 
 class Connections:
@@ -144,7 +144,8 @@ class Connections:
         """On which connection a frame came; None when that is gone by now. For those whose connection is not known."""
         with self._lock:
             self._read_monitor()  # it was announced before it could bring anything
-            return self._table.get(frame.get(zmq.SRCFD))
+            number = _source(frame)
+            return None if number is None else self._table.get(number)
 
     def deliver(self, connection: Connection, frames: Sequence[zmq.Frame], emptied: float) -> None:
         """A whole message was taken from the socket, which was last found empty at `emptied`."""
@@ -166,6 +167,11 @@ class Connections:
         with self._lock:
             self._close(connection, "hellos", f"more than {HELLOS_ALLOWED} HELLOs within {HELLO_SECONDS:g} s")
         return False
+
+    def close(self, connection: Connection, reason: str, sentence: str) -> None:
+        """Ends a connection whose messages are no use."""
+        with self._lock:
+            self._close(connection, reason, sentence)
 
     def hold_session(self, connection: Connection) -> None:
         connection.deadline = None
@@ -261,6 +267,14 @@ class Connections:
     def _wire_bytes(self, frame: zmq.Frame) -> int:
         length = len(frame) + (SEAL_BYTES if self._encrypted else 0)
         return length + (FRAME_BYTES if length < LONG_FRAME else LONG_FRAME_BYTES)
+
+
+def _source(frame: zmq.Frame) -> int | None:
+    """ZeroMQ's descriptor of the connection that a frame came on; None for peers of ZMTP before version 3."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return None
 
 
 def _duplicate(number: int) -> socket.socket:

@@ -55,6 +55,12 @@ from trainer.stream.ledger import Accepted, Ledger, Send
 log = logging.getLogger("sluice.trainer")
 
 POLL_MILLISECONDS = 5
+RECEIVE_SECONDS = 0.02
+"""Messages are received for about this long before the ledger's clock ticks again."""
+MOST_FRAMES = 2
+"""Of a message: its header, and for some kinds one frame of data."""
+FRAMES_TOLERATED = 64
+"""A message of more takes so long to receive that its connection is closed."""
 GOODBYE_SECONDS = 5.0
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BITS = {"bfloat16": np.int16, "float32": np.int32}
@@ -287,13 +293,12 @@ class Intake:
         socket, settings = self._socket, self._settings
         socket.linger = 500
         socket.router_mandatory = 1
-        socket.router_handover = 1  # or what a second connection of one identity sends is kept, and never read
         socket.ipv6 = is_ipv6(settings.endpoint)
         socket.maxmsgsize = MAX_CHUNK_BYTES + 1024
-        socket.rcvhwm = 64
-        # No heartbeats of ZeroMQ's own: libzmq 4.3.5 aborts the process when one is due on a connection that broke
-        # while its messages were waiting at the high-water mark. The ledger ends silent sessions, and `Connections`
-        # closes connections without one.
+        # No high-water mark and no heartbeats of ZeroMQ's own: libzmq 4.3.5 aborts the process when a connection breaks
+        # while its messages wait at the mark and a heartbeat, of either side, is due. `Connections` bounds what is held
+        # by bytes and closes connections without a session; the ledger ends silent sessions.
+        socket.rcvhwm = 0
         socket.handshake_ivl = 10_000
         if settings.keys is not None:
             self._authenticator, self._clients = serve_encrypted(self._context, socket, settings.keys)
@@ -355,7 +360,7 @@ class Intake:
             for fault in self.ledger.audit(self.buffer.held if self.buffer is not None else 0):
                 log.error("an invariant is broken, please report it: %s", fault)
             for notice in self.ledger.take_notices():
-                log.warning("%s", notice)
+                self._outside.warning("%s", notice)
 
     def _close(self) -> None:
         self._socket.disable_monitor()
@@ -402,18 +407,33 @@ class Intake:
         return [Send(name, WITHDRAWN) for name in gone]
 
     def _receive_waiting(self) -> None:
-        """Takes what has arrived, up to a bound, so that credit and heartbeats are never long in coming."""
+        """Takes what has arrived, up to bounds, so that credit and heartbeats are never long in coming."""
+        until = time.monotonic() + RECEIVE_SECONDS
         for _ in range(32):
             try:
-                route, *frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                route = self._socket.recv(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 self._emptied = time.monotonic()
                 return
+            frames, count = self._receive_frames()
             try:
-                sends = self._handle(route.bytes, frames)
+                sends = self._handle(route.bytes, frames, count)
             except Exception:
                 sends = self._fail("a message", route.bytes)
             self._send(sends)
+            if time.monotonic() > until:
+                return
+
+    def _receive_frames(self) -> tuple[list[zmq.Frame], int]:
+        """The first frames of a message behind its route, as many as any message has, and how many there are."""
+        frames: list[zmq.Frame] = []
+        count = 0
+        while self._socket.rcvmore:
+            frame = self._socket.recv(copy=False)
+            count += 1
+            if count <= MOST_FRAMES:
+                frames.append(frame)
+        return frames, count
 
     def _fail(self, what: str, route: bytes | None = None) -> list[Send]:
         """An exception of ours: it is told and counted, and the session that it came from, if any, ends."""
@@ -425,7 +445,8 @@ class Intake:
             self.ledger.errors["internal"] += 1
             return [] if route is None else self._turn_away(route, "internal", INTERNAL, retry=True)
 
-    def _handle(self, route: bytes, frames: list[zmq.Frame]) -> list[Send]:
+    def _handle(self, route: bytes, frames: list[zmq.Frame], count: int) -> list[Send]:
+        """Answers to a message of `count` frames, of which `frames` are the first."""
         session = self._session_of.get(route)
         connection = self._connection_of.get(session) if session is not None else None
         if session is not None and connection is not None and not connection.brought(frames[0]):
@@ -438,8 +459,10 @@ class Intake:
         if connection is not None:
             self._connections.deliver(connection, frames, self._emptied)
         try:
-            if not 1 <= len(frames) <= 2:
-                raise WireError("frames", f"message of {len(frames)} frames")
+            if not 1 <= count <= MOST_FRAMES:
+                if connection is not None and count > FRAMES_TOLERATED:
+                    self._connections.close(connection, "frames", f"a message of {count:,} frames")
+                raise WireError("frames", f"message of {count} frames")
             message = decode(frames[0].buffer)
         except WireError as error:
             log.debug("message dropped: %s", error)

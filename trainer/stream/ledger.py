@@ -368,6 +368,9 @@ class Ledger:
             return [Send(hello.session, Reject(code=code, reason=reason, retry=retry))]
         if self.stream is None or _differences(self._facts_of_stream(hello)):
             self._propose(hello)
+        elif not self.settled and not self.sessions:
+            # Bounds and provenance of a producer that has left without a row decide nothing.
+            self.stream, self.norm_bounds = hello, hello.norm_bounds
         self.sessions[hello.session] = Session(hello, last_heard=now, last_progress=now)
         welcome = Welcome(
             session=hello.session,
