@@ -12,6 +12,7 @@ import numpy as np
 
 from producer.wire import held_out_shards
 from tests.drills.scene import CAPACITY, EPOCH_ROWS, Outcome, Scene
+from trainer.control.ctl import ask
 from trainer.snapshot import file_sha256, snapshot_names
 from trainer.state.checkpoint import load_newest
 
@@ -107,22 +108,24 @@ def producer_frozen(folder: Path, quick: bool) -> Outcome:
     with Scene(folder, f"corpus.epochs={epochs}") as scene:
         trainer = scene.trainer(SECONDS_PER_STEP=0.03)
         zombie, _ = scene.producer(), scene.producer()
-        scene.wait(lambda: scene.log("producer").count("welcomed by run") == 2, 60.0, "for both producers")
+        scene.wait(lambda: _producers(scene) == 2, 60.0, "for both producers")
         scene.wait_for_rows(1)
-        for number in range(rounds):
+        for _ in range(rounds):
             zombie.send_signal(signal.SIGSTOP)
-            time.sleep(4.0)  # dead_seconds is 2
+            scene.wait(lambda: _producers(scene) == 1, 10.0, "for the end of the zombie's session")
+            time.sleep(2.0)
             zombie.send_signal(signal.SIGCONT)
             # It says what it still had to say, is told that its session has ended, and begins a new one.
-            scene.wait(
-                lambda number=number: scene.log("producer").count("welcomed by run") >= 3 + number,
-                seconds=10.0,
-                what="for the zombie's new session",
-            )
+            scene.wait(lambda: _producers(scene) == 2, 10.0, "for the zombie's new session")
         assert trainer.wait(300) == 0
         told = scene.outcome(rounds, epochs, note=_lost_sessions(scene))
         assert told.recovery is not None and told.recovery < PRODUCER_SECONDS
         return told
+
+
+def _producers(scene: Scene) -> int:
+    """How many sessions the trainer has."""
+    return sum(ask(scene.run, {"command": "status"})["producers"].values())
 
 
 def trainer_killed(folder: Path, quick: bool) -> Outcome:
