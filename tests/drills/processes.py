@@ -108,8 +108,8 @@ def producer_frozen(folder: Path, quick: bool) -> Outcome:
     with Scene(folder, f"corpus.epochs={epochs}") as scene:
         trainer = scene.trainer(SECONDS_PER_STEP=0.03)
         zombie, _ = scene.producer(), scene.producer()
-        scene.wait(lambda: _producers(scene) == 2, 60.0, "for both producers")
         scene.wait_for_rows(1)
+        scene.wait(lambda: _producers(scene) == 2, 60.0, "for both producers")
         for _ in range(rounds):
             zombie.send_signal(signal.SIGSTOP)
             scene.wait(lambda: _producers(scene) == 1, 10.0, "for the end of the zombie's session")
