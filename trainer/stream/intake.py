@@ -415,7 +415,7 @@ class Intake:
             except zmq.Again:
                 self._emptied = time.monotonic()
                 return
-            frames, count = self._receive_frames()
+            frames, count = self._receive_frames(route)
             try:
                 sends = self._handle(route.bytes, frames, count)
             except Exception:
@@ -424,11 +424,11 @@ class Intake:
             if time.monotonic() > until:
                 return
 
-    def _receive_frames(self) -> tuple[list[zmq.Frame], int]:
+    def _receive_frames(self, route: zmq.Frame) -> tuple[list[zmq.Frame], int]:
         """The first frames of a message behind its route, as many as any message has, and how many there are."""
         frames: list[zmq.Frame] = []
-        count = 0
-        while self._socket.rcvmore:
+        count, frame = 0, route
+        while frame.more:
             frame = self._socket.recv(copy=False)
             count += 1
             if count <= MOST_FRAMES:
