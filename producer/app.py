@@ -16,7 +16,7 @@ from producer.common.metrics import new_registry, start_metrics_server
 from producer.corpus import CorpusError
 from producer.health import Health
 from producer.keys import KeysError
-from producer.link import Link, NoTrainer, Refused
+from producer.link import Link, NoTrainer, RefusedByTrainer
 from producer.lm.errors import ModelError
 from producer.lm.precision import take_deterministic_algorithms
 from producer.metrics import ProducerMetrics
@@ -89,7 +89,7 @@ def run(settings: ProducerSettings) -> int:
                 producer.run()
         log.info("the run is over")
         return 0
-    except Refused as error:
+    except RefusedByTrainer as error:
         log.error("%s", error)
         return REFUSED
     except (NoTrainer, KeysError) as error:

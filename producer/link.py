@@ -66,7 +66,7 @@ class Finished(Exception):
     """There is nothing more to do: the run is over."""
 
 
-class Refused(Exception):
+class RefusedByTrainer(Exception):
     """The trainer will never take this producer. The message says why."""
 
 
@@ -134,7 +134,7 @@ class Link:
     def next_lease(self) -> tuple[Lease, bytes, Welcome]:
         """The next shard to work on, its mask, and the session's terms; waits for one.
 
-        Raises Finished, Refused or NoTrainer when there will be none.
+        Raises Finished, RefusedByTrainer or NoTrainer when there will be none.
         """
         with self._changed:
             while not self._session.leases:
@@ -320,7 +320,7 @@ class Link:
         except WireError as error:
             self._outside.warning("message from the trainer dropped: %s", error)
             if error.kind == "version":
-                self._end(Refused(f"the trainer at {self._settings.endpoint} is of another release: {error}"))
+                self._end(RefusedByTrainer(f"the trainer at {self._settings.endpoint} is of another release: {error}"))
             return
         session.last_heard = time.monotonic()
         with self._changed:
@@ -347,7 +347,7 @@ class Link:
             if not welcomed:
                 self._changed.wait(timeout=RETRY_SECONDS)
         else:
-            self._ending = Refused(f"refused by the trainer: {reject.reason}")
+            self._ending = RefusedByTrainer(f"refused by the trainer: {reject.reason}")
 
     def _drained(self, drain: Drain) -> None:
         self._say_bye()
@@ -409,9 +409,9 @@ class Link:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             unknown = f"the trainer at {endpoint} does not know this producer's key"
             cure = "copy clients/client.key of stream.keys into the clients folder of the trainer's keys"
-            self._end(Refused(f"{unknown}: {cure}"))
+            self._end(RefusedByTrainer(f"{unknown}: {cure}"))
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or keys_are_wrong:
-            self._end(Refused(disagreement))
+            self._end(RefusedByTrainer(disagreement))
         elif often:
             log.warning("%s (or there is a tunnel, and no trainer at its end)", disagreement)
 

@@ -103,7 +103,7 @@ class Producer:
         self._threads = open_pass_threads(source.concurrent_passes)
 
     def run(self) -> None:
-        """Raises Refused or NoTrainer when there is no run to serve."""
+        """Raises RefusedByTrainer or NoTrainer when there is no run to serve."""
         try:
             self._run()
         finally:

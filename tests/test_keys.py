@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from producer.keys import KeysError, connect_encrypted, serve_encrypted, write_keys
-from producer.link import Refused
+from producer.link import RefusedByTrainer
 from producer.settings import StreamSettings
 from producer.wire import Reject
 from tests.small_stream import (
@@ -64,7 +64,7 @@ def refusal(intake: Intake, keys: Path | None) -> str:
     began = time.monotonic()
     ended = Producing(settings_with(keys, intake.endpoint)).ended()
     assert time.monotonic() - began < TELLING_SECONDS
-    assert isinstance(ended, Refused)
+    assert isinstance(ended, RefusedByTrainer)
     return str(ended)
 
 
@@ -274,7 +274,7 @@ def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: P
         ended = goes.ended()
 
         assert time.monotonic() - began < TELLING_SECONDS
-        assert isinstance(ended, Refused)
+        assert isinstance(ended, RefusedByTrainer)
         assert "its key was withdrawn" in str(ended)
         assert stays.link.sessions == 1
         assert finish(intake, stays) == every_name()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import zmq
 
-from producer.link import NoTrainer, Refused
+from producer.link import NoTrainer, RefusedByTrainer
 from producer.wire import (
     MAX_CHUNK_BYTES,
     MAX_HEADER_BYTES,
@@ -494,7 +494,7 @@ def test_a_producer_of_another_stream_is_refused(endpoint: str, changes: dict, f
         refused = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
         ours = {"hooks": "width 4", "dtype": "float32"}.get(fact, str(getattr(first.hello, fact)))
 
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, RefusedByTrainer)
         assert f"{fact} differs" in str(refused)
         assert ours in str(refused)
         assert theirs in str(refused)
@@ -508,7 +508,7 @@ def test_a_buffer_too_small_for_the_chunks_is_refused(endpoint: str) -> None:
     with trainer(settings) as intake:
         refused = Producing(settings, hello=hello_of(named_source(), chunk_rows=CAPACITY)).ended()
 
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, RefusedByTrainer)
         assert f"buffer.rows = {CAPACITY}" in str(refused)
         assert finish(intake, Producing(settings)) == every_name()
 
@@ -536,7 +536,7 @@ def test_a_trainer_of_another_release_is_told_apart(endpoint: str) -> None:
     refused = producer.ended()
     context.destroy(linger=0)
 
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedByTrainer)
     assert "protocol version 99; this side speaks 1" in str(refused)
 
 
