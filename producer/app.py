@@ -14,7 +14,7 @@ import torch
 from producer.common.memory import keep_freed_memory
 from producer.common.metrics import new_registry, start_metrics_server
 from producer.corpus import CorpusError
-from producer.health import Health
+from producer.health import ProducerHealth
 from producer.keys import KeysError
 from producer.link import Link, NoTrainer, RefusedByTrainer
 from producer.lm.errors import ModelError
@@ -65,7 +65,7 @@ def run(settings: ProducerSettings) -> int:
     )
     registry, table = new_registry(), settings.monitor
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})
-    health = Health(settings.stream.stall_seconds)
+    health = ProducerHealth(settings.stream.stall_seconds)
     try:
         port, close_metrics = start_metrics_server(
             registry,

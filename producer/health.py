@@ -7,7 +7,7 @@ import time
 from producer.link import Link
 
 
-class Health:
+class ProducerHealth:
     """Alive: the loop moves, if only to wait for a trainer, a lease or credit. Ready: a trainer has welcomed it.
 
     The loop hangs when one forward pass or one shard's text takes longer than `stall_seconds`: the trainer has given

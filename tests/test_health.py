@@ -19,7 +19,7 @@ from monitor.evaluation.follow import Evaluator
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.common.metrics import Verdict, new_registry, start_metrics_server
-from producer.health import Health as ProducerHealth
+from producer.health import ProducerHealth
 from tests.small_run import start_run
 from tests.small_stream import CHUNK_ROWS, Peer, Producing, named_source, new_ledger, stream_settings, wait_for
 from tests.small_stream import trainer as small_trainer
