@@ -13,7 +13,7 @@ from trainer.saes import registry
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 
 D_IN, D_OUT, D_SAE, BATCH = 12, 9, 32, 20
 HOOK_WIDTHS = (7, 5)
@@ -96,7 +96,7 @@ def dense_loss(sae: Sae, parameters: dict[str, Tensor], x: Tensor, y: Tensor, de
     return reference.loss(sae.settings, parameters, x, y, sae.variance, dead, sparsity, widths)
 
 
-# Trainees
+# SAE trainers
 
 
 def wiring_of(settings: SaeSettings) -> Wiring:
@@ -106,11 +106,11 @@ def wiring_of(settings: SaeSettings) -> Wiring:
     return Wiring((0,), 1, (D_IN, D_OUT)) if settings.target else Wiring((0,), None, (D_IN,))
 
 
-def trainee_of(
+def sae_trainer_of(
     settings: SaeSettings, device: str = "cpu", dtype: torch.dtype = torch.float32, **optimizer: Any
-) -> Trainee:
+) -> SaeTrainer:
     chosen = OptimizerSettings(**({"learning_rate": 1e-2, "warmup_tokens": 0} | optimizer))
-    return Trainee(settings, chosen, wiring_of(settings), torch.device(device), dtype)
+    return SaeTrainer(settings, chosen, wiring_of(settings), torch.device(device), dtype)
 
 
 def rows_of(settings: SaeSettings, count: int, seed: int) -> list[Tensor]:
@@ -124,14 +124,14 @@ def rows_of(settings: SaeSettings, count: int, seed: int) -> list[Tensor]:
     return rows
 
 
-def trained(settings: SaeSettings, steps: int, **optimizer: Any) -> Trainee:
-    """A trainee after some steps of 64 rows."""
-    trainee = trainee_of(settings, **optimizer)
-    trainee.initialise(rows_of(settings, 512, 0), [1.0] * len(trainee.wiring.widths))
-    learn(trainee, [rows_of(settings, 64, seed) for seed in range(1, steps + 1)])
-    return trainee
+def trained(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer:
+    """An SAE trainer after some steps of 64 rows."""
+    sae_trainer = sae_trainer_of(settings, **optimizer)
+    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0] * len(sae_trainer.wiring.widths))
+    learn(sae_trainer, [rows_of(settings, 64, seed) for seed in range(1, steps + 1)])
+    return sae_trainer
 
 
-def learn(trainee: Trainee, batches: Sequence[list[Tensor]], run_tokens: int | None = None) -> None:
+def learn(sae_trainer: SaeTrainer, batches: Sequence[list[Tensor]], run_tokens: int | None = None) -> None:
     for rows in batches:
-        trainee.step(rows, run_tokens)
+        sae_trainer.step(rows, run_tokens)

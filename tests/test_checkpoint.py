@@ -310,9 +310,11 @@ def test_the_first_report_after_a_resume_has_the_learning_rate(tmp_path: Path) -
     resumed = fresh_run(tmp_path, run={"directory": str(tmp_path), "tokens": 640}, **COOLED)
     resumed.restore(*run.state())
 
-    assert [trainee.report([1.0]).learning_rate for trainee in resumed.trainees] == pytest.approx([0.008, 0.008])
+    assert [sae_trainer.report([1.0]).learning_rate for sae_trainer in resumed.sae_trainers] == pytest.approx(
+        [0.008, 0.008]
+    )
     learn(run, batches(1))
-    assert run.trainees[0].learning_rate == pytest.approx(0.008), "it is the rate of the next step"
+    assert run.sae_trainers[0].learning_rate == pytest.approx(0.008), "it is the rate of the next step"
 
 
 COOLED = {"optimizer": {"batch": 64, "matmul": "float32", "learning_rate": 0.01, "warmup_tokens": 64, "cooldown": 0.5}}
@@ -338,7 +340,7 @@ def test_a_resumed_run_keeps_its_number_format(tmp_path: Path) -> None:
     resumed = fresh_run(tmp_path)
     resumed.restore(*run.state())
 
-    assert {trainee.sae.matmul_dtype for trainee in resumed.trainees} == {torch.bfloat16}
+    assert {sae_trainer.sae.matmul_dtype for sae_trainer in resumed.sae_trainers} == {torch.bfloat16}
 
 
 # Snapshots

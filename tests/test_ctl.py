@@ -398,7 +398,7 @@ def test_an_sae_goes_on_from_a_snapshot(trainer: Trainer) -> None:
     trainer.ask("attach", sae=TOP | {"name": "again", "start_from": str(folder)})
     run = trainer.loop.run
     assert run is not None and not run.newcomers
-    first, again = run.trainees[0].sae.parameters, run.trainees[-1].sae.parameters
+    first, again = run.sae_trainers[0].sae.parameters, run.sae_trainers[-1].sae.parameters
     torch.testing.assert_close(again["W_dec"], first["W_dec"])
     torch.testing.assert_close(again["b_dec"], first["b_dec"], rtol=1e-4, atol=1e-4)
 
@@ -575,7 +575,7 @@ def test_a_restart_in_the_middle_changes_no_bit(tmp_path: Path, what: str) -> No
     elif what == "detached":
         run.detach(run.roster.find("jump"))
     else:
-        run.trainees[0].cool_down()
+        run.sae_trainers[0].cool_down()
         run.roster.find("top").leaving = what == "leaving"
     resumed = through_the_disk(run, tmp_path)
     for batch in some[4:]:
@@ -584,7 +584,7 @@ def test_a_restart_in_the_middle_changes_no_bit(tmp_path: Path, what: str) -> No
             one.learn(batch)
 
     assert same(run, resumed)
-    assert run.trainees[0].finished == (what in ("cooling", "leaving"))
+    assert run.sae_trainers[0].finished == (what in ("cooling", "leaving"))
 
 
 def test_an_sae_has_its_threads_for_good(tmp_path: Path) -> None:
@@ -610,10 +610,10 @@ def test_a_cooldown_that_has_begun_goes_on_when_it_is_asked_for(tmp_path: Path) 
     run.initialise(some[0].x)
     for batch in some[:9]:
         run.learn(batch)
-    rate = run.trainees[0].learning_rate
-    assert run.trainees[0].cool_down(320) == 32
+    rate = run.sae_trainers[0].learning_rate
+    assert run.sae_trainers[0].cool_down(320) == 32
     run.learn(some[9])
-    assert run.trainees[0].finished and run.trainees[0].learning_rate < rate
+    assert run.sae_trainers[0].finished and run.sae_trainers[0].learning_rate < rate
 
 
 # Real processes

@@ -14,7 +14,7 @@ from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Frame, fold, fold_norms, unfold, whitening_of
 from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
 from trainer.snapshot import SnapshotError, publish, read_sae
-from trainer.training.sae_trainer import Trainee
+from trainer.training.sae_trainer import SaeTrainer
 
 SCALES = [0.37, 2.5]
 """Of hook 0 and hook 1, far enough apart to notice when they are mixed up."""
@@ -34,29 +34,31 @@ def test_a_self_test_of_nan_fails() -> None:
         _agree("latents", torch.tensor([float("nan")]), torch.tensor([1.0]))
 
 
-def published(trainee: Trainee, directory: Path) -> InferenceSae:
-    """The trainee's SAE through export, its self-test, and the files of a snapshot."""
-    settings = trainee.settings
+def published(sae_trainer: SaeTrainer, directory: Path) -> InferenceSae:
+    """The SAE trainer's SAE through export, its self-test, and the files of a snapshot."""
+    settings = sae_trainer.settings
     scaled = rows_of(settings, 512, 77)
-    trainee.calibrate(trainee.sae, scaled)
-    raw = trainee.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
-    exported = export(trainee.sae, trainee.frame(SCALES), "s", trainee.statistics.firing_rate(), raw, {}, {})
+    sae_trainer.calibrate(sae_trainer.sae, scaled)
+    raw = sae_trainer.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
+    exported = export(
+        sae_trainer.sae, sae_trainer.frame(SCALES), "s", sae_trainer.statistics.firing_rate(), raw, {}, {}
+    )
     directory.mkdir(exist_ok=True)
     return load_sae(publish(directory, 1000, [exported], {}, check) / "s")
 
 
-def raw_and_expected(trainee: Trainee) -> tuple[Tensor, Tensor]:
+def raw_and_expected(sae_trainer: SaeTrainer) -> tuple[Tensor, Tensor]:
     """(raw x, what training's forward pass makes of it in raw units), on rows nothing has seen."""
-    scaled = rows_of(trainee.settings, 256, 99)
-    raw = trainee.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
-    frame, sae, (x, y) = trainee.frame(SCALES), trainee.sae, trainee.wiring.pair(scaled)
+    scaled = rows_of(sae_trainer.settings, 256, 99)
+    raw = sae_trainer.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
+    frame, sae, (x, y) = sae_trainer.frame(SCALES), sae_trainer.sae, sae_trainer.wiring.pair(scaled)
     seen = x if frame.whitening is None else frame.whitening.apply(x)
     if isinstance(sae, BatchTopK):  # in training a row's latents depend on its batch; in use there is a threshold
         pre_acts = sae.in_float32(seen)
         y_hat = (pre_acts * (pre_acts > sae.threshold)) @ sae.W_dec + sae.b_dec
         y_hat = y_hat + seen @ sae.parameters["W_skip"].T if "W_skip" in sae.parameters else y_hat
     else:
-        y_hat = sae.gradients(seen, seen if trainee.wiring.target is None else y, NOBODY).y_hat
+        y_hat = sae.gradients(seen, seen if sae_trainer.wiring.target is None else y, NOBODY).y_hat
     return raw, (y_hat if frame.whitening is None else frame.whitening.undo(y_hat)) / frame.s_out
 
 
@@ -67,9 +69,9 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_13_a_snapshot_reconstructs_raw_rows_as_training_did_scaled_ones(kind: str, tmp_path: Path) -> None:
     """To 1e-5, for every architecture: transcoders with two scales and a skip, crosscoders with unequal ones."""
-    trainee = trained(settings_of(kind), steps=12)
-    sae = published(trainee, tmp_path)
-    raw, expected = raw_and_expected(trainee)
+    sae_trainer = trained(settings_of(kind), steps=12)
+    sae = published(sae_trainer, tmp_path)
+    raw, expected = raw_and_expected(sae_trainer)
 
     assert apart(sae(raw), expected) < 1e-5
 
@@ -77,9 +79,9 @@ def test_bug_13_a_snapshot_reconstructs_raw_rows_as_training_did_scaled_ones(kin
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_whitening_is_undone_in_a_snapshot(kind: str, tmp_path: Path) -> None:
     """Learned from whitened rows, used on raw ones: to 1e-5, for every autoencoder of one hook."""
-    trainee = trained(settings_of(kind, whitening=True), steps=12)
-    sae = published(trainee, tmp_path)
-    raw, expected = raw_and_expected(trainee)
+    sae_trainer = trained(settings_of(kind, whitening=True), steps=12)
+    sae = published(sae_trainer, tmp_path)
+    raw, expected = raw_and_expected(sae_trainer)
 
     assert apart(sae(raw), expected) < 1e-5
 
@@ -87,8 +89,8 @@ def test_whitening_is_undone_in_a_snapshot(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_12_published_decoder_rows_have_unit_norm(kind: str, tmp_path: Path) -> None:
     """In float32 to 1e-6, but for top-k where free norms or unequal scales decide what is chosen."""
-    trainee = trained(settings_of(kind), steps=5)
-    norms = published(trainee, tmp_path).W_dec.norm(dim=1)
+    sae_trainer = trained(settings_of(kind), steps=5)
+    norms = published(sae_trainer, tmp_path).W_dec.norm(dim=1)
 
     if kind in ("topk transcoder", "topk skip transcoder", "topk crosscoder"):
         assert not torch.allclose(norms, torch.ones_like(norms), atol=1e-3)
@@ -100,11 +102,11 @@ def test_bug_12_published_decoder_rows_have_unit_norm(kind: str, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu l1", "gated"])
 def test_latents_come_out_in_the_units_of_the_raw_rows(kind: str, tmp_path: Path) -> None:
     """With unit rows a latent of 3 means that 3 of its direction are in x: training's latents divided by the scale."""
-    trainee = trained(settings_of(kind), steps=5)
-    raw, _ = raw_and_expected(trainee)
-    fired = trainee.sae.gradients(raw * SCALES[0], raw * SCALES[0], NOBODY).fired.dense()
+    sae_trainer = trained(settings_of(kind), steps=5)
+    raw, _ = raw_and_expected(sae_trainer)
+    fired = sae_trainer.sae.gradients(raw * SCALES[0], raw * SCALES[0], NOBODY).fired.dense()
 
-    torch.testing.assert_close(published(trainee, tmp_path).encode(raw), fired / SCALES[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(published(sae_trainer, tmp_path).encode(raw), fired / SCALES[0], rtol=1e-4, atol=1e-5)
 
 
 def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path) -> None:
@@ -123,8 +125,8 @@ def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path
 
 def test_a_snapshot_holds_what_the_readers_of_its_layout_expect(tmp_path: Path) -> None:
     """W_enc [d_in, d_sae], W_dec [d_sae, d_in], float32, the threshold in raw units."""
-    trainee = trained(settings_of("jumprelu"), steps=5)
-    published(trainee, tmp_path)
+    sae_trainer = trained(settings_of("jumprelu"), steps=5)
+    published(sae_trainer, tmp_path)
     cfg, weights = read_sae(tmp_path / "snapshots" / "000000001000" / "s")
 
     assert {name: array.shape for name, array in weights.items()} == {
@@ -132,7 +134,7 @@ def test_a_snapshot_holds_what_the_readers_of_its_layout_expect(tmp_path: Path) 
     }  # fmt: skip
     assert all(array.dtype == np.float32 for array in weights.values())
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == ("jumprelu", 12, 32)
-    np.testing.assert_allclose(weights["threshold"], trainee.sae.parameters["threshold"] / SCALES[0], rtol=1e-6)
+    np.testing.assert_allclose(weights["threshold"], sae_trainer.sae.parameters["threshold"] / SCALES[0], rtol=1e-6)
 
 
 # The parts of folding
@@ -219,11 +221,17 @@ def test_gated_is_exactly_a_jumprelu() -> None:
 def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path) -> None:
     """On fresh rows of the same distribution the mean L0 of the published SAE is k within 5 %."""
     settings = settings_of(kind)
-    trainee = trained(settings, steps=60)
-    trainee.calibrate(trainee.sae, rows_of(settings, 8192, 5))
+    sae_trainer = trained(settings, steps=60)
+    sae_trainer.calibrate(sae_trainer.sae, rows_of(settings, 8192, 5))
     fresh = rows_of(settings, 8192, 6)
     exported = export(
-        trainee.sae, trainee.frame([1.0, 1.0]), "s", trainee.statistics.firing_rate(), fresh[0][:512], {}, {}
+        sae_trainer.sae,
+        sae_trainer.frame([1.0, 1.0]),
+        "s",
+        sae_trainer.statistics.firing_rate(),
+        fresh[0][:512],
+        {},
+        {},
     )
     sae = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "s")
     l0 = float((sae.encode(fresh[0]) > 0).sum(1).double().mean())
@@ -257,8 +265,8 @@ def test_too_few_positive_values_give_a_threshold_of_zero() -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_37_a_published_sae_encodes_a_row_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
     """Latents of a row do not depend on its neighbours; BatchTopK's neither."""
-    trainee = trained(settings_of(kind), steps=5)
-    sae = published(trainee, tmp_path)
-    raw, _ = raw_and_expected(trainee)
+    sae_trainer = trained(settings_of(kind), steps=5)
+    sae = published(sae_trainer, tmp_path)
+    raw, _ = raw_and_expected(sae_trainer)
 
     torch.testing.assert_close(sae.encode(raw[:1]), sae.encode(raw)[:1], rtol=1e-5, atol=1e-6)

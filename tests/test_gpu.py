@@ -27,7 +27,7 @@ from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from tests.small_run import identity_sae, publish_snapshot
-from tests.small_saes import FAMILY, dead_latents, dense_loss, learn, make, rows_of, settings_of, trainee_of
+from tests.small_saes import FAMILY, dead_latents, dense_loss, learn, make, rows_of, sae_trainer_of, settings_of
 from tests.small_stream import Producing, hello_of, stream_settings
 from tests.test_checkpoint import batches, fresh_run
 from tests.test_checkpoint import learn as learn_run
@@ -40,7 +40,7 @@ from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish, snapshot_names, verify
 from trainer.state.checkpoint import load_newest, save
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 from trainer.training.statistics import Statistics
 
 pytestmark = [
@@ -190,10 +190,10 @@ def test_gradients_in_float32_are_those_of_the_cpu(kind: str, representation: fl
 # Training
 
 
-def learner_on(device: torch.device, kind: str, dtype: torch.dtype = torch.float32) -> Trainee:
+def learner_on(device: torch.device, kind: str, dtype: torch.dtype = torch.float32) -> SaeTrainer:
     settings = SaeSettings.of(name="s", d_sae=256, revive_tokens=4096, dead_tokens=4096, **LEARNERS[kind])
     optimizer = OptimizerSettings(learning_rate=3e-3, warmup_tokens=4096)
-    return Trainee(settings, optimizer, Wiring((0,), None, (32,)), device, dtype)
+    return SaeTrainer(settings, optimizer, Wiring((0,), None, (32,)), device, dtype)
 
 
 def truth(rows: int, seed: int) -> Tensor:
@@ -209,27 +209,33 @@ def truth(rows: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_sae_learns_on_the_gpu(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The unexplained variance falls, every number of the report is one, and what is published passes its self-test."""
-    trainee = learner_on(GPU, kind, dtype)
-    trainee.initialise([truth(4096, 1)], [1.0])
+    sae_trainer = learner_on(GPU, kind, dtype)
+    sae_trainer.initialise([truth(4096, 1)], [1.0])
     losses = []
     for step in range(200):
-        trainee.step([truth(1024, 2 + step).to(GPU)])
+        sae_trainer.step([truth(1024, 2 + step).to(GPU)])
         if not 10 <= step < 190:
-            losses.append(trainee.report([1.0]).loss["reconstruction"])
-    report = trainee.report([1.0])
-    trainee.calibrate(trainee.sae, [truth(4096, 1000)])
+            losses.append(sae_trainer.report([1.0]).loss["reconstruction"])
+    report = sae_trainer.report([1.0])
+    sae_trainer.calibrate(sae_trainer.sae, [truth(4096, 1000)])
     exported = export(
-        trainee.sae, trainee.frame([0.5]), "s", trainee.statistics.firing_rate(), truth(512, 1) / 0.5, {}, {}
+        sae_trainer.sae,
+        sae_trainer.frame([0.5]),
+        "s",
+        sae_trainer.statistics.firing_rate(),
+        truth(512, 1) / 0.5,
+        {},
+        {},
     )
     folder = publish(tmp_path, 1000, [exported], {}, check)
 
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    assert trainee.skipped_steps == 0
+    assert sae_trainer.skipped_steps == 0
     assert all(map(math.isfinite, (report.l0, report.mse, report.fvu, report.shrinkage, report.grad_norm)))
     assert sum(report.density) == 256
     assert report.dead_latents is not None
-    if trainee.sae.unit_decoder:
-        same(trainee.sae.W_dec.norm(dim=1), torch.ones(256))
+    if sae_trainer.sae.unit_decoder:
+        same(sae_trainer.sae.W_dec.norm(dim=1), torch.ones(256))
     verify(folder)
 
 
@@ -237,10 +243,10 @@ def test_an_sae_learns_on_the_gpu(kind: str, dtype: torch.dtype, tmp_path: Path)
 def test_the_gpu_learns_what_the_cpu_learns(kind: str) -> None:
     """From the same start on the same rows, weights stay close for some steps: clipping, Adam, unit norms and all."""
     here, there = learner_on(CPU, kind), learner_on(GPU, kind)
-    for trainee, device in ((here, CPU), (there, GPU)):
-        trainee.initialise([truth(4096, 1)], [1.0])
+    for sae_trainer, device in ((here, CPU), (there, GPU)):
+        sae_trainer.initialise([truth(4096, 1)], [1.0])
         for step in range(5):
-            trainee.step([truth(1024, 2 + step).to(device)])
+            sae_trainer.step([truth(1024, 2 + step).to(device)])
 
     for name, value in here.sae.parameters.items():
         assert apart(there.sae.parameters[name], value) < 0.01
@@ -249,19 +255,19 @@ def test_the_gpu_learns_what_the_cpu_learns(kind: str) -> None:
 
 @pytest.mark.parametrize("whitening", [False, True])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_a_restored_trainee_goes_on(kind: str, whitening: bool) -> None:
+def test_a_restored_sae_trainer_goes_on(kind: str, whitening: bool) -> None:
     """Through host memory and back: Adam's count of steps must be where its fused kernel looks for it."""
     if whitening and ("coder" in kind or kind == "repair"):
         pytest.skip("whitening is for autoencoders of one hook")
     settings = settings_of(kind, ema_tokens=200, whitening=whitening)
     seen = [[rows.to(GPU) for rows in rows_of(settings, 64, seed)] for seed in range(6)]
-    whole, resumed = trainee_of(settings, device="cuda"), trainee_of(settings, device="cuda")
+    whole, resumed = sae_trainer_of(settings, device="cuda"), sae_trainer_of(settings, device="cuda")
     whole.initialise(rows_of(settings, 512, 0), [1.0, 1.0])
     learn(whole, seen[:3])
     document, tensors = whole.state()
     resumed.restore(document, {name: value.cpu().clone() for name, value in tensors.items()})
-    for trainee in (whole, resumed):
-        learn(trainee, seen[3:])
+    for sae_trainer in (whole, resumed):
+        learn(sae_trainer, seen[3:])
 
     theirs = whole.state()[1]
     for name, value in resumed.state()[1].items():
@@ -273,14 +279,14 @@ def test_a_restored_trainee_goes_on(kind: str, whitening: bool) -> None:
 def test_latents_start_anew_on_the_gpu(revive: str) -> None:
     """Resampling and the last resort: the rows drawn lie on the host, the weights do not."""
     settings = settings_of("relu l1", revive=revive, revive_tokens=128, reinitialise_tokens=192)
-    trainee = trainee_of(settings, device="cuda")
-    trainee.initialise(rows_of(settings, 512, 0), [1.0])
-    trainee.sae.b_enc[:4] = -50.0
-    before = trainee.sae.W_enc[:4].clone()
-    learn(trainee, [[rows.to(GPU) for rows in rows_of(settings, 64, seed)] for seed in range(5)])
+    sae_trainer = sae_trainer_of(settings, device="cuda")
+    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.sae.b_enc[:4] = -50.0
+    before = sae_trainer.sae.W_enc[:4].clone()
+    learn(sae_trainer, [[rows.to(GPU) for rows in rows_of(settings, 64, seed)] for seed in range(5)])
 
-    assert (trainee.sae.W_enc[:4] != before).any(1).all()
-    assert float(trainee.sae.b_enc[:4].min()) > -1.0
+    assert (sae_trainer.sae.W_enc[:4] != before).any(1).all()
+    assert float(sae_trainer.sae.b_enc[:4].min()) > -1.0
 
 
 def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:

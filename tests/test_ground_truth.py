@@ -52,7 +52,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Tens
     began: dict[str, Tensor] = {}
 
     def remember(run: Run) -> None:
-        began.update({trainee.settings.name: trainee.sae.W_dec.clone() for trainee in run.trainees})
+        began.update({sae_trainer.settings.name: sae_trainer.sae.W_dec.clone() for sae_trainer in run.sae_trainers})
 
     saes = [candidates()[name] for name in QUICK]
     corpus = truth(tokens=QUICK_ROWS, **TRUTHS["decay"])
@@ -131,8 +131,8 @@ def spoiled(saes: list[SaeSettings], how: dict[str, Callable[[Sae], None]], dire
     """Trains SAEs that begin badly, each in its own way."""
 
     def spoil(run: Run) -> None:
-        for trainee in run.trainees:
-            how[trainee.settings.name](trainee.sae)
+        for sae_trainer in run.sae_trainers:
+            how[sae_trainer.settings.name](sae_trainer.sae)
 
     run = train_on_truth(saes, truth(tokens=600_000), 600_000, directory, at_start=spoil)
     return {sae.name: found(run, sae.name) for sae in saes}

@@ -24,7 +24,7 @@ from tests.small_run import start_run
 from tests.small_stream import CHUNK_ROWS, Peer, Producing, named_source, new_ledger, stream_settings, wait_for
 from tests.small_stream import trainer as small_trainer
 from tests.test_ctl import Trainer
-from trainer.health import Health
+from trainer.health import TrainerHealth
 
 Ask = Callable[[str], tuple[int, str]]
 
@@ -50,7 +50,7 @@ def asking(alive: Verdict, ready: Verdict) -> Iterator[Ask]:
 @pytest.fixture
 def health(tmp_path: Path) -> Iterator[tuple[Trainer, Ask]]:
     """A trainer's loop at work, and its port."""
-    verdicts = Health()
+    verdicts = TrainerHealth()
     with Trainer(tmp_path / "run").at_work() as trainer, asking(verdicts.alive, verdicts.ready) as ask:
         assert ask("/readyz") == (503, "starting: the stream is not open yet")
         verdicts.watch(trainer.loop)

@@ -71,7 +71,7 @@ def test_each_sae_learns_its_own_hook(tmp_path: Path) -> None:
     for batch in some:
         run.learn(batch)
 
-    assert [trainee.sae.d_in for trainee in run.trainees] == [4, 6]
+    assert [sae_trainer.sae.d_in for sae_trainer in run.sae_trainers] == [4, 6]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, some[0].x, strict=True))
 
 
@@ -95,12 +95,12 @@ def test_two_saes_of_one_kind_begin_apart(tmp_path: Path) -> None:
     run.attach(SaeSettings.of(name="a", **same), 0)
     b = run.attach(SaeSettings.of(name="b", **same), 0)
     run.initialise(batches(1)[0].x)
-    assert not torch.equal(run.trainees[-2].sae.W_enc, run.trainees[-1].sae.W_enc)
+    assert not torch.equal(run.sae_trainers[-2].sae.W_enc, run.sae_trainers[-1].sae.W_enc)
     run.detach(run.roster.find("a"))
     for name in ("c", "d"):
         run.attach(SaeSettings.of(name=name, **same), 0)
 
-    assert b in run.trainees
+    assert b in run.sae_trainers
     assert [member.number for member in run.roster.members] == [0, 1, 3, 4, 5]
 
 
@@ -132,11 +132,11 @@ def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
     for batch in batches(3):
         run.learn(batch)
     assert run.scales is not None
-    report = SimpleNamespace(saes=[trainee.report(run.scales) for trainee in run.taught])
+    report = SimpleNamespace(saes=[sae_trainer.report(run.scales) for sae_trainer in run.taught])
     told = {
         export.name: export.metrics
-        for trainee in run.taught
-        for export in published(run, trainee, report, batches(1)[0].x, {"id": "r"})  # type: ignore[arg-type]
+        for sae_trainer in run.taught
+        for export in published(run, sae_trainer, report, batches(1)[0].x, {"id": "r"})  # type: ignore[arg-type]
     }
 
     assert {name: numbers["hook"] for name, numbers in told.items()} == {

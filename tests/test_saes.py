@@ -18,9 +18,9 @@ from tests.small_saes import (
     learn,
     make,
     rows_of,
+    sae_trainer_of,
     settings_of,
     trained,
-    trainee_of,
 )
 from trainer.saes.base import Sae, geometric_median, initial_bias
 from trainer.saes.inference import check, export, load_sae
@@ -28,7 +28,7 @@ from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
 from trainer.snapshot import publish
-from trainer.training.sae_trainer import Trainee
+from trainer.training.sae_trainer import SaeTrainer
 
 SHARED = ("b_dec", "W_skip")
 
@@ -83,32 +83,32 @@ def test_b_dec_begins_where_it_is_told() -> None:
 def test_encoder_and_decoder_begin_alike(kind: str, norm: float) -> None:
     """Both matrices start with the same rows: of unit norm where that is kept, small where it is free (April 2024)."""
     settings = settings_of(kind)
-    trainee = trainee_of(settings)
-    trainee.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer = sae_trainer_of(settings)
+    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
 
-    assert torch.equal(trainee.sae.W_enc, trainee.sae.W_dec)
-    torch.testing.assert_close(trainee.sae.W_dec.norm(dim=1), torch.full((D_SAE,), float(norm)))
+    assert torch.equal(sae_trainer.sae.W_enc, sae_trainer.sae.W_dec)
+    torch.testing.assert_close(sae_trainer.sae.W_dec.norm(dim=1), torch.full((D_SAE,), float(norm)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILY if "transcoder" in kind])
 def test_a_transcoder_begins_as_the_mean_of_its_target(kind: str) -> None:
     """W_dec and W_skip are zero, so that b_dec alone speaks; the encoder has directions to learn in."""
     settings = settings_of(kind, initial_bias="mean")
-    trainee, rows = trainee_of(settings), rows_of(settings, 512, 0)
-    trainee.initialise(rows, [1.0, 1.0])
-    gradients = trainee.sae.gradients(rows[0], rows[1], NOBODY)
+    sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 512, 0)
+    sae_trainer.initialise(rows, [1.0, 1.0])
+    gradients = sae_trainer.sae.gradients(rows[0], rows[1], NOBODY)
 
     torch.testing.assert_close(gradients.y_hat, rows[1].mean(0).expand_as(rows[1]))
     assert float(gradients.loss["reconstruction"]) == pytest.approx(1.0, rel=1e-5)
-    assert trainee.sae.W_enc.norm(dim=1).min() > 0.9
+    assert sae_trainer.sae.W_enc.norm(dim=1).min() > 0.9
 
 
 def test_jumprelu_begins_with_a_given_l0() -> None:
     """Every latent fires equally often: INITIAL_L0 times the target, together."""
     settings = settings_of("jumprelu", target_l0=2.0)
-    trainee, rows = trainee_of(settings), rows_of(settings, 4096, 0)
-    trainee.initialise(rows, [1.0])
-    firings = trainee.sae.gradients(rows[0], rows[0], NOBODY).fired.firings() / 4096
+    sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 4096, 0)
+    sae_trainer.initialise(rows, [1.0])
+    firings = sae_trainer.sae.gradients(rows[0], rows[0], NOBODY).fired.firings() / 4096
 
     torch.testing.assert_close(
         firings.double(), torch.full((D_SAE,), INITIAL_L0 * 2.0 / D_SAE).double(), atol=0.01, rtol=0
@@ -119,10 +119,10 @@ def test_jumprelu_begins_with_a_given_l0() -> None:
 def test_topk_latents_begin_equally_likely(kind: str) -> None:
     """Each reaches 1 on k of d_sae rows, however little variance its direction has; "free" leaves the biases alone."""
     settings = settings_of(kind)
-    trainee, rows = trainee_of(settings), rows_of(settings, 4096, 0)
-    trainee.initialise(rows, [1.0, 1.0])
-    reached = (trainee.sae.in_float32(trainee.wiring.read(rows)) > 1.0).double().mean(0)
-    free = trainee_of(settings_of(kind, initial_rates="free"))
+    sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 4096, 0)
+    sae_trainer.initialise(rows, [1.0, 1.0])
+    reached = (sae_trainer.sae.in_float32(sae_trainer.wiring.read(rows)) > 1.0).double().mean(0)
+    free = sae_trainer_of(settings_of(kind, initial_rates="free"))
     free.initialise(rows, [1.0, 1.0])
 
     assert settings.k is not None
@@ -136,10 +136,10 @@ def test_directions_can_begin_at_the_data() -> None:
     best = {}
     for how in ("data", "random"):
         settings = settings_of("topk", initial_directions=how)
-        trainee, (rows,) = trainee_of(settings), rows_of(settings, 512, 0)
-        trainee.initialise([rows], [1.0])
+        sae_trainer, (rows,) = sae_trainer_of(settings), rows_of(settings, 512, 0)
+        sae_trainer.initialise([rows], [1.0])
         centred = rows - rows.mean(0)
-        best[how] = (trainee.sae.W_enc @ (centred / centred.norm(dim=1, keepdim=True)).T).amax(1)
+        best[how] = (sae_trainer.sae.W_enc @ (centred / centred.norm(dim=1, keepdim=True)).T).amax(1)
 
     assert best["data"].min() > 0.9
     assert best["random"].mean() < 0.9
@@ -292,9 +292,9 @@ def test_jumprelus_that_start_anew_are_quiet() -> None:
 
 
 def l0_of(settings: SaeSettings, steps: int = 150) -> float:
-    trainee = trained(settings, steps=steps)
+    sae_trainer = trained(settings, steps=steps)
     (x, *_) = rows_of(settings, 2048, 999)
-    return float(trainee.sae.gradients(x, x, NOBODY).fired.firings().sum()) / 2048
+    return float(sae_trainer.sae.gradients(x, x, NOBODY).fired.firings().sum()) / 2048
 
 
 def test_bug_15b_l0_responds_to_its_target() -> None:
@@ -328,9 +328,9 @@ def test_thresholds_stay_above_zero() -> None:
 def suppressed(directory: Path) -> tuple[Path, Tensor]:
     """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh rows)."""
     settings = SaeSettings.of(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
-    trainee = trained(settings, steps=300)
+    sae_trainer = trained(settings, steps=300)
     (x,) = rows_of(settings, 1024, 77)
-    exported = export(trainee.sae, trainee.frame([1.0]), "s", trainee.statistics.firing_rate(), x, {}, {})
+    exported = export(sae_trainer.sae, sae_trainer.frame([1.0]), "s", sae_trainer.statistics.firing_rate(), x, {}, {})
     directory.mkdir(exist_ok=True)
     return publish(directory, 1000, [exported], {}, check) / "s", x
 
@@ -340,7 +340,7 @@ def shrunk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     return suppressed(tmp_path_factory.mktemp("shrunk"))
 
 
-def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> Trainee:
+def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> SaeTrainer:
     settings = SaeSettings.of(
         name="r",
         architecture="repair",
@@ -348,15 +348,15 @@ def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> Train
         d_sae=D_SAE,
         **{"train": train},  # type: ignore[arg-type]
     )
-    trainee = trainee_of(settings)
-    trainee.initialise([rows * scale for rows in rows_of(settings, 512, 0)], [scale], read_start(settings))
-    learn(trainee, [[rows * scale for rows in rows_of(settings, 64, 1000 + step)] for step in range(steps)])
-    return trainee
+    sae_trainer = sae_trainer_of(settings)
+    sae_trainer.initialise([rows * scale for rows in rows_of(settings, 512, 0)], [scale], read_start(settings))
+    learn(sae_trainer, [[rows * scale for rows in rows_of(settings, 64, 1000 + step)] for step in range(steps)])
+    return sae_trainer
 
 
-def quality(trainee: Trainee, x: Tensor) -> tuple[float, float]:
+def quality(sae_trainer: SaeTrainer, x: Tensor) -> tuple[float, float]:
     """(FVU, shrinkage) on rows nothing was trained on."""
-    x_hat = trainee.sae.gradients(x, x, NOBODY).y_hat
+    x_hat = sae_trainer.sae.gradients(x, x, NOBODY).y_hat
     centred, decoded = x - x.mean(0), x_hat - x.mean(0)
     fvu = (x - x_hat).square().sum() / centred.square().sum()
     return float(fvu), float(decoded.square().sum() / (centred * decoded).sum())
@@ -410,11 +410,11 @@ def test_repair_begins_where_the_other_ended(shrunk: tuple[Path, Tensor]) -> Non
 
 def test_a_scale_that_would_be_negative_or_zero_stays_above(shrunk: tuple[Path, Tensor]) -> None:
     """At zero the latent would be gone from every row, and below it would write backwards."""
-    trainee = repairing(shrunk[0], "scale", 0)
-    trainee.sae.parameters["scale"].fill_(-1.0)
-    before = trainee.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired.firings()
-    trainee.sae.after_step()
-    after: Any = trainee.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired
+    sae_trainer = repairing(shrunk[0], "scale", 0)
+    sae_trainer.sae.parameters["scale"].fill_(-1.0)
+    before = sae_trainer.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired.firings()
+    sae_trainer.sae.after_step()
+    after: Any = sae_trainer.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired
 
     assert torch.equal(after.firings(), before)
     assert float(after.value.min()) >= 0

@@ -1,4 +1,4 @@
-"""Statistics, optimizer, schedules and what a trainee does between steps: numbers on paper and float64 references."""
+"""Statistics, optimizer, schedules, SAE trainers between two steps: numbers on paper and float64 references."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
-from tests.small_saes import FAMILY, learn, rows_of, settings_of, trained, trainee_of
+from tests.small_saes import FAMILY, learn, rows_of, sae_trainer_of, settings_of, trained
 from trainer.kernels import select
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
@@ -25,7 +25,7 @@ from trainer.state.checkpoint import load_newest, save
 from trainer.stream.buffer import Batch
 from trainer.training.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
 from trainer.training.run import Run, scale_of
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics
 
 
@@ -125,23 +125,23 @@ def test_deadness_is_unknown_until_enough_was_seen() -> None:
 
 
 def test_bug_23_reports_change_nothing() -> None:
-    """A trainee's neither: state before and after a report are the same bits."""
-    trainee = trained(settings_of("topk", ema_tokens=64), steps=3)
-    before = {name: value.clone() for name, value in trainee.state()[1].items()}
-    first, second = trainee.report([1.0]), trainee.report([1.0])
+    """An SAE trainer's neither: state before and after a report are the same bits."""
+    sae_trainer = trained(settings_of("topk", ema_tokens=64), steps=3)
+    before = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
+    first, second = sae_trainer.report([1.0]), sae_trainer.report([1.0])
 
     assert first == second
-    assert all(torch.equal(before[name], value) for name, value in trainee.state()[1].items())
+    assert all(torch.equal(before[name], value) for name, value in sae_trainer.state()[1].items())
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("topk", 2.0), ("topk transcoder", 4.0)])
 def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale: float) -> None:
     """Rows of hook 0 are learned times 2, those of hook 1 times 4: an error of the square of it is one of raw rows."""
-    trainee = trained(settings_of(kind), steps=2)
-    mse = trainee.statistics.summary().mse
+    sae_trainer = trained(settings_of(kind), steps=2)
+    mse = sae_trainer.statistics.summary().mse
 
     assert mse > 0
-    assert trainee.report([2.0, 4.0]).mse == pytest.approx(mse / scale**2)
+    assert sae_trainer.report([2.0, 4.0]).mse == pytest.approx(mse / scale**2)
 
 
 def test_bug_23_reading_statistics_changes_nothing() -> None:
@@ -242,30 +242,30 @@ def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
     """One NaN row costs its step, not the run, and the count says so; the next step is as good as ever."""
-    trainee = trained(settings_of(kind, ema_tokens=64), steps=2)
-    before = {name: value.clone() for name, value in trainee.state()[1].items()}
-    rows = rows_of(trainee.settings, 64, 50)
+    sae_trainer = trained(settings_of(kind, ema_tokens=64), steps=2)
+    before = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
+    rows = rows_of(sae_trainer.settings, 64, 50)
     rows[0][3, 2] = math.nan
-    trainee.step(rows)
-    after = {name: value.clone() for name, value in trainee.state()[1].items()}
-    trainee.step(rows_of(trainee.settings, 64, 51))
+    sae_trainer.step(rows)
+    after = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
+    sae_trainer.step(rows_of(sae_trainer.settings, 64, 51))
 
-    assert trainee.skipped_steps == 1
+    assert sae_trainer.skipped_steps == 1
     assert all(torch.equal(before[name], value) for name, value in after.items())
-    assert math.isfinite(trainee.report([1.0, 1.0]).grad_norm)
-    assert trainee.tokens == 4 * 64
+    assert math.isfinite(sae_trainer.report([1.0, 1.0]).grad_norm)
+    assert sae_trainer.tokens == 4 * 64
 
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_12_decoder_rows_have_unit_norm_after_every_step(kind: str) -> None:
     """Adam's update leaves the sphere; what anyone can see does not. Where norms are free they are used."""
-    trainee = trainee_of(settings_of(kind), learning_rate=0.1)
-    trainee.initialise(rows_of(trainee.settings, 512, 0), [1.0, 1.0])
+    sae_trainer = sae_trainer_of(settings_of(kind), learning_rate=0.1)
+    sae_trainer.initialise(rows_of(sae_trainer.settings, 512, 0), [1.0, 1.0])
     for step in range(4):
-        trainee.step(rows_of(trainee.settings, 64, step))
-        norms = trainee.sae.W_dec.norm(dim=1)
+        sae_trainer.step(rows_of(sae_trainer.settings, 64, step))
+        norms = sae_trainer.sae.W_dec.norm(dim=1)
 
-        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6) == trainee.sae.unit_decoder
+        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6) == sae_trainer.sae.unit_decoder
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -274,10 +274,10 @@ def test_every_sae_learns(kind: str) -> None:
     few, many = trained(settings_of(kind), steps=1), trained(settings_of(kind), steps=60)
     rows = rows_of(few.settings, 512, 999)
 
-    def unexplained(trainee: Trainee) -> float:
-        x, y = trainee.wiring.pair(rows)
-        nobody = torch.zeros(trainee.settings.d_sae, dtype=torch.bool)
-        return float(trainee.sae.gradients(x, y, nobody).loss["reconstruction"])
+    def unexplained(sae_trainer: SaeTrainer) -> float:
+        x, y = sae_trainer.wiring.pair(rows)
+        nobody = torch.zeros(sae_trainer.settings.d_sae, dtype=torch.bool)
+        return float(sae_trainer.sae.gradients(x, y, nobody).loss["reconstruction"])
 
     assert unexplained(many) < 0.8 * unexplained(few)
 
@@ -286,15 +286,15 @@ def test_every_sae_learns(kind: str) -> None:
 def test_products_see_the_weights_of_this_moment(kind: str) -> None:
     """Copies in bfloat16 follow every change: the optimizer's, which writes both, and those that torch makes."""
     settings = settings_of(kind)
-    trainee = trainee_of(settings, dtype=torch.bfloat16)
-    trainee.initialise(rows_of(settings, 64, 0), [1.0] * 3)
+    sae_trainer = sae_trainer_of(settings, dtype=torch.bfloat16)
+    sae_trainer.initialise(rows_of(settings, 64, 0), [1.0] * 3)
     for seed in (1, 2):
-        trainee.step(rows_of(settings, 32, seed))
+        sae_trainer.step(rows_of(settings, 32, seed))
         for name in ("W_enc", "W_dec"):
-            assert torch.equal(trainee.sae.operand(name), getattr(trainee.sae, name).bfloat16())
-    trainee.sae.W_dec[1] += 1.0
+            assert torch.equal(sae_trainer.sae.operand(name), getattr(sae_trainer.sae, name).bfloat16())
+    sae_trainer.sae.W_dec[1] += 1.0
 
-    assert torch.equal(trainee.sae.operand("W_dec"), trainee.sae.W_dec.bfloat16())
+    assert torch.equal(sae_trainer.sae.operand("W_dec"), sae_trainer.sae.W_dec.bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
@@ -307,14 +307,14 @@ def test_a_large_mean_changes_nothing(kind: str) -> None:
     for offset in (0.0, 30.0):
         x = rows + offset * rows.std()
         scale = scale_of(x)
-        trainee = Trainee(
+        sae_trainer = SaeTrainer(
             settings_of(kind, d_sae=64, dead_tokens=10_000), OptimizerSettings(learning_rate=3e-3, warmup_tokens=2000),
             Wiring((0,), None, (16,)), torch.device("cpu"), torch.float32,
         )  # fmt: skip
-        trainee.initialise([x[:8192] * scale], [scale])
+        sae_trainer.initialise([x[:8192] * scale], [scale])
         for batch in x.split(256):
-            trainee.step([batch * scale])
-        fvu.append(trainee.statistics.summary().fvu)
+            sae_trainer.step([batch * scale])
+        fvu.append(sae_trainer.statistics.summary().fvu)
 
     assert fvu[1] == pytest.approx(fvu[0], rel=0.1)
 
@@ -322,21 +322,23 @@ def test_a_large_mean_changes_nothing(kind: str) -> None:
 def test_an_sae_may_have_any_name() -> None:
     """Its tensors in a checkpoint cannot be taken for others, such as the ledger's."""
     settings = SaeSettings.of(name="ledger", architecture="topk", d_sae=16, k=2)
-    trainee = Trainee(settings, OptimizerSettings(), Wiring((0,), None, (4,)), torch.device("cpu"), torch.float32)
+    sae_trainer = SaeTrainer(
+        settings, OptimizerSettings(), Wiring((0,), None, (4,)), torch.device("cpu"), torch.float32
+    )
 
-    assert all(name.startswith("sae/ledger/") for name in trainee.state()[1])
+    assert all(name.startswith("sae/ledger/") for name in sae_trainer.state()[1])
 
 
 def test_bug_10_each_sae_counts_its_own_rows() -> None:
     """Every row once, whatever the size of the batches, and however late it joined."""
     settings = settings_of("topk")
-    trainee = Trainee(
+    sae_trainer = SaeTrainer(
         settings, OptimizerSettings(), Wiring((0,), None, (12,)), torch.device("cpu"), torch.float32, joined_at=5000
     )
-    trainee.initialise(rows_of(settings, 512, 0), [1.0])
-    learn(trainee, [rows_of(settings, count, 1) for count in (64, 10, 1)])
+    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    learn(sae_trainer, [rows_of(settings, count, 1) for count in (64, 10, 1)])
 
-    assert (trainee.tokens, trainee.statistics.tokens, trainee.joined_at) == (75, 75, 5000)
+    assert (sae_trainer.tokens, sae_trainer.statistics.tokens, sae_trainer.joined_at) == (75, 75, 5000)
 
 
 # Resuming
@@ -367,13 +369,13 @@ def resumable() -> list[tuple[str, str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("kind", "extra", "options"), resumable(), ids=lambda value: str(value).replace("{}", ""))
-def test_bug_11_a_restored_trainee_goes_on_bit_for_bit(kind: str, extra: str, options: dict[str, Any]) -> None:
+def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str, options: dict[str, Any]) -> None:
     """Weights, moments, dead counters, averages, schedules: resuming in the middle equals not stopping."""
     settings = settings_of(kind, **options)
     batches = [rows_of(settings, 64, seed) for seed in range(1, 9)]
 
-    def fresh() -> Trainee:
-        return trainee_of(settings, warmup_tokens=128)
+    def fresh() -> SaeTrainer:
+        return sae_trainer_of(settings, warmup_tokens=128)
 
     whole = fresh()
     whole.initialise(rows_of(settings, 512, 0), [1.0, 1.0])
@@ -402,7 +404,7 @@ def test_bug_11_a_restored_trainee_goes_on_bit_for_bit(kind: str, extra: str, op
 def test_counts_survive_a_restart() -> None:
     """Rows learned from, steps that were skipped, and when it joined: a counter never falls."""
     settings = settings_of("topk")
-    before, after = trained(settings, steps=2), trainee_of(settings)
+    before, after = trained(settings, steps=2), sae_trainer_of(settings)
     before.skipped_steps, before.joined_at = 3, 4096
     after.restore(*before.state())
 
@@ -416,7 +418,7 @@ def test_an_interrupted_cooldown_goes_on() -> None:
     whole.cool_down()
     learn(whole, [rows_of(settings, 64, 20)])
     document, tensors = whole.state()
-    resumed = trainee_of(settings)
+    resumed = sae_trainer_of(settings)
     resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
     learn(resumed, [rows_of(settings, 64, 21)])
 
@@ -430,7 +432,7 @@ def test_an_average_may_be_asked_for_or_given_up_when_a_run_is_resumed(before: i
     """A new one begins with the weights as they are; one that nobody wants any more is dropped."""
     whole = trained(settings_of("topk", ema_tokens=before), steps=4)
     document, tensors = whole.state()
-    resumed = trainee_of(settings_of("topk", ema_tokens=after))
+    resumed = sae_trainer_of(settings_of("topk", ema_tokens=after))
     resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
     begun = resumed.averaged
     learn(resumed, [rows_of(resumed.settings, 64, 9)])
@@ -518,9 +520,9 @@ def test_the_cooldown_of_a_budget() -> None:
 
     def planned(tokens: int | None, run_tokens: int | None, joined_at: int = 0) -> Cooldown | None:
         settings = settings_of("topk") if tokens is None else settings_of("topk", tokens=tokens)
-        trainee = trainee_of(settings)
-        trainee.joined_at = joined_at
-        return trainee.cooldown(run_tokens)
+        sae_trainer = sae_trainer_of(settings)
+        sae_trainer.joined_at = joined_at
+        return sae_trainer.cooldown(run_tokens)
 
     assert planned(None, None) is None
     assert planned(1000, None) == Cooldown(800, 1000)
@@ -531,43 +533,43 @@ def test_the_cooldown_of_a_budget() -> None:
 
 def test_no_cooldown_at_all() -> None:
     """optimizer.cooldown = 0: the rate stays to the last row."""
-    assert trainee_of(settings_of("topk", tokens=1000), cooldown=0.0).cooldown(1000) is None
+    assert sae_trainer_of(settings_of("topk", tokens=1000), cooldown=0.0).cooldown(1000) is None
 
 
 def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
     """640 rows: full for 512, then 1 and a half of the last two batches; then it learns no more."""
     settings = settings_of("topk", tokens=640)
-    trainee = trained(settings, steps=7)
+    sae_trainer = trained(settings, steps=7)
     rates = []
     for seed in range(3):
-        assert not trainee.finished
-        learn(trainee, [rows_of(settings, 64, seed)])
-        rates.append(trainee.learning_rate)
+        assert not sae_trainer.finished
+        learn(sae_trainer, [rows_of(settings, 64, seed)])
+        rates.append(sae_trainer.learning_rate)
 
     assert rates == pytest.approx([1e-2, 1e-2, 0.5e-2])
-    assert trainee.finished
+    assert sae_trainer.finished
 
 
 def test_an_operator_asks_for_a_cooldown() -> None:
     """Over a fifth of the rows seen, from now on; asking twice changes nothing; then it is finished."""
     settings = settings_of("topk")
-    trainee = trained(settings, steps=10)
-    first = trainee.cool_down()
-    learn(trainee, [rows_of(settings, 64, 20)])
-    again = trainee.cool_down()
-    learn(trainee, [rows_of(settings, 64, 21)])
+    sae_trainer = trained(settings, steps=10)
+    first = sae_trainer.cool_down()
+    learn(sae_trainer, [rows_of(settings, 64, 20)])
+    again = sae_trainer.cool_down()
+    learn(sae_trainer, [rows_of(settings, 64, 21)])
 
     assert (first, again) == (128, 64)
-    assert trainee.learning_rate == pytest.approx(0.5e-2)
-    assert trainee.finished
+    assert sae_trainer.learning_rate == pytest.approx(0.5e-2)
+    assert sae_trainer.finished
 
 
 def test_an_sae_without_an_end_is_never_finished() -> None:
     """The end of the run is the run's own business."""
-    trainee = trained(settings_of("topk"), steps=3)
+    sae_trainer = trained(settings_of("topk"), steps=3)
 
-    assert trainee.cooldown(None) is None
-    assert not trainee.finished
+    assert sae_trainer.cooldown(None) is None
+    assert not sae_trainer.finished
 
 
 def test_the_default_learning_rate_falls_with_the_root_of_the_width() -> None:
@@ -581,9 +583,9 @@ def test_the_penalty_warms_up(kind: str, part: str) -> None:
     plain, warming = trained(settings_of(kind), 0), trained(settings_of(kind, sparsity_warmup_tokens=640), 0)
     rows = [rows_of(plain.settings, 64, 1)]
     paid = []
-    for trainee in (plain, warming):
-        learn(trainee, rows)
-        paid.append(trainee.report([1.0]).loss[part])
+    for sae_trainer in (plain, warming):
+        learn(sae_trainer, rows)
+        paid.append(sae_trainer.report([1.0]).loss[part])
     warming.tokens = 320
     full = trained(settings_of(kind), 0)
     full.sae.parameters = {name: value.clone() for name, value in warming.sae.parameters.items()}
@@ -600,12 +602,12 @@ def test_the_penalty_warms_up(kind: str, part: str) -> None:
 def test_the_average_is_a_plain_mean_at_first() -> None:
     """While fewer rows were seen than it spans, every step weighs the same."""
     settings = settings_of("topk", ema_tokens=10**9)
-    trainee = trained(settings, steps=0)
+    sae_trainer = trained(settings, steps=0)
     seen: list[Tensor] = []
     for seed in range(4):
-        learn(trainee, [rows_of(settings, 64, seed)])
-        seen.append(trainee.sae.parameters["W_enc"].clone())
-    averaged = trainee.averaged
+        learn(sae_trainer, [rows_of(settings, 64, seed)])
+        seen.append(sae_trainer.sae.parameters["W_enc"].clone())
+    averaged = sae_trainer.averaged
 
     assert averaged is not None
     torch.testing.assert_close(averaged.parameters["W_enc"], torch.stack(seen).mean(0))
@@ -614,100 +616,100 @@ def test_the_average_is_a_plain_mean_at_first() -> None:
 def test_the_average_forgets_exponentially() -> None:
     """Over 640 rows, a batch of 64 weighs 1 − exp(−1/10) once the plain mean would weigh less."""
     settings = settings_of("topk", ema_tokens=640)
-    trainee = trained(settings, steps=30)
-    assert trainee.averaged is not None
-    before = trainee.averaged.parameters["W_enc"]
-    learn(trainee, [rows_of(settings, 64, 99)])
+    sae_trainer = trained(settings, steps=30)
+    assert sae_trainer.averaged is not None
+    before = sae_trainer.averaged.parameters["W_enc"]
+    learn(sae_trainer, [rows_of(settings, 64, 99)])
     weight = 1 - math.exp(-0.1)
-    expected = (1 - weight) * before + weight * trainee.sae.parameters["W_enc"]
+    expected = (1 - weight) * before + weight * sae_trainer.sae.parameters["W_enc"]
 
-    assert trainee.averaged is not None
-    torch.testing.assert_close(trainee.averaged.parameters["W_enc"], expected)
+    assert sae_trainer.averaged is not None
+    torch.testing.assert_close(sae_trainer.averaged.parameters["W_enc"], expected)
 
 
 def test_reading_the_average_does_not_touch_training() -> None:
     """It is an SAE of its own, with tensors of its own; without ema_tokens there is none."""
-    trainee = trained(settings_of("topk", ema_tokens=640), steps=3)
-    averaged, again = trainee.averaged, trainee.averaged
+    sae_trainer = trained(settings_of("topk", ema_tokens=640), steps=3)
+    averaged, again = sae_trainer.averaged, sae_trainer.averaged
     assert averaged is not None and again is not None
     averaged.parameters["W_enc"].zero_()
 
     assert again.parameters["W_enc"].any()
-    assert trainee.sae.parameters["W_enc"].any()
+    assert sae_trainer.sae.parameters["W_enc"].any()
     assert trained(settings_of("topk"), steps=1).averaged is None
 
 
 # Starting anew
 
 
-def dying(revive: str, **options: Any) -> Trainee:
+def dying(revive: str, **options: Any) -> SaeTrainer:
     """A ReLU SAE whose latents 0 … 3 nothing wakes."""
     settings = settings_of("relu l1", revive=revive, **options)
-    trainee = trainee_of(settings)
-    trainee.initialise(rows_of(settings, 512, 0), [1.0])
-    trainee.sae.b_enc[:4] = -50.0
-    return trainee
+    sae_trainer = sae_trainer_of(settings)
+    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.sae.b_enc[:4] = -50.0
+    return sae_trainer
 
 
 def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> None:
     """Every two spans of 128 rows: at 256, and not before, silent latents move and begin without a history."""
-    trainee = dying("resample", revive_tokens=128)
-    before = {name: value.clone() for name, value in trainee.sae.parameters.items()}
-    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(3)])
-    untouched = torch.equal(trainee.sae.W_enc[:4], before["W_enc"][:4])
-    adam = trainee.optimizer.state()
+    sae_trainer = dying("resample", revive_tokens=128)
+    before = {name: value.clone() for name, value in sae_trainer.sae.parameters.items()}
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(3)])
+    untouched = torch.equal(sae_trainer.sae.W_enc[:4], before["W_enc"][:4])
+    adam = sae_trainer.optimizer.state()
     for name in ("W_enc", "W_dec", "b_enc"):
         adam[f"{name}.exp_avg"][:4] = adam[f"{name}.exp_avg_sq"][:4] = 1.0  # as of latents that have lived before
-    learn(trainee, [rows_of(trainee.settings, 64, 3)])
-    others = trainee.sae.W_enc[4:].norm(dim=1).mean()
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 64, 3)])
+    others = sae_trainer.sae.W_enc[4:].norm(dim=1).mean()
 
     assert untouched
-    assert (trainee.sae.W_enc[:4] != before["W_enc"][:4]).any(1).all()
-    assert trainee.sae.b_enc[:4].tolist() == [0.0] * 4
-    torch.testing.assert_close(trainee.sae.W_enc[:4].norm(dim=1), (0.2 * others).expand(4))
+    assert (sae_trainer.sae.W_enc[:4] != before["W_enc"][:4]).any(1).all()
+    assert sae_trainer.sae.b_enc[:4].tolist() == [0.0] * 4
+    torch.testing.assert_close(sae_trainer.sae.W_enc[:4].norm(dim=1), (0.2 * others).expand(4))
     for name in ("W_enc", "W_dec", "b_enc"):
         for moment in ("exp_avg", "exp_avg_sq"):
             assert not adam[f"{name}.{moment}"][:4].any()
             assert adam[f"{name}.{moment}"][4:].any()
-    assert trainee.statistics.tokens_since_fired[:4].tolist() == [0] * 4
+    assert sae_trainer.statistics.tokens_since_fired[:4].tolist() == [0] * 4
 
 
 def test_the_average_begins_anew_with_the_latents() -> None:
     """What they were before is no part of what is published of them; the others are averaged on."""
-    trainee = dying("resample", revive_tokens=128, ema_tokens=10**9)
-    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(4)])
+    sae_trainer = dying("resample", revive_tokens=128, ema_tokens=10**9)
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(4)])
 
-    assert trainee.averaged is not None
+    assert sae_trainer.averaged is not None
     for name in ("W_enc", "W_dec", "b_enc"):
-        now, mean = trainee.sae.parameters[name], trainee.averaged.parameters[name]
+        now, mean = sae_trainer.sae.parameters[name], sae_trainer.averaged.parameters[name]
         assert torch.equal(mean[:4], now[:4]) and not torch.equal(mean[4:], now[4:])
 
 
 def test_resampled_latents_point_at_rows_of_the_batch_with_a_large_loss() -> None:
     """One row is far from everything: the first latent to move reads and writes its direction."""
-    trainee = dying("resample", revive_tokens=128)
-    trainee.sae.b_enc[1:4] = 5.0  # only latent 0 is dead
-    (rows,) = rows_of(trainee.settings, 64, 9)
+    sae_trainer = dying("resample", revive_tokens=128)
+    sae_trainer.sae.b_enc[1:4] = 5.0  # only latent 0 is dead
+    (rows,) = rows_of(sae_trainer.settings, 64, 9)
     rows[17] = 0.0
     rows[17, 5] = 40.0
-    trainee.tokens, trainee.statistics.tokens_since_fired[0] = 192, 192
-    trainee.step([rows])
-    wanted = rows[17] - trainee.sae.b_dec
+    sae_trainer.tokens, sae_trainer.statistics.tokens_since_fired[0] = 192, 192
+    sae_trainer.step([rows])
+    wanted = rows[17] - sae_trainer.sae.b_dec
 
-    torch.testing.assert_close(trainee.sae.W_dec[0], wanted / wanted.norm())
-    torch.testing.assert_close(trainee.sae.W_enc[0] / trainee.sae.W_enc[0].norm(), wanted / wanted.norm())
+    torch.testing.assert_close(sae_trainer.sae.W_dec[0], wanted / wanted.norm())
+    torch.testing.assert_close(sae_trainer.sae.W_enc[0] / sae_trainer.sae.W_enc[0].norm(), wanted / wanted.norm())
 
 
 def test_resampling_leaves_living_latents_alone() -> None:
     """With nobody silent, the step at which it is due is a step like others."""
     batches = [rows_of(settings_of("relu l1"), 64, seed) for seed in range(4)]
     resampling, plain = (
-        trainee_of(settings_of("relu l1", revive=revive, revive_tokens=128)) for revive in ("resample", "none")
+        sae_trainer_of(settings_of("relu l1", revive=revive, revive_tokens=128)) for revive in ("resample", "none")
     )
-    for trainee in (resampling, plain):
-        trainee.initialise(rows_of(trainee.settings, 512, 0), [1.0])
-        trainee.sae.b_enc.fill_(1.0)
-        learn(trainee, batches)
+    for sae_trainer in (resampling, plain):
+        sae_trainer.initialise(rows_of(sae_trainer.settings, 512, 0), [1.0])
+        sae_trainer.sae.b_enc.fill_(1.0)
+        learn(sae_trainer, batches)
 
     assert torch.equal(resampling.sae.W_enc, plain.sae.W_enc)
 
@@ -715,45 +717,45 @@ def test_resampling_leaves_living_latents_alone() -> None:
 def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
     """Silent for 192 rows and below zero on the whole batch: anew. Silent, but above zero somewhere: not."""
     settings = settings_of("jumprelu", revive_tokens=64, reinitialise_tokens=192, learning_rate=1e-9)
-    trainee = trainee_of(settings)
-    trainee.initialise(rows_of(settings, 512, 0), [1.0])
-    trainee.sae.b_enc[0] = -50.0
-    trainee.sae.parameters["threshold"][1] = 50.0  # above zero, below its threshold: the pre-act loss reaches it
-    before, last = trainee.sae.W_enc.clone(), rows_of(settings, 64, 2)
-    learn(trainee, [rows_of(settings, 64, seed) for seed in range(2)])
-    waited = bool((trainee.sae.W_enc[0] - before[0]).norm() < 1e-3)
-    learn(trainee, [last])
+    sae_trainer = sae_trainer_of(settings)
+    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.sae.b_enc[0] = -50.0
+    sae_trainer.sae.parameters["threshold"][1] = 50.0  # above zero, below its threshold: the pre-act loss reaches it
+    before, last = sae_trainer.sae.W_enc.clone(), rows_of(settings, 64, 2)
+    learn(sae_trainer, [rows_of(settings, 64, seed) for seed in range(2)])
+    waited = bool((sae_trainer.sae.W_enc[0] - before[0]).norm() < 1e-3)
+    learn(sae_trainer, [last])
 
     assert waited
-    assert (trainee.sae.W_enc[0] - before[0]).norm() > 0.1
-    assert (trainee.sae.W_enc[1] - before[1]).norm() < 1e-3
-    assert trainee.sae.in_float32(last[0], torch.tensor([0])).amax() > trainee.sae.parameters["threshold"][0]
-    assert trainee.statistics.tokens_since_fired[:2].tolist() == [0, 192]
+    assert (sae_trainer.sae.W_enc[0] - before[0]).norm() > 0.1
+    assert (sae_trainer.sae.W_enc[1] - before[1]).norm() < 1e-3
+    assert sae_trainer.sae.in_float32(last[0], torch.tensor([0])).amax() > sae_trainer.sae.parameters["threshold"][0]
+    assert sae_trainer.statistics.tokens_since_fired[:2].tolist() == [0, 192]
 
 
 def test_more_dead_latents_than_rows() -> None:
     """As many move as there are rows to point at; the others wait for the next time."""
-    trainee = dying("resample", revive_tokens=4)
-    trainee.sae.b_enc.fill_(-50.0)
-    learn(trainee, [rows_of(trainee.settings, 4, seed) for seed in range(2)])
+    sae_trainer = dying("resample", revive_tokens=4)
+    sae_trainer.sae.b_enc.fill_(-50.0)
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 4, seed) for seed in range(2)])
 
-    assert (trainee.sae.b_enc == 0).sum() == 4
+    assert (sae_trainer.sae.b_enc == 0).sum() == 4
 
 
 def test_what_started_anew_lives() -> None:
     """A few steps later the latents that were moved fire and have left their first weights."""
-    trainee = dying("resample", revive_tokens=128)
-    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(6)])
+    sae_trainer = dying("resample", revive_tokens=128)
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(6)])
 
-    assert (trainee.statistics.tokens_since_fired[:4] < 128).all()
+    assert (sae_trainer.statistics.tokens_since_fired[:4] < 128).all()
 
 
 def test_nothing_starts_anew_in_the_cooldown() -> None:
     """With the rate on its way to zero it would never learn, and the last snapshot would hold it half born."""
-    trainee = dying("resample", revive_tokens=64, reinitialise_tokens=128, tokens=640)
-    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(7)])
-    trainee.sae.b_enc[:4] = -50.0
-    learn(trainee, [rows_of(trainee.settings, 64, seed) for seed in range(3)])
+    sae_trainer = dying("resample", revive_tokens=64, reinitialise_tokens=128, tokens=640)
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(7)])
+    sae_trainer.sae.b_enc[:4] = -50.0
+    learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(3)])
 
-    assert trainee.finished
-    assert (trainee.sae.b_enc[:4] < -49).all()
+    assert sae_trainer.finished
+    assert (sae_trainer.sae.b_enc[:4] < -49).all()

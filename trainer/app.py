@@ -19,7 +19,7 @@ from producer.lm.precision import take_deterministic_algorithms
 from producer.wire import Hello
 from trainer.control.commands import answer
 from trainer.control.ctl import Inbox
-from trainer.health import Health
+from trainer.health import TrainerHealth
 from trainer.kernels.cpu import warm_up
 from trainer.metrics import TrainerMetrics
 from trainer.planning.machine import free_memory
@@ -72,7 +72,7 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         model = settings.model.name if settings.model else "synthetic"
         info = {"id": ledger.run, "directory": settings.run.directory, "model": model}
         metrics = TrainerMetrics(registry, info, settings.checkpoint.every_seconds)
-        health, table = Health(), settings.monitor
+        health, table = TrainerHealth(), settings.monitor
         port, close_metrics = start_metrics_server(
             registry,
             table.host,
@@ -150,7 +150,7 @@ def _train(
     roster: Roster,
     saved: Saved | None,
     metrics: TrainerMetrics,
-    health: Health,
+    health: TrainerHealth,
 ) -> None:
     """Opens the stream, trains until the end or until told to stop, and leaves everything on disk."""
 

@@ -20,7 +20,7 @@ STATES = {
 """A state of the last report, in words where its name says too little."""
 
 
-class Health:
+class TrainerHealth:
     """Alive: only a restart could help one that is not. Ready: producers that connect are given work.
 
     A trainer without rows is alive, for its producers may come back, and so is a paused one: the loop goes round every

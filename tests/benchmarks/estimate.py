@@ -16,7 +16,7 @@ import torch
 
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.step import TITLES, stepping
-from tests.benchmarks.subject import Size, correlated_rows, size_for, trainee
+from tests.benchmarks.subject import Size, correlated_rows, sae_trainer, size_for
 from trainer.planning import cost
 from trainer.planning.cost import Machine, Work
 from trainer.planning.estimate import works_of
@@ -66,7 +66,7 @@ def _steps(options: Options) -> Result:
     for architecture, size in grid(options.device, options.quick):
         label = f"{TITLES[architecture]}, {size}"
         rows = correlated_rows(max(2 * size.batch, 4096), size.d_in)
-        made = trainee(architecture, size, options.device, rows)
+        made = sae_trainer(architecture, size, options.device, rows)
         step = stepping(made, rows.to(options.device), size.batch)
         point = Result(result.title, result.unit)
         point.take_turns(options.rounds, {"machine": measure, "step": step})
@@ -92,7 +92,7 @@ def _steps(options: Options) -> Result:
 
 
 def work_of(architecture: str, size: Size) -> Work:
-    """What `subject.trainee` makes of a size, as an estimate sees it."""
+    """What `subject.sae_trainer` makes of a size, as an estimate sees it."""
     sparsity = {"target_l0": float(size.k)} if architecture == "jumprelu" else {"k": size.k}
     sae = {"name": architecture, "architecture": architecture, "d_sae": size.d_sae, **sparsity}
     settings = TrainerSettings.model_validate(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.measure import Figure, Options, Result, copying, milliseconds
-from tests.benchmarks.subject import Size, correlated_rows, size_for, trainee
+from tests.benchmarks.subject import Size, correlated_rows, sae_trainer, size_for
 from trainer.kernels import select
 from trainer.kernels.sparse import Entries
 from trainer.settings import OptimizerSettings
@@ -23,7 +23,7 @@ from trainer.training.optimizer import RowAdam
 def run(options: Options) -> Iterator[Result]:
     size = size_for(options.device, options.quick)
     x = correlated_rows(size.batch, size.d_in).to(options.device)
-    sae = trainee("topk", size, options.device, x).sae
+    sae = sae_trainer("topk", size, options.device, x).sae
     narrow = x.to(torch.bfloat16)
     pre_acts = torch.addmm(sae.b_enc.to(torch.bfloat16), narrow, sae.W_enc.to(torch.bfloat16).T)
     yield _selection(size, pre_acts, options)

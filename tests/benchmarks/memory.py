@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.measure import Figure, Options, Result
-from tests.benchmarks.subject import QUICK_SIZE, Size, correlated_rows, size_for, trainee
+from tests.benchmarks.subject import QUICK_SIZE, Size, correlated_rows, sae_trainer, size_for
 
 STEPS = 4
 
@@ -58,7 +58,7 @@ def _measure(architecture: str, size: Size, device: str) -> float:
 
 def _steps(architecture: str, size: Size, device: str, rows: torch.Tensor) -> int:
     """The most bytes this process held while steps were taken."""
-    made = trainee(architecture, size, device, rows)
+    made = sae_trainer(architecture, size, device, rows)
     batches = rows.split(size.batch)
     made.step([batches[0]])
     _forget_highest(device)

@@ -21,7 +21,7 @@ import torch
 from tests.benchmarks.measure import Options, Result, milliseconds
 from tests.benchmarks.producer import demo_settings
 from tests.benchmarks.step import BYTES, WRITTEN, limit, stepping
-from tests.benchmarks.subject import SAMPLE_ROWS, Size, correlated_rows, hello_of, size_for, trainee
+from tests.benchmarks.subject import SAMPLE_ROWS, Size, correlated_rows, hello_of, sae_trainer, size_for
 from tests.benchmarks.svg import Axis, Points, document, frame, level, line, text, upright
 from trainer.saes.settings import SaeSettings
 from trainer.stream.buffer import Batch
@@ -90,7 +90,7 @@ def _learning(point: Point, rows: torch.Tensor, device: str) -> Callable[[], flo
     """Milliseconds of a step of all its SAEs."""
     size = point.size
     if point.saes == 1:
-        return stepping(trainee("topk", size, device, rows), rows.to(device), size.batch)
+        return stepping(sae_trainer("topk", size, device, rows), rows.to(device), size.batch)
     cores = torch.get_num_threads()
     settings = demo_settings(f"optimizer.batch={size.batch}", f"optimizer.device={device}", "run.threads=1")
     saes = [SaeSettings.of(name=f"{i}", architecture="topk", d_sae=size.d_sae, k=size.k) for i in range(point.saes)]

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result, copying, milliseconds
-from tests.benchmarks.subject import BATCHES, Size, correlated_rows, size_for, trainee
-from trainer.training.sae_trainer import Trainee
+from tests.benchmarks.subject import BATCHES, Size, correlated_rows, sae_trainer, size_for
+from trainer.training.sae_trainer import SaeTrainer
 
 TITLES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
 LIBRARIES = {
@@ -36,7 +36,7 @@ PRODUCT, WRITTEN, BYTES = "encoder product, bf16", "the same into memory that is
 def run(architecture: str, options: Options) -> Iterator[Result]:
     size, device = size_for(options.device, options.quick), options.device
     rows = correlated_rows(BATCHES * size.batch, size.d_in)
-    made = trainee(architecture, size, device, rows)
+    made = sae_trainer(architecture, size, device, rows)
     contenders = {"Sluice": stepping(made, rows.to(device), size.batch), **limit(size, rows, device)}
     result = Result(f"Training step, {TITLES[architecture]}: {size}", "ms")
     with ExitStack() as stack:
@@ -53,7 +53,7 @@ def run(architecture: str, options: Options) -> Iterator[Result]:
     yield result
 
 
-def stepping(made: Trainee, rows: Tensor, batch: int) -> Callable[[], float]:
+def stepping(made: SaeTrainer, rows: Tensor, batch: int) -> Callable[[], float]:
     """Milliseconds of a step on batches of `rows` that take turns; the first two steps are not counted."""
     batches = itertools.cycle(rows.split(batch))
     for _ in range(2):

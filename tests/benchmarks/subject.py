@@ -12,7 +12,7 @@ from producer.wire import Hello, Hook
 from trainer.saes.jumprelu import MINIMUM_THRESHOLD
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 
 SAMPLE_ROWS = 4096
 BATCHES = 4
@@ -78,12 +78,12 @@ def hello_of(hook: str, width: int) -> Hello:
     )  # fmt: skip
 
 
-def trainee(architecture: str, size: Size, device: str, sample: Tensor, **more: Any) -> Trainee:
+def sae_trainer(architecture: str, size: Size, device: str, sample: Tensor, **more: Any) -> SaeTrainer:
     """An SAE of this size, initialised from a sample of rows; JumpReLU's thresholds let k latents per row through."""
     sparsity: dict[str, Any] = {"target_l0": float(size.k)} if architecture == "jumprelu" else {"k": size.k}
     settings = SaeSettings.of(name=architecture, architecture=architecture, d_sae=size.d_sae, **sparsity, **more)  # type: ignore[arg-type]
     optimizer = OptimizerSettings(batch=size.batch, device=device)
-    made = Trainee(settings, optimizer, Wiring((0,), None, (size.d_in,)), torch.device(device), torch.bfloat16)
+    made = SaeTrainer(settings, optimizer, Wiring((0,), None, (size.d_in,)), torch.device(device), torch.bfloat16)
     sample = sample[:SAMPLE_ROWS].cpu()
     made.initialise([sample], [1.0])
     if architecture == "jumprelu":
@@ -91,7 +91,7 @@ def trainee(architecture: str, size: Size, device: str, sample: Tensor, **more: 
     return made
 
 
-def _settle(made: Trainee, x: Tensor, rate: float) -> None:
+def _settle(made: SaeTrainer, x: Tensor, rate: float) -> None:
     """Sets every threshold to the quantile that its latent exceeds on the fraction `rate` of the rows."""
     rank, own = max(1, round(rate * len(x))), made.sae.parameters
     for latents in torch.arange(made.sae.d_sae, device=x.device).split(2048):

@@ -30,7 +30,7 @@ from producer.keys import serve_encrypted, write_keys
 from producer.settings import StreamSettings
 from tests.benchmarks.measure import Figure, Options, Result, seconds_once
 from tests.benchmarks.sending import chunk_rows
-from tests.benchmarks.subject import Size, correlated_rows, trainee
+from tests.benchmarks.subject import Size, correlated_rows, sae_trainer
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.intake import Intake
 from trainer.stream.ledger import Ledger, Limits
@@ -79,7 +79,7 @@ def _cost(options: Options) -> Result:
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows = correlated_rows(STEP.batch, STEP.d_in)
-            learner = trainee("topk", STEP, "cpu", rows)
+            learner = sae_trainer("topk", STEP, "cpu", rows)
             with Taking(f"ipc://{folder}/stream", None, STEP.d_in, ShuffleBuffer) as busy:
 
                 def beside_intake() -> float:

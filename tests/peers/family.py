@@ -19,7 +19,7 @@ from trainer.saes.start import read_start
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish
 from trainer.training.run import scale_of
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 
 ROOT = Path(__file__).parent.parent.parent
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"]
@@ -118,7 +118,7 @@ FAMILY = {
 class Trained:
     """One SAE in training and in print."""
 
-    trainee: Trainee
+    sae_trainer: SaeTrainer
     folder: Path
 
     @property
@@ -137,9 +137,11 @@ class Zoo:
     def __getitem__(self, name: str) -> Trained:
         if name not in self._trained:
             settings = self.settings(name)
-            trainee = begin(settings, self.rows)
-            learn(trainee, self.rows, STEPS)
-            self._trained[name] = Trained(trainee, print_snapshot(trainee, self.rows, self.directory / name) / name)
+            sae_trainer = begin(settings, self.rows)
+            learn(sae_trainer, self.rows, STEPS)
+            self._trained[name] = Trained(
+                sae_trainer, print_snapshot(sae_trainer, self.rows, self.directory / name) / name
+            )
         return self._trained[name]
 
     def settings(self, name: str) -> SaeSettings:
@@ -154,23 +156,23 @@ class Zoo:
         return self[name].folder
 
 
-def begin(settings: SaeSettings, rows: Rows) -> Trainee:
+def begin(settings: SaeSettings, rows: Rows) -> SaeTrainer:
     """An SAE before its first step."""
-    trainee = Trainee(settings, OPTIMIZER, wiring(settings), torch.device("cpu"), torch.float32)
+    sae_trainer = SaeTrainer(settings, OPTIMIZER, wiring(settings), torch.device("cpu"), torch.float32)
     sample = rows.sample(8192, torch.Generator().manual_seed(1))
-    trainee.initialise(sample, rows.scales, read_start(settings))
-    return trainee
+    sae_trainer.initialise(sample, rows.scales, read_start(settings))
+    return sae_trainer
 
 
-def learn(trainee: Trainee, rows: Rows, steps: int) -> None:
+def learn(sae_trainer: SaeTrainer, rows: Rows, steps: int) -> None:
     generator = torch.Generator().manual_seed(2)
     for _ in range(steps):
-        trainee.step(rows.sample(BATCH, generator))
+        sae_trainer.step(rows.sample(BATCH, generator))
 
 
-def print_snapshot(trainee: Trainee, rows: Rows, directory: Path, calibrated: bool = True) -> Path:
+def print_snapshot(sae_trainer: SaeTrainer, rows: Rows, directory: Path, calibrated: bool = True) -> Path:
     """Publishes it, and its averaged copy beside it."""
-    settings, scaled = trainee.settings, rows.sample(4096, torch.Generator().manual_seed(3))
+    settings, scaled = sae_trainer.settings, rows.sample(4096, torch.Generator().manual_seed(3))
     x = wiring(settings).read(rows.of)[TESTED_ROWS:][:1024]
     metadata = {
         "hook_name": READ,
@@ -180,14 +182,16 @@ def print_snapshot(trainee: Trainee, rows: Rows, directory: Path, calibrated: bo
         "trained_with": "sluice",
         "settings": settings.model_dump(mode="json", exclude_none=True),
     }
-    copies = {settings.name: trainee.sae} | ({f"{settings.name}-ema": twin} if (twin := trainee.averaged) else {})
+    copies = {settings.name: sae_trainer.sae} | (
+        {f"{settings.name}-ema": twin} if (twin := sae_trainer.averaged) else {}
+    )
     exports = []
     for name, copy in copies.items():
         if calibrated:
-            trainee.calibrate(copy, scaled)
-        rate, frame = trainee.statistics.firing_rate(), trainee.frame(rows.scales)
+            sae_trainer.calibrate(copy, scaled)
+        rate, frame = sae_trainer.statistics.firing_rate(), sae_trainer.frame(rows.scales)
         exports.append(export(copy, frame, name, rate, x, metadata, {}))
-    return publish(directory, 1 + trainee.tokens, exports, {"id": "peers"}, check)
+    return publish(directory, 1 + sae_trainer.tokens, exports, {"id": "peers"}, check)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -121,10 +121,10 @@ def test_a_run_goes_on_where_another_library_ended(
     """Before the first step it reconstructs as the original to 1e-4; after some hundred it is no worse."""
     name = (SAVED_BY_SAELENS if library == "sae_lens" else SAVED_BY_SPARSIFY)[kind]
     theirs = foreign[library, kind]
-    trainee = begin(sae("on", start_from=str(theirs.folder), **GOES_ON_AS[name]), zoo.rows)
-    adopted = load_sae(print_snapshot(trainee, zoo.rows, tmp_path, calibrated=False) / "on")
-    learn(trainee, zoo.rows, STEPS)
-    later = load_sae(print_snapshot(trainee, zoo.rows, tmp_path) / "on")
+    sae_trainer = begin(sae("on", start_from=str(theirs.folder), **GOES_ON_AS[name]), zoo.rows)
+    adopted = load_sae(print_snapshot(sae_trainer, zoo.rows, tmp_path, calibrated=False) / "on")
+    learn(sae_trainer, zoo.rows, STEPS)
+    later = load_sae(print_snapshot(sae_trainer, zoo.rows, tmp_path) / "on")
 
     assert difference(adopted(theirs.x), theirs.x_hat) < 1e-4
     assert fvu(later(theirs.x), theirs.y) <= fvu(theirs.x_hat, theirs.y)
@@ -156,8 +156,8 @@ def test_a_crosscoder_chooses_by_the_new_scales(zoo: Zoo, tmp_path: Path) -> Non
     for factor, tolerance in ((1.0, 1e-6), (1.003, 1e-2)):
         rows = zoo.rows.scaled_by(factor)
         directory = tmp_path / str(factor)
-        trainee = begin(SaeSettings.of(**told), rows)
-        adopted = load_sae(print_snapshot(trainee, rows, directory, calibrated=False) / settings.name)
+        sae_trainer = begin(SaeSettings.of(**told), rows)
+        adopted = load_sae(print_snapshot(sae_trainer, rows, directory, calibrated=False) / settings.name)
         assert difference(adopted(x), original) < tolerance
         assert fvu(adopted(x), x) == pytest.approx(fvu(original, x), rel=tolerance)
 
@@ -165,10 +165,10 @@ def test_a_crosscoder_chooses_by_the_new_scales(zoo: Zoo, tmp_path: Path) -> Non
 def test_repair_goes_on_from_saelens(foreign: dict[tuple[str, str], Foreign], zoo: Zoo, tmp_path: Path) -> None:
     """A penalised ReLU SAE of another library gets its suppressed activations back; its active latents stay."""
     theirs = foreign["sae_lens", "standard"]
-    trainee = begin(sae("on", "repair", start_from=str(theirs.folder), train="scale"), zoo.rows)
-    before = load_sae(print_snapshot(trainee, zoo.rows, tmp_path) / "on")
-    learn(trainee, zoo.rows, STEPS)
-    after = load_sae(print_snapshot(trainee, zoo.rows, tmp_path) / "on")
+    sae_trainer = begin(sae("on", "repair", start_from=str(theirs.folder), train="scale"), zoo.rows)
+    before = load_sae(print_snapshot(sae_trainer, zoo.rows, tmp_path) / "on")
+    learn(sae_trainer, zoo.rows, STEPS)
+    after = load_sae(print_snapshot(sae_trainer, zoo.rows, tmp_path) / "on")
 
     assert difference(before(theirs.x), theirs.x_hat) < 1e-4
     assert fvu(after(theirs.x), theirs.y) < fvu(theirs.x_hat, theirs.y)
@@ -180,8 +180,8 @@ def test_repair_goes_on_from_saelens(foreign: dict[tuple[str, str], Foreign], zo
 def test_there_and_back_is_where_it_was(name: str, zoo: Zoo, tmp_path: Path) -> None:
     """Ours → sparsify → a run that starts from it."""
     assert export([str(zoo[name].folder), "--format", "sparsify", "--to", str(tmp_path / "there")]) == 0
-    trainee = begin(sae("back", start_from=str(tmp_path / "there"), **GOES_ON_AS[name]), zoo.rows)
-    back = load_sae(print_snapshot(trainee, zoo.rows, tmp_path, calibrated=False) / "back")
+    sae_trainer = begin(sae("back", start_from=str(tmp_path / "there"), **GOES_ON_AS[name]), zoo.rows)
+    back = load_sae(print_snapshot(sae_trainer, zoo.rows, tmp_path, calibrated=False) / "back")
     x = zoo.rows.read_by(zoo.settings(name))
     x = x[is_clear_cut(zoo[name].published, x)]
 

@@ -1,7 +1,7 @@
 """What a person may ask of a running trainer, carried out between two steps.
 
-Each command is a function of the loop and the request's fields. It returns what is answered, or raises Refused and has
-changed nothing. What changes the run is on disk before it is answered, so that it survives whatever comes next.
+Each command is a function of the loop and the request's fields. It returns the answer, or raises CommandError and has
+changed nothing. A change of the run is on disk before it is answered, so that it survives whatever comes next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.snapshot import SnapshotError, finite, snapshot_name
 from trainer.training.loop import Loop
 from trainer.training.roster import Member, RosterError
 from trainer.training.run import Run
-from trainer.training.sae_trainer import Trainee
+from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
 
@@ -26,7 +26,7 @@ MOST_NAMED = 20
 """Shards in trouble that a status names one by one."""
 
 
-class Refused(Exception):
+class CommandError(Exception):
     """A command that was not carried out. The message says what to change; `code` is the client's exit code."""
 
     def __init__(self, error: str, code: int = 2) -> None:
@@ -38,12 +38,12 @@ def answer(loop: Loop, request: Request) -> None:
     """Carries a request out and answers it, whatever happens: the run must not end for a command."""
     try:
         if request.command not in COMMANDS:
-            raise Refused(f"there is no command {request.command!r}; there are {', '.join(COMMANDS)}")
+            raise CommandError(f"there is no command {request.command!r}; there are {', '.join(COMMANDS)}")
         told = COMMANDS[request.command](loop, request.arguments)
         request.answer({"ok": True, **told})
         if request.command != "status":
             log.info("ctl %s: %s", request.command, told["said"])
-    except (Refused, RosterError, SettingsError, SnapshotError) as error:
+    except (CommandError, RosterError, SettingsError, SnapshotError) as error:
         request.answer(refusal(str(error), getattr(error, "code", 2)))
     except Exception as error:
         log.exception("ctl %s failed", request.command)
@@ -107,42 +107,42 @@ def _sae(loop: Loop, member: Member) -> Answer:
     numbers: dict[str, Any] = dict.fromkeys(("learning_rate", "fvu", "l0", "dead_latents", "dead_latents_ratio"))
     if run is None:
         return told | numbers
-    trainee = run.trainee(member)
-    told["tokens"] = trainee.tokens
-    told["phase"], told["rows_left"] = phase(trainee, member, loop.settings.run.tokens)
-    if trainee.tokens:
+    sae_trainer = run.sae_trainer(member)
+    told["tokens"] = sae_trainer.tokens
+    told["phase"], told["rows_left"] = phase(sae_trainer, member, loop.settings.run.tokens)
+    if sae_trainer.tokens:
         assert run.scales is not None
-        report: SaeReport = trainee.report(run.scales)
+        report: SaeReport = sae_trainer.report(run.scales)
         numbers = {name: finite(getattr(report, name)) for name in numbers}
     return told | numbers
 
 
-def phase(trainee: Trainee, member: Member, run_tokens: int | None) -> tuple[str, int | None]:
+def phase(sae_trainer: SaeTrainer, member: Member, run_tokens: int | None) -> tuple[str, int | None]:
     """(waiting, warming up, constant, cooling, leaving or finished; rows until that ends, None when it is open)."""
-    cooldown = trainee.cooldown(run_tokens)
-    if trainee.finished:
+    cooldown = sae_trainer.cooldown(run_tokens)
+    if sae_trainer.finished:
         return ("leaving" if member.leaving else "finished"), 0
-    if cooldown is not None and trainee.tokens >= cooldown.start:
-        return ("leaving" if member.leaving else "cooling"), max(0, cooldown.end - trainee.tokens)
-    if not trainee.tokens:
+    if cooldown is not None and sae_trainer.tokens >= cooldown.start:
+        return ("leaving" if member.leaving else "cooling"), max(0, cooldown.end - sae_trainer.tokens)
+    if not sae_trainer.tokens:
         return "waiting", None
-    if (left := trainee.warmup_tokens - trainee.tokens) > 0:
+    if (left := sae_trainer.warmup_tokens - sae_trainer.tokens) > 0:
         return "warming up", left
-    return "constant", None if cooldown is None else cooldown.start - trainee.tokens
+    return "constant", None if cooldown is None else cooldown.start - sae_trainer.tokens
 
 
 def snapshot(loop: Loop, _: dict[str, Any]) -> Answer:
     """Publishes what the SAEs are at this moment."""
     run = _begun(loop)
     if not run.taught or not loop.has_rows:
-        raise Refused("no rows are here to make a snapshot with; try again when a producer is at work", 1)
+        raise CommandError("no rows are here to make a snapshot with; try again when a producer is at work", 1)
     loop.report()
     published = loop.publish()
     if not published:
-        raise Refused("the snapshot was not written; the trainer's log says why", 1)
+        raise CommandError("the snapshot was not written; the trainer's log says why", 1)
     _keep(loop)  # a trainer that goes on from an older checkpoint takes later snapshots away
     path = f"{loop.settings.run.folder}/snapshots/{snapshot_name(loop.tokens)}"
-    missing = [trainee.settings.name for trainee in run.taught if trainee.settings.name not in published]
+    missing = [sae_trainer.settings.name for sae_trainer in run.taught if sae_trainer.settings.name not in published]
     without = f", without {', '.join(missing)}: the log says why" if missing else ""
     return {"said": f"published {path}{without}", "snapshot": path}
 
@@ -150,13 +150,13 @@ def snapshot(loop: Loop, _: dict[str, Any]) -> Answer:
 def cooldown(loop: Loop, given: dict[str, Any]) -> Answer:
     """Lets an SAE's learning rate fall to zero; it stays, finished."""
     run = _begun(loop)
-    trainee = run.trainee(loop.roster.find(_text(given, "name")))
-    name = trainee.settings.name
-    if trainee.finished:
+    sae_trainer = run.sae_trainer(loop.roster.find(_text(given, "name")))
+    name = sae_trainer.settings.name
+    if sae_trainer.finished:
         return {"said": f"{name} is finished already", "rows_left": 0}
-    if not trainee.tokens:
-        raise Refused(f"{name} has learned nothing yet; `detach` takes it away")
-    rows = trainee.cool_down(loop.settings.run.tokens)
+    if not sae_trainer.tokens:
+        raise CommandError(f"{name} has learned nothing yet; `detach` takes it away")
+    rows = sae_trainer.cool_down(loop.settings.run.tokens)
     _keep(loop)
     return {"said": f"{name} cools down over the next {rows:,} rows and is finished then", "rows_left": rows}
 
@@ -165,24 +165,24 @@ def attach(loop: Loop, given: dict[str, Any]) -> Answer:
     """A new SAE joins the stream; it learns from the next batch on."""
     run = _begun(loop)
     if loop.intake.ledger.winding_down:
-        raise Refused("the run is draining and leaves soon; start it again, then attach")
+        raise CommandError("the run is draining and leaves soon; start it again, then attach")
     table = given.get("sae")
     if not isinstance(table, dict):
-        raise Refused("attach needs the keys of an SAE")
+        raise CommandError("attach needs the keys of an SAE")
     sae = settings_from(SaeSettings, table)
     if fault := loop.settings.hook_fault(sae):
-        raise Refused(f"sae {sae.name!r}: {fault}")
+        raise CommandError(f"sae {sae.name!r}: {fault}")
     try:
-        trainee = run.attach(sae, loop.tokens)
+        sae_trainer = run.attach(sae, loop.tokens)
     except RuntimeError as error:  # torch's word for no memory
-        raise Refused(f"sae {sae.name!r} finds no room: {error}", 1) from None
+        raise CommandError(f"sae {sae.name!r} finds no room: {error}", 1) from None
     if run.scales is not None and loop.intake.filled(loop.settings.optimizer.batch):
         loop.initialise()
-        if trainee not in run.trainees:
-            raise Refused(f"sae {sae.name!r} could not begin; the trainer's log says why", 1)
+        if sae_trainer not in run.sae_trainers:
+            raise CommandError(f"sae {sae.name!r} could not begin; the trainer's log says why", 1)
     loop.write_settings()
     _keep(loop)
-    when = "learns from the next batch on" if trainee not in run.newcomers else "begins with the next rows"
+    when = "learns from the next batch on" if sae_trainer not in run.newcomers else "begins with the next rows"
     return {"said": f"{sae.name} has joined at {loop.tokens:,} tokens and {when}", "joined_at": loop.tokens}
 
 
@@ -191,20 +191,20 @@ def detach(loop: Loop, given: dict[str, Any]) -> Answer:
     run, now = _begun(loop), given.get("now", False)
     member = loop.roster.find(_text(given, "name"))
     if not isinstance(now, bool):
-        raise Refused("now must be true or false")
+        raise CommandError("now must be true or false")
     if all(other.leaving for other in loop.roster.members if other is not member):
-        raise Refused(
+        raise CommandError(
             f"{member.name} is the last SAE of the run: attach another first, or end the run with "
             f"`cooldown {member.name}`"
         )
-    trainee = run.trainee(member)
-    if not trainee.tokens:
+    sae_trainer = run.sae_trainer(member)
+    if not sae_trainer.tokens:
         run.detach(member)
         loop.write_settings()
         _keep(loop)
         return {"said": f"{member.name} has left; it had learned nothing, so nothing is published", "rows_left": 0}
     member.leaving, member.ended = True, False
-    rows = 0 if trainee.finished else trainee.cool_down(loop.settings.run.tokens, now)
+    rows = 0 if sae_trainer.finished else sae_trainer.cool_down(loop.settings.run.tokens, now)
     _keep(loop)
     how = f"cools down over the next {rows:,} rows, is published then and leaves" if rows else "is published and leaves"
     return {"said": f"{member.name} {how}", "rows_left": rows}
@@ -234,7 +234,7 @@ def retry_quarantined(loop: Loop, _: dict[str, Any]) -> Answer:
     with loop.intake.lock:
         ledger = loop.intake.ledger
         if ledger.winding_down:
-            raise Refused("the run is draining and leaves soon; start it again, then try")
+            raise CommandError("the run is draining and leaves soon; start it again, then try")
         count, left = ledger.retry_quarantined(), len(ledger.quarantined)
     if not count:
         older = f"; an older release quarantined {left} shards, and kept nothing to try them again with" if left else ""
@@ -246,9 +246,9 @@ def retry_quarantined(loop: Loop, _: dict[str, Any]) -> Answer:
 def drain(loop: Loop, _: dict[str, Any]) -> Answer:
     """Nothing more is asked of producers; what is under way is trained, then the trainer leaves."""
     if loop.settings.run.deterministic:
-        raise Refused("a deterministic run cannot train on what happens to be under way: stop it with SIGTERM")
+        raise CommandError("a deterministic run cannot train on what happens to be under way: stop it with SIGTERM")
     if loop.roster.paused:
-        raise Refused("the run is paused: `resume` it first, or stop the trainer with SIGTERM")
+        raise CommandError("the run is paused: `resume` it first, or stop the trainer with SIGTERM")
     with loop.intake.lock:
         ledger = loop.intake.ledger
         ledger.wind_down()
@@ -271,20 +271,20 @@ COMMANDS: dict[str, Callable[[Loop, dict[str, Any]], Answer]] = {
 
 def _begun(loop: Loop) -> Run:
     if loop.run is None:
-        raise Refused("no producer has come yet: change the run file instead, or start a producer first")
+        raise CommandError("no producer has come yet: change the run file instead, or start a producer first")
     return loop.run
 
 
 def _text(given: dict[str, Any], key: str) -> str:
     if not isinstance(value := given.get(key), str):
-        raise Refused(f"{key} is missing, or no text")
+        raise CommandError(f"{key} is missing, or no text")
     return value
 
 
 def _keep(loop: Loop) -> None:
     """Writes the checkpoint that makes a command last."""
     if not loop.save():
-        raise Refused(
+        raise CommandError(
             "done, but not on disk: a trainer started again would not know of it. The log says what is wrong with the "
             "disk; the next checkpoint that can be written makes up for it", 1,
         )  # fmt: skip

@@ -126,7 +126,7 @@ class Loop:
                         "it goes on from its checkpoint"
                     )
                 for member in self.roster.members:
-                    member.ended |= self.run.trainee(member).finished
+                    member.ended |= self.run.sae_trainer(member).finished
         return self.complete
 
     def begin(self, run: Run) -> None:
@@ -188,16 +188,16 @@ class Loop:
     def _see_off(self) -> None:
         """Publishes the SAEs that have come to their end, and lets go of those that were told to leave."""
         assert self.run is not None
-        ended = [member for member in self.roster.members if not member.ended and self.run.trainee(member).finished]
+        ended = [member for member in self.roster.members if not member.ended and self.run.sae_trainer(member).finished]
         if not ended or time.monotonic() < self._retry_at:
             return
-        if any(self.run.trainee(member).tokens for member in ended):
+        if any(self.run.sae_trainer(member).tokens for member in ended):
             if not self.has_rows:
                 return
             self.report()
             published = self.publish()
             # One that was left out stays, and is tried again: what leaves unpublished would be lost.
-            ended = [member for member in ended if member.name in published or not self.run.trainee(member).tokens]
+            ended = [member for member in ended if member.name in published or not self.run.sae_trainer(member).tokens]
             if not ended:
                 self._retry_at = time.monotonic() + RETRY_SECONDS
                 return
@@ -402,5 +402,5 @@ class Clock:
             buffer_capacity_rows=buffer.capacity,
             same_context_mates=mates,
             stream=self._intake.stream_report(),
-            saes=tuple(trainee.report(run.scales or [1.0] * len(run.stream.hooks)) for trainee in run.taught),
+            saes=tuple(sae_trainer.report(run.scales or [1.0] * len(run.stream.hooks)) for sae_trainer in run.taught),
         )

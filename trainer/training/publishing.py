@@ -13,7 +13,7 @@ from trainer.saes.inference import check, export
 from trainer.snapshot import Export, SnapshotError, finite, publish, retire
 from trainer.stream.intake import Intake
 from trainer.training.run import Run
-from trainer.training.sae_trainer import Trainee
+from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
 
@@ -30,11 +30,11 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
     """
     directory = run.settings.run.folder
     exports: list[Export] = []
-    for trainee in run.taught:
+    for sae_trainer in run.taught:
         try:
-            exports += _exports(run, trainee, report, rows, facts)
+            exports += _exports(run, sae_trainer, report, rows, facts)
         except SnapshotError as error:
-            log.error("sae %s is left out of this snapshot: %s", trainee.settings.name, error)
+            log.error("sae %s is left out of this snapshot: %s", sae_trainer.settings.name, error)
     if not exports:
         raise SnapshotError("there is no SAE to publish")
     publish(directory, report.tokens, exports, facts, check)
@@ -43,37 +43,40 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
 
 
 def _exports(
-    run: Run, trainee: Trainee, report: StepReport, rows: list[Tensor], facts: dict[str, Any]
+    run: Run, sae_trainer: SaeTrainer, report: StepReport, rows: list[Tensor], facts: dict[str, Any]
 ) -> Iterator[Export]:
     """The SAE, and the mean of its recent weights beside it when there is one."""
     assert run.scales is not None
     scaled = [x.float() * scale for x, scale in zip(rows, run.scales, strict=True)]
-    x = trainee.wiring.read(rows)[:SELFTEST_CANDIDATES].float()
-    frame, rate = trainee.frame(run.scales), trainee.statistics.firing_rate()
-    metadata, numbers = _metadata(run, trainee, report, facts), numbers_of(run, trainee, _of(report, trainee))
-    trainee.calibrate(trainee.sae, scaled)
-    yield export(trainee.sae, frame, trainee.settings.name, rate, x, metadata, numbers)
-    if (averaged := trainee.averaged) is not None:
-        trainee.calibrate(averaged, scaled)
+    x = sae_trainer.wiring.read(rows)[:SELFTEST_CANDIDATES].float()
+    frame, rate = sae_trainer.frame(run.scales), sae_trainer.statistics.firing_rate()
+    metadata, numbers = (
+        _metadata(run, sae_trainer, report, facts),
+        numbers_of(run, sae_trainer, _of(report, sae_trainer)),
+    )
+    sae_trainer.calibrate(sae_trainer.sae, scaled)
+    yield export(sae_trainer.sae, frame, sae_trainer.settings.name, rate, x, metadata, numbers)
+    if (averaged := sae_trainer.averaged) is not None:
+        sae_trainer.calibrate(averaged, scaled)
         # What was measured in training was measured on the other weights.
         unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
-        yield export(averaged, frame, f"{trainee.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
+        yield export(averaged, frame, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
 
 
-def numbers_of(run: Run, trainee: Trainee, report: SaeReport) -> dict[str, Any]:
+def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
     """What manifest and summary tell of one SAE."""
-    hooks, wiring = run.stream.hooks, trainee.wiring
+    hooks, wiring = run.stream.hooks, sae_trainer.wiring
     named: dict[str, Any] = {"hook": hooks[wiring.inputs[0]].name}
     if len(wiring.inputs) > 1:
         named["hooks"] = [hooks[hook].name for hook in wiring.inputs]
     if wiring.target is not None:
         named["target"] = hooks[wiring.target].name
     return {
-        "architecture": trainee.settings.architecture,
-        "d_in": trainee.sae.d_in,
-        "d_sae": trainee.sae.d_sae,
+        "architecture": sae_trainer.settings.architecture,
+        "d_in": sae_trainer.sae.d_in,
+        "d_sae": sae_trainer.sae.d_sae,
         **named,
-        "tokens": trainee.tokens,
+        "tokens": sae_trainer.tokens,
         "l0": finite(report.l0),
         "mse": finite(report.mse),
         "fvu": finite(report.fvu),
@@ -83,10 +86,10 @@ def numbers_of(run: Run, trainee: Trainee, report: SaeReport) -> dict[str, Any]:
     }
 
 
-def _metadata(run: Run, trainee: Trainee, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
+def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
     """What SAELens and others look for beside the weights, and where this SAE came from."""
-    provenance, hooks, wiring = run.stream.provenance, run.stream.hooks, trainee.wiring
-    hook, measured = hooks[wiring.inputs[0]], _of(report, trainee)
+    provenance, hooks, wiring = run.stream.provenance, run.stream.hooks, sae_trainer.wiring
+    hook, measured = hooks[wiring.inputs[0]], _of(report, sae_trainer)
     metadata = {
         "model_name": provenance.get("model"),
         "model_revision": provenance.get("model_revision"),
@@ -99,9 +102,9 @@ def _metadata(run: Run, trainee: Trainee, report: StepReport, facts: dict[str, A
         "dataset_path": provenance.get("corpus"),
         "sae_lens_training_version": None,
         "trained_with": "sluice",
-        "tokens_trained": trainee.tokens,
+        "tokens_trained": sae_trainer.tokens,
         "input_scale": run.scales[wiring.inputs[0]] if run.scales else None,
-        "settings": trainee.settings.model_dump(mode="json", exclude_none=True),
+        "settings": sae_trainer.settings.model_dump(mode="json", exclude_none=True),
         "run": facts["id"],
         "stream": provenance,
         "l0": finite(measured.l0),
@@ -148,9 +151,12 @@ def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> 
         "rows_set_aside": intake.ledger.tokens_quarantined,
         "shards_set_aside": intake.ledger.quarantined,
         "quarantined_ratio": round(intake.ledger.quarantined_ratio, 6),
-        "saes": {trainee.settings.name: numbers_of(run, trainee, _of(report, trainee)) for trainee in run.taught},
+        "saes": {
+            sae_trainer.settings.name: numbers_of(run, sae_trainer, _of(report, sae_trainer))
+            for sae_trainer in run.taught
+        },
     }
 
 
-def _of(report: StepReport, trainee: Trainee) -> SaeReport:
-    return next(sae for sae in report.saes if sae.name == trainee.settings.name)
+def _of(report: StepReport, sae_trainer: SaeTrainer) -> SaeReport:
+    return next(sae for sae in report.saes if sae.name == sae_trainer.settings.name)

@@ -22,7 +22,7 @@ from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import CheckpointError, Saved
 from trainer.stream.buffer import Batch, BufferState, pool_rows
 from trainer.training.roster import Member, Roster, RosterError, resumed
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 
 log = logging.getLogger("sluice.trainer")
 
@@ -79,8 +79,8 @@ class Run:
         """One per hook: rows are multiplied by it, so that an element's variance is 1. Frozen."""
         self.last_batch: Batch | None = None
         self.device = pick_device(settings.optimizer.device)
-        self.trainees = [self._trainee(member) for member in self.roster.members]
-        self.newcomers = list(self.trainees)
+        self.sae_trainers = [self._sae_trainer(member) for member in self.roster.members]
+        self.newcomers = list(self.sae_trainers)
         """Those whose first weights are still to be drawn."""
         self._pool = self._side_by_side()
 
@@ -96,13 +96,13 @@ class Run:
         if self.settings.run.threads is not None:
             self.roster.threads = self.settings.run.threads
         elif self.roster.threads is None:
-            count = len(self.trainees)
+            count = len(self.sae_trainers)
             self.roster.threads = torch.get_num_threads() if count == 1 else max(1, cores // count)
         threads = min(self.roster.threads, cores)
         torch.set_num_threads(threads)
         return ThreadPoolExecutor(cores // threads, thread_name_prefix="sae")
 
-    def _trainee(self, member: Member) -> Trainee:
+    def _sae_trainer(self, member: Member) -> SaeTrainer:
         sae, optimizer = member.settings, self.settings.optimizer
         widths = tuple(hook.width for hook in self.stream.hooks)
         wiring = Wiring(tuple(self.settings.inputs_of(sae)), self.settings.target_of(sae), widths)
@@ -113,45 +113,45 @@ class Run:
             dtype = getattr(torch, optimizer.matmul)
         log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
         seed = self.settings.run.seed * 1000 + member.number
-        return Trainee(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at)
+        return SaeTrainer(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at)
 
     @property
-    def taught(self) -> list[Trainee]:
+    def taught(self) -> list[SaeTrainer]:
         """Those that have learned something: what is reported and published."""
-        return [trainee for trainee in self.trainees if trainee.tokens]
+        return [sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.tokens]
 
     @property
     def finished(self) -> bool:
         """Every SAE is: nothing is left to train."""
-        return all(trainee.finished for trainee in self.trainees)
+        return all(sae_trainer.finished for sae_trainer in self.sae_trainers)
 
-    def trainee(self, member: Member) -> Trainee:
-        return next(trainee for trainee in self.trainees if trainee.settings.name == member.name)
+    def sae_trainer(self, member: Member) -> SaeTrainer:
+        return next(sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.settings.name == member.name)
 
-    def attach(self, sae: SaeSettings, joined_at: int) -> Trainee:
+    def attach(self, sae: SaeSettings, joined_at: int) -> SaeTrainer:
         """A new SAE, one of the `newcomers`. Raises RosterError or SnapshotError, and changes nothing then."""
         start = read_start(sae)
         member = self.roster.join(sae, joined_at)
         try:
-            trainee = self._trainee(member)
+            sae_trainer = self._sae_trainer(member)
             if start is not None:  # does it fit?
-                start.require_widths(trainee.sae)
+                start.require_widths(sae_trainer.sae)
                 if self.scales is not None:
-                    start.weights_for(trainee.sae, trainee.wiring.frame(self.scales))
+                    start.weights_for(sae_trainer.sae, sae_trainer.wiring.frame(self.scales))
         except BaseException:
             self.roster.leave(member, known=False)
             raise
-        self.trainees.append(trainee)
-        self.newcomers.append(trainee)
-        return trainee
+        self.sae_trainers.append(sae_trainer)
+        self.newcomers.append(sae_trainer)
+        return sae_trainer
 
     def detach(self, member: Member) -> None:
         """Lets an SAE go, as it is."""
-        trainee = self.trainee(member)
-        self.trainees.remove(trainee)
-        if trainee in self.newcomers:
-            self.newcomers.remove(trainee)
-        self.roster.leave(member, known=trainee.tokens > 0)
+        sae_trainer = self.sae_trainer(member)
+        self.sae_trainers.remove(sae_trainer)
+        if sae_trainer in self.newcomers:
+            self.newcomers.remove(sae_trainer)
+        self.roster.leave(member, known=sae_trainer.tokens > 0)
 
     def initialise(self, sample: list[Tensor]) -> None:
         """The newcomers' first weights from raw rows per hook, and the run's scales when they are the first."""
@@ -160,22 +160,22 @@ class Run:
             self.scales = [_scale(x, hook.name) for x, hook in zip(rows, self.stream.hooks, strict=True)]
         scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
         while self.newcomers:
-            trainee = self.newcomers[0]
-            trainee.initialise(scaled, self.scales, read_start(trainee.settings))
+            sae_trainer = self.newcomers[0]
+            sae_trainer.initialise(scaled, self.scales, read_start(sae_trainer.settings))
             self.newcomers.pop(0)
 
     def learn(self, batch: Batch) -> None:
         """One step of every SAE on the same rows; what they share is done once."""
         assert self.scales is not None
-        learning = [trainee for trainee in self.trainees if not trainee.finished]
-        needed = set().union(*(trainee.wiring.hooks for trainee in learning))
+        learning = [sae_trainer for sae_trainer in self.sae_trainers if not sae_trainer.finished]
+        needed = set().union(*(sae_trainer.wiring.hooks for sae_trainer in learning))
         scaled = [
             x.to(self.device).float() * scale if hook in needed else x
             for hook, (x, scale) in enumerate(zip(batch.x, self.scales, strict=True))
         ]
 
-        def step(trainee: Trainee) -> None:
-            trainee.step(scaled, self.settings.run.tokens)
+        def step(sae_trainer: SaeTrainer) -> None:
+            sae_trainer.step(scaled, self.settings.run.tokens)
 
         for _ in self._pool.map(step, learning) if self._pool else map(step, learning):
             pass
@@ -192,22 +192,24 @@ class Run:
             "saes": {},
         }
         tensors: dict[str, Tensor] = {}
-        for trainee in self.trainees:
-            if trainee in self.newcomers:
+        for sae_trainer in self.sae_trainers:
+            if sae_trainer in self.newcomers:
                 continue
-            document["saes"][trainee.settings.name], more = trainee.state()
-            document["saes"][trainee.settings.name]["matmul"] = str(trainee.sae.matmul_dtype).removeprefix("torch.")
+            document["saes"][sae_trainer.settings.name], more = sae_trainer.state()
+            document["saes"][sae_trainer.settings.name]["matmul"] = str(sae_trainer.sae.matmul_dtype).removeprefix(
+                "torch."
+            )
             tensors |= more
         return document, tensors
 
     def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Becomes what `state` described; the roster was handed in before, from `roster_of`."""
         self.step, self.seconds, self.scales = document["step"], document["seconds"], document["scales"]
-        for trainee in list(self.newcomers):
-            if (saved := document["saes"].get(trainee.settings.name)) is not None:
-                trainee.restore(saved, tensors, self.settings.run.tokens)
-                trainee.sae.matmul_dtype = getattr(torch, saved["matmul"])
-                self.newcomers.remove(trainee)
+        for sae_trainer in list(self.newcomers):
+            if (saved := document["saes"].get(sae_trainer.settings.name)) is not None:
+                sae_trainer.restore(saved, tensors, self.settings.run.tokens)
+                sae_trainer.sae.matmul_dtype = getattr(torch, saved["matmul"])
+                self.newcomers.remove(sae_trainer)
 
 
 def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:

@@ -57,7 +57,7 @@ class Wiring:
         )
 
 
-class Trainee:
+class SaeTrainer:
     """Learns from scaled rows, one `step` a batch. Reading `report` changes nothing."""
 
     def __init__(

@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.quality.ours '{"architecture": "topk", ...}' ACTIVATIONS FOLDER
 
-The stream, the buffer and the ledger are left out: the shuffled batches that the peers get go straight to
-`trainer.training.sae_trainer.Trainee`, set up as `trainer.training.run.Run` does it, and come out of the trainer's own
-export.
+The stream, the buffer and the ledger are left out: the shuffled batches that the peers get go straight to `SaeTrainer`,
+set up as `trainer.training.run.Run` does it, and the SAE comes out of the trainer's own export.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from trainer.saes.inference import export
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.training.run import scale_of
-from trainer.training.sae_trainer import Trainee, Wiring
+from trainer.training.sae_trainer import SaeTrainer, Wiring
 
 SAMPLE_BATCHES = 16
 """Rows that scale, centre and thresholds are estimated from; they are trained on as well."""
@@ -52,17 +51,17 @@ def main() -> None:
     scale = scale_of(sample)
     dtype = torch.bfloat16 if cell["autocast"] else torch.float32
     wiring = Wiring((0,), None, (sample.shape[1],))
-    trainee = Trainee(settings, optimizer, wiring, torch.device("cpu"), dtype, cell["seed"])
-    trainee.initialise([sample * scale], [scale])
+    sae_trainer = SaeTrainer(settings, optimizer, wiring, torch.device("cpu"), dtype, cell["seed"])
+    sae_trainer.initialise([sample * scale], [scale])
     target = cell["tokens"] // BATCH * BATCH
     newest = first[-CALIBRATION_BATCHES:]
     for batch in itertools.chain(first, rows):
-        trainee.step([batch * scale], target)
+        sae_trainer.step([batch * scale], target)
         newest = [*newest[1:], batch]
     x = torch.cat(newest)
-    trainee.calibrate(trainee.sae, [x * scale])
-    rate = trainee.statistics.firing_rate()
-    published = export(trainee.sae, trainee.frame([scale]), "sae", rate, x[:1024], {"hook_name": HOOK}, {})
+    sae_trainer.calibrate(sae_trainer.sae, [x * scale])
+    rate = sae_trainer.statistics.firing_rate()
+    published = export(sae_trainer.sae, sae_trainer.frame([scale]), "sae", rate, x[:1024], {"hook_name": HOOK}, {})
     assert published.cfg["apply_b_dec_to_input"]
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: torch.from_numpy(value).contiguous() for name, value in published.weights.items()}
