@@ -50,7 +50,7 @@ from trainer.planning.cost import buffer_bytes
 from trainer.report import StreamReport
 from trainer.stream.buffer import Batch, BufferState, OrderedBuffer, ShuffleBuffer
 from trainer.stream.connections import Connection, Connections
-from trainer.stream.ledger import Accepted, Ledger, Send
+from trainer.stream.ledger import Accepted, Ledger, Quarantine, Send, StreamPhase, SuspectShard
 
 log = logging.getLogger("sluice.trainer")
 
@@ -176,6 +176,64 @@ class Intake:
         """What has ended the socket's thread, if anything has."""
         return self._failure
 
+    @property
+    def phase(self) -> StreamPhase:
+        """How much is still to come."""
+        with self.lock:
+            return self.ledger.phase
+
+    @property
+    def is_winding_down(self) -> bool:
+        """`wind_down` was called: producers are given no more work."""
+        return self.ledger.winding_down
+
+    @property
+    def run_id(self) -> str:
+        """The run's name in HELLO, checkpoints and snapshots."""
+        return self.ledger.run
+
+    @property
+    def tokens_trained(self) -> int:
+        """Since the run began, restarts included."""
+        return self.ledger.rows_trained
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose shards are leased, from 0."""
+        return self.ledger.epoch
+
+    @property
+    def stream(self) -> Hello | None:
+        """What the run streams; None until the first activations have arrived, which decide it for good."""
+        with self.lock:
+            return self.ledger.stream if self.ledger.settled else None
+
+    @property
+    def norm_bounds(self) -> list[float] | None:
+        """Of each hook, the norm beyond which producers drop an activation."""
+        return self.ledger.norm_bounds
+
+    def quarantine(self) -> Quarantine:
+        """The quarantined shards."""
+        with self.lock:
+            return self.ledger.quarantine
+
+    def suspects(self) -> list[SuspectShard]:
+        """Shards on which producers are lost; they are leased last."""
+        with self.lock:
+            return [SuspectShard(shard.epoch, shard.shard, shard.deaths) for shard in self.ledger.suspects]
+
+    def retry_quarantined(self) -> int:
+        """Leases quarantined shards again, for the activations that they lack; how many shards these are."""
+        with self.lock:
+            return self.ledger.retry_quarantined()
+
+    def wind_down(self) -> int:
+        """Asks nothing more of producers; how many tokens are buffered or may still come."""
+        with self.lock:
+            self.ledger.wind_down()
+            return self.ledger.rows_buffered + self.ledger.rows_credited
+
     def filled(self, count: int) -> bool:
         """Whether `take(count)` would not wait."""
         with self.lock:
@@ -280,7 +338,7 @@ class Intake:
             )
 
     def _is_over(self) -> bool:
-        return self.ledger.dry and not self.ledger.rows_buffered
+        return self.ledger.phase.is_over
 
     def _wait(self) -> None:
         began = time.monotonic()

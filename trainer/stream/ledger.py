@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,57 @@ STREAM_FACTS = ("fingerprint", "shards", "held_out", "context", "hooks", "dtype"
 
 Fact = tuple[str, Any, Any]
 """A name, the run's value and a producer's."""
+
+
+class StreamPhase(Enum):
+    """How much is still to come from the stream. A run goes down this list; `retry_quarantined` takes it up again."""
+
+    OPEN = "open"
+    """Shards are leased and credit is granted."""
+    WINDING_DOWN = "winding down"
+    """Nothing is leased or granted any more; chunks under the credit granted before still arrive."""
+    DRAINING = "draining"
+    """No further activation arrives; the buffered ones are being trained."""
+    WOUND_DOWN = "wound down"
+    """The trainer was asked to leave: all that arrived is trained, and data is left."""
+    EXHAUSTED = "exhausted"
+    """Every activation of the data is trained, quarantined or dropped."""
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to train on, here or on its way."""
+        return self in (StreamPhase.WOUND_DOWN, StreamPhase.EXHAUSTED)
+
+
+@dataclass(frozen=True)
+class QuarantinedShard:
+    """A shard that is not trained on any further."""
+
+    epoch: int
+    shard: int
+    rows: int | None
+    """Activations of it that were never received; None when nobody knows how many."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class SuspectShard:
+    """A shard on which producer after producer was lost."""
+
+    epoch: int
+    shard: int
+    deaths: int
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """All shards that are quarantined, oldest first."""
+
+    shards: tuple[QuarantinedShard, ...]
+    tokens: int | None
+    """Not trained on; None when nobody knows how many some of the shards have."""
+    ratio: float
+    """Share of the shards begun so far."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +355,22 @@ class Ledger:
     def finished(self) -> bool:
         """Every row there will ever be is trained."""
         return self.exhausted and not self.rows_buffered
+
+    @property
+    def phase(self) -> StreamPhase:
+        """The one answer to what may still come."""
+        if self.exhausted:
+            return StreamPhase.DRAINING if self.rows_buffered else StreamPhase.EXHAUSTED
+        if not self.winding_down:
+            return StreamPhase.OPEN
+        if any(session.leases and session.credit_rows for session in self.sessions.values()):
+            return StreamPhase.WINDING_DOWN
+        return StreamPhase.DRAINING if self.rows_buffered else StreamPhase.WOUND_DOWN
+
+    @property
+    def quarantine(self) -> Quarantine:
+        shards = tuple(QuarantinedShard(**entry) for entry in self.set_aside)
+        return Quarantine(shards, self.tokens_quarantined, self.quarantined_ratio)
 
     @property
     def quarantined(self) -> list[dict[str, Any]]:
