@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from monitor.evaluation.explore import Explorer
 from monitor.http.desk import Desk
-from monitor.http.html import density_share, duration, percentage, shaded, short_count, visible
+from monitor.http.html import density_share, percentage, shaded, visible
 from monitor.http.live_page import measured
 from monitor.http.service import make_app
 from producer.common.metrics import new_registry
@@ -149,14 +149,6 @@ def test_a_run_that_does_not_exist_yet_has_a_page(tmp_path: Path):
 def test_numbers_are_short_and_never_zero_when_unknown():
     """A dash is no number, and a small share is not rounded to nothing."""
     assert [percentage(value) for value in (None, 0, 0.00042, 0.05, 0.42)] == ["–", "0 %", "0.042 %", "5 %", "42 %"]
-    assert [short_count(value) for value in (0, 999, 999.9, 131_072, 1_800_000)] == [
-        "0",
-        "999",
-        "1 k",
-        "131 k",
-        "1.8 M",
-    ]
-    assert [duration(value) for value in (90, 600, 86_400, 864_000)] == ["90 s", "10 min", "24.0 h", "10.0 days"]
     assert [density_share(value) for value in (0, 1e-7, 1)] == [0.0, 0.0, 1.0]
 
 

@@ -76,8 +76,8 @@ def test_run_is_finished_until_it_goes_on(run_directory: Path, client: TestClien
 def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: TestClient):
     """A killed trainer leaves its last report behind, which soon says nothing about now."""
     for age, shown, hidden in (
-        (1, ">training<", "nothing heard"),
-        (600, "nothing heard for 10 min", "<b>9</b> tokens/s"),
+        (1, ">training<", "no report for"),
+        (600, "no report for 10 min", "<b>9</b> tokens/s"),
     ):
         report = {"time": time.time() - age, "tokens": 5, "state": "training", "tokens_per_second": 9.0}
         (run_directory / "metrics.jsonl").write_text(json.dumps(report) + "\n")

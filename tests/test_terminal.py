@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from monitor.cli.terminal import live, results, span
+from monitor.cli.terminal import live, results
 
 UNKNOWN: dict[str, Any] = {"d_sae": 4096, "hook": "blocks.1.hook_resid_mid", "dead_latents_ratio": None}
 
@@ -51,14 +51,6 @@ def test_live_fits_narrow_terminals(width: int):
     lines = console.export_text().splitlines()
     assert len(lines) == 5 and "0.5000" in lines[3] and "a-name" in lines[3] and "…" in lines[3]
     assert ("3.0e-04" in lines[3]) == (width >= 80)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(0, "0 s"), (119, "119 s"), (600, "10.0 min"), (9000, "2.5 h"), (14 * 86400, "14.0 d")]
-)
-def test_spans_are_told_in_units_people_use(seconds: float, told: str):
-    """From seconds to the two weeks of a long run."""
-    assert span(seconds) == told
 
 
 def _report(state: str) -> dict[str, Any]:

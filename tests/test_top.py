@@ -63,7 +63,7 @@ def test_a_pipe_gets_one_frame(run_directory: Path, url: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("age", "told", "hidden"), [(0, "training", "nothing heard"), (7200, "nothing heard for 2.0 h", "left")]
+    ("age", "told", "hidden"), [(0, "training", "no report for"), (7200, "no report for 2.0 h", "left")]
 )
 def test_a_silent_run_is_not_shown_as_training(
     run_directory: Path, url: str, capsys: pytest.CaptureFixture[str], age: float, told: str, hidden: str

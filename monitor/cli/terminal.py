@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitor.run_directory import wiring
+from producer.common.formatting import format_duration
 from trainer.report import PROGRESSING
 
 Report = Mapping[str, Any]
@@ -50,24 +51,16 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
     grid.add_column(no_wrap=True, overflow="ellipsis")
     told = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
     if target and rate > 0 and report["state"] in PROGRESSING:
-        told.append(f"{span((target - tokens) / rate)} left")
+        told.append(f"{format_duration((target - tokens) / rate)} left")
     bar = ProgressBar(total=target or 1, completed=tokens if target else 1, width=length, pulse=not target)
     grid.add_row("tokens", bar, " · ".join(told))
     rows, capacity = report["buffer_rows"], report["buffer_capacity_rows"]
     told = [f"{rows:,} rows", escape(report["state"]), f"{producers} producer{'' if producers == 1 else 's'}"]
     if elapsed is not None:
-        told.append(span(elapsed))
+        told.append(format_duration(elapsed))
     bar = ProgressBar(total=capacity, completed=rows, width=length, complete_style="cyan", finished_style="cyan")
     grid.add_row("buffer", bar, " · ".join(told))
     return grid
-
-
-def span(seconds: float) -> str:
-    """A length of time, as exact as a person wants it."""
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def _saes(report: Report, evaluations: Mapping[str, Report], width: int) -> RenderableType:

@@ -34,8 +34,9 @@ from monitor.cli.client import (
     document_of,
     monitor_of,
 )
-from monitor.cli.terminal import live, results, span
+from monitor.cli.terminal import live, results
 from monitor.run_directory import SILENT_SECONDS, is_measured, with_evaluations
+from producer.common.formatting import format_duration
 from producer.common.shell import shell_command
 
 POLL_SECONDS = 1.0
@@ -131,7 +132,7 @@ def frame(seen: Seen, address: str, width: int) -> RenderableType:
         picture = live(None, {}, None, NO_REPORT)
     elif silent > SILENT_SECONDS:
         lines = live(report | {"state": "silent", "tokens_per_second": 0.0}, seen.evaluations, None, note, width)
-        why = f"  nothing heard for {span(silent)}: the trainer is stopped, or waits for producers"
+        why = f"  no report for {format_duration(silent)}: the trainer is stopped, or waits for producers"
         picture = Group(lines, Text(why, style="yellow"))
     else:
         picture = live(report, seen.evaluations, None, note, width)
@@ -143,7 +144,7 @@ def frame(seen: Seen, address: str, width: int) -> RenderableType:
 def _finished(summary: dict[str, Any], seen: Seen, note: str, width: int) -> RenderableType:
     """The results; until they are measured, what training counted last."""
     assert seen.run is not None
-    seconds = span(summary["seconds"]) if "seconds" in summary else "?"
+    seconds = format_duration(summary["seconds"]) if "seconds" in summary else "?"
     note = f"{summary.get('outcome', 'finished')}: {summary['tokens']:,} tokens in {seconds} · {note}"
     measured, report = with_evaluations(summary, seen.final), seen.run["report"]
     if is_measured(measured) or report is None:

@@ -16,6 +16,8 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from producer.common.formatting import format_bytes, format_count
+
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
 DASH = "–"
@@ -34,7 +36,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, percentage, size, short_count, duration, visible, shaded, density_share)
+    filters = (number, percentage, format_bytes, format_count, visible, shaded, density_share)
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {
         "latent_address": latent_address,
@@ -61,31 +63,6 @@ def percentage(value: Any) -> str:
     if not isinstance(value, int | float):
         return DASH
     return "0 %" if value == 0 else f"{100 * value:.2g} %" if value < 0.0995 else f"{100 * value:.0f} %"
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def short_count(count: float) -> str:
-    """1,800,000 → 1.8 M"""
-    for unit in ("", " k", " M", " G"):
-        if abs(count) < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:,.0f} T"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
 def density_share(density: float) -> float:

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 from markupsafe import Markup
 
-from monitor.http.html import duration, number, render, short_count
+from monitor.http.html import number, render
 from monitor.run_directory import SILENT_SECONDS, wiring
+from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
 from producer.common.shell import shell_command
 from trainer.report import PROGRESSING, StreamReport, what_waits
@@ -185,16 +186,16 @@ def _progress(run: Run) -> list[tuple[str, str]]:
     target, rate = report.get("target_tokens"), report.get("tokens_per_second") or 0.0
     facts = [(f"{tokens:,}", f"of {target:,} tokens trained" if target else "tokens trained")]
     if _is_silent(run):
-        minutes = run["silent_seconds"] / 60
-        return [*facts, ("", f"nothing heard for {minutes:,.0f} min: the trainer is stopped, or waits for producers")]
+        silence = format_duration(run["silent_seconds"])
+        return [*facts, ("", f"no report for {silence}: the trainer is stopped, or waits for producers")]
     facts.append((f"{rate:,.0f}", "tokens/s"))
     if target and rate > 0 and report.get("state") in PROGRESSING:
-        facts.append((duration((target - tokens) / rate), "left"))
+        facts.append((format_duration((target - tokens) / rate), "left"))
     producers = sum(((report.get("stream") or {}).get("producers") or {}).values())
     facts.append((f"{producers}", "producer" if producers == 1 else "producers"))
     if (capacity := report.get("buffer_capacity_rows")) and report.get("buffer_rows") is not None:
         facts.append(
-            (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {short_count(capacity)} rows filled")
+            (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {format_count(capacity)} rows filled")
         )
     return facts
 

@@ -6,6 +6,7 @@
     addresses   paths, endpoints and ports
     explain     faults of settings in words
     shell       commands as the reader's shell takes them
+    formatting  sizes, counts and durations as people read them
     logs        logging of what strangers send: escaped, aggregated
     memory      how the C library treats freed memory
     server      an HTTP server in a thread

@@ -27,6 +27,7 @@ from socketserver import StreamRequestHandler, ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from producer.common.addresses import expand_path, path_argument
+from producer.common.formatting import format_count
 from producer.common.parsing import ParseError, parse_object
 from producer.common.shell import shell_command
 from producer.common.toml import SettingsError, read_toml, show_value
@@ -362,12 +363,12 @@ def _show(status: Answer) -> None:
             f"[bold]{sae['name']}[/]",
             sae["architecture"],
             str(sae["d_sae"]),
-            _count(sae["tokens"]),
+            format_count(sae["tokens"]),
             _number(sae["l0"], ".1f"),
             _number(sae["fvu"], ".4f"),
             _number(sae["dead_latents_ratio"], ".1%"),
             _number(sae["learning_rate"], ".0e"),
-            sae["phase"] + (f", {_count(sae['rows_left'])} left" if sae["rows_left"] else ""),
+            sae["phase"] + (f", {format_count(sae['rows_left'])} left" if sae["rows_left"] else ""),
         )
         table.add_row(*row, *([sae["hook"]] if len(hooks) > 1 else []))
     console.print(table)
@@ -388,14 +389,6 @@ def _show_trouble(console: Any, status: Answer) -> None:
         console.print(f"[yellow]{status['suspect_shards']} shards on which producer after producer was lost[/]")
     for entry in status["suspects"]:
         console.print(f"  shard {entry['shard']} of epoch {entry['epoch']}: {entry['deaths']} in a row")
-
-
-def _count(rows: int) -> str:
-    """Three digits and a unit."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if rows >= size:
-            return f"{rows / size:.3g}{unit}"
-    return str(rows)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from producer.common.addresses import path_argument
+from producer.common.formatting import format_bytes, format_duration
 from producer.common.parsing import ParseError, read_object
 from producer.common.shell import shell_command
 from producer.common.toml import show_value
@@ -397,11 +398,11 @@ class Estimate:
                 both = 1 / (1 / self.rate + self.forward)
                 told.append(f"Where the two share one machine: {both:,.0f} tokens/s.")
         if self.sharded is None and (held := sum(self.memory.values())) > cost.USABLE * self.machine.memory:
-            told.append(f"It does not fit: {_bytes(held)} of {_bytes(self.machine.memory)}.")
+            told.append(f"It does not fit: {format_bytes(held)} of {format_bytes(self.machine.memory)}.")
         if self.sharded is not None and not self.sharded.fits:
             needed = cost.fewest(self.works, self.machine, self.row_bytes, None, None)
             more = "" if needed is None else f"; {needed.gpus} GPUs hold it"
-            told.append(f"It does not fit: {_bytes(self.sharded.memory)} on each GPU{more}.")
+            told.append(f"It does not fit: {format_bytes(self.sharded.memory)} on each GPU{more}.")
         if assumed := [work.name for work in self.works if work.l0_is_assumed]:
             told.append(f"How many latents of {', '.join(assumed)} are active is not set; {ASSUMED_L0:g} is assumed.")
         return told + [f"{warning}." for warning in self.warnings]
@@ -455,9 +456,9 @@ def _steps(estimate: Estimate) -> Table:
 def _sharded_steps(several: Sharded) -> Table:
     """What a step of sharded latents takes, and which bytes reach each GPU."""
     table = _table(f"One step, latents sharded over {several.gpus} GPUs", "ms", "bytes to each GPU")
-    table.add_row("rows in, from producers", "", _bytes(several.bytes["rows in"]))
+    table.add_row("rows in, from producers", "", format_bytes(several.bytes["rows in"]))
     for name, seconds in several.seconds.items():
-        table.add_row(name, _ms(seconds), _bytes(several.bytes[name]) if name in several.bytes else "")
+        table.add_row(name, _ms(seconds), format_bytes(several.bytes[name]) if name in several.bytes else "")
     table.add_section()
     table.add_row("together", _ms(several.step_seconds), "")
     return table
@@ -467,22 +468,25 @@ def _totals(estimate: Estimate) -> Table:
     table = _table("The run", "")
     table.add_row("tokens/s of the trainer", f"{estimate.rate:,.0f}")
     if estimate.tokens is not None:
-        table.add_row(f"for {estimate.tokens:,} tokens", _duration(estimate.tokens / estimate.rate))
+        table.add_row(f"for {estimate.tokens:,} tokens", format_duration(estimate.tokens / estimate.rate))
     table.add_row(
-        "on the wire", f"{_bytes(estimate.row_bytes)} per token, {_bytes(estimate.row_bytes * estimate.rate)}/s"
+        "on the wire",
+        f"{format_bytes(estimate.row_bytes)} per token, {format_bytes(estimate.row_bytes * estimate.rate)}/s",
     )
     if estimate.sharded is None:
         held = estimate.memory
-        table.add_row("memory", _bytes(sum(held.values())))
+        table.add_row("memory", format_bytes(sum(held.values())))
         for name, size in held.items():
-            table.add_row(f"  {name}", _bytes(size))
+            table.add_row(f"  {name}", format_bytes(size))
     else:
-        table.add_row("memory of each GPU", _bytes(estimate.sharded.memory))
+        table.add_row("memory of each GPU", format_bytes(estimate.sharded.memory))
     if estimate.machine.kernels is not cost.CPU:
-        table.add_row("buffer, on the host", _bytes(estimate.buffer))
+        table.add_row("buffer, on the host", format_bytes(estimate.buffer))
     snapshot, checkpoint = (sum(map(size, estimate.works)) for size in (cost.snapshot_bytes, cost.checkpoint_bytes))
-    table.add_row("a snapshot", f"{_bytes(snapshot)} every {_duration(estimate.snapshot_every / estimate.rate)}")
-    table.add_row("a checkpoint", f"{_bytes(checkpoint)} every {_duration(estimate.checkpoint_every)}")
+    table.add_row(
+        "a snapshot", f"{format_bytes(snapshot)} every {format_duration(estimate.snapshot_every / estimate.rate)}"
+    )
+    table.add_row("a checkpoint", f"{format_bytes(checkpoint)} every {format_duration(estimate.checkpoint_every)}")
     return table
 
 
@@ -499,19 +503,3 @@ def _table(title: str, *columns: str) -> Table:
 def _ms(seconds: float) -> str:
     milliseconds = 1e3 * seconds
     return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from producer.common.addresses import path_argument
+from producer.common.formatting import format_bytes
 from producer.common.parsing import ParseError, parse_json
 from producer.common.shell import shell_command
 from producer.settings import SettingsError, read_run_file
@@ -91,7 +92,8 @@ class Examination:
             try:
                 newest, refusal = read(folder), None
                 rows = newest[0]["ledger"]["rows_trained"]
-                self.findings.append(f"checkpoint {folder.name}: {_megabytes(folder)}, hashes right")
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                self.findings.append(f"checkpoint {folder.name}: {format_bytes(size)}, hashes right")
                 if int(folder.name.split("-")[0]) != rows:
                     self.faults.append(f"{folder} holds {rows} trained rows, and its name says otherwise")
             except CheckpointError as error:
@@ -283,7 +285,3 @@ def _is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _megabytes(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
