@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from monitor.http.access import TokenError, read_token
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary, is_finished, is_training, why_not_ready
@@ -58,7 +58,7 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
     )
     try:
         port, close_service = start_service(
-            make_app(directory, registry, watch.unhealthy, token, watch.desk),
+            make_app(directory, registry, watch.unhealthy, token, watch.handle),
             table.host,
             table.service_port,
             partial(is_training, directory),
@@ -90,9 +90,9 @@ class Watch:
         self._stop = stop
         self._evaluator: Evaluator | None = None
         self._off = settings.why_not_evaluated()
-        self.desk = Desk()
+        self.handle = ExplorerHandle()
         if self._off or not settings.monitor.latents_tokens:
-            self.desk.close(f"{self._off or 'monitor.latents_tokens is 0'}.")
+            self.handle.disable(f"{self._off or 'monitor.latents_tokens is 0'}.")
 
     def follow(self, until_evaluated: bool) -> int:
         """Until `stop` is set or, if so asked, until the finished run is evaluated; returns the exit code."""
@@ -143,7 +143,7 @@ class Watch:
         os.nice(NICE)
         from monitor.evaluation.follow import Evaluator
 
-        return Evaluator(self._settings, self._metrics, self._stop, self.desk)
+        return Evaluator(self._settings, self._metrics, self._stop, self.handle)
 
     def _is_up_to_date(self) -> bool:
         return self._off is not None or self._evaluator is None or self._evaluator.is_up_to_date()

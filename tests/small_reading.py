@@ -14,7 +14,7 @@ import torch
 
 from monitor.evaluation.explore import Explorer
 from monitor.evaluation.follow import Evaluator
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
@@ -112,10 +112,10 @@ latents_tokens = 2000
 def read_run(folder: Path, model: LanguageModel) -> Explorer:
     """A run with two snapshots, in the second of which latent 2 has turned; both are looked at."""
     settings = read_run_file(MonitorSettings, str(run_file(folder)), [])
-    desk = Desk()
-    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    handle = ExplorerHandle()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), handle)
     for tokens, turned in ((1000, ()), (2000, (2,))):
         publish_snapshot(folder / "run", tokens, [planted_sae(model, turned=turned)])
         follower.look()
-    assert desk.explorer is not None and not follower.has_failed()
-    return desk.explorer
+    assert handle.explorer is not None and not follower.has_failed()
+    return handle.explorer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from monitor.evaluation.explore import Explorer
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from producer.common.metrics import new_registry
 from tests.small_reading import WORDS, read_run, small_model
@@ -54,7 +54,7 @@ def explorer(folder: Path) -> Explorer:
 @pytest.fixture(scope="module")
 def address(folder: Path, explorer: Explorer) -> Iterator[str]:
     port, close = start_service(
-        make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0, lambda: False
+        make_app(folder / "run", new_registry(), handle=ExplorerHandle(explorer)), "127.0.0.1", 0, lambda: False
     )
     yield f"http://127.0.0.1:{port}"
     close()
@@ -190,7 +190,7 @@ def test_light_and_dark(page):
 def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: Explorer):
     """The page stays and says so, and goes on when the monitor is back."""
     port, close = start_service(
-        make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0, lambda: False
+        make_app(folder / "run", new_registry(), handle=ExplorerHandle(explorer)), "127.0.0.1", 0, lambda: False
     )
     page = new_page(browser)
     page.goto(f"http://127.0.0.1:{port}")
@@ -204,7 +204,7 @@ def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: E
         page.wait_for_selector("#fires .error")
     assert page.locator("#fires .error").count() == 1
     _, close = start_service(
-        make_app(folder / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", port, lambda: False
+        make_app(folder / "run", new_registry(), handle=ExplorerHandle(explorer)), "127.0.0.1", port, lambda: False
     )
     playwright.expect(lost).to_have_text("")
     page.keyboard.press("Enter")
@@ -231,14 +231,15 @@ def test_a_page_opened_before_the_first_snapshot_fills_itself(
     browser, explorer: Explorer, folder: Path, tmp_path: Path
 ):
     """The usual way to begin: SAEs to choose from and the table come by themselves, once there is something to read."""
-    desk = Desk()
-    port, close = start_service(make_app(tmp_path / "run", new_registry(), desk=desk), "127.0.0.1", 0, lambda: False)
+    handle = ExplorerHandle()
+    app = make_app(tmp_path / "run", new_registry(), handle=handle)
+    port, close = start_service(app, "127.0.0.1", 0, lambda: False)
     page = new_page(browser)
     page.goto(f"http://127.0.0.1:{port}")
     until(page, "document.querySelector('#headline').dataset.html")
     assert "No snapshot yet" in page.inner_text("#table")
     shutil.copytree(folder / "run", tmp_path / "run")
-    desk.explorer = Explorer(tmp_path / "run", explorer._model, explorer._corpus)
+    handle.explorer = Explorer(tmp_path / "run", explorer._model, explorer._corpus)
     page.wait_for_selector("#latents-table")
     assert page.input_value("#sae") == "planted"
     page.close()

@@ -25,7 +25,7 @@ from monitor.evaluation.follow import Evaluator
 from monitor.evaluation.held_out import held_out_windows
 from monitor.evaluation.latents import LatentActivations, births, gather_latents, load_latents
 from monitor.evaluation.texts import Texts
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import LATENTS, NotThere
@@ -359,15 +359,15 @@ def test_a_snapshot_may_be_retired_while_many_ask(folder: Path, model: LanguageM
 def test_a_snapshot_published_again_is_looked_at_again(model: LanguageModel, tmp_path: Path):
     """A trainer that went back to a checkpoint may come to the same number of tokens with other weights."""
     settings = read_run_file(MonitorSettings, str(run_file(tmp_path)), [])
-    desk = Desk()
-    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    handle = ExplorerHandle()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), handle)
     for turned in ((), (0,)):
         folder = publish_snapshot(tmp_path / "run", 1000, [planted_sae(model, turned=turned)])
         follower.look()
         assert follower.is_up_to_date() and (folder / "planted" / "evaluation.json").exists()
-        assert desk.explorer is not None
+        assert handle.explorer is not None
         end = "suppressed" if turned else "promoted"
-        assert desk.explorer.latent("planted", 0)[end][0]["token"] == WORDS[0]
+        assert handle.explorer.latent("planted", 0)[end][0]["token"] == WORDS[0]
         supersede_after(tmp_path / "run", 500)
 
 
@@ -376,31 +376,31 @@ def test_births_are_followed_through_snapshots_that_nobody_looked_at(model: Lang
     settings = read_run_file(MonitorSettings, str(run_file(tmp_path)), [])
     for tokens, turned in ((1000, ()), (2000, (0,)), (3000, (0,))):
         publish_snapshot(tmp_path / "run", tokens, [planted_sae(model, turned=turned)])
-    desk = Desk()
-    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    handle = ExplorerHandle()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), handle)
     follower.look()
-    assert desk.explorer is not None
-    assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [1000, 2000]
+    assert handle.explorer is not None
+    assert [handle.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [1000, 2000]
     retire(tmp_path / "run", keep=1)
     publish_snapshot(tmp_path / "run", 4000, [planted_sae(model, turned=(0,))])
     retire(tmp_path / "run", keep=1)
     follower.look()
-    assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [2000, 3000]
+    assert [handle.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [2000, 3000]
 
 
 def test_births_are_followed_by_a_trainer_that_went_back(model: LanguageModel, tmp_path: Path):
     """Looked at up to 3000, it resumes from 1000 and comes to 1500, where latent 0 has turned: it is born there."""
     settings = read_run_file(MonitorSettings, str(run_file(tmp_path)), [])
-    desk = Desk()
-    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), desk)
+    handle = ExplorerHandle()
+    follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), handle)
     for tokens in (1000, 3000):
         publish_snapshot(tmp_path / "run", tokens, [planted_sae(model)])
         follower.look()
     supersede_after(tmp_path / "run", 1000)
     publish_snapshot(tmp_path / "run", 1500, [planted_sae(model, turned=(0,))])
     follower.look()
-    assert desk.explorer is not None and not follower.has_failed()
-    assert [desk.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [0, 500]
+    assert handle.explorer is not None and not follower.has_failed()
+    assert [handle.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [0, 500]
 
 
 def test_of_a_long_past_the_newest_is_shown(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from monitor.evaluation.explore import Explorer
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import density_share, percentage, shaded, visible
 from monitor.http.live_page import measured
 from monitor.http.service import make_app
@@ -30,7 +30,7 @@ def explorer(folder: Path) -> Explorer:
 
 @pytest.fixture
 def client(folder: Path, explorer: Explorer) -> TestClient:
-    return TestClient(make_app(folder / "run", new_registry(), desk=Desk(explorer)))
+    return TestClient(make_app(folder / "run", new_registry(), handle=ExplorerHandle(explorer)))
 
 
 def test_the_page_has_its_table_as_it_is_sent(client: TestClient):
@@ -128,14 +128,14 @@ def test_latents_are_there_as_json(client: TestClient):
 
 def test_before_the_model_is_loaded_the_page_says_so(tmp_path: Path):
     """The page is there all the same; programs are told to ask again."""
-    run, desk = start_run(tmp_path / "run"), Desk()
-    client = TestClient(make_app(run, new_registry(), desk=desk))
+    run, handle = start_run(tmp_path / "run"), ExplorerHandle()
+    client = TestClient(make_app(run, new_registry(), handle=handle))
     assert "No snapshot yet" in client.get("/").text
     publish_snapshot(run, 1000)
     assert "still being loaded" in client.get("/").text
     answer = client.get("/v1/latents/small")
     assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
-    desk.close("monitor.evaluate is false.")
+    handle.disable("monitor.evaluate is false.")
     assert "monitor.evaluate is false." in client.get("/").text
 
 

@@ -27,7 +27,7 @@ from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.evaluation.latents import GONE, births, gather_latents, load_decoder, load_latents
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy, read_labelled_texts
 from monitor.history import append_evaluation
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import (
     EVALUATION,
@@ -86,7 +86,7 @@ class Evaluator:
     """Evaluates the newest snapshot of a run, whenever `look` is called and it is not evaluated yet.
 
     What it writes beside an SAE is there whole or not at all; numbers go to the metrics too. As soon as the language
-    model is loaded, the `desk` has an explorer. A snapshot that cannot be evaluated is logged, counted and not tried
+    model is loaded, the `handle` has an explorer. A snapshot that cannot be evaluated is logged, counted and not tried
     again. When the model or the text cannot be loaded, `broken` says why.
     """
 
@@ -95,12 +95,12 @@ class Evaluator:
         settings: MonitorSettings,
         metrics: MonitorMetrics,
         stop: threading.Event,
-        desk: Desk | None = None,
+        handle: ExplorerHandle | None = None,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._stop = stop
-        self._desk = desk or Desk()
+        self._handle = handle or ExplorerHandle()
         self._directory = settings.run.folder
         self._instruments: _Instruments | None = None
         self._settled: set[_Stamp] = set()
@@ -120,7 +120,7 @@ class Evaluator:
             except (ModelError, CorpusError, EvaluationError) as error:
                 self.broken = str(error)
                 self._metrics.give_up()
-                self._desk.close(f"{error}.")
+                self._handle.disable(f"{error}.")
                 log.error("no evaluation: %s", error)
                 return
         newest = self._newest()
@@ -273,7 +273,7 @@ class Evaluator:
         faults = {subject.name: misfit(model, subject) for subject in subjects}
         for name, reason in faults.items():
             if reason is not None:
-                self._desk.unfit[name] = reason
+                self._handle.incompatible_saes[name] = reason
                 self._fail(folder.name, f"{name} of {folder.name} is not evaluated: {reason}")
         return [subject for subject in subjects if faults[subject.name] is None]
 
@@ -330,7 +330,7 @@ class Evaluator:
         )
         if labelled is not None:
             model.check_ids(torch.from_numpy(labelled.windows.ids), "monitor.probe_file, window")
-        self._desk.explorer = Explorer(self._directory, model, settings.corpus)
+        self._handle.explorer = Explorer(self._directory, model, settings.corpus)
         return _Instruments(model, windows, reading, facts, labelled)
 
 

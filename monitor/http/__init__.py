@@ -5,7 +5,7 @@
     access          the token
     answers         conditional answers
     pace            the share of the machine that answers may use
-    desk            where the evaluating thread leaves latents for the service
+    explorer_handle the explorer of latents, as the evaluating thread hands it to the service
     live_page       the page of a run
     latent_pages    the pages of latents
     html            templates and filters

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from monitor.history import History
 from monitor.http.answers import MUTABLE, json_unless_known
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import STATIC, render
 from monitor.http.latent_pages import COLUMNS, fires, latent_page, table
 from monitor.http.live_page import SNAPSHOTS_SHOWN, Published, parts, run_page
@@ -46,8 +46,8 @@ ROWS = 50
 MOST_ROWS = 500
 
 
-def page_routes(run_directory: Path, desk: Desk) -> list[Route]:
-    pages = _Pages(run_directory, desk)
+def page_routes(run_directory: Path, handle: ExplorerHandle) -> list[Route]:
+    pages = _Pages(run_directory, handle)
     return [
         Route("/", pages.run),
         Route("/latents/{sae}/{index:int}", pages.latent),
@@ -65,9 +65,9 @@ def page_routes(run_directory: Path, desk: Desk) -> list[Route]:
 
 
 class _Pages:
-    def __init__(self, run_directory: Path, desk: Desk) -> None:
+    def __init__(self, run_directory: Path, handle: ExplorerHandle) -> None:
         self._directory = run_directory
-        self._desk = desk
+        self._handle = handle
         self._history = History(run_directory)
 
     # Starlette runs plain functions in threads, so that reading files here does not hold up other requests.
@@ -92,7 +92,7 @@ class _Pages:
 
     def parts(self, request: Request) -> Response:
         run = read_run(self._directory)
-        ready = self._desk.explorer is not None
+        ready = self._handle.explorer is not None
         told = parts(run, self._snapshots()) | {"latents": explained_saes(self._directory), "ready": ready}
         # The page asks every two seconds, and mostly nothing has changed.
         return json_unless_known(request, bytes(_json(told).body), MUTABLE)
@@ -110,7 +110,7 @@ class _Pages:
         return _json(self._history.columns(generation, _integer(request, "since", 0), evaluated))
 
     def saes(self, request: Request) -> Response:
-        why_not = None if self._desk.explorer is not None else self._desk.why_not
+        why_not = None if self._handle.explorer is not None else self._handle.reason
         return _json({"saes": explained_saes(self._directory), "why_not": why_not})
 
     def table(self, request: Request) -> Response:
@@ -144,21 +144,21 @@ class _Pages:
     def _table_or_why_not(self, request: Request, sae: str | None) -> str:
         if sae is None:
             return _empty("No snapshot yet", "Latents can be read from the first one on.")
-        if self._desk.explorer is None:
-            return _empty("Not yet" if self._desk.coming else "Not here", self._desk.why_not)
+        if self._handle.explorer is None:
+            return _empty("Not yet" if self._handle.is_expected else "Not here", self._handle.reason)
         try:
             return table(self._table(request, sae))
         except NotThere as error:
-            if sae in self._desk.unfit:
-                return _empty("Not here", f"{self._desk.unfit[sae]}.")
+            if sae in self._handle.incompatible_saes:
+                return _empty("Not here", f"{self._handle.incompatible_saes[sae]}.")
             if sae not in [known["name"] for known in explained_saes(self._directory)]:
                 return _empty("No such SAE", f"{error}.")
             return _empty("Being looked at", "The language model reads held-out text with this SAE; a minute, mostly.")
 
     def _explorer(self) -> Explorer:
-        if self._desk.explorer is None:
-            raise HTTPException(503, self._desk.why_not, {"Retry-After": "5"})
-        return self._desk.explorer
+        if self._handle.explorer is None:
+            raise HTTPException(503, self._handle.reason, {"Retry-After": "5"})
+        return self._handle.explorer
 
     def _table(self, request: Request, sae: str) -> dict[str, Any]:
         query = request.query_params

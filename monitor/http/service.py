@@ -40,7 +40,7 @@ from starlette.routing import Route
 
 from monitor.http.access import TokenGate
 from monitor.http.answers import IMMUTABLE, MUTABLE, is_known, json_unless_known, tags
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.pace import Pace
 from monitor.http.routes import error_page, page_routes
 from monitor.run_directory import read_page, read_run, why_not_ready
@@ -66,16 +66,17 @@ def make_app(
     registry: CollectorRegistry,
     unhealthy: Callable[[], str | None] = lambda: None,
     token: str | None = None,
-    desk: Desk | None = None,
+    handle: ExplorerHandle | None = None,
 ) -> Starlette:
     """The service over one run directory, which need not exist yet; with a token, only for those who have it.
 
-    `unhealthy` says what is wrong, if anything; at the `desk` it finds who answers questions about latents.
+    `unhealthy` says what is wrong, if anything; `handle` holds the explorer that answers questions about latents.
     """
     routes = _Routes(run_directory, registry, unhealthy)
+    handle = handle or ExplorerHandle(reason="This monitor does not evaluate.", is_expected=False)
     return Starlette(
         routes=[
-            *page_routes(run_directory, desk or Desk(why_not="Nobody looks at latents here.", coming=False)),
+            *page_routes(run_directory, handle),
             Route("/v1/run", routes.run),
             Route("/v1/snapshots", routes.snapshots),
             Route("/v1/snapshots/latest", routes.latest),

@@ -19,7 +19,7 @@ import transformers
 
 from monitor.evaluation.explore import Explorer
 from monitor.evaluation.latents import LatentActivations
-from monitor.http.desk import Desk
+from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from monitor.run_directory import LATENTS
 from producer.common.metrics import new_registry
@@ -47,7 +47,8 @@ def run(options: Options) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         explorer = _explorer(Path(folder), d_sae)
         before = psutil.Process().memory_info().rss
-        port, close = start_service(make_app(Path(folder) / "run", new_registry(), desk=Desk(explorer)), "127.0.0.1", 0)
+        app = make_app(Path(folder) / "run", new_registry(), handle=ExplorerHandle(explorer))
+        port, close = start_service(app, "127.0.0.1", 0)
         result = Result(f"pages of {d_sae:,} latents", "s")
         try:
             # The first answers map files and fill caches; they are told apart from those that follow.

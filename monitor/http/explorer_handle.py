@@ -1,0 +1,26 @@
+"""The handle through which the service reaches the explorer that the evaluating thread makes; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monitor.evaluation.explore import Explorer
+
+
+@dataclass
+class ExplorerHandle:
+    """The explorer of latents, or the reason why there is none (yet)."""
+
+    explorer: Explorer | None = None
+    reason: str = "The language model is still being loaded."
+    """Why there is no explorer."""
+    is_expected: bool = True
+    """Whether an explorer may still come."""
+    incompatible_saes: dict[str, str] = field(default_factory=dict)
+    """Why an SAE does not fit the language model, by the SAE's name."""
+
+    def disable(self, reason: str) -> None:
+        """Announces that there will be no explorer."""
+        self.reason, self.is_expected = reason, False
