@@ -30,7 +30,7 @@ SILENT_SECONDS = 120.0
 """A report older than this tells how it was, not how it is."""
 EVALUATION = "evaluation.json"
 LATENTS = "latents.safetensors"
-"""What the latents of an SAE do on held-out text (`monitor.evaluation.latents`), beside it in its snapshot."""
+"""Activations of an SAE's latents on held-out text (`monitor.evaluation.latents`), beside it in its snapshot."""
 _CE = ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "ce_recovered_mean_ablation")
 _OF_LATENTS = ("explanation_f1", "ablation_effects_ratio", "probe_accuracy")
 EVALUATED = {name: name for name in (*_CE, "kl", "cosine", *_OF_LATENTS)} | {

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from monitor.evaluation.explore import Explorer
 from monitor.evaluation.follow import Evaluator
+from monitor.evaluation.latents.explorer import Explorer
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from monitor.evaluation.explore import Explorer
+from monitor.evaluation.latents.explorer import Explorer
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from producer.common.metrics import new_registry

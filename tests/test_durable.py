@@ -12,7 +12,7 @@ import torch
 
 from monitor.cli.client import Monitor
 from monitor.cli.pull import pull
-from monitor.evaluation.latents import LatentActivations, load_latents
+from monitor.evaluation.latents.activations import LatentActivations, load_latents
 from monitor.http.service import make_app, start_service
 from producer.common.metrics import new_registry
 from producer.keys import write_keys

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from monitor.evaluation.explanation import _half, explain, mean_f1
-from monitor.evaluation.latents import LatentActivations
+from monitor.evaluation.latents.activations import LatentActivations
+from monitor.evaluation.latents.explanation import _half, explain, mean_f1
 
 WINDOWS, CONTEXT, WORDS = 120, 16, 10
 BOS = 0

@@ -16,15 +16,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import monitor.evaluation.explore
-import monitor.evaluation.latents
+import monitor.evaluation.latents.activations
+import monitor.evaluation.latents.explorer
 import monitor.evaluation.passes
 from monitor.evaluation.evaluator import load_subject
-from monitor.evaluation.explore import Explorer
 from monitor.evaluation.follow import Evaluator
 from monitor.evaluation.held_out import held_out_windows
-from monitor.evaluation.latents import LatentActivations, births, gather_latents, load_latents
-from monitor.evaluation.texts import Texts
+from monitor.evaluation.latents.activations import LatentActivations, births, gather_latents, load_latents
+from monitor.evaluation.latents.explorer import Explorer
+from monitor.evaluation.latents.texts import Texts
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
@@ -93,7 +93,7 @@ def test_an_sae_that_is_not_sparse_is_shown_less_text(
     folder: Path, model: LanguageModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
 ):
     """Whole windows, until there are enough activations; what is told of density refers to what was shown."""
-    monkeypatch.setattr(monitor.evaluation.latents, "MOST_ACTIVATIONS", 1)
+    monkeypatch.setattr(monitor.evaluation.latents.activations, "MOST_ACTIVATIONS", 1)
     monkeypatch.setattr(monitor.evaluation.passes, "LOGITS_IN_MEMORY", 1)
     subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
     latents = gather_latents(model, windows, subject)
@@ -110,7 +110,7 @@ def test_positions_do_not_depend_on_passes(
     at_once = gather_latents(model, some, subject)
     monkeypatch.setattr(monitor.evaluation.passes, "LOGITS_IN_MEMORY", 1)
     monkeypatch.setattr(
-        monitor.evaluation.latents, "LATENTS_IN_MEMORY", 3 * len(planted_sae(model).weights["threshold"])
+        monitor.evaluation.latents.activations, "LATENTS_IN_MEMORY", 3 * len(planted_sae(model).weights["threshold"])
     )
     in_parts = gather_latents(model, some, subject)
     assert in_parts.streamed.tolist() == at_once.streamed.tolist()
@@ -267,7 +267,7 @@ def test_the_first_token_is_shown_unless_it_is_a_bos(model: LanguageModel, has_b
         born=np.zeros(1, np.int64),
     )  # fmt: skip
     texts = Texts(model.tokenizer)
-    context = monitor.evaluation.explore._context(latents, texts, *latents.of(0), 0)
+    context = monitor.evaluation.latents.explorer._context(latents, texts, *latents.of(0), 0)
     assert context["tokens"] == texts.pieces(tokens)
     assert context["values"] == [0.0] * (len(tokens) - 1) + [5.0]
     assert (context["at"], context["cut_before"], context["cut_after"]) == (len(tokens) - 1, False, False)
@@ -276,7 +276,7 @@ def test_the_first_token_is_shown_unless_it_is_a_bos(model: LanguageModel, has_b
 def test_only_what_reaches_the_residual_stream_promotes_tokens(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
     """A query of the same width is no part of it."""
     assert explorer.latent("planted", 0)["promoted"] is not None
-    monkeypatch.setattr(monitor.evaluation.explore, "RESIDUAL", ("hook_mlp_out",))
+    monkeypatch.setattr(monitor.evaluation.latents.explorer, "RESIDUAL", ("hook_mlp_out",))
     assert explorer.latent("planted", 0)["promoted"] is None
 
 
@@ -405,7 +405,7 @@ def test_births_are_followed_by_a_trainer_that_went_back(model: LanguageModel, t
 
 def test_of_a_long_past_the_newest_is_shown(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
     """Where there is room for one snapshot of two."""
-    monkeypatch.setattr(monitor.evaluation.explore, "MOST_PAST", 1)
+    monkeypatch.setattr(monitor.evaluation.latents.explorer, "MOST_PAST", 1)
     assert [then["tokens"] for then in explorer.latent("planted", 0)["past"]] == [2000]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
-from monitor.evaluation.latents import gather_latents
+from monitor.evaluation.latents.activations import gather_latents
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from monitor.evaluation.explore import Explorer
+from monitor.evaluation.latents.explorer import Explorer
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import density_share, percentage, shaded, visible
 from monitor.http.live_page import measured

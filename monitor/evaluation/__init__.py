@@ -6,10 +6,7 @@
     passes          passes of the language model over it
     ablation        how many logits a latent changes
     probing         k-sparse probes of labelled texts
-    latents         all activations of a snapshot's latents, stored by latent
-    explanation     n-grams that tell where a latent fires
-    explore         latents for a person to read
-    texts           token ids as text
+    latents/        what each latent of an SAE does, and latents for a person to read
 
 Imported by http/ and `__main__`.
 """

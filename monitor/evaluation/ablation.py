@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.evaluator import Subject
-from monitor.evaluation.latents import LatentActivations
+from monitor.evaluation.latents.activations import LatentActivations
 from monitor.evaluation.passes import windows_in_memory
 from producer.lm.model import LanguageModel
 from trainer.snapshot import finite

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.evaluator import Baseline, Subject, evaluate, load_subject, misfit
-from monitor.evaluation.explanation import mean_f1
-from monitor.evaluation.explore import Explorer
 from monitor.evaluation.held_out import EvaluationError, held_out_windows
-from monitor.evaluation.latents import GONE, births, gather_latents, load_decoder, load_latents
+from monitor.evaluation.latents.activations import GONE, births, gather_latents, load_decoder, load_latents
+from monitor.evaluation.latents.explanation import mean_f1
+from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy, read_labelled_texts
 from monitor.history import append_evaluation
 from monitor.http.explorer_handle import ExplorerHandle

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from monitor.evaluation.explore import Explorer
+    from monitor.evaluation.latents.explorer import Explorer
 
 
 @dataclass

@@ -34,7 +34,7 @@ from monitor.http.live_page import SNAPSHOTS_SHOWN, Published, parts, run_page
 from monitor.run_directory import NotThere, explained_saes, newest_evaluations, read_page, read_run
 
 if TYPE_CHECKING:
-    from monitor.evaluation.explore import Explorer
+    from monitor.evaluation.latents.explorer import Explorer
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "

@@ -17,8 +17,8 @@ import psutil
 import torch
 import transformers
 
-from monitor.evaluation.explore import Explorer
-from monitor.evaluation.latents import LatentActivations
+from monitor.evaluation.latents.activations import LatentActivations
+from monitor.evaluation.latents.explorer import Explorer
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from monitor.run_directory import LATENTS

@@ -1,6 +1,6 @@
 """Latents one can read: what each one fires on, what it does to the next token, what lies near it, how it came about.
 
-Everything is read off the newest snapshot whose `latents.safetensors` (`latents`) is written, and off the SAE's
+Everything is read off the newest snapshot whose `latents.safetensors` (`activations`) is written, and off the SAE's
 own weights; both are mapped, so that they take no memory that others want.
 
     density       share of held-out rows on which the latent fires
@@ -30,9 +30,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from monitor.evaluation.evaluator import Subject, subject_of
-from monitor.evaluation.explanation import explain
-from monitor.evaluation.latents import GONE, TOP_TOKENS, LatentActivations, active, load_decoder, load_latents
-from monitor.evaluation.texts import Texts
+from monitor.evaluation.latents.activations import (
+    GONE,
+    TOP_TOKENS,
+    LatentActivations,
+    active,
+    load_decoder,
+    load_latents,
+)
+from monitor.evaluation.latents.explanation import explain
+from monitor.evaluation.latents.texts import Texts
 from monitor.run_directory import (
     LATENTS,
     NotThere,

@@ -2,7 +2,7 @@
 
 After Neuron to Graph (Foote et al., 2305.19911) as Gao et al. use it on latents (2406.04093, §4.3), with a difference:
 they shorten a few contexts by running the model again and keep a collection of n-grams; here nothing runs, and one
-n-gram is searched among all activations on held-out text (`latents`), which takes milliseconds. It tells
+n-gram is searched among all activations on held-out text (`activations`), which takes milliseconds. It tells
 whether a latent fires, not how strongly.
 
 The windows are dealt out to two halves. On one a pattern is found that F1 likes best, on the other its numbers are
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monitor.evaluation.latents import LatentActivations
+from monitor.evaluation.latents.activations import LatentActivations
 
 LONGEST = 5
 """Tokens of an n-gram, wildcards included."""
