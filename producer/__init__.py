@@ -4,10 +4,11 @@
     app           the producer as a process
     settings      [run] [stream] [model] [corpus] of the run file
     produce       the loop: lease → windows → activations → chunks
+    packing       activations of a forward pass → chunks
     source        where activations come from: a language model on text, or synthetic data
     lm/           a language model whose activations can be read
     corpus/       text in shards, and documents → windows of token ids; synthetic data
-    link          the producer's end of the stream
+    link/         the producer's end of the stream
     wire          the messages of the stream
     keys          who may connect
     report        what a producer reports of itself

@@ -18,12 +18,13 @@ from producer.health import ProducerHealth
 from producer.keys import KeysError
 from producer.link import Link, NoTrainer, RefusedByTrainer
 from producer.lm.errors import ModelError
-from producer.lm.precision import take_deterministic_algorithms
+from producer.lm.precision import use_deterministic_algorithms
 from producer.metrics import ProducerMetrics
-from producer.produce import Producer, chunk_windows
+from producer.packing import chunk_windows_of
+from producer.produce import Producer
 from producer.settings import ProducerSettings
 from producer.source import fingerprint, norm_bounds, open_source
-from producer.wire import DTYPE_BYTES, Hello, held_out_shards
+from producer.wire import Hello, held_out_shards
 
 log = logging.getLogger("sluice.producer")
 
@@ -37,7 +38,7 @@ def run(settings: ProducerSettings) -> int:
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if settings.run.deterministic:
-        take_deterministic_algorithms()
+        use_deterministic_algorithms()
     try:
         source = open_source(settings)
         keep_freed_memory()
@@ -48,7 +49,7 @@ def run(settings: ProducerSettings) -> int:
     except (CorpusError, ModelError) as error:
         log.error("%s", error)
         return 1
-    row_bytes = DTYPE_BYTES[settings.stream.dtype] * sum(hook.width for hook in source.hooks)
+    chunk_windows = chunk_windows_of(source, settings.stream.dtype)
     hello = Hello(
         producer=uuid.uuid4().hex,
         session="-",
@@ -59,7 +60,7 @@ def run(settings: ProducerSettings) -> int:
         context=source.context,
         hooks=source.hooks,
         dtype=settings.stream.dtype,
-        chunk_rows=source.context * chunk_windows(source.context, row_bytes, source.batch_windows),
+        chunk_rows=source.context * chunk_windows,
         norm_bounds=bounds,
         provenance=source.facts | source.findings,
     )
@@ -84,7 +85,7 @@ def run(settings: ProducerSettings) -> int:
     try:
         with Link(settings.stream, hello) as link:
             health.watch(link)
-            producer = Producer(source, link, settings.stream.dtype, metrics.update)
+            producer = Producer(source, link, settings.stream.dtype, chunk_windows, metrics.update)
             with MetricsTimer(lambda: metrics.update(producer.report())):
                 producer.run()
         log.info("the run is over")

@@ -1,4 +1,4 @@
-"""What a producer answers to /healthz and /readyz: (whether it holds, a sentence for people)."""
+"""A producer's answers to /healthz and /readyz: (whether it holds, a sentence for people)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ class ProducerHealth:
     def alive(self) -> tuple[bool, str]:
         if self._link is None:
             return True, "starting"
-        if (still := time.monotonic() - self._link.moved_at) > self._stall_seconds:
-            return False, f"the loop has not moved for {still:.0f} s: one forward pass, or reading one shard, hangs"
+        if (idle_seconds := time.monotonic() - self._link.moved_at) > self._stall_seconds:
+            return (
+                False,
+                f"the loop has not moved for {idle_seconds:.0f} s: one forward pass, or reading one shard, hangs",
+            )
         return True, self._link.state
 
     def ready(self) -> tuple[bool, str]:

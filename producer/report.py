@@ -1,4 +1,4 @@
-"""CONTRACT: the plain numbers a producer tells about itself. Nothing here knows sockets, torch or Prometheus."""
+"""CONTRACT: what a producer reports of itself, as plain numbers. Nothing here knows sockets, torch or Prometheus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ProducerReport:
     state: str = "starting"
     """starting, connecting, working, idle or leaving."""
     tokens: int = 0
-    """Rows sent."""
+    """Activations sent."""
     rows_dropped: dict[str, int] = field(default_factory=dict)
     """Positions not sent, by reason: excluded (BOS, special tokens, padding) or outlier."""
     chunks: int = 0

@@ -19,11 +19,11 @@ import zmq
 
 from producer.keys import connect_encrypted
 from producer.link import Link
-from producer.produce import Producer, chunk_windows
+from producer.packing import chunk_windows_of
+from producer.produce import Producer
 from producer.settings import CorpusSettings, ProducerSettings, StreamSettings, SyntheticSettings
 from producer.source import Source, fingerprint
 from producer.wire import (
-    DTYPE_BYTES,
     Bye,
     Chunk,
     Credit,
@@ -75,7 +75,6 @@ def every_name(shards: int = SHARDS) -> list[Name]:
 
 def hello_of(source: Source, dtype: str = "float32", **changes: Any) -> Hello:
     """The HELLO that `python -m producer` says."""
-    row_bytes = DTYPE_BYTES[dtype] * sum(hook.width for hook in source.hooks)
     facts: dict[str, Any] = {
         "producer": uuid.uuid4().hex,
         "session": uuid.uuid4().hex,
@@ -86,7 +85,7 @@ def hello_of(source: Source, dtype: str = "float32", **changes: Any) -> Hello:
         "context": source.context,
         "hooks": source.hooks,
         "dtype": dtype,
-        "chunk_rows": source.context * chunk_windows(source.context, row_bytes, source.batch_windows),
+        "chunk_rows": source.context * chunk_windows_of(source, dtype),
         "norm_bounds": None,
         "provenance": {},
     }
@@ -161,7 +160,8 @@ class Producing:
     def __init__(self, settings: StreamSettings, source: Source | None = None, hello: Hello | None = None) -> None:
         source = source or named_source()
         self.link = Link(settings, hello or hello_of(source, settings.dtype))
-        self.producer = Producer(source, self.link, settings.dtype, lambda report: None)
+        chunk_windows = chunk_windows_of(source, settings.dtype)
+        self.producer = Producer(source, self.link, settings.dtype, chunk_windows, lambda report: None)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

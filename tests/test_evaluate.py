@@ -37,7 +37,7 @@ from monitor.settings import MonitorSettings
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.produce import _pack_rows
+from producer.packing import pack_activations
 from producer.settings import CorpusSettings, read_run_file
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
@@ -357,7 +357,7 @@ def test_rows_are_dropped_as_the_producer_drops_them():
     seen["b"][1, 2] = math.nan
     kept = torch.rand(3, 8, generator=generator) < 0.9
     bounds = {"a": 2.0, "b": 2.5}
-    sent, _ = _pack_rows(list(seen.values()), kept.numpy(), list(bounds.values()), torch.bfloat16)
+    sent, _ = pack_activations(list(seen.values()), kept.numpy(), list(bounds.values()), torch.bfloat16)
     streamed = monitor.evaluation.passes.in_stream(seen, kept, bounds)
     assert np.array_equal(streamed.numpy(), sent) and 0 < sent.sum() < kept.sum()
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from monitor.evaluation.passes import in_stream
 from producer.corpus.windows import Windows
 from producer.lm.errors import ModelError
-from producer.produce import CHUNK_ROWS, ReadingAhead, _pack_rows, chunk_parts, chunk_windows
+from producer.packing import MAX_CHUNK_ROWS, chunk_slices, chunk_windows, pack_activations
+from producer.produce import TextPrefetcher
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
 from producer.source import CALIBRATION_SECONDS, LanguageModelSource, Source, fingerprint, norm_bounds
 from producer.wire import (
@@ -268,7 +269,7 @@ def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint
 
     source.x[0][0, 1] = 1
     bound = 9.98  # above the true norm of the third, below its rounded one
-    kept, _ = _pack_rows(source.x, source.kept, [bound], torch.bfloat16)
+    kept, _ = pack_activations(source.x, source.kept, [bound], torch.bfloat16)
     assert kept.tolist() == [[False, True, True, True]]
 
 
@@ -339,7 +340,7 @@ def test_the_first_pass_proposes_the_bounds() -> None:
 def test_a_row_as_long_as_its_bound_is_sent() -> None:
     """The norm of (6, 8) is 10, and only what is longer than the bound is an outlier."""
     x, wanted = torch.tensor([[[6.0, 8.0], [6.0, 8.001]]]), np.ones((1, 2), bool)
-    assert _pack_rows([x], wanted, [10.0], torch.float32)[0].tolist() == [[True, False]]
+    assert pack_activations([x], wanted, [10.0], torch.float32)[0].tolist() == [[True, False]]
     assert in_stream({"a": x}, torch.from_numpy(wanted), {"a": 10.0}).tolist() == [[True, False]]
 
 
@@ -395,15 +396,15 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
             raise OSError("gone")
         return tensors(shard + 1).windows(0)
 
-    text = ReadingAhead(read)
+    text = TextPrefetcher(read)
     assert len(text.windows(0)) == 1
-    text.ahead(1)
-    text.ahead(1)
+    text.prefetch(1)
+    text.prefetch(1)
     assert len(text.windows(1)) == 2
-    text.ahead(2)
+    text.prefetch(2)
     with pytest.raises(OSError, match="gone"):
         text.windows(2)
-    text.ahead(3)
+    text.prefetch(3)
     assert len(text.windows(4)) == 5  # the lease went to somebody else
     text.close()
 
@@ -509,7 +510,7 @@ def test_a_chunk_is_about_two_megabytes_and_at_most_one_pass() -> None:
     assert chunk_windows(256, row_bytes, batch_windows=128) == TARGET_CHUNK_BYTES // (256 * row_bytes) == 5
     assert chunk_windows(256, row_bytes, batch_windows=3) == 3
     assert chunk_windows(4096, 4096 * 4, batch_windows=1) == 1
-    assert chunk_windows(256, 64 * 2, batch_windows=64) == CHUNK_ROWS // 256 == 16
+    assert chunk_windows(256, 64 * 2, batch_windows=64) == MAX_CHUNK_ROWS // 256 == 16
 
 
 def test_passes_are_cut_into_chunks(hand: Trainer, endpoint: str) -> None:
@@ -548,7 +549,7 @@ def test_parts_cover_a_pass_once_and_never_reach_too_far(context: int) -> None:
     random = np.random.default_rng(0)
     for _ in range(50):
         chosen = np.flatnonzero(random.random(5000) < random.choice([0.001, 0.02, 0.5]))
-        parts = [chosen[part] for part in chunk_parts(chosen, 7, context)]
+        parts = [chosen[part] for part in chunk_slices(chosen, 7, context)]
 
         assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == chosen.tolist()
         assert all(1 <= len(part) <= 7 for part in parts)

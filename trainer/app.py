@@ -15,7 +15,7 @@ import torch
 from producer.common.metrics import new_registry, start_metrics_server
 from producer.common.shell import shell_command
 from producer.keys import KeysError
-from producer.lm.precision import take_deterministic_algorithms
+from producer.lm.precision import use_deterministic_algorithms
 from producer.wire import Hello
 from trainer.control.commands import answer
 from trainer.control.ctl import Inbox
@@ -48,7 +48,7 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if settings.run.deterministic:
-        take_deterministic_algorithms()
+        use_deterministic_algorithms()
     try:
         directory = home.path
         sweep(directory)

@@ -23,7 +23,7 @@ def fastest_dtype(rows: int, d_in: int, d_out: int, device: torch.device) -> tor
     return torch.bfloat16 if WORTH * bfloat16 < float32 else torch.float32
 
 
-def take_deterministic_algorithms() -> None:
+def use_deterministic_algorithms() -> None:
     """Makes a GPU give the same bits each time; torch warns of operations that cannot. Call before its first use.
 
     On a CPU nothing is changed: the operations used there add in a fixed order.

@@ -16,7 +16,7 @@ import torch
 import zmq
 
 from producer.keys import connect_encrypted
-from producer.link import Link, SessionLost
+from producer.link import Link, PackedChunk, SessionLost
 from producer.settings import StreamSettings
 from producer.wire import TARGET_CHUNK_BYTES, Chunk, Hello, Hook, ShardEnd, encode, pack_bits
 
@@ -42,12 +42,12 @@ def payload_of(width: int) -> memoryview:
     return rows.to(torch.bfloat16).view(torch.uint8).numpy().reshape(-1).data
 
 
-def chunk_of(width: int, number: int) -> dict:
-    """The fields of the `number`-th chunk of a shard."""
+def chunk_of(width: int, number: int, payload: memoryview) -> PackedChunk:
+    """The `number`-th chunk of a shard."""
     rows = chunk_rows(width)
     windows = rows // CONTEXT
     kept = pack_bits(np.ones(rows, bool))
-    return {"first_window": number * windows, "windows": windows, "rows": rows, "kept": kept, "outliers": b""}
+    return PackedChunk(number * windows, windows, rows, kept, outliers=b"", outlier_count=0, payload=payload)
 
 
 def through_link(endpoint: str, keys: str | None, width: int) -> None:
@@ -57,7 +57,7 @@ def through_link(endpoint: str, keys: str | None, width: int) -> None:
             lease, _, _ = link.next_lease()
             try:
                 for number in range(SHARD_CHUNKS):
-                    link.send_chunk(lease, chunk_of(width, number), payload)
+                    link.send_chunk(lease, chunk_of(width, number, payload))
                 end = ShardEnd(
                     shard=lease.shard,
                     epoch=lease.epoch,
@@ -70,8 +70,10 @@ def through_link(endpoint: str, keys: str | None, width: int) -> None:
 
 
 def bare(endpoint: str, keys: str | None, width: int) -> None:
-    header = encode(Chunk(number=1, incarnation="i", shard=0, epoch=0, attempt=1, **chunk_of(width, 0)))
     payload = payload_of(width)
+    chunk = chunk_of(width, 0, payload)
+    fields = {name: getattr(chunk, name) for name in ("first_window", "windows", "rows", "kept", "outliers")}
+    header = encode(Chunk(number=1, incarnation="i", shard=0, epoch=0, attempt=1, **fields))
     socket = zmq.Context().socket(zmq.DEALER)
     socket.sndhwm = 8
     if keys is not None:

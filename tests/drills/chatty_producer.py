@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import producer.produce
+import producer.app
+from producer.produce import Producer
 from tests.drills.named_producer import main
 
 if __name__ == "__main__":
     windows = int(os.environ["CHUNK_WINDOWS"])
-    producer.produce.chunk_windows = lambda context, row_bytes, batch_windows: windows
+    producer.app.Producer = lambda source, link, dtype, _, on_report: Producer(source, link, dtype, windows, on_report)
     sys.exit(main(sys.argv[1:]))

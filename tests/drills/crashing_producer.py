@@ -17,15 +17,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from producer.link import Link
 from tests.drills.named_producer import main
 
+enter = Link.__enter__
+
 
 def live_and_die(link: Link) -> None:
     """One life after the other, each with a name and a connection of its own."""
     for _ in range(int(os.environ["DEATHS"])):
         if (child := os.fork()) == 0:
-            hello = link._hello.model_copy(update={"producer": uuid.uuid4().hex})
-            started = Link(link._settings, hello)
-            started._thread.start()
-            started.next_lease()
+            thread = link._socket_thread
+            hello = thread.hello.model_copy(update={"producer": uuid.uuid4().hex})
+            enter(Link(thread.settings, hello)).next_lease()
             os._exit(1)
         os.waitpid(child, 0)
     os._exit(0)

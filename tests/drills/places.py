@@ -4,8 +4,11 @@ from __future__ import annotations
 
 PLACES: dict[str, tuple[str, ...]] = {
     "producer.wire": ("producer/wire.py", "test_wire"),
-    "producer.link": ("producer/link.py", "test_produce", "test_stream"),
-    "producer.produce": ("producer/produce.py", "test_produce", "test_evaluate"),
+    "producer.link.session": ("producer/link/session.py", "test_produce", "test_stream"),
+    "producer.link.link": ("producer/link/link.py", "test_produce", "test_stream"),
+    "producer.link.socket_thread": ("producer/link/socket_thread.py", "test_produce", "test_stream"),
+    "producer.produce": ("producer/produce.py", "test_produce"),
+    "producer.packing": ("producer/packing.py", "test_produce", "test_evaluate"),
     "producer.source": ("producer/source.py", "test_produce"),
     "producer.corpus.windows": ("producer/corpus/windows.py", "test_tokens"),
     "producer.corpus.files": ("producer/corpus/files.py", "test_corpus"),

@@ -1,0 +1,54 @@
+"""What the loop's thread and the socket's thread share. Everything in it is changed under the lock `changed`."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+
+from producer.link.session import Payload, Session
+from producer.wire import Hello, Message
+
+
+class SharedState:
+    """The current session, the messages that wait for the socket, and how the link ends."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        """Notified whenever a thread that waits may go on."""
+        self.session = Session("", time.monotonic())
+        self.outbox: deque[tuple[Message, Payload | None]] = deque()
+        """Messages that the socket has not taken yet, each with its payload."""
+        self.ending: Exception | None = None
+        """What `next_lease` raises once no leases are left; None while the link goes on."""
+        self.is_closing = False
+        """The process leaves: send BYE and stop."""
+        self.progress = 0
+        """Chunks, shards and forward passes so far: what heartbeats tell the trainer."""
+        self.sessions = 0
+        """Sessions that a trainer has accepted."""
+
+    def open_session(self, hello: Hello) -> Session:
+        """Begins a session with its HELLO in the outbox; what waited there was for the last session."""
+        with self.changed:
+            self.session = session = Session(uuid.uuid4().hex, time.monotonic())
+            self.outbox.clear()
+            self.outbox.append((hello.model_copy(update={"session": session.name}), None))
+            self.changed.notify_all()
+        return session
+
+    def drop_session(self) -> None:
+        """Ends the current session: its leases are lost."""
+        with self.changed:
+            self.session = Session("", time.monotonic())
+            self.changed.notify_all()
+
+    def end(self, reason: Exception) -> None:
+        """Ends the link; the first reason counts."""
+        with self.changed:
+            self.ending = self.ending or reason
+            self.changed.notify_all()
+
+    def is_current(self, session: Session) -> bool:
+        return self.ending is None and self.session is session
