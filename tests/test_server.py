@@ -15,6 +15,7 @@ from starlette.routing import Route
 from monitor.http.service import make_app, start_service
 from producer.common import server
 from producer.common.metrics import new_registry, start_metrics_server
+from producer.common.server import DEFAULT_LIMITS, ServerLimits
 from producer.settings import SettingsError, read_run_file
 from tests.small_run import publish_snapshot, start_run
 from trainer.settings import TrainerSettings
@@ -37,13 +38,13 @@ def run_directory(tmp_path: Path) -> Path:
 def start(request: pytest.FixtureRequest, run_directory: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
-        def begin(allowed_hosts: tuple[str, ...] = ()) -> int:
+        def begin(allowed_hosts: tuple[str, ...] = (), limits: ServerLimits = DEFAULT_LIMITS) -> int:
             registry = new_registry()
             if request.param == "service":
                 app = make_app(run_directory, registry)
-                port, close = start_service(app, "127.0.0.1", 0, lambda: False, allowed_hosts)
+                port, close = start_service(app, "127.0.0.1", 0, lambda: False, allowed_hosts, limits)
             else:
-                port, close = start_metrics_server(registry, "127.0.0.1", 0, allowed_hosts=allowed_hosts)
+                port, close = start_metrics_server(registry, "127.0.0.1", 0, allowed_hosts=allowed_hosts, limits=limits)
             stack.callback(close)
             return port
 
@@ -71,11 +72,9 @@ def ask(port: int, path: str = "/healthz", **headers: str) -> httpx.Response:
     return httpx.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=10)
 
 
-def test_half_requests_lock_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch):
+def test_half_requests_lock_nobody_out(start: Start):
     """Of 40 half requests no more stay than there is room for, who asks is served, and soon all of them are gone."""
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 8)
-    monkeypatch.setattr(server, "HEAD_SECONDS", 1.5)
-    port = start()
+    port = start(limits=ServerLimits(head_seconds=1.5, connections=8))
     half = [connect(port) for _ in range(40)]
     assert ask(port).status_code == 200
     assert sum(map(is_open, half)) <= 8
@@ -93,10 +92,9 @@ def test_half_requests_lock_nobody_out(start: Start, monkeypatch: pytest.MonkeyP
     ],
     ids=["head", "nothing", "body", "second request"],
 )
-def test_a_request_that_trickles_in_is_cut_off(monkeypatch: pytest.MonkeyPatch, sent: bytes):
+def test_a_request_that_trickles_in_is_cut_off(sent: bytes):
     """A byte now and then does not earn more time: neither for a head, a body, nor a second request."""
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
-    port, close = start_metrics_server(new_registry(), "127.0.0.1", 0)
+    port, close = start_metrics_server(new_registry(), "127.0.0.1", 0, limits=ServerLimits(head_seconds=0.5))
     with connect(port, sent) as plain:
         began = time.monotonic()
         with pytest.raises(ConnectionError):
@@ -107,10 +105,10 @@ def test_a_request_that_trickles_in_is_cut_off(monkeypatch: pytest.MonkeyPatch, 
     close()
 
 
-def test_those_who_wait_for_a_snapshot_lock_nobody_out(run_directory: Path, monkeypatch: pytest.MonkeyPatch):
+def test_those_who_wait_for_a_snapshot_lock_nobody_out(run_directory: Path):
     """With every place taken by a request that is served, the one that has got nothing for longest gives way."""
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 4)
-    port, close = start_service(make_app(run_directory, new_registry()), "127.0.0.1", 0, lambda: False)
+    app = make_app(run_directory, new_registry())
+    port, close = start_service(app, "127.0.0.1", 0, lambda: False, limits=ServerLimits(connections=4))
     try:
         wait = b"GET /v1/snapshots/latest?after=000000001000&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n"
         waiting = [connect(port, wait) for _ in range(4)]
@@ -121,9 +119,8 @@ def test_those_who_wait_for_a_snapshot_lock_nobody_out(run_directory: Path, monk
         close()
 
 
-def test_a_client_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_client_that_takes_nothing_is_cut_off():
     """One that takes its answer slowly is not, though it takes several times as long."""
-    monkeypatch.setattr(server, "STALL_SECONDS", 1.0)
     size = 40 << 20
 
     async def large(scope, receive, send) -> None:
@@ -131,7 +128,7 @@ def test_a_client_that_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pyt
         for left in reversed(range(40)):
             await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": left > 0})
 
-    listener = server.listen("127.0.0.1", 0)
+    listener = server.listen("127.0.0.1", 0, ServerLimits(stall_seconds=1.0))
     close = server.serve(large, listener, "large")
     try:
         port = listener.getsockname()[1]
@@ -250,4 +247,4 @@ def test_a_small_limit_of_open_files_is_respected(monkeypatch: pytest.MonkeyPatc
     """Connections leave three quarters of them for the work."""
     for soft, expected in ((64, 16), (1024, 256), (1 << 20, 256), (server.resource.RLIM_INFINITY, 256)):
         monkeypatch.setattr(server.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert server.most_connections() == expected
+        assert server.most_connections(DEFAULT_LIMITS) == expected

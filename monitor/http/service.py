@@ -45,7 +45,7 @@ from monitor.http.pace import Pace
 from monitor.http.routes import error_page, page_routes
 from monitor.run_directory import read_page, read_run, why_not_ready
 from monitor.snapshot_index import index_of, is_within, manifest_of
-from producer.common.server import listen, serve
+from producer.common.server import DEFAULT_LIMITS, ServerLimits, listen, serve
 from trainer.snapshot import NAME, SnapshotError, which_there_are
 
 LONGEST_WAIT_SECONDS = 300.0
@@ -97,6 +97,7 @@ def start_service(
     port: int,
     is_training: Callable[[], bool] = lambda: True,
     allowed_hosts: Collection[str] | None = (),
+    limits: ServerLimits = DEFAULT_LIMITS,
 ) -> tuple[int, Callable[[], None]]:
     """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
 
@@ -104,14 +105,14 @@ def start_service(
     that asks for a token needs none. Raises OSError, naming host and port, when it cannot listen there.
     """
     try:
-        listener = listen(host, port)
+        listener = listen(host, port, limits)
     except OSError as error:
         raise OSError(
             f"cannot serve snapshots on {host}, port {port}: {error.strerror or error}. "
             "Set monitor.service_port to another port, or to 0 for any free one"
         ) from None
     names = None if allowed_hosts is None else {host, *allowed_hosts}
-    return listener.getsockname()[1], serve(Pace(app, is_training), listener, "service", names, NICE)
+    return listener.getsockname()[1], serve(Pace(app, is_training), listener, "service", names, NICE, limits)
 
 
 class _Routes:

@@ -1,4 +1,4 @@
-"""Metrics of a process: what one is, how a table of them becomes Prometheus families, and the port that serves them.
+"""Metrics of a process: what a metric is, how tables of them become Prometheus families, the port that serves them.
 
 A metric is one row of a table; names are promises to dashboards and alerts, so a row is renamed only on purpose. Each
 process has its own tables: `producer.metrics`, `trainer.metrics`, `monitor.metrics`. One collector per process holds
@@ -36,7 +36,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from producer.common.server import listen, serve
+from producer.common.server import DEFAULT_LIMITS, ServerLimits, listen, serve
 
 Kind = Literal["gauge", "counter", "summary", "histogram", "info"]
 
@@ -60,7 +60,7 @@ class Metric:
 
 
 def new_registry() -> CollectorRegistry:
-    """A registry of one's own, with the process's memory, CPU seconds and open files in it already."""
+    """A registry that holds the process's memory, CPU seconds and open files already."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
@@ -117,6 +117,7 @@ def _buckets(counts: Sequence[int], edges: Sequence[float]) -> list[tuple[str, f
 
 
 def one_of(states: tuple[str, ...], current: str) -> dict[str, int]:
+    """1 for the current state, 0 for the others, by name."""
     return {state: int(state == current) for state in (*states, *({current} - set(states)))}
 
 
@@ -140,6 +141,7 @@ def start_metrics_server(
     alive: Verdict = lambda: (True, "ok"),
     ready: Verdict = lambda: (True, "ok"),
     allowed_hosts: Collection[str] = (),
+    limits: ServerLimits = DEFAULT_LIMITS,
 ) -> tuple[int, Callable[[], None]]:
     """Serves /metrics, /healthz and /readyz from a thread; returns the port and what closes it.
 
@@ -149,18 +151,18 @@ def start_metrics_server(
     loopback's names and `allowed_hosts` only: the numbers name the run and the model. Raises OSError, naming host and
     port, when nothing could be bound.
     """
-    listener = _bind(host, port, next_free, leave)
+    listener = _bind(host, port, next_free, leave, limits)
     app = _metrics_app(registry, alive, ready)
-    return listener.getsockname()[1], serve(app, listener, "metrics", {host, *allowed_hosts})
+    return listener.getsockname()[1], serve(app, listener, "metrics", {host, *allowed_hosts}, limits=limits)
 
 
-def _bind(host: str, port: int, next_free: int, leave: Collection[int]) -> socket.socket:
+def _bind(host: str, port: int, next_free: int, leave: Collection[int], limits: ServerLimits) -> socket.socket:
     last = min(port + next_free, 65535) if port else 0
-    candidates = [one for one in range(port, last + 1) if one == port or one not in leave]
+    candidates = [number for number in range(port, last + 1) if number == port or number not in leave]
     try:
         for candidate in candidates:
             try:
-                return listen(host, candidate)
+                return listen(host, candidate, limits)
             except OSError as error:
                 if error.errno != EADDRINUSE or candidate == candidates[-1]:
                     raise
@@ -176,20 +178,20 @@ def _bind(host: str, port: int, next_free: int, leave: Collection[int]) -> socke
 def _metrics_app(registry: CollectorRegistry, alive: Verdict, ready: Verdict) -> Starlette:
     """The three routes. Prometheus' own app answers every path with the metrics, /healthz included."""
 
-    # Quick, and none waits for a lock: no thread is taken for them.
+    # All three are quick and wait for no lock: they need no thread.
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"Content-Type": content_type})
 
-    def verdict(ask: Verdict) -> Callable[[Request], Awaitable[Response]]:
+    def verdict(check: Verdict) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            holds, said = ask()
-            return PlainTextResponse(f"{said}\n", 200 if holds else 503)
+            holds, sentence = check()
+            return PlainTextResponse(f"{sentence}\n", 200 if holds else 503)
 
         return answer
 
-    async def elsewhere(request: Request, error: Exception) -> Response:
+    async def not_found(request: Request, error: Exception) -> Response:
         return PlainTextResponse("there are /metrics, /healthz and /readyz\n", 404)
 
     return Starlette(
@@ -198,5 +200,5 @@ def _metrics_app(registry: CollectorRegistry, alive: Verdict, ready: Verdict) ->
             Route("/healthz", verdict(alive)),
             Route("/readyz", verdict(ready)),
         ],
-        exception_handlers={404: elsewhere},
+        exception_handlers={404: not_found},
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from producer.common.parsing import parse_object
-from producer.common.server import HEAD_SECONDS, MOST_CONNECTIONS
+from producer.common.server import DEFAULT_LIMITS
 from tests.drills.scene import Outcome, Scene
 from tests.small_run import publish_snapshot
 
@@ -48,14 +48,18 @@ def half_requests(folder: Path, quick: bool) -> Outcome:
                 slowest = max(slowest, _seconds(port, path))
             held = sum(map(_is_open, half))
             most_held = max(most_held, held)
-            assert held <= MOST_CONNECTIONS, f"{held} half requests are held open at port {port}"
-            scene.wait(lambda half=half: not any(map(_is_open, half)), HEAD_SECONDS + 10, "for half requests to end")
+            assert held <= DEFAULT_LIMITS.connections, f"{held} half requests are held open at port {port}"
+            scene.wait(
+                lambda half=half: not any(map(_is_open, half)),
+                DEFAULT_LIMITS.head_seconds + 10,
+                "for half requests to end",
+            )
         assert slowest < PAGE_SECONDS, f"a page took {slowest:.1f} s under half requests"
         scene.wait(lambda: scene.samples[-1].descriptors <= before + 5, what="for the trainer to close its ports")
         assert at_work.wait(300) == 0
         note = (
             f"half requests at three ports; slowest page {slowest:.2f} s; at most {most_held} held at a time, "
-            f"none after {HEAD_SECONDS:g} s"
+            f"none after {DEFAULT_LIMITS.head_seconds:g} s"
         )
         return scene.outcome(3 * count, 8, note=note)
 
