@@ -107,10 +107,15 @@ def wiring_of(settings: SaeSettings) -> Wiring:
 
 
 def sae_trainer_of(
-    settings: SaeSettings, device: str = "cpu", dtype: torch.dtype = torch.float32, **optimizer: Any
+    settings: SaeSettings,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    run_tokens: int | None = None,
+    **options: Any,
 ) -> SaeTrainer:
-    chosen = OptimizerSettings(**({"learning_rate": 1e-2, "warmup_tokens": 0} | optimizer))
-    return SaeTrainer(settings, chosen, wiring_of(settings), torch.device(device), dtype)
+    """`options` are those of the optimizer."""
+    optimizer = OptimizerSettings(**({"learning_rate": 1e-2, "warmup_tokens": 0} | options))
+    return SaeTrainer(settings, optimizer, wiring_of(settings), torch.device(device), dtype, run_tokens=run_tokens)
 
 
 def rows_of(settings: SaeSettings, count: int, seed: int) -> list[Tensor]:
@@ -132,6 +137,6 @@ def trained(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer:
     return sae_trainer
 
 
-def learn(sae_trainer: SaeTrainer, batches: Sequence[list[Tensor]], run_tokens: int | None = None) -> None:
+def learn(sae_trainer: SaeTrainer, batches: Sequence[list[Tensor]]) -> None:
     for rows in batches:
-        sae_trainer.step(rows, run_tokens)
+        sae_trainer.step(rows)

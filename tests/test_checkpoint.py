@@ -254,7 +254,7 @@ def batches(count: int) -> list[Batch]:
 
 def learn(run: Run, some: list[Batch]) -> None:
     for batch in some:
-        run.learn(batch)
+        run.train_step(batch)
 
 
 def fresh_run(directory: Path, **changes: Any) -> Run:

@@ -39,6 +39,7 @@ from tests.small_stream import (
 from trainer.control import ctl
 from trainer.control.commands import answer
 from trainer.control.ctl import CtlError, Inbox, ask, listening
+from trainer.phases import SaePhase
 from trainer.report import StepReport
 from trainer.settings import TrainerSettings
 from trainer.snapshot import is_pinned, read_manifest, snapshot_names
@@ -397,7 +398,7 @@ def test_an_sae_goes_on_from_a_snapshot(trainer: Trainer) -> None:
     folder = trainer.directory / "snapshots" / Path(trainer.ask("snapshot")["snapshot"]).name / "top"
     trainer.ask("attach", sae=TOP | {"name": "again", "start_from": str(folder)})
     run = trainer.loop.run
-    assert run is not None and not run.newcomers
+    assert run is not None and not run.lacking_weights
     first, again = run.sae_trainers[0].sae.parameters, run.sae_trainers[-1].sae.parameters
     torch.testing.assert_close(again["W_dec"], first["W_dec"])
     torch.testing.assert_close(again["b_dec"], first["b_dec"], rtol=1e-4, atol=1e-4)
@@ -567,7 +568,7 @@ def test_a_restart_in_the_middle_changes_no_bit(tmp_path: Path, what: str) -> No
     run, some = fresh(tmp_path), batches(12)
     settings = settings_for(tmp_path, sae=[WIDE]).sae[0]
     for batch in some[:4]:
-        run.learn(batch)
+        run.train_step(batch)
     if what.startswith("attached"):
         run.attach(settings, joined_at=128)
         if what == "attached":
@@ -581,10 +582,10 @@ def test_a_restart_in_the_middle_changes_no_bit(tmp_path: Path, what: str) -> No
     for batch in some[4:]:
         for one in (run, resumed):
             one.initialise(batch.x)  # which begins those who have not
-            one.learn(batch)
+            one.train_step(batch)
 
     assert same(run, resumed)
-    assert run.sae_trainers[0].finished == (what in ("cooling", "leaving"))
+    assert (run.sae_trainers[0].phase is SaePhase.FINISHED) == (what in ("cooling", "leaving"))
 
 
 def test_an_sae_has_its_threads_for_good(tmp_path: Path) -> None:
@@ -609,11 +610,11 @@ def test_a_cooldown_that_has_begun_goes_on_when_it_is_asked_for(tmp_path: Path) 
     some = batches(10)
     run.initialise(some[0].x)
     for batch in some[:9]:
-        run.learn(batch)
+        run.train_step(batch)
     rate = run.sae_trainers[0].learning_rate
-    assert run.sae_trainers[0].cool_down(320) == 32
-    run.learn(some[9])
-    assert run.sae_trainers[0].finished and run.sae_trainers[0].learning_rate < rate
+    assert run.sae_trainers[0].cool_down() == 32
+    run.train_step(some[9])
+    assert run.sae_trainers[0].phase is SaePhase.FINISHED and run.sae_trainers[0].learning_rate < rate
 
 
 # Real processes

@@ -110,14 +110,14 @@ def test_a_wedged_trainer_is_dead_until_it_moves(health: tuple[Trainer, Ask], mo
     at_work.produce()
     assert at_work.loop.run is not None
     hung, released = threading.Event(), threading.Event()
-    learn = at_work.loop.run.learn
+    train_step = at_work.loop.run.train_step
 
     def hang(batch: object) -> None:
         hung.set()
         released.wait(20)
-        learn(batch)  # type: ignore[arg-type]
+        train_step(batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(at_work.loop.run, "learn", hang)
+    monkeypatch.setattr(at_work.loop.run, "train_step", hang)
     assert hung.wait(10)
     try:
         wait_for(lambda: ask("/healthz")[0] == 503)

@@ -23,8 +23,8 @@ CONTRACTS = {
         *(f"producer.common.{path.stem}" for path in (ROOT / "producer/common").glob("*.py")),
     },
     "trainer": {
-        "trainer.snapshot", "trainer.report", "trainer.metrics", "trainer.settings", "trainer.state.durable",
-        "trainer.saes.inference",
+        "trainer.snapshot", "trainer.report", "trainer.phases", "trainer.metrics", "trainer.settings",
+        "trainer.state.durable", "trainer.saes.inference",
     },
     "monitor": set(),
 }  # fmt: skip
@@ -39,6 +39,7 @@ LIGHT = (
     "producer.common.toml",
     "producer.common.shell",
     "trainer.report",
+    "trainer.phases",
     "trainer.settings",
     "trainer.snapshot",
 )

@@ -69,7 +69,7 @@ def test_each_sae_learns_its_own_hook(tmp_path: Path) -> None:
     before = [x.clone() for x in some[0].x]
     run.initialise(some[0].x)
     for batch in some:
-        run.learn(batch)
+        run.train_step(batch)
 
     assert [sae_trainer.sae.d_in for sae_trainer in run.sae_trainers] == [4, 6]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, some[0].x, strict=True))
@@ -130,12 +130,12 @@ def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
     run.attach(SaeSettings.of(name="both", architecture="topk", hooks=HOOKS, d_sae=16, k=5, ema_tokens=1000), 0)
     run.initialise(batches(1)[0].x)
     for batch in batches(3):
-        run.learn(batch)
+        run.train_step(batch)
     assert run.scales is not None
-    report = SimpleNamespace(saes=[sae_trainer.report(run.scales) for sae_trainer in run.taught])
+    report = SimpleNamespace(saes=[sae_trainer.report(run.scales) for sae_trainer in run.publishable])
     told = {
         export.name: export.metrics
-        for sae_trainer in run.taught
+        for sae_trainer in run.publishable
         for export in published(run, sae_trainer, report, batches(1)[0].x, {"id": "r"})  # type: ignore[arg-type]
     }
 
@@ -154,14 +154,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = two_hooks(tmp_path)
     whole.initialise(some[0].x)
     for batch in some[:4]:
-        whole.learn(batch)
+        whole.train_step(batch)
     document, tensors = whole.state()
     tensors = {name: value.clone() for name, value in tensors.items()}
     resumed = two_hooks(tmp_path)
     resumed.restore(document, tensors)
     for batch in some[4:]:
-        whole.learn(batch)
-        resumed.learn(batch)
+        whole.train_step(batch)
+        resumed.train_step(batch)
 
     ours, theirs = resumed.state()[1], whole.state()[1]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -230,7 +230,7 @@ def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same
     run.settings = run.settings.model_copy(update={"snapshots": SnapshotSettings(every_tokens=1000)})
     ledger = SimpleNamespace(rows_trained=0)
     intake = SimpleNamespace(ledger=ledger, trained=lambda batch: setattr(ledger, "rows_trained", batch))
-    run.learn = lambda batch: None  # type: ignore[method-assign]
+    run.train_step = lambda batch: None  # type: ignore[method-assign]
     published = []
     for _ in range(8):
         loop = Snapshots(run, intake)
@@ -266,7 +266,7 @@ def test_activations_that_do_not_vary_are_refused(tmp_path: Path, x: torch.Tenso
     run = two_hooks(tmp_path)
     with pytest.raises(NoVariance, match=f"model.hooks = '{HOOKS[1]}': .*{reason}"):
         run.initialise([torch.randn(9, 4), x])
-    assert run.scales is None and len(run.newcomers) == 2
+    assert run.scales is None and len(run.lacking_weights) == 2
 
 
 def test_a_paused_run_rests(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     """A tenth of a second of rest is no part of a step; rows and steps are told once; a pause is no training time."""
     run = two_hooks(tmp_path)
     run.initialise(batches(1)[0].x)
-    run.learn = lambda batch: None  # type: ignore[method-assign]
+    run.train_step = lambda batch: None  # type: ignore[method-assign]
     ledger = SimpleNamespace(rows_trained=0)
     clock = Clock(
         run,

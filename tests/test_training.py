@@ -17,15 +17,17 @@ from tests.small_saes import FAMILY, learn, rows_of, sae_trainer_of, settings_of
 from trainer.kernels import select
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
+from trainer.phases import SaePhase
 from trainer.report import DENSITY_EDGES
 from trainer.saes.base import normalise_rows
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.state.checkpoint import load_newest, save
 from trainer.stream.buffer import Batch
-from trainer.training.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
+from trainer.training.optimizer import RowAdam
 from trainer.training.run import Run, scale_of
 from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.schedule import Cooldown, default_learning_rate, warmup_factor
 from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics
 
 
@@ -338,7 +340,7 @@ def test_bug_10_each_sae_counts_its_own_rows() -> None:
     sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
     learn(sae_trainer, [rows_of(settings, count, 1) for count in (64, 10, 1)])
 
-    assert (sae_trainer.tokens, sae_trainer.statistics.tokens, sae_trainer.joined_at) == (75, 75, 5000)
+    assert (sae_trainer.tokens, sae_trainer.statistics.tokens, sae_trainer.schedule.joined_at) == (75, 75, 5000)
 
 
 # Resuming
@@ -375,19 +377,19 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
     batches = [rows_of(settings, 64, seed) for seed in range(1, 9)]
 
     def fresh() -> SaeTrainer:
-        return sae_trainer_of(settings, warmup_tokens=128)
+        return sae_trainer_of(settings, warmup_tokens=128, run_tokens=1024)
 
     whole = fresh()
     whole.initialise(rows_of(settings, 512, 0), [1.0, 1.0])
     # Latents that nothing wakes: they die, and are worked on before and after the interruption.
     whole.sae.b_enc[:4] = -50.0
-    learn(whole, batches[:4], 1024)
+    learn(whole, batches[:4])
     document, tensors = whole.state()
     tensors = {name: value.clone() for name, value in tensors.items()}
-    learn(whole, batches[4:], 1024)
+    learn(whole, batches[4:])
     resumed = fresh()
     resumed.restore(document, tensors)
-    learn(resumed, batches[4:], 1024)
+    learn(resumed, batches[4:])
 
     (ours_said, ours), (theirs_said, theirs) = resumed.state(), whole.state()
     assert ours_said == theirs_said
@@ -395,20 +397,20 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert repr(resumed.report([1.0, 1.0])) == repr(whole.report([1.0, 1.0]))
     assert resumed.statistics.tokens == whole.statistics.tokens == 512
-    assert (resumed.averaged is None) == (whole.averaged is None) == (settings.ema_tokens is None)
-    if resumed.averaged is not None and whole.averaged is not None:
-        for name, value in whole.averaged.parameters.items():
-            assert torch.equal(resumed.averaged.parameters[name], value)
+    assert (resumed.ema_sae is None) == (whole.ema_sae is None) == (settings.ema_tokens is None)
+    if resumed.ema_sae is not None and whole.ema_sae is not None:
+        for name, value in whole.ema_sae.parameters.items():
+            assert torch.equal(resumed.ema_sae.parameters[name], value)
 
 
 def test_counts_survive_a_restart() -> None:
     """Rows learned from, steps that were skipped, and when it joined: a counter never falls."""
     settings = settings_of("topk")
     before, after = trained(settings, steps=2), sae_trainer_of(settings)
-    before.skipped_steps, before.joined_at = 3, 4096
+    before.skipped_steps, before.schedule.joined_at = 3, 4096
     after.restore(*before.state())
 
-    assert (after.tokens, after.joined_at, after.report([1.0]).skipped_steps) == (128, 4096, 3)
+    assert (after.tokens, after.schedule.joined_at, after.report([1.0]).skipped_steps) == (128, 4096, 3)
 
 
 def test_an_interrupted_cooldown_goes_on() -> None:
@@ -424,7 +426,7 @@ def test_an_interrupted_cooldown_goes_on() -> None:
 
     # Ten batches seen, two to go: the second of them begins at half of the way.
     assert resumed.learning_rate == pytest.approx(1e-2 * 0.5)
-    assert resumed.finished
+    assert resumed.phase is SaePhase.FINISHED
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 200), (200, None), (200, 400)])
@@ -434,12 +436,12 @@ def test_an_average_may_be_asked_for_or_given_up_when_a_run_is_resumed(before: i
     document, tensors = whole.state()
     resumed = sae_trainer_of(settings_of("topk", ema_tokens=after))
     resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
-    begun = resumed.averaged
+    begun = resumed.ema_sae
     learn(resumed, [rows_of(resumed.settings, 64, 9)])
 
     assert (begun is None) == (after is None)
     if begun is not None:
-        expected = (whole.averaged or whole.sae).parameters
+        expected = (whole.ema_sae or whole.sae).parameters
         assert all(torch.equal(value, expected[name]) for name, value in begun.parameters.items())
 
 
@@ -483,15 +485,15 @@ def test_bug_11_a_run_of_every_architecture_resumes_from_disk_bit_for_bit(tmp_pa
     whole = family_run(tmp_path)
     whole.initialise(batch_of(0).x)
     for seed in range(1, 5):
-        whole.learn(batch_of(seed))
+        whole.train_step(batch_of(seed))
     save(tmp_path, 256, *whole.state(), keep=1)
     for seed in range(5, 9):
-        whole.learn(batch_of(seed))
+        whole.train_step(batch_of(seed))
     resumed, saved = family_run(tmp_path), load_newest(tmp_path)
     assert saved is not None
     resumed.restore(*saved)
     for seed in range(5, 9):
-        resumed.learn(batch_of(seed))
+        resumed.train_step(batch_of(seed))
 
     ours, theirs = resumed.state(), whole.state()
     assert ours[0] == theirs[0]
@@ -520,9 +522,9 @@ def test_the_cooldown_of_a_budget() -> None:
 
     def planned(tokens: int | None, run_tokens: int | None, joined_at: int = 0) -> Cooldown | None:
         settings = settings_of("topk") if tokens is None else settings_of("topk", tokens=tokens)
-        sae_trainer = sae_trainer_of(settings)
-        sae_trainer.joined_at = joined_at
-        return sae_trainer.cooldown(run_tokens)
+        sae_trainer = sae_trainer_of(settings, run_tokens=run_tokens)
+        sae_trainer.schedule.joined_at = joined_at
+        return sae_trainer.schedule.cooldown
 
     assert planned(None, None) is None
     assert planned(1000, None) == Cooldown(800, 1000)
@@ -533,7 +535,9 @@ def test_the_cooldown_of_a_budget() -> None:
 
 def test_no_cooldown_at_all() -> None:
     """optimizer.cooldown = 0: the rate stays to the last row."""
-    assert sae_trainer_of(settings_of("topk", tokens=1000), cooldown=0.0).cooldown(1000) is None
+    settings = settings_of("topk", tokens=1000)
+
+    assert sae_trainer_of(settings, cooldown=0.0, run_tokens=1000).schedule.cooldown is None
 
 
 def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
@@ -542,12 +546,12 @@ def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
     sae_trainer = trained(settings, steps=7)
     rates = []
     for seed in range(3):
-        assert not sae_trainer.finished
+        assert sae_trainer.phase is not SaePhase.FINISHED
         learn(sae_trainer, [rows_of(settings, 64, seed)])
         rates.append(sae_trainer.learning_rate)
 
     assert rates == pytest.approx([1e-2, 1e-2, 0.5e-2])
-    assert sae_trainer.finished
+    assert sae_trainer.phase is SaePhase.FINISHED
 
 
 def test_an_operator_asks_for_a_cooldown() -> None:
@@ -561,15 +565,15 @@ def test_an_operator_asks_for_a_cooldown() -> None:
 
     assert (first, again) == (128, 64)
     assert sae_trainer.learning_rate == pytest.approx(0.5e-2)
-    assert sae_trainer.finished
+    assert sae_trainer.phase is SaePhase.FINISHED
 
 
 def test_an_sae_without_an_end_is_never_finished() -> None:
     """The end of the run is the run's own business."""
     sae_trainer = trained(settings_of("topk"), steps=3)
 
-    assert sae_trainer.cooldown(None) is None
-    assert not sae_trainer.finished
+    assert sae_trainer.schedule.cooldown is None
+    assert sae_trainer.phase is not SaePhase.FINISHED
 
 
 def test_the_default_learning_rate_falls_with_the_root_of_the_width() -> None:
@@ -607,7 +611,7 @@ def test_the_average_is_a_plain_mean_at_first() -> None:
     for seed in range(4):
         learn(sae_trainer, [rows_of(settings, 64, seed)])
         seen.append(sae_trainer.sae.parameters["W_enc"].clone())
-    averaged = sae_trainer.averaged
+    averaged = sae_trainer.ema_sae
 
     assert averaged is not None
     torch.testing.assert_close(averaged.parameters["W_enc"], torch.stack(seen).mean(0))
@@ -617,26 +621,26 @@ def test_the_average_forgets_exponentially() -> None:
     """Over 640 rows, a batch of 64 weighs 1 − exp(−1/10) once the plain mean would weigh less."""
     settings = settings_of("topk", ema_tokens=640)
     sae_trainer = trained(settings, steps=30)
-    assert sae_trainer.averaged is not None
-    before = sae_trainer.averaged.parameters["W_enc"]
+    assert sae_trainer.ema_sae is not None
+    before = sae_trainer.ema_sae.parameters["W_enc"]
     learn(sae_trainer, [rows_of(settings, 64, 99)])
     weight = 1 - math.exp(-0.1)
     expected = (1 - weight) * before + weight * sae_trainer.sae.parameters["W_enc"]
 
-    assert sae_trainer.averaged is not None
-    torch.testing.assert_close(sae_trainer.averaged.parameters["W_enc"], expected)
+    assert sae_trainer.ema_sae is not None
+    torch.testing.assert_close(sae_trainer.ema_sae.parameters["W_enc"], expected)
 
 
 def test_reading_the_average_does_not_touch_training() -> None:
     """It is an SAE of its own, with tensors of its own; without ema_tokens there is none."""
     sae_trainer = trained(settings_of("topk", ema_tokens=640), steps=3)
-    averaged, again = sae_trainer.averaged, sae_trainer.averaged
+    averaged, again = sae_trainer.ema_sae, sae_trainer.ema_sae
     assert averaged is not None and again is not None
     averaged.parameters["W_enc"].zero_()
 
     assert again.parameters["W_enc"].any()
     assert sae_trainer.sae.parameters["W_enc"].any()
-    assert trained(settings_of("topk"), steps=1).averaged is None
+    assert trained(settings_of("topk"), steps=1).ema_sae is None
 
 
 # Starting anew
@@ -679,9 +683,9 @@ def test_the_average_begins_anew_with_the_latents() -> None:
     sae_trainer = dying("resample", revive_tokens=128, ema_tokens=10**9)
     learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(4)])
 
-    assert sae_trainer.averaged is not None
+    assert sae_trainer.ema_sae is not None
     for name in ("W_enc", "W_dec", "b_enc"):
-        now, mean = sae_trainer.sae.parameters[name], sae_trainer.averaged.parameters[name]
+        now, mean = sae_trainer.sae.parameters[name], sae_trainer.ema_sae.parameters[name]
         assert torch.equal(mean[:4], now[:4]) and not torch.equal(mean[4:], now[4:])
 
 
@@ -757,5 +761,5 @@ def test_nothing_starts_anew_in_the_cooldown() -> None:
     sae_trainer.sae.b_enc[:4] = -50.0
     learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(3)])
 
-    assert sae_trainer.finished
+    assert sae_trainer.phase is SaePhase.FINISHED
     assert (sae_trainer.sae.b_enc[:4] < -49).all()

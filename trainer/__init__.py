@@ -13,6 +13,7 @@
     snapshot      a published SAE on disk
     reporting     where reports go: metrics.jsonl, Prometheus, the log
     report        what the loop reports
+    phases        the lifecycles of a run and of an SAE
     metrics       its Prometheus metrics
     health        its answers to /healthz and /readyz
 

@@ -135,15 +135,15 @@ def train(steps: Path, arguments: list[str]) -> int:
     from trainer.__main__ import main
     from trainer.training.run import Run
 
-    learn, file = Run.learn, open(steps, "wb", buffering=0)  # noqa: SIM115 (open as long as the process)
+    train_step, file = Run.train_step, open(steps, "wb", buffering=0)  # noqa: SIM115 (open as long as the process)
 
     def timed(self: Run, batch: Any) -> None:
         began = time.monotonic()
-        learn(self, batch)
+        train_step(self, batch)
         ended = time.monotonic()
         file.write(np.array([ended, ended - began]).tobytes())
 
-    Run.learn = timed  # type: ignore[method-assign]
+    Run.train_step = timed  # type: ignore[method-assign]
     return main(arguments)
 
 

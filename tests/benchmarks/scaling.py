@@ -101,9 +101,9 @@ def _learning(point: Point, rows: torch.Tensor, device: str) -> Callable[[], flo
     run.initialise([narrow[:SAMPLE_ROWS]])
     batch = Batch([narrow[: size.batch]], np.zeros(size.batch, np.int64), np.arange(size.batch))
     for _ in range(2):
-        run.learn(batch)
+        run.train_step(batch)
     torch.set_num_threads(cores)
-    return lambda: _on_one_thread(milliseconds(lambda: run.learn(batch), device), cores)
+    return lambda: _on_one_thread(milliseconds(lambda: run.train_step(batch), device), cores)
 
 
 def _on_one_thread(measure: Callable[[], float], cores: int) -> float:

@@ -104,7 +104,7 @@ class _TrainerAlone:
 
     def _step(self) -> None:
         batch = self._buffer.draw(self._batch)
-        self._run.learn(batch)
+        self._run.train_step(batch)
         self._buffer.insert(batch.x, 0, batch.position)
         self._tokens += self._batch
 

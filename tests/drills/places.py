@@ -29,6 +29,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.stream.intake": ("trainer/stream/intake.py", "test_stream", "test_connections"),
     "trainer.stream.connections": ("trainer/stream/connections.py", "test_connections"),
     "trainer.training.optimizer": ("trainer/training/optimizer.py", "test_training"),
+    "trainer.training.schedule": ("trainer/training/schedule.py", "test_training"),
+    "trainer.training.averaging": ("trainer/training/averaging.py", "test_training"),
     "trainer.training.statistics": ("trainer/training/statistics.py", "test_training"),
     "trainer.training.sae_trainer": ("trainer/training/sae_trainer.py", "test_training", "test_folding"),
     "trainer.training.run": ("trainer/training/run.py", "test_run", "test_training", "test_ctl"),

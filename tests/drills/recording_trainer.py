@@ -44,9 +44,9 @@ class RecordingRun(Run):
         super().__init__(*arguments)
         self._file = open(ROWS_FILE, "ab")  # noqa: SIM115 (open as long as the process)
 
-    def learn(self, batch: Batch) -> None:
+    def train_step(self, batch: Batch) -> None:
         time.sleep(PACE)
-        super().learn(batch)
+        super().train_step(batch)
         self._file.write(batch.x[0][:, :3].float().numpy().astype(np.int32).tobytes())
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:

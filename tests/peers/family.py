@@ -183,7 +183,7 @@ def print_snapshot(sae_trainer: SaeTrainer, rows: Rows, directory: Path, calibra
         "settings": settings.model_dump(mode="json", exclude_none=True),
     }
     copies = {settings.name: sae_trainer.sae} | (
-        {f"{settings.name}-ema": twin} if (twin := sae_trainer.averaged) else {}
+        {f"{settings.name}-ema": twin} if (twin := sae_trainer.ema_sae) else {}
     )
     exports = []
     for name, copy in copies.items():

@@ -12,13 +12,13 @@ from typing import Any
 
 from producer.settings import SettingsError, settings_from
 from trainer.control.ctl import Answer, Request, refusal
+from trainer.phases import SaePhase
 from trainer.report import SaeReport
 from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError, finite, snapshot_name
 from trainer.training.loop import Loop
 from trainer.training.roster import Member, RosterError
 from trainer.training.run import Run
-from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
 
@@ -109,7 +109,7 @@ def _sae(loop: Loop, member: Member) -> Answer:
         return told | numbers
     sae_trainer = run.sae_trainer(member)
     told["tokens"] = sae_trainer.tokens
-    told["phase"], told["rows_left"] = phase(sae_trainer, member, loop.settings.run.tokens)
+    told["phase"], told["rows_left"] = run.phase(member), sae_trainer.schedule.tokens_left(sae_trainer.tokens)
     if sae_trainer.tokens:
         assert run.scales is not None
         report: SaeReport = sae_trainer.report(run.scales)
@@ -117,24 +117,10 @@ def _sae(loop: Loop, member: Member) -> Answer:
     return told | numbers
 
 
-def phase(sae_trainer: SaeTrainer, member: Member, run_tokens: int | None) -> tuple[str, int | None]:
-    """(waiting, warming up, constant, cooling, leaving or finished; rows until that ends, None when it is open)."""
-    cooldown = sae_trainer.cooldown(run_tokens)
-    if sae_trainer.finished:
-        return ("leaving" if member.leaving else "finished"), 0
-    if cooldown is not None and sae_trainer.tokens >= cooldown.start:
-        return ("leaving" if member.leaving else "cooling"), max(0, cooldown.end - sae_trainer.tokens)
-    if not sae_trainer.tokens:
-        return "waiting", None
-    if (left := sae_trainer.warmup_tokens - sae_trainer.tokens) > 0:
-        return "warming up", left
-    return "constant", None if cooldown is None else cooldown.start - sae_trainer.tokens
-
-
 def snapshot(loop: Loop, _: dict[str, Any]) -> Answer:
     """Publishes what the SAEs are at this moment."""
     run = _begun(loop)
-    if not run.taught or not loop.has_rows:
+    if not run.publishable or not loop.has_rows:
         raise CommandError("no rows are here to make a snapshot with; try again when a producer is at work", 1)
     loop.report()
     published = loop.publish()
@@ -142,7 +128,9 @@ def snapshot(loop: Loop, _: dict[str, Any]) -> Answer:
         raise CommandError("the snapshot was not written; the trainer's log says why", 1)
     _keep(loop)  # a trainer that goes on from an older checkpoint takes later snapshots away
     path = f"{loop.settings.run.folder}/snapshots/{snapshot_name(loop.tokens)}"
-    missing = [sae_trainer.settings.name for sae_trainer in run.taught if sae_trainer.settings.name not in published]
+    missing = [
+        sae_trainer.settings.name for sae_trainer in run.publishable if sae_trainer.settings.name not in published
+    ]
     without = f", without {', '.join(missing)}: the log says why" if missing else ""
     return {"said": f"published {path}{without}", "snapshot": path}
 
@@ -152,11 +140,11 @@ def cooldown(loop: Loop, given: dict[str, Any]) -> Answer:
     run = _begun(loop)
     sae_trainer = run.sae_trainer(loop.roster.find(_text(given, "name")))
     name = sae_trainer.settings.name
-    if sae_trainer.finished:
+    if sae_trainer.phase is SaePhase.FINISHED:
         return {"said": f"{name} is finished already", "rows_left": 0}
     if not sae_trainer.tokens:
         raise CommandError(f"{name} has learned nothing yet; `detach` takes it away")
-    rows = sae_trainer.cool_down(loop.settings.run.tokens)
+    rows = sae_trainer.cool_down()
     _keep(loop)
     return {"said": f"{name} cools down over the next {rows:,} rows and is finished then", "rows_left": rows}
 
@@ -182,7 +170,7 @@ def attach(loop: Loop, given: dict[str, Any]) -> Answer:
             raise CommandError(f"sae {sae.name!r} could not begin; the trainer's log says why", 1)
     loop.write_settings()
     _keep(loop)
-    when = "learns from the next batch on" if sae_trainer not in run.newcomers else "begins with the next rows"
+    when = "learns from the next batch on" if sae_trainer.has_weights else "begins with the next rows"
     return {"said": f"{sae.name} has joined at {loop.tokens:,} tokens and {when}", "joined_at": loop.tokens}
 
 
@@ -204,7 +192,7 @@ def detach(loop: Loop, given: dict[str, Any]) -> Answer:
         _keep(loop)
         return {"said": f"{member.name} has left; it had learned nothing, so nothing is published", "rows_left": 0}
     member.leaving, member.ended = True, False
-    rows = 0 if sae_trainer.finished else sae_trainer.cool_down(loop.settings.run.tokens, now)
+    rows = 0 if sae_trainer.phase is SaePhase.FINISHED else sae_trainer.cool_down(now)
     _keep(loop)
     how = f"cools down over the next {rows:,} rows, is published then and leaves" if rows else "is published and leaves"
     return {"said": f"{member.name} {how}", "rows_left": rows}

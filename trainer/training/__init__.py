@@ -3,7 +3,9 @@
     loop          take a batch, step, report, publish, save, answer a request
     run           the SAEs of a run, and what they share
     sae_trainer   one SAE with optimizer, schedule and statistics
-    optimizer     Adam for latents, and schedules in tokens
+    optimizer     Adam for latents
+    schedule      learning rates and phases, in tokens
+    averaging     the mean of recent weights
     statistics    L0, MSE, FVU, firing rates, dead latents
     roster        which SAEs belong to a run
     publishing    snapshots, manifest, summary

@@ -19,6 +19,7 @@ from torch import Tensor
 from producer.common.shell import shell_command
 from producer.settings import show_settings
 from trainer.control.ctl import Inbox, Request
+from trainer.phases import SaePhase
 from trainer.report import StepReport
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
@@ -99,7 +100,7 @@ class Loop:
         """The token budget or the data is used up, or every SAE is finished."""
         with self.intake.lock:  # the ledger is not to be looked at while it turns to the next epoch
             used_up = is_complete(self.settings, self.intake.ledger)
-        return used_up or (self.run is not None and self.run.finished)
+        return used_up or (self.run is not None and not self.run.in_training)
 
     @property
     def drained(self) -> bool:
@@ -117,7 +118,7 @@ class Loop:
             if (request := self._inbox.next()) is not None and self._answer is not None:
                 self._answer(self, request)
             self._turn()
-        if self.run is not None and self.run.taught:
+        if self.run is not None and self.run.publishable:
             self.report()
             if self.complete:
                 if not self.publish():
@@ -126,7 +127,7 @@ class Loop:
                         "it goes on from its checkpoint"
                     )
                 for member in self.roster.members:
-                    member.ended |= self.run.sae_trainer(member).finished
+                    member.ended |= self.run.sae_trainer(member).phase is SaePhase.FINISHED
         return self.complete
 
     def begin(self, run: Run) -> None:
@@ -150,7 +151,7 @@ class Loop:
             rows := _rows_due(self.settings, self.tokens), self._inbox, STARVED_REPORT_SECONDS
         ):
             self.initialise()
-            if not self.run.finished and (batch := self.intake.take(rows, self._inbox)) is not None:
+            if self.run.in_training and (batch := self.intake.take(rows, self._inbox)) is not None:
                 self._step(batch)
         elif self.clock.report_due(STARVED_REPORT_SECONDS):
             self.report()
@@ -162,11 +163,11 @@ class Loop:
         """
         run = self.run
         assert run is not None
-        while run.newcomers:
+        while run.lacking_weights:
             try:
                 run.initialise(self.intake.peek(SAMPLE_ROWS))
             except Exception as error:
-                member = self.roster.find(run.newcomers[0].settings.name)
+                member = self.roster.find(run.lacking_weights[0].settings.name)
                 if not member.attached:
                     raise
                 log.error("sae %s cannot begin, and is out of the run again: %s", member.name, error)
@@ -188,7 +189,11 @@ class Loop:
     def _see_off(self) -> None:
         """Publishes the SAEs that have come to their end, and lets go of those that were told to leave."""
         assert self.run is not None
-        ended = [member for member in self.roster.members if not member.ended and self.run.sae_trainer(member).finished]
+        ended = [
+            member
+            for member in self.roster.members
+            if not member.ended and self.run.sae_trainer(member).phase is SaePhase.FINISHED
+        ]
         if not ended or time.monotonic() < self._retry_at:
             return
         if any(self.run.sae_trainer(member).tokens for member in ended):
@@ -357,7 +362,7 @@ class Clock:
 
     def work(self, batch: Batch) -> None:
         began = time.monotonic()
-        self._run.learn(batch)
+        self._run.train_step(batch)
         self._intake.trained(batch)
         self._busy += time.monotonic() - began
         self._steps += 1
@@ -402,5 +407,7 @@ class Clock:
             buffer_capacity_rows=buffer.capacity,
             same_context_mates=mates,
             stream=self._intake.stream_report(),
-            saes=tuple(sae_trainer.report(run.scales or [1.0] * len(run.stream.hooks)) for sae_trainer in run.taught),
+            saes=tuple(
+                sae_trainer.report(run.scales or [1.0] * len(run.stream.hooks)) for sae_trainer in run.publishable
+            ),
         )

@@ -1,9 +1,8 @@
-"""Adam for latent rows, a decoder that stays on its sphere, and schedules that count tokens."""
+"""Adam for the rows of latents, with a decoder that stays on the unit sphere."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from trainer.settings import OptimizerSettings
 class RowAdam:
     """Adam over an SAE's parameters; with `unit_decoder` the rows of W_dec stay on the unit sphere.
 
-    Their gradient is made tangent to them, and Adam's update, which leaves the sphere even so, is followed by a
-    projection back. `operands` holds copies of weights that are written with them.
+    Their gradient is projected onto the tangent plane, and after Adam's update, which leaves the sphere even so, they
+    are normalised. `operands` holds copies of weights that are written along with them.
     """
 
     def __init__(
@@ -37,17 +36,17 @@ class RowAdam:
         self._moments = {name: (torch.zeros_like(W), torch.zeros_like(W)) for name, W in parameters.items()}
 
     def step(self, grads: dict[str, Tensor], learning_rate: float) -> float:
-        """One update in place; returns the gradient's norm before clipping.
+        """Updates the parameters in place; returns the gradient's norm before clipping.
 
-        `grads` of parameters that do not learn are passed over. A gradient that is not finite changes nothing: the
-        norm returned says so.
+        `grads` of parameters that are not trained are ignored. A gradient that is not finite changes nothing; the norm
+        returned is not finite then.
         """
         squares = []
         for name, W in self.parameters.items():
             tangent_to = _rows(W) if name in self._unit else None
             squares.append(kernels(W.device).project(_rows(grads[name]), tangent_to).double().sum())
         norm = torch.stack(squares).sum().sqrt()
-        length = float(norm)  # looked at once: on a GPU each look waits for all that is under way
+        length = float(norm)  # read once: on a GPU each read waits for everything in flight
         if not math.isfinite(length):
             return length
         scale = (self.clip / norm).clamp(max=1.0) if self.clip else torch.ones_like(norm)
@@ -61,7 +60,7 @@ class RowAdam:
         return length
 
     def forget(self, latents: Tensor) -> None:
-        """Zeroes the moments of `latents` (indices): what they began anew has no history."""
+        """Zeroes the moments of `latents` (indices), whose weights were drawn anew."""
         for name, moments in self._moments.items():
             if name not in SHARED:
                 for moment in moments:
@@ -85,26 +84,3 @@ class RowAdam:
 def _rows(tensor: Tensor) -> Tensor:
     """A vector as a matrix of one row."""
     return tensor if tensor.dim() == 2 else tensor[None]
-
-
-def warmup_factor(tokens: int, warmup_tokens: int) -> float:
-    """Linear from zero to 1 over the first `warmup_tokens` rows; then 1."""
-    return min(1.0, (tokens + 1) / warmup_tokens) if warmup_tokens else 1.0
-
-
-@dataclass(frozen=True)
-class Cooldown:
-    """Linear to zero from `start` to `end`, both counted in an SAE's own rows."""
-
-    start: int
-    end: int
-
-    def factor(self, tokens: int) -> float:
-        if tokens <= self.start:
-            return 1.0
-        return max(0.0, (self.end - tokens) / max(1, self.end - self.start))
-
-
-def default_learning_rate(d_sae: int) -> float:
-    """2e-4 / sqrt(d_sae / 2¹⁴): the rule of dictionary_learning and sparsify, after Gao et al. 2024."""
-    return 2e-4 / (d_sae / 2**14) ** 0.5

@@ -30,7 +30,7 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
     """
     directory = run.settings.run.folder
     exports: list[Export] = []
-    for sae_trainer in run.taught:
+    for sae_trainer in run.publishable:
         try:
             exports += _exports(run, sae_trainer, report, rows, facts)
         except SnapshotError as error:
@@ -56,11 +56,11 @@ def _exports(
     )
     sae_trainer.calibrate(sae_trainer.sae, scaled)
     yield export(sae_trainer.sae, frame, sae_trainer.settings.name, rate, x, metadata, numbers)
-    if (averaged := sae_trainer.averaged) is not None:
-        sae_trainer.calibrate(averaged, scaled)
+    if (ema_sae := sae_trainer.ema_sae) is not None:
+        sae_trainer.calibrate(ema_sae, scaled)
         # What was measured in training was measured on the other weights.
         unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
-        yield export(averaged, frame, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
+        yield export(ema_sae, frame, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
 
 
 def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> 
         "quarantined_ratio": round(intake.ledger.quarantined_ratio, 6),
         "saes": {
             sae_trainer.settings.name: numbers_of(run, sae_trainer, _of(report, sae_trainer))
-            for sae_trainer in run.taught
+            for sae_trainer in run.publishable
         },
     }
 

@@ -96,10 +96,10 @@ class Roster:
         self.joined += 1
         return member
 
-    def leave(self, member: Member, known: bool) -> None:
-        """`known`: snapshots and metrics tell of it; the name of one that never began is free again."""
+    def leave(self, member: Member, keep_name: bool) -> None:
+        """Removes a member; `keep_name`: nobody may take its name, since snapshots and metrics have it."""
         self.members.remove(member)
-        self.gone += _names(member.settings) if known else []
+        self.gone += _names(member.settings) if keep_name else []
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, from which `resumed` goes on."""

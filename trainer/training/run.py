@@ -1,7 +1,7 @@
-"""A run: its SAEs and what they share, as one state that learns batch by batch.
+"""The SAEs of a run and what they share, as one state that is trained batch by batch.
 
-It learns its shape from the first producer's HELLO, its input scales from the first half bufferful of rows, and
-everything after that from batches. SAEs may join and leave between two steps; the others do not notice.
+Its shape comes from the first producer's HELLO, its input scales from the first half bufferful of activations. SAEs may
+join and leave between two steps; the others do not notice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from producer.lm.precision import fastest_dtype
 from producer.wire import Hello
+from trainer.phases import SaePhase
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
 from trainer.settings import TrainerSettings
@@ -28,15 +29,15 @@ log = logging.getLogger("sluice.trainer")
 
 
 class NoVariance(ValueError):
-    """The activations of a hook do not vary: there is nothing to learn from them."""
+    """The activations of a hook do not vary: nothing can be learned from them."""
 
 
 LEAST_VARIANCE = 1e-12
-"""Of an element, as a share of its mean square: below that rows differ by rounding alone."""
+"""Of an element, as a share of its mean square: below that activations differ by rounding alone."""
 
 
 def scale_of(x: Tensor) -> float:
-    """What raw rows [rows, width] are multiplied by so that the variance of an element is 1.
+    """The factor for raw activations [n, width] that makes the variance of an element 1.
 
     About the mean, not about zero: a mean far larger than the spread, which b_dec takes away at once, would otherwise
     shrink what is to be learned, and with it every threshold, bandwidth and learning rate. Raises NoVariance.
@@ -49,7 +50,7 @@ def scale_of(x: Tensor) -> float:
     x = x.double()
     scale = float((x.shape[1] / (x - x.mean(0)).square().sum(1).mean()).sqrt())
     square = float(x.square().mean())
-    # The mean of equal numbers is rounded, too: constant rows have a variance that is not quite 0.
+    # The mean of equal numbers is rounded, too: constant activations have a variance that is not quite 0.
     if square * scale**2 > 1 / LEAST_VARIANCE or scale > torch.finfo(torch.float32).max:
         raise NoVariance(
             f"the first {len(x):,} activations do not vary (their rms is {square**0.5:.3g}), so that nothing can be "
@@ -73,21 +74,20 @@ class Run:
         self.stream = stream
         self.roster = roster or Roster.of(settings.sae)
         self.step = 0
+        """Steps so far, restarts included."""
         self.seconds = 0.0
         """Time spent training, restarts included and pauses not."""
         self.scales: list[float] | None = None
-        """One per hook: rows are multiplied by it, so that an element's variance is 1. Frozen."""
+        """One per hook: activations are multiplied by it, so that an element's variance is 1. Frozen."""
         self.last_batch: Batch | None = None
         self.device = pick_device(settings.optimizer.device)
-        self.sae_trainers = [self._sae_trainer(member) for member in self.roster.members]
-        self.newcomers = list(self.sae_trainers)
-        """Those whose first weights are still to be drawn."""
-        self._pool = self._side_by_side()
+        self.sae_trainers = [self._make_sae_trainer(member) for member in self.roster.members]
+        self._pool = self._make_thread_pool()
 
-    def _side_by_side(self) -> ThreadPoolExecutor | None:
-        """On a CPU several SAEs learn at the same time, each on its share of the threads.
+    def _make_thread_pool(self) -> ThreadPoolExecutor | None:
+        """Threads that step several SAEs at the same time on a CPU, each with its share of the cores.
 
-        Their steps are independent, and half of a step does not profit from a second thread: two SAEs on two cores
+        The SAEs' steps are independent, and half of a step does not profit from a second thread: two SAEs on two cores
         take little longer than one. A GPU is kept busy by one thread.
         """
         if self.device.type != "cpu":
@@ -102,7 +102,7 @@ class Run:
         torch.set_num_threads(threads)
         return ThreadPoolExecutor(cores // threads, thread_name_prefix="sae")
 
-    def _sae_trainer(self, member: Member) -> SaeTrainer:
+    def _make_sae_trainer(self, member: Member) -> SaeTrainer:
         sae, optimizer = member.settings, self.settings.optimizer
         widths = tuple(hook.width for hook in self.stream.hooks)
         wiring = Wiring(tuple(self.settings.inputs_of(sae)), self.settings.target_of(sae), widths)
@@ -113,74 +113,91 @@ class Run:
             dtype = getattr(torch, optimizer.matmul)
         log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
         seed = self.settings.run.seed * 1000 + member.number
-        return SaeTrainer(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at)
-
-    @property
-    def taught(self) -> list[SaeTrainer]:
-        """Those that have learned something: what is reported and published."""
-        return [sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.tokens]
-
-    @property
-    def finished(self) -> bool:
-        """Every SAE is: nothing is left to train."""
-        return all(sae_trainer.finished for sae_trainer in self.sae_trainers)
+        run_tokens = self.settings.run.tokens
+        return SaeTrainer(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at, run_tokens)
 
     def sae_trainer(self, member: Member) -> SaeTrainer:
         return next(sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.settings.name == member.name)
 
+    # Lifecycle
+
+    @property
+    def publishable(self) -> list[SaeTrainer]:
+        """SAE trainers with at least one token behind them: those in reports and snapshots."""
+        return [sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.tokens]
+
+    @property
+    def lacking_weights(self) -> list[SaeTrainer]:
+        """SAE trainers whose first weights are still to be drawn."""
+        return [sae_trainer for sae_trainer in self.sae_trainers if not sae_trainer.has_weights]
+
+    @property
+    def in_training(self) -> list[SaeTrainer]:
+        """SAE trainers that the next step changes; none when every SAE is finished."""
+        return [one for one in self.sae_trainers if one.phase is not SaePhase.FINISHED]
+
+    def phase(self, member: Member) -> SaePhase:
+        """The SAE's phase, with the order to leave taken into account."""
+        phase = self.sae_trainer(member).phase
+        if member.leaving and phase in (SaePhase.COOLING_DOWN, SaePhase.FINISHED):
+            return SaePhase.LEAVING
+        return phase
+
     def attach(self, sae: SaeSettings, joined_at: int) -> SaeTrainer:
-        """A new SAE, one of the `newcomers`. Raises RosterError or SnapshotError, and changes nothing then."""
+        """Adds an SAE, whose weights are still to be drawn. Raises RosterError or SnapshotError, and changes nothing.
+
+        `joined_at`: tokens that the run has trained on.
+        """
         start = read_start(sae)
         member = self.roster.join(sae, joined_at)
         try:
-            sae_trainer = self._sae_trainer(member)
-            if start is not None:  # does it fit?
+            sae_trainer = self._make_sae_trainer(member)
+            if start is not None:
                 start.require_widths(sae_trainer.sae)
                 if self.scales is not None:
                     start.weights_for(sae_trainer.sae, sae_trainer.wiring.frame(self.scales))
         except BaseException:
-            self.roster.leave(member, known=False)
+            self.roster.leave(member, keep_name=False)
             raise
         self.sae_trainers.append(sae_trainer)
-        self.newcomers.append(sae_trainer)
         return sae_trainer
 
     def detach(self, member: Member) -> None:
-        """Lets an SAE go, as it is."""
+        """Removes an SAE as it is."""
         sae_trainer = self.sae_trainer(member)
         self.sae_trainers.remove(sae_trainer)
-        if sae_trainer in self.newcomers:
-            self.newcomers.remove(sae_trainer)
-        self.roster.leave(member, known=sae_trainer.tokens > 0)
+        self.roster.leave(member, keep_name=sae_trainer.tokens > 0)
+
+    # Training
 
     def initialise(self, sample: list[Tensor]) -> None:
-        """The newcomers' first weights from raw rows per hook, and the run's scales when they are the first."""
-        rows = [x.float() for x in sample]
+        """Draws the weights that are lacking from raw activations of every hook, and the run's scales at first."""
+        activations = [x.float() for x in sample]
         if self.scales is None:
-            self.scales = [_scale(x, hook.name) for x, hook in zip(rows, self.stream.hooks, strict=True)]
-        scaled = [x * scale for x, scale in zip(rows, self.scales, strict=True)]
-        while self.newcomers:
-            sae_trainer = self.newcomers[0]
+            self.scales = [_scale(x, hook.name) for x, hook in zip(activations, self.stream.hooks, strict=True)]
+        scaled = [x * scale for x, scale in zip(activations, self.scales, strict=True)]
+        for sae_trainer in self.lacking_weights:
             sae_trainer.initialise(scaled, self.scales, read_start(sae_trainer.settings))
-            self.newcomers.pop(0)
 
-    def learn(self, batch: Batch) -> None:
-        """One step of every SAE on the same rows; what they share is done once."""
+    def train_step(self, batch: Batch) -> None:
+        """One step of every SAE on the same activations; each hook is scaled once."""
         assert self.scales is not None
-        learning = [sae_trainer for sae_trainer in self.sae_trainers if not sae_trainer.finished]
-        needed = set().union(*(sae_trainer.wiring.hooks for sae_trainer in learning))
+        in_training = self.in_training
+        hooks = set().union(*(sae_trainer.wiring.hooks for sae_trainer in in_training))
         scaled = [
-            x.to(self.device).float() * scale if hook in needed else x
+            x.to(self.device).float() * scale if hook in hooks else x
             for hook, (x, scale) in enumerate(zip(batch.x, self.scales, strict=True))
         ]
 
         def step(sae_trainer: SaeTrainer) -> None:
-            sae_trainer.step(scaled, self.settings.run.tokens)
+            sae_trainer.step(scaled)
 
-        for _ in self._pool.map(step, learning) if self._pool else map(step, learning):
+        for _ in self._pool.map(step, in_training) if self._pool else map(step, in_training):
             pass
         self.step += 1
         self.last_batch = batch
+
+    # Checkpoints
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain JSON, tensors) from which `restore` continues."""
@@ -193,7 +210,7 @@ class Run:
         }
         tensors: dict[str, Tensor] = {}
         for sae_trainer in self.sae_trainers:
-            if sae_trainer in self.newcomers:
+            if not sae_trainer.has_weights:
                 continue
             document["saes"][sae_trainer.settings.name], more = sae_trainer.state()
             document["saes"][sae_trainer.settings.name]["matmul"] = str(sae_trainer.sae.matmul_dtype).removeprefix(
@@ -205,11 +222,10 @@ class Run:
     def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Becomes what `state` described; the roster was handed in before, from `roster_of`."""
         self.step, self.seconds, self.scales = document["step"], document["seconds"], document["scales"]
-        for sae_trainer in list(self.newcomers):
+        for sae_trainer in self.sae_trainers:
             if (saved := document["saes"].get(sae_trainer.settings.name)) is not None:
-                sae_trainer.restore(saved, tensors, self.settings.run.tokens)
+                sae_trainer.restore(saved, tensors)
                 sae_trainer.sae.matmul_dtype = getattr(torch, saved["matmul"])
-                self.newcomers.remove(sae_trainer)
 
 
 def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:

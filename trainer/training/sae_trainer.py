@@ -1,12 +1,11 @@
-"""One SAE with all that a step changes and a checkpoint keeps: weights, Adam, statistics, its own count of rows.
+"""One SAE with everything that a step changes and a checkpoint keeps: weights, Adam, schedule, statistics.
 
-An SAE may join a stream that is already running and may leave it before the others do; schedules therefore count the
-rows that this SAE has learned from. Nothing here depends on which other SAEs there are.
+An SAE may join a stream that is already running and may leave it before the others do, so it counts the tokens that it
+has trained on itself. Nothing here depends on which other SAEs there are.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.phases import SaePhase
 from trainer.report import SaeReport
 from trainer.saes import registry
-from trainer.saes.base import SHARED, Sae
+from trainer.saes.base import Sae
 from trainer.saes.folding import Frame, Whitening, whitening_of
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import Start
 from trainer.settings import OptimizerSettings
-from trainer.training.optimizer import Cooldown, RowAdam, default_learning_rate, warmup_factor
+from trainer.training.averaging import AverageWeights
+from trainer.training.optimizer import RowAdam
+from trainer.training.schedule import Cooldown, Schedule, default_learning_rate, warmup_factor
 from trainer.training.statistics import Statistics
 
 
@@ -58,7 +60,7 @@ class Wiring:
 
 
 class SaeTrainer:
-    """Learns from scaled rows, one `step` a batch. Reading `report` changes nothing."""
+    """Trains one SAE on scaled activations, one `step` a batch."""
 
     def __init__(
         self,
@@ -69,209 +71,182 @@ class SaeTrainer:
         matmul_dtype: torch.dtype,
         seed: int = 0,
         joined_at: int = 0,
+        run_tokens: int | None = None,
     ) -> None:
+        """`joined_at`: tokens that the run has trained on so far; `run_tokens`: those after which it ends."""
         self.settings = settings
         self.wiring = wiring
-        self.joined_at = joined_at
-        """Rows the run had trained on when this SAE began."""
         self.tokens = 0
-        """Rows this SAE has learned from."""
+        """Tokens that this SAE has trained on."""
+        self.has_weights = False
+        """Its first weights are drawn, or restored."""
         d_out = None if wiring.target is None else wiring.widths[wiring.target]
         widths = tuple(wiring.widths[hook] for hook in wiring.inputs)
         self.sae: Sae = registry.get(settings.architecture)(settings, widths, d_out)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
+        self.schedule = Schedule(
+            peak=settings.learning_rate or optimizer.learning_rate or default_learning_rate(settings.d_sae),
+            warmup_tokens=optimizer.warmup_tokens,
+            cooldown_fraction=optimizer.cooldown,
+            budget=settings.tokens,
+            run_tokens=run_tokens,
+            joined_at=joined_at,
+        )
+        self.learning_rate = 0.0
+        """That of the last step."""
+        self.skipped_steps = 0
         self._optimizer_settings = optimizer
         self._seed = seed
-        self._peak = settings.learning_rate or optimizer.learning_rate or default_learning_rate(settings.d_sae)
         self._whitening: Whitening | None = None
-        self._ema: dict[str, Tensor] = {}
-        self._cooldown: Cooldown | None = None
-        self._begin(self.sae.b_dec)
-        self.learning_rate = 0.0
-        self.skipped_steps = 0
-        self._last: tuple[dict[str, Tensor], float] = ({}, math.nan)
+        self._average: AverageWeights | None = None
+        self._losses: dict[str, Tensor] = {}
+        self._grad_norm = math.nan
+        self._reset_optimizer(self.sae.b_dec)
 
-    def _begin(self, centre: Tensor) -> None:
-        """Optimizer and statistics for the parameters as they are; `centre` is near the mean of y."""
-        learning = self.sae.trained or self.sae.parameters.keys()
-        parameters = {name: value for name, value in self.sae.parameters.items() if name in learning}
+    def _reset_optimizer(self, centre: Tensor) -> None:
+        """Begins optimizer and statistics for the present parameters; `centre` [d_out] is near the mean of y."""
+        names = self.sae.trained or self.sae.parameters.keys()
+        parameters = {name: value for name, value in self.sae.parameters.items() if name in names}
         self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder, self.sae.operands)
         self.statistics = Statistics(self.settings.d_sae, centre)
 
-    def initialise(self, rows: Sequence[Tensor], scales: Sequence[float], start: Start | None = None) -> None:
-        """First weights, from a sample of scaled rows of every hook, on the CPU; `start` are weights to go on from."""
-        x, y = self.wiring.pair(rows)
+    def initialise(self, sample: Sequence[Tensor], scales: Sequence[float], start: Start | None = None) -> None:
+        """Draws the first weights from scaled activations of every hook, on the CPU; `start` replaces the weights."""
+        x, y = self.wiring.pair(sample)
         centre = y.mean(0)
         if self.settings.whitening:
             self._whitening = whitening_of(x)
-            x, y = self._whitened(x, y)
+            x, y = self._whiten(x, y)
             self._whitening = _moved(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
             self.sae.adopt(start.weights_for(self.sae, self.wiring.frame(scales)))
             self.sae.after_step()
-        self._begin(centre.to(self.sae.b_dec.device))
+        self._reset_optimizer(centre.to(self.sae.b_dec.device))
         if self.settings.ema_tokens:
-            self._ema = {name: value.clone() for name, value in self.sae.parameters.items()}
+            self._average = AverageWeights(self.sae.parameters, self.settings.ema_tokens)
+        self.has_weights = True
 
-    def step(self, rows: Sequence[Tensor], run_tokens: int | None = None) -> None:
-        """Learns from one batch of scaled rows, those of every hook of the stream; `run_tokens` ends the run."""
-        x, y = self.wiring.pair(rows)
-        x_seen, y_seen = self._whitened(x, y)
-        cooldown = self.cooldown(run_tokens)
-        self.learning_rate = self._rate(cooldown)
+    def step(self, activations: Sequence[Tensor]) -> None:
+        """Trains on one batch: scaled activations [batch, width] of every hook of the stream."""
+        x_scaled, y_scaled = self.wiring.pair(activations)
+        x, y = self._whiten(x_scaled, y_scaled)
+        cooldown = self.schedule.cooldown
+        self.learning_rate = self.schedule.rate(self.tokens)
         dead = self.statistics.silent_for(self._revive_tokens)
-        sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.warmup_tokens))
-        gradients = self.sae.gradients(x_seen, y_seen, dead, sparsity)
+        sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens))
+        gradients = self.sae.gradients(x, y, dead, sparsity)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         self.sae.recycle(gradients.of)
         before, self.tokens = self.tokens, self.tokens + len(x)
         if math.isfinite(norm):
             self.sae.after_step()
             y_hat = gradients.y_hat if self._whitening is None else self._whitening.undo(gradients.y_hat)
-            self.statistics.update(y, y_hat, gradients.fired)
-            if cooldown is None or self.tokens < cooldown.start:  # what begins later has no rate left to learn at
-                self._start_anew(before, x_seen, y_seen, gradients.y_hat)
-            self._average(len(x))
+            self.statistics.update(y_scaled, y_hat, gradients.fired)
+            if cooldown is None or self.tokens < cooldown.start:  # after that the rate is too low to train new weights
+                self._replace_dead_latents(before, x, y, gradients.y_hat)
+            if self._average is not None:
+                self._average.update(self.sae.parameters, len(x), self.tokens)
         else:
             self.skipped_steps += 1
-        self._last = gradients.loss, norm
+        self._losses, self._grad_norm = gradients.loss, norm
 
-    def _whitened(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x and y as the SAE sees them."""
+    def _whiten(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled activations (x, y) as the SAE sees them."""
         if self._whitening is None:
             return x, y
         white = self._whitening.apply(x)
-        return white, white  # what is whitened reconstructs what it reads
+        return white, white  # an SAE on whitened activations reconstructs what it reads
+
+    # Lifecycle
+
+    @property
+    def phase(self) -> SaePhase:
+        return self.schedule.phase(self.tokens)
+
+    def cool_down(self, now: bool = False) -> int:
+        """Begins the cooldown, see `Schedule.cool_down`; returns its length in tokens."""
+        return self.schedule.cool_down(self.tokens, now)
+
+    # Dead latents that get new weights
 
     @property
     def _revive_tokens(self) -> int:
         return self.settings.revive_tokens or self.settings.dead_tokens
 
-    # Schedule
+    def _replace_dead_latents(self, before: int, x: Tensor, y: Tensor, y_hat: Tensor) -> None:
+        """Resampling (Bricken et al. 2023) when it is due, and new weights for latents that nothing else reaches.
 
-    @property
-    def warmup_tokens(self) -> int:
-        """Rows over which its learning rate rises."""
-        return self._optimizer_settings.warmup_tokens
-
-    def _rate(self, cooldown: Cooldown | None) -> float:
-        """The learning rate of the next step."""
-        factor = warmup_factor(self.tokens, self.warmup_tokens)
-        return self._peak * (factor if cooldown is None else min(factor, cooldown.factor(self.tokens)))
-
-    def cooldown(self, run_tokens: int | None) -> Cooldown | None:
-        """When its learning rate falls to zero: asked for by an operator, by its own budget, or by the run's."""
-        if self._cooldown is not None:
-            return self._cooldown
-        ends = [self.settings.tokens, None if run_tokens is None else run_tokens - self.joined_at]
-        end = min((end for end in ends if end is not None), default=None)
-        fraction = self._optimizer_settings.cooldown
-        return Cooldown(round((1 - fraction) * end), end) if end is not None and fraction else None
-
-    def cool_down(self, run_tokens: int | None = None, now: bool = False) -> int:
-        """Begins to cool down, over a fifth (optimizer.cooldown) of the rows seen; returns over how many.
-
-        A cooldown that has begun already goes on as it is: the rate never rises again. `now`: finished at once.
+        `before` is the number of tokens before this batch.
         """
-        if now:
-            self._cooldown = Cooldown(self.tokens, self.tokens)
-        elif self._cooldown is None:
-            rows = max(1, round(self._optimizer_settings.cooldown * self.tokens))
-            planned = self.cooldown(run_tokens)
-            begun = planned is not None and planned.start <= self.tokens
-            self._cooldown = planned if begun else Cooldown(self.tokens, self.tokens + rows)
-        assert self._cooldown is not None
-        return max(0, self._cooldown.end - self.tokens)
-
-    @property
-    def finished(self) -> bool:
-        """Its own budget or its cooldown is over: it learns no more, and costs nothing."""
-        ends = [self.settings.tokens, None if self._cooldown is None else self._cooldown.end]
-        return any(end is not None and self.tokens >= end for end in ends)
-
-    # Dead latents that start anew
-
-    def _start_anew(self, before: int, x: Tensor, y: Tensor, y_hat: Tensor) -> None:
-        """Resampling (Bricken et al. 2023) when it is due, and the last resort for what nothing else reaches."""
-        span = 2 * self._revive_tokens
-        if self.settings.revival == "resample" and before // span < self.tokens // span:
+        interval = 2 * self._revive_tokens
+        if self.settings.revival == "resample" and before // interval < self.tokens // interval:
             latents = self.statistics.silent_for(self._revive_tokens).nonzero().squeeze(1)
-            # A transcoder has no bias at what it reads; about zero, a large mean would make all moved latents alike.
+            # A transcoder has no bias at its input; about zero, a large mean would make all these latents alike.
             centre = self.sae.b_dec if self.sae.centred else x.mean(0)
-            self._move(latents, x, y, y_hat, x - centre, y - self.sae.b_dec)
+            self._redraw(latents, x, y, y_hat, x - centre, y - self.sae.b_dec)
         if limit := self.settings.reinitialise_tokens:
             latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
             if len(latents):
                 pre_acts = self.sae.in_float32(x, latents)
-                out_of_reach = latents[(pre_acts.abs() if self.sae.magnitude else pre_acts).amax(0) <= 0]
+                unreachable = latents[(pre_acts.abs() if self.sae.magnitude else pre_acts).amax(0) <= 0]
                 error = y - y_hat
-                towards = error if self.wiring.target is None else x - x.mean(0)
-                self._move(out_of_reach, x, y, y_hat, towards, error)
+                directions = error if self.wiring.target is None else x - x.mean(0)
+                self._redraw(unreachable, x, y, y_hat, directions, error)
 
-    def _move(self, latents: Tensor, x: Tensor, y: Tensor, y_hat: Tensor, towards: Tensor, decoded: Tensor) -> None:
-        """Points `latents` at rows drawn with a probability that grows as the square of their loss."""
+    def _redraw(
+        self, latents: Tensor, x: Tensor, y: Tensor, y_hat: Tensor, W_enc_rows: Tensor, W_dec_rows: Tensor
+    ) -> None:
+        """Points `latents` at activations drawn with a probability that grows as the square of their loss.
+
+        Encoder and decoder rows are taken from those of W_enc_rows [batch, d_in] and W_dec_rows [batch, d_out].
+        """
         latents = latents[: len(x)]
         if not len(latents):
             return
         loss = (y - y_hat).double().square().sum(1).cpu()
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.tokens) % 2**63)
         rows = torch.multinomial(loss.square() + 1e-30, len(latents), generator=generator).to(x.device)
-        self.sae.reinitialise(latents, towards[rows], decoded[rows])
+        self.sae.reinitialise(latents, W_enc_rows[rows], W_dec_rows[rows])
         self.optimizer.forget(latents)
         self.statistics.tokens_since_fired[latents] = 0
-        for name in self._ema.keys() - set(SHARED):
-            self._ema[name][latents] = self.sae.parameters[name][latents]
+        if self._average is not None:
+            self._average.replace_latents(self.sae.parameters, latents)
 
-    # The averaged copy
-
-    def _average(self, rows: int) -> None:
-        if not self._ema:
-            return
-        assert self.settings.ema_tokens is not None
-        # A plain mean at first, so that the first weights do not linger.
-        weight = max(1 - math.exp(-rows / self.settings.ema_tokens), rows / self.tokens)
-        for name, value in self._ema.items():
-            value.lerp_(self.sae.parameters[name], min(1.0, weight))
+    # Reports and snapshots; none of them changes anything
 
     @property
-    def averaged(self) -> Sae | None:
+    def ema_sae(self) -> Sae | None:
         """The SAE with the mean of its recent weights; None without ema_tokens."""
-        if not self._ema:
-            return None
-        twin = copy.copy(self.sae)
-        twin.parameters = {name: value.clone() for name, value in self._ema.items()}
-        return twin
-
-    # What others see
+        return None if self._average is None else self._average.copy_of(self.sae)
 
     def frame(self, scales: Sequence[float]) -> Frame:
-        """How the rows it learns from relate to raw ones."""
+        """The relation of the SAE's activations to raw ones."""
         return replace(self.wiring.frame(scales), whitening=self._whitening)
 
-    def calibrate(self, sae: Sae, rows: Sequence[Tensor]) -> None:
-        """Lets `sae`, this one or its averaged copy, learn from scaled rows of every hook what inference needs."""
-        x = self.wiring.read(rows).to(sae.b_dec.device)
+    def calibrate(self, sae: Sae, activations: Sequence[Tensor]) -> None:
+        """Fits what inference needs of `sae`, this one or its EMA copy, to scaled activations of every hook."""
+        x = self.wiring.read(activations).to(sae.b_dec.device)
         sae.calibrate(x if self._whitening is None else self._whitening.apply(x))
 
     def report(self, scales: Sequence[float]) -> SaeReport:
         """The window's numbers; `scales` of every hook turn the error back into the units of raw activations."""
-        summary, losses, norm = self.statistics.summary(), *self._last
+        summary = self.statistics.summary()
         dead = self.statistics.dead(self.settings.dead_tokens)
-        written = self.wiring.inputs if self.wiring.target is None else (self.wiring.target,)
+        output_hooks = self.wiring.inputs if self.wiring.target is None else (self.wiring.target,)
         return SaeReport(
             name=self.settings.name,
             l0=summary.l0,
-            # Crosscoders: each hook has its own scale, and errors are told in those of the first.
-            mse=summary.mse / scales[written[0]] ** 2,
+            # A crosscoder's hooks have different scales; its error is in units of the first.
+            mse=summary.mse / scales[output_hooks[0]] ** 2,
             fvu=summary.fvu,
             dead_latents=dead,
             dead_latents_ratio=None if dead is None else dead / self.settings.d_sae,
             shrinkage=summary.shrinkage,
-            loss={name: float(value) for name, value in losses.items()},
+            loss={name: float(value) for name, value in self._losses.items()},
             learning_rate=self.learning_rate,
-            grad_norm=norm,
+            grad_norm=self._grad_norm,
             density=self.statistics.density(),
             skipped_steps=self.skipped_steps,
         )
@@ -280,12 +255,12 @@ class SaeTrainer:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain JSON, tensors named with this SAE's name in front)."""
-        white = self._whitening
+        white, cooldown = self._whitening, self.schedule.requested
         parts = {
             "parameters": self.sae.parameters,
             "adam": self.optimizer.state(),
             "statistics": self.statistics.state(),
-            "ema": self._ema,
+            "ema": {} if self._average is None else self._average.parameters,
             "whitening": {} if white is None else vars(white),
         }
         tensors = {
@@ -295,26 +270,27 @@ class SaeTrainer:
             "variance": self.sae.variance,
             "skipped_steps": self.skipped_steps,
             "tokens": self.tokens,
-            "joined_at": self.joined_at,
-            "cooldown": None if self._cooldown is None else [self._cooldown.start, self._cooldown.end],
+            "joined_at": self.schedule.joined_at,
+            "cooldown": None if cooldown is None else [cooldown.start, cooldown.end],
             "seed": self._seed,
         }, tensors
 
-    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor], run_tokens: int | None = None) -> None:
-        """Becomes what `state` described; `run_tokens` ends the run."""
+    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Becomes what `state` described."""
         self.sae.variance, self.skipped_steps = document["variance"], document["skipped_steps"]
-        self.tokens, self.joined_at, self._seed = document["tokens"], document["joined_at"], document["seed"]
-        self._cooldown = None if document["cooldown"] is None else Cooldown(*document["cooldown"])
-        self.learning_rate = self._rate(self.cooldown(run_tokens))  # a report may come before the first step
+        self.tokens, self._seed = document["tokens"], document["seed"]
+        self.schedule.joined_at = document["joined_at"]
+        self.schedule.requested = None if document["cooldown"] is None else Cooldown(*document["cooldown"])
+        self.learning_rate = self.schedule.rate(self.tokens)  # a report may come before the first step
         for name, value in self._part(tensors, "parameters").items():
             self.sae.parameters[name].copy_(value)
         if self.settings.ema_tokens:  # which may be new in the run file; an average begins with the weights then
-            self._ema = self._part(tensors, "ema") or {
-                name: value.clone() for name, value in self.sae.parameters.items()
-            }
+            average = self._part(tensors, "ema") or self.sae.parameters
+            self._average = AverageWeights(average, self.settings.ema_tokens)
         if white := self._part(tensors, "whitening"):
             self._whitening = Whitening(**white)
-        self._begin(self.sae.b_dec)
+        self._reset_optimizer(self.sae.b_dec)
+        self.has_weights = True
         self.optimizer.restore(self._part(tensors, "adam"))
         self.statistics.restore(self._part(tensors, "statistics"))
 

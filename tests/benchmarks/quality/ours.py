@@ -51,12 +51,13 @@ def main() -> None:
     scale = scale_of(sample)
     dtype = torch.bfloat16 if cell["autocast"] else torch.float32
     wiring = Wiring((0,), None, (sample.shape[1],))
-    sae_trainer = SaeTrainer(settings, optimizer, wiring, torch.device("cpu"), dtype, cell["seed"])
-    sae_trainer.initialise([sample * scale], [scale])
     target = cell["tokens"] // BATCH * BATCH
+    cpu = torch.device("cpu")
+    sae_trainer = SaeTrainer(settings, optimizer, wiring, cpu, dtype, cell["seed"], run_tokens=target)
+    sae_trainer.initialise([sample * scale], [scale])
     newest = first[-CALIBRATION_BATCHES:]
     for batch in itertools.chain(first, rows):
-        sae_trainer.step([batch * scale], target)
+        sae_trainer.step([batch * scale])
         newest = [*newest[1:], batch]
     x = torch.cat(newest)
     sae_trainer.calibrate(sae_trainer.sae, [x * scale])
