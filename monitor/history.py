@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from monitor.evaluation.measures import Stage, measures
 from producer.common.parsing import ParseError, parse_object
 from trainer.report import DENSITY_EDGES
 
@@ -23,8 +24,6 @@ FILE = "evaluations.jsonl"
 MOST_POINTS = 3_000
 """When there are this many, every other one goes; of each SAE's evaluations, so many that no more are left."""
 OF_A_RUN = ("time", "tokens", "tokens_per_second", "buffer_rows", "step_seconds")
-OF_AN_SAE = ("fvu", "l0", "dead_latents_ratio", "shrinkage", "learning_rate", "grad_norm")
-OF_AN_EVALUATION = ("ce_delta", "ce_recovered", "kl", "fvu", "l0")
 LONGEST_READ = 64 << 20
 """Bytes read at one look; the rest comes at the next ones."""
 
@@ -36,6 +35,8 @@ class History:
         self._reports = _Lines(run_directory / "metrics.jsonl")
         self._evaluations = _Lines(run_directory / FILE)
         self._lock = threading.Lock()
+        self._keys = _keys(Stage.TRAINING)
+        """Measures of training that have curves."""
         self._generation = 0
         """Changes whenever points that were handed out are gone."""
         self._evaluated = 0
@@ -74,7 +75,7 @@ class History:
                 "next": len(self._points),
                 **{key: [point[key] for point in points] for key in OF_A_RUN},
                 "saes": {
-                    name: {key: [point["saes"].get(name, {}).get(key) for point in points] for key in OF_AN_SAE}
+                    name: {key: [point["saes"].get(name, {}).get(key) for point in points] for key in self._keys}
                     for name in names
                 },
                 "density_edges": DENSITY_EDGES,
@@ -109,7 +110,7 @@ class History:
             self._generation += 1
         self._newest = report
         if self._reported % self._every == 0:
-            self._points.append(_point(report))
+            self._points.append(_point(report, self._keys))
         self._reported += 1
         if len(self._points) >= MOST_POINTS:
             self._points = self._points[::2]
@@ -163,9 +164,13 @@ class _Lines:
                 continue  # a line that a full disk cut short
 
 
-def _point(report: dict[str, Any]) -> dict[str, Any]:
+def _keys(stage: Stage) -> list[str]:
+    return [measure.name for measure in measures(stage) if measure.in_history]
+
+
+def _point(report: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     point: dict[str, Any] = {key: report.get(key) for key in OF_A_RUN}
-    point["saes"] = {sae["name"]: {key: sae.get(key) for key in OF_AN_SAE} for sae in report["saes"]}
+    point["saes"] = {sae["name"]: {key: sae.get(key) for key in keys} for sae in report["saes"]}
     return point
 
 
@@ -180,5 +185,5 @@ def _evaluation_columns(measured: dict[tuple[str, int], dict[str, Any]], returns
         step = -(-len(evaluations) // MOST_POINTS)
         shown = evaluations[::-1][::step][::-1]  # the newest always
         columns[sae] = {"tokens": [tokens for tokens, _ in shown]}
-        columns[sae] |= {key: [evaluation.get(key) for _, evaluation in shown] for key in OF_AN_EVALUATION}
+        columns[sae] |= {key: [evaluation.get(key) for _, evaluation in shown] for key in _keys(Stage.HELD_OUT)}
     return columns

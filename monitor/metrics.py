@@ -1,8 +1,8 @@
-"""Metrics of the monitor: each one's name, unit and meaning, and where its value stands in an evaluation; and `ALL`."""
+"""Metrics of the monitor: those of the measures, and of its own work; and a list of the metrics of all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from monitor.evaluation.measures import Measure, Stage, measures
 from producer import metrics as producer_metrics
 from producer.common.metrics import Metric, families, metric_names
 from trainer import metrics as trainer_metrics
@@ -28,50 +29,21 @@ class Watch:
     finished: bool = False
 
 
+def evaluation_metrics() -> tuple[Metric, ...]:
+    """Metrics of an evaluation: one for each measure that has a metric, and two about the evaluation itself."""
+    return (*(_metric_of(measure) for measure in measures(Stage.HELD_OUT) if measure.metric), *EVALUATION)
+
+
+def _metric_of(measure: Measure) -> Metric:
+    def read(evaluation: Mapping[str, Any]) -> Any:
+        value = evaluation.get(measure.name)
+        return value or {} if measure.label else value
+
+    return Metric(str(measure.metric), "gauge", measure.unit, measure.help, read, measure.label)
+
+
 # fmt: off
 EVALUATION = (
-    Metric("sluice_ce_delta", "gauge", "nats per token",
-           "Cross-entropy that the language model loses by reading x_hat for x, in nats per token: the primary number.",
-           lambda e: e.get("ce_delta")),
-    Metric("sluice_ce_recovered", "gauge", "ratio",
-           "Share of the cross-entropy lost to zero ablation that the SAE recovers: 1 is no loss at all.",
-           lambda e: e.get("ce_recovered")),
-    Metric("sluice_ce_recovered_mean_ablation", "gauge", "ratio",
-           "Share of the cross-entropy lost to mean ablation that the SAE recovers; the stricter of the two.",
-           lambda e: e.get("ce_recovered_mean_ablation")),
-    Metric("sluice_kl", "gauge", "nats per token",
-           "KL(P_clean ‖ P_sae) of the language model's predictions, in nats per token.",
-           lambda e: e.get("kl")),
-    Metric("sluice_ce_clean", "gauge", "nats per token",
-           "Cross-entropy of the untouched language model, in nats per token.",
-           lambda e: e.get("ce_clean")),
-    Metric("sluice_ce_sae", "gauge", "nats per token",
-           "Cross-entropy of the language model that reads x_hat, in nats per token.",
-           lambda e: e.get("ce_sae")),
-    Metric("sluice_evaluation_fvu", "gauge", "ratio",
-           "Fraction of variance unexplained on held-out rows: 0 is perfect.",
-           lambda e: e.get("fvu")),
-    Metric("sluice_evaluation_l0", "gauge", "latents",
-           "Mean number of latents active on a held-out row.", lambda e: e.get("l0")),
-    Metric("sluice_evaluation_cosine", "gauge", "ratio",
-           "Mean cosine of what the SAE should give and what it gives, on held-out rows: 1 is the same direction.",
-           lambda e: e.get("cosine")),
-    Metric("sluice_evaluation_shrinkage", "gauge", "ratio",
-           "E|x_hat|² / E[x·x_hat] about the mean of x on held-out rows: 1 is unbiased, less is suppressed.",
-           lambda e: e.get("shrinkage")),
-    Metric("sluice_evaluation_dense_latents", "gauge", "latents",
-           "Latents that fire on more than a tenth of the held-out rows.", lambda e: e.get("dense_latents")),
-    Metric("sluice_evaluation_dead_latents", "gauge", "latents",
-           "Latents that fire on no held-out row; rare ones are among them.", lambda e: e.get("dead_latents")),
-    Metric("sluice_explanation_f1", "gauge", "ratio",
-           "Mean F1 with which an n-gram tells where a latent fires, on text that it was not found on; 1 is always.",
-           lambda e: e.get("explanation_f1")),
-    Metric("sluice_ablation_effects_ratio", "gauge", "ratio",
-           "Effective share of the next logits that ablating one latent changes, mean over latents; less is sparser.",
-           lambda e: e.get("ablation_effects_ratio")),
-    Metric("sluice_probe_accuracy", "gauge", "ratio",
-           "Held-out accuracy of a probe on k latents, or on all activations (dense); 0.5 is chance.",
-           lambda e: e.get("probe_accuracy") or {}, "probe"),
     Metric("sluice_evaluated_snapshot_tokens", "gauge", "tokens",
            "Tokens trained when the newest evaluated snapshot was published.", lambda e: e.get("snapshot_tokens")),
     Metric("sluice_evaluation_seconds", "gauge", "seconds", "How long the newest evaluation took, in seconds.",
@@ -126,15 +98,17 @@ class MonitorMetrics(Collector):
     def collect(self) -> Iterator[Family]:
         watch = self._watch
         yield from families(WATCH, [((), watch)])
-        yield from families(EVALUATION, [((sae,), result) for sae, result in watch.evaluations.items()], ("sae",))
+        evaluations = [((sae,), evaluation) for sae, evaluation in watch.evaluations.items()]
+        yield from families(evaluation_metrics(), evaluations, ("sae",))
 
     def describe(self) -> Iterator[Family]:
-        return metric_names(WATCH + EVALUATION)
+        return metric_names(WATCH + evaluation_metrics())
 
 
-ALL = (
-    *(trainer_metrics.MILESTONES + trainer_metrics.STEP + trainer_metrics.SAE),
-    *(producer_metrics.PRODUCER_INFO + producer_metrics.PRODUCER),
-    *(WATCH + EVALUATION),
-)
-"""Every metric of the three processes: what dashboards and alerts may name."""
+def all_metrics() -> tuple[Metric, ...]:
+    """Every metric of the three processes: what dashboards and alerts may name."""
+    return (
+        *(trainer_metrics.MILESTONES + trainer_metrics.STEP + trainer_metrics.SAE),
+        *(producer_metrics.PRODUCER_INFO + producer_metrics.PRODUCER),
+        *(WATCH + evaluation_metrics()),
+    )

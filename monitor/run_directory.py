@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from monitor.evaluation.measures import Stage, measures
 from monitor.snapshot_index import index_of, is_within, manifest_of
 from producer.common.parsing import ParseError, parse_object, parse_toml
 from trainer.snapshot import SnapshotError, is_pinned
@@ -31,19 +32,6 @@ SILENT_SECONDS = 120.0
 EVALUATION = "evaluation.json"
 LATENTS = "latents.safetensors"
 """Activations of an SAE's latents on held-out text (`monitor.evaluation.latents`), beside it in its snapshot."""
-_CE = ("ce_clean", "ce_sae", "ce_delta", "ce_recovered", "ce_recovered_mean_ablation")
-_OF_LATENTS = ("explanation_f1", "ablation_effects_ratio", "probe_accuracy")
-EVALUATED = {name: name for name in (*_CE, "kl", "cosine", *_OF_LATENTS)} | {
-    "fvu": "held_out_fvu",
-    "l0": "held_out_l0",
-    "shrinkage": "held_out_shrinkage",
-    "dense_latents": "held_out_dense_latents",
-    "dead_latents": "held_out_dead_latents",
-    "fvu_by_hook": "held_out_fvu_by_hook",
-}
-"""What summary.json tells of an SAE once it is evaluated, by its name in evaluation.json: `fvu` and so on there
-are measured on held-out text, those of the trainer in summary.json on the text it is trained on. `fvu_by_hook` have
-crosscoders only."""
 
 
 class NotThere(LookupError):
@@ -109,17 +97,26 @@ def complete_summary(run_directory: Path) -> None:
 
 
 def with_evaluations(summary: dict[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A summary to which the evaluations of its last snapshot are added, by SAE."""
-    saes = {
-        sae: told | {name: found[key] for key, name in EVALUATED.items() if key in (found := evaluations.get(sae, {}))}
-        for sae, told in summary.get("saes", {}).items()
-    }
+    """A summary to which the evaluations of its last snapshot are added, by SAE.
+
+    Numbers that training has too stand there under another name: its `fvu` is of the text that the SAE is trained on.
+    """
+    saes = dict(summary.get("saes", {}))
+    for sae, evaluation in evaluations.items():
+        if sae in saes:
+            names = {key: name for key, name in _summary_names().items() if key in evaluation}
+            saes[sae] = saes[sae] | {name: evaluation[key] for key, name in names.items()}
     return summary | {"saes": saes}
+
+
+def _summary_names() -> dict[str, str]:
+    """The key in summary.json of each measure on held-out text that stands there."""
+    return {measure.name: measure.summary_name for measure in measures(Stage.HELD_OUT) if measure.summary_name}
 
 
 def is_measured(summary: Mapping[str, Any]) -> bool:
     """Whether any SAE of a summary has numbers of held-out text."""
-    return any(sae.get(name) is not None for sae in summary["saes"].values() for name in EVALUATED.values())
+    return any(sae.get(name) is not None for sae in summary["saes"].values() for name in _summary_names().values())
 
 
 @dataclass(frozen=True)

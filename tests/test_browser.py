@@ -105,20 +105,20 @@ def report(folder: Path, tokens: int, fvu: float) -> None:
 
 def test_curves_and_headline_move_while_the_run_does(page, folder: Path):
     """A report that the trainer appends is a point of the curve and a number above it, without a reload."""
-    points = "document.querySelector('#chart-fvu').data?.[0]?.y.at(-1)"
+    points = "document.querySelector('#chart-training-fvu').data?.[0]?.y.at(-1)"
     page.evaluate("window.stayed = true")
     for tokens, fvu in ((1000, 0.5), (4321, 0.25)):
         report(folder, tokens, fvu)
         until(page, f"{points} === {fvu}")
         playwright.expect(page.locator("#headline")).to_contain_text(f"{tokens:,}")
     assert page.evaluate("window.stayed")
-    assert page.locator("#chart-ce .scatterlayer .trace").count() == 1
+    assert page.locator("#chart-held-out-ce_delta .scatterlayer .trace").count() == 1
 
 
 def test_nothing_jumps_while_the_page_fills(page, folder: Path):
     """Curves and parts come into places that are kept for them."""
     report(folder, 5000, 0.2)
-    page.wait_for_selector("#chart-fvu .trace", state="attached")
+    page.wait_for_selector("#chart-training-fvu .trace", state="attached")
     assert page.evaluate(SHIFT) < 0.02
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from monitor.metrics import ALL
+from monitor.metrics import all_metrics
 from monitor.settings import MonitorTable
 from producer.settings import ProducerSettings
 from trainer.settings import TrainerSettings
@@ -70,7 +70,7 @@ def missing_links(document: Path, text: str) -> Iterable[str]:
 
 
 def missing_names(document: Path, text: str) -> Iterable[str]:
-    metrics = {metric.name for metric in ALL}
+    metrics = {metric.name for metric in all_metrics()}
     for module in re.findall(r"python -m ([\w.]+)", text):
         if module.split(".")[0] in (*PACKAGES, "deploy", "tests") and not is_module(module):
             yield f"python -m {module}"

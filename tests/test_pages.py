@@ -174,6 +174,6 @@ def test_everything_measured_is_on_the_page(client: TestClient):
     probed = [{"evaluation": {"l0": 3.25, "probe_accuracy": {"1": 0.75, "dense": 0.9}}}, {"evaluation": {}}]
     assert [(row["title"], row["cells"]) for row in measured(probed)] == [
         ("L0", ["3.2", "–"]),
-        ("probe accuracy, k = 1", ["75.0%", "–"]),
-        ("probe accuracy, all of x", ["90.0%", "–"]),
+        ("probe accuracy by k: 1", ["75.0%", "–"]),
+        ("probe accuracy by k: dense", ["90.0%", "–"]),
     ]

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monitor.evaluation.measures import MEASURES, Better
 from producer.common.addresses import path_argument
 from producer.common.shell import shell_command
 
@@ -302,8 +303,21 @@ def _numbers_table(numbers: dict[str, list[float | None]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, (a, b) in numbers.items():
         if a != b:
-            table.add_row(name, _number(a), _number(b), "" if a is None or b is None else _number(b - a, "+"))
+            change = "" if a is None or b is None else _colored(_number(b - a, "+"), b - a, _better(name))
+            table.add_row(name, _number(a), _number(b), change)
     return table
+
+
+def _better(name: str) -> Better | None:
+    """Which direction of a number of the table is good; None where neither is, or nobody says."""
+    names = [measure for measure in MEASURES if name in (measure.name, f"held-out {measure.name}")]
+    return names[0].better if names else None
+
+
+def _colored(text: str, change: float, better: Better | None) -> str:
+    if better is None:
+        return text
+    return f"[{'green' if (change > 0) == (better is Better.HIGHER) else 'red'}]{text}[/]"
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,17 +12,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from monitor.evaluation.measures import Stage, measures
 from monitor.run_directory import wiring
 from producer.common.formatting import format_duration
 from trainer.report import PROGRESSING
 
 Report = Mapping[str, Any]
 BAR = 20
-COLUMNS = {"SAE": 0, "L0": 0, "FVU": 0, "dead": 49, "shrink": 67, "rate": 76, "ΔCE": 40, "CE rec.": 58}
-"""Of the live table, and the width of terminal from which on each is shown."""
-RESULTS = {"SAE": 0, "latents": 63, "L0": 0, "FVU": 0, "dead": 54, "shrink": 71, "ΔCE": 0, "CE recov.": 48, "KL": 79}
-"""Of the table of results, likewise."""
 LONGEST_NAME = 18
+LATENTS_FROM_WIDTH = 63
+"""Characters per line from which on the table of results has room for the number of latents."""
 
 
 def live(
@@ -64,35 +63,28 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
 
 
 def _saes(report: Report, evaluations: Mapping[str, Report], width: int) -> RenderableType:
-    shown = [name for name, least in COLUMNS.items() if width >= least]
+    columns = [
+        (column, measure)
+        for measure in (*measures(Stage.TRAINING), *measures(Stage.HELD_OUT))
+        if (column := measure.live_column) and width >= column.from_width
+    ]
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in shown:
-        if name == "SAE":
-            table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=7, max_width=LONGEST_NAME)
-        else:
-            table.add_column(name, justify="right", no_wrap=True, min_width=7)
-    rows = []
-    for sae in report["saes"]:
-        rows.append(_sae_row(sae["name"], sae, evaluations.get(sae["name"], {})))
-        if averaged := evaluations.get(copy := f"{sae['name']}-ema"):
-            rows.append(_sae_row(copy, {}, averaged))
-    for row in rows:
-        table.add_row(*(row[name] for name in shown))
+    table.add_column("SAE", no_wrap=True, overflow="ellipsis", min_width=7, max_width=LONGEST_NAME)
+    for column, _ in columns:
+        table.add_column(column.heading, justify="right", no_wrap=True, min_width=7)
+    for name, numbers, evaluation in _rows(report, evaluations):
+        sources = {Stage.TRAINING: numbers, Stage.HELD_OUT: evaluation}
+        cells = [number(sources[measure.stage].get(measure.name), measure.format) for _, measure in columns]
+        table.add_row(f"[bold]{escape(name)}[/]", *cells)
     return table
 
 
-def _sae_row(name: str, sae: Report, evaluation: Report) -> dict[str, str]:
-    """`sae` is what training reports: nothing, of an averaged copy."""
-    return {
-        "SAE": f"[bold]{escape(name)}[/]",
-        "L0": number(sae.get("l0"), ".1f"),
-        "FVU": number(sae.get("fvu"), ".4f"),
-        "dead": number(sae.get("dead_latents_ratio"), ".1%"),
-        "shrink": number(sae.get("shrinkage"), ".3f"),
-        "rate": number(sae.get("learning_rate"), ".1e"),
-        "ΔCE": number(evaluation.get("ce_delta"), ".4f"),
-        "CE rec.": number(evaluation.get("ce_recovered"), ".4f"),
-    }
+def _rows(report: Report, evaluations: Mapping[str, Report]) -> Iterator[tuple[str, Report, Report]]:
+    """(name, numbers of training, evaluation) of each SAE; of an averaged copy, training has no numbers."""
+    for sae in report["saes"]:
+        yield sae["name"], sae, evaluations.get(sae["name"], {})
+        if average := evaluations.get(copy := f"{sae['name']}-ema"):
+            yield copy, {}, average
 
 
 def results(summary: Report, width: int = 80) -> Table:
@@ -107,22 +99,18 @@ def results(summary: Report, width: int = 80) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    shown = [name for name, least in RESULTS.items() if width >= least]
-    for name in shown:
-        table.add_column(name, justify="left" if name == "SAE" else "right", no_wrap=True)
+    columns = [
+        (column, measure)
+        for measure in (*measures(Stage.HELD_OUT), *measures(Stage.TRAINING))
+        if (column := measure.results_column) and width >= column.from_width
+    ]
+    table.add_column("SAE", no_wrap=True)
+    for heading in [*["latents"] * (width >= LATENTS_FROM_WIDTH), *(column.heading for column, _ in columns)]:
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, sae in summary["saes"].items():
-        row = {
-            "SAE": name,
-            "latents": number(sae.get("d_sae"), ","),
-            "L0": number(sae.get("held_out_l0"), ".1f"),
-            "FVU": number(sae.get("held_out_fvu"), ".4f"),
-            "dead": number(sae.get("dead_latents_ratio"), ".1%"),
-            "shrink": number(sae.get("shrinkage"), ".3f"),
-            "ΔCE": number(sae.get("ce_delta"), ".4f"),
-            "CE recov.": number(sae.get("ce_recovered"), ".4f"),
-            "KL": number(sae.get("kl"), ".4f"),
-        }
-        table.add_row(*(row[one] for one in shown))
+        latents = [number(sae.get("d_sae"), ",")] * (width >= LATENTS_FROM_WIDTH)
+        cells = [number(sae.get(measure.summary_name), measure.format) for _, measure in columns]
+        table.add_row(name, *latents, *cells)
     return table
 
 

@@ -19,6 +19,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import BigValueTextMode
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from monitor.evaluation.measures import Stage, get
 from monitor.grafana.panels import (
     BLUE,
     GREEN,
@@ -26,8 +27,10 @@ from monitor.grafana.panels import (
     RED,
     Panel,
     Row,
+    curves,
     dashboard,
     heat_map,
+    measure_number,
     number,
     over_time,
     over_tokens,
@@ -44,7 +47,6 @@ def training() -> Dashboard:
     """Does it learn?"""
     trained = "max(sluice_tokens_trained_total{RUN})"
     evaluated = "max(sluice_evaluated_snapshot_tokens{SAE})"
-    sae = "{{sae}}"
     now = [
         number("State", "sluice_state{RUN} == 1", legend="{{state}}", text=BigValueTextMode.NAME,
                colors={"starved": RED, "filling": ORANGE, "paused": BLUE}),
@@ -53,37 +55,32 @@ def training() -> Dashboard:
         number("Time left", "(sluice_target_tokens{RUN} - sluice_tokens_trained_total{RUN}) / "
                "(sluice_tokens_per_second{RUN} > 0)", unit="s",
                note="At the present speed; empty in a run without an end."),
-        number("FVU", "sluice_fvu{SAE}", legend=sae, decimals=4),
-        number("ΔCE", "sluice_ce_delta{SAE}", legend=sae, decimals=3),
-        number("L0", "sluice_l0{SAE}", legend=sae, decimals=1),
-        number("Dead latents", "sluice_dead_latents_ratio{SAE}", unit="percentunit", legend=sae, decimals=1,
-               limits=thresholds((None, GREEN), (0.1, ORANGE), (0.3, RED)),
-               note="Empty until dead_tokens have been seen."),
+        measure_number("FVU", get("fvu", Stage.TRAINING)),
+        measure_number("ΔCE", get("ce_delta", Stage.HELD_OUT)),
+        measure_number("L0", get("l0", Stage.TRAINING)),
+        measure_number("Dead latents", get("dead_latents_ratio", Stage.TRAINING), unit="percentunit",
+                       limits=thresholds((None, GREEN), (0.1, ORANGE), (0.3, RED)),
+                       note="Empty until dead_tokens have been seen."),
     ]  # fmt: skip
     by_tokens = [
-        over_tokens("FVU by tokens", trained, query("sluice_fvu{SAE}", sae), log=True),
-        over_tokens("ΔCE by tokens", evaluated, query("sluice_ce_delta{SAE}", sae), log=True),
-        over_tokens("L0 by tokens", trained, query("sluice_l0{SAE}", sae)),
+        over_tokens("FVU by tokens", trained, *curves("FVU by tokens"), log=True),
+        over_tokens("ΔCE by tokens", evaluated, *curves("ΔCE by tokens"), log=True),
+        over_tokens("L0 by tokens", trained, *curves("L0 by tokens")),
     ]
     by_time = [
         over_time("Loss, by part", query("sluice_loss{SAE}", "{{sae}} {{part}}"), log=True),
-        over_time("FVU", query("sluice_fvu{SAE}", sae),
-                  query("sluice_evaluation_fvu{SAE}", "{{sae}} held out"), log=True),
-        over_time("MSE", query("sluice_mse{SAE}", sae), log=True),
-        over_time("Dead and dense latents", query("sluice_dead_latents{SAE}", "{{sae}} dead"),
-                  query("sluice_evaluation_dense_latents{SAE}", "{{sae}} dense")),
+        over_time("FVU", *curves("FVU"), log=True),
+        over_time("MSE", *curves("MSE"), log=True),
+        over_time("Dead and dense latents", *curves("Dead and dense latents")),
     ]  # fmt: skip
     causes: list[Panel] = [
         heat_map("Latents by firing rate", "sum by (le) (sluice_feature_density_bucket{SAE})", "log10 rate",
                  "Dead latents lie at the bottom, dense ones at the top. All chosen SAEs together: choose one above."),
-        over_time("Shrinkage", query("sluice_shrinkage{SAE}", sae),
-                  query("sluice_evaluation_shrinkage{SAE}", "{{sae}} held out")),
-        over_time("Learning rate", query("sluice_learning_rate{SAE}", sae)),
-        over_time("Gradient norm", query("sluice_grad_norm{SAE}", sae),
+        over_time("Shrinkage", *curves("Shrinkage")),
+        over_time("Learning rate", *curves("Learning rate")),
+        over_time("Gradient norm", *curves("Gradient norm"),
                   query("increase(sluice_skipped_steps_total{SAE}[RATE])", "{{sae}} skipped steps")),
-        over_time("Held out", query("sluice_ce_recovered{SAE}", "{{sae}} CE recovered"),
-                  query("sluice_ce_recovered_mean_ablation{SAE}", "{{sae}} CE recovered, mean ablation"),
-                  query("sluice_kl{SAE}", "{{sae}} KL"), query("sluice_evaluation_cosine{SAE}", "{{sae}} cosine")),
+        over_time("Held out", *curves("Held out")),
     ]  # fmt: skip
     rows = [Row(3, now), Row(7, by_tokens), Row(7, by_time), Row(7, causes, widths=(7, 4, 4, 4, 5))]
     return dashboard("training", "Sluice · training", rows, by_sae=True)

@@ -37,7 +37,8 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from monitor.metrics import ALL
+from monitor.evaluation.measures import MEASURES, Measure
+from monitor.metrics import all_metrics
 
 SCHEMA_VERSION = 39
 """Of Grafana 10.4; later ones migrate it when they load it."""
@@ -45,7 +46,6 @@ COLUMNS = 24
 
 SOURCE = models.DataSourceRef("prometheus", "${datasource}")
 ABBREVIATIONS = {"{RUN": '{run="$run"', "{SAE": '{run="$run", sae=~"$sae"', "[RATE]": "[$__rate_interval]"}
-HELP = {metric.name: metric.help for metric in ALL}
 
 GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
 
@@ -69,11 +69,22 @@ def query(expr: str, legend: str = "__auto") -> prometheus.Dataquery:
     return prometheus.Dataquery().datasource(SOURCE).expr(expand(expr)).legend_format(legend).range()
 
 
+def curves(panel: str) -> list[prometheus.Dataquery]:
+    """A query for each measure that has a curve in the panel of this title, one curve per SAE."""
+    return [
+        query(f"{measure.metric}{{SAE}}", f"{{{{sae}}}} {curve.legend}".strip())
+        for measure in MEASURES
+        for curve in measure.curves
+        if curve.panel == panel
+    ]
+
+
 def explain(queries: Sequence[prometheus.Dataquery], note: str) -> str:
     """The note, and the help text of every metric that the queries name, as paragraphs."""
     names = dict.fromkeys(re.findall(r"sluice_\w+", " ".join(one.build().expr for one in queries)))
     metrics = [re.sub("_(sum|count|bucket)$", "", name) for name in names]
-    return "\n\n".join([note] * bool(note) + [HELP[metric] for metric in metrics if metric in HELP])
+    help_texts = {metric.name: metric.help for metric in all_metrics()}
+    return "\n\n".join([note] * bool(note) + [help_texts[metric] for metric in metrics if metric in help_texts])
 
 
 # --- Panels ----------------------------------------------------------------------------------------------------------
@@ -120,6 +131,16 @@ def number(
         fixed = models.FieldColor(models.FieldColorModeId.FIXED, color)
         panel.override_by_name(series, [models.DynamicConfigValue("color", fixed)])
     return panel
+
+
+def measure_number(
+    title: str, measure: Measure, unit: str = "short", limits: builders.ThresholdsConfig | None = None, note: str = ""
+) -> stat.Panel:
+    """The present value of a measure, large; one per SAE."""
+    digits = re.search(r"\.(\d+)", measure.format)
+    decimals = int(digits[1]) if digits else None
+    expr = f"{measure.metric}{{SAE}}"
+    return number(title, expr, unit, legend="{{sae}}", limits=limits, decimals=decimals, note=note)
 
 
 def draw_lines(panel: LinePanel, unit: str, log: bool, stacked: bool = False, top: float | None = None) -> LinePanel:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from markupsafe import Markup
 
+from monitor.evaluation.measures import MEASURES, Measure, Stage, measures
 from monitor.http.html import number, render
 from monitor.run_directory import SILENT_SECONDS, wiring
 from producer.common.formatting import format_count, format_duration
@@ -23,39 +24,6 @@ PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5
 """One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
 SNAPSHOTS_SHOWN = 20
 """The newest; the page is asked for its parts every two seconds."""
-MEASURED = (
-    ("ce_clean", "CE of the model alone", ".4f", "nats per token"),
-    ("ce_sae", "CE with the reconstruction", ".4f", "nats per token"),
-    ("ce_delta", "ΔCE", "+.4f", "nats per token: the primary number"),
-    ("ce_recovered", "CE recovered, against zero ablation", ".2%", "1 − ΔCE / what zeros in its place cost"),
-    (
-        "ce_recovered_mean_ablation",
-        "CE recovered, against mean ablation",
-        ".2%",
-        "the stricter one: the mean in its place",
-    ),
-    ("kl", "KL(clean ‖ SAE)", ".4f", "nats per token"),
-    ("fvu", "FVU", ".4f", "fraction of variance unexplained"),
-    ("l0", "L0", ".1f", "latents active on a row"),
-    ("cosine", "cosine of x and x_hat", ".4f", "mean over rows"),
-    ("norm_ratio", "‖x_hat‖ / ‖x‖", ".3f", "mean over rows"),
-    ("shrinkage", "shrinkage", ".3f", "1 is unbiased, less is suppressed"),
-    ("dense_latents", "dense latents", ",", "active on more than a tenth of rows"),
-    ("dead_latents", "silent latents", ",", "active on none of these rows"),
-    ("explanation_f1", "F1 of n-grams", ".3f", "how well the best n-gram tells a latent, mean of a sample"),
-    ("ablation_effects", "effects of ablation", ",.0f", "effective number of logits that ablating a latent changes"),
-    ("rows", "rows", ",", "of held-out text"),
-)
-"""What an evaluation tells: name in evaluation.json, words, form, meaning."""
-CHARTS = (
-    ("fvu", "FVU", "variance left unexplained"),
-    ("l0", "L0", "latents active on a row"),
-    ("dead", "Dead latents", "silent for dead_tokens"),
-    ("ce", "ΔCE", "nats per token, on held-out text"),
-    ("density", "Firing rates", "latents by log10 of their recent rate"),
-    ("speed", "Speed", "tokens trained per second"),
-)
-
 Run = dict[str, Any]
 
 
@@ -71,6 +39,16 @@ class Published:
     """By SAE, tokens and numbers of its newest evaluation, from whichever snapshot."""
 
 
+@dataclass(frozen=True)
+class PageChart:
+    """The place of a chart; the script draws it."""
+
+    id: str
+    title: str
+    caption: str
+    measure: Measure | None = None
+
+
 def run_page(run: Run, snapshots: Published, latents: dict[str, Any], base_url: str) -> str:
     """The whole page. `latents`: its `saes`, the one `chosen`, the `search`, and the `table` as HTML."""
     latents = latents | {"table": Markup(latents["table"])}
@@ -79,7 +57,7 @@ def run_page(run: Run, snapshots: Published, latents: dict[str, Any], base_url: 
     return render(
         "page.html",
         title=run["directory"],
-        charts=CHARTS,
+        charts=charts(),
         latents=latents,
         pull=shell_command("monitor", "pull", address, anywhere=True)
         if is_here
@@ -110,6 +88,7 @@ def _live(run: Run, snapshots: Published) -> dict[str, Any]:
         "run": run,
         "glance": glance(run),
         "saes": shown,
+        "headings": [measure.page_heading for measure in _columns()],
         "measured": measured(shown),
         "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots.newest],
         "older": max(0, snapshots.count - len(snapshots.newest)),
@@ -230,7 +209,7 @@ def saes(run: Run, snapshots: Published) -> list[dict[str, Any]]:
                 "metrics": metrics,
                 "wiring": wiring(metrics),
                 "latents": metrics.get("d_sae") or _latents_of(report),
-                "now": report or metrics,
+                "cells": _cells(report or metrics, evaluation),
                 "evaluation": evaluation,
                 "evaluated_at": evaluated_at,
             }
@@ -238,22 +217,57 @@ def saes(run: Run, snapshots: Published) -> list[dict[str, Any]]:
     return found
 
 
+def _cells(now: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+    """An SAE's numbers in the table of SAEs: `now` as it trains, then those of its newest evaluation."""
+    sources = {Stage.TRAINING: now, Stage.HELD_OUT: evaluation}
+    return [number(sources[measure.stage].get(measure.name), measure.format) for measure in _columns()]
+
+
 def measured(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every number of the newest evaluations, a row each: `title`, `meaning`, and the `cells` of the SAEs."""
     evaluations = [sae["evaluation"] for sae in saes]
-    rows = [
-        {"title": title, "meaning": meaning, "cells": [number(told.get(name), form) for told in evaluations]}
-        for name, title, form, meaning in MEASURED
-        if any(isinstance(told.get(name), int | float) for told in evaluations)
+    rows = [row for measure in measures(Stage.HELD_OUT) for row in _rows(measure, evaluations)]
+    counts = [evaluation.get("rows") for evaluation in evaluations]
+    if any(counts):
+        meaning = "How many held-out activations all this was measured on."
+        rows.append({"title": "activations", "meaning": meaning, "cells": [number(count, ",") for count in counts]})
+    return rows
+
+
+def _rows(measure: Measure, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row, or one for each value of the measure's label; none where nothing was measured."""
+    values = [evaluation.get(measure.name) for evaluation in evaluations]
+    if measure.label:
+        parts = [value if isinstance(value, dict) else {} for value in values]
+        columns = {f"{measure.title}: {key}": [part.get(key) for part in parts] for key in _keys(parts)}
+    else:
+        columns = {measure.title: values}
+    return [
+        {"title": title, "meaning": measure.help, "cells": [number(value, measure.format) for value in column]}
+        for title, column in columns.items()
+        if any(isinstance(value, int | float) for value in column)
     ]
-    probes = [told.get("probe_accuracy") or {} for told in evaluations]
-    return rows + [
-        {
-            "title": f"probe accuracy, {'all of x' if k == 'dense' else f'k = {k}'}",
-            "meaning": "on the labels of monitor.probe_file",
-            "cells": [number(told.get(k), ".1%") for told in probes],
-        }
-        for k in dict.fromkeys(k for told in probes for k in told)
+
+
+def _keys(parts: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for part in parts for key in part))
+
+
+def _columns() -> list[Measure]:
+    """The measures that have a column in the table of SAEs."""
+    return [measure for measure in MEASURES if measure.page_heading]
+
+
+def charts() -> list[PageChart]:
+    """Those of measures, then of the firing rates and of the speed."""
+    return [
+        *(
+            PageChart(f"{measure.stage.value}-{measure.name}", measure.chart.title, measure.chart.caption, measure)
+            for measure in MEASURES
+            if measure.chart
+        ),
+        PageChart("density", "Firing rates", "latents by log10 of their recent rate"),
+        PageChart("speed", "Speed", "tokens trained per second"),
     ]
 
 

@@ -54,7 +54,7 @@ async function learn() {
   for (const key of ["tokens", "tokens_per_second"]) curves[key].push(...news[key]);
   for (const name of new Set([...Object.keys(curves.saes), ...Object.keys(news.saes)])) {
     const columns = (curves.saes[name] ??= {});
-    for (const key of ["fvu", "l0", "dead_latents_ratio"]) {
+    for (const { measure: key } of measures("training")) {
       columns[key] ??= Array(before).fill(null);
       columns[key].push(...(news.saes[name]?.[key] ?? Array(news.tokens.length).fill(null)));
     }
@@ -66,8 +66,19 @@ async function learn() {
   return isNew;
 }
 
-function lines(key) {
-  return Object.entries(curves.saes).map(([name, columns]) => line(name, curves.tokens, columns[key]));
+// The charts of measures, as the page declares them.
+function measures(stage) {
+  return [...document.querySelectorAll(`[data-stage="${stage}"]`)].map((element) => element.dataset);
+}
+
+function trainingLines(measure) {
+  return Object.entries(curves.saes).map(([name, columns]) => line(name, curves.tokens, columns[measure]));
+}
+
+function evaluationLines(measure) {
+  return Object.entries(curves.evaluations).map(([name, columns]) =>
+    line(name, columns.tokens, columns[measure], "lines+markers"),
+  );
 }
 
 function line(name, x, y, mode = "lines") {
@@ -90,20 +101,20 @@ function densities() {
 }
 
 const CHARTS = {
-  fvu: { traces: () => lines("fvu"), y: { type: "log", dtick: "D2", tickformat: ".2~g" } },
-  l0: { traces: () => lines("l0"), y: { rangemode: "tozero" } },
-  dead: { traces: () => lines("dead_latents_ratio"), y: { rangemode: "tozero", tickformat: ".1~%" } },
-  ce: {
-    traces: () =>
-      Object.entries(curves.evaluations).map(([name, told]) => line(name, told.tokens, told.ce_delta, "lines+markers")),
-    y: { rangemode: "tozero" },
-  },
   density: { traces: densities, y: { rangemode: "tozero" }, x: { type: "category", tickangle: 0, tickfont: { size: 9 } } },
   speed: {
     traces: () => [{ ...line("tokens/s", curves.tokens, curves.tokens_per_second), line: { color: css("--dim"), width: 1.5 } }],
     y: { rangemode: "tozero" },
   },
 };
+
+for (const [stage, tracesOf] of Object.entries({ training: trainingLines, "held-out": evaluationLines })) {
+  for (const { measure, scale, tickFormat } of measures(stage)) {
+    const y = scale === "log" ? { type: "log", dtick: "D2" } : { rangemode: "tozero" };
+    if (tickFormat) y.tickformat = tickFormat;
+    CHARTS[`${stage}-${measure}`] = { traces: () => tracesOf(measure), y };
+  }
+}
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
