@@ -3,6 +3,7 @@
     __main__        `python -m monitor RUN.toml`
     app             the monitor as a process
     settings        [monitor] of the run file
+    files           files that other processes write
     run_directory   what a run directory holds
     snapshot_index  which snapshots it holds, from look to look
     history         the curves of a run

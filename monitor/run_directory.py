@@ -8,8 +8,6 @@ is summary.json, to which the evaluation is added when the run is over.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
@@ -20,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from monitor.evaluation.measures import Stage, measures
-from monitor.snapshot_index import index_of, is_within, manifest_of
-from producer.common.parsing import ParseError, parse_object, parse_toml
+from monitor.files import read_json, read_last_line, read_toml, written_ns
+from monitor.snapshot_index import index_of, manifest_of
 from trainer.snapshot import SnapshotError, is_pinned
 from trainer.state.durable import replace_text
-
-log = logging.getLogger("sluice.monitor")
 
 SILENT_SECONDS = 120.0
 """A report older than this tells how it was, not how it is."""
@@ -60,7 +56,7 @@ def read_run(run_directory: Path) -> dict[str, Any]:
         "directory": run_directory.name,
         "state": state,
         "latest": names[-1] if names else None,
-        "settings": _read_toml(run_directory / "settings.toml"),
+        "settings": read_toml(run_directory / "settings.toml", run_directory),
         "report": report,
         "silent_seconds": None if report is None or "time" not in report else max(0.0, time.time() - report["time"]),
         "summary": summary,
@@ -147,8 +143,8 @@ def read_entry(run_directory: Path, name: str) -> dict[str, Any] | None:
     """One snapshot of the list; None when it is gone or cannot be read."""
     folder = run_directory / "snapshots" / name
     try:
-        evaluated = [_written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder)["saes"]]
-        return _entry(folder, _written_ns(folder / "manifest.json"), tuple(evaluated), is_pinned(folder))
+        evaluated = [written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder)["saes"]]
+        return _entry(folder, written_ns(folder / "manifest.json"), tuple(evaluated), is_pinned(folder))
     except SnapshotError:
         return None
 
@@ -236,14 +232,6 @@ def _entry(folder: Path, written_ns: int, evaluated_ns: tuple[int, ...], pinned:
     }
 
 
-def _written_ns(path: Path) -> int:
-    """When a file was written; 0 while there is none."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
 def wiring(told: Mapping[str, Any]) -> str | None:
     """Where an SAE sits, from its numbers in a manifest or summary: `A`, a transcoder `A → B`, a crosscoder `A + B`."""
     if told.get("hook") is None:
@@ -253,57 +241,5 @@ def wiring(told: Mapping[str, Any]) -> str | None:
 
 
 def last_report(run_directory: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl; the line being written at this moment does not count."""
-    path = run_directory / "metrics.jsonl"
-    try:
-        _refuse_link(path, run_directory)
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            reach = 1 << 16
-            while True:
-                file.seek(max(0, size - reach))
-                lines = file.read(min(size, reach)).split(b"\n")
-                if len(lines) > 2 or reach >= size:
-                    break
-                reach *= 4
-    except OSError:
-        return None
-    return _loads(lines[-2]) if len(lines) > 1 else None
-
-
-def read_json(path: Path, folder: Path) -> dict[str, Any] | None:
-    """The object in a file of `folder`; None when there is none, or a link leads to it from outside of the folder."""
-    try:
-        _refuse_link(path, folder)
-        return _loads(path.read_bytes())
-    except OSError:
-        return None
-
-
-def _refuse_link(path: Path, folder: Path) -> None:
-    """Raises OSError when a path leads out of its folder: what lies there is not this run's, and not for all to see."""
-    if not is_within(path, folder):
-        _tell_of_link(path)
-        raise PermissionError(path)
-
-
-@lru_cache
-def _tell_of_link(path: Path) -> None:
-    log.warning("%s is a link out of its folder, and is not read", path)
-
-
-def _loads(text: bytes) -> dict[str, Any] | None:
-    """An object, in which NaN and infinities, which JSON does not have, become null; None when it is no object."""
-    try:
-        return parse_object(text, finite=True)
-    except ParseError:
-        return None
-
-
-def _read_toml(path: Path) -> dict[str, Any] | None:
-    try:
-        # As JSON, which the service answers with, can say it: without infinities and dates.
-        _refuse_link(path, path.parent)
-        return parse_object(json.dumps(parse_toml(path.read_bytes()), default=str), finite=True)
-    except (OSError, ParseError):
-        return None
+    """The newest report of the trainer."""
+    return read_last_line(run_directory / "metrics.jsonl", run_directory)

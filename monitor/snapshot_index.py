@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from monitor.files import is_within
 from trainer.snapshot import NAME, SnapshotError, read_manifest
 
 CLOCK_TICK_NS = 1_000_000_000
@@ -30,11 +31,6 @@ def index_of(run_directory: Path) -> SnapshotIndex:
 @lru_cache(maxsize=64)
 def _index_at(run_directory: Path) -> SnapshotIndex:
     return SnapshotIndex(run_directory)
-
-
-def is_within(path: Path, folder: Path) -> bool:
-    """Whether a path, all links followed, leads to something in `folder`."""
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 class SnapshotIndex:

@@ -16,9 +16,10 @@ from starlette.testclient import TestClient
 from monitor.cli.client import Monitor, MonitorError
 from monitor.cli.pull import main as pull
 from monitor.cli.top import main as top
+from monitor.files import read_json
 from monitor.history import History
 from monitor.http.service import make_app
-from monitor.run_directory import last_report, read_json, read_run
+from monitor.run_directory import last_report, read_run
 from producer.common.metrics import new_registry
 from producer.common.parsing import MAX_DEPTH, ParseError, parse_json, parse_object, parse_toml
 from producer.settings import ProducerSettings, SettingsError, read_run_file

@@ -104,7 +104,7 @@ def _each(pairs: dict[str, tuple[Sae, Sae]]) -> dict[str, Any]:
 
 def find_saes(folder: Path) -> dict[str, Sae]:
     """The SAEs of a snapshot, or the one whose folder it is, by name. Raises CompareError."""
-    from monitor.run_directory import read_json
+    from monitor.files import read_json
     from trainer.snapshot import SnapshotError, read_manifest
 
     if (folder / "manifest.json").is_file():

@@ -26,6 +26,7 @@ from monitor.evaluation.latents.activations import GONE, births, gather_latents,
 from monitor.evaluation.latents.explanation import mean_f1
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy, read_labelled_texts
+from monitor.files import read_json
 from monitor.history import append_evaluation
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
@@ -34,7 +35,6 @@ from monitor.run_directory import (
     LATENTS,
     explained_in,
     is_finished,
-    read_json,
     snapshots_with,
 )
 from monitor.settings import MonitorSettings

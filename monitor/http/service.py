@@ -38,13 +38,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from monitor.files import is_within
 from monitor.http.access import TokenGate
 from monitor.http.answers import IMMUTABLE, MUTABLE, is_known, json_unless_known, tags
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.pace import Pace
 from monitor.http.routes import error_page, page_routes
 from monitor.run_directory import read_page, read_run, why_not_ready
-from monitor.snapshot_index import index_of, is_within, manifest_of
+from monitor.snapshot_index import index_of, manifest_of
 from producer.common.server import DEFAULT_LIMITS, ServerLimits, listen, serve
 from trainer.snapshot import NAME, SnapshotError, which_there_are
 

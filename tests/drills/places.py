@@ -66,6 +66,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.metrics": ("trainer/metrics.py", "test_metrics"),
     "monitor.metrics": ("monitor/metrics.py", "test_metrics"),
     "monitor.history": ("monitor/history.py", "test_history"),
+    "monitor.files": ("monitor/files.py", "test_service", "test_parsing"),
     "monitor.run_directory": ("monitor/run_directory.py", "test_service", "test_evaluate"),
     "monitor.snapshot_index": ("monitor/snapshot_index.py", "test_snapshot_index", "test_service"),
     "monitor.http.service": ("monitor/http/service.py", "test_service"),

@@ -40,6 +40,7 @@ from monitor.evaluation.latents.activations import (
 )
 from monitor.evaluation.latents.explanation import explain
 from monitor.evaluation.latents.texts import Texts
+from monitor.files import is_within
 from monitor.run_directory import (
     LATENTS,
     NotThere,
@@ -49,7 +50,7 @@ from monitor.run_directory import (
     is_explained,
     read_json,
 )
-from monitor.snapshot_index import is_within, manifest_of
+from monitor.snapshot_index import manifest_of
 from producer.corpus.windows import Windows
 from producer.lm.errors import ModelError
 from producer.lm.model import LanguageModel
