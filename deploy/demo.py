@@ -25,8 +25,9 @@ from monitor.run_directory import last_report, newest_evaluations
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
 from producer.common.parsing import read_object
+from producer.common.run_file import read_run_file
 from producer.common.shell import shell_command
-from producer.settings import SettingsError, read_run_file
+from producer.common.toml import SettingsError
 from trainer.settings import TrainerSettings
 
 RUN_FILE = "deploy/demo.toml"

@@ -13,10 +13,10 @@ import threading
 from importlib import import_module
 
 from monitor.settings import MonitorSettings
+from producer.common.command_line import parse_command_line
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
-from producer.settings import parse_command_line
 
 PURPOSE = f"""Serves a run's snapshots over HTTP, and measures each new one with the language model.
 

@@ -12,18 +12,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from producer.common.addresses import is_loopback
+from producer.common.fields import Natural, PathText, Port, Positive, Seconds
 from producer.common.toml import show_value
-from producer.settings import (
-    CorpusSettings,
-    MetricsSettings,
-    ModelSettings,
-    Natural,
-    PathText,
-    Port,
-    Positive,
-    RunSettings,
-    Seconds,
-)
+from producer.settings import CorpusSettings, MetricsSettings, ModelSettings, RunSettings
 
 
 class MonitorTable(MetricsSettings):

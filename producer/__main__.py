@@ -11,11 +11,12 @@ import logging
 import sys
 
 from producer.common.addresses import path_argument
+from producer.common.command_line import parse_command_line
 from producer.common.logs import set_up
 from producer.common.process import ignore_stopping, run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
 from producer.common.toml import toml_value
-from producer.settings import ProducerSettings, parse_command_line
+from producer.settings import ProducerSettings
 
 PURPOSE = f"""Runs the language model over the corpus and streams the residual activations of the chosen hooks.
 

@@ -1,90 +1,34 @@
-"""The run file: one TOML for all three processes, read once, refused with every fault at once.
+"""The tables of the run file that a producer reads: [run], [stream], [model], [corpus] and the ports of [monitor].
 
-CONTRACT: the trainer and the monitor read the same file with the same function. Each process validates the tables
-it needs (`ProducerSettings` here, `TrainerSettings` and `MonitorSettings` in their packages) and leaves the others
-alone, so each fact stands in one place. Light: pydantic only.
-
-    settings = read_run_file(ProducerSettings, "deploy/demo.toml", ["model.device=cpu"])
+CONTRACT: the trainer and the monitor read the same tables, beside their own (`TrainerSettings`, `MonitorSettings`).
+`producer.common.run_file` reads the file. Light: pydantic only.
 """
 
 from __future__ import annotations
 
-import re
-import signal
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from producer.common.addresses import (
-    check_host,
-    check_host_name,
-    check_port,
-    expand_endpoint,
-    expand_hub_name,
-    expand_path,
-    is_loopback,
-    path_argument,
-    unreachable,
+from producer.common.addresses import is_loopback, unreachable
+from producer.common.fields import (
+    Device,
+    Endpoint,
+    Host,
+    HostName,
+    HubName,
+    Natural,
+    PathText,
+    Port,
+    Positive,
+    SecondsOrNever,
+    SocketSeconds,
+    Table,
+    Whole,
 )
-from producer.common.explain import explain, explain_stray, nearest
-from producer.common.parsing import ParseError, parse_toml
 from producer.common.shell import shell_command
-from producer.common.toml import SettingsError, read_toml, show_value, toml_value
-
-TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _check_device(name: str) -> str:
-    if name in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:[0-9]+", name):
-        return name
-    raise ValueError('is no device; expected "auto", "cpu", "cuda", or one GPU by number, such as "cuda:1"')
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-"""A whole number, which may be written as 1e6."""
-Positive = Annotated[Whole, Field(gt=0)]
-Natural = Annotated[Whole, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
-Beat = Annotated[float, Field(gt=0, le=86_400)]
-"""Seconds that ZeroMQ counts itself, as a 32-bit number of milliseconds."""
-Span = Annotated[float, Field(gt=0, allow_inf_nan=True)]
-"""Seconds after which something is done; inf: never."""
-PathText = Annotated[str, AfterValidator(expand_path)]
-"""A path in the run file."""
-HubName = Annotated[str, AfterValidator(expand_hub_name)]
-"""A model or a data set in the run file."""
-Endpoint = Annotated[str, AfterValidator(expand_endpoint)]
-"""A ZeroMQ endpoint in the run file."""
-Host = Annotated[str, AfterValidator(check_host)]
-"""An address that a process listens on."""
-HostName = Annotated[str, AfterValidator(check_host_name)]
-"""A name by which others call a host."""
-Port = Annotated[int, AfterValidator(check_port)]
-"""A port that a process listens on; 0 is any free one."""
-Device = Annotated[str, AfterValidator(_check_device)]
-
-
-class Table(BaseModel):
-    """One table of the run file: unknown keys and wrong types are refused, values never change afterwards."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from producer.common.toml import show_value
 
 
 class RunSettings(Table):
@@ -120,13 +64,13 @@ class StreamSettings(Table):
     """Folder of CURVE keys, as the producer's command `keys DIR` writes it; needed off loopback."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of activations on the wire and in the buffer."""
-    heartbeat_seconds: Beat = 1.0
+    heartbeat_seconds: SocketSeconds = 1.0
     """Both sides say that they live this often."""
-    dead_seconds: Beat = 10.0
+    dead_seconds: SocketSeconds = 10.0
     """A side silent for this long is taken for dead; its leases return."""
-    stall_seconds: Span = 120.0
+    stall_seconds: SecondsOrNever = 120.0
     """A producer that lives, has credit and makes no progress on its shard for this long loses the lease."""
-    patience_seconds: Span = 300.0
+    patience_seconds: SecondsOrNever = 300.0
     """How long a producer looks for a trainer before it gives up with exit code 1."""
 
     @model_validator(mode="after")
@@ -304,123 +248,3 @@ class ProducerSettings(BaseModel):
         if fault := unreachable(self.stream.endpoint):
             raise ValueError(f"stream.endpoint = {show_value(self.stream.endpoint)} {fault}")
         return self
-
-
-S = TypeVar("S", bound=BaseModel)
-
-
-def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
-    """The tables of `kind` from the TOML file `path`, with `section.key=value` overrides applied.
-
-    Raises SettingsError naming every fault: key, value, what is expected and what to do.
-    """
-    document = read_toml(path)
-    faults = [fault for override in overrides if (fault := _apply(document, override))]
-    faults += [explain_stray(kind, TABLES, name, table) for name, table in document.items() if name not in TABLES]
-    wanted = {name: table for name, table in document.items() if name in kind.model_fields}
-    try:
-        settings = settings_from(kind, wanted)
-    except SettingsError as error:
-        faults += str(error).split("\n")
-    if faults:
-        raise SettingsError("\n".join(f"{path}: {fault}" for fault in faults))
-    return settings
-
-
-def settings_from(kind: type[S], document: dict[str, Any]) -> S:
-    """`document` as settings of this kind. Raises SettingsError naming every fault, one a line."""
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        raise SettingsError("\n".join(explain(kind, document, fault) for fault in error.errors())) from None
-
-
-def show_settings(settings: BaseModel) -> str:
-    """The resolved settings as TOML that `read_run_file` accepts again; unset options are left out."""
-    tables = settings.model_dump(exclude_none=True)
-    return "\n".join(_toml_table(name, table) for name, table in tables.items())
-
-
-def _toml_table(name: str, table: Any) -> str:
-    if isinstance(table, list):
-        return "\n".join(_toml_lines(f"[[{name}]]", entry, name) for entry in table)
-    return _toml_lines(f"[{name}]", table, name)
-
-
-def _toml_lines(heading: str, table: dict[str, Any], name: str) -> str:
-    plain = [f"{key} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    nested = [
-        _toml_lines(f"[{name}.{key}]", value, f"{name}.{key}")
-        for key, value in table.items()
-        if isinstance(value, dict)
-    ]
-    return "\n".join([heading, *plain, "", *nested])
-
-
-def _apply(document: dict[str, Any], override: str) -> str | None:
-    """Sets one `section.key=value` in `document`; returns the fault, if there is one."""
-    name = f"override {show_value(override)}"
-    try:
-        override.encode()
-    except UnicodeEncodeError:
-        return f"{ascii(name)[1:-1]} holds bytes that are not UTF-8"
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
-        return f"{name}: expected section.key=value, such as optimizer.batch=2048"
-    place: Any = document
-    for part in parts[:-1]:
-        if isinstance(place, list):
-            chosen = [entry for index, entry in enumerate(place) if _is_called(entry, part, index)]
-            if not chosen:
-                close = nearest(part, [str(entry["name"]) for entry in place if "name" in entry])
-                return f'{name}: no [[{parts[0]}]] is named "{part}"{close}, nor has that number'
-            place = chosen[0]
-        else:
-            place = place.setdefault(part, {})
-        if not isinstance(place, dict | list):
-            return f'{name}: "{part}" is a value, not a table'
-    if isinstance(place, list):
-        return f"{name}: say which entry, as in {parts[0]}.0.{parts[-1]}=…"
-    place[parts[-1]] = _override_value(text)
-    return None
-
-
-def _is_called(entry: Any, part: str, index: int) -> bool:
-    return isinstance(entry, dict) and part in (str(index), entry.get("name"))
-
-
-def _override_value(text: str) -> Any:
-    """The value behind the `=` of an override: TOML, or text that needs no quotes, as in model.name=gpt2."""
-    try:
-        document = parse_toml(f"value = {text}")
-    except ParseError:
-        return text.strip()
-    return document["value"] if len(document) == 1 else text
-
-
-def parse_command_line(program: str, purpose: str, kind: type[S], arguments: list[str] | None = None) -> S:
-    """`RUN.toml [section.key=value …]` of the daemons; ends the process for --help, --print-settings and faults."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "run_file", type=path_argument, metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
-    parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
-    given = parser.parse_intermixed_args(arguments)
-    if given.run_file is None:
-        parser.error("which run file? deploy/ holds examples, such as deploy/demo.toml")
-    try:
-        settings = read_run_file(kind, given.run_file, given.overrides)
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    if given.print_settings:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-        print(show_settings(settings))
-        raise SystemExit(0)
-    return settings

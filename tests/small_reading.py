@@ -18,9 +18,10 @@ from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
+from producer.common.run_file import read_run_file
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
-from producer.settings import ModelSettings, read_run_file
+from producer.settings import ModelSettings
 from tests.small_run import publish_snapshot, start_run
 from trainer.snapshot import Export
 

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from producer.settings import ProducerSettings, read_run_file
+from producer.common.run_file import read_run_file
+from producer.settings import ProducerSettings
 from producer.wire import Bye, Hello, held_out_shards
 from tests.drills.named_producer import NamedSource
 from tests.small_run import publish_snapshot

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from producer.settings import ProducerSettings, SettingsError, settings_from
+from producer.common.run_file import settings_from
+from producer.common.toml import SettingsError
+from producer.settings import ProducerSettings
 from producer.wire import Lease, Reject
 from tests.drills.deterministic import ALWAYS, Fate, compare
 from tests.drills.scene import RUN

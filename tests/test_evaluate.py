@@ -34,11 +34,12 @@ from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
+from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.packing import pack_activations
-from producer.settings import CorpusSettings, read_run_file
+from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.report import DENSITY_EDGES

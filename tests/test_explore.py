@@ -31,10 +31,11 @@ from monitor.metrics import MonitorMetrics
 from monitor.run_directory import LATENTS, NotThere
 from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
+from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.settings import CorpusSettings, read_run_file
+from producer.settings import CorpusSettings
 from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot
 from trainer.snapshot import retire, supersede_after

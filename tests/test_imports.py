@@ -37,6 +37,8 @@ LIGHT = (
     "producer.common.parsing",
     "producer.common.addresses",
     "producer.common.toml",
+    "producer.common.run_file",
+    "producer.common.command_line",
     "producer.common.shell",
     "trainer.report",
     "trainer.phases",

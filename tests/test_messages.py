@@ -16,7 +16,10 @@ import pytest
 from monitor.cli import compare, pull, top
 from monitor.settings import MonitorSettings
 from producer.__main__ import main as producer
-from producer.settings import ProducerSettings, SettingsError, parse_command_line, settings_from
+from producer.common.command_line import parse_command_line
+from producer.common.run_file import settings_from
+from producer.common.toml import SettingsError
+from producer.settings import ProducerSettings
 from trainer.__main__ import main as trainer
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings

@@ -18,7 +18,7 @@ from torch import Tensor
 from monitor.evaluation.follow import Evaluator
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
-from producer.settings import read_run_file
+from producer.common.run_file import read_run_file
 from tests.small_reading import HOOK, run_file, small_model
 from tests.small_run import publish_snapshot
 from tests.test_ctl import Trainer

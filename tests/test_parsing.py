@@ -22,7 +22,9 @@ from monitor.http.service import make_app
 from monitor.run_directory import last_report, read_run
 from producer.common.metrics import new_registry
 from producer.common.parsing import MAX_DEPTH, ParseError, parse_json, parse_object, parse_toml
-from producer.settings import ProducerSettings, SettingsError, read_run_file
+from producer.common.run_file import read_run_file
+from producer.common.toml import SettingsError
+from producer.settings import ProducerSettings
 from tests.small_run import publish_snapshot, start_run
 from trainer.control.ctl import CtlError, read_sae_table
 from trainer.saes.formats import read_published

@@ -15,8 +15,9 @@ from starlette.routing import Route
 from monitor.http.service import make_app, start_service
 from producer.common import server
 from producer.common.metrics import new_registry, start_metrics_server
+from producer.common.run_file import read_run_file
 from producer.common.server import DEFAULT_LIMITS, ServerLimits
-from producer.settings import SettingsError, read_run_file
+from producer.common.toml import SettingsError
 from tests.small_run import publish_snapshot, start_run
 from trainer.settings import TrainerSettings
 

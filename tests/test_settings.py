@@ -12,7 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from producer.common.addresses import is_loopback
-from producer.settings import ModelSettings, ProducerSettings, SettingsError, read_run_file, show_settings
+from producer.common.run_file import read_run_file, show_settings
+from producer.common.toml import SettingsError
+from producer.settings import ModelSettings, ProducerSettings
 from tests.small_saes import FAMILY
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings

@@ -16,10 +16,10 @@ import sys
 import threading
 from importlib import import_module
 
+from producer.common.command_line import parse_command_line
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
-from producer.settings import parse_command_line
 from trainer.control.ctl import Inbox, listening
 from trainer.settings import TrainerSettings
 from trainer.state.home import Home, HomeError

@@ -8,18 +8,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from producer.common.addresses import split_endpoint
+from producer.common.fields import Device, Natural, Positive, SecondsOrNever, Table
 from producer.common.toml import show_value
 from producer.settings import (
     CorpusSettings,
-    Device,
     MetricsSettings,
     ModelSettings,
-    Natural,
-    Positive,
     RunSettings,
-    Span,
     StreamSettings,
-    Table,
     deterministic_fault,
 )
 from trainer.saes.settings import SaeSettings
@@ -73,7 +69,7 @@ class SnapshotSettings(Table):
 class CheckpointSettings(Table):
     """[checkpoint]: what resuming needs; private to the trainer."""
 
-    every_seconds: Span = 300.0
+    every_seconds: SecondsOrNever = 300.0
     """A crash costs at most this much training, plus one bufferful of the language model's work; inf: at the end
     alone."""
     keep: Positive = 2

@@ -2,12 +2,15 @@
 
     process     signals, limits and exits that all processes treat alike
     parsing     JSON and TOML from outside, every fault as one error
-    toml        run files: reading and writing
+    run_file    the run file: its tables, overrides, and every fault at once
+    command_line    RUN.toml [section.key=value …]
+    fields      types of the values in a run file
     addresses   paths, endpoints and ports
-    explain     faults of settings in words
+    toml        TOML as an operator reads and writes it
+    explain     faults of settings in sentences
     shell       commands as the reader's shell takes them
     formatting  sizes, counts and durations as people read them
-    logs        logging of what strangers send: escaped, aggregated
+    logs        log lines: escaped, and counted where strangers could flood them
     memory      how the C library treats freed memory
     server      an HTTP server in a thread
     metrics     tables of metrics → Prometheus, and the port that serves them

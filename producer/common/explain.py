@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a run file, in sentences for an operator. CONTRACT, light.
+"""Faults of a run file, as pydantic reports them, in sentences for an operator. CONTRACT. Light.
 
     optimizer.batch = "many": expected a whole number, such as 4096. Rows in one step.
 
@@ -25,16 +25,16 @@ BOUNDS = {
     "less_than": "below",
     "less_than_equal": "of at most",
 }
-SIZES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in the settings `kind` something stands: a table, a key, or an entry of a list."""
+class Location:
+    """The location of a table, a key or an entry of a list in the settings `kind`."""
 
     kind: type[BaseModel]
     document: Any
-    """What is validated; which keys a table may have can depend on it."""
+    """The whole document; which keys a table may have can depend on it."""
     path: tuple[str, ...]
     """Names of tables and keys, and indices of lists."""
 
@@ -57,8 +57,8 @@ class Place:
 
     @property
     def table(self) -> type[BaseModel] | None:
-        """The class of the table that the place is in."""
-        return Place(self.kind, self.document, self.path[:-1]).model
+        """The class of the table around the location."""
+        return Location(self.kind, self.document, self.path[:-1]).model
 
     @property
     def field(self) -> FieldInfo | None:
@@ -66,13 +66,13 @@ class Place:
 
     @property
     def meaning(self) -> str:
-        """What the setting means, or the list that an entry is part of."""
-        field = self.field or (Place(self.kind, self.document, self.path[:-1]).field if self.path[1:] else None)
+        """The description of the setting, or of the list around an entry."""
+        field = self.field or (Location(self.kind, self.document, self.path[:-1]).field if self.path[1:] else None)
         return " ".join((field.description or "").split()) if field else ""
 
     @property
-    def such_as(self) -> str:
-        """`, such as corpus.paths = ["a.txt", "b.txt"]`, from the field's example or its default; may be nothing."""
+    def example(self) -> str:
+        """`, such as corpus.paths = ["a.txt", "b.txt"]`, from the field's example or its default; may be empty."""
         field = self.field
         if field is None:
             return ""
@@ -91,7 +91,7 @@ def _entry(value: Any, part: str) -> Any:
 
 
 def _model_of(model: Any, table: Any) -> type[BaseModel] | None:
-    """The class that is meant where `model` stands for several, which it tells apart by the table's contents."""
+    """The class for this table, where `model` stands for several that differ by the table's contents."""
     return model.model_of(table) if hasattr(model, "model_of") and isinstance(table, dict) else model
 
 
@@ -102,8 +102,8 @@ def _model_within(annotation: Any) -> type[BaseModel] | None:
     return next((model for model in inner if model), None)
 
 
-def explain_stray(kind: type[BaseModel], tables: Sequence[str], name: str, value: Any) -> str:
-    """What is wrong with a `name` at the top of the file that none of the `tables` has."""
+def explain_unknown_table(kind: type[BaseModel], tables: Sequence[str], name: str, value: Any) -> str:
+    """Explains a `name` at the top of the file that is none of the `tables`."""
     if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
         return f"[{name}]: no such table{nearest(name, tables)}; the tables are {', '.join(tables)}"
     owners = [
@@ -114,73 +114,73 @@ def explain_stray(kind: type[BaseModel], tables: Sequence[str], name: str, value
 
 
 def explain(kind: type[BaseModel], document: Any, fault: Any) -> str:
-    """One fault of pydantic's `errors()` for the settings `kind`, in a sentence or two."""
-    place = Place(kind, document, tuple(str(part) for part in fault["loc"]))
-    name, value = place.name, fault["input"]
+    """Explains one fault of pydantic's `errors()` for the settings `kind`, in a sentence or two."""
+    location = Location(kind, document, tuple(str(part) for part in fault["loc"]))
+    name, value = location.name, fault["input"]
     match fault["type"]:
         case "extra_forbidden":
-            return _unknown_key(place, value)
+            return _explain_unknown_key(location, value)
         case "value_error":
             message = str(fault["ctx"]["error"])
             # Of a table as a whole: the message names the settings that do not go together.
             if not name or isinstance(value, dict):
                 return message
-            return f"{name} = {show_value(value)} {message}. {place.meaning}".rstrip()
+            return f"{name} = {show_value(value)} {message}. {location.meaning}".rstrip()
         case "model_type":
-            return _no_table(place, value)
-        case "list_type" | "too_short" | "missing" if place.model:
+            return _explain_not_a_table(location, value)
+        case "list_type" | "too_short" | "missing" if location.model:
             single = isinstance(value, dict) and fault["type"] == "list_type"
-            given = f" The file has one table [{name}]: it takes two brackets." if single else ""
-            return f"{name}: expected one table or more, each beginning with [[{name}]].{given}"
+            hint = f" The file has one table [{name}]: it takes two brackets." if single else ""
+            return f"{name}: expected one table or more, each beginning with [[{name}]].{hint}"
         case "missing":
-            return f"{name}: missing; add it{place.such_as}. {place.meaning}".rstrip()
-    meaning = place.meaning
-    return f"{name} = {show_value(value)}: expected {_expected(place, fault)}. {meaning}".rstrip()
+            return f"{name}: missing; add it{location.example}. {location.meaning}".rstrip()
+    meaning = location.meaning
+    return f"{name} = {show_value(value)}: expected {_expected(location, fault)}. {meaning}".rstrip()
 
 
-def _unknown_key(place: Place, value: Any) -> str:
-    key, known = place.path[-1], list(place.table.model_fields) if place.table else []
-    owners = [f"{table}.{key}" for table in place.kind.model_fields if key in fields_at(place.kind, table)]
-    close = f" (did you mean {' or '.join(owners)}?)" if owners else nearest(key, known)
-    return f"{place.name} = {show_value(value)}: no such key{close}; known here: {', '.join(known)}"
+def _explain_unknown_key(location: Location, value: Any) -> str:
+    key, keys = location.path[-1], list(location.table.model_fields) if location.table else []
+    owners = [f"{table}.{key}" for table in location.kind.model_fields if key in fields_at(location.kind, table)]
+    close = f" (did you mean {' or '.join(owners)}?)" if owners else nearest(key, keys)
+    return f"{location.name} = {show_value(value)}: no such key{close}; known here: {', '.join(keys)}"
 
 
-def _no_table(place: Place, value: Any) -> str:
-    name = ".".join(part for part in place.path if not part.isdigit())
+def _explain_not_a_table(location: Location, value: Any) -> str:
+    name = ".".join(part for part in location.path if not part.isdigit())
     if isinstance(value, list):
         return f"{name}: expected one table [{name}], with one bracket on each side"
-    heading = f"[[{name}]]" if place.path[-1].isdigit() else f"[{name}]"
-    return f"{place.name} = {show_value(value)}: expected a table, which begins with a line {heading}"
+    heading = f"[[{name}]]" if location.path[-1].isdigit() else f"[{name}]"
+    return f"{location.name} = {show_value(value)}: expected a table, which begins with a line {heading}"
 
 
-def _expected(place: Place, fault: Any) -> str:
+def _expected(location: Location, fault: Any) -> str:
     value, context = fault["input"], fault.get("ctx") or {}
     match fault["type"]:
         case "int_type" | "int_from_float":
-            return f"a whole number{_number_meant(value, int) or place.such_as}"
+            return f"a whole number{_likely_number(value, int) or location.example}"
         case "float_type":
-            return f"a number{_number_meant(value, float) or place.such_as}"
+            return f"a number{_likely_number(value, float) or location.example}"
         case "bool_type":
-            small = str(value).lower() in ("true", "false") and isinstance(value, str)
-            return f"true or false, in small letters and without quotes{f': {value.lower()}' if small else ''}"
+            is_boolean = isinstance(value, str) and value.lower() in ("true", "false")
+            return f"true or false, in small letters and without quotes{f': {value.lower()}' if is_boolean else ''}"
         case "string_type":
             scalar = not isinstance(value, list | dict)
-            meant = f": {toml_value(toml_value(value))}" if scalar else place.such_as
-            return f"text in double quotes{meant}"
+            quoted = f": {toml_value(toml_value(value))}" if scalar else location.example
+            return f"text in double quotes{quoted}"
         case "list_type":
-            return f"a list{place.such_as}"
+            return f"a list{location.example}"
         case "literal_error":
             choices = re.findall(r"'([^']*)'", context["expected"])
             close = nearest(value, choices) if isinstance(value, str) else ""
             return f"{'one of ' if len(choices) > 1 else ''}{', '.join(map(toml_value, choices))}{close}"
         case "finite_number":
-            return f"a finite number{place.such_as}"
+            return f"a finite number{location.example}"
         case "too_short" | "too_long":
             count = context.get("min_length") if fault["type"] == "too_short" else context.get("max_length")
             least = "at least" if fault["type"] == "too_short" else "at most"
-            return f"a list of {least} {count} {'entry' if count == 1 else 'entries'}{place.such_as}"
+            return f"a list of {least} {count} {'entry' if count == 1 else 'entries'}{location.example}"
         case "string_too_short":
-            return f"text that is not empty{place.such_as}"
+            return f"text that is not empty{location.example}"
         case "string_too_long":
             return f"text of at most {context['max_length']} characters"
         case bound if bound in BOUNDS:
@@ -193,32 +193,32 @@ def _expected(place: Place, fault: Any) -> str:
     return str(fault["msg"]).replace("Input should be ", "")
 
 
-def _number_meant(value: Any, number: type) -> str:
-    """`: 1000000` for "1,000,000", "1M" or "1e6" in quotes; nothing where no number is meant."""
+def _likely_number(value: Any, number: type) -> str:
+    """A hint for a number in quotes, such as "1,000,000", "1M" or "1e6"; empty where the text is no number."""
     if not isinstance(value, str) or not (
-        match := re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kmbg]?)", _plain(value))
+        match := re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kmbg]?)", _without_separators(value))
     ):
         return ""
     try:
-        meant = float(match[1]) * SIZES.get(match[2], 1)
+        result = float(match[1]) * SUFFIXES.get(match[2], 1)
     except ValueError:
         return ""
-    if not math.isfinite(meant) or (number is int and not meant.is_integer()):
+    if not math.isfinite(result) or (number is int and not result.is_integer()):
         return ""
-    return f", without quotes and units: {f'{int(meant):_}' if meant.is_integer() else f'{meant:g}'}"
+    return f", without quotes and units: {f'{int(result):_}' if result.is_integer() else f'{result:g}'}"
 
 
-def _plain(text: str) -> str:
+def _without_separators(text: str) -> str:
     return re.sub(r"[,_\s']", "", text).lower()
 
 
 def fields_at(kind: type[BaseModel], table: str) -> list[str]:
     """The keys of one table of the run file; none where there is no such table."""
-    model = Place(kind, {}, (table,)).model
+    model = Location(kind, {}, (table,)).model
     return list(model.model_fields) if model else []
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean …?)`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+def nearest(word: str, names: Iterable[str]) -> str:
+    """` (did you mean …?)` with the closest of `names`; empty where none is close."""
+    close = difflib.get_close_matches(word, list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -52,7 +52,7 @@ def read_toml(path: str | Path, what: str = "run file") -> dict[str, Any]:
     try:
         return parse_toml(text)
     except ParseError as error:
-        raise SettingsError(f"{name} is not valid TOML: {_syntax_fault(text, str(error))}") from None
+        raise SettingsError(f"{name} is not valid TOML: {_explain_syntax_error(text, str(error))}") from None
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -70,8 +70,8 @@ def _decode(data: bytes, name: str) -> str:
         ) from None
 
 
-def _syntax_fault(text: str, message: str) -> str:
-    """Where the parser stopped, the line there, and what is usually meant."""
+def _explain_syntax_error(text: str, message: str) -> str:
+    """Says where the parser stopped, shows the line there, and names the usual cause."""
     # Tables are tuples in the parser's messages: ('corpus', 'synthetic') is [corpus.synthetic].
     message = re.sub(r"\(('[^()]*',?)\)", _table_name, message)
     message = message.replace("Illegal character '\\n'", "The line ends before its closing quote")
@@ -79,19 +79,19 @@ def _syntax_fault(text: str, message: str) -> str:
     if position is None:
         at_end = message.removesuffix("(at end of document)").strip()
         where = "" if at_end == message else f"line {text.count(chr(10)) + 1}, at its end: "
-        return f"{where}{at_end}{_meant('', text)}"
+        return f"{where}{at_end}{_likely_cause('', text)}"
     line = text.split("\n")[int(position[1]) - 1].strip()
     where = f"line {position[1]}, column {position[2]}"
     what = message[: position.start()].strip()
-    return f"{where}: {what}{f': {_cut(line)}' if line else ''}{_meant(line, text)}"
+    return f"{where}: {what}{f': {_cut(line)}' if line else ''}{_likely_cause(line, text)}"
 
 
 def _table_name(match: re.Match[str]) -> str:
     return "[" + ".".join(re.findall(r"'([^']*)'", match[1])) + "]"
 
 
-def _meant(line: str, text: str) -> str:
-    """What is usually meant by a line like this one."""
+def _likely_cause(line: str, text: str) -> str:
+    """The usual cause of a fault in such a line; may be empty."""
     value = line.partition("=")[2].strip()
     if re.match(r"(True|False)\b", value):
         return "; true and false are written in small letters"

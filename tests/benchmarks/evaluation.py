@@ -23,7 +23,7 @@ import psutil
 
 from monitor.run_directory import last_report
 from monitor.settings import MonitorTable
-from producer.settings import read_run_file
+from producer.common.run_file import read_run_file
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.producer import RUN_FILE
 from tests.benchmarks.together import demo_overrides

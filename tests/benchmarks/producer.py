@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from producer.settings import read_run_file
+from producer.common.run_file import read_run_file
 from producer.source import LanguageModelSource, batches
 from producer.wire import held_out_shards
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result

@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from producer.settings import SettingsError, settings_from
+from producer.common.run_file import settings_from
+from producer.common.toml import SettingsError
 from trainer.control.ctl import Answer, Request, refusal
 from trainer.phases import SaePhase
 from trainer.report import SaeReport

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from producer.common.addresses import path_argument
 from producer.common.formatting import format_bytes, format_duration
 from producer.common.parsing import ParseError, read_object
+from producer.common.run_file import read_run_file
 from producer.common.shell import shell_command
-from producer.common.toml import show_value
-from producer.settings import SettingsError, read_run_file
+from producer.common.toml import SettingsError, show_value
 from trainer.planning import cost
 from trainer.planning.cost import Machine, Sharded, Work
 from trainer.planning.machine import measure_machine

@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from producer.common.explain import nearest
+from producer.common.fields import Natural, PathText, Positive, Table
 from producer.common.toml import show_value
-from producer.settings import Natural, PathText, Positive, Table
 from trainer.saes import registry
 
 Revival = Literal["auxk", "pre_act", "resample", "none"]

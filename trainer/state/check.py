@@ -19,8 +19,9 @@ import numpy as np
 from producer.common.addresses import path_argument
 from producer.common.formatting import format_bytes
 from producer.common.parsing import ParseError, parse_json
+from producer.common.run_file import read_run_file
 from producer.common.shell import shell_command
-from producer.settings import SettingsError, read_run_file
+from producer.common.toml import SettingsError
 from producer.wire import Hello, held_out_shards, unpack_bits
 from trainer.settings import TrainerSettings
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from producer.common.run_file import show_settings
 from producer.common.shell import shell_command
-from producer.settings import show_settings
 from trainer.control.ctl import Inbox, Request
 from trainer.phases import SaePhase
 from trainer.report import StepReport

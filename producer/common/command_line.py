@@ -1,0 +1,36 @@
+"""The command line of the three processes: `RUN.toml [section.key=value …]`. CONTRACT. Light."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from producer.common.addresses import path_argument
+from producer.common.run_file import S, read_run_file, show_settings
+from producer.common.toml import SettingsError
+
+
+def parse_command_line(program: str, purpose: str, kind: type[S], arguments: list[str] | None = None) -> S:
+    """Reads the settings that a command line names; ends the process for --help, --print-settings and faults."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run_file", type=path_argument, metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
+    parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
+    options = parser.parse_intermixed_args(arguments)
+    if options.run_file is None:
+        parser.error("which run file? deploy/ holds examples, such as deploy/demo.toml")
+    try:
+        settings = read_run_file(kind, options.run_file, options.overrides)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if options.print_settings:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        print(show_settings(settings))
+        raise SystemExit(0)
+    return settings

@@ -1,0 +1,59 @@
+"""Types of the values in a run file, and the base class of its tables. CONTRACT. Light: pydantic only."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from producer.common.addresses import (
+    check_host,
+    check_host_name,
+    check_port,
+    expand_endpoint,
+    expand_hub_name,
+    expand_path,
+)
+
+
+def _to_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_device(name: str) -> str:
+    if name in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:[0-9]+", name):
+        return name
+    raise ValueError('is no device; expected "auto", "cpu", "cuda", or one GPU by number, such as "cuda:1"')
+
+
+Whole = Annotated[int, BeforeValidator(_to_whole)]
+"""A whole number, which may be written as 1e6."""
+Positive = Annotated[Whole, Field(gt=0)]
+Natural = Annotated[Whole, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+SocketSeconds = Annotated[float, Field(gt=0, le=86_400)]
+"""Seconds that ZeroMQ counts itself, as a 32-bit number of milliseconds."""
+SecondsOrNever = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+"""Seconds after which something happens; inf: never."""
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path in the run file."""
+HubName = Annotated[str, AfterValidator(expand_hub_name)]
+"""A model or a data set in the run file."""
+Endpoint = Annotated[str, AfterValidator(expand_endpoint)]
+"""A ZeroMQ endpoint in the run file."""
+Host = Annotated[str, AfterValidator(check_host)]
+"""An address that a process listens on."""
+HostName = Annotated[str, AfterValidator(check_host_name)]
+"""A name by which others call a host."""
+Port = Annotated[int, AfterValidator(check_port)]
+"""A port that a process listens on; 0 is any free one."""
+Device = Annotated[str, AfterValidator(_check_device)]
+
+
+class Table(BaseModel):
+    """One table of the run file: unknown keys and wrong types are refused, values never change afterwards."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
