@@ -20,6 +20,7 @@ from typing import Any
 from monitor.evaluation.measures import Stage, measures
 from monitor.files import read_json, read_last_line, read_toml, written_ns
 from monitor.snapshot_index import index_of, manifest_of
+from trainer.saes.hooks import SaeHooks
 from trainer.snapshot import SnapshotError, is_pinned
 from trainer.state.durable import replace_text
 
@@ -232,12 +233,9 @@ def _entry(folder: Path, written_ns: int, evaluated_ns: tuple[int, ...], pinned:
     }
 
 
-def wiring(told: Mapping[str, Any]) -> str | None:
-    """Where an SAE sits, from its numbers in a manifest or summary: `A`, a transcoder `A → B`, a crosscoder `A + B`."""
-    if told.get("hook") is None:
-        return None
-    reads = " + ".join(told.get("hooks") or [told["hook"]])
-    return f"{reads} → {told['target']}" if told.get("target") else reads
+def hooks_of(record: Mapping[str, Any]) -> str | None:
+    """The hooks of an SAE in words, from its numbers in a manifest or summary; see `SaeHooks`."""
+    return str(SaeHooks.from_record(record)) or None
 
 
 def last_report(run_directory: Path) -> dict[str, Any] | None:

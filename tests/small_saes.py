@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,16 @@ from torch import Tensor
 from tests import dense_reference as reference
 from trainer.saes import registry
 from trainer.saes.base import Sae
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 
 D_IN, D_OUT, D_SAE, BATCH = 12, 9, 32, 20
+HOOKS = ("a", "b")
 HOOK_WIDTHS = (7, 5)
 """Of a crosscoder's two hooks; together D_IN."""
+UNSCALED = {"a": 1.0, "b": 1.0}
 DEAD = (1, 5, 9, 20, 21, 25)
 NOBODY = torch.zeros(D_SAE, dtype=torch.bool)
 
@@ -99,11 +102,11 @@ def dense_loss(sae: Sae, parameters: dict[str, Tensor], x: Tensor, y: Tensor, de
 # SAE trainers
 
 
-def wiring_of(settings: SaeSettings) -> Wiring:
-    """An SAE on hook 0; crosscoders read 0 and 1, transcoders write 1."""
+def hook_widths(settings: SaeSettings) -> dict[str, int]:
+    """Widths of the hooks that the SAE needs: a, and of a transcoder or crosscoder b too."""
     if settings.hooks:
-        return Wiring((0, 1), None, HOOK_WIDTHS)
-    return Wiring((0,), 1, (D_IN, D_OUT)) if settings.target else Wiring((0,), None, (D_IN,))
+        return dict(zip(HOOKS, HOOK_WIDTHS, strict=True))
+    return {"a": D_IN, "b": D_OUT} if settings.target else {"a": D_IN}
 
 
 def sae_trainer_of(
@@ -115,28 +118,29 @@ def sae_trainer_of(
 ) -> SaeTrainer:
     """`options` are those of the optimizer."""
     optimizer = OptimizerSettings(**({"learning_rate": 1e-2, "warmup_tokens": 0} | options))
-    return SaeTrainer(settings, optimizer, wiring_of(settings), torch.device(device), dtype, run_tokens=run_tokens)
+    hooks, widths = SaeHooks.from_settings(settings, HOOKS), hook_widths(settings)
+    return SaeTrainer(settings, optimizer, hooks, widths, torch.device(device), dtype, run_tokens=run_tokens)
 
 
-def rows_of(settings: SaeSettings, count: int, seed: int) -> list[Tensor]:
+def rows_of(settings: SaeSettings, count: int, seed: int) -> dict[str, Tensor]:
     """Rows of every hook, from sparse sums of fixed directions about a common mean: something to learn."""
     generator = torch.Generator().manual_seed(seed)
     active = torch.rand(count, 24, generator=generator) * (torch.rand(count, 24, generator=generator) < 0.15)
-    rows = []
-    for hook, width in enumerate(wiring_of(settings).widths):
-        directions = torch.randn(24, width, generator=torch.Generator().manual_seed(100 + hook))
-        rows.append(1.5 * active @ directions + 0.3)
+    rows = {}
+    for index, (hook, width) in enumerate(hook_widths(settings).items()):
+        directions = torch.randn(24, width, generator=torch.Generator().manual_seed(100 + index))
+        rows[hook] = 1.5 * active @ directions + 0.3
     return rows
 
 
 def trained(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer:
     """An SAE trainer after some steps of 64 rows."""
     sae_trainer = sae_trainer_of(settings, **optimizer)
-    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0] * len(sae_trainer.wiring.widths))
+    sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
     learn(sae_trainer, [rows_of(settings, 64, seed) for seed in range(1, steps + 1)])
     return sae_trainer
 
 
-def learn(sae_trainer: SaeTrainer, batches: Sequence[list[Tensor]]) -> None:
+def learn(sae_trainer: SaeTrainer, batches: Sequence[Mapping[str, Tensor]]) -> None:
     for rows in batches:
         sae_trainer.step(rows)

@@ -98,7 +98,7 @@ def _subject(W_dec: Tensor) -> Subject:
     d_sae, width = W_dec.shape
     weights = {"W_enc": torch.zeros(width, d_sae), "b_enc": torch.ones(d_sae), "W_dec": W_dec}
     weights |= {"b_dec": torch.zeros(width)}
-    return Subject("s", InferenceSae({"architecture": "standard"}, weights), (HOOK,), (HOOK,))
+    return Subject("s", InferenceSae({"architecture": "standard", "metadata": {"hook_name": HOOK}}, weights))
 
 
 def _always(context: int) -> LatentActivations:

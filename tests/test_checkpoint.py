@@ -310,9 +310,9 @@ def test_the_first_report_after_a_resume_has_the_learning_rate(tmp_path: Path) -
     resumed = fresh_run(tmp_path, run={"directory": str(tmp_path), "tokens": 640}, **COOLED)
     resumed.restore(*run.state())
 
-    assert [sae_trainer.report([1.0]).learning_rate for sae_trainer in resumed.sae_trainers] == pytest.approx(
-        [0.008, 0.008]
-    )
+    assert resumed.scales is not None and resumed.scales == run.scales
+    rates = [sae_trainer.report(resumed.scales).learning_rate for sae_trainer in resumed.sae_trainers]
+    assert rates == pytest.approx([0.008, 0.008])
     learn(run, batches(1))
     assert run.sae_trainers[0].learning_rate == pytest.approx(0.008), "it is the rate of the next step"
 

@@ -38,6 +38,7 @@ from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot
+from trainer.saes.hooks import SaeHooks
 from trainer.snapshot import retire, supersede_after
 from trainer.state.durable import remove_folder
 
@@ -253,7 +254,7 @@ def test_a_crosscoder_promotes_what_it_writes_last(explorer: Explorer):
     W_dec = it.weights["W_dec"]
     crosscoder = SimpleNamespace(
         weights={"W_dec": torch.cat([W_dec.roll(1, 0), W_dec], 1)},
-        subject=SimpleNamespace(writes=("another hook", *it.subject.writes)),
+        subject=SimpleNamespace(hooks=SaeHooks((), ("another hook", *it.subject.hooks.writes))),
     )
     assert torch.equal(explorer._logits(crosscoder, 0), explorer._logits(it, 0))  # type: ignore[arg-type]
 

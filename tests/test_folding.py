@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.small_saes import FAMILY, NOBODY, make, rows_of, settings_of, trained
+from tests.small_saes import FAMILY, NOBODY, UNSCALED, make, rows_of, settings_of, trained
 from trainer.saes.batchtopk import BatchTopK
-from trainer.saes.folding import Frame, fold, fold_norms, unfold, whitening_of
+from trainer.saes.folding import InputTransform, fold, fold_norms, side_by_side, unfold, whitening_of
 from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
 from trainer.snapshot import SnapshotError, publish, read_sae
 from trainer.training.sae_trainer import SaeTrainer
 
-SCALES = [0.37, 2.5]
-"""Of hook 0 and hook 1, far enough apart to notice when they are mixed up."""
+SCALES = {"a": 0.37, "b": 2.5}
+"""Of the two hooks, far enough apart to notice when they are mixed up."""
 AUTOENCODERS = [kind for kind in FAMILY if "coder" not in kind and kind != "repair"]
 
 
@@ -39,27 +39,33 @@ def published(sae_trainer: SaeTrainer, directory: Path) -> InferenceSae:
     settings = sae_trainer.settings
     scaled = rows_of(settings, 512, 77)
     sae_trainer.calibrate(sae_trainer.sae, scaled)
-    raw = sae_trainer.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
+    raw = raw_inputs(sae_trainer, scaled)
     exported = export(
-        sae_trainer.sae, sae_trainer.frame(SCALES), "s", sae_trainer.statistics.firing_rate(), raw, {}, {}
+        sae_trainer.sae, sae_trainer.input_transform(SCALES), "s", sae_trainer.statistics.firing_rate(), raw, {}, {}
     )
     directory.mkdir(exist_ok=True)
     return load_sae(publish(directory, 1000, [exported], {}, check) / "s")
 
 
+def raw_inputs(sae_trainer: SaeTrainer, scaled: dict[str, Tensor]) -> Tensor:
+    """What the SAE reads, before it was scaled."""
+    return side_by_side({hook: x / SCALES[hook] for hook, x in scaled.items()}, sae_trainer.hooks.reads)
+
+
 def raw_and_expected(sae_trainer: SaeTrainer) -> tuple[Tensor, Tensor]:
     """(raw x, what training's forward pass makes of it in raw units), on rows nothing has seen."""
     scaled = rows_of(sae_trainer.settings, 256, 99)
-    raw = sae_trainer.wiring.read([rows / scale for rows, scale in zip(scaled, SCALES, strict=False)])
-    frame, sae, (x, y) = sae_trainer.frame(SCALES), sae_trainer.sae, sae_trainer.wiring.pair(scaled)
-    seen = x if frame.whitening is None else frame.whitening.apply(x)
+    raw = raw_inputs(sae_trainer, scaled)
+    transform, sae = sae_trainer.input_transform(SCALES), sae_trainer.sae
+    x, y = sae_trainer.inputs_and_targets(scaled)
+    seen = x if transform.whitening is None else transform.whitening.apply(x)
     if isinstance(sae, BatchTopK):  # in training a row's latents depend on its batch; in use there is a threshold
         pre_acts = sae.in_float32(seen)
         y_hat = (pre_acts * (pre_acts > sae.threshold)) @ sae.W_dec + sae.b_dec
         y_hat = y_hat + seen @ sae.parameters["W_skip"].T if "W_skip" in sae.parameters else y_hat
     else:
-        y_hat = sae.gradients(seen, seen if sae_trainer.wiring.target is None else y, NOBODY).y_hat
-    return raw, (y_hat if frame.whitening is None else frame.whitening.undo(y_hat)) / frame.s_out
+        y_hat = sae.gradients(seen, seen if not sae_trainer.hooks.is_transcoder else y, NOBODY).y_hat
+    return raw, (y_hat if transform.whitening is None else transform.whitening.undo(y_hat)) / transform.s_out
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -104,17 +110,17 @@ def test_latents_come_out_in_the_units_of_the_raw_rows(kind: str, tmp_path: Path
     """With unit rows a latent of 3 means that 3 of its direction are in x: training's latents divided by the scale."""
     sae_trainer = trained(settings_of(kind), steps=5)
     raw, _ = raw_and_expected(sae_trainer)
-    fired = sae_trainer.sae.gradients(raw * SCALES[0], raw * SCALES[0], NOBODY).fired.dense()
+    fired = sae_trainer.sae.gradients(raw * SCALES["a"], raw * SCALES["a"], NOBODY).fired.dense()
 
-    torch.testing.assert_close(published(sae_trainer, tmp_path).encode(raw), fired / SCALES[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(published(sae_trainer, tmp_path).encode(raw), fired / SCALES["a"], rtol=1e-4, atol=1e-5)
 
 
 def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path) -> None:
     """The self-test on disk fails when weights and expected latents do not belong together; nothing appears."""
     sae, x, _ = make("jumprelu", torch.float32)
     sae.after_step()
-    frame = Frame(torch.full((12,), 0.5), torch.full((12,), 0.5))
-    exported = export(sae, frame, "s", torch.full((32,), 0.1), x / 0.5, {}, {})
+    transform = InputTransform(torch.full((12,), 0.5), torch.full((12,), 0.5))
+    exported = export(sae, transform, "s", torch.full((32,), 0.1), x / 0.5, {}, {})
     exported.weights["threshold"] = exported.weights["threshold"] * 0.5
 
     with pytest.raises(SnapshotError, match="self-test"):
@@ -134,7 +140,7 @@ def test_a_snapshot_holds_what_the_readers_of_its_layout_expect(tmp_path: Path) 
     }  # fmt: skip
     assert all(array.dtype == np.float32 for array in weights.values())
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == ("jumprelu", 12, 32)
-    np.testing.assert_allclose(weights["threshold"], sae_trainer.sae.parameters["threshold"] / SCALES[0], rtol=1e-6)
+    np.testing.assert_allclose(weights["threshold"], sae_trainer.sae.parameters["threshold"] / SCALES["a"], rtol=1e-6)
 
 
 # The parts of folding
@@ -150,8 +156,8 @@ def test_one_latent_folded_by_hand() -> None:
         "threshold": torch.tensor([2.0]),
         "W_skip": torch.tensor([[1.0], [2.0]]),
     }
-    frame = Frame(torch.tensor([2.0]), torch.tensor([4.0, 4.0]))
-    folded, unit = fold(weights, frame, unit_rows=False), fold(weights, frame, unit_rows=True)
+    transform = InputTransform(torch.tensor([2.0]), torch.tensor([4.0, 4.0]))
+    folded, unit = fold(weights, transform, unit_rows=False), fold(weights, transform, unit_rows=True)
 
     assert {name: value.tolist() for name, value in folded.items()} == {
         "W_enc": [[1.5]], "W_dec": [[3, 4]], "b_enc": [2], "b_dec": [1, 2], "threshold": [0.5],
@@ -166,9 +172,9 @@ def test_unfolding_undoes_folding() -> None:
     """Published weights come back into any run's scales."""
     torch.manual_seed(0)
     sae, _, _ = make("topk skip transcoder", torch.float32)
-    frame = Frame(torch.full((12,), 0.37), torch.full((9,), 2.5))
+    transform = InputTransform(torch.full((12,), 0.37), torch.full((9,), 2.5))
     _, weights = sae.export()
-    again = unfold(fold(weights, frame, unit_rows=False), frame)
+    again = unfold(fold(weights, transform, unit_rows=False), transform)
 
     for name, value in weights.items():
         torch.testing.assert_close(again[name], value)
@@ -226,15 +232,15 @@ def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path
     fresh = rows_of(settings, 8192, 6)
     exported = export(
         sae_trainer.sae,
-        sae_trainer.frame([1.0, 1.0]),
+        sae_trainer.input_transform(UNSCALED),
         "s",
         sae_trainer.statistics.firing_rate(),
-        fresh[0][:512],
+        fresh["a"][:512],
         {},
         {},
     )
     sae = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "s")
-    l0 = float((sae.encode(fresh[0]) > 0).sum(1).double().mean())
+    l0 = float((sae.encode(fresh["a"]) > 0).sum(1).double().mean())
 
     assert settings.k is not None
     assert l0 == pytest.approx(settings.k, rel=0.05)

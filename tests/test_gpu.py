@@ -27,7 +27,17 @@ from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from tests.small_run import identity_sae, publish_snapshot
-from tests.small_saes import FAMILY, dead_latents, dense_loss, learn, make, rows_of, sae_trainer_of, settings_of
+from tests.small_saes import (
+    FAMILY,
+    UNSCALED,
+    dead_latents,
+    dense_loss,
+    learn,
+    make,
+    rows_of,
+    sae_trainer_of,
+    settings_of,
+)
 from tests.small_stream import Producing, hello_of, stream_settings
 from tests.test_checkpoint import batches, fresh_run
 from tests.test_checkpoint import learn as learn_run
@@ -35,12 +45,13 @@ from tests.test_produce import Sent, Tensors, Trainer, finish, tensors
 from trainer.kernels import select
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import check, export
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish, snapshot_names, verify
 from trainer.state.checkpoint import load_newest, save
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 from trainer.training.statistics import Statistics
 
 pytestmark = [
@@ -193,7 +204,7 @@ def test_gradients_in_float32_are_those_of_the_cpu(kind: str, representation: fl
 def learner_on(device: torch.device, kind: str, dtype: torch.dtype = torch.float32) -> SaeTrainer:
     settings = SaeSettings.of(name="s", d_sae=256, revive_tokens=4096, dead_tokens=4096, **LEARNERS[kind])
     optimizer = OptimizerSettings(learning_rate=3e-3, warmup_tokens=4096)
-    return SaeTrainer(settings, optimizer, Wiring((0,), None, (32,)), device, dtype)
+    return SaeTrainer(settings, optimizer, SaeHooks(("a",), ("a",)), {"a": 32}, device, dtype)
 
 
 def truth(rows: int, seed: int) -> Tensor:
@@ -210,17 +221,17 @@ def truth(rows: int, seed: int) -> Tensor:
 def test_an_sae_learns_on_the_gpu(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The unexplained variance falls, every number of the report is one, and what is published passes its self-test."""
     sae_trainer = learner_on(GPU, kind, dtype)
-    sae_trainer.initialise([truth(4096, 1)], [1.0])
+    sae_trainer.initialise({"a": truth(4096, 1)}, UNSCALED)
     losses = []
     for step in range(200):
-        sae_trainer.step([truth(1024, 2 + step).to(GPU)])
+        sae_trainer.step({"a": truth(1024, 2 + step).to(GPU)})
         if not 10 <= step < 190:
-            losses.append(sae_trainer.report([1.0]).loss["reconstruction"])
-    report = sae_trainer.report([1.0])
-    sae_trainer.calibrate(sae_trainer.sae, [truth(4096, 1000)])
+            losses.append(sae_trainer.report(UNSCALED).loss["reconstruction"])
+    report = sae_trainer.report(UNSCALED)
+    sae_trainer.calibrate(sae_trainer.sae, {"a": truth(4096, 1000)})
     exported = export(
         sae_trainer.sae,
-        sae_trainer.frame([0.5]),
+        sae_trainer.input_transform({"a": 0.5}),
         "s",
         sae_trainer.statistics.firing_rate(),
         truth(512, 1) / 0.5,
@@ -244,13 +255,13 @@ def test_the_gpu_learns_what_the_cpu_learns(kind: str) -> None:
     """From the same start on the same rows, weights stay close for some steps: clipping, Adam, unit norms and all."""
     here, there = learner_on(CPU, kind), learner_on(GPU, kind)
     for sae_trainer, device in ((here, CPU), (there, GPU)):
-        sae_trainer.initialise([truth(4096, 1)], [1.0])
+        sae_trainer.initialise({"a": truth(4096, 1)}, UNSCALED)
         for step in range(5):
-            sae_trainer.step([truth(1024, 2 + step).to(device)])
+            sae_trainer.step({"a": truth(1024, 2 + step).to(device)})
 
     for name, value in here.sae.parameters.items():
         assert apart(there.sae.parameters[name], value) < 0.01
-    assert here.report([1.0]).fvu == pytest.approx(there.report([1.0]).fvu, rel=1e-3)
+    assert here.report(UNSCALED).fvu == pytest.approx(there.report(UNSCALED).fvu, rel=1e-3)
 
 
 @pytest.mark.parametrize("whitening", [False, True])
@@ -260,9 +271,9 @@ def test_a_restored_sae_trainer_goes_on(kind: str, whitening: bool) -> None:
     if whitening and ("coder" in kind or kind == "repair"):
         pytest.skip("whitening is for autoencoders of one hook")
     settings = settings_of(kind, ema_tokens=200, whitening=whitening)
-    seen = [[rows.to(GPU) for rows in rows_of(settings, 64, seed)] for seed in range(6)]
+    seen = [{hook: rows.to(GPU) for hook, rows in rows_of(settings, 64, seed).items()} for seed in range(6)]
     whole, resumed = sae_trainer_of(settings, device="cuda"), sae_trainer_of(settings, device="cuda")
-    whole.initialise(rows_of(settings, 512, 0), [1.0, 1.0])
+    whole.initialise(rows_of(settings, 512, 0), UNSCALED)
     learn(whole, seen[:3])
     document, tensors = whole.state()
     resumed.restore(document, {name: value.cpu().clone() for name, value in tensors.items()})
@@ -280,10 +291,12 @@ def test_latents_start_anew_on_the_gpu(revive: str) -> None:
     """Resampling and the last resort: the rows drawn lie on the host, the weights do not."""
     settings = settings_of("relu l1", revive=revive, revive_tokens=128, reinitialise_tokens=192)
     sae_trainer = sae_trainer_of(settings, device="cuda")
-    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
     sae_trainer.sae.b_enc[:4] = -50.0
     before = sae_trainer.sae.W_enc[:4].clone()
-    learn(sae_trainer, [[rows.to(GPU) for rows in rows_of(settings, 64, seed)] for seed in range(5)])
+    learn(
+        sae_trainer, [{hook: rows.to(GPU) for hook, rows in rows_of(settings, 64, seed).items()} for seed in range(5)]
+    )
 
     assert (sae_trainer.sae.W_enc[:4] != before).any(1).all()
     assert float(sae_trainer.sae.b_enc[:4].min()) > -1.0

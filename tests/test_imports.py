@@ -24,7 +24,7 @@ CONTRACTS = {
     },
     "trainer": {
         "trainer.snapshot", "trainer.report", "trainer.phases", "trainer.metrics", "trainer.settings",
-        "trainer.state.durable", "trainer.saes.inference",
+        "trainer.state.durable", "trainer.saes.hooks", "trainer.saes.inference",
     },
     "monitor": set(),
 }  # fmt: skip
@@ -44,6 +44,7 @@ LIGHT = (
     "trainer.phases",
     "trainer.settings",
     "trainer.snapshot",
+    "trainer.saes.hooks",
 )
 HEAVY = {"torch", "transformers", "zmq"}
 

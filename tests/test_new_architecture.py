@@ -26,7 +26,7 @@ from trainer.kernels.select import Latents, positive
 from trainer.planning import estimate
 from trainer.saes import registry
 from trainer.saes.base import Gradients, Sae, add
-from trainer.saes.folding import Frame
+from trainer.saes.folding import InputTransform
 from trainer.saes.formats import convert, read_published
 from trainer.saes.inference import check, export, load_sae
 from trainer.saes.published import Activation, FormatError
@@ -158,7 +158,7 @@ def evaluated(tmp_path: Path) -> Iterator[Path]:
     ones = torch.ones(x.shape[1])
     metadata = {"hook_name": HOOK, "settings": TABLE}
     numbers = {"architecture": "peak", "hook": HOOK, "d_sae": 16}
-    one = export(sae, Frame(ones, ones), "p", torch.full((16,), 0.5), x, metadata, numbers)
+    one = export(sae, InputTransform(ones, ones), "p", torch.full((16,), 0.5), x, metadata, numbers)
     snapshot = publish_snapshot(tmp_path / "run", 1000, [one])
     follower = Evaluator(settings, MonitorMetrics(CollectorRegistry()), threading.Event())
     follower.look()

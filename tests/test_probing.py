@@ -197,7 +197,8 @@ def _reading(direction: Tensor) -> Subject:
     W_enc = torch.zeros(WIDTH, 3)
     W_enc[:, 1] = direction
     weights = {"W_enc": W_enc, "b_enc": torch.tensor([0.0, 100.0, 0.0]), "W_dec": W_enc.T, "b_dec": torch.zeros(WIDTH)}
-    return Subject("s", InferenceSae({"architecture": "standard"}, weights), (HOOK,), (HOOK,))
+    cfg = {"architecture": "standard", "metadata": {"hook_name": HOOK}}
+    return Subject("s", InferenceSae(cfg, weights))
 
 
 def _file(folder: Path, lines: list[dict[str, object]]) -> Path:

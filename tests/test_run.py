@@ -80,8 +80,8 @@ def test_each_hook_has_its_own_scale_for_good(tmp_path: Path) -> None:
     run, sample = two_hooks(tmp_path), batches(1)[0].x
     run.initialise(sample)
     assert run.scales is not None
-    before = list(run.scales)
-    assert before[0] == pytest.approx(5 * before[1], rel=0.2)
+    before = dict(run.scales)
+    assert before[HOOKS[0]] == pytest.approx(5 * before[HOOKS[1]], rel=0.2)
     run.attach(SaeSettings.of(name="late", architecture="topk", hook=HOOKS[0], d_sae=16, k=2), 0)
     run.initialise([3 * x for x in sample])
 

@@ -14,6 +14,7 @@ from tests.small_saes import (
     D_SAE,
     FAMILY,
     NOBODY,
+    UNSCALED,
     dead_latents,
     learn,
     make,
@@ -23,6 +24,7 @@ from tests.small_saes import (
     trained,
 )
 from trainer.saes.base import Sae, geometric_median, initial_bias
+from trainer.saes.folding import side_by_side
 from trainer.saes.inference import check, export, load_sae
 from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.settings import SaeSettings
@@ -84,7 +86,7 @@ def test_encoder_and_decoder_begin_alike(kind: str, norm: float) -> None:
     """Both matrices start with the same rows: of unit norm where that is kept, small where it is free (April 2024)."""
     settings = settings_of(kind)
     sae_trainer = sae_trainer_of(settings)
-    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
 
     assert torch.equal(sae_trainer.sae.W_enc, sae_trainer.sae.W_dec)
     torch.testing.assert_close(sae_trainer.sae.W_dec.norm(dim=1), torch.full((D_SAE,), float(norm)))
@@ -95,10 +97,10 @@ def test_a_transcoder_begins_as_the_mean_of_its_target(kind: str) -> None:
     """W_dec and W_skip are zero, so that b_dec alone speaks; the encoder has directions to learn in."""
     settings = settings_of(kind, initial_bias="mean")
     sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 512, 0)
-    sae_trainer.initialise(rows, [1.0, 1.0])
-    gradients = sae_trainer.sae.gradients(rows[0], rows[1], NOBODY)
+    sae_trainer.initialise(rows, UNSCALED)
+    gradients = sae_trainer.sae.gradients(rows["a"], rows["b"], NOBODY)
 
-    torch.testing.assert_close(gradients.y_hat, rows[1].mean(0).expand_as(rows[1]))
+    torch.testing.assert_close(gradients.y_hat, rows["b"].mean(0).expand_as(rows["b"]))
     assert float(gradients.loss["reconstruction"]) == pytest.approx(1.0, rel=1e-5)
     assert sae_trainer.sae.W_enc.norm(dim=1).min() > 0.9
 
@@ -107,8 +109,8 @@ def test_jumprelu_begins_with_a_given_l0() -> None:
     """Every latent fires equally often: INITIAL_L0 times the target, together."""
     settings = settings_of("jumprelu", target_l0=2.0)
     sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 4096, 0)
-    sae_trainer.initialise(rows, [1.0])
-    firings = sae_trainer.sae.gradients(rows[0], rows[0], NOBODY).fired.firings() / 4096
+    sae_trainer.initialise(rows, UNSCALED)
+    firings = sae_trainer.sae.gradients(rows["a"], rows["a"], NOBODY).fired.firings() / 4096
 
     torch.testing.assert_close(
         firings.double(), torch.full((D_SAE,), INITIAL_L0 * 2.0 / D_SAE).double(), atol=0.01, rtol=0
@@ -120,10 +122,10 @@ def test_topk_latents_begin_equally_likely(kind: str) -> None:
     """Each reaches 1 on k of d_sae rows, however little variance its direction has; "free" leaves the biases alone."""
     settings = settings_of(kind)
     sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 4096, 0)
-    sae_trainer.initialise(rows, [1.0, 1.0])
-    reached = (sae_trainer.sae.in_float32(sae_trainer.wiring.read(rows)) > 1.0).double().mean(0)
+    sae_trainer.initialise(rows, UNSCALED)
+    reached = (sae_trainer.sae.in_float32(side_by_side(rows, sae_trainer.hooks.reads)) > 1.0).double().mean(0)
     free = sae_trainer_of(settings_of(kind, initial_rates="free"))
-    free.initialise(rows, [1.0, 1.0])
+    free.initialise(rows, UNSCALED)
 
     assert settings.k is not None
     torch.testing.assert_close(reached, torch.full((D_SAE,), settings.k / D_SAE).double(), atol=1e-3, rtol=0)
@@ -136,8 +138,8 @@ def test_directions_can_begin_at_the_data() -> None:
     best = {}
     for how in ("data", "random"):
         settings = settings_of("topk", initial_directions=how)
-        sae_trainer, (rows,) = sae_trainer_of(settings), rows_of(settings, 512, 0)
-        sae_trainer.initialise([rows], [1.0])
+        sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 512, 0)["a"]
+        sae_trainer.initialise({"a": rows}, UNSCALED)
         centred = rows - rows.mean(0)
         best[how] = (sae_trainer.sae.W_enc @ (centred / centred.norm(dim=1, keepdim=True)).T).amax(1)
 
@@ -293,7 +295,7 @@ def test_jumprelus_that_start_anew_are_quiet() -> None:
 
 def l0_of(settings: SaeSettings, steps: int = 150) -> float:
     sae_trainer = trained(settings, steps=steps)
-    (x, *_) = rows_of(settings, 2048, 999)
+    x = rows_of(settings, 2048, 999)["a"]
     return float(sae_trainer.sae.gradients(x, x, NOBODY).fired.firings().sum()) / 2048
 
 
@@ -329,8 +331,10 @@ def suppressed(directory: Path) -> tuple[Path, Tensor]:
     """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh rows)."""
     settings = SaeSettings.of(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
     sae_trainer = trained(settings, steps=300)
-    (x,) = rows_of(settings, 1024, 77)
-    exported = export(sae_trainer.sae, sae_trainer.frame([1.0]), "s", sae_trainer.statistics.firing_rate(), x, {}, {})
+    x = rows_of(settings, 1024, 77)["a"]
+    exported = export(
+        sae_trainer.sae, sae_trainer.input_transform(UNSCALED), "s", sae_trainer.statistics.firing_rate(), x, {}, {}
+    )
     directory.mkdir(exist_ok=True)
     return publish(directory, 1000, [exported], {}, check) / "s", x
 
@@ -349,8 +353,8 @@ def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> SaeTr
         **{"train": train},  # type: ignore[arg-type]
     )
     sae_trainer = sae_trainer_of(settings)
-    sae_trainer.initialise([rows * scale for rows in rows_of(settings, 512, 0)], [scale], read_start(settings))
-    learn(sae_trainer, [[rows * scale for rows in rows_of(settings, 64, 1000 + step)] for step in range(steps)])
+    sae_trainer.initialise({"a": scale * rows_of(settings, 512, 0)["a"]}, {"a": scale}, read_start(settings))
+    learn(sae_trainer, [{"a": scale * rows_of(settings, 64, 1000 + step)["a"]} for step in range(steps)])
     return sae_trainer
 
 
@@ -369,7 +373,7 @@ def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
     """Through start, training and export every row keeps its active latents; less is unexplained, less suppressed."""
     folder, x = shrunk
     begun, mended = repairing(folder, train, 0), repairing(folder, train, 150)
-    exported = export(mended.sae, mended.frame([1.0]), "r", mended.statistics.firing_rate(), x, {}, {})
+    exported = export(mended.sae, mended.input_transform(UNSCALED), "r", mended.statistics.firing_rate(), x, {}, {})
     after = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "r")
     support = load_sae(folder).encode(x) > 0
     (fvu, shrinkage), (fvu_after, shrinkage_after) = quality(begun, x), quality(mended, x)

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
-from tests.small_saes import FAMILY, learn, rows_of, sae_trainer_of, settings_of, trained
+from tests.small_saes import FAMILY, UNSCALED, learn, rows_of, sae_trainer_of, settings_of, trained
 from trainer.kernels import select
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
 from trainer.phases import SaePhase
 from trainer.report import DENSITY_EDGES
 from trainer.saes.base import normalise_rows
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.state.checkpoint import load_newest, save
 from trainer.stream.buffer import Batch
 from trainer.training.optimizer import RowAdam
 from trainer.training.run import Run, scale_of
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 from trainer.training.schedule import Cooldown, default_learning_rate, warmup_factor
 from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics
 
@@ -130,7 +131,7 @@ def test_bug_23_reports_change_nothing() -> None:
     """An SAE trainer's neither: state before and after a report are the same bits."""
     sae_trainer = trained(settings_of("topk", ema_tokens=64), steps=3)
     before = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
-    first, second = sae_trainer.report([1.0]), sae_trainer.report([1.0])
+    first, second = sae_trainer.report(UNSCALED), sae_trainer.report(UNSCALED)
 
     assert first == second
     assert all(torch.equal(before[name], value) for name, value in sae_trainer.state()[1].items())
@@ -143,7 +144,7 @@ def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale:
     mse = sae_trainer.statistics.summary().mse
 
     assert mse > 0
-    assert sae_trainer.report([2.0, 4.0]).mse == pytest.approx(mse / scale**2)
+    assert sae_trainer.report({"a": 2.0, "b": 4.0}).mse == pytest.approx(mse / scale**2)
 
 
 def test_bug_23_reading_statistics_changes_nothing() -> None:
@@ -247,14 +248,14 @@ def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kin
     sae_trainer = trained(settings_of(kind, ema_tokens=64), steps=2)
     before = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
     rows = rows_of(sae_trainer.settings, 64, 50)
-    rows[0][3, 2] = math.nan
+    rows["a"][3, 2] = math.nan
     sae_trainer.step(rows)
     after = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
     sae_trainer.step(rows_of(sae_trainer.settings, 64, 51))
 
     assert sae_trainer.skipped_steps == 1
     assert all(torch.equal(before[name], value) for name, value in after.items())
-    assert math.isfinite(sae_trainer.report([1.0, 1.0]).grad_norm)
+    assert math.isfinite(sae_trainer.report(UNSCALED).grad_norm)
     assert sae_trainer.tokens == 4 * 64
 
 
@@ -262,7 +263,7 @@ def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kin
 def test_bug_12_decoder_rows_have_unit_norm_after_every_step(kind: str) -> None:
     """Adam's update leaves the sphere; what anyone can see does not. Where norms are free they are used."""
     sae_trainer = sae_trainer_of(settings_of(kind), learning_rate=0.1)
-    sae_trainer.initialise(rows_of(sae_trainer.settings, 512, 0), [1.0, 1.0])
+    sae_trainer.initialise(rows_of(sae_trainer.settings, 512, 0), UNSCALED)
     for step in range(4):
         sae_trainer.step(rows_of(sae_trainer.settings, 64, step))
         norms = sae_trainer.sae.W_dec.norm(dim=1)
@@ -277,7 +278,7 @@ def test_every_sae_learns(kind: str) -> None:
     rows = rows_of(few.settings, 512, 999)
 
     def unexplained(sae_trainer: SaeTrainer) -> float:
-        x, y = sae_trainer.wiring.pair(rows)
+        x, y = sae_trainer.inputs_and_targets(rows)
         nobody = torch.zeros(sae_trainer.settings.d_sae, dtype=torch.bool)
         return float(sae_trainer.sae.gradients(x, y, nobody).loss["reconstruction"])
 
@@ -289,7 +290,7 @@ def test_products_see_the_weights_of_this_moment(kind: str) -> None:
     """Copies in bfloat16 follow every change: the optimizer's, which writes both, and those that torch makes."""
     settings = settings_of(kind)
     sae_trainer = sae_trainer_of(settings, dtype=torch.bfloat16)
-    sae_trainer.initialise(rows_of(settings, 64, 0), [1.0] * 3)
+    sae_trainer.initialise(rows_of(settings, 64, 0), UNSCALED)
     for seed in (1, 2):
         sae_trainer.step(rows_of(settings, 32, seed))
         for name in ("W_enc", "W_dec"):
@@ -311,11 +312,11 @@ def test_a_large_mean_changes_nothing(kind: str) -> None:
         scale = scale_of(x)
         sae_trainer = SaeTrainer(
             settings_of(kind, d_sae=64, dead_tokens=10_000), OptimizerSettings(learning_rate=3e-3, warmup_tokens=2000),
-            Wiring((0,), None, (16,)), torch.device("cpu"), torch.float32,
+            SaeHooks(("a",), ("a",)), {"a": 16}, torch.device("cpu"), torch.float32,
         )  # fmt: skip
-        sae_trainer.initialise([x[:8192] * scale], [scale])
+        sae_trainer.initialise({"a": x[:8192] * scale}, {"a": scale})
         for batch in x.split(256):
-            sae_trainer.step([batch * scale])
+            sae_trainer.step({"a": batch * scale})
         fvu.append(sae_trainer.statistics.summary().fvu)
 
     assert fvu[1] == pytest.approx(fvu[0], rel=0.1)
@@ -325,7 +326,7 @@ def test_an_sae_may_have_any_name() -> None:
     """Its tensors in a checkpoint cannot be taken for others, such as the ledger's."""
     settings = SaeSettings.of(name="ledger", architecture="topk", d_sae=16, k=2)
     sae_trainer = SaeTrainer(
-        settings, OptimizerSettings(), Wiring((0,), None, (4,)), torch.device("cpu"), torch.float32
+        settings, OptimizerSettings(), SaeHooks(("a",), ("a",)), {"a": 4}, torch.device("cpu"), torch.float32
     )
 
     assert all(name.startswith("sae/ledger/") for name in sae_trainer.state()[1])
@@ -335,9 +336,15 @@ def test_bug_10_each_sae_counts_its_own_rows() -> None:
     """Every row once, whatever the size of the batches, and however late it joined."""
     settings = settings_of("topk")
     sae_trainer = SaeTrainer(
-        settings, OptimizerSettings(), Wiring((0,), None, (12,)), torch.device("cpu"), torch.float32, joined_at=5000
+        settings,
+        OptimizerSettings(),
+        SaeHooks(("a",), ("a",)),
+        {"a": 12},
+        torch.device("cpu"),
+        torch.float32,
+        joined_at=5000,
     )
-    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
     learn(sae_trainer, [rows_of(settings, count, 1) for count in (64, 10, 1)])
 
     assert (sae_trainer.tokens, sae_trainer.statistics.tokens, sae_trainer.schedule.joined_at) == (75, 75, 5000)
@@ -380,7 +387,7 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
         return sae_trainer_of(settings, warmup_tokens=128, run_tokens=1024)
 
     whole = fresh()
-    whole.initialise(rows_of(settings, 512, 0), [1.0, 1.0])
+    whole.initialise(rows_of(settings, 512, 0), UNSCALED)
     # Latents that nothing wakes: they die, and are worked on before and after the interruption.
     whole.sae.b_enc[:4] = -50.0
     learn(whole, batches[:4])
@@ -395,7 +402,7 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
     assert ours_said == theirs_said
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert repr(resumed.report([1.0, 1.0])) == repr(whole.report([1.0, 1.0]))
+    assert repr(resumed.report(UNSCALED)) == repr(whole.report(UNSCALED))
     assert resumed.statistics.tokens == whole.statistics.tokens == 512
     assert (resumed.ema_sae is None) == (whole.ema_sae is None) == (settings.ema_tokens is None)
     if resumed.ema_sae is not None and whole.ema_sae is not None:
@@ -410,7 +417,7 @@ def test_counts_survive_a_restart() -> None:
     before.skipped_steps, before.schedule.joined_at = 3, 4096
     after.restore(*before.state())
 
-    assert (after.tokens, after.schedule.joined_at, after.report([1.0]).skipped_steps) == (128, 4096, 3)
+    assert (after.tokens, after.schedule.joined_at, after.report(UNSCALED).skipped_steps) == (128, 4096, 3)
 
 
 def test_an_interrupted_cooldown_goes_on() -> None:
@@ -589,7 +596,7 @@ def test_the_penalty_warms_up(kind: str, part: str) -> None:
     paid = []
     for sae_trainer in (plain, warming):
         learn(sae_trainer, rows)
-        paid.append(sae_trainer.report([1.0]).loss[part])
+        paid.append(sae_trainer.report(UNSCALED).loss[part])
     warming.tokens = 320
     full = trained(settings_of(kind), 0)
     full.sae.parameters = {name: value.clone() for name, value in warming.sae.parameters.items()}
@@ -597,7 +604,7 @@ def test_the_penalty_warms_up(kind: str, part: str) -> None:
     learn(warming, rows)
 
     assert paid[1] == pytest.approx(paid[0] / 640, rel=1e-4)
-    assert warming.report([1.0]).loss[part] == pytest.approx(full.report([1.0]).loss[part] * 321 / 640, rel=1e-4)
+    assert warming.report(UNSCALED).loss[part] == pytest.approx(full.report(UNSCALED).loss[part] * 321 / 640, rel=1e-4)
 
 
 # Averages
@@ -650,7 +657,7 @@ def dying(revive: str, **options: Any) -> SaeTrainer:
     """A ReLU SAE whose latents 0 … 3 nothing wakes."""
     settings = settings_of("relu l1", revive=revive, **options)
     sae_trainer = sae_trainer_of(settings)
-    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
     sae_trainer.sae.b_enc[:4] = -50.0
     return sae_trainer
 
@@ -693,11 +700,11 @@ def test_resampled_latents_point_at_rows_of_the_batch_with_a_large_loss() -> Non
     """One row is far from everything: the first latent to move reads and writes its direction."""
     sae_trainer = dying("resample", revive_tokens=128)
     sae_trainer.sae.b_enc[1:4] = 5.0  # only latent 0 is dead
-    (rows,) = rows_of(sae_trainer.settings, 64, 9)
+    rows = rows_of(sae_trainer.settings, 64, 9)["a"]
     rows[17] = 0.0
     rows[17, 5] = 40.0
     sae_trainer.tokens, sae_trainer.statistics.tokens_since_fired[0] = 192, 192
-    sae_trainer.step([rows])
+    sae_trainer.step({"a": rows})
     wanted = rows[17] - sae_trainer.sae.b_dec
 
     torch.testing.assert_close(sae_trainer.sae.W_dec[0], wanted / wanted.norm())
@@ -711,7 +718,7 @@ def test_resampling_leaves_living_latents_alone() -> None:
         sae_trainer_of(settings_of("relu l1", revive=revive, revive_tokens=128)) for revive in ("resample", "none")
     )
     for sae_trainer in (resampling, plain):
-        sae_trainer.initialise(rows_of(sae_trainer.settings, 512, 0), [1.0])
+        sae_trainer.initialise(rows_of(sae_trainer.settings, 512, 0), UNSCALED)
         sae_trainer.sae.b_enc.fill_(1.0)
         learn(sae_trainer, batches)
 
@@ -722,7 +729,7 @@ def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
     """Silent for 192 rows and below zero on the whole batch: anew. Silent, but above zero somewhere: not."""
     settings = settings_of("jumprelu", revive_tokens=64, reinitialise_tokens=192, learning_rate=1e-9)
     sae_trainer = sae_trainer_of(settings)
-    sae_trainer.initialise(rows_of(settings, 512, 0), [1.0])
+    sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
     sae_trainer.sae.b_enc[0] = -50.0
     sae_trainer.sae.parameters["threshold"][1] = 50.0  # above zero, below its threshold: the pre-act loss reaches it
     before, last = sae_trainer.sae.W_enc.clone(), rows_of(settings, 64, 2)
@@ -733,7 +740,7 @@ def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
     assert waited
     assert (sae_trainer.sae.W_enc[0] - before[0]).norm() > 0.1
     assert (sae_trainer.sae.W_enc[1] - before[1]).norm() < 1e-3
-    assert sae_trainer.sae.in_float32(last[0], torch.tensor([0])).amax() > sae_trainer.sae.parameters["threshold"][0]
+    assert sae_trainer.sae.in_float32(last["a"], torch.tensor([0])).amax() > sae_trainer.sae.parameters["threshold"][0]
     assert sae_trainer.statistics.tokens_since_fired[:2].tolist() == [0, 192]
 
 

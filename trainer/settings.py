@@ -18,6 +18,7 @@ from producer.settings import (
     StreamSettings,
     deterministic_fault,
 )
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 
 
@@ -143,25 +144,21 @@ class TrainerSettings(BaseModel):
 
     def hook_fault(self, sae: SaeSettings) -> str | None:
         """Why this SAE cannot live on the stream, and what to change; None when it can."""
-        if sae.inputs is None and len(self.hooks) > 1:
+        if sae.hook is None and sae.hooks is None and len(self.hooks) > 1:
             return f"names no hook and model.hooks has {len(self.hooks)}; choose one of {', '.join(self.hooks)}"
-        named = [*(sae.inputs or []), *([sae.target] if sae.target else [])]
-        if strange := [hook for hook in named if hook not in self.hooks]:
+        hooks = self.hooks_of(sae)
+        if unknown := [hook for hook in (*hooks.reads, *hooks.writes) if hook not in self.hooks]:
             return (
-                f"hook {show_value(strange[0])} is not streamed; model.hooks has {', '.join(self.hooks)}: "
+                f"hook {show_value(unknown[0])} is not streamed; model.hooks has {', '.join(self.hooks)}: "
                 "use one of them or add it there"
             )
-        if sae.target is not None and self.inputs_of(sae) == [self.hooks.index(sae.target)]:
+        if sae.target is not None and not hooks.is_transcoder:
             return f"target is the hook it reads, {sae.target}: remove target, or name another hook"
         return None
 
-    def inputs_of(self, sae: SaeSettings) -> list[int]:
-        """Indices in the stream of the hooks an SAE reads."""
-        return [self.hooks.index(name) for name in sae.inputs or self.hooks[:1]]
-
-    def target_of(self, sae: SaeSettings) -> int | None:
-        """Index of the hook a transcoder reconstructs; None for an SAE that reconstructs what it reads."""
-        return None if sae.target is None else self.hooks.index(sae.target)
+    def hooks_of(self, sae: SaeSettings) -> SaeHooks:
+        """The hooks that an SAE reads and writes."""
+        return SaeHooks.from_settings(sae, self.hooks)
 
 
 def _too_late(settings: TrainerSettings) -> Iterator[str]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitor.evaluation.measures import Stage, measures
-from monitor.run_directory import wiring
+from monitor.run_directory import hooks_of
 from producer.common.formatting import format_duration
 from trainer.report import PROGRESSING
 
@@ -93,7 +93,7 @@ def results(summary: Report, width: int = 80) -> Table:
     table = Table(
         title="Results",
         title_justify="left",
-        caption="\n".join(f"{name}: {wiring(sae)}" for name, sae in elsewhere.items()) or None,
+        caption="\n".join(f"{name}: {hooks_of(sae)}" for name, sae in elsewhere.items()) or None,
         caption_justify="left",
         header_style="bold",
         box=SIMPLE_HEAD,

@@ -120,6 +120,6 @@ def _changes(model: LanguageModel, subject: Subject, cases: _Cases, between: Cal
 
     widths = {hook.name: hook.width for hook in model.hooks}
     written = cases.value[:, None] * subject.sae.W_dec[cases.latent]
-    parts = written.split([widths[hook] for hook in subject.writes], 1)
-    ablated = {hook: partial(without, part) for hook, part in zip(subject.writes, parts, strict=True)}
+    parts = written.split([widths[hook] for hook in subject.hooks.writes], 1)
+    ablated = {hook: partial(without, part) for hook, part in zip(subject.hooks.writes, parts, strict=True)}
     return forward({}) - forward(ablated)

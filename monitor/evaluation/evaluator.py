@@ -62,6 +62,7 @@ from monitor.evaluation.passes import (
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.report import DENSITY_EDGES
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite, read_sae
 
@@ -76,12 +77,15 @@ Ablation = tuple[Literal["zero", "mean"], tuple[str, ...], Bounds]
 
 @dataclass(frozen=True)
 class Subject:
-    """One SAE to be measured, and the hooks it reads and writes, in the order of its input and output."""
+    """One SAE to be measured."""
 
     name: str
     sae: InferenceSae
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+
+    @property
+    def hooks(self) -> SaeHooks:
+        """The hooks it reads and writes."""
+        return self.sae.hooks
 
 
 @dataclass
@@ -109,12 +113,7 @@ def load_subject(folder: Path, device: torch.device) -> Subject:
     """The SAE of one folder, on the language model's device. Raises SnapshotError when there is none."""
     cfg, weights = read_sae(folder)
     sae = InferenceSae(cfg, {name: torch.from_numpy(array).float().to(device) for name, array in weights.items()})
-    return subject_of(folder.name, sae)
-
-
-def subject_of(name: str, sae: InferenceSae) -> Subject:
-    reads = tuple(sae.hooks)
-    return Subject(name, sae, reads, reads if sae.target is None else (sae.target,))
+    return Subject(folder.name, sae)
 
 
 def evaluate(
@@ -142,7 +141,7 @@ def evaluate(
     means = baseline.means[within]
     clean = _Mean()
     tallies = {subject.name: _Tally(subject, means) for subject in subjects}
-    ablations: set[Ablation] = {(put, subject.writes, within) for subject in subjects for put in ("zero", "mean")}
+    ablations: set[Ablation] = {(put, subject.hooks.writes, within) for subject in subjects for put in ("zero", "mean")}
     ablated = {ablation: _Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
     for tokens, kept, predicted in passes(model, windows):
         following = tokens[:, 1:][predicted]
@@ -177,8 +176,8 @@ def evaluate(
         subject.name: _result(
             subject,
             clean,
-            baseline.ce["zero", subject.writes, within],
-            baseline.ce["mean", subject.writes, within],
+            baseline.ce["zero", subject.hooks.writes, within],
+            baseline.ce["mean", subject.hooks.writes, within],
             tallies[subject.name],
         )
         for subject in subjects
@@ -216,13 +215,8 @@ def _result(subject: Subject, clean: _Mean, ce_zero: float, ce_mean: float, tall
         **tally.fit(),
         "l0": int(tally.firings.sum()) / tally.rows if tally.rows else None,
     }
-    result: dict[str, Any] = {"hook": subject.reads[0]}
-    if len(subject.reads) > 1:
-        result["hooks"] = list(subject.reads)
-    if subject.writes != subject.reads:
-        result["target"] = subject.writes[0]
-    result |= {name: finite(value) for name, value in numbers.items()}
-    if len(subject.writes) > 1:
+    result = subject.hooks.record() | {name: finite(value) for name, value in numbers.items()}
+    if len(subject.hooks.writes) > 1:
         result["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
     return result | {
         "ce_recovered_against": "zero ablation",
@@ -245,15 +239,15 @@ def _recovered(ce_ablated: float, ce_sae: float, ce_clean: float) -> float | Non
 def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
     """What the SAE makes of the rows it reads, by the hooks it writes; `tally` compares it with what is there."""
     sae = subject.sae
-    x = torch.cat([rows[hook] for hook in subject.reads], 1)
+    x = torch.cat([rows[hook] for hook in subject.hooks.reads], 1)
     parts = []
     for piece in x.split(max(1, LATENTS_IN_MEMORY // sae.W_enc.shape[1])):
         latents = sae.encode(piece)
         parts.append(sae.decode(latents, piece))
         tally.firings += (latents != 0).sum(0)
     tally.rows += len(x)
-    widths = [rows[hook].shape[1] for hook in subject.writes]
-    y_hat = dict(zip(subject.writes, torch.cat(parts).split(widths, 1), strict=True))
+    widths = [rows[hook].shape[1] for hook in subject.hooks.writes]
+    y_hat = dict(zip(subject.hooks.writes, torch.cat(parts).split(widths, 1), strict=True))
     for hook, found in y_hat.items():
         tally.fits[hook].add(rows[hook], found)
     return y_hat
@@ -316,7 +310,7 @@ class _Tally:
         self.ce, self.kl = _Mean(), _Mean()
         self.rows = 0
         self.firings = torch.zeros(subject.sae.W_enc.shape[1], dtype=torch.int64, device=subject.sae.W_enc.device)
-        self.fits = {hook: _Fit(means[hook]) for hook in subject.writes}
+        self.fits = {hook: _Fit(means[hook]) for hook in subject.hooks.writes}
         """By the hooks it writes."""
 
     def fit(self) -> dict[str, float | None]:
@@ -348,8 +342,8 @@ def misfit(model: LanguageModel, subject: Subject) -> str | None:
     """Why this SAE cannot be spliced into the model; None when it can."""
     widths = {hook.name: hook.width for hook in model.hooks}
     for verb, hooks, numbers in (
-        ("reads", subject.reads, subject.sae.W_enc.shape[0]),
-        ("writes", subject.writes, subject.sae.W_dec.shape[1]),
+        ("reads", subject.hooks.reads, subject.sae.W_enc.shape[0]),
+        ("writes", subject.hooks.writes, subject.sae.W_dec.shape[1]),
     ):
         if not set(hooks) <= widths.keys() or sum(widths[hook] for hook in hooks) != numbers:
             known = ", ".join(f"{name} ({width})" for name, width in widths.items())
@@ -357,10 +351,10 @@ def misfit(model: LanguageModel, subject: Subject) -> str | None:
                 f"sae {subject.name!r} {verb} {numbers} numbers at {', '.join(map(repr, hooks))}; the model's hooks "
                 f"are {known}: the run file's [model] is not the one of this snapshot"
             )
-    if subject.writes == subject.reads:
+    if not subject.hooks.is_transcoder:
         return None
     order = _in_order(model)
-    (written,), last = subject.writes, max(subject.reads, key=order.index)
+    (written,), last = subject.hooks.writes, max(subject.hooks.reads, key=order.index)
     if order.index(written) < order.index(last):
         return (
             f"sae {subject.name!r} reads {last!r}, which the model computes after {written!r}, the hook that the SAE "

@@ -125,7 +125,7 @@ def _text_means(
         for text, rows in enumerate(streamed):
             used.append(bool(rows.any()))
             if used[-1]:
-                x = torch.cat([seen[hook][text][rows].float() for hook in subject.reads], 1)
+                x = torch.cat([seen[hook][text][rows].float() for hook in subject.hooks.reads], 1)
                 pieces = x.split(max(1, LATENTS_IN_MEMORY // subject.sae.W_enc.shape[1]))
                 latents = torch.stack([subject.sae.encode(piece).sum(0) for piece in pieces]).sum(0)
                 latent_means.append(latents / len(x))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from monitor.evaluation.measures import MEASURES, Measure, Stage, measures
 from monitor.http.html import number, render
-from monitor.run_directory import SILENT_SECONDS, wiring
+from monitor.run_directory import SILENT_SECONDS, hooks_of
 from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
 from producer.common.shell import shell_command
@@ -207,7 +207,7 @@ def saes(run: Run, snapshots: Published) -> list[dict[str, Any]]:
                 "name": name,
                 "colour": colours[name],
                 "metrics": metrics,
-                "wiring": wiring(metrics),
+                "hooks": hooks_of(metrics),
                 "latents": metrics.get("d_sae") or _latents_of(report),
                 "cells": _cells(report or metrics, evaluation),
                 "evaluation": evaluation,

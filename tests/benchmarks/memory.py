@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.measure import Figure, Options, Result
-from tests.benchmarks.subject import QUICK_SIZE, Size, correlated_rows, sae_trainer, size_for
+from tests.benchmarks.subject import HOOK, QUICK_SIZE, Size, correlated_rows, sae_trainer, size_for
 
 STEPS = 4
 
@@ -60,10 +60,10 @@ def _steps(architecture: str, size: Size, device: str, rows: torch.Tensor) -> in
     """The most bytes this process held while steps were taken."""
     made = sae_trainer(architecture, size, device, rows)
     batches = rows.split(size.batch)
-    made.step([batches[0]])
+    made.step({HOOK: batches[0]})
     _forget_highest(device)
     for step in range(STEPS):
-        made.step([batches[step % len(batches)]])
+        made.step({HOOK: batches[step % len(batches)]})
     return _highest(device)
 
 

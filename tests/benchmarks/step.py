@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result, copying, milliseconds
-from tests.benchmarks.subject import BATCHES, Size, correlated_rows, sae_trainer, size_for
+from tests.benchmarks.subject import BATCHES, HOOK, Size, correlated_rows, sae_trainer, size_for
 from trainer.training.sae_trainer import SaeTrainer
 
 TITLES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
@@ -48,7 +48,7 @@ def run(architecture: str, options: Options) -> Iterator[Result]:
         else:
             result.notes.append(WITHOUT_PEERS)
         result.take_turns(options.rounds, contenders | theirs)
-    result.notes.append(f"L0 of ours as measured: {made.report([1.0]).l0:.1f}")
+    result.notes.append(f"L0 of ours as measured: {made.report({HOOK: 1.0}).l0:.1f}")
     result.figures += _figures(result, architecture, device, list(theirs))
     yield result
 
@@ -57,8 +57,8 @@ def stepping(made: SaeTrainer, rows: Tensor, batch: int) -> Callable[[], float]:
     """Milliseconds of a step on batches of `rows` that take turns; the first two steps are not counted."""
     batches = itertools.cycle(rows.split(batch))
     for _ in range(2):
-        made.step([next(batches)])
-    return milliseconds(lambda: made.step([next(batches)]), rows.device.type, at_least=1.5)
+        made.step({HOOK: next(batches)})
+    return milliseconds(lambda: made.step({HOOK: next(batches)}), rows.device.type, at_least=1.5)
 
 
 def limit(size: Size, rows: Tensor, device: str) -> dict[str, Callable[[], float]]:

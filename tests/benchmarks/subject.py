@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from producer.wire import Hello, Hook
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.jumprelu import MINIMUM_THRESHOLD
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 
+HOOK = "synthetic"
+"""Of every SAE that is timed."""
 SAMPLE_ROWS = 4096
 BATCHES = 4
 """Batches that take turns."""
@@ -83,9 +86,11 @@ def sae_trainer(architecture: str, size: Size, device: str, sample: Tensor, **mo
     sparsity: dict[str, Any] = {"target_l0": float(size.k)} if architecture == "jumprelu" else {"k": size.k}
     settings = SaeSettings.of(name=architecture, architecture=architecture, d_sae=size.d_sae, **sparsity, **more)  # type: ignore[arg-type]
     optimizer = OptimizerSettings(batch=size.batch, device=device)
-    made = SaeTrainer(settings, optimizer, Wiring((0,), None, (size.d_in,)), torch.device(device), torch.bfloat16)
+    made = SaeTrainer(
+        settings, optimizer, SaeHooks((HOOK,), (HOOK,)), {HOOK: size.d_in}, torch.device(device), torch.bfloat16
+    )
     sample = sample[:SAMPLE_ROWS].cpu()
-    made.initialise([sample], [1.0])
+    made.initialise({HOOK: sample}, {HOOK: 1.0})
     if architecture == "jumprelu":
         _settle(made, sample.to(device), size.k / size.d_sae)
     return made

@@ -30,7 +30,7 @@ from producer.keys import serve_encrypted, write_keys
 from producer.settings import StreamSettings
 from tests.benchmarks.measure import Figure, Options, Result, seconds_once
 from tests.benchmarks.sending import chunk_rows
-from tests.benchmarks.subject import Size, correlated_rows, sae_trainer
+from tests.benchmarks.subject import HOOK, Size, correlated_rows, sae_trainer
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.intake import Intake
 from trainer.stream.ledger import Ledger, Limits
@@ -92,7 +92,7 @@ def _cost(options: Options) -> Result:
 
                 def _step_on(batch: Batch) -> float:
                     x = batch.x[0].float()
-                    return seconds_once(lambda: learner.step([x]))
+                    return seconds_once(lambda: learner.step({HOOK: x}))
 
                 beside_intake()
                 result.take_turns(options.rounds, {"intake busy": beside_intake, "intake idle": alone})

@@ -43,6 +43,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.kernels.sparse": ("trainer/kernels/sparse.py", "test_kernels", "test_gradients"),
     "trainer.kernels.portable": ("trainer/kernels/portable.py", "test_kernels"),
     "trainer.kernels.cpu": ("trainer/kernels/cpu.py", "test_kernels"),
+    "trainer.saes.hooks": ("trainer/saes/hooks.py", "test_run", "test_evaluate"),
     "trainer.saes.base": ("trainer/saes/base.py", "test_gradients", "test_saes", "test_training"),
     "trainer.saes.topk": ("trainer/saes/topk.py", "test_export", "test_folding"),
     "trainer.saes.jumprelu": ("trainer/saes/jumprelu.py", "test_folding", "test_gradients", "test_saes"),

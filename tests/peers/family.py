@@ -13,13 +13,15 @@ from producer.corpus import open_corpus
 from producer.corpus.windows import windows_of
 from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
+from trainer.saes.folding import side_by_side
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import InferenceSae, check, export, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish
 from trainer.training.run import scale_of
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 
 ROOT = Path(__file__).parent.parent.parent
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"]
@@ -33,26 +35,25 @@ OPTIMIZER = OptimizerSettings(learning_rate=2e-3, warmup_tokens=10 * BATCH, cool
 class Rows:
     """Raw activations of every hook, aligned; the first TESTED_ROWS are never trained on."""
 
-    of: list[Tensor]
-    scales: list[float]
+    of: dict[str, Tensor]
+    scales: dict[str, float]
 
-    def sample(self, count: int, generator: torch.Generator) -> list[Tensor]:
+    def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Scaled rows of every hook."""
-        at = TESTED_ROWS + torch.randint(len(self.of[0]) - TESTED_ROWS, (count,), generator=generator)
-        return [x[at] * scale for x, scale in zip(self.of, self.scales, strict=True)]
+        at = TESTED_ROWS + torch.randint(len(self.of[READ]) - TESTED_ROWS, (count,), generator=generator)
+        return {hook: x[at] * self.scales[hook] for hook, x in self.of.items()}
 
     def scaled_by(self, factor: float) -> Rows:
         """The same rows, as a run sees them whose sample had another variance."""
-        return Rows(self.of, [scale * factor ** (1 + hook) for hook, scale in enumerate(self.scales)])
+        return Rows(self.of, {hook: scale * factor ** (1 + HOOKS.index(hook)) for hook, scale in self.scales.items()})
 
     def read_by(self, settings: SaeSettings) -> Tensor:
         """x of the rows for tests."""
-        return wiring(settings).read(self.of)[:TESTED_ROWS]
+        return side_by_side(self.of, hooks_of(settings).reads)[:TESTED_ROWS]
 
     def wanted_by(self, settings: SaeSettings) -> Tensor:
         """y of the rows for tests."""
-        target = wiring(settings).target
-        return self.read_by(settings) if target is None else self.of[target][:TESTED_ROWS]
+        return side_by_side(self.of, hooks_of(settings).writes)[:TESTED_ROWS]
 
 
 def real_rows() -> Rows:
@@ -64,13 +65,12 @@ def real_rows() -> Rows:
     corpus = open_corpus(settings)
     windows = windows_of(corpus.documents(corpus.held_out_shards[0]), model.tokenizer, settings)
     ids, kept = torch.from_numpy(windows.ids[:72]), torch.from_numpy(windows.kept[:72])
-    of = [x[kept].clone() for x in model.activations(ids)]
-    return Rows(of, [scale_of(x) for x in of])
+    of = {hook: x[kept].clone() for hook, x in zip(HOOKS, model.activations(ids), strict=True)}
+    return Rows(of, {hook: scale_of(x) for hook, x in of.items()})
 
 
-def wiring(settings: SaeSettings) -> Wiring:
-    inputs = tuple(HOOKS.index(hook) for hook in settings.inputs or [READ])
-    return Wiring(inputs, None if settings.target is None else HOOKS.index(settings.target), (WIDTH,) * len(HOOKS))
+def hooks_of(settings: SaeSettings) -> SaeHooks:
+    return SaeHooks.from_settings(settings, [READ])
 
 
 def sae(name: str, architecture: str, **options: Any) -> SaeSettings:
@@ -158,7 +158,9 @@ class Zoo:
 
 def begin(settings: SaeSettings, rows: Rows) -> SaeTrainer:
     """An SAE before its first step."""
-    sae_trainer = SaeTrainer(settings, OPTIMIZER, wiring(settings), torch.device("cpu"), torch.float32)
+    sae_trainer = SaeTrainer(
+        settings, OPTIMIZER, hooks_of(settings), dict.fromkeys(HOOKS, WIDTH), torch.device("cpu"), torch.float32
+    )
     sample = rows.sample(8192, torch.Generator().manual_seed(1))
     sae_trainer.initialise(sample, rows.scales, read_start(settings))
     return sae_trainer
@@ -173,7 +175,7 @@ def learn(sae_trainer: SaeTrainer, rows: Rows, steps: int) -> None:
 def print_snapshot(sae_trainer: SaeTrainer, rows: Rows, directory: Path, calibrated: bool = True) -> Path:
     """Publishes it, and its averaged copy beside it."""
     settings, scaled = sae_trainer.settings, rows.sample(4096, torch.Generator().manual_seed(3))
-    x = wiring(settings).read(rows.of)[TESTED_ROWS:][:1024]
+    x = side_by_side(rows.of, hooks_of(settings).reads)[TESTED_ROWS:][:1024]
     metadata = {
         "hook_name": READ,
         "hf_hook_name": "model.layers.1",
@@ -189,8 +191,8 @@ def print_snapshot(sae_trainer: SaeTrainer, rows: Rows, directory: Path, calibra
     for name, copy in copies.items():
         if calibrated:
             sae_trainer.calibrate(copy, scaled)
-        rate, frame = sae_trainer.statistics.firing_rate(), sae_trainer.frame(rows.scales)
-        exports.append(export(copy, frame, name, rate, x, metadata, {}))
+        rate, transform = sae_trainer.statistics.firing_rate(), sae_trainer.input_transform(rows.scales)
+        exports.append(export(copy, transform, name, rate, x, metadata, {}))
     return publish(directory, 1 + sae_trainer.tokens, exports, {"id": "peers"}, check)
 
 

@@ -98,7 +98,7 @@ def _sae(loop: Loop, member: Member) -> Answer:
     told: Answer = {
         "name": member.name,
         "architecture": sae.architecture,
-        "hook": " + ".join(sae.inputs or loop.settings.hooks[:1]) + (f" → {sae.target}" if sae.target else ""),
+        "hook": str(loop.settings.hooks_of(sae)),
         "d_sae": sae.d_sae,
         "attached": member.attached,
         "tokens": 0,

@@ -131,12 +131,12 @@ def works_of(settings: TrainerSettings, width: int, number: int) -> list[Work]:
 
 
 def _work(settings: TrainerSettings, sae: SaeSettings, width: int, number: int) -> Work:
-    d_in = width * len(settings.inputs_of(sae))
+    hooks = settings.hooks_of(sae)
     return Work(
         name=sae.name,
         architecture=sae.architecture,
-        d_in=d_in,
-        d_out=d_in if sae.target is None else width,
+        d_in=width * len(hooks.reads),
+        d_out=width * len(hooks.writes),
         d_sae=sae.d_sae,
         batch=settings.optimizer.batch,
         levels=len(sae.levels),

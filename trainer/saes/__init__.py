@@ -2,6 +2,7 @@
 
     settings      [[sae]]: keys that every architecture has
     registry      which architectures there are
+    hooks         which hooks of the language model an SAE reads and writes
     base          parameters, initialisation, the products that all gradients share
     topk batchtopk jumprelu relu tied gated repair      one architecture each
     folding       scales and whitening folded into published weights
@@ -11,5 +12,5 @@
     export        `python -m trainer export`
     start         weights that training starts from
 
-Imported by training/ and planning/; `settings` by `trainer.settings`; `inference` by the monitor.
+Imported by training/ and planning/; `settings` by `trainer.settings`; `hooks` and `inference` by the monitor.
 """

@@ -13,11 +13,13 @@ encoder where that changes no choice of latents: everywhere but in top-k.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trainer.saes.hooks import SaeHooks
 from trainer.snapshot import SnapshotError
 
 IN_LATENT_UNITS = ("b_enc", "b_gate", "b_mag", "threshold")
@@ -59,8 +61,8 @@ def whitening_of(x: Tensor) -> Whitening:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """How the rows of training relate to raw ones: element by element scales, and whitening of what is scaled."""
+class InputTransform:
+    """From raw activations to those an SAE learns from: a scale for each element, then whitening."""
 
     s_in: Tensor
     """[d_in]"""
@@ -68,15 +70,35 @@ class Frame:
     """[d_out]"""
     whitening: Whitening | None = None
 
+    @classmethod
+    def of(
+        cls,
+        hooks: SaeHooks,
+        widths: Mapping[str, int],
+        scales: Mapping[str, float],
+        whitening: Whitening | None = None,
+    ) -> InputTransform:
+        """The transform for an SAE at `hooks`; `widths` and `scales` are by the name of the hook."""
+        s_in, s_out = (
+            torch.cat([torch.full((widths[hook],), scales[hook]) for hook in side])
+            for side in (hooks.reads, hooks.writes)
+        )
+        return cls(s_in, s_out, whitening)
 
-def fold(weights: dict[str, Tensor], frame: Frame, unit_rows: bool) -> dict[str, Tensor]:
+
+def side_by_side(rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
+    """Rows of some hooks as one matrix [rows, sum of their widths]; those of one hook are not copied."""
+    return rows[hooks[0]] if len(hooks) == 1 else torch.cat([rows[hook] for hook in hooks], 1)
+
+
+def fold(weights: dict[str, Tensor], transform: InputTransform, unit_rows: bool) -> dict[str, Tensor]:
     """Weights for raw activations, from `Sae.export`'s; `unit_rows` folds decoder norms into the encoder.
 
     float64 on the way, float32 at the end.
     """
     w = {name: value.detach().double().cpu() for name, value in weights.items()}
-    s_in, s_out, unit = frame.s_in.cpu(), frame.s_out.cpu(), float(frame.s_out[0])
-    if (white := frame.whitening) is not None:
+    s_in, s_out, unit = transform.s_in.cpu(), transform.s_out.cpu(), float(transform.s_out[0])
+    if (white := transform.whitening) is not None:
         matrix, inverse = white.matrix.double().cpu(), white.inverse.double().cpu()
         w["W_enc"], w["W_dec"] = w["W_enc"] @ matrix, w["W_dec"] @ inverse
         w["b_dec"] = w["b_dec"] @ inverse + white.centre.cpu()
@@ -91,10 +113,10 @@ def fold(weights: dict[str, Tensor], frame: Frame, unit_rows: bool) -> dict[str,
     return {name: value.float() for name, value in w.items()}
 
 
-def unfold(weights: dict[str, Tensor], frame: Frame) -> dict[str, Tensor]:
+def unfold(weights: dict[str, Tensor], transform: InputTransform) -> dict[str, Tensor]:
     """The other way: published weights for an SAE that learns from scaled rows, without whitening."""
     w = dict(weights)
-    s_in, s_out, unit = frame.s_in.cpu(), frame.s_out.cpu(), float(frame.s_out[0])
+    s_in, s_out, unit = transform.s_in.cpu(), transform.s_out.cpu(), float(transform.s_out[0])
     w["W_enc"] = w["W_enc"] * (unit / s_in)
     w["W_dec"] = w["W_dec"] * (s_out / unit)
     w["b_dec"] = w["b_dec"] * s_out

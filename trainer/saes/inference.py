@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trainer.saes.base import Sae, to_numpy
-from trainer.saes.folding import Frame, fold
+from trainer.saes.folding import InputTransform, fold
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.published import TRANSCODER, activation_of, published_architectures, transcoder_name
 from trainer.snapshot import SAELENS_LAYOUT, Export, SnapshotError, read_sae, read_selftest
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-5
 class InferenceSae:
     """A published SAE: raw activations in, latents in the same units out. float32, no training code.
 
-    `W_enc` [d_in, d_sae] and `W_dec` [d_sae, d_out], as on disk. A crosscoder's x is the rows of `hooks` side by side.
+    `W_enc` [d_in, d_sae] and `W_dec` [d_sae, d_out], as on disk. x is the activations at `hooks.reads` side by side.
     """
 
     def __init__(self, cfg: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -33,21 +34,11 @@ class InferenceSae:
                 f"architecture {architecture!r} is not known; known are {', '.join(published_architectures())}"
             )
         self.activation = activation
+        self.hooks = SaeHooks.from_metadata(cfg.get("metadata", {}))
         self.centred = bool(cfg.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER)))
         self.W_enc, self.W_dec, self.b_dec = weights["W_enc"], weights["W_dec"], weights["b_dec"]
         self.b_enc = weights[activation.vectors[0]]
         self.threshold, self.W_skip = weights.get("threshold"), weights.get("W_skip")
-
-    @property
-    def hooks(self) -> list[str]:
-        """The hooks it reads, in the order of its input."""
-        metadata = self.cfg.get("metadata", {})
-        return metadata.get("hook_names") or [metadata.get("hook_name")]
-
-    @property
-    def target(self) -> str | None:
-        """The hook a transcoder reconstructs; None for an SAE that reconstructs what it reads."""
-        return self.cfg.get("metadata", {}).get("hook_name_out")
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """[..., d_in] → [..., d_sae]; of a gated SAE, those of the gate."""
@@ -79,7 +70,7 @@ def load_sae(folder: Path) -> InferenceSae:
 
 def export(
     sae: Sae,
-    frame: Frame,
+    transform: InputTransform,
     name: str,
     firing_rate: Tensor,
     x: Tensor,
@@ -93,8 +84,8 @@ def export(
     architecture, scaled = sae.export()
     activation = activation_of(str(architecture["architecture"]))
     assert activation is not None
-    weights = fold(scaled, frame, unit_rows=activation.unit_rows)
-    if not activation.unit_rows and (frame.whitening is not None or len(sae.widths) > 1):
+    weights = fold(scaled, transform, unit_rows=activation.unit_rows)
+    if not activation.unit_rows and (transform.whitening is not None or len(sae.widths) > 1):
         architecture["rescale_acts_by_decoder_norm"] = False  # its rows are no longer of unit norm
     if sae.is_transcoder:
         architecture["architecture"] = transcoder_name(str(architecture["architecture"]), "W_skip" in weights)
@@ -105,7 +96,7 @@ def export(
     x = _clear_cut(published, x.float().cpu())
     latents = published.encode(x)
     y_hat = published.decode(latents, x)
-    _agree("folded reconstruction", y_hat, _unfolded_reconstruction(cfg, scaled, frame, x))
+    _agree("folded reconstruction", y_hat, _unfolded_reconstruction(cfg, scaled, transform, x))
     selftest = {"x": x, "latents": latents, "x_hat": y_hat}
     return Export(
         name=name,
@@ -149,15 +140,17 @@ def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
     return x[margins(sae, x).topk(min(SELFTEST_ROWS, len(x))).indices]
 
 
-def _unfolded_reconstruction(cfg: dict[str, Any], scaled: dict[str, Tensor], frame: Frame, x: Tensor) -> Tensor:
+def _unfolded_reconstruction(
+    cfg: dict[str, Any], scaled: dict[str, Tensor], transform: InputTransform, x: Tensor
+) -> Tensor:
     """What the SAE in training gives for raw x, in float64: the other side of the folding."""
     weights = {name: value.detach().double().cpu() for name, value in scaled.items()}
     training = InferenceSae(cfg, weights | {"W_enc": weights["W_enc"].T})
-    x = x.double() * frame.s_in.cpu()
-    if (white := frame.whitening) is None:
-        return (training(x) / frame.s_out.cpu()).float()
+    x = x.double() * transform.s_in.cpu()
+    if (white := transform.whitening) is None:
+        return (training(x) / transform.s_out.cpu()).float()
     centre, matrix, inverse = (part.double().cpu() for part in (white.centre, white.matrix, white.inverse))
-    return ((training((x - centre) @ matrix) @ inverse + centre) / frame.s_out.cpu()).float()
+    return ((training((x - centre) @ matrix) @ inverse + centre) / transform.s_out.cpu()).float()
 
 
 def check(folder: Path) -> None:

@@ -217,11 +217,6 @@ class SaeSettings(Table):
         """How dead latents are revived."""
         return self.revive or self.default_revival
 
-    @property
-    def inputs(self) -> list[str] | None:
-        """The hooks whose activations it encodes; None for the only one."""
-        return self.hooks or (None if self.hook is None else [self.hook])
-
     def applies(self, key: str) -> bool:
         """Whether a key means anything for this SAE."""
         return key not in self.CONDITIONS or self.CONDITIONS[key](self)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.saes import registry
 from trainer.saes.base import Sae
-from trainer.saes.folding import Frame, fold_norms, recentre, require_almost_unit_rows, unfold
+from trainer.saes.folding import InputTransform, fold_norms, recentre, require_almost_unit_rows, unfold
 from trainer.saes.formats import read_published
 from trainer.saes.published import Published
 from trainer.saes.settings import SaeSettings
@@ -32,10 +32,10 @@ class Start:
     path: Path
     sae: Published
 
-    def weights_for(self, sae: Sae, frame: Frame) -> dict[str, Tensor]:
+    def weights_for(self, sae: Sae, transform: InputTransform) -> dict[str, Tensor]:
         """In the layout and the scale that `sae` learns in. Raises SnapshotError when it cannot hold them."""
         self.require_widths(sae)
-        weights = unfold(self.sae.weights, frame)
+        weights = unfold(self.sae.weights, transform)
         try:
             if sae.unit_decoder:
                 if not self.sae.activation.unit_rows:
@@ -64,9 +64,9 @@ def check_starts(settings: TrainerSettings) -> None:
     for sae in settings.sae:
         start = read_start(sae)
         told = start.sae.metadata.get("hook_name") if start else None
-        named = [settings.hooks[index] for index in settings.inputs_of(sae)]
-        if start is not None and told not in (None, *named):
-            log.warning("sae %s: start_from was trained on %s, not on %s", sae.name, told, ", ".join(named))
+        reads = settings.hooks_of(sae).reads
+        if start is not None and told not in (None, *reads):
+            log.warning("sae %s: start_from was trained on %s, not on %s", sae.name, told, ", ".join(reads))
 
 
 def read_start(settings: SaeSettings) -> Start | None:

@@ -408,6 +408,7 @@ class Clock:
             same_context_mates=mates,
             stream=self._intake.stream_report(),
             saes=tuple(
-                sae_trainer.report(run.scales or [1.0] * len(run.stream.hooks)) for sae_trainer in run.publishable
+                sae_trainer.report(run.scales or run.by_hook([1.0] * len(run.stream.hooks)))
+                for sae_trainer in run.publishable
             ),
         )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.report import SaeReport, StepReport
+from trainer.saes.folding import side_by_side
 from trainer.saes.inference import check, export
 from trainer.snapshot import Export, SnapshotError, finite, publish, retire
 from trainer.stream.intake import Intake
@@ -47,35 +48,30 @@ def _exports(
 ) -> Iterator[Export]:
     """The SAE, and the mean of its recent weights beside it when there is one."""
     assert run.scales is not None
-    scaled = [x.float() * scale for x, scale in zip(rows, run.scales, strict=True)]
-    x = sae_trainer.wiring.read(rows)[:SELFTEST_CANDIDATES].float()
-    frame, rate = sae_trainer.frame(run.scales), sae_trainer.statistics.firing_rate()
+    raw = run.by_hook(rows)
+    scaled = {hook: x.float() * run.scales[hook] for hook, x in raw.items()}
+    x = side_by_side(raw, sae_trainer.hooks.reads)[:SELFTEST_CANDIDATES].float()
+    transform, rate = sae_trainer.input_transform(run.scales), sae_trainer.statistics.firing_rate()
     metadata, numbers = (
         _metadata(run, sae_trainer, report, facts),
         numbers_of(run, sae_trainer, _of(report, sae_trainer)),
     )
     sae_trainer.calibrate(sae_trainer.sae, scaled)
-    yield export(sae_trainer.sae, frame, sae_trainer.settings.name, rate, x, metadata, numbers)
+    yield export(sae_trainer.sae, transform, sae_trainer.settings.name, rate, x, metadata, numbers)
     if (ema_sae := sae_trainer.ema_sae) is not None:
         sae_trainer.calibrate(ema_sae, scaled)
         # What was measured in training was measured on the other weights.
         unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
-        yield export(ema_sae, frame, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
+        yield export(ema_sae, transform, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
 
 
 def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
     """What manifest and summary tell of one SAE."""
-    hooks, wiring = run.stream.hooks, sae_trainer.wiring
-    named: dict[str, Any] = {"hook": hooks[wiring.inputs[0]].name}
-    if len(wiring.inputs) > 1:
-        named["hooks"] = [hooks[hook].name for hook in wiring.inputs]
-    if wiring.target is not None:
-        named["target"] = hooks[wiring.target].name
     return {
         "architecture": sae_trainer.settings.architecture,
         "d_in": sae_trainer.sae.d_in,
         "d_sae": sae_trainer.sae.d_sae,
-        **named,
+        **sae_trainer.hooks.record(),
         "tokens": sae_trainer.tokens,
         "l0": finite(report.l0),
         "mse": finite(report.mse),
@@ -88,14 +84,14 @@ def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str
 
 def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
     """What SAELens and others look for beside the weights, and where this SAE came from."""
-    provenance, hooks, wiring = run.stream.provenance, run.stream.hooks, sae_trainer.wiring
-    hook, measured = hooks[wiring.inputs[0]], _of(report, sae_trainer)
+    provenance, hooks, measured = run.stream.provenance, sae_trainer.hooks, _of(report, sae_trainer)
+    modules = {hook.name: hook.module for hook in run.stream.hooks}
     metadata = {
         "model_name": provenance.get("model"),
         "model_revision": provenance.get("model_revision"),
         "model_from_pretrained_kwargs": {},
-        "hook_name": hook.name,
-        "hf_hook_name": hook.module,
+        "hook_name": hooks.reads[0],
+        "hf_hook_name": modules[hooks.reads[0]],
         "context_size": run.stream.context,
         "prepend_bos": provenance.get("prepend_bos"),
         "exclude_special_tokens": provenance.get("exclude_special"),
@@ -103,7 +99,7 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
         "sae_lens_training_version": None,
         "trained_with": "sluice",
         "tokens_trained": sae_trainer.tokens,
-        "input_scale": run.scales[wiring.inputs[0]] if run.scales else None,
+        "input_scale": run.scales[hooks.reads[0]] if run.scales else None,
         "settings": sae_trainer.settings.model_dump(mode="json", exclude_none=True),
         "run": facts["id"],
         "stream": provenance,
@@ -111,10 +107,10 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
         "fvu": finite(measured.fvu),
         "num_dead_features": measured.dead_latents,
     }
-    if len(wiring.inputs) > 1:
-        metadata["hook_names"] = [hooks[index].name for index in wiring.inputs]
-    if wiring.target is not None:
-        metadata |= {"hook_name_out": hooks[wiring.target].name, "hf_hook_name_out": hooks[wiring.target].module}
+    if hooks.is_crosscoder:
+        metadata["hook_names"] = list(hooks.reads)
+    if hooks.is_transcoder:
+        metadata |= {"hook_name_out": hooks.writes[0], "hf_hook_name_out": modules[hooks.writes[0]]}
     return metadata
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import CheckpointError, Saved
 from trainer.stream.buffer import Batch, BufferState, pool_rows
 from trainer.training.roster import Member, Roster, RosterError, resumed
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
+
+T = TypeVar("T")
 
 
 class NoVariance(ValueError):
@@ -77,8 +80,8 @@ class Run:
         """Steps so far, restarts included."""
         self.seconds = 0.0
         """Time spent training, restarts included and pauses not."""
-        self.scales: list[float] | None = None
-        """One per hook: activations are multiplied by it, so that an element's variance is 1. Frozen."""
+        self.scales: dict[str, float] | None = None
+        """By the name of the hook: its activations are multiplied by it, so that an element's variance is 1. Frozen."""
         self.last_batch: Batch | None = None
         self.device = pick_device(settings.optimizer.device)
         self.sae_trainers = [self._make_sae_trainer(member) for member in self.roster.members]
@@ -104,17 +107,17 @@ class Run:
 
     def _make_sae_trainer(self, member: Member) -> SaeTrainer:
         sae, optimizer = member.settings, self.settings.optimizer
-        widths = tuple(hook.width for hook in self.stream.hooks)
-        wiring = Wiring(tuple(self.settings.inputs_of(sae)), self.settings.target_of(sae), widths)
-        d_in = sum(widths[hook] for hook in wiring.inputs)
+        hooks, widths = self.settings.hooks_of(sae), {hook.name: hook.width for hook in self.stream.hooks}
+        d_in = sum(widths[hook] for hook in hooks.reads)
         if optimizer.matmul == "auto":
             dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
         else:
             dtype = getattr(torch, optimizer.matmul)
         log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
         seed = self.settings.run.seed * 1000 + member.number
-        run_tokens = self.settings.run.tokens
-        return SaeTrainer(sae, optimizer, wiring, self.device, dtype, seed, member.joined_at, run_tokens)
+        return SaeTrainer(
+            sae, optimizer, hooks, widths, self.device, dtype, seed, member.joined_at, self.settings.run.tokens
+        )
 
     def sae_trainer(self, member: Member) -> SaeTrainer:
         return next(sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.settings.name == member.name)
@@ -155,7 +158,7 @@ class Run:
             if start is not None:
                 start.require_widths(sae_trainer.sae)
                 if self.scales is not None:
-                    start.weights_for(sae_trainer.sae, sae_trainer.wiring.frame(self.scales))
+                    start.weights_for(sae_trainer.sae, sae_trainer.input_transform(self.scales))
         except BaseException:
             self.roster.leave(member, keep_name=False)
             raise
@@ -172,22 +175,27 @@ class Run:
 
     def initialise(self, sample: list[Tensor]) -> None:
         """Draws the weights that are lacking from raw activations of every hook, and the run's scales at first."""
-        activations = [x.float() for x in sample]
+        activations = {hook: x.float() for hook, x in self.by_hook(sample).items()}
         if self.scales is None:
-            self.scales = [_scale(x, hook.name) for x, hook in zip(activations, self.stream.hooks, strict=True)]
-        scaled = [x * scale for x, scale in zip(activations, self.scales, strict=True)]
+            self.scales = {hook: _scale(x, hook) for hook, x in activations.items()}
+        scaled = {hook: x * self.scales[hook] for hook, x in activations.items()}
         for sae_trainer in self.lacking_weights:
             sae_trainer.initialise(scaled, self.scales, read_start(sae_trainer.settings))
+
+    def by_hook(self, values: Sequence[T]) -> dict[str, T]:
+        """Values in the stream's order of hooks, by the name of the hook."""
+        return {hook.name: value for hook, value in zip(self.stream.hooks, values, strict=True)}
 
     def train_step(self, batch: Batch) -> None:
         """One step of every SAE on the same activations; each hook is scaled once."""
         assert self.scales is not None
         in_training = self.in_training
-        hooks = set().union(*(sae_trainer.wiring.hooks for sae_trainer in in_training))
-        scaled = [
-            x.to(self.device).float() * scale if hook in hooks else x
-            for hook, (x, scale) in enumerate(zip(batch.x, self.scales, strict=True))
-        ]
+        hooks = frozenset[str]().union(*(sae_trainer.hooks.names for sae_trainer in in_training))
+        scaled = {
+            hook: x.to(self.device).float() * self.scales[hook]
+            for hook, x in self.by_hook(batch.x).items()
+            if hook in hooks
+        }
 
         def step(sae_trainer: SaeTrainer) -> None:
             sae_trainer.step(scaled)
@@ -204,7 +212,7 @@ class Run:
         document: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
-            "scales": self.scales,
+            "scales": None if self.scales is None else list(self.scales.values()),
             "roster": self.roster.state(),
             "saes": {},
         }
@@ -221,7 +229,8 @@ class Run:
 
     def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Becomes what `state` described; the roster was handed in before, from `roster_of`."""
-        self.step, self.seconds, self.scales = document["step"], document["seconds"], document["scales"]
+        self.step, self.seconds = document["step"], document["seconds"]
+        self.scales = None if document["scales"] is None else self.by_hook(document["scales"])
         for sae_trainer in self.sae_trainers:
             if (saved := document["saes"].get(sae_trainer.settings.name)) is not None:
                 sae_trainer.restore(saved, tensors)

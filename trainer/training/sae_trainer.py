@@ -7,8 +7,7 @@ has trained on itself. Nothing here depends on which other SAEs there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from trainer.phases import SaePhase
 from trainer.report import SaeReport
 from trainer.saes import registry
 from trainer.saes.base import Sae
-from trainer.saes.folding import Frame, Whitening, whitening_of
+from trainer.saes.folding import InputTransform, Whitening, side_by_side, whitening_of
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import Start
 from trainer.settings import OptimizerSettings
@@ -28,37 +28,6 @@ from trainer.training.schedule import Cooldown, Schedule, default_learning_rate,
 from trainer.training.statistics import Statistics
 
 
-@dataclass(frozen=True)
-class Wiring:
-    """Where an SAE sits on the stream: hooks by their index, their widths in the stream's order."""
-
-    inputs: tuple[int, ...]
-    target: int | None
-    widths: tuple[int, ...]
-    """Of every hook of the stream."""
-
-    @property
-    def hooks(self) -> set[int]:
-        """All hooks whose rows it needs."""
-        return {*self.inputs} | (set() if self.target is None else {self.target})
-
-    def read(self, rows: Sequence[Tensor]) -> Tensor:
-        """x [batch, d_in] from the rows of every hook."""
-        return rows[self.inputs[0]] if len(self.inputs) == 1 else torch.cat([rows[hook] for hook in self.inputs], 1)
-
-    def pair(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(x [batch, d_in], y [batch, d_out]): what is read and what is to be reconstructed."""
-        x = self.read(rows)
-        return x, x if self.target is None else rows[self.target]
-
-    def frame(self, scales: Sequence[float]) -> Frame:
-        """The scales of every element it reads and writes; `scales` of every hook of the stream."""
-        s_in = torch.cat([torch.full((self.widths[hook],), scales[hook]) for hook in self.inputs])
-        return Frame(
-            s_in, s_in if self.target is None else torch.full((self.widths[self.target],), scales[self.target])
-        )
-
-
 class SaeTrainer:
     """Trains one SAE on scaled activations, one `step` a batch."""
 
@@ -66,23 +35,28 @@ class SaeTrainer:
         self,
         settings: SaeSettings,
         optimizer: OptimizerSettings,
-        wiring: Wiring,
+        hooks: SaeHooks,
+        widths: Mapping[str, int],
         device: torch.device,
         matmul_dtype: torch.dtype,
         seed: int = 0,
         joined_at: int = 0,
         run_tokens: int | None = None,
     ) -> None:
-        """`joined_at`: tokens that the run has trained on so far; `run_tokens`: those after which it ends."""
+        """An SAE at `hooks`; `widths` are by the name of the hook, those of the whole stream or of `hooks`.
+
+        `joined_at`: tokens that the run has trained on so far; `run_tokens`: those after which it ends.
+        """
         self.settings = settings
-        self.wiring = wiring
+        self.hooks = hooks
         self.tokens = 0
         """Tokens that this SAE has trained on."""
         self.has_weights = False
         """Its first weights are drawn, or restored."""
-        d_out = None if wiring.target is None else wiring.widths[wiring.target]
-        widths = tuple(wiring.widths[hook] for hook in wiring.inputs)
-        self.sae: Sae = registry.get(settings.architecture)(settings, widths, d_out)
+        self._widths = widths
+        d_out = widths[hooks.writes[0]] if hooks.is_transcoder else None
+        widths_in = tuple(widths[hook] for hook in hooks.reads)
+        self.sae: Sae = registry.get(settings.architecture)(settings, widths_in, d_out)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
         self.schedule = Schedule(
@@ -111,9 +85,9 @@ class SaeTrainer:
         self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder, self.sae.operands)
         self.statistics = Statistics(self.settings.d_sae, centre)
 
-    def initialise(self, sample: Sequence[Tensor], scales: Sequence[float], start: Start | None = None) -> None:
+    def initialise(self, sample: Mapping[str, Tensor], scales: Mapping[str, float], start: Start | None = None) -> None:
         """Draws the first weights from scaled activations of every hook, on the CPU; `start` replaces the weights."""
-        x, y = self.wiring.pair(sample)
+        x, y = self.inputs_and_targets(sample)
         centre = y.mean(0)
         if self.settings.whitening:
             self._whitening = whitening_of(x)
@@ -121,16 +95,16 @@ class SaeTrainer:
             self._whitening = _moved(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
-            self.sae.adopt(start.weights_for(self.sae, self.wiring.frame(scales)))
+            self.sae.adopt(start.weights_for(self.sae, self.input_transform(scales)))
             self.sae.after_step()
         self._reset_optimizer(centre.to(self.sae.b_dec.device))
         if self.settings.ema_tokens:
             self._average = AverageWeights(self.sae.parameters, self.settings.ema_tokens)
         self.has_weights = True
 
-    def step(self, activations: Sequence[Tensor]) -> None:
+    def step(self, activations: Mapping[str, Tensor]) -> None:
         """Trains on one batch: scaled activations [batch, width] of every hook of the stream."""
-        x_scaled, y_scaled = self.wiring.pair(activations)
+        x_scaled, y_scaled = self.inputs_and_targets(activations)
         x, y = self._whiten(x_scaled, y_scaled)
         cooldown = self.schedule.cooldown
         self.learning_rate = self.schedule.rate(self.tokens)
@@ -151,6 +125,11 @@ class SaeTrainer:
         else:
             self.skipped_steps += 1
         self._losses, self._grad_norm = gradients.loss, norm
+
+    def inputs_and_targets(self, activations: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(x [batch, d_in], y [batch, d_out]): what the SAE reads, and what it is to reconstruct."""
+        x = side_by_side(activations, self.hooks.reads)
+        return x, side_by_side(activations, self.hooks.writes) if self.hooks.is_transcoder else x
 
     def _whiten(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled activations (x, y) as the SAE sees them."""
@@ -192,7 +171,7 @@ class SaeTrainer:
                 pre_acts = self.sae.in_float32(x, latents)
                 unreachable = latents[(pre_acts.abs() if self.sae.magnitude else pre_acts).amax(0) <= 0]
                 error = y - y_hat
-                directions = error if self.wiring.target is None else x - x.mean(0)
+                directions = error if not self.hooks.is_transcoder else x - x.mean(0)
                 self._redraw(unreachable, x, y, y_hat, directions, error)
 
     def _redraw(
@@ -221,25 +200,24 @@ class SaeTrainer:
         """The SAE with the mean of its recent weights; None without ema_tokens."""
         return None if self._average is None else self._average.copy_of(self.sae)
 
-    def frame(self, scales: Sequence[float]) -> Frame:
-        """The relation of the SAE's activations to raw ones."""
-        return replace(self.wiring.frame(scales), whitening=self._whitening)
+    def input_transform(self, scales: Mapping[str, float]) -> InputTransform:
+        """From raw activations to those that the SAE sees; `scales` by the name of the hook."""
+        return InputTransform.of(self.hooks, self._widths, scales, self._whitening)
 
-    def calibrate(self, sae: Sae, activations: Sequence[Tensor]) -> None:
+    def calibrate(self, sae: Sae, activations: Mapping[str, Tensor]) -> None:
         """Fits what inference needs of `sae`, this one or its EMA copy, to scaled activations of every hook."""
-        x = self.wiring.read(activations).to(sae.b_dec.device)
+        x = side_by_side(activations, self.hooks.reads).to(sae.b_dec.device)
         sae.calibrate(x if self._whitening is None else self._whitening.apply(x))
 
-    def report(self, scales: Sequence[float]) -> SaeReport:
+    def report(self, scales: Mapping[str, float]) -> SaeReport:
         """The window's numbers; `scales` of every hook turn the error back into the units of raw activations."""
         summary = self.statistics.summary()
         dead = self.statistics.dead(self.settings.dead_tokens)
-        output_hooks = self.wiring.inputs if self.wiring.target is None else (self.wiring.target,)
         return SaeReport(
             name=self.settings.name,
             l0=summary.l0,
             # A crosscoder's hooks have different scales; its error is in units of the first.
-            mse=summary.mse / scales[output_hooks[0]] ** 2,
+            mse=summary.mse / scales[self.hooks.writes[0]] ** 2,
             fvu=summary.fvu,
             dead_latents=dead,
             dead_latents_ratio=None if dead is None else dead / self.settings.d_sae,

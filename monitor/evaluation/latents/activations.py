@@ -139,7 +139,7 @@ def gather_latents(
             break
         seen = dict(zip(hooks, model.activations(tokens), strict=True))
         shown = in_stream(seen, kept, bounds)
-        x = torch.cat([seen[hook][shown].float() for hook in subject.reads], 1)
+        x = torch.cat([seen[hook][shown].float() for hook in subject.hooks.reads], 1)
         places = shown.flatten().nonzero().squeeze(1) + seen_windows * context
         row, latent, value = active(subject, x)
         found.append((latent, (places.cpu()[row]).int(), value))

@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Subject, subject_of
+from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.latents.activations import (
     GONE,
     TOP_TOKENS,
@@ -102,7 +102,7 @@ class Explained:
     @cached_property
     def subject(self) -> Subject:
         sae = InferenceSae(self.cfg, {name: weight.float() for name, weight in self.weights.items()})
-        return subject_of(self.folder.name, sae)
+        return Subject(self.folder.name, sae)
 
     def column(self, name: Order) -> np.ndarray:
         match name:
@@ -244,8 +244,8 @@ class Explorer:
             "snapshot": it.folder.parent.name,
             "d_sae": it.latents.d_sae,
             "rows": it.latents.rows,
-            "hook": it.subject.reads[0] if len(it.subject.reads) == 1 else " + ".join(it.subject.reads),
-            "target": it.subject.writes[0] if it.subject.writes != it.subject.reads else None,
+            "hook": " + ".join(it.subject.hooks.reads),
+            "target": it.subject.hooks.writes[0] if it.subject.hooks.is_transcoder else None,
             "architecture": it.cfg.get("architecture"),
             "explanation": self._explanation(it, latent),
             "contexts": _distinct_contexts(it.latents, texts, positions, values),
@@ -255,7 +255,7 @@ class Explorer:
                 if (found := _contexts_at(it.latents, texts, positions, values, quantile))
             ],
             "histogram": _histogram(values),
-            "written_at": it.subject.writes[-1],
+            "written_at": it.subject.hooks.writes[-1],
             **self._effect(it, texts, latent),
             "nearest": [
                 self._line(it, texts, other) | {"cosine": cosine} for other, cosine in neighbours
@@ -299,7 +299,7 @@ class Explorer:
 
         Of a crosscoder, what it writes at the last of its hooks.
         """
-        hook = it.subject.writes[-1]
+        hook = it.subject.hooks.writes[-1]
         width = {hook.name: hook.width for hook in self._model.hooks}.get(hook)
         if self._unembedding is None or width != len(self._unembedding.gain) or not hook.endswith(RESIDUAL):
             return None
@@ -374,7 +374,7 @@ class Explorer:
         hooks = [hook.name for hook in self._model.hooks]
         seen = dict(zip(hooks, self._model.activations(torch.from_numpy(windows.ids)), strict=True))
         kept = torch.from_numpy(windows.kept)
-        x = torch.cat([seen[hook].cpu()[kept].float() for hook in it.subject.reads], 1)
+        x = torch.cat([seen[hook].cpu()[kept].float() for hook in it.subject.hooks.reads], 1)
         row, latent, value = active(it.subject, x)
         return row.numpy(), latent.numpy(), value.numpy()
 

@@ -35,7 +35,12 @@ ROWS_AT_ONCE = 4096
 def load(folder: Path) -> InferenceSae:
     """The SAE of one cell."""
     report = json.loads((folder / "training.json").read_text())
-    cfg = {"architecture": report["architecture"], "k": report["k"], "apply_b_dec_to_input": True}
+    cfg = {
+        "architecture": report["architecture"],
+        "k": report["k"],
+        "apply_b_dec_to_input": True,
+        "metadata": {"hook_name": activations.HOOK},
+    }
     return InferenceSae(cfg, load_file(folder / "sae.safetensors"))
 
 
@@ -61,9 +66,7 @@ class Examiner:
         """The numbers of the module's docstring."""
         sae = load(folder)
         model, text = self._model_and_text
-        measured = evaluate(
-            model, text, [Subject("sae", sae, (activations.HOOK,), (activations.HOOK,))], self._baseline
-        )["sae"]
+        measured = evaluate(model, text, [Subject("sae", sae)], self._baseline)["sae"]
         language = {name: measured[name] for name in ("ce_clean", "ce_delta", "ce_recovered", "kl")}
         return self.reconstruction(sae) | language
 

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 
 from tests.benchmarks.quality.activations import HOOK
 from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
+from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import export
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.training.run import scale_of
-from trainer.training.sae_trainer import SaeTrainer, Wiring
+from trainer.training.sae_trainer import SaeTrainer
 
 SAMPLE_BATCHES = 16
 """Rows that scale, centre and thresholds are estimated from; they are trained on as well."""
@@ -50,19 +51,20 @@ def main() -> None:
     sample = torch.cat(first)
     scale = scale_of(sample)
     dtype = torch.bfloat16 if cell["autocast"] else torch.float32
-    wiring = Wiring((0,), None, (sample.shape[1],))
     target = cell["tokens"] // BATCH * BATCH
-    cpu = torch.device("cpu")
-    sae_trainer = SaeTrainer(settings, optimizer, wiring, cpu, dtype, cell["seed"], run_tokens=target)
-    sae_trainer.initialise([sample * scale], [scale])
+    hooks, widths, cpu = SaeHooks((HOOK,), (HOOK,)), {HOOK: sample.shape[1]}, torch.device("cpu")
+    sae_trainer = SaeTrainer(settings, optimizer, hooks, widths, cpu, dtype, cell["seed"], run_tokens=target)
+    sae_trainer.initialise({HOOK: sample * scale}, {HOOK: scale})
     newest = first[-CALIBRATION_BATCHES:]
     for batch in itertools.chain(first, rows):
-        sae_trainer.step([batch * scale])
+        sae_trainer.step({HOOK: batch * scale})
         newest = [*newest[1:], batch]
     x = torch.cat(newest)
-    sae_trainer.calibrate(sae_trainer.sae, [x * scale])
+    sae_trainer.calibrate(sae_trainer.sae, {HOOK: x * scale})
     rate = sae_trainer.statistics.firing_rate()
-    published = export(sae_trainer.sae, sae_trainer.frame([scale]), "sae", rate, x[:1024], {"hook_name": HOOK}, {})
+    published = export(
+        sae_trainer.sae, sae_trainer.input_transform({HOOK: scale}), "sae", rate, x[:1024], {"hook_name": HOOK}, {}
+    )
     assert published.cfg["apply_b_dec_to_input"]
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: torch.from_numpy(value).contiguous() for name, value in published.weights.items()}
