@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NICE = 10
 LAST_LOOK_SECONDS = 2.0
 """Those who watch the run see its results before the service goes: `top` asks every second."""
-HANGS_SECONDS = 900.0
+HANG_SECONDS = 900.0
 """One forward pass that takes longer than this is taken for a hang."""
 
 log = logging.getLogger("sluice.monitor")
@@ -83,11 +83,18 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
 class Watch:
     """The main thread's work: look at the run directory, evaluate what is new, complete the summary at the end."""
 
-    def __init__(self, settings: MonitorSettings, metrics: MonitorMetrics, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        metrics: MonitorMetrics,
+        stop: threading.Event,
+        hang_seconds: float = HANG_SECONDS,
+    ) -> None:
         self._settings = settings
         self._directory = settings.run.folder
         self._metrics = metrics
         self._stop = stop
+        self._hang_seconds = hang_seconds
         self._evaluator: Evaluator | None = None
         self._off = settings.why_not_evaluated()
         self.handle = ExplorerHandle()
@@ -112,7 +119,7 @@ class Watch:
 
     def unhealthy(self) -> str | None:
         moved_at = self._evaluator.moved_at if self._evaluator else None
-        if moved_at is not None and time.monotonic() - moved_at > HANGS_SECONDS:
+        if moved_at is not None and time.monotonic() - moved_at > self._hang_seconds:
             return f"the evaluation has not moved for {time.monotonic() - moved_at:.0f} s"
         return None
 

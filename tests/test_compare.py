@@ -102,13 +102,13 @@ def test_different_spaces_are_not_compared(tmp_path: Path, capsys: pytest.Captur
     assert "different spaces" in capsys.readouterr().out
 
 
-def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch):
+def test_memory_is_bounded_by_blocks():
     """A block of one row at a time finds the same as all at once."""
     rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     at_once = best_matches(rows, rows[::-1].copy(), np.arange(50))
-    monkeypatch.setattr(monitor.cli.compare, "BLOCK_BYTES", 1)
-    for whole, part in zip(at_once, best_matches(rows, rows[::-1].copy(), np.arange(50)), strict=True):
+    in_blocks = best_matches(rows, rows[::-1].copy(), np.arange(50), block_bytes=1)
+    for whole, part in zip(at_once, in_blocks, strict=True):
         np.testing.assert_allclose(whole, part, rtol=1e-6)
     assert at_once[1].tolist() == list(range(49, -1, -1))
 

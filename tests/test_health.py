@@ -207,12 +207,11 @@ def test_a_monitor_is_ready_when_there_is_a_run_to_show(tmp_path: Path) -> None:
         assert ask("/readyz") == (200, "ok")
 
 
-def test_a_monitor_whose_evaluation_hangs_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_monitor_whose_evaluation_hangs_is_dead(tmp_path: Path) -> None:
     """Its service may still answer; the evaluation has not moved."""
-    monkeypatch.setattr(monitor.app, "HANGS_SECONDS", 0.0)
     settings = MonitorSettings.model_validate({"run": {"directory": str(tmp_path / "run")}})
     metrics, stop = MonitorMetrics(new_registry()), threading.Event()
-    watch = monitor.app.Watch(settings, metrics, stop)
+    watch = monitor.app.Watch(settings, metrics, stop, hang_seconds=0.0)
     watch._evaluator = Evaluator(settings, metrics, stop)
     watch._evaluator.moved_at = time.monotonic() - 1.0
     with asking(watch.alive, watch.ready) as ask:

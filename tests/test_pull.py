@@ -21,7 +21,7 @@ import pytest
 import monitor.cli.pull
 from monitor.cli.client import Monitor, MonitorError
 from monitor.cli.pull import Tell, _newer, follow, main, pull
-from monitor.http.service import make_app, start_service
+from monitor.http.service import PageSizes, make_app, start_service
 from producer.common.metrics import new_registry
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.snapshot import Export, retire, verify
@@ -278,15 +278,18 @@ def test_following_goes_on_after_what_is_there(run_directory: Path, url: str, tm
 
 
 @pytest.mark.parametrize("after", ["", "000000001000", "000000004000", "000000006000"])
-def test_what_is_newer_is_gathered_from_all_pages(
-    run_directory: Path, url: str, monkeypatch: pytest.MonkeyPatch, after: str
-):
+def test_what_is_newer_is_gathered_from_all_pages(run_directory: Path, after: str):
     """The list comes in pages of two here; only as many are asked for as are needed."""
-    monkeypatch.setattr("monitor.http.service.SNAPSHOTS", 2)
     for tokens in range(2000, 7000, 1000):
         publish_snapshot(run_directory, tokens)
     expected = [f"{tokens:012d}" for tokens in range(1000, 7000, 1000)]
-    assert _newer(Monitor(url), after) == ([name for name in expected if name > after] if after else expected[-1:])
+    app = make_app(run_directory, new_registry(), page_sizes=PageSizes(default=2))
+    port, close = start_service(app, "127.0.0.1", 0)
+    try:
+        newer = _newer(Monitor(f"127.0.0.1:{port}"), after)
+    finally:
+        close()
+    assert newer == ([name for name in expected if name > after] if after else expected[-1:])
 
 
 def test_following_passes_over_what_is_retired_under_it(run_directory: Path, url: str, tmp_path: Path):

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 import monitor.__main__
 from monitor.http.access import TokenError, read_token
-from monitor.http.service import make_app, start_service
+from monitor.http.service import PageSizes, make_app, start_service
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import last_report
 from producer.common.metrics import new_registry
@@ -300,12 +300,11 @@ def test_the_list_comes_in_pages(run_directory: Path, client: TestClient):
     assert [entry["tokens"] for entry in whole["snapshots"]] == [*range(1000, 8000, 1000)] and whole["next"] is None
 
 
-def test_a_page_is_no_longer_than_it_may_be(run_directory: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch):
+def test_a_page_is_no_longer_than_it_may_be(run_directory: Path):
     """By default, and whatever is asked for."""
     for tokens in range(1, 6):
         publish_snapshot(run_directory, 1000 * tokens)
-    monkeypatch.setattr("monitor.http.service.SNAPSHOTS", 2)
-    monkeypatch.setattr("monitor.http.service.MOST_SNAPSHOTS", 4)
+    client = TestClient(make_app(run_directory, new_registry(), page_sizes=PageSizes(default=2, most=4)))
     assert len(client.get("/v1/snapshots").json()["snapshots"]) == 2
     assert len(client.get("/v1/snapshots?limit=5").json()["snapshots"]) == 4
 

@@ -186,12 +186,14 @@ def _different_widths(
     }
 
 
-def best_matches(before: np.ndarray, after: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def best_matches(
+    before: np.ndarray, after: np.ndarray, rows: np.ndarray, block_bytes: int = BLOCK_BYTES
+) -> tuple[np.ndarray, np.ndarray]:
     """(cosine, index) of the row of `after` nearest to each of `rows` of `before`; both have rows of unit norm."""
     import numpy as np
 
     cosine, index = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
-    block = max(1, BLOCK_BYTES // (4 * len(after)))
+    block = max(1, block_bytes // (4 * len(after)))
     for start in range(0, len(rows), block):
         chosen = slice(start, start + block)
         cosines = before[rows[chosen]] @ after.T

@@ -25,6 +25,7 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,21 @@ from trainer.snapshot import NAME, SnapshotError, which_there_are
 LONGEST_WAIT_SECONDS = 300.0
 LOOK_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
-SNAPSHOTS = 100
-"""Listed at a time, unless it is asked for fewer or more;"""
-MOST_SNAPSHOTS = 1000
-"""the most."""
 NICE = 19
 PIECE_BYTES = 1 << 18
 """Of a file, read and sent at a time: each costs a turn of a thread."""
 PAGES = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
+
+
+@dataclass(frozen=True)
+class PageSizes:
+    """Snapshots in one response of /v1/snapshots: without `limit`, and at most."""
+
+    default: int = 100
+    most: int = 1000
+
+
+DEFAULT_PAGE_SIZES = PageSizes()
 
 
 def make_app(
@@ -68,12 +76,13 @@ def make_app(
     unhealthy: Callable[[], str | None] = lambda: None,
     token: str | None = None,
     handle: ExplorerHandle | None = None,
+    page_sizes: PageSizes = DEFAULT_PAGE_SIZES,
 ) -> Starlette:
     """The service over one run directory, which need not exist yet; with a token, only for those who have it.
 
     `unhealthy` says what is wrong, if anything; `handle` holds the explorer that answers questions about latents.
     """
-    routes = _Routes(run_directory, registry, unhealthy)
+    routes = _Routes(run_directory, registry, unhealthy, page_sizes)
     handle = handle or ExplorerHandle(reason="This monitor does not evaluate.", is_expected=False)
     return Starlette(
         routes=[
@@ -117,10 +126,17 @@ def start_service(
 
 
 class _Routes:
-    def __init__(self, run_directory: Path, registry: CollectorRegistry, unhealthy: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        registry: CollectorRegistry,
+        unhealthy: Callable[[], str | None],
+        page_sizes: PageSizes,
+    ) -> None:
         self.run_directory = run_directory
         self.registry = registry
         self.unhealthy = unhealthy
+        self.page_sizes = page_sizes
         self.index = index_of(run_directory)
 
     # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
@@ -129,7 +145,7 @@ class _Routes:
         return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})
 
     def snapshots(self, request: Request) -> Response:
-        limit, before = _parse_page(request)
+        limit, before = _parse_page(request, self.page_sizes)
         page = read_page(self.run_directory, limit, before)
         names = self.index.names()
         older = None if page.older is None else f"/v1/snapshots?limit={limit}&before={page.older}"
@@ -255,14 +271,14 @@ def _parse_wait(request: Request) -> tuple[str, float]:
     return after, time.monotonic() + seconds
 
 
-def _parse_page(request: Request) -> tuple[int, str | None]:
+def _parse_page(request: Request, sizes: PageSizes) -> tuple[int, str | None]:
     """(how many snapshots, the name before which) of a request for the list."""
-    limit, before = request.query_params.get("limit", str(SNAPSHOTS)), request.query_params.get("before")
+    limit, before = request.query_params.get("limit", str(sizes.default)), request.query_params.get("before")
     if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and int(limit) > 0):
-        raise HTTPException(400, f"limit = {limit[:20]!r}: expected a whole number from 1 to {MOST_SNAPSHOTS:,}")
+        raise HTTPException(400, f"limit = {limit[:20]!r}: expected a whole number from 1 to {sizes.most:,}")
     if before is not None and not _is_name(before):
         raise HTTPException(400, f"before = {before[:20]!r}: expected a snapshot's name, such as 000001234567")
-    return min(int(limit), MOST_SNAPSHOTS), before
+    return min(int(limit), sizes.most), before
 
 
 def _is_name(text: str) -> bool:
