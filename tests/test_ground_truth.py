@@ -115,7 +115,7 @@ def small(name: str, architecture: str = "topk", **more: Any) -> SaeSettings:
 
 
 def whisper(sae: Sae) -> None:
-    """Half the encoder is shrunk a hundredfold: those latents lose against all others (algorithms.md §7b).
+    """Half the encoder is shrunk a hundredfold: those latents lose against all others.
 
     With no bias at the start: beside one below zero, what is left of their rows would lift them on no row at all.
     """

@@ -11,7 +11,8 @@ Indices are int64, what torch indexes with (int32 is taken too; indices are a hu
 
 A product reads rows of its operand at random. Programs are numbered such that all rows of the output see the operand's
 first slice of columns, then all of them its second: a slice stays in the L2 cache, and GPU memory is read once per
-element instead of once per entry. Own design from the formulas of algorithms.md §9, written above each kernel.
+element instead of once per entry. The formula stands above each kernel; the sparse products of an SAE's step are those
+of Gao et al. 2024 (arXiv 2406.04093, appendix D).
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ With batch B, widths d and latents n, of which k are active on a row, and with n
     optimizer           88 d n / W                         two float32 matrices: gradients, norms, Adam, bfloat16 copies
     rows, entries       B d, B k
 
-Source: algorithms.md §9; the bytes are those of `optimizer.py`, `saes/base.py` and the kernels. The constants of
-`CPU` stand for what two numbers cannot say; how well they do is measured by tests/benchmarks/estimate.py. Latents that
-are dead, and early steps on which more of them are active, cost more than this.
+Sparse products are those of Gao et al. 2024 (arXiv 2406.04093, appendix D); bytes are counted from `optimizer.py`,
+`saes/base.py` and the kernels. The constants of `CPU` stand for what two numbers cannot say; how well they do is
+measured by tests/benchmarks/estimate.py. Latents that are dead, and early steps on which more of them are active, cost
+more than this.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Machine:
 
 
 PRODUCT_EFFICIENCY, COPY_EFFICIENCY = 0.65, 0.85
-"""Of data-sheet figures: what large bfloat16 products and copies are known to reach (algorithms.md §9)."""
+"""Shares of a data sheet's figures that large bfloat16 products and copies reach; assumed, NOT measured."""
 
 
 def _gpu(name: str, flops: float, bandwidth: float, memory: float, link: float, network: float) -> Machine:

@@ -16,7 +16,8 @@ Matryoshka prefixes m_1 < … < m_G = d_sae (arXiv 2503.17547) replace the recon
 
 so that a latent of segment g receives the sum of the gradients of levels ≥ g. One level is the ordinary loss.
 
-Gradients are written out by hand (algorithms.md §9a) and are tested against dense autograd.
+Gradients are written out by hand, as sparse products (Gao et al. 2024, arXiv 2406.04093, appendix D), and are tested
+against dense autograd.
 """
 
 from __future__ import annotations
@@ -447,7 +448,8 @@ def initial_bias(x: Tensor, how: str) -> Tensor:
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
     """The point with the smallest sum of distances to the rows of x [rows, d_in]; Weiszfeld's iteration, float64.
 
-    Unlike the mean it hardly notices outliers. Source: algorithms.md §2b (OpenAI's TopK recipe).
+    Unlike the mean it hardly notices outliers. b_dec begins there in Bricken et al. 2023 and Gao et al. 2024 (arXiv
+    2406.04093, appendix A).
     """
     x = x.double()
     median = x.mean(0)

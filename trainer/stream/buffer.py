@@ -239,7 +239,8 @@ def bits_of(x: torch.Tensor | np.ndarray) -> np.ndarray:
 def same_context_mates(batch: Batch, context: int) -> float:
     """How many other rows of its own window a row finds in its batch, on average; 0 is perfect mixing.
 
-    Effective batch ≈ batch / (1 + mates × correlation within a context). Definition: algorithms.md §8.
+    Effective batch ≈ batch / (1 + mates × correlation within a context). Source: the design effect of clustered
+    samples (Kish 1965).
     """
     window = batch.serial * (1 << 32) + batch.position // context
     _, counts = np.unique(window, return_counts=True)
