@@ -1,4 +1,4 @@
-"""`make demo`: trainer, producer and monitor on loopback, from one run file, with a live table; then the results.
+"""`sluice-demo`, `make demo`: trainer, producer and monitor on loopback, from one run file; a live table, then results.
 
 Everything shown is read from the run directory, as any user could: metrics.jsonl, evaluation.json, summary.json. The
 three processes are the real ones, started as a user starts them; their logs lie in the run directory. Ctrl-C stops
@@ -7,6 +7,7 @@ all three and leaves nothing running.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import shutil
 import signal
@@ -24,13 +25,16 @@ from monitor.cli.terminal import live, results
 from monitor.run_directory import last_report, newest_evaluations
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
+from producer.common.addresses import path_argument
+from producer.common.completion import command_arguments, complete, complete_settings
 from producer.common.parsing import read_object
 from producer.common.run_file import read_run_file
 from producer.common.shell import shell_command
 from producer.common.toml import SettingsError
+from producer.common.version import VERSION
 from trainer.settings import TrainerSettings
 
-RUN_FILE = "deploy/demo.toml"
+RUN_FILE = Path(__file__).with_name("demo.toml")
 COMMANDS = {
     "trainer": ["-m", "trainer"],
     "producer": ["-m", "producer"],
@@ -40,11 +44,54 @@ STOP_SECONDS = 15
 PLAIN_EVERY_SECONDS = 10
 
 
-def main() -> int:
-    overrides = sys.argv[1:]
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    arguments = command_arguments() if arguments is None else arguments
+    complete(parser, arguments)
+    options = parser.parse_args(arguments)
+    if options.files is not None:
+        return _copy_files(options.files)
+    return _run(_shortest(RUN_FILE), options.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name if Path(sys.argv[0]).name.startswith("sluice-") else "make demo",
+        description="Trains two SAEs on a small language model, on this machine, in about three minutes.",
+    )
+    overrides = parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces one setting of deploy/demo.toml"
+    )
+    parser.add_argument(
+        "--files",
+        type=path_argument,
+        metavar="DIR",
+        help="copy run files and deployment files to this new folder",
+    )
+    parser.add_argument("--version", action="version", version=f"Sluice {VERSION}")
+    complete_settings(overrides, TrainerSettings)
+    return parser
+
+
+def _copy_files(folder: Path) -> int:
+    """Run files to start from, and all that docs/deployment.md speaks of."""
+    if folder.exists():
+        print(f"{folder} exists; name a new folder", file=sys.stderr)
+        return 2
+    shutil.copytree(RUN_FILE.parent, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    print(f"run files and deployment files are in {folder}")
+    return 0
+
+
+def _shortest(path: Path) -> str:
+    """As it is reached from the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _run(run_file: str, overrides: list[str]) -> int:
     console = Console()
     try:
-        settings = read_run_file(TrainerSettings, RUN_FILE, overrides)
+        settings = read_run_file(TrainerSettings, run_file, overrides)
     except SettingsError as error:
         console.print(escape(str(error)), style="red")
         return 2
@@ -71,9 +118,9 @@ def main() -> int:
             log = open(directory / "logs" / f"{name}.log", "wb")  # noqa: SIM115 (the child keeps it open)
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
             processes[name] = subprocess.Popen(
-                [sys.executable, *module, RUN_FILE, *overrides], stdout=log, stderr=log, start_new_session=True
+                [sys.executable, *module, run_file, *overrides], stdout=log, stderr=log, start_new_session=True
             )
-        failed = _watch(console, directory, processes, began, interrupted, _page(overrides))
+        failed = _watch(console, directory, processes, began, interrupted, _page(run_file, overrides))
     except KeyboardInterrupt:
         _stop(processes)
         console.print(f"stopped; nothing is left running. The run so far lies in {directory}.")
@@ -84,7 +131,7 @@ def main() -> int:
         console.print(f"[red]the {failed} failed[/]; the end of {directory}/logs/{failed}.log:")
         console.print(escape("".join(_tail(directory / "logs" / f"{failed}.log", 12))))
         return 1
-    _show_results(console, settings, time.monotonic() - began)
+    _show_results(console, settings, time.monotonic() - began, shell_command("monitor", run_file, *overrides))
     return 0
 
 
@@ -127,9 +174,9 @@ def _watch(
     return next((name for name, process in processes.items() if process.returncode), None)
 
 
-def _page(overrides: list[str]) -> str:
+def _page(run_file: str, overrides: list[str]) -> str:
     """Where the monitor shows the run."""
-    table = read_run_file(MonitorSettings, RUN_FILE, overrides).monitor
+    table = read_run_file(MonitorSettings, run_file, overrides).monitor
     return f"http://{table.host}:{table.service_port}/" if table.service_port else "the port that its log names"
 
 
@@ -170,7 +217,7 @@ def _dead_tokens(settings: TrainerSettings) -> str:
     return " or ".join(f"{tokens:,}" for tokens in sorted({sae.dead_tokens for sae in settings.sae}))
 
 
-def _show_results(console: Console, settings: TrainerSettings, seconds: float) -> None:
+def _show_results(console: Console, settings: TrainerSettings, seconds: float, monitor: str) -> None:
     directory = Path(settings.run.directory)
     summary = read_object(directory / "summary.json")
     console.print()
@@ -190,8 +237,7 @@ def _show_results(console: Console, settings: TrainerSettings, seconds: float) -
     console.print(
         "Curves, and every latent with what it fires on: start the monitor again, and open the page it names:\n"
     )
-    again = shell_command("monitor", RUN_FILE, *sys.argv[1:])
-    console.print(f"    {again}\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"    {monitor}\n", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

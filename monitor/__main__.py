@@ -14,6 +14,8 @@ from importlib import import_module
 
 from monitor.settings import MonitorSettings
 from producer.common.command_line import parse_command_line
+from producer.common.completion import command_arguments
+from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
@@ -42,12 +44,13 @@ log = logging.getLogger("sluice.monitor")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    require_own_packages()
+    arguments = command_arguments() if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         return int(import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
     until_evaluated = UNTIL_EVALUATED in arguments
     arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]
-    settings = parse_command_line(shell_command("monitor"), PURPOSE, MonitorSettings, arguments)
+    settings = parse_command_line(shell_command("monitor"), PURPOSE, MonitorSettings, arguments, COMMANDS)
     set_up("monitor")
     stop = threading.Event()
     stop_on_signals(stop.set)

@@ -12,6 +12,8 @@ import sys
 
 from producer.common.addresses import path_argument
 from producer.common.command_line import parse_command_line
+from producer.common.completion import command_arguments, complete
+from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
 from producer.common.process import ignore_stopping, run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
@@ -25,10 +27,11 @@ Keeps no state: start one, ten, or kill them. What to compute is leased by the t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    require_own_packages()
+    arguments = command_arguments() if arguments is None else arguments
     if arguments[:1] == ["keys"]:
         return _keys(arguments[1:])
-    settings = parse_command_line(shell_command("producer"), PURPOSE, ProducerSettings, arguments)
+    settings = parse_command_line(shell_command("producer"), PURPOSE, ProducerSettings, arguments, ["keys"])
     set_up("producer")
     stop_on_signals(_interrupt)
     try:
@@ -54,6 +57,7 @@ def _keys(arguments: list[str]) -> int:
         prog=shell_command("producer", "keys"), description="Writes CURVE keys for the stream."
     )
     parser.add_argument("folder", metavar="DIR", type=path_argument, help="new folder for the keys")
+    complete(parser, arguments)
     folder = parser.parse_args(arguments).folder.absolute()
     from producer.keys import KeysError, write_keys
 

@@ -17,6 +17,8 @@ import threading
 from importlib import import_module
 
 from producer.common.command_line import parse_command_line
+from producer.common.completion import command_arguments
+from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
@@ -52,13 +54,14 @@ log = logging.getLogger("sluice.trainer")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    require_own_packages()
+    arguments = command_arguments() if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         return int(import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
     # Read when torch is loaded, by the settings of the first SAE: its threads, waiting for the next product, would spin
     # where the kernels' threads work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments)
+    settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments, COMMANDS)
     set_up("trainer")
     stop = threading.Event()
     stop_on_signals(stop.set)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from monitor.evaluation.measures import MEASURES, Better
 from producer.common.addresses import path_argument
+from producer.common.completion import complete
 from producer.common.shell import shell_command
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def main(arguments: list[str]) -> int:
     for name, which in (("A", "before"), ("B", "after")):
         parser.add_argument(name, type=path_argument, help=f"folder of a snapshot, or of an SAE in one: {which}")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for scripts")
+    complete(parser, arguments)
     given = parser.parse_args(arguments)
     os.nice(NICE)
     try:

@@ -36,6 +36,7 @@ from monitor.cli.client import (
     monitor_of,
 )
 from producer.common.addresses import path_argument
+from producer.common.completion import complete
 from producer.common.parsing import parse_object
 from producer.common.shell import shell_command
 from trainer.snapshot import FORMAT, NAME, SnapshotError, file_sha256, read_manifest, snapshot_name, verify
@@ -279,6 +280,7 @@ def main(arguments: list[str]) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--name", metavar="NAME", help="a snapshot by name, such as 000001234567 (default: the newest)")
     which.add_argument("--follow", action="store_true", help="and each new one, until the run is finished or Ctrl-C")
+    complete(parser, arguments)
     given = parser.parse_args(arguments)
     try:
         if given.name is not None and not NAME.fullmatch(given.name):

@@ -36,6 +36,7 @@ from monitor.cli.client import (
 )
 from monitor.cli.terminal import live, results
 from monitor.run_directory import SILENT_SECONDS, is_measured, with_evaluations
+from producer.common.completion import complete
 from producer.common.formatting import format_duration
 from producer.common.shell import shell_command
 
@@ -169,6 +170,7 @@ def main(arguments: list[str]) -> int:
         prog=shell_command("monitor", "top"), description="Watch a run in the terminal; q or Ctrl-C leaves."
     )
     add_address(parser)
+    complete(parser, arguments)
     given = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:

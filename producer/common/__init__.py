@@ -9,6 +9,9 @@
     toml        TOML as an operator reads and writes it
     explain     faults of settings in sentences
     shell       commands as the reader's shell takes them
+    completion  what a shell may complete
+    version     the version of Sluice
+    installation  whether packages of the same names are in the way
     formatting  sizes, counts and durations as people read them
     logs        log lines: escaped, and counted where strangers could flood them
     memory      how the C library treats freed memory

@@ -6,7 +6,7 @@ is refused. Relative paths start at the working directory of the process, as in 
 nothing. Empty paths and addresses such as `s3://…` are refused. Log lines name absolute paths.
 
 **Models and data sets** are a folder, by the rule of paths, or a name on the Hugging Face hub: a folder of that name
-comes first. `./NAME` and `NAME/` are folders and never names on the hub.
+comes first. `./NAME` and `NAME/` are folders and never names on the hub. `demo` is the model that is part of Sluice.
 
 **Endpoints** are `tcp://HOST:PORT` or `ipc://FILE`. What ZeroMQ would accept and understand otherwise (99999 as port
 34463, `5xx` as port 5) is refused here, when settings are read.
@@ -76,6 +76,15 @@ def path_argument(text: str) -> Path:
         return Path(expand_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f'path "{text}" {error}') from None
+
+
+DEMO_MODEL = "demo"
+"""The `model.name` of the language model that is part of Sluice; a folder of that name is `./demo`."""
+
+
+def model_directory(name: str) -> Path:
+    """The folder that a `model.name` means; it need not exist, since the name may be one on the hub."""
+    return Path(__file__).parents[1] / "demo_lm" if name == DEMO_MODEL else Path(name)
 
 
 # Endpoints

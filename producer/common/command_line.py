@@ -5,22 +5,36 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Collection
 
 from producer.common.addresses import path_argument
+from producer.common.completion import complete, complete_run_file, complete_settings
 from producer.common.run_file import S, read_run_file, show_settings
 from producer.common.toml import SettingsError
+from producer.common.version import VERSION
 
 
-def parse_command_line(program: str, purpose: str, kind: type[S], arguments: list[str] | None = None) -> S:
-    """Reads the settings that a command line names; ends the process for --help, --print-settings and faults."""
+def parse_command_line(
+    program: str, purpose: str, kind: type[S], arguments: list[str] | None = None, commands: Collection[str] = ()
+) -> S:
+    """Reads the settings that a command line names; ends the process for --help, --print-settings and faults.
+
+    `commands` are what the caller takes in the run file's place; a shell that completes is told of them.
+    """
     parser = argparse.ArgumentParser(
         prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    run_file = parser.add_argument(
         "run_file", type=path_argument, metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
+    overrides = parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file"
+    )
     parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("--version", action="version", version=f"Sluice {VERSION}")
+    complete_run_file(run_file, commands)
+    complete_settings(overrides, kind)
+    complete(parser, arguments)
     options = parser.parse_intermixed_args(arguments)
     if options.run_file is None:
         parser.error("which run file? deploy/ holds examples, such as deploy/demo.toml")

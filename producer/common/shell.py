@@ -16,18 +16,22 @@ from pathlib import Path
 def shell_command(package: str, *arguments: str, anywhere: bool = False) -> str:
     """`python -m PACKAGE ARGUMENTS …`, with the Python that runs this process, quoted for a shell.
 
+    Where this process was started by an installed script such as sluice-trainer, it is `sluice-PACKAGE ARGUMENTS …`.
     It is meant for the working directory of this process or, where it is to work `anywhere`, for any.
     """
-    return shlex.join([_python(anywhere), "-m", package, *arguments])
+    script = Path(sys.argv[0]).absolute().with_name(f"sluice-{package}")
+    if Path(sys.argv[0]).name.startswith("sluice-") and script.is_file():
+        return shlex.join([_shortest(script, (script.name,), anywhere), *arguments])
+    python = Path(sys.executable or "python")
+    return shlex.join([_shortest(python, ("python", "python3"), anywhere), "-m", package, *arguments])
 
 
-def _python(anywhere: bool) -> str:
-    """The shortest path to this Python: the name alone where the shell's PATH leads to it."""
-    executable = Path(sys.executable or "python")
+def _shortest(program: Path, names: tuple[str, ...], anywhere: bool) -> str:
+    """The shortest way to call `program`: one of `names` alone where the shell's PATH leads to it."""
     if anywhere:
-        return str(executable)
-    for name in ("python", "python3"):
-        if (found := shutil.which(name)) is not None and os.path.abspath(found) == str(executable):
+        return str(program)
+    for name in names:
+        if (path := shutil.which(name)) is not None and os.path.abspath(path) == str(program):
             return name
     here = Path.cwd()
-    return str(executable.relative_to(here) if executable.is_relative_to(here) else executable)
+    return str(program.relative_to(here) if program.is_relative_to(here) else program)

@@ -22,6 +22,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub import errors as hub_errors
 from torch import nn
 
+from producer.common.addresses import model_directory
 from producer.lm.errors import ModelError
 from producer.lm.limits import vocabulary_size
 from producer.settings import ModelSettings
@@ -149,7 +150,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _source(name: str) -> str:
     """A folder when there is one of that name, else a name on the hub."""
-    folder = Path(name)
+    folder = model_directory(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(

@@ -27,6 +27,7 @@ from socketserver import StreamRequestHandler, ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from producer.common.addresses import expand_path, path_argument
+from producer.common.completion import complete
 from producer.common.formatting import format_count
 from producer.common.parsing import ParseError, parse_object
 from producer.common.shell import shell_command
@@ -208,7 +209,9 @@ class CtlError(Exception):
 
 def main(arguments: list[str]) -> int:
     """Runs one command; exit codes: 0 done, 1 no trainer answers or it could not, 2 refused, with what to change."""
-    given = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    complete(parser, arguments)
+    given = vars(parser.parse_args(arguments))
     directory, as_json, path = given.pop("run_directory"), given.pop("json"), given.get("sae")
     try:
         if path is not None:

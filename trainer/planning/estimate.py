@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from producer.common.addresses import path_argument
+from producer.common.addresses import model_directory, path_argument
+from producer.common.completion import complete
 from producer.common.formatting import format_bytes, format_duration
 from producer.common.parsing import ParseError, read_object
 from producer.common.run_file import read_run_file
@@ -56,7 +57,9 @@ class EstimateError(ValueError):
 
 
 def main(arguments: list[str]) -> int:
-    given = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    complete(parser, arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         settings = read_run_file(TrainerSettings, given.run_file, given.overrides)
         estimate = Estimate.of(settings, given)
@@ -169,7 +172,7 @@ def language_model(settings: TrainerSettings, width: int | None, parameters: flo
 
 def model_folder(name: str) -> Path | None:
     """Where the model lies: a folder, or the hub's cache; None when it is not here."""
-    if (folder := Path(name)).is_dir():
+    if (folder := model_directory(name)).is_dir():
         return folder if (folder / "config.json").is_file() else None
     try:
         from huggingface_hub import try_to_load_from_cache

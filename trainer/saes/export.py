@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from producer.common.addresses import path_argument
+from producer.common.completion import complete
 from producer.common.shell import shell_command
 from trainer.snapshot import SnapshotError, snapshot_names, verify
 from trainer.state.durable import new_folder
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> int:
         "--to", required=True, type=path_argument, metavar="DIR", help="a new folder; one more in it per SAE"
     )
     parser.add_argument("--sae", metavar="NAME", help="this SAE only, into DIR itself; without it, all of the snapshot")
+    complete(parser, arguments)
     given = parser.parse_args(arguments)
     try:
         folders = sae_folders(given.snapshot, given.sae)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from producer.common.addresses import path_argument
+from producer.common.completion import complete
 from producer.common.formatting import format_bytes
 from producer.common.parsing import ParseError, parse_json
 from producer.common.run_file import read_run_file
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
         shell_command("trainer", "check"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=path_argument, metavar="RUN_DIR", help="run.directory of the run file")
+    complete(parser, arguments)
     directory = parser.parse_args(arguments).directory.absolute()
     examination = Examination(directory)
     examination.run()
