@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from prometheus_client import CollectorRegistry
 
 import monitor.evaluation.evaluator
 import monitor.evaluation.passes
-from monitor.evaluation.evaluator import evaluate_sae
+from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
 from monitor.evaluation.follow import Evaluator, Stopped
 from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
@@ -738,6 +738,14 @@ def _rewired(sae: Export, reads: list[str], target: str | None = None) -> Export
         sae.cfg["architecture"] = "jumprelu_transcoder"
     sae.cfg["metadata"] = metadata
     return sae
+
+
+def evaluate_sae(
+    model: LanguageModel, windows: Windows, folder: Path, norm_bounds: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """The numbers of the SAE in one folder of a snapshot."""
+    subject = load_subject(folder, model.device)
+    return evaluate(model, windows, [subject], Baseline(), norm_bounds)[subject.name]
 
 
 def _evaluate_one(model: LanguageModel, windows: Windows, tmp_path: Path, sae: Export) -> dict[str, Any]:

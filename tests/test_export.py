@@ -21,9 +21,9 @@ from trainer.saes.export import LOADED_BY, main
 from trainer.saes.folding import recentre
 from trainer.saes.formats import FORMATS, convert, read_published
 from trainer.saes.inference import InferenceSae, load_sae
-from trainer.saes.published import FormatError, Published
+from trainer.saes.published import FormatError, SaeWeights
 from trainer.saes.settings import SaeSettings
-from trainer.saes.start import check_starts, read_start
+from trainer.saes.start import check_starts, read_start, require_widths
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
 
@@ -31,7 +31,7 @@ D_IN, D_SAE = 6, 16
 PER_LATENT = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
 
 
-def published(architecture: str, d_out: int = D_IN, seed: int = 0, **cfg: Any) -> Published:
+def published(architecture: str, d_out: int = D_IN, seed: int = 0, **cfg: Any) -> SaeWeights:
     """An SAE of random weights with a bias that matters."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,10 +49,10 @@ def published(architecture: str, d_out: int = D_IN, seed: int = 0, **cfg: Any) -
     transcoder = architecture.endswith("transcoder")
     more: dict[str, Any] = {"k": 4} if "topk" in architecture else {}
     plain = {"architecture": architecture, "apply_b_dec_to_input": not transcoder, "metadata": {}}
-    return Published(plain | more | cfg, weights)
+    return SaeWeights(plain | more | cfg, weights)
 
 
-def inference(sae: Published) -> InferenceSae:
+def inference(sae: SaeWeights) -> InferenceSae:
     return InferenceSae(sae.cfg, sae.weights | {"W_enc": sae.weights["W_enc"].T})
 
 
@@ -60,7 +60,7 @@ def rows(count: int = 500) -> Tensor:
     return 2 * torch.randn(count, D_IN, generator=torch.Generator().manual_seed(9)) + 1
 
 
-def written(folder: Path, sae: Published, format_name: str = "saelens") -> Path:
+def written(folder: Path, sae: SaeWeights, format_name: str = "saelens") -> Path:
     from trainer.saes.formats import write
 
     folder.mkdir(parents=True)
@@ -145,8 +145,8 @@ def test_batchtopk_keeps_its_class_where_one_threshold_says_it_all() -> None:
     """dictionary_learning's BatchTopKSAE has a scalar; thresholds that differ make it a JumpReLU."""
     metadata = {"settings": {"architecture": "batchtopk", "k": 4}}
     sae = published("jumprelu", metadata=metadata)
-    same = Published(sae.cfg, sae.weights | {"threshold": torch.full((D_SAE,), 0.7)})
-    nested = Published(
+    same = SaeWeights(sae.cfg, sae.weights | {"threshold": torch.full((D_SAE,), 0.7)})
+    nested = SaeWeights(
         sae.cfg | {"metadata": {"settings": {**metadata["settings"], "matryoshka": [4, 10, D_SAE]}}}, same.weights
     )
 
@@ -161,7 +161,7 @@ def test_rows_that_saelens_rescales_are_read_as_it_reads_them(tmp_path: Path) ->
     """rescale_acts_by_decoder_norm with rows of any norm: norms go into the encoder, before top-k chooses."""
     sae = published("topk", rescale_acts_by_decoder_norm=True)
     norm = torch.linspace(0.3, 3, D_SAE)
-    free = Published(sae.cfg, sae.weights | {"W_dec": sae.weights["W_dec"] * norm[:, None]})
+    free = SaeWeights(sae.cfg, sae.weights | {"W_dec": sae.weights["W_dec"] * norm[:, None]})
     read = read_published(written(tmp_path / "s", free))
     x = rows()
     pre_acts = ((x - free.weights["b_dec"]) @ free.weights["W_enc"].T + free.weights["b_enc"]) * norm
@@ -318,11 +318,11 @@ def test_a_start_of_other_widths_is_refused(tmp_path: Path) -> None:
     """With both widths: what the folder is for, and what the hooks have."""
     start = read_start(settings(written(tmp_path / "start", published("topk"))))
     assert start is not None
-    width = start.sae.d_in
+    width = start.d_in
     for d_in, d_out in ((width + 1, width), (width, width + 1)):
-        sae = SimpleNamespace(settings=SimpleNamespace(name="on"), d_in=d_in, d_out=d_out)
+        sae = SimpleNamespace(settings=SimpleNamespace(name="on", start_from="start"), d_in=d_in, d_out=d_out)
         with pytest.raises(SnapshotError, match=f"rows of {width} numbers, its hooks have {d_in} → {d_out}"):
-            start.require_widths(sae)  # type: ignore[arg-type]
+            require_widths(start, sae)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", HOSTILE)

@@ -97,18 +97,6 @@ class Baseline:
     ce: dict[Ablation, float] = field(default_factory=dict)
 
 
-def evaluate_sae(
-    model: LanguageModel, windows: Windows, sae_folder: Path, norm_bounds: NormBounds | None = None
-) -> dict[str, Any]:
-    """The numbers above for the SAE in one folder of a snapshot, and those they are made of.
-
-    Values that are not finite, and ratios without a denominator, are None. Raises SnapshotError for a folder that
-    holds no SAE, EvaluationError for one that does not fit the model's hooks.
-    """
-    subject = load_subject(sae_folder, model.device)
-    return evaluate(model, windows, [subject], Baseline(), norm_bounds)[subject.name]
-
-
 def load_subject(folder: Path, device: torch.device) -> Subject:
     """The SAE of one folder, on the language model's device. Raises SnapshotError when there is none."""
     cfg, weights = read_sae(folder)
@@ -124,7 +112,9 @@ def evaluate(
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """All `subjects` over one pass of the clean model. `between` is called after each forward pass and may raise.
+    """The numbers above for each of `subjects`, over one pass of the clean model. Not finite ones are None.
+
+    `between` is called after each forward pass and may raise.
 
     Raises EvaluationError when `misfit` has something to say about a subject, a bound is of a hook not here, or no row
     is within the bounds.

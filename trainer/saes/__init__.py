@@ -5,12 +5,18 @@
     hooks         which hooks of the language model an SAE reads and writes
     base          parameters, initialisation, the products that all gradients share
     topk batchtopk jumprelu relu tied gated repair      one architecture each
-    folding       scales and whitening folded into published weights
-    published     a published SAE, and how its latents are computed
+    folding       input scales and whitening folded into published weights
+    published     published weights, and how their latents are computed
     inference     raw activations → latents → reconstruction; writing with a self-test
     formats       the formats of other libraries
     export        `python -m trainer export`
-    start         weights that training starts from
+    start         training that starts from published weights
+
+Four types stand for an SAE here. `SaeSettings` is its table in the run file. `Sae` is the SAE in training: parameters
+in float32, one row per latent, for scaled activations. `SaeWeights` is a published SAE to convert: weights of the same
+layout, for raw activations, with the cfg.json of whatever library wrote it. `InferenceSae` is a published SAE to run,
+with weights as a snapshot has them on disk. Elsewhere, a `training.SaeTrainer` adds optimizer and statistics to an
+`Sae`, a `training.Member` is its entry in a run, and a `snapshot.Export` holds the files it is published as.
 
 Imported by training/ and planning/; `settings` by `trainer.settings`; `hooks` and `inference` by the monitor.
 """

@@ -36,7 +36,7 @@ from torch.nn.functional import linear
 from trainer.kernels.operands import Operands
 from trainer.kernels.select import Latents, joined, largest, widen
 from trainer.kernels.sparse import kernels
-from trainer.saes.published import Activation, Published
+from trainer.saes.published import Activation, SaeWeights
 from trainer.saes.settings import SaeSettings
 
 SHARED = ("b_dec", "W_skip")
@@ -398,7 +398,7 @@ class Sae(ABC):
         return
 
     @classmethod
-    def to_dictionary_learning(cls, sae: Published) -> tuple[str, dict[str, Tensor]]:
+    def to_dictionary_learning(cls, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
         """(dictionary_learning's class, its state dict) for a published SAE that this architecture trained."""
         return sae.activation.to_dictionary_learning(sae)
 

@@ -22,7 +22,7 @@ from trainer.kernels.sparse import Entries
 from trainer.saes.base import Encoded
 from trainer.saes.folding import grow
 from trainer.saes.jumprelu import JUMPRELU
-from trainer.saes.published import Published, linear_state, matrix_state, scalar_state
+from trainer.saes.published import SaeWeights, linear_state, matrix_state, scalar_state
 from trainer.saes.settings import SaeSettings
 from trainer.saes.topk import TOPK, FixedK, FixedKSettings
 from trainer.snapshot import SnapshotError
@@ -107,8 +107,8 @@ class BatchTopK(FixedK):
         self.threshold = float(value.kthvalue(max(1, len(value) - self.k * len(x))).values)
 
     @classmethod
-    def to_dictionary_learning(cls, sae: Published) -> tuple[str, dict[str, Tensor]]:
-        centred, settings = sae.read_as(centred=True), sae.metadata["settings"]
+    def to_dictionary_learning(cls, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
+        centred, settings = sae.recentred(centred=True), sae.metadata["settings"]
         threshold = centred["threshold"]
         one = threshold.mean()
         if ((threshold - one).abs() > ROUNDING * one).any():

@@ -37,7 +37,7 @@ from trainer.saes.folding import fold_norms, has_unit_rows
 from trainer.saes.published import (
     TRANSCODER,
     FormatError,
-    Published,
+    SaeWeights,
     activation_of,
     published_architectures,
     transcoder_name,
@@ -51,7 +51,7 @@ Files = dict[str, dict[str, Any]]
 # Reading
 
 
-def read_published(folder: Path) -> Published:
+def read_published(folder: Path) -> SaeWeights:
     """The SAE in one folder of a snapshot, of SAELens or of sparsify. Raises SnapshotError saying what is wrong."""
     if (folder / "ae.pt").is_file():
         raise SnapshotError("its ae.pt is a pickle, which may run code when it is read, and stays unread")
@@ -77,7 +77,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise SnapshotError(f"its {path.name} cannot be read: {error}") from None
 
 
-def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published:
+def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
     architecture = str(told.get("architecture"))
     if "topk_threshold" in tensors:
         raise SnapshotError("it is a checkpoint of SAELens' training; write it with save_inference_model")
@@ -96,10 +96,10 @@ def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published
         "apply_b_dec_to_input": bool(told.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER))),
         "metadata": told["metadata"] if isinstance(told.get("metadata"), dict) else {},
     }
-    return Published(cfg, tensors)
+    return SaeWeights(cfg, tensors)
 
 
-def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> Published:
+def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
     if told.get("activation", "topk") != "topk" or told.get("signed"):
         raise SnapshotError(f"its activation is {told.get('activation')!r}, signed or grouped; only topk is known")
     ours = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
@@ -120,10 +120,10 @@ def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
     }
     if (W_enc := weights.get("W_enc")) is not None and W_enc.dim() == 2:
         cfg |= {"d_in": W_enc.shape[1], "d_sae": W_enc.shape[0]}
-    return Published(cfg, weights)
+    return SaeWeights(cfg, weights)
 
 
-def _require_shapes(sae: Published) -> None:
+def _require_shapes(sae: SaeWeights) -> None:
     """Raises SnapshotError unless every weight is there, has its shape, and is finite."""
     weights, vectors = sae.weights, sae.activation.vectors
     if missing := {"W_enc", "W_dec", "b_dec", *vectors} - weights.keys():
@@ -149,22 +149,22 @@ def _require_shapes(sae: Published) -> None:
 # Writing
 
 
-def to_saelens(sae: Published) -> Files:
+def to_saelens(sae: SaeWeights) -> Files:
     """For sae_lens.SAE.load_from_disk."""
     sae.activation.require_saelens(sae)
     return {"cfg.json": sae.cfg, "sae_weights.safetensors": sae.weights | {"W_enc": sae.weights["W_enc"].T}}
 
 
-def to_jumprelu(sae: Published) -> Files:
+def to_jumprelu(sae: SaeWeights) -> Files:
     """For sae_lens.SAE.load_from_disk, as a JumpReLU."""
     return to_saelens(sae.activation.as_jumprelu(sae))
 
 
-def to_sparsify(sae: Published) -> Files:
+def to_sparsify(sae: SaeWeights) -> Files:
     """For sparsify.SparseCoder.load_from_disk."""
     keys = sae.activation.to_sparsify(sae)
     _require_one_width("sparsify", sae)
-    w = sae.read_as(centred=not sae.is_transcoder)
+    w = sae.recentred(centred=not sae.is_transcoder)
     cfg = keys | {
         "expansion_factor": max(1, sae.d_sae // sae.d_in),
         "normalize_decoder": has_unit_rows(w["W_dec"]),
@@ -178,7 +178,7 @@ def to_sparsify(sae: Published) -> Files:
     return {"cfg.json": cfg, "sae.safetensors": tensors, "provenance.json": sae.cfg}
 
 
-def to_dictionary_learning(sae: Published) -> Files:
+def to_dictionary_learning(sae: SaeWeights) -> Files:
     """For dictionary_learning.utils.load_dictionary."""
     if "W_skip" in sae.weights:
         raise FormatError("dictionary_learning has no skip connection")
@@ -210,7 +210,7 @@ def to_dictionary_learning(sae: Published) -> Files:
     return {"config.json": {"trainer": trainer, "buffer": buffer}, "ae.pt": state, "provenance.json": sae.cfg}
 
 
-def _require_one_width(library: str, sae: Published) -> None:
+def _require_one_width(library: str, sae: SaeWeights) -> None:
     if sae.d_in != sae.d_out:
         raise FormatError(f"{library} has one width for both ends, and here are {sae.d_in} and {sae.d_out}")
 
@@ -228,7 +228,7 @@ def write(folder: Path, files: Files) -> None:
             torch.save(tensors, folder / name)
 
 
-FORMATS: dict[str, Callable[[Published], Files]] = {
+FORMATS: dict[str, Callable[[SaeWeights], Files]] = {
     "saelens": to_saelens,
     "jumprelu": to_jumprelu,
     "sparsify": to_sparsify,
@@ -236,7 +236,7 @@ FORMATS: dict[str, Callable[[Published], Files]] = {
 }
 
 
-def convert(sae: Published, format_name: str) -> Files:
+def convert(sae: SaeWeights, format_name: str) -> Files:
     """The files of an SAE in a format. Raises FormatError when that has no words for it, naming formats that do."""
     try:
         return FORMATS[format_name](sae)
@@ -246,7 +246,7 @@ def convert(sae: Published, format_name: str) -> Files:
         raise FormatError(f"architecture {sae.architecture}: {error}; {use}") from None
 
 
-def _can(format_name: str, sae: Published) -> bool:
+def _can(format_name: str, sae: SaeWeights) -> bool:
     try:
         FORMATS[format_name](sae)
     except FormatError:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainer.kernels.select import positive
 from trainer.saes.base import Gradients, Sae, add
-from trainer.saes.published import Activation, Published, distance_to_threshold, jumprelu_of
+from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, jumprelu_of
 from trainer.saes.settings import CostTerms, PenalisedSettings, Revival
 
 
@@ -57,7 +57,7 @@ class GatedActivation(Activation):
     def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         return distance_to_threshold(pre_acts, None, weights["W_enc"])
 
-    def as_jumprelu(self, sae: Published) -> Published:
+    def as_jumprelu(self, sae: SaeWeights) -> SaeWeights:
         w = dict(sae.weights)
         r = w.pop("r_mag").exp()
         w["b_enc"] = w.pop("b_mag")
@@ -65,8 +65,8 @@ class GatedActivation(Activation):
         w["W_enc"] = w["W_enc"] * r[:, None]
         return jumprelu_of(sae, w)
 
-    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
-        centred = sae.read_as(centred=True)
+    def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
+        centred = sae.recentred(centred=True)
         return "GatedAutoEncoder", {
             "decoder_bias": centred["b_dec"],
             "encoder.weight": centred["W_enc"],

@@ -31,7 +31,7 @@ from torch import Tensor
 from trainer.kernels.dense import product
 from trainer.kernels.select import positive, widen
 from trainer.saes.base import Encoded, Gradients, Sae, add
-from trainer.saes.published import Activation, Published, distance_to_threshold, matrix_state
+from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, matrix_state
 from trainer.saes.settings import ASSUMED_L0, CostTerms, NestedSettings, PenalisedSettings, Revival
 
 INITIAL_L0 = 4.0
@@ -124,11 +124,11 @@ class JumpReLUActivation(Activation):
     def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         return distance_to_threshold(pre_acts, weights["threshold"], weights["W_enc"])
 
-    def as_jumprelu(self, sae: Published) -> Published:
+    def as_jumprelu(self, sae: SaeWeights) -> SaeWeights:
         return sae
 
-    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
-        plain = sae.read_as(centred=False)
+    def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
+        plain = sae.recentred(centred=False)
         return "JumpReluAutoEncoder", matrix_state(plain) | {"threshold": plain["threshold"]}
 
 

@@ -1,7 +1,7 @@
-"""Published SAEs: weights and cfg.json, wherever they were published, and how their latents are computed.
+"""Published SAEs: weights and cfg.json of any library that is read here, and how latents are computed from them.
 
-An architecture's module defines the activations that its snapshots have; several architectures may share one (a
-BatchTopK is published as a JumpReLU).
+The module of an architecture defines the `Activation` of its snapshots; several architectures may share one, as a
+BatchTopK is published as a JumpReLU.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ TRANSCODER = "transcoder"
 
 
 class FormatError(ValueError):
-    """A format cannot express what this SAE is."""
+    """A format cannot express this SAE."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """An SAE that takes raw activations, wherever it was published."""
+class SaeWeights:
+    """A published SAE to convert or to start from; `InferenceSae` is one to run."""
 
     cfg: dict[str, Any]
-    """As SAELens writes it, complete."""
+    """cfg.json with all keys that SAELens writes."""
     weights: dict[str, Tensor]
-    """float32, one row per latent: W_enc [d_sae, d_in], W_dec [d_sae, d_out]."""
+    """For raw activations; float32, one row per latent: W_enc [d_sae, d_in], W_dec [d_sae, d_out]."""
 
     @property
     def architecture(self) -> str:
@@ -63,15 +63,16 @@ class Published:
     def metadata(self) -> dict[str, Any]:
         return self.cfg["metadata"]
 
-    def read_as(self, centred: bool) -> dict[str, Tensor]:
+    def recentred(self, centred: bool) -> dict[str, Tensor]:
         """The weights for an encoder that subtracts b_dec from what it reads, or does not."""
         return recentre(self.weights, self.cfg["apply_b_dec_to_input"], centred)
 
 
 class Activation(ABC):
-    """How a published SAE turns pre-activations into latents, and how other libraries write such an SAE down.
+    """The activation function of a published SAE, and the form that other libraries give to such an SAE.
 
-    `weights` are as on disk: W_enc [d_in, d_sae], W_dec [d_sae, d_out]."""
+    `weights` are those of an `InferenceSae`: W_enc [d_in, d_sae], W_dec [d_sae, d_out].
+    """
 
     name: ClassVar[str]
     architecture: ClassVar[str]
@@ -88,55 +89,55 @@ class Activation(ABC):
 
     @abstractmethod
     def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
-        """How far the closest latent of each row of pre_acts [rows, d_sae] is from being chosen otherwise, [rows].
+        """The least change of a pre-activation that switches a latent on or off, for each row of [rows, d_sae].
 
-        Within rounding of it, another library's order of summation may choose otherwise; infinite where nothing jumps.
+        Where it is as small as rounding, another library may activate other latents; infinite where nothing jumps.
         """
 
     def fault(self, cfg: Mapping[str, Any], d_sae: int) -> str | None:
-        """What is wrong with a cfg.json; None when nothing is."""
+        """The fault of a cfg.json; None when it has none."""
         return None
 
-    # Other libraries' formats; an SAE that one of them cannot express raises FormatError
+    # Formats of other libraries; each raises FormatError for an SAE that the format cannot express
 
-    def require_saelens(self, sae: Published) -> None:
+    def require_saelens(self, sae: SaeWeights) -> None:
         """Raises FormatError when SAELens has no such SAE."""
         return
 
-    def as_jumprelu(self, sae: Published) -> Published:
-        """The same function with a threshold per latent."""
+    def as_jumprelu(self, sae: SaeWeights) -> SaeWeights:
+        """The same function as a JumpReLU, with a threshold per latent."""
         raise FormatError(f"{self.name} is no threshold per latent")
 
-    def to_sparsify(self, sae: Published) -> dict[str, Any]:
+    def to_sparsify(self, sae: SaeWeights) -> dict[str, Any]:
         """The keys of sparsify's cfg.json that the activation decides."""
         raise FormatError("sparsify knows top-k by value only")
 
-    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+    def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
         """(dictionary_learning's class, its state dict)"""
         raise FormatError(f"dictionary_learning has no {self.name}")
 
 
 def distance_to_threshold(pre_acts: Tensor, threshold: Tensor | None, W_enc: Tensor) -> Tensor:
-    """`Activation.margins` for latents that each compare with a threshold [d_sae], or with zero."""
-    away = pre_acts.abs() if threshold is None else (pre_acts - threshold).abs() / (1 + threshold)
-    # A latent that reads nothing, as after folding a decoder row of zeros, is never a close call.
-    return away.masked_fill(~W_enc.any(0), torch.inf).amin(1)
+    """`Activation.margins` of latents that are compared with a threshold [d_sae], or with zero."""
+    distance = pre_acts.abs() if threshold is None else (pre_acts - threshold).abs() / (1 + threshold)
+    # A latent whose encoder is zero, as after folding a decoder row of zeros, never switches.
+    return distance.masked_fill(~W_enc.any(0), torch.inf).amin(1)
 
 
-def jumprelu_of(sae: Published, weights: dict[str, Tensor]) -> Published:
-    """`weights` as those of a published JumpReLU."""
+def jumprelu_of(sae: SaeWeights, weights: dict[str, Tensor]) -> SaeWeights:
+    """`sae` as a published JumpReLU with these weights."""
     name = f"jumprelu_{sae.architecture}" if sae.is_transcoder else "jumprelu"
-    return Published(sae.cfg | {"architecture": name}, weights)
+    return SaeWeights(sae.cfg | {"architecture": name}, weights)
 
 
 def transcoder_name(architecture: str, skip: bool) -> str:
-    """The name that a transcoder has whose autoencoder is called `architecture`: SAELens' rule."""
+    """SAELens' name for a transcoder of the autoencoder `architecture`."""
     prefix = "" if architecture == "standard" else f"{architecture}_"
     return f"{prefix}{'skip_' if skip else ''}{TRANSCODER}"
 
 
 def activation_of(architecture: str) -> Activation | None:
-    """How a published SAE activates, by its architecture in cfg.json; None when that is not known."""
+    """The activation of a published SAE, by its architecture in cfg.json; None when that is not known."""
     for activation in registry.activations().values():
         if architecture in _names(activation):
             return activation
@@ -144,7 +145,7 @@ def activation_of(architecture: str) -> Activation | None:
 
 
 def published_architectures() -> list[str]:
-    """Every name that `architecture` may have in cfg.json."""
+    """All values of `architecture` in cfg.json that are known."""
     return [name for activation in registry.activations().values() for name in _names(activation)]
 
 

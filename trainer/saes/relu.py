@@ -24,7 +24,7 @@ from torch import Tensor
 from trainer.kernels.select import Latents, positive
 from trainer.saes.base import Gradients, Sae, add
 from trainer.saes.folding import has_unit_rows
-from trainer.saes.published import Activation, Published, jumprelu_of, linear_state
+from trainer.saes.published import Activation, SaeWeights, jumprelu_of, linear_state
 from trainer.saes.settings import PenalisedSettings, Revival
 
 INITIAL_NORM = 0.1
@@ -85,16 +85,16 @@ class ReLUActivation(Activation):
     def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         return pre_acts.new_full((len(pre_acts),), torch.inf)
 
-    def as_jumprelu(self, sae: Published) -> Published:
+    def as_jumprelu(self, sae: SaeWeights) -> SaeWeights:
         return jumprelu_of(sae, sae.weights | {"threshold": torch.zeros_like(sae.weights["b_enc"])})
 
-    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
-        centred = sae.read_as(centred=True)
+    def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
+        centred = sae.recentred(centred=True)
         if sae.cfg["apply_b_dec_to_input"] and has_unit_rows(centred["W_dec"]):
             state = linear_state(centred)
             return "AutoEncoder", {**{n: v for n, v in state.items() if n != "b_dec"}, "bias": state["b_dec"]}
         # The other class would divide by the norms of its rows, zero or not.
-        state = linear_state(sae.read_as(centred=False))
+        state = linear_state(sae.recentred(centred=False))
         return "AutoEncoderNew", {**{n: v for n, v in state.items() if n != "b_dec"}, "decoder.bias": state["b_dec"]}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainer.kernels.select import largest
 from trainer.saes.base import Encoded, Gradients, Reconstruction, Sae, add
-from trainer.saes.published import Activation, FormatError, Published, linear_state, scalar_state
+from trainer.saes.published import Activation, FormatError, SaeWeights, linear_state, scalar_state
 from trainer.saes.settings import CostTerms, NestedSettings, Positive, Revival, SaeSettings
 
 INITIAL_PRE_ACT = 1.0
@@ -102,19 +102,19 @@ class TopKActivation(Activation):
             return None
         return f"its k is {k!r}; a number from 1 to {d_sae} is expected"
 
-    def require_saelens(self, sae: Published) -> None:
+    def require_saelens(self, sae: SaeWeights) -> None:
         if sae.is_transcoder:
             raise FormatError("SAELens has no top-k transcoders")
 
-    def as_jumprelu(self, sae: Published) -> Published:
+    def as_jumprelu(self, sae: SaeWeights) -> SaeWeights:
         raise FormatError("a top-k compares latents with each other, which no threshold does")
 
-    def to_sparsify(self, sae: Published) -> dict[str, Any]:
+    def to_sparsify(self, sae: SaeWeights) -> dict[str, Any]:
         return {"activation": "topk", "k": sae.cfg["k"], "multi_topk": False}
 
-    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+    def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
         unset = torch.tensor(-1.0)  # their threshold, which stands in for top-k only when asked to
-        return "AutoEncoderTopK", linear_state(sae.read_as(centred=True)) | scalar_state(sae.cfg["k"], unset)
+        return "AutoEncoderTopK", linear_state(sae.recentred(centred=True)) | scalar_state(sae.cfg["k"], unset)
 
 
 class AbsTopKActivation(TopKActivation):
@@ -130,10 +130,10 @@ class AbsTopKActivation(TopKActivation):
     def margins(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         return super().margins(pre_acts.abs(), weights, cfg)
 
-    def to_sparsify(self, sae: Published) -> dict[str, Any]:
+    def to_sparsify(self, sae: SaeWeights) -> dict[str, Any]:
         raise FormatError("sparsify knows top-k by value only")
 
-    def to_dictionary_learning(self, sae: Published) -> tuple[str, dict[str, Tensor]]:
+    def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
         raise FormatError("dictionary_learning's top-k does not choose by magnitude")
 
 

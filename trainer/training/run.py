@@ -19,7 +19,7 @@ from producer.lm.precision import fastest_dtype
 from producer.wire import Hello
 from trainer.phases import SaePhase
 from trainer.saes.settings import SaeSettings
-from trainer.saes.start import read_start
+from trainer.saes.start import read_start, require_widths, start_weights
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import CheckpointError, Saved
 from trainer.stream.buffer import Batch, BufferState, pool_rows
@@ -156,9 +156,9 @@ class Run:
         try:
             sae_trainer = self._make_sae_trainer(member)
             if start is not None:
-                start.require_widths(sae_trainer.sae)
+                require_widths(start, sae_trainer.sae)
                 if self.scales is not None:
-                    start.weights_for(sae_trainer.sae, sae_trainer.input_transform(self.scales))
+                    start_weights(start, sae_trainer.sae, sae_trainer.input_transform(self.scales))
         except BaseException:
             self.roster.leave(member, keep_name=False)
             raise

@@ -19,8 +19,9 @@ from trainer.saes import registry
 from trainer.saes.base import Sae
 from trainer.saes.folding import InputTransform, Whitening, side_by_side, whitening_of
 from trainer.saes.hooks import SaeHooks
+from trainer.saes.published import SaeWeights
 from trainer.saes.settings import SaeSettings
-from trainer.saes.start import Start
+from trainer.saes.start import start_weights
 from trainer.settings import OptimizerSettings
 from trainer.training.averaging import AverageWeights
 from trainer.training.optimizer import RowAdam
@@ -85,7 +86,9 @@ class SaeTrainer:
         self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder, self.sae.operands)
         self.statistics = Statistics(self.settings.d_sae, centre)
 
-    def initialise(self, sample: Mapping[str, Tensor], scales: Mapping[str, float], start: Start | None = None) -> None:
+    def initialise(
+        self, sample: Mapping[str, Tensor], scales: Mapping[str, float], start: SaeWeights | None = None
+    ) -> None:
         """Draws the first weights from scaled activations of every hook, on the CPU; `start` replaces the weights."""
         x, y = self.inputs_and_targets(sample)
         centre = y.mean(0)
@@ -95,7 +98,7 @@ class SaeTrainer:
             self._whitening = _moved(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
-            self.sae.adopt(start.weights_for(self.sae, self.input_transform(scales)))
+            self.sae.adopt(start_weights(start, self.sae, self.input_transform(scales)))
             self.sae.after_step()
         self._reset_optimizer(centre.to(self.sae.b_dec.device))
         if self.settings.ema_tokens:
