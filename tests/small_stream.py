@@ -38,7 +38,8 @@ from producer.wire import (
 from tests.drills.named_producer import NamedSource
 from trainer.stream.buffer import ShuffleBuffer
 from trainer.stream.intake import TORCH_DTYPE, Intake
-from trainer.stream.ledger import Ledger, Limits
+from trainer.stream.ledger.credit import CreditPolicy
+from trainer.stream.ledger.ledger import Ledger, Limits
 
 SHARDS, WINDOWS, CONTEXT, D_IN = 6, 8, 8, 4
 CHUNK_ROWS = 2 * CONTEXT
@@ -95,16 +96,18 @@ def hello_of(source: Source, dtype: str = "float32", **changes: Any) -> Hello:
 # The trainer's end
 
 
-def new_ledger(settings: StreamSettings, capacity: int = CAPACITY, epochs: int | None = 1) -> Ledger:
+def new_ledger(
+    settings: StreamSettings, capacity: int = CAPACITY, epochs: int | None = 1, policy: CreditPolicy | None = None
+) -> Ledger:
     limits = Limits(
-        capacity_rows=capacity,
+        capacity=capacity,
         seed=0,
         epochs=epochs,
         heartbeat_seconds=settings.heartbeat_seconds,
         dead_seconds=settings.dead_seconds,
         stall_seconds=settings.stall_seconds,
     )
-    return Ledger(limits, "run", uuid.uuid4().hex, [settings.endpoint])
+    return Ledger(limits, "run", uuid.uuid4().hex, [settings.endpoint], policy)
 
 
 @contextmanager

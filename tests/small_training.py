@@ -129,15 +129,15 @@ def train_on_truth(
         source = SyntheticSource(ProducerSettings(stream=stream, corpus=corpus))
         with Intake(stream, ledger, make_buffer) as intake:
             producer = Producing(stream, source, hello_of(source, stream.dtype, held_out=corpus.held_out))
-            wait_for(lambda: ledger.stream is not None)
-            assert ledger.stream is not None
-            run = (Run if at_start is None else _beginning_with(at_start))(settings, ledger.stream)
+            wait_for(lambda: ledger.identity.hello is not None)
+            assert ledger.identity.hello is not None
+            run = (Run if at_start is None else _beginning_with(at_start))(settings, ledger.identity.hello)
             loop = Loop(settings, run.roster, intake, Inbox(threading.Event()), Silent())
             loop.begin(run)
             assert loop.work()
             intake.drain(finished=True)
             assert producer.ended() is None
-            assert ledger.rows_trained == tokens
+            assert ledger.tokens_trained == tokens
         return run
 
 

@@ -37,7 +37,7 @@ from trainer.stream import connections
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
 from trainer.stream.connections import SLACK_BYTES
 from trainer.stream.intake import Intake, NoRoomError, check_room
-from trainer.stream.ledger import MAX_SESSIONS, Ledger
+from trainer.stream.ledger.ledger import MAX_SESSIONS, Ledger
 
 TCP = stream_settings("tcp://127.0.0.1:*")
 
@@ -76,7 +76,7 @@ def test_a_message_without_end_costs_its_connection(frame_bytes: int) -> None:
     frames = unended(frame_bytes) * (200_000 // max(4, frame_bytes))
     with trainer(TCP) as intake:
         producer = Producing(at(intake))
-        wait_for(lambda: intake.ledger.settled)
+        wait_for(lambda: intake.ledger.identity.is_settled)
         before = resident()
         with connect(intake.endpoint) as peer, pytest.raises(OSError):
             for _ in range(40_000_000 // len(frames)):
@@ -217,7 +217,7 @@ def test_who_never_gets_a_session_is_shown_out(says: bytes, monkeypatch: pytest.
     monkeypatch.setattr(connections, "HELLO_SECONDS", 0.5)
     with trainer(TCP) as intake:
         producer = Producing(at(intake))
-        wait_for(lambda: intake.ledger.settled)
+        wait_for(lambda: intake.ledger.identity.is_settled)
         with socket.create_connection(("127.0.0.1", int(intake.endpoint.rpartition(":")[2]))) as peer:
             peer.settimeout(1.0)
             peer.sendall(says)
@@ -319,7 +319,7 @@ def test_the_first_hello_decides_nothing_for_good(endpoint: str) -> None:
         stranger.leave()
 
         assert finish(intake, producer) == every_name()
-        assert intake.ledger.stream is not None and intake.ledger.stream.shards == 6
+        assert intake.ledger.identity.hello is not None and intake.ledger.identity.hello.shards == 6
 
 
 # What is too large
@@ -426,7 +426,7 @@ def test_a_fault_in_a_handler_costs_one_session(
         assert (told.code, told.retry) == ("internal", True)
         with intake.lock:
             assert intake.buffer is not None
-            assert intake.buffer.held == intake.ledger.rows_buffered
+            assert intake.buffer.held == intake.ledger.tokens_buffered
         assert other.hello.session in intake.ledger.sessions
         other.leave()
         assert finish(intake, Producing(settings)) == every_name()

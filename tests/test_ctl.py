@@ -48,7 +48,7 @@ from trainer.state import checkpoint
 from trainer.state.checkpoint import load_newest
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.intake import TORCH_DTYPE, Intake
-from trainer.stream.ledger import Report
+from trainer.stream.ledger.shards import FailureReport
 from trainer.training.loop import Loop
 from trainer.training.roster import Roster
 from trainer.training.run import Run, roster_of
@@ -281,9 +281,9 @@ class Trainer:
 
     def reach(self, rows: int) -> int:
         """Waits until so many more rows are trained."""
-        target = self.intake.ledger.rows_trained + rows
-        wait_for(lambda: self.intake.ledger.rows_trained >= target)
-        return self.intake.ledger.rows_trained
+        target = self.intake.ledger.tokens_trained + rows
+        wait_for(lambda: self.intake.ledger.tokens_trained >= target)
+        return self.intake.ledger.tokens_trained
 
     def ask(self, command: str, **fields: Any) -> dict[str, Any]:
         return ask(self.directory, {"command": command, **fields})
@@ -351,7 +351,7 @@ def test_an_sae_joins_learns_and_leaves(trainer: Trainer) -> None:
     now = trainer.reach(320)
     told = trainer.sae("wide")
     assert told["attached"] and told["phase"] == "constant"
-    assert now - tokens - 64 <= told["tokens"] <= trainer.intake.ledger.rows_trained - tokens
+    assert now - tokens - 64 <= told["tokens"] <= trainer.intake.ledger.tokens_trained - tokens
     assert 0 < told["l0"] <= 24 and told["learning_rate"] == 1e-3
 
     said = trainer.ask("detach", name="wide")
@@ -433,9 +433,9 @@ def test_quarantined_shards_are_told_and_tried_again(trainer: Trainer, capsys: p
     trainer.produce()
     with trainer.intake.lock:
         ledger = trainer.intake.ledger
-        shard = next(one for one in ledger.open.values() if one.holder is not None)
+        shard = next(one for one in ledger.shards.open.values() if one.holder is not None)
         ledger.bye(shard.holder or "", Bye(), 0.0)
-        ledger._quarantine(shard, Report("a torn page"))
+        ledger.shards.set_quarantined(shard, FailureReport("a torn page"))
     assert ctl.main([str(trainer.directory), "status"]) == 0
     told = capsys.readouterr().out
     assert "1 shards quarantined, tokens of them not trained on: unknown" in told
@@ -472,9 +472,9 @@ def test_a_drained_run_has_trained_all_that_was_under_way(trainer: Trainer) -> N
     trainer.produce().ask("drain")
     wait_for(lambda: trainer.complete is not None)
     ledger = trainer.intake.ledger
-    assert not trainer.complete and ledger.rows_buffered == 0
-    assert not any(session.leases and session.credit_rows for session in ledger.sessions.values())
-    assert all(int(shard.had.sum()) == int(shard.trained.sum()) for shard in ledger.open.values())
+    assert not trainer.complete and ledger.tokens_buffered == 0
+    assert not any(session.leases and session.credit_tokens for session in ledger.sessions.values())
+    assert all(int(shard.mask.sum()) == int(shard.trained.sum()) for shard in ledger.shards.open.values())
 
 
 def test_orders_given_before_the_first_producer_last(tmp_path: Path) -> None:

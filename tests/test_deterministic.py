@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import CheckpointError
 from trainer.stream.buffer import Batch, OrderedBuffer, pool_rows
 from trainer.stream.intake import IntakeError
-from trainer.stream.ledger import Ledger
+from trainer.stream.ledger.credit import OrderedCredit
+from trainer.stream.ledger.ledger import Ledger
+from trainer.stream.ledger.shards import QuarantinedShard
 from trainer.training.run import buffer_of
 
 CAPACITY = 16
@@ -137,9 +138,9 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.fixture
 def ledger() -> Ledger:
     """Room for eight chunks, four of which are the pool's."""
-    ledger = new_ledger(stream_settings("ipc://here"))
-    ledger.limits = replace(ledger.limits, pool_rows=pool_rows(ledger.limits.capacity_rows))
-    return ledger
+    capacity = 128
+    policy = OrderedCredit(capacity - pool_rows(capacity), dead_seconds=5.0)
+    return new_ledger(stream_settings("ipc://here"), capacity, policy=policy)
 
 
 def join(ledger: Ledger, session: str) -> None:
@@ -160,8 +161,8 @@ def test_somebody_always_has_the_oldest_shard_first(ledger: Ledger) -> None:
     join(ledger, "dies")
     join(ledger, "ahead")
     ledger.tick(0.0)
-    oldest = ledger.open[0].shard
-    ledger.gone("dies")
+    oldest = ledger.shards.open[0].shard
+    ledger.disconnect("dies")
     sends = ledger.tick(1.0)
 
     rejected = [(send.session, send.message.code) for send in sends if isinstance(send.message, Reject)]
@@ -226,6 +227,6 @@ def test_a_producer_of_another_geometry_is_refused() -> None:
 def test_a_shard_that_is_given_up_ends_the_run(ledger: Ledger) -> None:
     """How much of it came would depend on who failed; the line says what to do."""
     stream = stream_settings("tcp://127.0.0.1:0")
-    ledger.set_aside.append({"epoch": 0, "shard": 3, "rows": None, "reason": "cannot be read"})
+    ledger.shards.quarantined.append(QuarantinedShard(epoch=0, shard=3, rows=None, reason="cannot be read"))
     with trainer(stream, ledger) as intake, pytest.raises(IntakeError, match="shard 3 failed"):
         intake.take(8, threading.Event())

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +38,21 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
-from trainer.stream.ledger import (
-    CHUNKS_IN_FLIGHT,
-    FAILURES_ALLOWED,
-    LONGEST_REST,
-    MAX_POSITIONS,
-    STUCK_SECONDS,
-    SUSPECT_DEATHS,
-    Accepted,
-    Ledger,
-    Limits,
-    Send,
-)
+from trainer.stream.ledger.credit import CHUNKS_IN_FLIGHT
+from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF, STUCK_SECONDS
+from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, Limits, StreamPhase
+from trainer.stream.ledger.sessions import Send
+from trainer.stream.ledger.shards import MAX_POSITIONS, SUSPECT_DEATHS, QuarantinedShard, ShardState
 
 CONTEXT, WINDOWS, WIDTH = 4, 3, 2
 ROW_BYTES = WIDTH * 4
 ROWS = 9
 
 
-def make_ledger(capacity: int = 24, epochs: int | None = 1, incarnation: str = "first", seed: int = 0) -> Ledger:
-    limits = Limits(capacity, seed, epochs, heartbeat_seconds=1.0, dead_seconds=10.0, stall_seconds=30.0)
+def make_ledger(
+    capacity: int = 24, epochs: int | None = 1, incarnation: str = "first", seed: int = 0, **expected: Any
+) -> Ledger:
+    limits = Limits(capacity, seed, epochs, 1.0, dead_seconds=10.0, stall_seconds=30.0, expected=expected)
     return Ledger(limits, "run", incarnation, ["tcp://here"])
 
 
@@ -102,7 +96,7 @@ def window_chunk(lease: Lease, number: int, window: int, incarnation: str = "fir
     return Chunk(**(fields | changes))
 
 
-def receive(ledger: Ledger, session: str, chunk: Chunk, now: float = 0.0) -> tuple[Accepted | None, list[Send]]:
+def receive(ledger: Ledger, session: str, chunk: Chunk, now: float = 0.0) -> tuple[AcceptedChunk | None, list[Send]]:
     return ledger.chunk(session, chunk, chunk.rows * ROW_BYTES, now)
 
 
@@ -132,13 +126,13 @@ def fail(ledger: Ledger, lease: Lease, session: str = "ada-1", retry: bool = Tru
 def train(ledger: Ledger, *rows: tuple[int, int]) -> None:
     """A step on these (serial, position)."""
     serial, position = np.array(rows).T
-    ledger.trained(serial, position)
+    ledger.mark_trained(serial, position)
 
 
 def restart(ledger: Ledger, **changes: Any) -> Ledger:
     """The trainer crashes and comes back with a checkpoint of this moment."""
     document, bits = ledger.state()
-    successor = make_ledger(**({"capacity": ledger.limits.capacity_rows, "incarnation": "second"} | changes))
+    successor = make_ledger(**({"capacity": ledger.limits.capacity, "incarnation": "second"} | changes))
     successor.restore(json.loads(json.dumps(document)), bits)
     return successor
 
@@ -181,16 +175,16 @@ def test_nothing_is_settled_before_the_first_row() -> None:
     other = {"fingerprint": "other", "shards": 3, "norm_bounds": [99.0]}
     (reject,) = rejects(ledger.hello(hello("bob", **other), now=0.0))
     assert reject.retry and reject.code == "mismatch"
-    assert not ledger.settled and ledger.stream is not None and ledger.stream.shards == 2
+    assert not ledger.identity.is_settled and ledger.identity.hello is not None and ledger.identity.hello.shards == 2
 
     ledger.bye("ada-1", Bye(), 0.0)
     sends = join(ledger, "bob", **other)
-    assert (ledger.stream.shards, ledger.norm_bounds) == (3, [99.0])
+    assert (ledger.identity.hello.shards, ledger.identity.norm_bounds) == (3, [99.0])
     assert len(leases(sends)) == 2 and ledger.report().leases["free"] == 1
     send_windows(ledger, leases(sends)[0], 1, [0], session="bob-1")
     ledger.bye("bob-1", Bye(), 0.0)
     (reject,) = rejects(ledger.hello(hello("ada"), now=0.0))
-    assert ledger.settled and not reject.retry
+    assert ledger.identity.is_settled and not reject.retry
 
 
 def test_only_rows_settle_the_stream() -> None:
@@ -198,15 +192,14 @@ def test_only_rows_settle_the_stream() -> None:
     ledger = make_ledger()
     first, second = leases(join(ledger))
     ledger.shard_end("ada-1", end_of(first, 0), 0.0)
-    assert not ledger.settled and not restart(make_ledger()).settled
+    assert not ledger.identity.is_settled and not restart(make_ledger()).identity.is_settled
     send_windows(ledger, second, 1, [0])
-    assert ledger.settled and restart(ledger).settled
+    assert ledger.identity.is_settled and restart(ledger).identity.is_settled
 
 
 def test_a_refusal_tells_each_fact_once() -> None:
     """Though the run file and the stream that goes on both know it."""
-    ledger = make_ledger()
-    ledger.limits = replace(ledger.limits, expected={"dtype": "float32", "context": CONTEXT, "held_out": 0.0})
+    ledger = make_ledger(dtype="float32", context=CONTEXT, held_out=0.0)
     send_windows(ledger, leases(join(ledger, provenance={"context": CONTEXT}))[0], 1, [0])
     changes = {"fingerprint": "other", "dtype": "bfloat16", "context": 9, "provenance": {"context": 9}}
     (reject,) = rejects(ledger.hello(hello("eve", **changes), now=0.0))
@@ -219,17 +212,17 @@ def test_rows_that_could_not_be_inserted_are_missing() -> None:
     ledger = make_ledger()
     (lease, _) = leases(join(ledger))
 
-    def fail(accepted: Accepted) -> None:
+    def fail(accepted: AcceptedChunk) -> None:
         raise MemoryError
 
     chunk = window_chunk(lease, 1, 0)
     with pytest.raises(MemoryError):
         ledger.chunk("ada-1", chunk, chunk.rows * ROW_BYTES, 0.0, fail)
-    assert (ledger.rows_received, ledger.rows_buffered, ledger.settled) == (0, 0, False)
-    ledger.refuse("ada-1", "internal", "a fault")
+    assert (ledger.tokens_received, ledger.tokens_buffered, ledger.identity.is_settled) == (0, 0, False)
+    ledger.reject("ada-1", "internal", "a fault")
     (again, _) = leases(join(ledger, session="ada-2"))
     send_windows(ledger, again, 1, [0], session="ada-2")
-    assert ledger.rows_received == 3
+    assert ledger.tokens_received == 3
 
 
 def test_many_differences_are_told_from_the_first_one_on() -> None:
@@ -250,7 +243,7 @@ def test_producer_with_too_large_chunks_is_refused_and_decides_nothing(change: d
     ledger = make_ledger(capacity=24)
     (reject,) = rejects(ledger.hello(hello("eve", **change), now=0.0))
     assert not reject.retry
-    assert ledger.stream is None
+    assert ledger.identity.hello is None
     assert [type(send.message) for send in ledger.hello(hello("ada"), now=0.0)] == [Welcome]
 
 
@@ -303,7 +296,7 @@ def test_each_epoch_has_an_order_of_its_own_without_the_held_out_shards() -> Non
     expected = sorted(set(range(40)) - set(held_out_shards(40, 0.1)))
     assert sorted(first) == sorted(second) == expected and len(expected) == 36
     assert first != second
-    assert ledger.exhausted
+    assert ledger.shards.is_exhausted
 
 
 def test_endless_run_is_never_exhausted() -> None:
@@ -313,9 +306,9 @@ def test_endless_run_is_never_exhausted() -> None:
     for _ in range(5):
         for lease in leases(sends):
             serve(ledger, lease)
-        assert not ledger.exhausted
+        assert not ledger.shards.is_exhausted
         sends = ledger.tick(0.0)
-    assert ledger.epoch >= 5
+    assert ledger.shards.epoch >= 5
 
 
 # Credit
@@ -330,7 +323,7 @@ def test_credit_is_absolute_and_fills_the_buffer_no_further() -> None:
     send_windows(ledger, lease, 1, [0, 1])
     # 6 rows are buffered and 16 promised: the 2 left over hold no chunk.
     assert credit(ledger.tick(0.0)) == {}
-    assert (ledger.rows_buffered, ledger.rows_credited) == (6, 16)
+    assert (ledger.tokens_buffered, ledger.tokens_credited) == (6, 16)
     train(ledger, (0, 1), (0, 2), (0, 3))
     assert credit(ledger.tick(0.0)) == {"ada-1": 7}
 
@@ -399,7 +392,7 @@ def test_chunk_moves_its_rows_from_promised_to_buffered() -> None:
     accepted, sends = receive(ledger, "ada-1", window_chunk(lease, 1, window=1))
     assert accepted is not None and not sends
     assert accepted.position.tolist() == [5, 6, 7]
-    assert (ledger.rows_received, ledger.rows_buffered, ledger.rows_credited) == (3, 3, 20)
+    assert (ledger.tokens_received, ledger.tokens_buffered, ledger.tokens_credited) == (3, 3, 20)
 
 
 def test_outliers_are_discarded_by_name() -> None:
@@ -409,7 +402,7 @@ def test_outliers_are_discarded_by_name() -> None:
     kept, outliers = pack_bits(np.array([0, 1, 0, 1], bool)), pack_bits(np.array([0, 0, 1, 0], bool))
     accepted, _ = receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=2, kept=kept, outliers=outliers))
     assert accepted is not None and accepted.position.tolist() == [1, 3]
-    assert (ledger.rows_received, ledger.rows_discarded) == (2, 1)
+    assert (ledger.tokens_received, ledger.tokens_dropped) == (2, 1)
     ledger.shard_end("ada-1", end_of(lease, rows=3), now=0.0)
     assert ledger.report().leases["received"] == 1
 
@@ -423,7 +416,7 @@ def test_chunk_of_outliers_alone_is_taken() -> None:
     assert accepted is not None and len(accepted.position) == 0
     send_windows(ledger, lease, 2, [1, 2])
     ledger.shard_end("ada-1", end_of(lease), now=0.0)
-    assert (ledger.rows_buffered, ledger.rows_discarded) == (6, 3)
+    assert (ledger.tokens_buffered, ledger.tokens_dropped) == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +445,7 @@ def test_faulty_chunk_ends_the_session(changes: dict[str, Any], code: str) -> No
     (reject,) = rejects(sends)
     assert accepted is None and (reject.code, reject.retry) == (code, True)
     assert ledger.rejected[code] == chunk.rows and ledger.errors[code] == 1
-    assert not ledger.sessions and ledger.rows_credited == 0 and ledger.rows_received == 0
+    assert not ledger.sessions and ledger.tokens_credited == 0 and ledger.tokens_received == 0
     assert ledger.report().leases["free"] == 2
 
 
@@ -480,7 +473,7 @@ def test_row_is_never_taken_twice() -> None:
     receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=1, kept=b"\x02"))
     accepted, sends = receive(ledger, "ada-1", window_chunk(lease, 2, 0))
     assert accepted is None and rejects(sends)[0].code == "duplicate"
-    assert ledger.rows_received == 1
+    assert ledger.tokens_received == 1
 
 
 def test_chunk_of_an_old_attempt_is_fenced_and_counted() -> None:
@@ -494,9 +487,9 @@ def test_chunk_of_an_old_attempt_is_fenced_and_counted() -> None:
     (new,) = leases(ledger.tick(0.0))
     assert (new.shard, new.attempt) == (old.shard, 2)
     assert receive(ledger, "ada-1", window_chunk(old, 1, 0)) == (None, [])
-    assert ledger.rejected == {"fenced": 3} and ledger.rows_received == 0
+    assert ledger.rejected == {"fenced": 3} and ledger.tokens_received == 0
     send_windows(ledger, new, 2, [0])
-    assert ledger.rows_received == 3
+    assert ledger.tokens_received == 3
 
 
 def test_chunk_for_the_lease_of_another_is_fenced() -> None:
@@ -532,7 +525,7 @@ def test_lease_mask_never_exceeds_a_message() -> None:
     lease, _ = leases(join(ledger))
     for number, window in enumerate((0, MAX_POSITIONS // CONTEXT * 4 // 5, MAX_POSITIONS // CONTEXT * 4 // 5 + 1), 1):
         receive(ledger, "ada-1", window_chunk(lease, number, window))
-    assert len(ledger.open[0].had) <= MAX_POSITIONS
+    assert len(ledger.shards.open[0].mask) <= MAX_POSITIONS
 
 
 # The end of a shard
@@ -547,8 +540,8 @@ def test_shard_is_closed_when_its_last_row_is_trained() -> None:
     train(ledger, *((0, at) for at in (1, 2, 3, 5, 6, 7, 9, 10)))
     assert ledger.report().leases["received"] == 1
     train(ledger, (0, 11))
-    assert 0 not in ledger.open
-    assert (ledger.rows_trained, ledger.rows_buffered, ledger.report().leases["trained"]) == (9, 0, 1)
+    assert 0 not in ledger.shards.open
+    assert (ledger.tokens_trained, ledger.tokens_buffered, ledger.report().leases["trained"]) == (9, 0, 1)
 
 
 def test_books_that_do_not_balance_are_counted_and_told() -> None:
@@ -603,11 +596,11 @@ def test_an_empty_shard_is_believed_when_its_producer_serves_others() -> None:
         assert empty in given and ledger.report().leases["trained"] == turn
         ledger.shard_end("ada-1", end_of(given.pop(empty), rows=0), now)
         serve(ledger, *given.values())
-        now += LONGEST_REST * 10.0
+        now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         sends = ledger.tick(now)
     assert ledger.errors["empty_shard"] == FAILURES_ALLOWED
-    assert ledger.report().leases["trained"] == FAILURES_ALLOWED + 1 and not ledger.quarantined
+    assert ledger.report().leases["trained"] == FAILURES_ALLOWED + 1 and not ledger.shards.quarantined
 
 
 def test_a_producer_that_calls_every_shard_empty_ends_none() -> None:
@@ -617,13 +610,13 @@ def test_a_producer_that_calls_every_shard_empty_ends_none() -> None:
     for _ in range(20):
         for lease in list(ledger.sessions["eve-1"].leases):
             ledger.shard_end("eve-1", ShardEnd(shard=lease.shard, epoch=0, attempt=lease.attempt, rows=0), now=0.0)
-        now += LONGEST_REST * 10.0
+        now += MAX_BACKOFF * 10.0
         ledger.hello(hello("eve", shards=6), now)
         ledger.hello(hello("ada", shards=6), now)
         ledger.tick(now)
         for lease in list(ledger.sessions["ada-1"].leases):
             serve(ledger, Lease(shard=lease.shard, epoch=0, attempt=lease.attempt))
-    assert ledger.exhausted and ledger.rows_discarded == 3 * 6 and not ledger.quarantined
+    assert ledger.shards.is_exhausted and ledger.tokens_dropped == 3 * 6 and not ledger.shards.quarantined
 
 
 def test_run_is_exhausted_when_every_shard_is_here() -> None:
@@ -632,9 +625,9 @@ def test_run_is_exhausted_when_every_shard_is_here() -> None:
     lease, other = leases(join(ledger))
     serve(ledger, other)
     send_windows(ledger, lease, 2, [0, 1, 2])
-    assert not ledger.exhausted
+    assert not ledger.shards.is_exhausted
     ledger.shard_end("ada-1", end_of(lease), now=0.0)
-    assert ledger.exhausted and ledger.rows_buffered == 9
+    assert ledger.shards.is_exhausted and ledger.tokens_buffered == 9
 
 
 # Shards that fail
@@ -648,7 +641,7 @@ def quarantine_first(ledger: Ledger, sends: list[Send]) -> tuple[Lease, float]:
         given = {lease.shard: lease for lease in leases(sends)}
         fail(ledger, given.pop(bad.shard))
         serve(ledger, *given.values())
-        now += LONGEST_REST * 10.0
+        now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         sends = ledger.tick(now)
     return bad, now
@@ -660,15 +653,15 @@ def test_shard_that_fails_while_others_are_served_is_quarantined_and_listed() ->
     sends = join(ledger, shards=6)
     send_windows(ledger, leases(sends)[0], 1, [0])
     bad, _ = quarantine_first(ledger, sends)
-    assert ledger.quarantined == [{"epoch": 0, "shard": bad.shard, "rows": None, "reason": "bad page"}]
-    assert ledger.tokens_quarantined is None and ledger.report().tokens_quarantined is None
+    assert ledger.shards.quarantined == [QuarantinedShard(0, bad.shard, rows=None, reason="bad page")]
+    assert ledger.quarantine.tokens is None and ledger.report().tokens_quarantined is None
     assert ledger.report().leases == {"free": 0, "leased": 2, "received": 0, "trained": 3, "set_aside": 1}
-    assert ledger.quarantined_ratio == 1 / 6
-    (notice,) = ledger.take_notices()
+    assert ledger.quarantine.ratio == 1 / 6
+    (notice,) = ledger.failures.pop_notices()
     assert notice.startswith(f"shard {bad.shard} of epoch 0 is quarantined, an unknown number of tokens of it")
-    assert "'bad page'; 1 of 4 shards" in notice and ledger.take_notices() == []
+    assert "'bad page'; 1 of 4 shards" in notice and ledger.failures.pop_notices() == []
     train(ledger, (0, 1), (0, 2), (0, 3))
-    assert ledger.rows_trained == 3
+    assert ledger.tokens_trained == 3
 
 
 def test_a_producer_that_fails_on_everything_quarantines_nothing() -> None:
@@ -679,9 +672,9 @@ def test_a_producer_that_fails_on_everything_quarantines_nothing() -> None:
         for lease in leases(sends):
             fail(ledger, lease)
         sends = ledger.tick(0.0)
-        if not ledger._cursor < len(ledger._queue):
+        if not ledger.shards.has_fresh_in_epoch:
             break
-    assert not ledger.quarantined and all(not shard.failures for shard in list(ledger.open.values())[:4])
+    assert not ledger.shards.quarantined and all(not shard.failures for shard in list(ledger.shards.open.values())[:4])
 
 
 def test_quarantine_can_be_undone_also_after_a_restart() -> None:
@@ -692,10 +685,10 @@ def test_quarantine_can_be_undone_also_after_a_restart() -> None:
     bad, now = quarantine_first(ledger, sends)
     train(ledger, *((0, at) for at in (1, 2, 3, 5, 6, 7)))
     successor = restart(ledger, capacity=64)
-    assert [entry["shard"] for entry in successor.quarantined] == [bad.shard]
+    assert [entry.shard for entry in successor.shards.quarantined] == [bad.shard]
 
     assert successor.retry_quarantined() == 1 and successor.retry_quarantined() == 0
-    assert not successor.quarantined and successor.tokens_quarantined == 0
+    assert not successor.shards.quarantined and successor.quarantine.tokens == 0
     for _ in range(2):
         successor = restart(successor, capacity=64)  # the retry lasts
     sends = join(successor, session="ada-2", shards=6, now=now)
@@ -713,8 +706,8 @@ def test_what_an_older_release_set_aside_stays_listed() -> None:
     document |= {"set_aside": [entry], "rows_set_aside": 4}
     successor = make_ledger(incarnation="second")
     successor.restore(document, bits)
-    assert successor.retry_quarantined() == 0 and successor.quarantined == [entry]
-    assert successor.tokens_quarantined == 4
+    assert successor.retry_quarantined() == 0 and successor.shards.quarantined == [QuarantinedShard(**entry)]
+    assert successor.quarantine.tokens == 4
 
 
 def test_hopeless_shard_is_quarantined_at_once_but_not_before_another_is_served() -> None:
@@ -722,9 +715,9 @@ def test_hopeless_shard_is_quarantined_at_once_but_not_before_another_is_served(
     ledger = make_ledger()
     lease, other = leases(join(ledger, shards=3))
     fail(ledger, lease, retry=False)
-    assert not ledger.quarantined
+    assert not ledger.shards.quarantined
     serve(ledger, other)
-    assert [entry["reason"] for entry in ledger.quarantined] == ["bad page"]
+    assert [entry.reason for entry in ledger.shards.quarantined] == ["bad page"]
 
 
 def test_rows_that_never_came_of_a_short_shard_are_counted() -> None:
@@ -736,11 +729,11 @@ def test_rows_that_never_came_of_a_short_shard_are_counted() -> None:
     now = 0.0
     for _ in range(FAILURES_ALLOWED):
         ledger.shard_end("ada-1", end_of(lease), now)
-        now += LONGEST_REST * 10.0
+        now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         (lease,) = leases(ledger.tick(now)) or (lease,)
-    assert [entry["rows"] for entry in ledger.quarantined] == [3]
-    assert ledger.rows_set_aside == ledger.tokens_quarantined == 3
+    assert [entry.rows for entry in ledger.shards.quarantined] == [3]
+    assert ledger.quarantine.tokens == 3
 
 
 def test_last_shards_of_a_run_may_all_be_quarantined() -> None:
@@ -750,7 +743,7 @@ def test_last_shards_of_a_run_may_all_be_quarantined() -> None:
         fail(ledger, lease, retry=False)
     for lease in leases(ledger.tick(0.0)):
         fail(ledger, lease, retry=False)
-    assert ledger.exhausted and len(ledger.quarantined) == 2
+    assert ledger.shards.is_exhausted and len(ledger.shards.quarantined) == 2
 
 
 def test_epochs_do_not_fly_past_when_nothing_can_be_served() -> None:
@@ -760,20 +753,20 @@ def test_epochs_do_not_fly_past_when_nothing_can_be_served() -> None:
     for _ in range(20):
         for lease in leases(sends):
             fail(ledger, lease)
-        now += LONGEST_REST * 10.0
+        now += MAX_BACKOFF * 10.0
         if "ada-1" in ledger.sessions:
             ledger.sessions["ada-1"].last_heard = now
         sends = ledger.tick(now)
-    assert ledger.exhausted and ledger.epoch == 0 and len(ledger.quarantined) == 2
+    assert ledger.shards.is_exhausted and ledger.shards.epoch == 0 and len(ledger.shards.quarantined) == 2
 
 
 def test_poison_counts_against_the_shard_at_work_only() -> None:
     """A chunk of NaN is a report that its shard is broken; the one waiting behind it is not to blame."""
     ledger = make_ledger()
     assert len(leases(join(ledger))) == 2
-    ledger.refuse("ada-1", "non_finite", "chunk holds NaN", rows=3, poisoned=True)
-    at_work, waiting = ledger.open.values()
-    assert at_work.doubted_by == {"ada": False} and not waiting.doubted_by
+    ledger.reject("ada-1", "non_finite", "chunk holds NaN", rows=3, blames_shard=True)
+    at_work, waiting = ledger.shards.open.values()
+    assert at_work.reporters == {"ada": False} and not waiting.reporters
     assert (waiting.failures, waiting.deaths, at_work.deaths) == (0, 0, 0)
     assert ledger.rejected == {"non_finite": 3}
 
@@ -785,28 +778,30 @@ def die_on_it(
     for turn in range(deaths):
         first, *_ = leases(join(ledger, f"p{turn}", now=1000.0 * turn))
         before(f"p{turn}-1", first)
-        ledger.gone(f"p{turn}-1")
+        ledger.disconnect(f"p{turn}-1")
 
 
 def test_deaths_of_producers_quarantine_nothing() -> None:
     """Fifty die right after they were welcomed: every shard is still there, and a healthy one serves them all."""
     ledger = make_ledger(capacity=64)
     die_on_it(ledger, 50)
-    assert not ledger.quarantined and ledger.sessions_lost == 50 and ledger.report().suspect_shards == 2
-    told = [int(one.split()[0]) for one in ledger.take_notices() if "producers in a row were lost on shard" in one]
+    assert not ledger.shards.quarantined and ledger.sessions_lost == 50 and ledger.report().suspect_shards == 2
+    told = [
+        int(one.split()[0]) for one in ledger.failures.pop_notices() if "producers in a row were lost on shard" in one
+    ]
     assert sorted(told) == [3, 3, 6, 6, 12, 12, 24, 24]
 
     ledger.tick(99_000.0)
     for lease in leases(join(ledger, now=99_999.0)):
         serve(ledger, lease)
-    assert ledger.exhausted and not ledger.suspects and ledger.report().suspect_shards == 0
+    assert ledger.shards.is_exhausted and not ledger.shards.suspects() and ledger.report().suspect_shards == 0
 
 
 def test_a_suspect_is_leased_last() -> None:
     """Three producers die on one shard of two: the next one gets the other before it."""
     ledger = make_ledger(capacity=64)
     die_on_it(ledger, SUSPECT_DEATHS, lambda session, lease: None)
-    (suspect,) = ledger.suspects
+    (suspect,) = ledger.shards.suspects()
     sends = join(ledger, now=99_999.0)
     assert [lease.shard for lease in leases(sends)] == [1 - suspect.shard, suspect.shard]
 
@@ -823,7 +818,7 @@ def test_a_suspect_rests_longer_and_longer() -> None:
             now += 1.0
             ledger.sessions[f"p{turn}-1"].last_heard = now
         waits.append(now - began)
-        ledger.gone(f"p{turn}-1")
+        ledger.disconnect(f"p{turn}-1")
     assert waits == [0, 0, 0, 0, 10, 20, 30, 30]
 
 
@@ -832,11 +827,11 @@ def test_a_run_that_waits_for_shards_in_trouble_says_so() -> None:
     ledger = make_ledger(capacity=64)
     for turn in range(SUSPECT_DEATHS):
         join(ledger, f"p{turn}", shards=1)
-        ledger.gone(f"p{turn}-1")
-    ledger.take_notices()
+        ledger.disconnect(f"p{turn}-1")
+    ledger.failures.pop_notices()
     for now in np.arange(0.0, 2.5 * STUCK_SECONDS):
         ledger.tick(now)
-    told = ledger.take_notices()
+    told = ledger.failures.pop_notices()
     assert len(told) == 2
     assert "waits for its last 1 shards: producers were lost on 1 of them, and 0 were reported" in told[0]
     assert "tried 3 times; 0 producers are here" in told[0]
@@ -849,7 +844,7 @@ def test_empty_chunk_is_no_sign_of_life_of_a_shard() -> None:
     die_on_it(
         ledger, SUSPECT_DEATHS, lambda session, lease: receive(ledger, session, window_chunk(lease, 1, 0, **nothing))
     )
-    assert len(ledger.suspects) == 1
+    assert len(ledger.shards.suspects()) == 1
 
 
 def test_deaths_do_not_count_while_the_shard_moves() -> None:
@@ -857,7 +852,7 @@ def test_deaths_do_not_count_while_the_shard_moves() -> None:
     ledger = make_ledger(capacity=64)
     windows = iter(range(99))
     die_on_it(ledger, 8, lambda session, lease: send_windows(ledger, lease, 1, [next(windows)], session))
-    assert not ledger.suspects and ledger.rows_received == 3 * 8
+    assert not ledger.shards.suspects() and ledger.tokens_received == 3 * 8
 
 
 def test_leaving_politely_is_not_dying() -> None:
@@ -865,9 +860,9 @@ def test_leaving_politely_is_not_dying() -> None:
     ledger = make_ledger()
     join(ledger)
     ledger.bye("ada-1", Bye(), now=0.0)
-    assert not ledger.sessions and ledger.rows_credited == 0 and ledger.sessions_lost == 0
+    assert not ledger.sessions and ledger.tokens_credited == 0 and ledger.sessions_lost == 0
     assert ledger.report().leases["free"] == 2
-    assert all(shard.deaths == 0 for shard in ledger.open.values())
+    assert all(shard.deaths == 0 for shard in ledger.shards.open.values())
 
 
 # Time
@@ -902,7 +897,7 @@ def test_producer_that_lives_without_progress_loses_its_leases() -> None:
     join(ledger)
     sends = beat(ledger, until=35.0, progress=lambda now: 7)
     assert [reject.code for reject in rejects(sends)] == ["stalled"]
-    assert [(shard.doubted_by, shard.deaths) for shard in ledger.open.values()] == [({"ada": False}, 0), ({}, 0)]
+    assert [(shard.reporters, shard.deaths) for shard in ledger.shards.open.values()] == [({"ada": False}, 0), ({}, 0)]
 
 
 def test_slow_producer_is_left_alone() -> None:
@@ -918,7 +913,7 @@ def test_producer_without_credit_is_not_stalled() -> None:
     lease, _ = leases(join(ledger))
     for number in (1, 2, 3, 4):
         receive(ledger, "ada-1", window_chunk(lease, number, number, rows=4, kept=b"\x0f"))
-    assert ledger.rows_credited == 0
+    assert ledger.tokens_credited == 0
     assert not rejects(beat(ledger, until=100.0, progress=lambda now: 7))
 
 
@@ -940,7 +935,7 @@ def test_second_hello_of_a_producer_replaces_its_first_session() -> None:
     sends = join(ledger, session="ada-2")
     assert list(ledger.sessions) == ["ada-2"]
     assert [lease.attempt for lease in leases(sends)] == [2, 2]
-    assert ledger.rows_credited == 24
+    assert ledger.tokens_credited == 24
 
 
 def test_session_name_of_another_producer_ends_that_one_cleanly() -> None:
@@ -949,13 +944,13 @@ def test_session_name_of_another_producer_ends_that_one_cleanly() -> None:
     join(ledger)
     sends = join(ledger, "eve", session="ada-1")
     assert [lease.attempt for lease in leases(sends)] == [2, 2]
-    assert ledger.rows_credited == 24 and ledger.report().leases["leased"] == 2
+    assert ledger.tokens_credited == 24 and ledger.report().leases["leased"] == 2
 
 
 def test_unknown_peer_may_go() -> None:
     """The socket may tell of a session that has long ended."""
     ledger = make_ledger()
-    ledger.gone("nobody")
+    ledger.disconnect("nobody")
     assert ledger.sessions_lost == 0
 
 
@@ -975,19 +970,19 @@ def test_winding_down_takes_in_what_was_granted_and_gives_nothing_more() -> None
     lease, _ = leases(join(ledger))
     granted = ledger.sessions["ada-1"].granted
     ledger.wind_down()
-    assert not ledger.dry and granted == 4
+    assert ledger.phase is StreamPhase.WINDING_DOWN and granted == 4
 
     send_windows(ledger, lease, 1, [0, 1, 2])
     ledger.shard_end("ada-1", end_of(lease), 1.0)
-    assert not ledger.dry  # one chunk of the second lease is still under way
+    assert ledger.phase is StreamPhase.WINDING_DOWN  # one chunk of the second lease is still under way
     second = ledger.sessions["ada-1"].leases[0]
     send_windows(ledger, Lease(shard=second.shard, epoch=second.epoch, attempt=second.attempt), 4, [0])
-    assert ledger.dry and not ledger.exhausted and not ledger.finished
-    assert ledger.rows_buffered == 12
+    assert ledger.phase is StreamPhase.DRAINING and not ledger.shards.is_exhausted
+    assert ledger.tokens_buffered == 12
 
     late = join(ledger, "bob", now=2.0)
     assert [type(send.message) for send in late if send.session == "bob-1"] == [Welcome, Heartbeat]
-    assert not leases(late) and not credit(late) and ledger.dry
+    assert not leases(late) and not credit(late) and ledger.phase is StreamPhase.DRAINING
 
 
 def test_winding_down_does_not_wait_for_the_dead_or_the_idle() -> None:
@@ -995,13 +990,13 @@ def test_winding_down_does_not_wait_for_the_dead_or_the_idle() -> None:
     ledger = make_ledger()
     join(ledger)
     ledger.wind_down()
-    assert not ledger.dry
+    assert ledger.phase is StreamPhase.WINDING_DOWN
     ledger.tick(100.0)
-    assert not ledger.sessions and ledger.dry
+    assert not ledger.sessions and ledger.phase is StreamPhase.WOUND_DOWN
 
     nobody = make_ledger()
     nobody.wind_down()
-    assert nobody.dry and not nobody.exhausted
+    assert nobody.phase is StreamPhase.WOUND_DOWN and not nobody.shards.is_exhausted
 
 
 # Checkpoints
@@ -1021,7 +1016,7 @@ def test_after_a_crash_only_what_was_trained_or_discarded_is_had() -> None:
     """The buffered rows are leased again; attempts go on from where they were."""
     ledger, lease = half_done()
     successor = restart(ledger)
-    assert (successor.rows_trained, successor.rows_buffered, successor.rows_discarded) == (3, 0, 1)
+    assert (successor.tokens_trained, successor.tokens_buffered, successor.tokens_dropped) == (3, 0, 1)
     sends = join(successor, session="ada-2")
     again = next(send for send in sends if isinstance(send.message, Lease) and send.message.shard == lease.shard)
     assert isinstance(again.message, Lease) and again.message.attempt == 2 and again.payload is not None
@@ -1036,12 +1031,12 @@ def test_crash_after_the_end_of_a_shard_reopens_it() -> None:
     ledger.shard_end("ada-1", end_of(lease), now=0.0)
     train(ledger, (0, 1), (0, 2), (0, 3))
     successor = restart(ledger)
-    assert not successor.exhausted and successor.report().leases["free"] == 2
+    assert not successor.shards.is_exhausted and successor.report().leases["free"] == 2
     again, _ = leases(join(successor, session="ada-2"))
     send_windows(successor, again, 1, [1, 2], session="ada-2")
     successor.shard_end("ada-2", end_of(again), now=0.0)
     train(successor, *((0, at) for at in (5, 6, 7, 9, 10, 11)))
-    assert (successor.rows_trained, successor.report().leases["trained"]) == (9, 1)
+    assert (successor.tokens_trained, successor.report().leases["trained"]) == (9, 1)
 
 
 def test_old_start_of_the_trainer_is_fenced_off() -> None:
@@ -1067,7 +1062,7 @@ def test_order_of_shards_survives_a_restart_in_a_later_epoch() -> None:
             ledger, session = restart(ledger, epochs=2, seed=5), "ada-2"
             ledger.hello(hello(session=session, shards=10), now=0.0)
         sends = ledger.tick(0.0)
-    assert ledger.exhausted and sorted(seen) == list(range(10))
+    assert ledger.shards.is_exhausted and sorted(seen) == list(range(10))
 
 
 def test_restart_loses_nothing_of_a_shard_that_is_quarantined() -> None:
@@ -1079,14 +1074,16 @@ def test_restart_loses_nothing_of_a_shard_that_is_quarantined() -> None:
     now = 0.0
     for _ in range(FAILURES_ALLOWED):
         ledger.shard_end("ada-1", end_of(lease), now)
-        now += LONGEST_REST * 10.0
+        now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         (lease,) = leases(ledger.tick(now)) or (lease,)
     train(ledger, (0, 1), (0, 2), (0, 3))
     successor = restart(ledger)
-    assert successor.rows_set_aside == successor.tokens_quarantined == 6
-    assert [entry["rows"] for entry in successor.quarantined] == [6]
-    assert [shard.given_up for shard in successor.open.values()] == [True] and successor.exhausted
+    assert successor.quarantine.tokens == 6
+    assert [entry.rows for entry in successor.shards.quarantined] == [6]
+    assert [shard.state for shard in successor.shards.open.values()] == [
+        ShardState.QUARANTINED
+    ] and successor.shards.is_exhausted
 
 
 def test_state_is_one_instant() -> None:
@@ -1104,7 +1101,7 @@ def test_state_is_one_instant() -> None:
 def test_fresh_ledger_can_be_saved() -> None:
     """A checkpoint before the first producer holds nothing, and restores to that."""
     successor = restart(make_ledger())
-    assert successor.stream is None and not successor.exhausted
+    assert successor.identity.hello is None and not successor.shards.is_exhausted
     assert len(leases(join(successor))) == 2
 
 
@@ -1135,7 +1132,7 @@ def test_chunk_and_report_are_cheap() -> None:
     ]
     queue = iter(chunks)
     assert best_of(len(chunks), lambda: receive(ledger, "p0-1", next(queue))) < 1e-3
-    assert ledger.rows_received == 4096 * len(chunks)
+    assert ledger.tokens_received == 4096 * len(chunks)
     assert best_of(5, ledger.report) < 1e-3
 
 
@@ -1143,13 +1140,13 @@ def test_step_of_a_large_shard_is_cheap() -> None:
     """A step that trains 4096 rows of a shard of 8 million positions that is all here costs a few milliseconds."""
     ledger = make_ledger(capacity=2**24)
     lease, _ = leases(join(ledger, context=4096, chunk_rows=4096))
-    shard = ledger.open[0]
+    shard = ledger.shards.open[0]
     shard.reach(2**23)
-    shard.had[:] = True
-    ledger.rows_received = 2**23
+    shard.mask[:] = True
+    ledger.tokens_received = 2**23
     ledger.shard_end("ada-1", end_of(lease, rows=2**23), now=0.0)
     serial, position = np.zeros(4096, np.int64), np.arange(4096)
-    assert best_of(5, lambda: ledger.trained(serial, position)) < 20e-3
+    assert best_of(5, lambda: ledger.mark_trained(serial, position)) < 20e-3
 
 
 def message_kinds(sends: list[Send]) -> list[type[Message]]:
@@ -1169,4 +1166,4 @@ def test_bounds_of_a_producer_that_left_without_a_row_decide_nothing() -> None:
 
     join(ledger, "bob", norm_bounds=[7.0])
 
-    assert ledger.norm_bounds == [7.0]
+    assert ledger.identity.norm_bounds == [7.0]

@@ -50,11 +50,15 @@ from producer.wire import (
     unpack_bits,
 )
 from trainer.stream.buffer import Batch, ShuffleBuffer
-from trainer.stream.ledger import FAILURES_ALLOWED, LEASES_PER_PRODUCER, LONGEST_REST, Ledger, Limits, Send
+from trainer.stream.ledger.credit import LEASES_PER_PRODUCER, CreditPolicy, FairCredit
+from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF
+from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.ledger.sessions import Send
+from trainer.stream.ledger.shards import ShardState
 
 SHARDS, HELD_OUT, CONTEXT, WIDTH = 5, 0.2, 4, 2
 DEAD_SECONDS, STALL_SECONDS = 10.0, 5.0
-PATIENCE = int(16 * LONGEST_REST * DEAD_SECONDS)
+PATIENCE = int(16 * MAX_BACKOFF * DEAD_SECONDS)
 """Rounds of half a second in which healthy producers must bring something: longer than any time-out, also when each of
 four producers must fail on a shard, which rests after every try, before a failure counts."""
 
@@ -243,7 +247,6 @@ class Books:
     attempt: dict[Name, int] = field(default_factory=dict)
     aside: dict[Name, int | None] = field(default_factory=dict)
     """Rows never received of each shard that is quarantined; None where nobody knows how many there are."""
-    rows_aside: int = 0
     served: int = 0
     """Shards with rows that came whole."""
     reports: dict[Name, list[int]] = field(default_factory=dict)
@@ -258,7 +261,6 @@ class Books:
             settled = books.trained.get(name, set()) | books.discarded.get(name, set())
             if name in books.aside:
                 lost = len(had) - len(settled)
-                books.rows_aside += lost
                 if (missing := books.aside[name]) is not None:
                     books.aside[name] = missing + lost
             books.had[name] = settled
@@ -300,11 +302,14 @@ class Stream(RuleBasedStateMachine):
         self.boot()
         self.add_producer()
 
+    def policy(self) -> CreditPolicy:
+        return FairCredit()
+
     def boot(self) -> None:
         """A new incarnation of the trainer, from the last checkpoint if there is one."""
         self.starts += 1
-        self.ledger = Ledger(self.limits, "run", f"start-{self.starts}", ["tcp://here"])
-        self.buffer = ShuffleBuffer(self.limits.capacity_rows, [WIDTH], torch.float32, seed=self.starts)
+        self.ledger = Ledger(self.limits, "run", f"start-{self.starts}", ["tcp://here"], self.policy())
+        self.buffer = ShuffleBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=self.starts)
         self.books = Books()
         if self.checkpoint is not None:
             document, bits, books = self.checkpoint
@@ -317,7 +322,7 @@ class Stream(RuleBasedStateMachine):
         self.heard: dict[str, float] = {}
         self.chunk_rows: dict[str, int] = {}
         self.holder: dict[Name, tuple[str, int]] = {}
-        self.seen_aside = len(self.ledger.set_aside)
+        self.seen_aside = len(self.ledger.shards.quarantined)
         self.tokens = 0
         self.left = False
 
@@ -437,7 +442,6 @@ class Stream(RuleBasedStateMachine):
             self.books.reports.pop(name, None)
             self.books.hopeless.discard(name)
         self.books.aside.clear()
-        self.books.rows_aside = 0
         self.seen_aside = 0
 
     @move(seconds=st.sampled_from((0.5, 0.5, 1.0, 6.0, DEAD_SECONDS + 1, 2.0)))
@@ -505,34 +509,34 @@ class Stream(RuleBasedStateMachine):
     def memory_is_bounded(self) -> None:
         """Rows here and rows still allowed to come never exceed the buffer."""
         waiting = sum(self.chunk_rows[one] * (self.told[one] - self.taken[one]) for one in self.told)
-        assert waiting == self.ledger.rows_credited
-        assert self.in_memory() + waiting <= self.limits.capacity_rows
+        assert waiting == self.ledger.tokens_credited
+        assert self.in_memory() + waiting <= self.limits.capacity
 
     def every_row_is_in_one_place(self) -> None:
         trained = sum(map(len, self.books.trained.values()))
-        assert self.ledger.rows_trained == trained
-        assert self.ledger.rows_received == self.in_memory() + trained
-        assert self.ledger.rows_discarded == sum(map(len, self.books.discarded.values()))
-        assert self.ledger.rows_trained >= self.tokens
-        self.tokens = self.ledger.rows_trained
+        assert self.ledger.tokens_trained == trained
+        assert self.ledger.tokens_received == self.in_memory() + trained
+        assert self.ledger.tokens_dropped == sum(map(len, self.books.discarded.values()))
+        assert self.ledger.tokens_trained >= self.tokens
+        self.tokens = self.ledger.tokens_trained
 
     def bits_agree(self) -> None:
         """The ledger's bits are the model's sets, for every open shard; a closed one has all its rows trained."""
         open_names = set()
-        for shard in self.ledger.open.values():
+        for shard in self.ledger.shards.open.values():
             name = (shard.epoch, shard.shard)
             open_names.add(name)
             for bits, model in (
-                (shard.had, self.books.had),
+                (shard.mask, self.books.had),
                 (shard.trained, self.books.trained),
-                (shard.discarded, self.books.discarded),
+                (shard.dropped, self.books.discarded),
             ):
                 assert set(np.flatnonzero(bits).tolist()) == model.get(name, set())
-            if shard.complete and not shard.given_up:
+            if shard.state is ShardState.RECEIVED:
                 assert self.books.had.get(name, set()) == self.corpus[shard.shard].rows(), (
                     "a shard without all its rows"
                 )
-        assert len(open_names) == len(self.ledger.open)
+        assert len(open_names) == len(self.ledger.shards.open)
         for name, had in self.books.had.items():
             if name not in open_names:
                 assert had == self.books.trained.get(name, set()) | self.books.discarded.get(name, set())
@@ -543,33 +547,35 @@ class Stream(RuleBasedStateMachine):
         assert set(self.ledger.sessions) == set(self.told)
         held = {
             (shard.epoch, shard.shard): (shard.holder, shard.attempt)
-            for shard in self.ledger.open.values()
+            for shard in self.ledger.shards.open.values()
             if shard.holder is not None
         }
         assert held == self.holder
         for name, session in self.ledger.sessions.items():
             assert len(session.leases) <= LEASES_PER_PRODUCER
-            assert all(shard.holder == name and not shard.complete for shard in session.leases)
+            assert all(shard.holder == name and shard.state is ShardState.LEASED for shard in session.leases)
         assert sum(len(session.leases) for session in self.ledger.sessions.values()) == len(held)
 
     def what_is_given_up_is_listed(self) -> None:
-        assert self.ledger.rows_set_aside == self.books.rows_aside
-        listed = {(entry["epoch"], entry["shard"]): entry["rows"] for entry in self.ledger.set_aside}
-        assert listed == self.books.aside and len(listed) == len(self.ledger.set_aside)
+        listed = {(entry.epoch, entry.shard): entry.rows for entry in self.ledger.shards.quarantined}
+        assert listed == self.books.aside and len(listed) == len(self.ledger.shards.quarantined)
 
     def report_agrees(self) -> None:
         report = self.ledger.report()
-        assert report.credit_rows_outstanding == self.ledger.rows_credited
+        assert report.credit_rows_outstanding == self.ledger.tokens_credited
         assert sum(report.producers.values()) == len(self.told)
         assert report.leases["leased"] == len(self.holder)
-        if all(shard.epoch == self.ledger.epoch for shard in self.ledger.open.values()) and self.ledger.stream:
-            aside = sum(epoch == self.ledger.epoch for epoch, _ in self.books.aside)
+        if (
+            all(shard.epoch == self.ledger.shards.epoch for shard in self.ledger.shards.open.values())
+            and self.ledger.identity.hello
+        ):
+            aside = sum(epoch == self.ledger.shards.epoch for epoch, _ in self.books.aside)
             others = sum(count for state, count in report.leases.items() if state != "set_aside")
             assert others + aside == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
 
     def the_end_is_the_end(self) -> None:
         """The data is exhausted when each row of each epoch has come, or its shard was given up."""
-        if self.ledger.exhausted:
+        if self.ledger.shards.is_exhausted:
             for name in self.all_shards():
                 assert name in self.books.aside or self.books.had.get(name, set()) == self.corpus[name[1]].rows()
 
@@ -577,8 +583,8 @@ class Stream(RuleBasedStateMachine):
         """Of every epoch, without the held-out ones."""
         kept = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
         # An epoch in which nothing could be served is the last.
-        barren = all((self.ledger.epoch, shard) in self.books.aside for shard in kept)
-        epochs = self.ledger.epoch + 1 if barren else self.limits.epochs or 0
+        barren = all((self.ledger.shards.epoch, shard) in self.books.aside for shard in kept)
+        epochs = self.ledger.shards.epoch + 1 if barren else self.limits.epochs or 0
         return [(epoch, shard) for epoch in range(epochs) for shard in kept]
 
     def teardown(self) -> None:
@@ -592,7 +598,7 @@ class Stream(RuleBasedStateMachine):
         # On a deadly shard the run waits for ever: somebody mends it.
         self.corpus[:] = [replace(shard, fate="sound") if shard.fate == "deadly" else shard for shard in self.corpus]
         while not self.is_over():
-            if self.ledger.dry and self.in_memory() == 0:
+            if not self.ledger.phase.is_receiving and self.in_memory() == 0:
                 self.take_leave(everybody_hears=True)
             before = self.achieved()
             if not any(producer.healthy for producer in self.producers):
@@ -604,19 +610,23 @@ class Stream(RuleBasedStateMachine):
             assert idle_rounds < PATIENCE, "healthy producers bring the run no further"
 
     def is_over(self) -> bool:
-        return self.ledger.exhausted and self.in_memory() == 0
+        return self.ledger.shards.is_exhausted and self.in_memory() == 0
 
     def achieved(self) -> tuple[int, ...]:
         """Grows with whatever brings the end nearer."""
         ledger, books = self.ledger, self.books
-        ended = sum(shard.complete for shard in ledger.open.values()) + ledger._next_serial - len(ledger.open)
-        failures = sum(shard.failures for shard in ledger.open.values())
-        return ledger.rows_received + ledger.rows_discarded, ledger.rows_trained, ended, len(books.aside), failures
+        ended = (
+            sum(not shard.is_pending for shard in ledger.shards.open.values())
+            + ledger.shards.next_serial
+            - len(ledger.shards.open)
+        )
+        failures = sum(shard.failures for shard in ledger.shards.open.values())
+        return ledger.tokens_received + ledger.tokens_dropped, ledger.tokens_trained, ended, len(books.aside), failures
 
     def balance(self) -> None:
         """Every row of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
         self.check()
-        assert all(shard.given_up for shard in self.ledger.open.values())
+        assert all(shard.state is ShardState.QUARANTINED for shard in self.ledger.shards.open.values())
         for name in self.all_shards():
             content, trained = self.corpus[name[1]], self.books.trained.get(name, set())
             discarded = self.books.discarded.get(name, set())
@@ -645,7 +655,7 @@ class Stream(RuleBasedStateMachine):
             trained = self.books.trained.setdefault(self.serials[serial], set())
             assert at not in trained, "a row was trained twice"
             trained.add(at)
-        self.ledger.trained(self.hand.serial, self.hand.position)
+        self.ledger.mark_trained(self.hand.serial, self.hand.position)
         self.hand = None
 
     def names_in_hand(self) -> list[tuple[int, int]]:
@@ -678,7 +688,7 @@ class Stream(RuleBasedStateMachine):
             self.dispatch(self.ledger.bye(session, message, self.now))
 
     def receive_hello(self, hello: Hello) -> None:
-        if not self.ledger.settled and hello.fingerprint != "ours":
+        if not self.ledger.identity.is_settled and hello.fingerprint != "ours":
             return  # it would rightly become this run's corpus
         for session in [one for one in self.told if one.split(".")[0] == hello.producer]:
             self.forget(session)
@@ -727,7 +737,7 @@ class Stream(RuleBasedStateMachine):
         pipes = {producer.pipe.session: producer.pipe for producer in self.producers}
         for send in sends:
             message = decode(encode(send.message))
-            assert not (isinstance(message, Lease | Credit) and (self.left or self.ledger.winding_down))
+            assert not (isinstance(message, Lease | Credit) and (self.left or self.ledger.is_winding_down))
             if isinstance(message, Lease):
                 name = (message.epoch, message.shard)
                 assert name not in self.holder and name not in self.books.aside
@@ -749,14 +759,13 @@ class Stream(RuleBasedStateMachine):
 
     def note_aside(self) -> None:
         """A shard given up is listed with the number of its rows that never came, where that can be known."""
-        for entry in self.ledger.set_aside[self.seen_aside :]:
-            name = (entry["epoch"], entry["shard"])
+        for entry in self.ledger.shards.quarantined[self.seen_aside :]:
+            name = (entry.epoch, entry.shard)
             missing = len(self.corpus[name[1]].rows() - self.books.had.get(name, set()))
-            assert entry["rows"] in (None, missing)
+            assert entry.rows in (None, missing)
             self.is_proven_broken(name)
-            self.books.aside[name] = entry["rows"]
-            self.books.rows_aside += entry["rows"] or 0
-        self.seen_aside = len(self.ledger.set_aside)
+            self.books.aside[name] = entry.rows
+        self.seen_aside = len(self.ledger.shards.quarantined)
 
     def note_end(self, name: Name, message: ShardEnd | ShardFail) -> None:
         """Whoever has a shard ends it: it came whole, or that counts as a report that it is broken."""
@@ -777,15 +786,15 @@ class Stream(RuleBasedStateMachine):
 
     def others_left(self, name: Name) -> bool:
         """Whether a producer could show by another shard that it is sound."""
-        others = [shard for shard in self.ledger.open.values() if (shard.epoch, shard.shard) != name]
-        return self.ledger._cursor < len(self.ledger._queue) or any(
-            not shard.complete and not shard.deaths and (shard.epoch, shard.shard) not in self.books.reports
+        others = [shard for shard in self.ledger.shards.open.values() if (shard.epoch, shard.shard) != name]
+        return self.ledger.shards.has_fresh_in_epoch or any(
+            shard.is_pending and not shard.deaths and (shard.epoch, shard.shard) not in self.books.reports
             for shard in others
         )
 
     def gone(self, session: str) -> None:
         self.forget(session)
-        self.ledger.gone(session)
+        self.ledger.disconnect(session)
         self.note_aside()
 
     def forget(self, session: str) -> None:
@@ -809,7 +818,7 @@ class Stream(RuleBasedStateMachine):
 
     def may_draw(self) -> bool:
         """As the real loop does: batches while the buffer is half full, the rest once no more will come."""
-        return self.buffer.rows >= (1 if self.ledger.dry else self.buffer.capacity // 2)
+        return self.buffer.rows >= (self.buffer.capacity // 2 if self.ledger.phase.is_receiving else 1)
 
     def tick_ledger(self) -> None:
         """Time passes, and nobody stays who has been silent for too long."""

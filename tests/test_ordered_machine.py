@@ -32,7 +32,9 @@ from tests.test_ledger_machine import (
     shards,
 )
 from trainer.stream.buffer import BufferState, OrderedBuffer, pool_rows
-from trainer.stream.ledger import Limits
+from trainer.stream.ledger.credit import CreditPolicy, OrderedCredit
+from trainer.stream.ledger.ledger import Limits
+from trainer.stream.ledger.shards import epoch_order
 
 CHUNK_WINDOWS = 2
 FAR = 1 << 30
@@ -52,7 +54,7 @@ class OrderedStream(Stream):
     def start(self, corpus: list[Shard], capacity: int, epochs: int) -> None:
         # A shard that is given up ends a deterministic run.
         self.corpus = [replace(shard, fate="sound") for shard in corpus]
-        self.limits = Limits(capacity, 0, epochs, 1.0, DEAD_SECONDS, STALL_SECONDS, pool_rows=pool_rows(capacity))
+        self.limits = Limits(capacity, 0, epochs, 1.0, DEAD_SECONDS, STALL_SECONDS)
         self.now = 0.0
         self.starts = self.born = 0
         self.producers, self.zombies, self.checkpoint = [], [], None
@@ -60,9 +62,13 @@ class OrderedStream(Stream):
         self.boot()
         self.add_producer()
 
+    def policy(self) -> CreditPolicy:
+        capacity = self.limits.capacity
+        return OrderedCredit(capacity - pool_rows(capacity), DEAD_SECONDS)
+
     def boot(self) -> None:
         super().boot()
-        self.buffer = OrderedBuffer(self.limits.capacity_rows, [WIDTH], torch.float32, seed=0)
+        self.buffer = OrderedBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=0)
         state, drawn = deepcopy(self.saved)
         self.buffer.restore(state)
         self.drawn = drawn
@@ -93,12 +99,14 @@ class OrderedStream(Stream):
     # What must hold
 
     def may_draw(self) -> bool:
-        return self.buffer.fill(self.ledger.oldest) or (self.ledger.exhausted and self.buffer.rows > 0)
+        return self.buffer.fill(self.ledger.shards.oldest) or (
+            not self.ledger.phase.is_receiving and self.buffer.rows > 0
+        )
 
     def has_its_turn(self, name: Name, chunk: Chunk) -> bool:
         """What comes early finds room, but for the pool's and a chunk's."""
-        open_shards = {(shard.epoch, shard.shard): shard for shard in self.ledger.open.values()}
-        if name not in open_shards or open_shards[name].serial <= self.ledger.oldest:
+        open_shards = {(shard.epoch, shard.shard): shard for shard in self.ledger.shards.open.values()}
+        if name not in open_shards or open_shards[name].serial <= self.ledger.shards.oldest:
             return True
         early = sum(
             len(
@@ -107,9 +115,9 @@ class OrderedStream(Stream):
                 - self.books.discarded.get(one, set())
             )
             for one, shard in open_shards.items()
-            if shard.serial > self.ledger.oldest
+            if shard.serial > self.ledger.shards.oldest
         )
-        room = self.limits.capacity_rows - pool_rows(self.limits.capacity_rows) - CHUNK_WINDOWS * CONTEXT
+        room = self.limits.capacity - pool_rows(self.limits.capacity) - CHUNK_WINDOWS * CONTEXT
         return early + chunk.rows <= room
 
     def others_left(self, name: Name) -> bool:
@@ -122,23 +130,29 @@ class OrderedStream(Stream):
 
     def is_over(self) -> bool:
         """A shard given up, as by producers that hang on it time and again, ends a deterministic run."""
-        return bool(self.ledger.set_aside) or super().is_over()
+        return bool(self.ledger.shards.quarantined) or super().is_over()
 
     def balance(self) -> None:
-        if not self.ledger.set_aside:
+        if not self.ledger.shards.quarantined:
             super().balance()
         assert self.drawn == self.in_perfect_order()
 
     def in_perfect_order(self) -> list[list[Name]]:
         """The same draws from a buffer that is given row after row."""
+        ledger = self.ledger
+
+        def order(epoch: int) -> np.ndarray:
+            assert ledger.identity.hello is not None
+            return epoch_order(ledger.identity.hello, ledger.shards.seed, epoch)
+
         rows = iter(
             (serial, int(position))
             for serial, shard in enumerate(
-                int(shard) for epoch in range(self.limits.epochs or 0) for shard in self.ledger._permutation(epoch)
+                int(shard) for epoch in range(self.limits.epochs or 0) for shard in order(epoch)
             )
             for position in np.flatnonzero(self.corpus[shard].kept & ~self.corpus[shard].outliers)
         )
-        buffer = OrderedBuffer(self.limits.capacity_rows, [WIDTH], torch.float32, seed=0)
+        buffer = OrderedBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=0)
         drawn = []
         for batch in self.drawn:
             while not buffer.fill(FAR) and (row := next(rows, None)) is not None:

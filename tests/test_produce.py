@@ -690,9 +690,9 @@ def test_shards_that_always_fail_do_not_hold_up_the_run(endpoint: str) -> None:
         assert producer.ended() is None
         ledger = intake.ledger
 
-        assert rows == ledger.rows_trained == 11 + 5
-        assert ledger.rows_discarded == 2
-        assert {entry["shard"]: entry["reason"] for entry in ledger.set_aside} == {
+        assert rows == ledger.tokens_trained == 11 + 5
+        assert ledger.tokens_dropped == 2
+        assert {entry.shard: entry.reason for entry in ledger.shards.quarantined} == {
             1: "OSError: the disk has a hole",
             2: "OutOfMemoryError: no room for window 2",
         }

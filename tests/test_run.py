@@ -22,7 +22,8 @@ from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings
 from trainer.snapshot import snapshot_names, supersede_after
 from trainer.stream.buffer import Batch
 from trainer.stream.intake import BufferReport
-from trainer.stream.ledger import Ledger, Limits
+from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.ledger.shards import Quarantine, QuarantinedShard
 from trainer.training.loop import Clock, Loop, written
 from trainer.training.loop import _rows_due as rows_due
 from trainer.training.publishing import _exports as published
@@ -228,14 +229,13 @@ def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same
     """every_tokens = 1000, and a restart after every 300 rows: a snapshot at 1000 and one at 2000."""
     run = two_hooks(tmp_path)
     run.settings = run.settings.model_copy(update={"snapshots": SnapshotSettings(every_tokens=1000)})
-    ledger = SimpleNamespace(rows_trained=0)
-    intake = SimpleNamespace(ledger=ledger, trained=lambda batch: setattr(ledger, "rows_trained", batch))
+    intake = SimpleNamespace(tokens_trained=0, trained=lambda batch: setattr(intake, "tokens_trained", batch))
     run.train_step = lambda batch: None  # type: ignore[method-assign]
     published = []
     for _ in range(8):
         loop = Snapshots(run, intake)
         for _ in range(3):
-            loop._step(ledger.rows_trained + 100)  # type: ignore[arg-type]
+            loop._step(intake.tokens_trained + 100)  # type: ignore[arg-type]
         published += loop.published
 
     assert published == [1000, 2000]
@@ -273,7 +273,7 @@ def test_a_paused_run_rests(tmp_path: Path) -> None:
     """It asks for no rows: the intake here could give none."""
     run = two_hooks(tmp_path)
     run.roster.paused = True
-    loop = Snapshots(run, SimpleNamespace(ledger=SimpleNamespace(rows_trained=100)))
+    loop = Snapshots(run, SimpleNamespace(tokens_trained=100))
     loop._turn()
 
     assert loop.published == []
@@ -284,16 +284,13 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     run = two_hooks(tmp_path)
     run.initialise(batches(1)[0].x)
     run.train_step = lambda batch: None  # type: ignore[method-assign]
-    ledger = SimpleNamespace(rows_trained=0)
-    clock = Clock(
-        run,
-        SimpleNamespace(  # type: ignore[arg-type]
-            ledger=ledger,
-            trained=lambda rows: setattr(ledger, "rows_trained", ledger.rows_trained + rows),
-            buffer_report=lambda: BufferReport("training", 7, 9, 0.5),
-            stream_report=StreamReport,
-        ),
+    intake = SimpleNamespace(
+        tokens_trained=0,
+        trained=lambda rows: setattr(intake, "tokens_trained", intake.tokens_trained + rows),
+        buffer_report=lambda: BufferReport("training", 7, 9, 0.5),
+        stream_report=StreamReport,
     )
+    clock = Clock(run, intake)  # type: ignore[arg-type]
     clock.work(32)  # type: ignore[arg-type]
     time.sleep(0.1)
     first, second = clock.report(), clock.report()
@@ -311,10 +308,11 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
 def test_the_summary_tells_what_was_quarantined(tmp_path: Path) -> None:
     """Beside what was trained on, each under its own name."""
     run = two_hooks(tmp_path)
-    ledger = SimpleNamespace(rows_trained=100, tokens_quarantined=8, quarantined=[{"shard": 3}], quarantined_ratio=0.5)
-    told = summary(run, SimpleNamespace(ledger=ledger), SimpleNamespace(tokens=100, saes=[]), None)  # type: ignore[arg-type]
+    quarantine = Quarantine((QuarantinedShard(epoch=0, shard=3, rows=8, reason="torn"),), ratio=0.5)
+    intake = SimpleNamespace(tokens_trained=100, quarantine=lambda: quarantine)
+    told = summary(run, intake, SimpleNamespace(tokens=100, saes=[]), None)  # type: ignore[arg-type]
 
     assert {name: told[name] for name in ("tokens", "rows_trained", "rows_set_aside", "quarantined_ratio")} == {
         "tokens": 100, "rows_trained": 100, "rows_set_aside": 8, "quarantined_ratio": 0.5,
     }  # fmt: skip
-    assert told["shards_set_aside"] == [{"shard": 3}]
+    assert told["shards_set_aside"] == [{"epoch": 0, "shard": 3, "rows": 8, "reason": "torn"}]

@@ -96,8 +96,8 @@ def test_a_slow_trainer_makes_producers_wait(endpoint: str) -> None:
             time.sleep(0.02)
             with intake.lock:
                 assert intake.buffer is not None
-                assert intake.buffer.rows == intake.ledger.rows_buffered
-                assert intake.ledger.rows_buffered + intake.ledger.rows_credited <= CAPACITY
+                assert intake.buffer.rows == intake.ledger.tokens_buffered
+                assert intake.ledger.tokens_buffered + intake.ledger.tokens_credited <= CAPACITY
         waited = [producer.link.stall_seconds["credit"] for producer in producers]
 
         assert sum(waited) > 0.1
@@ -114,7 +114,7 @@ def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> 
     payload = b"".join(x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in sent)
     with trainer(settings) as intake, Peer(settings, hello_of(named_source(), dtype, hooks=hooks)) as peer:
         peer.join().chunk(payload)
-        wait_for(lambda: intake.ledger.rows_received)
+        wait_for(lambda: intake.ledger.tokens_received)
         assert intake.buffer is not None
         batch = intake.buffer.draw(CHUNK_ROWS)
 
@@ -174,7 +174,7 @@ def test_a_message_that_cannot_be_used_is_dropped_and_counted(
         peer.join()
         misbehave(peer)
         peer.chunk()
-        wait_for(lambda: intake.ledger.rows_received == CHUNK_ROWS)
+        wait_for(lambda: intake.ledger.tokens_received == CHUNK_ROWS)
         peer.leave()
 
         assert intake.ledger.errors == {kind: 1}
@@ -286,7 +286,7 @@ def test_a_faulty_chunk_ends_its_session(endpoint: str, code: str, changes: dict
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join().chunk()
-        wait_for(lambda: intake.ledger.rows_received == CHUNK_ROWS)
+        wait_for(lambda: intake.ledger.tokens_received == CHUNK_ROWS)
         bad = peer.chunk(**changes)
         reject = peer.hear(Reject)
 
@@ -319,7 +319,7 @@ def test_what_follows_a_faulty_chunk_is_not_taken(endpoint: str) -> None:
         wait_for(lambda: intake.ledger.errors["unknown_session"] == 3)
 
         assert intake.ledger.rejected == {"non_finite": CHUNK_ROWS, "unknown_session": 3 * CHUNK_ROWS}
-        assert intake.ledger.rows_received == 0
+        assert intake.ledger.tokens_received == 0
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -330,11 +330,11 @@ def test_a_chunk_beyond_credit_is_not_taken(endpoint: str) -> None:
         peer.join()
         for number in range(8):
             peer.chunk(lease=peer.leases[number // 4])
-        wait_for(lambda: intake.ledger.rows_received == CAPACITY)
+        wait_for(lambda: intake.ledger.tokens_received == CAPACITY)
         peer.chunk(b"", lease=peer.leases[1])
 
         assert peer.hear(Reject).code == "credit"
-        assert intake.ledger.rows_received == CAPACITY
+        assert intake.ledger.tokens_received == CAPACITY
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -348,7 +348,7 @@ def test_a_producer_that_sends_nothing_but_nan_costs_no_shard(endpoint: str) -> 
         producer = Producing(settings)
 
         assert finish(intake, producer) == every_name()
-        assert not intake.ledger.quarantined and intake.ledger.rejected["non_finite"] > 0
+        assert not intake.ledger.shards.quarantined and intake.ledger.rejected["non_finite"] > 0
 
 
 # The network
@@ -409,7 +409,7 @@ def test_an_old_attempt_is_fenced_off(endpoint: str) -> None:
     with trainer(settings) as intake, Peer(settings) as peer:
         old = peer.join().leases[0]
         peer.say(ShardFail(shard=old.shard, epoch=old.epoch, attempt=old.attempt, error="a hiccup", retry=True))
-        wait_for(lambda: intake.ledger.open[0].holder is None)
+        wait_for(lambda: intake.ledger.shards.open[0].holder is None)
         peer.chunk(lease=old)
         wait_for(lambda: intake.ledger.rejected)
 
@@ -490,7 +490,7 @@ def test_a_producer_of_another_stream_is_refused(endpoint: str, changes: dict, f
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as first:
         first.join().chunk()
-        wait_for(lambda: intake.ledger.settled)
+        wait_for(lambda: intake.ledger.identity.is_settled)
         refused = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
         ours = {"hooks": "width 4", "dtype": "float32"}.get(fact, str(getattr(first.hello, fact)))
 

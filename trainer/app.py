@@ -33,7 +33,8 @@ from trainer.state.durable import replace_text, sweep
 from trainer.state.home import Home, HomeError
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer, pool_rows
 from trainer.stream.intake import TORCH_DTYPE, Intake, IntakeError, check_room
-from trainer.stream.ledger import Ledger, Limits
+from trainer.stream.ledger.credit import CreditPolicy, FairCredit, OrderedCredit
+from trainer.stream.ledger.ledger import Ledger, Limits
 from trainer.training.loop import Loop, is_complete, quarantine_fault, write_settings
 from trainer.training.publishing import summary
 from trainer.training.roster import Roster
@@ -63,10 +64,10 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         roster = Roster.of(settings.sae) if saved is None else roster_of(saved[0], settings)
         write_settings(settings, roster)
         ledger = open_ledger(settings, saved)
-        if moved := supersede_after(directory, ledger.rows_trained):
+        if moved := supersede_after(directory, ledger.tokens_trained):
             log.warning(
                 "%d snapshots are beyond the checkpoint, which has %s rows, and were moved to %s: %s",
-                len(moved), f"{ledger.rows_trained:,}", moved[0].parent, ", ".join(path.name for path in moved),
+                len(moved), f"{ledger.tokens_trained:,}", moved[0].parent, ", ".join(path.name for path in moved),
             )  # fmt: skip
         registry = new_registry()
         model = settings.model.name if settings.model else "synthetic"
@@ -109,13 +110,12 @@ def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
 
     deterministic = settings.run.deterministic
     limits = Limits(
-        capacity_rows=settings.buffer.rows,
+        capacity=settings.buffer.rows,
         seed=settings.run.seed,
         epochs=settings.corpus.epochs or None,
         heartbeat_seconds=settings.stream.heartbeat_seconds,
         dead_seconds=settings.stream.dead_seconds,
         stall_seconds=settings.stream.stall_seconds,
-        pool_rows=pool_rows(settings.buffer.rows) if deterministic else None,
         expected={
             "hooks": settings.hooks,
             "dtype": settings.stream.dtype,
@@ -124,7 +124,10 @@ def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
         }
         | ({"deterministic": True} if deterministic else {}),
     )
-    ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint])
+    policy: CreditPolicy = FairCredit()
+    if deterministic:
+        policy = OrderedCredit(limits.capacity - pool_rows(limits.capacity), limits.dead_seconds)
+    ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint], policy)
     if saved is not None:
         document, tensors = saved
         if faults := ledger_faults(document["ledger"], tensors):
@@ -136,8 +139,8 @@ def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
             name.removeprefix("ledger/"): bits.numpy() for name, bits in tensors.items() if name.startswith("ledger/")
         }
         ledger.restore(document["ledger"], bits)
-        log.info("resuming run %s at %s rows", ledger.run, f"{ledger.rows_trained:,}")
-        if ledger.exhausted and quarantine_fault(settings, ledger):
+        log.info("resuming run %s at %s rows", ledger.run, f"{ledger.tokens_trained:,}")
+        if not ledger.phase.is_receiving and quarantine_fault(settings, ledger.quarantine):
             log.warning("the run had failed; %d quarantined shards are tried again", ledger.retry_quarantined())
     return ledger
 
@@ -170,10 +173,10 @@ def _train(
             signal.signal(signal.SIGHUP, lambda *_: intake.keys_changed())
         if is_complete(settings, ledger) or roster.ended:
             intake.drain(finished=True)
-            if fault := quarantine_fault(settings, ledger):
+            if fault := quarantine_fault(settings, ledger.quarantine):
                 raise IntakeError(fault)
             what = "every SAE is finished" if roster.ended else "raise run.tokens to go on"
-            log.info("the run is complete with %s rows; %s", f"{ledger.rows_trained:,}", what)
+            log.info("the run is complete with %s rows; %s", f"{ledger.tokens_trained:,}", what)
             return
         (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
@@ -187,26 +190,30 @@ def _train(
             intake.drain(finished=True)  # starting again would not help
             raise
         inbox.close()
+        quarantine = ledger.quarantine
         if complete and reports.last is None:
             intake.drain(finished=True)
-            raise IntakeError(f"not one row could be trained on; quarantined shards: {ledger.quarantined[:3]}")
+            first = "; ".join(
+                f"{shard.shard} of epoch {shard.epoch}: {shard.reason!r}" for shard in quarantine.shards[:3]
+            )
+            raise IntakeError(f"not one row could be trained on; quarantined shards: {first}")
         # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
-        fault = quarantine_fault(settings, ledger) if complete else None
+        fault = quarantine_fault(settings, ledger.quarantine) if complete else None
         if complete and loop.run is not None and reports.last is not None:
             told = summary(loop.run, intake, reports.last, fault)
             replace_text(directory / "summary.json", json.dumps(told, indent=1) + "\n")
         if loop.run is not None and (present := home.present_path) is not None:
             loop.save(present)
         intake.drain(finished=complete)
-        if ledger.quarantined:
-            tokens = ledger.tokens_quarantined
+        if quarantine.shards:
+            tokens = quarantine.tokens
             number = "an unknown number of" if tokens is None else f"{tokens:,}"
-            log.warning("%d shards are quarantined, %s tokens were not trained on", len(ledger.quarantined), number)
+            log.warning("%d shards are quarantined, %s tokens were not trained on", len(quarantine.shards), number)
         if fault is not None:
             raise IntakeError(fault)
         if complete:
-            log.info("finished: %s rows, snapshots in %s", f"{ledger.rows_trained:,}", directory / "snapshots")
+            log.info("finished: %s rows, snapshots in %s", f"{ledger.tokens_trained:,}", directory / "snapshots")
         elif not home.is_here:
             raise HomeError(home.fault())
         else:
-            log.info("stopped at %s rows; the same command goes on", f"{ledger.rows_trained:,}")
+            log.info("stopped at %s rows; the same command goes on", f"{ledger.tokens_trained:,}")

@@ -49,7 +49,7 @@ class TrainerHealth:
             return False, state
         if self._loop is None:
             return False, "starting: the stream is not open yet"
-        if self._loop.intake.ledger.winding_down:
+        if self._loop.intake.is_winding_down:
             return False, "draining: producers are given no more work"
         return True, state
 

@@ -34,7 +34,7 @@ from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Resu
 from trainer.settings import TrainerSettings
 from trainer.stream.buffer import ShuffleBuffer
 from trainer.stream.intake import TORCH_DTYPE, Intake
-from trainer.stream.ledger import Ledger, Limits
+from trainer.stream.ledger.ledger import Ledger, Limits
 
 RUN_FILE = "deploy/demo.toml"
 SECONDS, SETTLING_SECONDS = 2.5, 1.0
@@ -123,13 +123,13 @@ class RunningProducer:
     def rate(self, seconds: float) -> float:
         """Rows per second that arrive while they are taken as they come."""
         self._take_for(SETTLING_SECONDS)
-        rows, began = self._ledger.rows_received, time.monotonic()
+        rows, began = self._ledger.tokens_received, time.monotonic()
         self._take_for(seconds)
-        return (self._ledger.rows_received - rows) / (time.monotonic() - began)
+        return (self._ledger.tokens_received - rows) / (time.monotonic() - began)
 
     def rows(self) -> torch.Tensor:
         """Copies of the rows that wait, at most a bufferful."""
-        return self._intake.peek(self._intake.ledger.limits.capacity_rows)[0]
+        return self._intake.peek(self._intake.ledger.limits.capacity)[0]
 
     def _take_for(self, seconds: float) -> None:
         """From the first batch on that can be had."""

@@ -33,7 +33,7 @@ from tests.benchmarks.sending import chunk_rows
 from tests.benchmarks.subject import HOOK, Size, correlated_rows, sae_trainer
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.intake import Intake
-from trainer.stream.ledger import Ledger, Limits
+from trainer.stream.ledger.ledger import Ledger, Limits
 
 WIDTH = 1024
 SECONDS, SETTLING_SECONDS = 2.0, 0.5
@@ -158,10 +158,10 @@ class Taking(_End):
         """MB/s that arrive while rows are taken as they come."""
         for seconds in (SETTLING_SECONDS, seconds):  # noqa: B020
             self.take()
-            rows, began = self._ledger.rows_received, time.perf_counter()
+            rows, began = self._ledger.tokens_received, time.perf_counter()
             while time.perf_counter() - began < seconds:
                 self.take()
-        rate = (self._ledger.rows_received - rows) / (time.perf_counter() - began)
+        rate = (self._ledger.tokens_received - rows) / (time.perf_counter() - began)
         return rate * self._row_bytes / 1e6
 
     def take(self) -> Batch:

@@ -56,7 +56,7 @@ def mutations(folder: Path, quick: bool) -> Outcome:
 def _caught(folder: Path, name: str) -> str:
     """By which search the machine catches the bug; "" when by none."""
     copy = _copy(folder / name.replace(" ", "-"))
-    path = copy / PLACES["trainer.stream.ledger"][0]
+    path = copy / PLACES[BUGS[name].module][0]
     path.write_text(plant(path.read_text("utf-8"), BUGS[name]), "utf-8")
     for told, examples, steps in (("at once", 100, 40), ("in a longer search", 400, 120)):
         search = _explore_in(copy, examples, steps, 0)
@@ -97,10 +97,10 @@ def explore(examples: int, steps: int, number: int) -> int:
     from hypothesis import HealthCheck, Phase, seed, settings
     from hypothesis.stateful import run_state_machine_as_test
 
-    import trainer.stream.ledger
+    import trainer.stream.ledger.ledger as module
     from tests.test_ledger_machine import Stream
 
-    assert Path(trainer.stream.ledger.__file__).is_relative_to(Path.cwd()), "another tree than this one is explored"
+    assert Path(module.__file__).is_relative_to(Path.cwd()), "another tree than this one is explored"
     moves = counting(Stream)
     run_state_machine_as_test(
         seed(number)(Stream),

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import trainer.training.loop
 from trainer.__main__ import main
 from trainer.stream.buffer import Batch
-from trainer.stream.ledger import Ledger, Send
+from trainer.stream.ledger.ledger import Ledger
+from trainer.stream.ledger.sessions import Send
 from trainer.training.run import Run
 
 ROWS_FILE = Path(sys.argv[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from producer.common.run_file import settings_from
@@ -59,7 +60,7 @@ def status(loop: Loop, _: dict[str, Any]) -> Answer:
     buffer, stream, run = loop.intake.buffer_report(), loop.intake.stream_report(), loop.run
     state = "paused" if loop.roster.paused else "waiting" if run is None else buffer.state
     return {
-        "run": loop.intake.ledger.run,
+        "run": loop.intake.run_id,
         "state": state,
         "tokens": loop.tokens,
         "target_tokens": loop.settings.run.tokens,
@@ -76,20 +77,16 @@ def status(loop: Loop, _: dict[str, Any]) -> Answer:
 
 def _trouble(loop: Loop) -> Answer:
     """Shards that are not trained on, and those on which producers are lost; the newest few by name."""
-    with loop.intake.lock:
-        ledger = loop.intake.ledger
-        return {
-            "quarantined": {
-                "shards": len(ledger.quarantined),
-                "tokens": ledger.tokens_quarantined,
-                "newest": ledger.quarantined[-MOST_NAMED:],
-            },
-            "suspects": [
-                {"epoch": shard.epoch, "shard": shard.shard, "deaths": shard.deaths}
-                for shard in ledger.suspects[-MOST_NAMED:]
-            ],
-            "suspect_shards": len(ledger.suspects),
-        }
+    quarantine, suspects = loop.intake.quarantine(), loop.intake.suspects()
+    return {
+        "quarantined": {
+            "shards": len(quarantine.shards),
+            "tokens": quarantine.tokens,
+            "newest": [asdict(shard) for shard in quarantine.shards[-MOST_NAMED:]],
+        },
+        "suspects": [asdict(shard) for shard in suspects[-MOST_NAMED:]],
+        "suspect_shards": len(suspects),
+    }
 
 
 def _sae(loop: Loop, member: Member) -> Answer:
@@ -153,7 +150,7 @@ def cooldown(loop: Loop, given: dict[str, Any]) -> Answer:
 def attach(loop: Loop, given: dict[str, Any]) -> Answer:
     """A new SAE joins the stream; it learns from the next batch on."""
     run = _begun(loop)
-    if loop.intake.ledger.winding_down:
+    if loop.intake.is_winding_down:
         raise CommandError("the run is draining and leaves soon; start it again, then attach")
     table = given.get("sae")
     if not isinstance(table, dict):
@@ -220,12 +217,10 @@ def resume(loop: Loop, _: dict[str, Any]) -> Answer:
 
 def retry_quarantined(loop: Loop, _: dict[str, Any]) -> Answer:
     """Shards that were quarantined are leased again, for the rows that they lack."""
-    with loop.intake.lock:
-        ledger = loop.intake.ledger
-        if ledger.winding_down:
-            raise CommandError("the run is draining and leaves soon; start it again, then try")
-        count, left = ledger.retry_quarantined(), len(ledger.quarantined)
-    if not count:
+    if loop.intake.is_winding_down:
+        raise CommandError("the run is draining and leaves soon; start it again, then try")
+    if not (count := loop.intake.retry_quarantined()):
+        left = len(loop.intake.quarantine().shards)
         older = f"; an older release quarantined {left} shards, and kept nothing to try them again with" if left else ""
         return {"said": f"no shard can be tried again{older}", "shards": 0}
     _keep(loop)
@@ -238,10 +233,7 @@ def drain(loop: Loop, _: dict[str, Any]) -> Answer:
         raise CommandError("a deterministic run cannot train on what happens to be under way: stop it with SIGTERM")
     if loop.roster.paused:
         raise CommandError("the run is paused: `resume` it first, or stop the trainer with SIGTERM")
-    with loop.intake.lock:
-        ledger = loop.intake.ledger
-        ledger.wind_down()
-        rows = ledger.rows_buffered + ledger.rows_credited
+    rows = loop.intake.wind_down()
     return {"said": f"draining: at most {rows:,} rows are trained yet, then the trainer leaves", "rows": rows}
 
 

@@ -69,6 +69,13 @@ class ShuffleBuffer:
         self._put(self._order[self.rows : end], x, serial, position)
         self.rows = end
 
+    def is_full_enough(self, count: int, oldest: int) -> bool:
+        """Whether a batch of `count` may be drawn: the buffer is half full, so that each batch mixes many contexts.
+
+        Every activation of the serials below `oldest` is here.
+        """
+        return self.rows >= max(count, self.capacity // 2)
+
     def draw(self, count: int) -> Batch:
         """Takes `count` rows out, uniformly without replacement. Raises ValueError when there are fewer."""
         if count > self.rows:
@@ -169,6 +176,10 @@ class OrderedBuffer(ShuffleBuffer):
         if self._missing:
             slots = self._put_back(serial, position, slots)
         self._waiting.setdefault(serial, deque()).append(slots)
+
+    def is_full_enough(self, count: int, oldest: int) -> bool:
+        """Lets rows into the pool whose turn has come, and says whether it is full."""
+        return self.fill(oldest)
 
     def fill(self, oldest: int) -> bool:
         """Lets rows into the pool whose turn has come, and says whether it is full.

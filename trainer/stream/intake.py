@@ -48,9 +48,11 @@ from producer.wire import (
 )
 from trainer.planning.cost import buffer_bytes
 from trainer.report import StreamReport
-from trainer.stream.buffer import Batch, BufferState, OrderedBuffer, ShuffleBuffer
+from trainer.stream.buffer import Batch, BufferState, ShuffleBuffer
 from trainer.stream.connections import Connection, Connections
-from trainer.stream.ledger import Accepted, Ledger, Quarantine, Send, StreamPhase, SuspectShard
+from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, StreamPhase
+from trainer.stream.ledger.sessions import Send, activation_bytes
+from trainer.stream.ledger.shards import Quarantine, SuspectShard
 
 log = logging.getLogger("sluice.trainer")
 
@@ -185,7 +187,7 @@ class Intake:
     @property
     def is_winding_down(self) -> bool:
         """`wind_down` was called: producers are given no more work."""
-        return self.ledger.winding_down
+        return self.ledger.is_winding_down
 
     @property
     def run_id(self) -> str:
@@ -195,23 +197,23 @@ class Intake:
     @property
     def tokens_trained(self) -> int:
         """Since the run began, restarts included."""
-        return self.ledger.rows_trained
+        return self.ledger.tokens_trained
 
     @property
     def epoch(self) -> int:
         """The epoch whose shards are leased, from 0."""
-        return self.ledger.epoch
+        return self.ledger.shards.epoch
 
     @property
     def stream(self) -> Hello | None:
         """What the run streams; None until the first activations have arrived, which decide it for good."""
         with self.lock:
-            return self.ledger.stream if self.ledger.settled else None
+            return self.ledger.identity.hello if self.ledger.identity.is_settled else None
 
     @property
     def norm_bounds(self) -> list[float] | None:
         """Of each hook, the norm beyond which producers drop an activation."""
-        return self.ledger.norm_bounds
+        return self.ledger.identity.norm_bounds
 
     def quarantine(self) -> Quarantine:
         """The quarantined shards."""
@@ -221,7 +223,7 @@ class Intake:
     def suspects(self) -> list[SuspectShard]:
         """Shards on which producers are lost; they are leased last."""
         with self.lock:
-            return [SuspectShard(shard.epoch, shard.shard, shard.deaths) for shard in self.ledger.suspects]
+            return self.ledger.shards.suspects()
 
     def retry_quarantined(self) -> int:
         """Leases quarantined shards again, for the activations that they lack; how many shards these are."""
@@ -232,7 +234,7 @@ class Intake:
         """Asks nothing more of producers; how many tokens are buffered or may still come."""
         with self.lock:
             self.ledger.wind_down()
-            return self.ledger.rows_buffered + self.ledger.rows_credited
+            return self.ledger.tokens_buffered + self.ledger.tokens_credited
 
     def filled(self, count: int) -> bool:
         """Whether `take(count)` would not wait."""
@@ -270,7 +272,7 @@ class Intake:
     def trained(self, batch: Batch) -> None:
         """A step has consumed `batch`: its rows count as trained and their places are free again."""
         with self.lock:
-            self.ledger.trained(batch.serial, batch.position)
+            self.ledger.mark_trained(batch.serial, batch.position)
 
     def peek(self, count: int) -> list[torch.Tensor]:
         """Copies of up to `count` waiting rows per hook, none while no producer has come; they stay."""
@@ -307,8 +309,8 @@ class Intake:
     def buffer_report(self) -> BufferReport:
         with self.lock:
             rows = self.buffer.held if self.buffer else 0
-            capacity = self.ledger.limits.capacity_rows
-            if self.ledger.exhausted or self.ledger.winding_down:
+            capacity = self.ledger.limits.capacity
+            if self.ledger.phase is not StreamPhase.OPEN:
                 state = "draining"
             elif not self._served:
                 state = "filling"
@@ -321,19 +323,15 @@ class Intake:
             raise IntakeError(f"the stream's thread failed: {self._failure!r}") from self._failure
         if self.buffer is None:
             return False
-        if isinstance(self.buffer, OrderedBuffer):
-            full = self.buffer.fill(self.ledger.oldest)
-            return full or (self.ledger.exhausted and self.buffer.rows > 0)
-        if self.ledger.dry:
-            return self.buffer.rows > 0
-        return self.buffer.rows >= max(count, self.buffer.capacity // 2)
+        is_full = self.buffer.is_full_enough(count, self.ledger.shards.oldest)
+        return is_full or (self.buffer.rows > 0 and not self.ledger.phase.is_receiving)
 
     def _refuse_gaps(self) -> None:
         """Deterministic mode: a shard that is quarantined ends the run; how much of it came depends on who failed."""
-        if self.ledger.limits.pool_rows is not None and self.ledger.quarantined:
-            fault = self.ledger.quarantined[0]
+        if self.ledger.policy.quarantine_ends_run and self.ledger.shards.quarantined:
+            shard = self.ledger.shards.quarantined[0]
             raise IntakeError(
-                f"shard {fault['shard']} failed ({fault['reason']}), and run.deterministic trains on all rows or none: "
+                f"shard {shard.shard} failed ({shard.reason}), and run.deterministic trains on all rows or none: "
                 "mend what is wrong with it, then start the trainer again; it goes on from its checkpoint"
             )
 
@@ -410,14 +408,14 @@ class Intake:
         """Who waits for whom, kept for the last ten seconds; and, every second, whether the books balance."""
         now = time.monotonic()
         sessions = self.ledger.sessions.values()
-        if any(one.leases for one in sessions) and not any(one.leases and one.credit_rows for one in sessions):
+        if any(one.leases for one in sessions) and not any(one.leases and one.credit_tokens for one in sessions):
             self._credit_wait += now - self._looked
         self._looked = now
         if now - self._waits[-1][0] >= 1.0:
             self._waits.append((now, self._data_wait, self._credit_wait))
             for fault in self.ledger.audit(self.buffer.held if self.buffer is not None else 0):
                 log.error("an invariant is broken, please report it: %s", fault)
-            for notice in self.ledger.take_notices():
+            for notice in self.ledger.failures.pop_notices():
                 self._outside.warning("%s", notice)
 
     def _close(self) -> None:
@@ -499,7 +497,7 @@ class Intake:
         with self.lock:
             session = None if route is None else self._session_of.get(route)
             if session in self.ledger.sessions:
-                return self.ledger.refuse(session, "internal", INTERNAL)
+                return self.ledger.reject(session, "internal", INTERNAL)
             self.ledger.errors["internal"] += 1
             return [] if route is None else self._turn_away(route, "internal", INTERNAL, retry=True)
 
@@ -509,7 +507,7 @@ class Intake:
         connection = self._connection_of.get(session) if session is not None else None
         if session is not None and connection is not None and not connection.brought(frames[0]):
             with self.lock:
-                self.ledger.gone(session)  # another connection has taken this one's identity
+                self.ledger.disconnect(session)  # another connection has taken this one's identity
             self._leave_route(session)
             session = connection = None
         if connection is None:
@@ -570,7 +568,7 @@ class Intake:
             try:
                 self._prepare_buffer()
             except NoRoomError as error:
-                sends = self.ledger.refuse(hello.session, "memory", str(error), retry=False)
+                sends = self.ledger.reject(hello.session, "memory", str(error), retry=False)
             else:
                 self._outside.info("producer %s joins (%d at work)", hello.name, len(self.ledger.sessions))
                 if connection is not None:
@@ -583,7 +581,7 @@ class Intake:
 
     def _prepare_buffer(self) -> None:
         """A buffer for what the run streams. Before the first row another stream may take the place of the first."""
-        stream = self.ledger.stream
+        stream = self.ledger.identity.hello
         assert stream is not None
         if self._buffered is stream:
             return
@@ -613,10 +611,10 @@ class Intake:
             reason = "chunk holds NaN or infinity"
             if self.ledger.sessions[session].hello.provenance.get("model_dtype") == "float16":
                 reason += ", as float16 gives beyond 65504; set model.dtype to bfloat16 or float32"
-            return self.ledger.refuse(session, "non_finite", reason, chunk.rows, poisoned=True)
+            return self.ledger.reject(session, "non_finite", reason, chunk.rows, blames_shard=True)
         buffer = self.buffer
 
-        def insert(accepted: Accepted) -> None:
+        def insert(accepted: AcceptedChunk) -> None:
             if x is not None:
                 buffer.insert(x, accepted.serial, accepted.position)
 
@@ -635,15 +633,14 @@ class Intake:
                 if not (isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN)):
                     self._fail("an answer")
                 with self.lock:
-                    self.ledger.gone(send.session)
+                    self.ledger.disconnect(send.session)
 
     def _allow(self, session: str) -> None:
         """Its connection may hold the chunks that it has credit for."""
         connection, known = self._connection_of.get(session), self.ledger.sessions.get(session)
         if connection is not None and known is not None:
-            row_bytes = DTYPE_BYTES[known.hello.dtype] * sum(hook.width for hook in known.hello.hooks)
-            headers = (known.granted - known.received) * MAX_HEADER_BYTES
-            self._connections.allow(connection, known.credit_rows * row_bytes + headers)
+            headers = known.chunks_in_flight * MAX_HEADER_BYTES
+            self._connections.allow(connection, known.credit_tokens * activation_bytes(known.hello) + headers)
 
     def _forget_the_ended(self) -> None:
         """Drops the routes of sessions that are over; whoever still speaks there is a stranger."""

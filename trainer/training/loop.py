@@ -28,7 +28,8 @@ from trainer.state.checkpoint import Saved
 from trainer.state.durable import replace_text
 from trainer.stream.buffer import Batch, same_context_mates
 from trainer.stream.intake import Intake
-from trainer.stream.ledger import Ledger
+from trainer.stream.ledger.ledger import Ledger, StreamPhase
+from trainer.stream.ledger.shards import Quarantine
 from trainer.training.publishing import publish_snapshot, run_facts
 from trainer.training.roster import Roster
 from trainer.training.run import Run
@@ -93,7 +94,7 @@ class Loop:
 
     @property
     def tokens(self) -> int:
-        return self.intake.ledger.rows_trained
+        return self.intake.tokens_trained
 
     @property
     def complete(self) -> bool:
@@ -105,9 +106,7 @@ class Loop:
     @property
     def drained(self) -> bool:
         """It was asked to leave, and everything that was under way is trained."""
-        ledger = self.intake.ledger
-        with self.intake.lock:
-            return ledger.winding_down and ledger.dry and not ledger.rows_buffered
+        return self.intake.phase is StreamPhase.WOUND_DOWN
 
     def work(self) -> bool:
         """Trains until the run is complete (True), or until it is told to stop (False)."""
@@ -216,10 +215,8 @@ class Loop:
 
     def _begin(self) -> None:
         """Goes on with the run as it was saved, or with a new one, once the stream's shape is known."""
-        ledger = self.intake.ledger
-        if self.run is None and ledger.settled:
-            assert ledger.stream is not None
-            run = Run(self.settings, ledger.stream, self.roster)
+        if self.run is None and (stream := self.intake.stream) is not None:
+            run = Run(self.settings, stream, self.roster)
             document, tensors = self._saved
             run.restore(document, tensors)
             tensors.clear()
@@ -327,18 +324,18 @@ def written(what: str, write: Callable[[], object]) -> bool:
 
 def is_complete(settings: TrainerSettings, ledger: Ledger) -> bool:
     """The token budget or the data is used up."""
-    return ledger.finished or not _rows_due(settings, ledger.rows_trained)
+    return ledger.phase is StreamPhase.EXHAUSTED or not _rows_due(settings, ledger.tokens_trained)
 
 
-def quarantine_fault(settings: TrainerSettings, ledger: Ledger) -> str | None:
+def quarantine_fault(settings: TrainerSettings, quarantine: Quarantine) -> str | None:
     """Why a run that has come to its end has failed: too many of its shards are quarantined; None when it has not."""
-    if ledger.quarantined_ratio <= settings.run.max_quarantined_ratio:
+    if quarantine.ratio <= settings.run.max_quarantined_ratio:
         return None
-    first = ledger.quarantined[0]
+    first = quarantine.shards[0]
     return (
-        f"{len(ledger.quarantined)} shards, {ledger.quarantined_ratio:.1%} of those begun, are quarantined, and "
+        f"{len(quarantine.shards)} shards, {quarantine.ratio:.1%} of those begun, are quarantined, and "
         f"run.max_quarantined_ratio = {settings.run.max_quarantined_ratio:g}: the run has failed. The first is shard "
-        f"{first['shard']} of epoch {first['epoch']}: {first['reason']!r}. Mend what is wrong and start the trainer "
+        f"{first.shard} of epoch {first.epoch}: {first.reason!r}. Mend what is wrong and start the trainer "
         "again, which tries them again, or raise run.max_quarantined_ratio"
     )
 
@@ -355,7 +352,7 @@ class Clock:
     def __init__(self, run: Run, intake: Intake) -> None:
         self._run, self._intake = run, intake
         self._reported_at = time.monotonic()
-        self._reported_tokens = intake.ledger.rows_trained
+        self._reported_tokens = intake.tokens_trained
         self._busy = 0.0
         self._steps = 0
         self._rate = 0.0
@@ -372,7 +369,7 @@ class Clock:
         if self._run.roster.paused:
             return 0.0
         elapsed = time.monotonic() - self._reported_at
-        trained = self._intake.ledger.rows_trained - self._reported_tokens
+        trained = self._intake.tokens_trained - self._reported_tokens
         # Just after a report its own rate tells more.
         return trained / elapsed if elapsed > REPORT_SECONDS / 2 else self._rate
 
@@ -391,7 +388,7 @@ class Clock:
 
     def look(self) -> StepReport:
         """What `report` would say, without beginning a new interval."""
-        run, buffer, tokens = self._run, self._intake.buffer_report(), self._intake.ledger.rows_trained
+        run, buffer, tokens = self._run, self._intake.buffer_report(), self._intake.tokens_trained
         elapsed = time.monotonic() - self._reported_at
         mates = same_context_mates(run.last_batch, run.stream.context) if run.last_batch is not None else float("nan")
         return StepReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -116,9 +117,9 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
 
 def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
     """What a manifest tells of the run."""
-    hooks, bounds = run.stream.hooks, intake.ledger.norm_bounds
+    hooks, bounds = run.stream.hooks, intake.norm_bounds
     return {
-        "id": intake.ledger.run,
+        "id": intake.run_id,
         "settings": run.roster.resolve(run.settings).model_dump(mode="json", exclude_none=True),
         "stream": {
             **run.stream.provenance,
@@ -128,7 +129,7 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
             "hooks": [hook.model_dump() for hook in hooks],
             "norm_bounds": bounds and {hook.name: bound for hook, bound in zip(hooks, bounds, strict=True)},
         },
-        "epoch": intake.ledger.epoch,
+        "epoch": intake.epoch,
     }
 
 
@@ -137,16 +138,17 @@ def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> 
 
     `rows_set_aside` is None, in JSON null, when nobody knows how many rows some quarantined shard has.
     """
+    quarantine = intake.quarantine()
     return {
         "outcome": "finished" if fault is None else "failed",
         "fault": fault,
         "tokens": report.tokens,
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(report.tokens / max(run.seconds, 1e-9), 1),
-        "rows_trained": intake.ledger.rows_trained,
-        "rows_set_aside": intake.ledger.tokens_quarantined,
-        "shards_set_aside": intake.ledger.quarantined,
-        "quarantined_ratio": round(intake.ledger.quarantined_ratio, 6),
+        "rows_trained": intake.tokens_trained,
+        "rows_set_aside": quarantine.tokens,
+        "shards_set_aside": [asdict(shard) for shard in quarantine.shards],
+        "quarantined_ratio": round(quarantine.ratio, 6),
         "saes": {
             sae_trainer.settings.name: numbers_of(run, sae_trainer, _of(report, sae_trainer))
             for sae_trainer in run.publishable

@@ -1,0 +1,519 @@
+"""The ledger of a run, as a pure state machine: which shard is leased to whom, and which activations are trained.
+
+Events go in (a producer says hello, a chunk arrives, a batch was trained, time passes), messages to send come out.
+No sockets, threads or torch; the clock is an argument. Every activation of the corpus has a name, (epoch, shard,
+position), and each ends up in exactly one place:
+
+    missing ──chunk──▶ buffered ──step──▶ trained
+       └─────outlier──▶ dropped       └─ quarantined, with its shard, after failures
+
+Four counters fence what is late: a lease's `attempt`, a session's chunk `number`, the trainer's `incarnation`, and
+absolute `credit`; all only grow. Memory is bounded by one rule: tokens buffered plus tokens that producers may still
+send never exceed the buffer's capacity.
+
+What a checkpoint keeps is `state()`: per open shard one bit per position for *trained* and one for *dropped*.
+Activations that were buffered and not trained are leased again after a restart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from producer.wire import (
+    MAX_CHUNK_BYTES,
+    Bye,
+    Chunk,
+    Drain,
+    Heartbeat,
+    Hello,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    Welcome,
+    unpack_bits,
+)
+from trainer.report import StreamReport
+from trainer.stream.ledger.credit import CreditPolicy, FairCredit
+from trainer.stream.ledger.failures import Failures
+from trainer.stream.ledger.identity import StreamIdentity
+from trainer.stream.ledger.sessions import Send, Session, chunk_size_fault
+from trainer.stream.ledger.shards import (
+    FailureReport,
+    OpenShard,
+    Quarantine,
+    QuarantinedShard,
+    ShardQueue,
+    ShardState,
+    count_bits,
+)
+
+MAX_SESSIONS = 256
+"""A tick looks at each of them; further producers are asked to come again."""
+
+
+SAVED = ("serial", "epoch", "shard", "attempt", "rows", "failures", "deaths")
+"""What a checkpoint keeps of an open shard besides its state and its bits."""
+
+
+class StreamPhase(Enum):
+    """How much is still to come from the stream. A run goes down this list; `retry_quarantined` takes it up again."""
+
+    OPEN = "open"
+    """Shards are leased and credit is granted."""
+    WINDING_DOWN = "winding down"
+    """Nothing is leased or granted any more; chunks under the credit granted before still arrive."""
+    DRAINING = "draining"
+    """No further activation arrives; the buffered ones are being trained."""
+    WOUND_DOWN = "wound down"
+    """The trainer was asked to leave: all that arrived is trained, and data is left."""
+    EXHAUSTED = "exhausted"
+    """Every activation of the data is trained, quarantined or dropped."""
+
+    @property
+    def is_receiving(self) -> bool:
+        """Further activations may arrive."""
+        return self in (StreamPhase.OPEN, StreamPhase.WINDING_DOWN)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to train on, here or on its way."""
+        return self in (StreamPhase.WOUND_DOWN, StreamPhase.EXHAUSTED)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The run's settings of the stream."""
+
+    capacity: int
+    """Tokens that the buffer holds."""
+    seed: int
+    epochs: int | None
+    heartbeat_seconds: float
+    dead_seconds: float
+    stall_seconds: float
+    expected: dict[str, Any] = field(default_factory=dict)
+    """Facts of the stream in the trainer's own run file: `hooks` (names), dtype, context, held_out."""
+
+
+@dataclass(frozen=True)
+class AcceptedChunk:
+    """A chunk whose activations go into the buffer."""
+
+    serial: int
+    """Of its shard."""
+    position: np.ndarray
+    """Of each activation, int64 [rows], in payload order."""
+
+
+class Ledger:
+    """See the module's docstring. Every method is called with a lock held by the owner.
+
+    The owner lets in only events of sessions that are in `sessions`, and turns strangers away itself.
+    """
+
+    def __init__(
+        self, limits: Limits, run: str, incarnation: str, endpoints: list[str], policy: CreditPolicy | None = None
+    ) -> None:
+        """`policy` says who is leased and granted what: `FairCredit`, or in deterministic mode `OrderedCredit`."""
+        self.limits = limits
+        self.policy = policy or FairCredit()
+        self.run = run
+        self.incarnation = incarnation
+        self.endpoints = endpoints
+        self.identity = StreamIdentity(limits.expected, self.policy.fixed_chunks)
+        self.sessions: dict[str, Session] = {}
+        self.shards = ShardQueue(limits.seed, limits.epochs)
+        self.failures = Failures(self.shards, self.sessions, limits.dead_seconds, self.policy.counts_reports_at_once)
+        self.tokens_trained = 0
+        self.tokens_dropped = 0
+        self.tokens_received = 0
+        self.sessions_lost = 0
+        self.rejected: Counter[str] = Counter()
+        """Tokens that arrived and were not taken, by reason."""
+        self.errors: Counter[str] = Counter()
+        """Messages that could not be used, by kind of fault."""
+        self.auth_failures = 0
+        self.violations: Counter[str] = Counter()
+        """Times that an invariant did not hold, by its name."""
+        self.is_winding_down = False
+        self._violation_texts: list[str] = []
+        self._steps = 0
+        self._drain: Drain | None = None
+        """What producers were told of this trainer's end."""
+
+    # What the owner asks
+
+    @property
+    def tokens_buffered(self) -> int:
+        return self.tokens_received - self.tokens_trained
+
+    @property
+    def tokens_credited(self) -> int:
+        """Tokens that producers may still send."""
+        return sum(session.credit_tokens for session in self.sessions.values())
+
+    @property
+    def _room(self) -> int:
+        return self.limits.capacity - self.tokens_buffered - self.tokens_credited
+
+    @property
+    def phase(self) -> StreamPhase:
+        """The one answer to what may still come."""
+        has_gap = self.policy.quarantine_ends_run and self.shards.quarantined
+        if self.shards.is_exhausted and not has_gap:
+            return StreamPhase.DRAINING if self.tokens_buffered else StreamPhase.EXHAUSTED
+        if not self.is_winding_down:
+            return StreamPhase.OPEN
+        if any(session.leases and session.credit_tokens for session in self.sessions.values()):
+            return StreamPhase.WINDING_DOWN
+        return StreamPhase.DRAINING if self.tokens_buffered else StreamPhase.WOUND_DOWN
+
+    @property
+    def quarantine(self) -> Quarantine:
+        return self.shards.quarantine
+
+    def report(self) -> StreamReport:
+        """The numbers of the stream, without those of waiting."""
+        counts = self.shards.counts()
+        return StreamReport(
+            producers={
+                "working": sum(bool(session.leases) for session in self.sessions.values()),
+                "idle": sum(not session.leases for session in self.sessions.values()),
+            },
+            leases={
+                "free": counts[ShardState.FREE],
+                "leased": counts[ShardState.LEASED],
+                "received": counts[ShardState.RECEIVED],
+                "trained": counts[ShardState.TRAINED],
+                "set_aside": counts[ShardState.QUARANTINED],
+            },
+            epoch=self.shards.epoch,
+            tokens_received=self.tokens_received,
+            tokens_quarantined=self.quarantine.tokens,
+            suspect_shards=len(self.shards.suspects()),
+            rows_rejected=dict(self.rejected),
+            rows_discarded=self.tokens_dropped,
+            protocol_errors=dict(self.errors),
+            auth_failures=self.auth_failures,
+            breaches={"trained_once": 0, "rows_accounted": 0, "memory_bound": 0} | self.violations,
+            credit_rows_outstanding=self.tokens_credited,
+            sessions_lost=self.sessions_lost,
+        )
+
+    # Events: each returns the messages to send
+
+    def hello(self, hello: Hello, now: float) -> list[Send]:
+        """A producer introduces itself; an older session of the same process, or of the same name, ends."""
+        for name, session in list(self.sessions.items()):
+            if session.hello.producer == hello.producer or name == hello.session:
+                self._end(name, died=False)
+        if reject := self._admission_fault(hello):
+            self.errors[f"refused_{reject.code}"] += 1
+            return [Send(hello.session, reject)]
+        if self.identity.is_new(hello):
+            self.identity.adopt(hello)
+            self.shards.begin(hello)
+        elif not self.identity.is_settled and not self.sessions:
+            # Bounds and provenance of a producer that has left without a row decide nothing.
+            self.identity.adopt(hello)
+        self.sessions[hello.session] = Session(hello, last_heard=now, last_progress=now)
+        welcome = Welcome(
+            session=hello.session,
+            run=self.run,
+            incarnation=self.incarnation,
+            endpoints=self.endpoints,
+            heartbeat_seconds=self.limits.heartbeat_seconds,
+            dead_seconds=self.limits.dead_seconds,
+            max_chunk_bytes=MAX_CHUNK_BYTES,
+            norm_bounds=self.identity.norm_bounds,
+        )
+        drain = [Send(hello.session, self._drain)] if self._drain is not None else []
+        return [Send(hello.session, welcome), *drain]
+
+    def chunk(
+        self,
+        session: str,
+        chunk: Chunk,
+        payload_bytes: int,
+        now: float,
+        insert: Callable[[AcceptedChunk], None] = lambda accepted: None,
+    ) -> tuple[AcceptedChunk | None, list[Send]]:
+        """A chunk arrived. If it is accepted, `insert` has put its activations into the buffer.
+
+        Nothing of them is counted before that, so that an exception of `insert` leaves them missing.
+        """
+        sender = self.sessions[session]
+        sender.last_heard = sender.last_progress = now
+        if fault := sender.chunk_fault(chunk, payload_bytes, self.incarnation):
+            return None, self.reject(session, fault.code, fault.reason, rows=chunk.rows)
+        sender.received = chunk.number
+        shard = sender.lease_of(chunk)
+        if shard is None:
+            self.rejected["fenced"] += chunk.rows
+            return None, []
+        start, count = chunk.first_window * sender.hello.context, chunk.windows * sender.hello.context
+        rows, outliers = unpack_bits(chunk.kept, count), unpack_bits(chunk.outliers, count)
+        shard.reach(start + count)
+        mask = shard.mask[start : start + count]
+        if (mask & (rows | outliers)).any() or (rows & outliers).any():
+            return None, self.reject(session, "duplicate", "chunk brings rows that were already had", rows=chunk.rows)
+        if fault := self.policy.order_fault(sender, shard, chunk, self.shards):
+            return None, self.reject(session, fault.code, fault.reason, rows=chunk.rows)
+        accepted = AcceptedChunk(shard.serial, start + np.flatnonzero(rows))
+        insert(accepted)
+        shard.prefix_end = max(shard.prefix_end, start + count)
+        mask |= rows | outliers
+        shard.dropped[start : start + count] |= outliers
+        dropped = count_bits(outliers)
+        shard.has_progress |= chunk.rows + dropped > 0
+        shard.buffered += chunk.rows
+        self.tokens_dropped += dropped
+        self.tokens_received += chunk.rows
+        self.identity.is_settled |= shard.has_progress
+        return accepted, []
+
+    def shard_end(self, session: str, end: ShardEnd, now: float) -> list[Send]:
+        """A producer has been through its shard; all activations must be here."""
+        sender = self.sessions[session]
+        sender.last_heard = sender.last_progress = now
+        shard = sender.lease_of(end)
+        if shard is None:
+            return []
+        self._release(sender, shard)
+        received, producer = count_bits(shard.mask), sender.hello.producer
+        if received != end.rows:
+            self.errors["short_shard"] += 1
+            reason = f"{received} rows arrived, the producer counts {end.rows}"
+            self.failures.record_report(shard, producer, FailureReport(reason, end.rows))
+        elif not received:
+            # Text of which nothing is kept is rare, and a producer that skips its work looks the same.
+            self.errors["empty_shard"] += 1
+            self.failures.record_report(shard, producer, FailureReport("not one row of it is kept", 0))
+        else:
+            self.shards.complete(shard, end.rows)
+            self.failures.confirm_reports(producer)
+        return []
+
+    def shard_fail(self, session: str, fail: ShardFail, now: float) -> list[Send]:
+        """A producer could not read or run its shard."""
+        sender = self.sessions[session]
+        sender.last_heard = sender.last_progress = now
+        if shard := sender.lease_of(fail):
+            self._release(sender, shard)
+            report = FailureReport(fail.error, is_final=not fail.retry)
+            self.failures.record_report(shard, sender.hello.producer, report)
+        return []
+
+    def heartbeat(self, session: str, beat: Heartbeat, now: float) -> list[Send]:
+        """A producer lives, and says how far it is."""
+        sender = self.sessions[session]
+        sender.last_heard = now
+        if beat.progress > sender.progress:
+            sender.progress, sender.last_progress = beat.progress, now
+        return []
+
+    def bye(self, session: str, bye: Bye, now: float) -> list[Send]:
+        """A producer leaves, and gives its leases back."""
+        self._end(session, died=False)
+        return []
+
+    def disconnect(self, session: str) -> None:
+        """The socket says that this peer is no longer there."""
+        if session in self.sessions:
+            self.sessions_lost += 1
+            self._end(session, died=True)
+
+    def reject(
+        self, session: str, code: str, reason: str, rows: int = 0, blames_shard: bool = False, retry: bool = True
+    ) -> list[Send]:
+        """Ends a session for a fault of its own. `blames_shard`: its shard counts as reported with that reason."""
+        self.errors[code] += 1
+        if rows:
+            self.rejected[code] += rows
+        sender = self.sessions[session]
+        shards = sender.leases[:1] if blames_shard else []
+        self.sessions_lost += 1
+        self._end(session, died=not blames_shard)
+        for shard in shards:
+            self.failures.record_report(shard, sender.hello.producer, FailureReport(reason))
+        return [Send(session, Reject(code=code, reason=reason, retry=retry))]
+
+    def mark_trained(self, serial: np.ndarray, position: np.ndarray) -> None:
+        """A step has consumed these activations, named by int64 [batch] each."""
+        for one in np.unique(serial):
+            shard = self.shards.open[int(one)]
+            positions = position[serial == one]
+            if shard.trained[positions].any() or not shard.mask[positions].all():
+                text = f"rows of shard {shard.shard} are trained twice, or were never received"
+                self._record_violation("trained_once", text)
+            shard.trained[positions] = True
+            shard.buffered -= len(positions)
+            self.shards.close_if_trained(shard)
+        self.tokens_trained += len(serial)
+        self._steps += 1
+
+    def audit(self, rows_in_buffer: int) -> list[str]:
+        """Invariants that do not hold, in sentences: now, and in the steps since the last audit. None, or a bug.
+
+        These are the checks that cost nothing; that each activation is in exactly one place is for the tests to show.
+        """
+        rows = self.tokens_buffered + self.tokens_credited
+        if rows > self.limits.capacity:
+            room = f"room for {self.limits.capacity}"
+            self._record_violation("memory_bound", f"{rows} rows are here or may still come, and there is {room}")
+        if not 0 <= rows_in_buffer <= self.tokens_buffered:
+            text = f"the buffer holds {rows_in_buffer} rows, the ledger {self.tokens_buffered}"
+            self._record_violation("rows_accounted", text)
+        texts, self._violation_texts = self._violation_texts, []
+        return texts
+
+    def retry_quarantined(self) -> int:
+        """Leases quarantined shards again, for the activations that they lack; how many these are."""
+        return self.shards.retry_quarantined()
+
+    def wind_down(self) -> None:
+        """Leases and grants nothing more. What producers may still send under their credit is taken in."""
+        self.is_winding_down = True
+
+    def drain(self, finished: bool) -> list[Send]:
+        """The run is over, or this trainer is leaving: nothing more is leased."""
+        self._drain = Drain(finished=finished)
+        return [Send(session, self._drain) for session in self.sessions]
+
+    def tick(self, now: float) -> list[Send]:
+        """Time passes: silent sessions end, shards are leased, credit is granted, heartbeats are sent."""
+        self.failures.now = now
+        sends = self._reject_silent(now)
+        if self._drain is None and not self.is_winding_down:
+            sends += self.policy.assign(self.shards, self.sessions, now)
+            sends += self._end_all(self.policy.make_way(self._room, self.shards, self.sessions, now))
+            sends += self._end_all(self.policy.reclaim(self._room, self.sessions))
+            sends += self.policy.grant(self._room, self.shards, self.sessions, now)
+            self.failures.notice_if_stuck()
+        for name, session in self.sessions.items():
+            if now - session.last_heartbeat >= self.limits.heartbeat_seconds:
+                session.last_heartbeat = now
+                sends.append(Send(name, Heartbeat(progress=self._steps)))
+        return sends
+
+    # What a checkpoint keeps
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """(plain JSON, bit arrays) from which `restore` rebuilds the ledger at this instant."""
+        shards = list(self.shards.open.values())
+        document = {
+            "run": self.run,
+            "seed": self.shards.seed,
+            "stream": self.identity.hello.model_dump() if self.identity.hello else None,
+            "norm_bounds": self.identity.norm_bounds,
+            "epoch": self.shards.epoch,
+            "cursor": self.shards.cursor,
+            "next_serial": self.shards.next_serial,
+            "finished_in_epoch": self.shards.trained_in_epoch,
+            "rows_trained": self.tokens_trained,
+            "rows_discarded": self.tokens_dropped,
+            "rows_set_aside": sum(entry.rows or 0 for entry in self.shards.quarantined),
+            "set_aside": [asdict(entry) for entry in self.shards.quarantined],
+            "sessions_lost": self.sessions_lost,
+            "rejected": dict(self.rejected),
+            "errors": dict(self.errors),
+            "auth_failures": self.auth_failures,
+            "breaches": dict(self.violations),
+            "open": [
+                {name: getattr(shard, name) for name in SAVED}
+                | {"given_up": shard.state is ShardState.QUARANTINED, "positions": len(shard.mask)}
+                for shard in shards
+            ],
+        }
+        bits = {
+            f"{shard.serial}.{name}": np.packbits(array, bitorder="little")
+            for shard in shards
+            for name, array in (("trained", shard.trained), ("discarded", shard.dropped))
+        }
+        return document, bits
+
+    def restore(self, document: dict[str, Any], bits: dict[str, np.ndarray]) -> None:
+        """Becomes the ledger that `state` described; activations that were buffered then are missing again."""
+        self.run = document["run"]
+        self.identity.hello = stream = Hello.model_validate(document["stream"]) if document["stream"] else None
+        self.identity.is_settled = stream is not None
+        self.identity.norm_bounds = document["norm_bounds"]
+        self.tokens_trained = self.tokens_received = document["rows_trained"]
+        self.tokens_dropped = document["rows_discarded"]
+        self.sessions_lost, self.auth_failures = document["sessions_lost"], document["auth_failures"]
+        self.rejected, self.errors = Counter(document["rejected"]), Counter(document["errors"])
+        self.violations = Counter(document.get("breaches"))  # checkpoints of older releases have none
+        self.shards.seed = document["seed"]  # the cursor is one into that seed's order
+        if stream is not None:
+            self.shards.go_on(stream, document["epoch"], document["cursor"])
+        self.shards.trained_in_epoch = document["finished_in_epoch"]
+        self.shards.next_serial = document["next_serial"]
+        self.shards.quarantined = [QuarantinedShard(**entry) for entry in document["set_aside"]]
+        for saved in document["open"]:
+            shard = OpenShard(**{name: saved[name] for name in SAVED})
+            shard.trained = unpack_bits(bits[f"{shard.serial}.trained"].tobytes(), saved["positions"])
+            shard.dropped = unpack_bits(bits[f"{shard.serial}.discarded"].tobytes(), saved["positions"])
+            shard.mask = shard.trained | shard.dropped
+            if saved["given_up"]:
+                shard.state = ShardState.QUARANTINED
+                self.shards.forget_buffered(shard)
+            elif count_bits(shard.mask) == shard.rows:
+                shard.state = ShardState.RECEIVED
+            self.shards.open[shard.serial] = shard
+            self.shards.close_if_trained(shard)
+        if self.policy.quarantine_ends_run:
+            self.retry_quarantined()  # the run had ended for them
+
+    # Inside
+
+    def _record_violation(self, invariant: str, text: str) -> None:
+        self.violations[invariant] += 1
+        self._violation_texts.append(text)
+
+    def _admission_fault(self, hello: Hello) -> Reject | None:
+        """The refusal of a producer that cannot serve this run."""
+        if reject := self.identity.mismatch(hello, has_sessions=bool(self.sessions)):
+            return reject
+        if reject := chunk_size_fault(hello, self.limits.capacity):
+            return reject
+        if len(self.sessions) >= MAX_SESSIONS:
+            reason = f"{len(self.sessions)} producers are at work, and there is room for no more"
+            return Reject(code="full", reason=reason, retry=True)
+        return None
+
+    def _reject_silent(self, now: float) -> list[Send]:
+        sends: list[Send] = []
+        for name, session in list(self.sessions.items()):
+            if now - session.last_heard > self.limits.dead_seconds:
+                sends += self.reject(name, "silent", f"nothing heard for {self.limits.dead_seconds:g} s")
+            elif (
+                session.leases and session.chunks_in_flight and now - session.last_progress > self.limits.stall_seconds
+            ):
+                reason = f"no progress for {self.limits.stall_seconds:g} s in spite of credit"
+                sends += self.reject(name, "stalled", reason, blames_shard=True)
+        return sends
+
+    def _end_all(self, sends: list[Send]) -> list[Send]:
+        """Ends the sessions that these messages are for."""
+        for send in sends:
+            self._end(send.session, died=False)
+        return sends
+
+    def _end(self, session: str, died: bool) -> None:
+        """Forgets a session: its leases and its credit return."""
+        ended = self.sessions.pop(session)
+        for index, shard in enumerate(list(ended.leases)):
+            self._release(ended, shard)
+            if died and index == 0 and not shard.has_progress:
+                self.failures.record_death(shard)
+
+    @staticmethod
+    def _release(session: Session, shard: OpenShard) -> None:
+        session.leases.remove(shard)
+        shard.release()

@@ -1,0 +1,121 @@
+"""Sessions: one producer's conversation with this trainer, and the checks of what it announces and sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from producer.wire import (
+    DTYPE_BYTES,
+    MAX_CHUNK_BYTES,
+    TARGET_CHUNK_BYTES,
+    Chunk,
+    Hello,
+    Message,
+    Reject,
+    ShardEnd,
+    ShardFail,
+    unpack_bits,
+)
+from trainer.stream.ledger.shards import MAX_POSITIONS, OpenShard, count_bits
+
+
+@dataclass(frozen=True)
+class Send:
+    """A message for one session; `payload` is the raw frame behind the header, when the kind has one."""
+
+    session: str
+    message: Message
+    payload: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The reason for which a session ends: a code, under which it is counted, and a sentence for the producer."""
+
+    code: str
+    reason: str
+
+
+@dataclass
+class Session:
+    """One producer's conversation with this trainer. Chunks are counted since the session began."""
+
+    hello: Hello
+    last_heard: float
+    last_progress: float
+    progress: int = 0
+    """The producer's own count, from its heartbeats."""
+    granted: int = 0
+    """Number of the last chunk that it may send."""
+    received: int = 0
+    announced_credit: int = 0
+    """What it knows of `granted`."""
+    last_grant: int = 0
+    """Number of its newest grant among the grants of all sessions; the smallest is served first."""
+    last_heartbeat: float = float("-inf")
+    leases: list[OpenShard] = field(default_factory=list)
+    """The shard being worked on, then the waiting ones."""
+
+    @property
+    def chunks_in_flight(self) -> int:
+        """Chunks that were granted and have not arrived."""
+        return self.granted - self.received
+
+    @property
+    def credit_tokens(self) -> int:
+        """Tokens that it may still send."""
+        return self.chunks_in_flight * self.hello.chunk_rows
+
+    def lease_of(self, message: Chunk | ShardEnd | ShardFail) -> OpenShard | None:
+        """The lease under which a message was sent; None when it is not, or no longer, this session's."""
+        return next((shard for shard in self.leases if shard.is_meant_by(message)), None)
+
+    def chunk_fault(self, chunk: Chunk, payload_bytes: int, incarnation: str) -> Fault | None:
+        """What is wrong with a chunk, whatever its lease."""
+        positions = chunk.windows * self.hello.context
+        width = activation_bytes(self.hello)
+        if chunk.incarnation != incarnation:
+            return Fault("incarnation", "chunk is meant for an earlier start of this trainer")
+        if chunk.number != self.received + 1:
+            return Fault("gap", f"chunk {chunk.number} arrived where {self.received + 1} was due")
+        if chunk.number > self.granted:
+            return Fault("credit", f"chunk {chunk.number} is beyond the credit of {self.granted}")
+        if chunk.rows > self.hello.chunk_rows:
+            return Fault("shape", f"chunk of {chunk.rows} rows where HELLO announced {self.hello.chunk_rows} at most")
+        if chunk.first_window * self.hello.context + positions > MAX_POSITIONS:
+            return Fault(
+                "shape", f"window {chunk.first_window} lies beyond the {MAX_POSITIONS} positions a shard may have"
+            )
+        if len(chunk.kept) != -(-positions // 8) or len(chunk.outliers) not in (0, len(chunk.kept)):
+            sizes = f"{len(chunk.kept)} and {len(chunk.outliers)}"
+            return Fault("shape", f"masks of {sizes} bytes for {positions} positions")
+        if (rows := count_bits(unpack_bits(chunk.kept, positions))) != chunk.rows:
+            return Fault("shape", f"chunk names {rows} rows and announces {chunk.rows}")
+        if payload_bytes != chunk.rows * width:
+            return Fault("shape", f"payload of {payload_bytes} bytes where {chunk.rows} rows × {width} were due")
+        return None
+
+
+def activation_bytes(hello: Hello) -> int:
+    """Bytes of one token on the wire: its activations at every hook."""
+    return DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
+
+
+def chunk_size_fault(hello: Hello, capacity: int) -> Reject | None:
+    """The refusal of a producer whose chunks are too large for a message, or for a buffer of `capacity` tokens."""
+    width = activation_bytes(hello)
+    if hello.chunk_rows * width > MAX_CHUNK_BYTES:
+        reason = (
+            f"chunks of {hello.chunk_rows} rows × {width} bytes exceed {MAX_CHUNK_BYTES} bytes; "
+            "lower corpus.context, or stream fewer hooks"
+        )
+        return Reject(code="chunk", reason=reason, retry=False)
+    if 4 * hello.chunk_rows > capacity:
+        # A shorter context makes a chunk smaller only where the chunk is one long window.
+        would_help = hello.chunk_rows == hello.context and 4 * (TARGET_CHUNK_BYTES // width) <= capacity
+        reason = (
+            f"buffer.rows = {capacity} holds fewer than four chunks of {hello.chunk_rows} rows; "
+            f"raise buffer.rows to {4 * hello.chunk_rows}{', or lower corpus.context' if would_help else ''}"
+        )
+        return Reject(code="buffer", reason=reason, retry=False)
+    return None
