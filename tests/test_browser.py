@@ -150,14 +150,14 @@ def test_a_sentence_shows_its_latents(page):
     """Shaded where they fire; a token chosen leaves those that fire on it."""
     page.fill("#text", "we import a class")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#fires-table")
-    shaded = page.locator(f'#fires-table tr[data-href="/latents/planted/{WORDS.index(" class")}"] .t')
+    page.wait_for_selector("#firings-table")
+    shaded = page.locator(f'#firings-table tr[data-href="/latents/planted/{WORDS.index(" class")}"] .t')
     assert shaded.all_inner_texts() == [" class"]
-    page.click("#fires a[data-at]:has-text('import')")
-    page.wait_for_selector("#fires a.at")
-    assert page.locator(f'#fires-table tr[data-href="/latents/planted/{WORDS.index(" class")}"]').count() == 0
+    page.click("#firings a[data-at]:has-text('import')")
+    page.wait_for_selector("#firings a.at")
+    assert page.locator(f'#firings-table tr[data-href="/latents/planted/{WORDS.index(" class")}"]').count() == 0
     page.click("#clear")
-    assert page.inner_text("#fires") == ""
+    assert page.inner_text("#firings") == ""
 
 
 def test_a_latent_is_opened_and_left_by_keyboard(page, address: str):
@@ -196,19 +196,19 @@ def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: E
     page.goto(f"http://127.0.0.1:{port}")
     until(page, "document.querySelector('#headline').dataset.html")
     close()
-    lost = page.locator("#lost")
+    lost = page.locator("#connection")
     playwright.expect(lost).to_have_text("The monitor does not answer.")
     for _ in range(3):
         page.fill("#text", "we import")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#fires .error")
-    assert page.locator("#fires .error").count() == 1
+        page.wait_for_selector("#firings .error")
+    assert page.locator("#firings .error").count() == 1
     _, close = start_service(
         make_app(folder / "run", new_registry(), handle=ExplorerHandle(explorer)), "127.0.0.1", port, lambda: False
     )
     playwright.expect(lost).to_have_text("")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#fires-table")
+    page.wait_for_selector("#firings-table")
     page.close()
     close()
 
@@ -223,7 +223,7 @@ def test_an_export_opens_from_a_file(browser, address: str, tmp_path: Path):
     download.value.save_as(path)
     page.context.set_offline(True)
     page.goto(f"file://{path}")
-    assert "Where it fires most" in page.inner_text("main") and page.locator(".context .t.at").count() > 0
+    assert "Where it fires most" in page.inner_text("main") and page.locator(".example .t.at").count() > 0
     page.close()
 
 
@@ -252,7 +252,7 @@ def test_a_narrow_window_loses_nothing(browser, address: str):
     for path in ("/", "/latents/planted/0"):
         page.goto(address + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    assert page.is_visible("text=export") and page.is_visible("#after")
+    assert page.is_visible("text=export") and page.is_visible("#next")
     page.close()
 
 

@@ -1,4 +1,4 @@
-"""What is told of latents, on an SAE whose latents are planted: each fires on one word that is known."""
+"""Latents for a reader, on an SAE whose latents are planted: each fires on one known word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +16,16 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import monitor.evaluation.latents.activations
-import monitor.evaluation.latents.explorer
 import monitor.evaluation.passes
 from monitor.evaluation.evaluator import load_subject
 from monitor.evaluation.follow import Evaluator
 from monitor.evaluation.held_out import held_out_windows
 from monitor.evaluation.latents.activations import LatentActivations, births, gather_latents, load_latents
+from monitor.evaluation.latents.examples import example_at
 from monitor.evaluation.latents.explorer import Explorer
+from monitor.evaluation.latents.logit_lens import LogitLens
 from monitor.evaluation.latents.texts import Texts
+from monitor.evaluation.latents.views import NGram
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
@@ -36,9 +37,8 @@ from producer.corpus import open_corpus
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
-from tests.small_reading import DENSE, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
+from tests.small_reading import DENSE, HOOK, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot
-from trainer.saes.hooks import SaeHooks
 from trainer.snapshot import retire, supersede_after
 from trainer.state.durable import remove_folder
 
@@ -138,26 +138,27 @@ def test_a_latent_that_turns_is_born_again():
 
 def test_table_tells_of_each_latent(explorer: Explorer):
     """Density, strongest activation, length of the decoder row, age, and the word it fires on, with an example."""
-    line = explorer.table("planted", "index", descending=False)["latents"][0]
-    assert line["index"] == 0 and line["top_tokens"] == [" import"]
-    assert line["strongest"] == pytest.approx(VALUE, rel=1e-4) and line["norm"] == pytest.approx(1.0)
-    assert line["firings"] == round(line["density"] * explorer.open("planted").latents.rows)
-    example = line["example"]
-    assert example["tokens"][example["at"]] == " import" and example["values"][example["at"]] == line["strongest"]
+    row = explorer.table("planted", "index", descending=False).latents[0]
+    assert row.index == 0 and row.top_tokens == [" import"]
+    assert row.strongest == pytest.approx(VALUE, rel=1e-4) and row.norm == pytest.approx(1.0)
+    assert row.firings == round(row.density * explorer.open("planted").latents.rows)
+    example = row.example
+    assert example is not None and example.tokens[example.at] == " import"
+    assert example.values[example.at] == row.strongest
 
 
 @pytest.mark.parametrize("descending", [True, False])
 def test_table_is_sorted_with_silent_latents_last(explorer: Explorer, descending: bool):
     """Whatever the order is: who never fired has no density to compare."""
-    found = explorer.table("planted", "density", descending)["latents"]
-    densities = [line["density"] for line in found[:-1]]
+    *rows, last = explorer.table("planted", "density", descending).latents
+    densities = [row.density for row in rows]
     assert densities == sorted(densities, reverse=descending)
-    assert found[-1]["index"] == SILENT and found[-1]["example"] is None
+    assert last.index == SILENT and last.example is None
 
 
 def test_table_is_searched_by_token_and_by_number(explorer: Explorer):
     """A part of a token will do, in capitals too; a number is a latent."""
-    indices = lambda search: [line["index"] for line in explorer.table("planted", search=search)["latents"]]  # noqa: E731
+    indices = lambda search: [row.index for row in explorer.table("planted", search=search).latents]  # noqa: E731
     assert WORDS.index(" class") in indices("CLAS") and WORDS.index(" return") not in indices("CLAS")
     assert indices("3") == [3]
     assert indices("99") == [] == indices("nowhere")
@@ -166,8 +167,8 @@ def test_table_is_searched_by_token_and_by_number(explorer: Explorer):
 def test_table_comes_in_pages(explorer: Explorer):
     """Three pages of three, the last with what is left; each latent on one of them."""
     pages = [explorer.table("planted", "index", False, offset=offset, limit=3) for offset in (0, 3, 6)]
-    assert [line["index"] for page in pages for line in page["latents"]] == list(range(len(WORDS) + 1))
-    assert {page["matching"] for page in pages} == {len(WORDS) + 1}
+    assert [row.index for page in pages for row in page.latents] == list(range(len(WORDS) + 1))
+    assert {page.matching for page in pages} == {len(WORDS) + 1}
 
 
 # --- One latent ------------------------------------------------------------------------------------------------------
@@ -175,88 +176,84 @@ def test_table_comes_in_pages(explorer: Explorer):
 
 def test_contexts_show_the_text_around_a_firing(explorer: Explorer, model: LanguageModel):
     """Tokens put together are the text of the window, without BOS; values stand where the word stands."""
-    contexts = explorer.latent("planted", 0)["contexts"]
-    for context in contexts:
-        fired = [token for token, value in zip(context["tokens"], context["values"], strict=True) if value]
-        assert set(fired) == {" import"}
-        assert context["tokens"][context["at"]] == " import"
-        assert model.tokenizer.bos_token not in "".join(context["tokens"])
-    assert any("import os, import sys" in "".join(context["tokens"]) for context in contexts)
+    examples = explorer.latent("planted", 0).contexts
+    for example in examples:
+        firing = [token for token, value in zip(example.tokens, example.values, strict=True) if value]
+        assert set(firing) == {" import"}
+        assert example.tokens[example.at] == " import"
+        assert model.tokenizer.bos_token not in "".join(example.tokens)
+    assert any("import os, import sys" in "".join(example.tokens) for example in examples)
 
 
 def test_the_same_text_is_shown_once(explorer: Explorer):
     """The corpus repeats four lines: contexts count the repetitions instead of filling the page with them."""
-    contexts = explorer.latent("planted", 0)["contexts"]
-    assert len(contexts) < explorer.latent("planted", 0)["firings"]
-    assert max(context["times"] for context in contexts) > 1
+    latent = explorer.latent("planted", 0)
+    assert len(latent.contexts) < latent.firings
+    assert max(example.times for example in latent.contexts) > 1
 
 
 def test_lower_quantiles_are_where_they_say(explorer: Explorer):
     """Around that quantile of the dense latent's activations; none for what stands among the strongest already."""
     values = explorer.open("planted").latents.of(DENSE)[1]
-    lower = explorer.latent("planted", DENSE)["lower"]
-    assert [band["quantile"] for band in lower] == [0.75, 0.5, 0.25, 0.05]
+    lower = explorer.latent("planted", DENSE).lower
+    assert [band.quantile for band in lower] == [0.75, 0.5, 0.25, 0.05]
     for band in lower:
-        middle = np.median([context["value"] for context in band["contexts"]])
-        assert (values < middle).mean() <= band["quantile"] + 0.02 and (values <= middle).mean() >= band[
-            "quantile"
-        ] - 0.02
-    assert explorer.latent("planted", SILENT)["lower"] == []
+        middle = np.median([example.value for example in band.contexts])
+        assert (values < middle).mean() <= band.quantile + 0.02
+        assert (values <= middle).mean() >= band.quantile - 0.02
+    assert explorer.latent("planted", SILENT).lower == []
 
 
 def test_a_latent_promotes_what_it_writes(explorer: Explorer):
     """The token whose unembedding is its decoder row; about the mean, so that something is suppressed as well."""
     for index, word in enumerate(WORDS):
-        found = explorer.latent("planted", index)
-        end = "suppressed" if index == 2 else "promoted"  # it has turned round
-        assert found[end][0]["token"] == word
-        assert found["promoted"][0]["logit"] > 0 > found["suppressed"][0]["logit"]
+        latent = explorer.latent("planted", index)
+        assert latent.promoted is not None and latent.suppressed is not None
+        strongest = (latent.suppressed if index == 2 else latent.promoted)[0]  # latent 2 has turned round
+        assert strongest.token == word
+        assert latent.promoted[0].logit > 0 > latent.suppressed[0].logit
 
 
 def test_nearest_latents_are_those_of_like_direction(explorer: Explorer):
     """The dense latent writes nearly what latent 0 writes."""
-    nearest = explorer.latent("planted", 0)["nearest"]
-    assert nearest[0]["index"] == DENSE and nearest[0]["cosine"] == pytest.approx(0.995, abs=0.01)
-    assert 0 not in [line["index"] for line in nearest]
+    nearest = explorer.latent("planted", 0).nearest
+    assert nearest[0].index == DENSE and nearest[0].cosine == pytest.approx(0.995, abs=0.01)
+    assert 0 not in [near.index for near in nearest]
 
 
 def test_a_latents_past_shows_when_it_turned(explorer: Explorer):
     """Latent 2 turned between the snapshots, so it is new; latent 0 is as old as the first of them."""
-    turned, kept = explorer.latent("planted", 2), explorer.latent("planted", 0)
-    assert [round(then["cosine"], 3) for then in turned["past"]] == [-1.0, 1.0]
-    assert [then["tokens"] for then in kept["past"]] == [1000, 2000]
-    assert (turned["age"], kept["age"]) == (0, 1000)
+    turned, unchanged = explorer.latent("planted", 2), explorer.latent("planted", 0)
+    assert [round(then.cosine, 3) for then in turned.past] == [-1.0, 1.0]
+    assert [then.tokens for then in unchanged.past] == [1000, 2000]
+    assert (turned.age, unchanged.age) == (0, 1000)
 
 
 def test_a_latent_is_explained_by_its_word(explorer: Explorer):
     """The n-gram is the word, and holds on the other half of the text."""
-    assert explorer.latent("planted", 1)["explanation"] == {
-        "pattern": [" return"], "precision": 1.0, "recall": 1.0, "f1": 1.0,
-    }  # fmt: skip
+    expected = NGram(pattern=[" return"], precision=1.0, recall=1.0, f1=1.0)
+    assert explorer.latent("planted", 1).explanation == expected
 
 
 def test_a_past_is_told_where_nobody_looked(folder: Path, explorer: Explorer, model: LanguageModel):
     """Directions are in every snapshot; what a latent did is known only of those that were looked at."""
     publish_snapshot(folder / "run", 1500, [planted_sae(model)])
     try:
-        past = explorer.latent("planted", 2)["past"]
-        assert [(then["tokens"], then["density"] is None) for then in past] == [
+        past = explorer.latent("planted", 2).past
+        assert [(then.tokens, then.density is None) for then in past] == [
             (1000, False), (1500, True), (2000, False),
         ]  # fmt: skip
-        assert [round(then["cosine"]) for then in past] == [-1, -1, 1]
+        assert [round(then.cosine) for then in past] == [-1, -1, 1]
     finally:
         shutil.rmtree(folder / "run" / "snapshots" / "000000001500")
 
 
-def test_a_crosscoder_promotes_what_it_writes_last(explorer: Explorer):
+def test_a_crosscoder_promotes_what_it_writes_last(explorer: Explorer, model: LanguageModel):
     """Its decoder row is as wide as its hooks together; what it writes at the last of them goes to the logits."""
-    it = explorer.open("planted")
-    W_dec = it.weights["W_dec"]
-    crosscoder = SimpleNamespace(
-        weights={"W_dec": torch.cat([W_dec.roll(1, 0), W_dec], 1)},
-        subject=SimpleNamespace(hooks=SaeHooks((), ("another hook", *it.subject.hooks.writes))),
-    )
-    assert torch.equal(explorer._logits(crosscoder, 0), explorer._logits(it, 0))  # type: ignore[arg-type]
+    lens, W_dec = LogitLens(model), explorer.open("planted").weights["W_dec"]
+    crosscoder_row = torch.cat([W_dec[1], W_dec[0]])
+    effect, expected = lens.effect(HOOK, crosscoder_row), lens.effect(HOOK, W_dec[0])
+    assert effect is not None and expected is not None and torch.equal(effect, expected)
 
 
 @pytest.mark.parametrize(("has_bos", "tokens"), [(True, [11, 12]), (False, [10, 11, 12])])
@@ -269,24 +266,24 @@ def test_the_first_token_is_shown_unless_it_is_a_bos(model: LanguageModel, has_b
         born=np.zeros(1, np.int64),
     )  # fmt: skip
     texts = Texts(model.tokenizer)
-    context = monitor.evaluation.latents.explorer._context(latents, texts, *latents.of(0), 0)
-    assert context["tokens"] == texts.pieces(tokens)
-    assert context["values"] == [0.0] * (len(tokens) - 1) + [5.0]
-    assert (context["at"], context["cut_before"], context["cut_after"]) == (len(tokens) - 1, False, False)
+    context = example_at(latents, texts, latent=0, firing=0)
+    assert context.tokens == texts.pieces(tokens)
+    assert context.values == [0.0] * (len(tokens) - 1) + [5.0]
+    assert (context.at, context.cut_before, context.cut_after) == (len(tokens) - 1, False, False)
 
 
-def test_only_what_reaches_the_residual_stream_promotes_tokens(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
+def test_only_what_reaches_the_residual_stream_promotes_tokens(explorer: Explorer, model: LanguageModel):
     """A query of the same width is no part of it."""
-    assert explorer.latent("planted", 0)["promoted"] is not None
-    monkeypatch.setattr(monitor.evaluation.latents.explorer, "RESIDUAL", ("hook_mlp_out",))
-    assert explorer.latent("planted", 0)["promoted"] is None
+    row = explorer.open("planted").decoder_row(0)
+    assert LogitLens(model).effect(HOOK, row) is not None
+    assert LogitLens(model, residual_hooks=("hook_mlp_out",)).effect(HOOK, row) is None
 
 
 def test_a_silent_latent_has_a_page_too(explorer: Explorer):
     """With nothing to show, but what it would do."""
-    found = explorer.latent("planted", SILENT)
-    assert found["contexts"] == [] and found["histogram"]["counts"] == [] and found["explanation"] is None
-    assert found["promoted"][0]["token"] == " socket"
+    latent = explorer.latent("planted", SILENT)
+    assert latent.contexts == [] and latent.histogram.counts == [] and latent.explanation is None
+    assert latent.promoted is not None and latent.promoted[0].token == " socket"
 
 
 # --- By text ---------------------------------------------------------------------------------------------------------
@@ -294,21 +291,21 @@ def test_a_silent_latent_has_a_page_too(explorer: Explorer):
 
 def test_a_text_shows_which_latents_fire_where(explorer: Explorer):
     """Each word's latent on its word, the strongest first; the words with punctuation belong to other tokens."""
-    found = explorer.fires("planted", "we import a class and return")
-    assert "".join(found["tokens"]).strip() == "we import a class and return"
-    fired = {line["index"]: line["values"] for line in found["latents"]}
+    firings = explorer.fires("planted", "we import a class and return")
+    assert "".join(firings.tokens).strip() == "we import a class and return"
+    values = {latent.index: latent.values for latent in firings.latents}
     for word in (" import", " class", " return"):
-        values = fired[WORDS.index(word)]
-        assert [place for place, value in enumerate(values) if value] == [found["tokens"].index(word)]
-    assert found["firing"] == len(fired) and WORDS.index(" self") not in fired
+        places = [place for place, value in enumerate(values[WORDS.index(word)]) if value]
+        assert places == [firings.tokens.index(word)]
+    assert firings.firing == len(values) and WORDS.index(" self") not in values
 
 
 def test_a_text_shows_which_latents_fire_on_one_token(explorer: Explorer):
     """The other ones are left out."""
-    found = explorer.fires("planted", "we import a class")
-    there = explorer.fires("planted", "we import a class", at=found["tokens"].index(" class"))
-    assert WORDS.index(" class") in [line["index"] for line in there["latents"]]
-    assert WORDS.index(" import") not in [line["index"] for line in there["latents"]]
+    tokens = explorer.fires("planted", "we import a class").tokens
+    firings = explorer.fires("planted", "we import a class", at=tokens.index(" class"))
+    indices = [latent.index for latent in firings.latents]
+    assert WORDS.index(" class") in indices and WORDS.index(" import") not in indices
 
 
 @pytest.mark.parametrize(("text", "at"), [("", None), ("  \n", None), ("x" * 5000, None), ("we import", 99)])
@@ -368,8 +365,9 @@ def test_a_snapshot_published_again_is_looked_at_again(model: LanguageModel, tmp
         follower.look()
         assert follower.is_up_to_date() and (folder / "planted" / "evaluation.json").exists()
         assert handle.explorer is not None
-        end = "suppressed" if turned else "promoted"
-        assert handle.explorer.latent("planted", 0)[end][0]["token"] == WORDS[0]
+        latent = handle.explorer.latent("planted", 0)
+        effects = latent.suppressed if turned else latent.promoted
+        assert effects is not None and effects[0].token == WORDS[0]
         supersede_after(tmp_path / "run", 500)
 
 
@@ -382,12 +380,12 @@ def test_births_are_followed_through_snapshots_that_nobody_looked_at(model: Lang
     follower = Evaluator(settings, MonitorMetrics(new_registry()), threading.Event(), handle)
     follower.look()
     assert handle.explorer is not None
-    assert [handle.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [1000, 2000]
+    assert [handle.explorer.latent("planted", latent).age for latent in (0, 1)] == [1000, 2000]
     retire(tmp_path / "run", keep=1)
     publish_snapshot(tmp_path / "run", 4000, [planted_sae(model, turned=(0,))])
     retire(tmp_path / "run", keep=1)
     follower.look()
-    assert [handle.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [2000, 3000]
+    assert [handle.explorer.latent("planted", latent).age for latent in (0, 1)] == [2000, 3000]
 
 
 def test_births_are_followed_by_a_trainer_that_went_back(model: LanguageModel, tmp_path: Path):
@@ -402,24 +400,24 @@ def test_births_are_followed_by_a_trainer_that_went_back(model: LanguageModel, t
     publish_snapshot(tmp_path / "run", 1500, [planted_sae(model, turned=(0,))])
     follower.look()
     assert handle.explorer is not None and not follower.has_failed()
-    assert [handle.explorer.latent("planted", latent)["age"] for latent in (0, 1)] == [0, 500]
+    assert [handle.explorer.latent("planted", latent).age for latent in (0, 1)] == [0, 500]
 
 
-def test_of_a_long_past_the_newest_is_shown(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
+def test_of_a_long_past_the_newest_is_shown(folder: Path, model: LanguageModel):
     """Where there is room for one snapshot of two."""
-    monkeypatch.setattr(monitor.evaluation.latents.explorer, "MOST_PAST", 1)
-    assert [then["tokens"] for then in explorer.latent("planted", 0)["past"]] == [2000]
+    explorer = Explorer(folder / "run", model, CorpusSettings(context=16), snapshots_shown=1)
+    assert [then.tokens for then in explorer.latent("planted", 0).past] == [2000]
 
 
 def test_negative_latents_are_strong_too(folder: Path, explorer: Explorer, model: LanguageModel, tmp_path: Path):
     """Of an SAE that keeps signs: sorted, ranked and shaded by how far from zero they are."""
     shutil.copytree(folder / "run", tmp_path / "run")
     latents = tmp_path / "run" / "snapshots" / "000000002000" / "planted" / LATENTS
-    known = load_latents(latents)
-    values = np.where(np.arange(len(known.values)) % 2 == 0, -known.values, known.values)
-    replace(known, values=values).save(latents)
+    positive = load_latents(latents)
+    values = np.where(np.arange(len(positive.values)) % 2 == 0, -positive.values, positive.values)
+    replace(positive, values=values).save(latents)
     signed = Explorer(tmp_path / "run", model, CorpusSettings(context=16))
-    strongest = [abs(line["strongest"]) for line in signed.table("planted", "strongest")["latents"]]
+    strongest = [abs(row.strongest) for row in signed.table("planted", "strongest").latents]
     assert strongest == sorted(strongest, reverse=True)
     page = latent_page(signed.latent("planted", 0))
     depths = [float(depth) for depth in re.findall(r"--a:([-.0-9]+)", page)]

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import density_share, percentage, shaded, visible
-from monitor.http.live_page import measured
+from monitor.http.live_page import measure_rows
 from monitor.http.service import make_app
 from producer.common.metrics import new_registry
 from tests.small_reading import WORDS, read_run, small_model
@@ -50,7 +50,7 @@ def test_headings_sort_the_other_way_round(client: TestClient):
 def test_a_latents_page_shows_all_there_is(client: TestClient):
     """Contexts, effects, neighbours, past, and the n-gram; scripts come from here alone."""
     answer = client.get("/latents/planted/0")
-    for words in ("Where it fires most", "promotes", "Nearest latents", "How it came about", "best told by"):
+    for words in ("Where it fires most", "promotes", "Nearest latents", "In the run's snapshots", "best n-gram"):
         assert words in answer.text
     assert "script-src 'self'" in answer.headers["content-security-policy"]
 
@@ -85,7 +85,7 @@ def test_what_is_asked_wrongly_is_told(client: TestClient):
         ("/v1/latents/planted/99", 404, "latents 0 to 6, not 99"),
         ("/latents/other/0", 404, "'planted'"),
         ("/static/../live_page.py", 404, ""),
-        ("/static/page.css", 404, "page.js"),
+        ("/static/style.css", 404, "live_page.js"),
     ):
         answer = client.get(address)
         assert answer.status_code == status and words in answer.json().get("error", "")
@@ -120,7 +120,14 @@ def test_latents_are_there_as_json(client: TestClient):
     }
     table = client.get("/v1/latents/planted?order=index&descending=0&limit=2").json()
     assert [line["index"] for line in table["latents"]] == [0, 1]
-    assert client.get("/v1/latents/planted/0").json()["top_tokens"] == [" import"]
+    latent = client.get("/v1/latents/planted/0").json()
+    assert latent["top_tokens"] == [" import"]
+    assert latent.keys() == {
+        *("index", "density", "firings", "strongest", "norm", "age", "top_tokens", "sae", "snapshot", "d_sae", "rows"),
+        *("hook", "target", "architecture", "explanation", "contexts", "lower", "histogram", "written_at", "promoted"),
+        *("suppressed", "nearest", "past"),
+    }
+    assert latent["contexts"][0].keys() == {"value", "times", "at", "cut_before", "cut_after", "tokens", "values"}
     assert client.get("/v1/latents/planted/0?snapshot=000000001000").json()["age"] == 0
     assert client.get("/v1/latents/planted/fires?text=we import").json()["firing"] >= 1
     assert [point for point in client.get("/v1/history").json()["evaluations"]["planted"]["tokens"]] == [1000, 2000]
@@ -167,12 +174,12 @@ def test_tokens_are_shaded_by_their_activation():
 def test_everything_measured_is_on_the_page(client: TestClient):
     """All numbers of evaluation.json, a column for each SAE; what nobody measured takes no row."""
     page = client.get("/").text
-    table = page.split("everything that was measured")[1].split("</table>")[0]
+    table = page.split("all measures on held-out text")[1].split("</table>")[0]
     for words in ("CE recovered, against mean ablation", "cosine of x and x_hat", "silent latents", "F1 of n-grams"):
         assert words in table
     assert "probe accuracy" not in table
-    probed = [{"evaluation": {"l0": 3.25, "probe_accuracy": {"1": 0.75, "dense": 0.9}}}, {"evaluation": {}}]
-    assert [(row["title"], row["cells"]) for row in measured(probed)] == [
+    evaluations = [{"l0": 3.25, "probe_accuracy": {"1": 0.75, "dense": 0.9}}, {}]
+    assert [(row.title, row.cells) for row in measure_rows(evaluations)] == [
         ("L0", ["3.2", "–"]),
         ("probe accuracy by k: 1", ["75.0%", "–"]),
         ("probe accuracy by k: dense", ["90.0%", "–"]),

@@ -204,7 +204,7 @@ def test_no_answer_lets_a_browser_guess_its_type(run_directory: Path):
     port, close = start_service(app, "127.0.0.1", 0, lambda: False)
     metrics_port, close_metrics = start_metrics_server(new_registry(), "127.0.0.1", 0)
     try:
-        for path in [*paths, "/static/page.js", "/nothing"]:
+        for path in [*paths, "/static/live_page.js", "/nothing"]:
             for name, value in values.items():
                 path = path.replace("{" + name + "}", value)
             assert ask(port, path).headers["x-content-type-options"] == "nosniff", path

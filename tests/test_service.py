@@ -325,7 +325,7 @@ def test_the_page_does_not_grow_with_the_history(run_directory: Path, client: Te
     for tokens in range(2, 24):
         publish_snapshot(run_directory, 1000 * tokens)
     page = client.get("/").text
-    assert "0.4321" in page and "3 older ones" in page
+    assert "0.4321" in page and "3 older snapshots" in page
     assert "/v1/snapshots/000000004000/manifest.json" in page and "/v1/snapshots/000000003000/" not in page
 
 

@@ -3,13 +3,14 @@
     service         routes of snapshots and their files
     routes          routes of pages, and of the JSON behind them
     access          the token
-    answers         conditional answers
-    pace            the share of the machine that answers may use
+    responses       responses that a client may have cached
+    throttle        the share of CPU time that the service may use
     explorer_handle the explorer of latents, as the evaluating thread hands it to the service
     live_page       the page of a run
     latent_pages    the pages of latents
-    html            templates and filters
-    static/         what browsers load
+    html            templates and their filters
+    templates/      Jinja templates
+    static/         scripts and the style sheet
 
-Imported by `__main__`.
+Imported by `monitor.app`.
 """

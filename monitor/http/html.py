@@ -1,12 +1,13 @@
-"""HTML out of plain data: templates that escape everything, and the filters with which they write numbers and tokens.
+"""HTML out of records: templates that escape everything, and the filters with which they write numbers and tokens.
 
-A number that is not known is a dash, never a zero.
+An unknown number is written as a dash, never as zero.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import log10
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from monitor.evaluation.latents.views import Histogram
 from producer.common.formatting import format_bytes, format_count
 
 HERE = Path(__file__).parent
@@ -36,13 +38,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, percentage, format_bytes, format_count, visible, shaded, density_share)
+    filters = (number, percentage, format_bytes, format_count, visible, shaded, density_share, histogram_bars)
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {
         "latent_address": latent_address,
         "query": lambda **values: "/?" + urlencode(values),
-        "histogram": histogram,
-        "stylesheet": Markup((STATIC / "page.css").read_text("utf-8")),
+        "stylesheet": Markup((STATIC / "style.css").read_text("utf-8")),
     }
     return environment
 
@@ -59,14 +60,14 @@ def number(value: Any, form: str) -> str:
 
 
 def percentage(value: Any) -> str:
-    """Two digits that mean something: 0.00042 is 0.042 %."""
+    """Two significant digits: 0.00042 is 0.042 %."""
     if not isinstance(value, int | float):
         return DASH
     return "0 %" if value == 0 else f"{100 * value:.2g} %" if value < 0.0995 else f"{100 * value:.0f} %"
 
 
 def density_share(density: float) -> float:
-    """Of a meter: none for one row in a hundred thousand, all of it for every row; five decades."""
+    """The filled share of a density's meter, over five decades: 0 for 10⁻⁵ and less, 1 for every token."""
     return min(1.0, max(0.0, 1 + log10(density) / 5)) if density else 0.0
 
 
@@ -74,20 +75,23 @@ def density_share(density: float) -> float:
 
 
 def visible(text: str) -> Markup:
-    """Line ends are marked and do not break the line, indentation is kept short."""
-    shown = re.sub(r"[^\S\n]{3,}", "  ", text.replace("\r", "").replace("\t", "  "))
-    return escape(shown).replace("\n", Markup('<i class="nl">↵</i>'))
+    """The text of a token on one line: line ends become marks, and three and more spaces become two."""
+    text = re.sub(r"[^\S\n]{3,}", "  ", text.replace("\r", "").replace("\t", "  "))
+    return escape(text).replace("\n", Markup('<i class="nl">↵</i>'))
 
 
 def shaded(tokens: Sequence[str], values: Sequence[float], strongest: float, at: int | None = None) -> Markup:
-    """Tokens on a ground as deep as the activation is strong; negative ones on another. `at` is underlined."""
+    """Tokens on backgrounds as deep as the activation is strong; negative ones in another colour.
+
+    The token of index `at` is underlined.
+    """
     return Markup("").join(
-        _shaded(visible(token), value, strongest, place == at)
+        _shaded_token(visible(token), value, strongest, place == at)
         for place, (token, value) in enumerate(zip(tokens, values, strict=True))
     )
 
 
-def _shaded(token: Markup, value: float, strongest: float, is_at: bool) -> Markup:
+def _shaded_token(token: Markup, value: float, strongest: float, is_at: bool) -> Markup:
     if not value and not is_at:
         return token
     classes = "t" + (" at" if is_at else "") + (" neg" if value < 0 else "")
@@ -98,25 +102,38 @@ def _shaded(token: Markup, value: float, strongest: float, is_at: bool) -> Marku
 # --- Histograms ------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 360, 120
+"""Of the picture of a histogram."""
 
 
-def histogram(edges: Sequence[float], counts: Sequence[int]) -> list[dict[str, Any]]:
-    """The columns of a picture of WIDTH × HEIGHT; heights are logarithmic, since most activations are weak."""
-    tallest, step = max(counts, default=1), WIDTH / max(1, len(counts))
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a histogram, in the units of the picture, and the bin that it stands for."""
+
+    x: float
+    width: float
+    height: float
+    count: int
+    low: float
+    high: float
+
+
+def histogram_bars(histogram: Histogram) -> list[Bar]:
+    """Bars for all bins that are not empty; heights are logarithmic, since most activations are weak."""
+    highest, step = max(histogram.counts, default=1), WIDTH / max(1, len(histogram.counts))
     return [
-        {
-            "x": index * step,
-            "width": step - 1,
-            "height": (HEIGHT - 4) * _log_share(count, tallest),
-            "count": count,
-            "low": edges[index],
-            "high": edges[index + 1],
-        }
-        for index, count in enumerate(counts)
+        Bar(
+            x=index * step,
+            width=step - 1,
+            height=(HEIGHT - 4) * _log_share(count, highest),
+            count=count,
+            low=histogram.edges[index],
+            high=histogram.edges[index + 1],
+        )
+        for index, count in enumerate(histogram.counts)
         if count
     ]
 
 
-def _log_share(count: int, tallest: int) -> float:
-    """Of the height: 1 for the tallest, and one tenth for a single one among ten thousand."""
-    return (log10(count) + 0.4) / (log10(tallest) + 0.4)
+def _log_share(count: int, highest: int) -> float:
+    """The height of a bar: 1 for the highest, and a tenth for a count of one beside one of ten thousand."""
+    return (log10(count) + 0.4) / (log10(highest) + 0.4)

@@ -1,18 +1,19 @@
-"""What the pages show of latents: the table, the latents that fire on a text, and the page of one latent.
+"""HTML of latents: the table, the latents that fire on a text, and the page of one latent.
 
-Pure functions of what `explore` returns. The page of one latent needs no script, so that its export, a single
-file, is the same page.
+Pure functions of the records in `monitor.evaluation.latents.views`. The page of one latent needs no script, so that its
+export, a single file, is the same page.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
+from monitor.evaluation.latents.views import FiringLatent, Latent, LatentTable, Order, TextFirings
 from monitor.http.html import render
 
-COLUMNS = {
+COLUMNS: dict[Order, tuple[str, str]] = {
     "index": ("latent", "its number in the SAE"),
-    "density": ("density", "share of held-out rows on which it fires"),
+    "density": ("density", "share of held-out tokens on which it fires"),
     "strongest": ("strongest", "its largest activation on them, in the units of the raw activations"),
     "norm": ("norm", "length of its decoder row"),
     "age": ("age", "tokens trained since its decoder row was first seen with this direction; at least"),
@@ -20,35 +21,62 @@ COLUMNS = {
 """What the table can be sorted by: heading and meaning."""
 
 
-def table(found: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class SortLink:
+    """The heading of a column, a link that sorts by it."""
+
+    name: str
+    title: str
+    meaning: str
+    sort: str | None
+    """`ascending` or `descending` where the table is sorted by this column."""
+    next_descending: int
+    """1 where the link sorts in descending order, otherwise 0."""
+
+    @property
+    def arrow(self) -> str:
+        return {"descending": " ↓", "ascending": " ↑", None: ""}[self.sort]
+
+
+def latent_table(table: LatentTable) -> str:
     """One page of the table. Its headings sort, by links that the script takes over."""
-    return render("table.html", found=found, columns=[_column(name, found) for name in COLUMNS])
+    return render("latent_table.html", table=table, columns=[_column(name, table) for name in COLUMNS])
 
 
-def _column(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _column(name: Order, table: LatentTable) -> SortLink:
     title, meaning = COLUMNS[name]
-    is_order, descending = found["order"] == name, found["descending"]
-    return {
-        "name": name,
-        "title": title,
-        "meaning": meaning,
-        "sort": ("descending" if descending else "ascending") if is_order else None,
-        "arrow": (" ↓" if descending else " ↑") if is_order else "",
-        "descending": int(not descending if is_order else name != "index"),
-    }
+    if table.order == name:
+        sort = "descending" if table.descending else "ascending"
+        return SortLink(name, title, meaning, sort, next_descending=int(not table.descending))
+    return SortLink(name, title, meaning, None, next_descending=int(name != "index"))
 
 
-def fires(found: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class FiringRow:
+    """A latent in the table below a text."""
+
+    latent: FiringLatent
+    activation: float
+    """On the token that was asked for, otherwise the one farthest from zero."""
+    scale: float
+    """The activation with the deepest shade: the latent's strongest on held-out text, or on this one."""
+
+    @property
+    def share(self) -> float:
+        return abs(self.activation) / self.scale
+
+
+def text_firings(firings: TextFirings) -> str:
     """The text, and the latents that fire on it, each with the text shaded by its activation."""
-    return render("fires.html", found=found | {"latents": [_firing(line, found["at"]) for line in found["latents"]]})
+    rows = [_firing_row(latent, firings.at) for latent in firings.latents]
+    return render("text_firings.html", firings=firings, rows=rows)
 
 
-def _firing(line: dict[str, Any], at: int | None) -> dict[str, Any]:
-    here = line["values"][at] if at is not None else max(line["values"], key=abs)
-    scale = max(abs(line["strongest"]), abs(here))
-    return line | {"here": here, "scale": scale, "share": abs(here) / scale}
+def _firing_row(latent: FiringLatent, at: int | None) -> FiringRow:
+    activation = latent.values[at] if at is not None else max(latent.values, key=abs)
+    return FiringRow(latent, activation, scale=max(abs(latent.strongest), abs(activation)))
 
 
-def latent_page(found: dict[str, Any], *, exported: bool = False) -> str:
+def latent_page(latent: Latent, *, exported: bool = False) -> str:
     """The page of one latent; exported, it stands alone: no links into the service, no script."""
-    return render("latent.html", title=f"{found['sae']} · latent {found['index']}", it=found, exported=exported)
+    return render("latent.html", title=f"{latent.sae} · latent {latent.index}", latent=latent, exported=exported)

@@ -1,7 +1,7 @@
-"""The live page (`/`): a run at a glance, its curves, its latents, its snapshots. Pure functions of what was read.
+"""The live page (`/`): the state of a run, its curves, its latents, its snapshots. Pure functions of what was read.
 
-The page is whole as it is sent; its script (`static/page.js`) replaces parts of it by newer ones, draws the curves and
-saves clicks a reload. What is not known yet is said in words where it will stand, so nothing jumps.
+The page is complete as it is sent; its script (`static/live_page.js`) replaces parts of it by newer ones, draws the
+curves and saves clicks a reload. What is unknown yet is announced in its place, so nothing moves when it comes.
 """
 
 from __future__ import annotations
@@ -21,22 +21,94 @@ from producer.common.shell import shell_command
 from trainer.report import PROGRESSING, StreamReport, what_waits
 
 PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
-"""One colour per SAE, told apart in the light, in the dark and by the colour-blind; of charts and tables alike."""
+"""One colour per SAE in charts and tables, distinct on light and dark backgrounds and for the colour-blind."""
 SNAPSHOTS_SHOWN = 20
-"""The newest; the page is asked for its parts every two seconds."""
+"""The newest; the page asks for its parts every two seconds."""
+
 Run = dict[str, Any]
+"""The JSON of /v1/run."""
+Fact = tuple[str, str]
+"""A number in bold and the words behind it."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """What the page tells of a run's snapshots."""
+class RunSnapshots:
+    """The snapshots of a run, as far as the page shows them."""
 
     newest: list[dict[str, Any]]
-    """The last SNAPSHOTS_SHOWN of them, oldest first, as `monitor.run_directory` reads them."""
+    """The last SNAPSHOTS_SHOWN, oldest first, in the JSON of /v1/snapshots."""
     count: int
-    """Of them all."""
-    evaluated: dict[str, tuple[int, dict[str, Any]]]
-    """By SAE, tokens and numbers of its newest evaluation, from whichever snapshot."""
+    """Number of all snapshots."""
+    evaluations: dict[str, tuple[int, dict[str, Any]]]
+    """By SAE, its newest evaluation, and the tokens of the snapshot that was evaluated."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The card at the top of the page."""
+
+    state: str
+    source: str
+    """The language model and its hooks."""
+    progress: float
+    """Share of the run's tokens that are trained; 0 where it has no end."""
+    facts: list[Fact]
+    bottleneck: str
+    """What training waits for, in a sentence; empty where nothing is known."""
+
+
+@dataclass(frozen=True)
+class SaeRow:
+    """A row of the table of SAEs."""
+
+    name: str
+    colour: str
+    architecture: str | None
+    hooks: str | None
+    """What it reads and writes."""
+    latents: int | None
+    cells: list[str]
+    """Its numbers, in the order of the headings."""
+    evaluation: dict[str, Any]
+    evaluated_at: int | None
+    """Tokens of the snapshot that `evaluation` is of."""
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """A row of the table of all measures on held-out text."""
+
+    title: str
+    meaning: str
+    cells: list[str]
+    """One per SAE."""
+
+
+@dataclass(frozen=True)
+class SnapshotRow:
+    """A row of the table of snapshots."""
+
+    name: str
+    tokens: int
+    created: str
+    is_pinned: bool
+    bytes: int
+    saes: int
+    evaluated_saes: int
+    paths: list[str]
+    """Files to download, beside the manifest."""
+
+
+@dataclass(frozen=True)
+class LatentSection:
+    """The section about latents as it is sent."""
+
+    saes: list[str]
+    selected: str | None
+    """The SAE whose latents are shown."""
+    search: str
+    table: str
+    """HTML: the table, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +121,26 @@ class PageChart:
     measure: Measure | None = None
 
 
-def run_page(run: Run, snapshots: Published, latents: dict[str, Any], base_url: str) -> str:
-    """The whole page. `latents`: its `saes`, the one `chosen`, the `search`, and the `table` as HTML."""
-    latents = latents | {"table": Markup(latents["table"])}
+def run_page(run: Run, snapshots: RunSnapshots, latents: LatentSection, base_url: str) -> str:
+    """The whole page, as HTML."""
     address = base_url.rstrip("/")
-    is_here = is_loopback_name(urlsplit(address).hostname or "")
+    is_local = is_loopback_name(urlsplit(address).hostname or "")
     return render(
-        "page.html",
+        "live_page.html",
         title=run["directory"],
         charts=charts(),
         latents=latents,
+        latent_table=Markup(latents.table),
         pull=shell_command("monitor", "pull", address, anywhere=True)
-        if is_here
+        if is_local
         else f"python -m monitor pull {address}",
-        is_here=is_here,
+        is_local=is_local,
         **_live(run, snapshots),
     )
 
 
-def parts(run: Run, snapshots: Published) -> dict[str, Any]:
-    """What the script puts in place of what is there, by the id of the element; and the colours of its curves."""
+def parts(run: Run, snapshots: RunSnapshots) -> dict[str, Any]:
+    """The parts that the script replaces, as HTML by the id of their element; and the colours of its curves."""
     live = _live(run, snapshots)
     return {
         "state": run["state"],
@@ -81,52 +153,51 @@ def parts(run: Run, snapshots: Published) -> dict[str, Any]:
     }
 
 
-def _live(run: Run, snapshots: Published) -> dict[str, Any]:
-    """What the templates of the parts are made from."""
-    shown = saes(run, snapshots)
+def _live(run: Run, snapshots: RunSnapshots) -> dict[str, Any]:
+    """The variables of the parts' templates."""
+    saes = sae_rows(run, snapshots)
     return {
         "run": run,
-        "glance": glance(run),
-        "saes": shown,
+        "headline": headline(run),
+        "saes": saes,
         "headings": [measure.page_heading for measure in _columns()],
-        "measured": measured(shown),
-        "snapshots": [entry | {"paths": _paths(entry)} for entry in snapshots.newest],
+        "measures": measure_rows([sae.evaluation for sae in saes]),
+        "snapshots": [_snapshot_row(entry) for entry in snapshots.newest],
         "older": max(0, snapshots.count - len(snapshots.newest)),
     }
 
 
-def colours_of(run: Run, snapshots: Published) -> dict[str, str]:
-    """A colour for each SAE of the run, in the order in which the trainer names them; a mean copy has its SAE's."""
+def colours_of(run: Run, snapshots: RunSnapshots) -> dict[str, str]:
+    """A colour for each SAE of the run, in the order of the trainer's reports; an averaged copy has its SAE's."""
     names = _names(run, snapshots)
-    own = [name for name in names if not (name.endswith("-ema") and name.removesuffix("-ema") in names)]
-    found = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(own)}
-    return {name: found.get(name) or found[name.removesuffix("-ema")] for name in names}
+    originals = {name: name.removesuffix("-ema") if name.removesuffix("-ema") in names else name for name in names}
+    distinct = list(dict.fromkeys(originals.values()))
+    return {name: PALETTE[distinct.index(original) % len(PALETTE)] for name, original in originals.items()}
 
 
-def _names(run: Run, snapshots: Published) -> list[str]:
+def _names(run: Run, snapshots: RunSnapshots) -> list[str]:
     reported = [sae["name"] for sae in (run["report"] or {}).get("saes", [])]
     return list(dict.fromkeys([*reported, *(snapshots.newest[-1]["saes"] if snapshots.newest else {})]))
 
 
-# --- The run at a glance ---------------------------------------------------------------------------------------------
+# --- The headline ----------------------------------------------------------------------------------------------------
 
 
-def glance(run: Run) -> dict[str, Any]:
-    """The headline: state, the source of the activations, progress, facts as (number, words), the bottleneck."""
+def headline(run: Run) -> Headline:
     report, model = run["report"] or {}, (run["settings"] or {}).get("model", {})
     tokens, target = _tokens(run), report.get("target_tokens")
-    return {
-        "state": _state(run),
-        "source": f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else "",
-        "share": 1.0 if run["state"] == "finished" else min(1.0, tokens / target) if tokens and target else 0.0,
-        "facts": _facts(run),
-        "bottleneck": _bottleneck(run),
-    }
+    return Headline(
+        state=_state(run),
+        source=f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else "",
+        progress=1.0 if run["state"] == "finished" else min(1.0, tokens / target) if tokens and target else 0.0,
+        facts=[*_progress(run), *_quarantined(run)],
+        bottleneck=_bottleneck(run),
+    )
 
 
 def _tokens(run: Run) -> int | None:
-    told = run["summary"] if run["state"] == "finished" else run["report"]
-    return (told or {}).get("tokens")
+    source = run["summary"] if run["state"] == "finished" else run["report"]
+    return (source or {}).get("tokens")
 
 
 def _is_silent(run: Run) -> bool:
@@ -134,28 +205,30 @@ def _is_silent(run: Run) -> bool:
 
 
 def _state(run: Run) -> str:
-    told = (run["report"] or {}).get("state") if run["state"] == "running" else (run["summary"] or {}).get("outcome")
-    return "silent" if _is_silent(run) else told or run["state"]
+    """The trainer's phase while the run goes on, its outcome afterwards."""
+    if _is_silent(run):
+        return "silent"
+    detail = (run["report"] or {}).get("state") if run["state"] == "running" else (run["summary"] or {}).get("outcome")
+    return detail or run["state"]
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
-    return [*_progress(run), *_quarantined(run)]
-
-
-def _quarantined(run: Run) -> list[tuple[str, str]]:
-    """How many shards failed and are not trained on, with their tokens where these are known."""
+def _quarantined(run: Run) -> list[Fact]:
+    """Shards that are not trained on, with their tokens where these are known, and shards that may follow them."""
     stream, summary = (run["report"] or {}).get("stream") or {}, run["summary"] or {}
     if run["state"] == "finished":
         shards, tokens = len(summary.get("shards_set_aside") or []), summary.get("rows_set_aside")
     else:
         shards, tokens = (stream.get("leases") or {}).get("set_aside", 0), stream.get("tokens_quarantined")
-    suspects = [] if run["state"] == "finished" else [stream.get("suspect_shards") or 0]
-    of_them = "an unknown number of tokens" if tokens is None else f"{tokens:,} tokens"
-    facts = [(f"{shards:,}", f"shards quarantined, with {of_them} not trained on")] if shards else []
-    return facts + [(f"{count:,}", "shards on which producers are lost") for count in suspects if count]
+    facts = []
+    if shards:
+        count = "an unknown number of tokens" if tokens is None else f"{tokens:,} tokens"
+        facts.append((f"{shards:,}", f"shards quarantined, with {count} not trained on"))
+    if run["state"] != "finished" and (suspects := stream.get("suspect_shards")):
+        facts.append((f"{suspects:,}", "shards on which producers are lost"))
+    return facts
 
 
-def _progress(run: Run) -> list[tuple[str, str]]:
+def _progress(run: Run) -> list[Fact]:
     report, tokens = run["report"] or {}, _tokens(run)
     if tokens is None:
         return [("", "waiting for the trainer's first report: it fills its buffer before the first step")]
@@ -180,77 +253,46 @@ def _progress(run: Run) -> list[tuple[str, str]]:
 
 
 def _bottleneck(run: Run) -> str:
-    """What holds up training, in the words of the trainer's log; nothing of a run that is not at work."""
+    """What training waits for, in the words of the trainer's log; nothing for a run that does not train."""
     if run["state"] != "running" or _is_silent(run) or not run["report"]:
         return ""
     stream = run["report"].get("stream") or {}
     data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
     reported = StreamReport(stream.get("producers") or {}, data_wait_ratio=data, credit_wait_ratio=credit)
-    told = what_waits(run["report"].get("state") or "training", reported)
-    return f"{told[:1].upper()}{told[1:]}."
+    sentence = what_waits(run["report"].get("state") or "training", reported)
+    return f"{sentence[:1].upper()}{sentence[1:]}."
 
 
-# --- The SAEs and the snapshots --------------------------------------------------------------------------------------
+# --- The SAEs --------------------------------------------------------------------------------------------------------
 
 
-def saes(run: Run, snapshots: Published) -> list[dict[str, Any]]:
-    """Each SAE as it trains at this moment, and as the language model found its newest evaluated snapshot."""
-    reported = {sae["name"]: sae for sae in (run["report"] or {}).get("saes", [])}
-    published = snapshots.newest[-1]["saes"] if snapshots.newest else {}
-    colours = colours_of(run, snapshots)
-    found = []
-    for name in _names(run, snapshots):
-        report, metrics = reported.get(name), (published.get(name) or {}).get("metrics") or {}
-        evaluated_at, evaluation = snapshots.evaluated.get(name, (None, {}))
-        found.append(
-            {
-                "name": name,
-                "colour": colours[name],
-                "metrics": metrics,
-                "hooks": hooks_of(metrics),
-                "latents": metrics.get("d_sae") or _latents_of(report),
-                "cells": _cells(report or metrics, evaluation),
-                "evaluation": evaluation,
-                "evaluated_at": evaluated_at,
-            }
+def sae_rows(run: Run, snapshots: RunSnapshots) -> list[SaeRow]:
+    """Each SAE with its numbers from the newest report of the trainer, and from its newest evaluation."""
+    reports = {sae["name"]: sae for sae in (run["report"] or {}).get("saes", [])}
+    newest = snapshots.newest[-1]["saes"] if snapshots.newest else {}
+    rows = []
+    for name, colour in colours_of(run, snapshots).items():
+        report, metrics = reports.get(name), (newest.get(name) or {}).get("metrics") or {}
+        evaluated_at, evaluation = snapshots.evaluations.get(name, (None, {}))
+        rows.append(
+            SaeRow(
+                name=name,
+                colour=colour,
+                architecture=metrics.get("architecture"),
+                hooks=hooks_of(metrics),
+                latents=metrics.get("d_sae") or _latents_of(report),
+                cells=_cells(report or metrics, evaluation),
+                evaluation=evaluation,
+                evaluated_at=evaluated_at,
+            )
         )
-    return found
-
-
-def _cells(now: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
-    """An SAE's numbers in the table of SAEs: `now` as it trains, then those of its newest evaluation."""
-    sources = {Stage.TRAINING: now, Stage.HELD_OUT: evaluation}
-    return [number(sources[measure.stage].get(measure.name), measure.format) for measure in _columns()]
-
-
-def measured(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every number of the newest evaluations, a row each: `title`, `meaning`, and the `cells` of the SAEs."""
-    evaluations = [sae["evaluation"] for sae in saes]
-    rows = [row for measure in measures(Stage.HELD_OUT) for row in _rows(measure, evaluations)]
-    counts = [evaluation.get("rows") for evaluation in evaluations]
-    if any(counts):
-        meaning = "How many held-out activations all this was measured on."
-        rows.append({"title": "activations", "meaning": meaning, "cells": [number(count, ",") for count in counts]})
     return rows
 
 
-def _rows(measure: Measure, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row, or one for each value of the measure's label; none where nothing was measured."""
-    values = [evaluation.get(measure.name) for evaluation in evaluations]
-    if measure.label:
-        parts = [value if isinstance(value, dict) else {} for value in values]
-        columns = {f"{measure.title}: {key}": [part.get(key) for part in parts] for key in _keys(parts)}
-    else:
-        columns = {measure.title: values}
-    return [
-        {"title": title, "meaning": measure.help, "cells": [number(value, measure.format) for value in column]}
-        for title, column in columns.items()
-        if any(isinstance(value, int | float) for value in column)
-    ]
-
-
-def _keys(parts: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for part in parts for key in part))
+def _cells(report: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+    """The numbers of an SAE under the headings of the table."""
+    sources = {Stage.TRAINING: report, Stage.HELD_OUT: evaluation}
+    return [number(sources[measure.stage].get(measure.name), measure.format) for measure in _columns()]
 
 
 def _columns() -> list[Measure]:
@@ -258,8 +300,42 @@ def _columns() -> list[Measure]:
     return [measure for measure in MEASURES if measure.page_heading]
 
 
+def _latents_of(report: dict[str, Any] | None) -> int | None:
+    """The number of latents; a report counts each of them once in its density."""
+    return sum(report["density"]) if report and report.get("density") else None
+
+
+def measure_rows(evaluations: list[dict[str, Any]]) -> list[MeasureRow]:
+    """All numbers of the SAEs' newest evaluations."""
+    rows = [row for measure in measures(Stage.HELD_OUT) for row in _rows_of(measure, evaluations)]
+    counts = [evaluation.get("rows") for evaluation in evaluations]
+    if any(counts):
+        meaning = "Number of held-out activations that all this was measured on."
+        rows.append(MeasureRow("activations", meaning, [number(count, ",") for count in counts]))
+    return rows
+
+
+def _rows_of(measure: Measure, evaluations: list[dict[str, Any]]) -> list[MeasureRow]:
+    """One row, or one for each value of the measure's label; none where nothing was measured."""
+    values = [evaluation.get(measure.name) for evaluation in evaluations]
+    if measure.label:
+        parts = [value if isinstance(value, dict) else {} for value in values]
+        keys = dict.fromkeys(key for part in parts for key in part)
+        columns = {f"{measure.title}: {key}": [part.get(key) for part in parts] for key in keys}
+    else:
+        columns = {measure.title: values}
+    return [
+        MeasureRow(title, measure.help, [number(value, measure.format) for value in column])
+        for title, column in columns.items()
+        if any(isinstance(value, int | float) for value in column)
+    ]
+
+
+# --- Charts and snapshots --------------------------------------------------------------------------------------------
+
+
 def charts() -> list[PageChart]:
-    """Those of measures, then of the firing rates and of the speed."""
+    """Charts of measures, then those of the firing rates and of the speed."""
     return [
         *(
             PageChart(f"{measure.stage.value}-{measure.name}", measure.chart.title, measure.chart.caption, measure)
@@ -271,11 +347,15 @@ def charts() -> list[PageChart]:
     ]
 
 
-def _latents_of(report: dict[str, Any] | None) -> int | None:
-    """How many there are; a report counts each of them once in its density."""
-    return sum(report["density"]) if report and report.get("density") else None
-
-
-def _paths(entry: dict[str, Any]) -> list[str]:
-    """What can be downloaded of one snapshot, beside its manifest."""
-    return [*entry["files"], *(f"{sae}/evaluation.json" for sae, told in entry["saes"].items() if told["evaluation"])]
+def _snapshot_row(entry: dict[str, Any]) -> SnapshotRow:
+    evaluated_saes = [name for name, sae in entry["saes"].items() if sae["evaluation"]]
+    return SnapshotRow(
+        name=entry["name"],
+        tokens=entry["tokens"],
+        created=entry["created"],
+        is_pinned=entry["pinned"],
+        bytes=entry["bytes"],
+        saes=len(entry["saes"]),
+        evaluated_saes=len(evaluated_saes),
+        paths=[*entry["files"], *(f"{name}/evaluation.json" for name in evaluated_saes)],
+    )

@@ -1,36 +1,38 @@
-"""The routes of the pages for people, and of the JSON behind them; they only read.
+"""Routes of the pages, and of the JSON behind them; they only read.
 
 GET /                                    the live page; ?sae= &search= &order= &descending= &offset= of its table
 GET /latents/{sae}/{index}               one latent; …/export is the same as a file that stands alone
-GET /parts, /parts/latents, /parts/fires what the script puts into the live page, as HTML
+GET /parts, /parts/latents, /parts/fires parts of the live page, as HTML, for its script
 GET /static/{name}
-GET /v1/history                          curves as columns; with ?generation=, &since= and &evaluated= what is new
-GET /v1/latents                          the SAEs, and the snapshot in which the latents of each are shown
+GET /v1/history                          curves as columns; with ?generation=, &since= and &evaluated= only newer points
+GET /v1/latents                          the SAEs, each with the newest snapshot whose latents can be read
 GET /v1/latents/{sae}                    the table, sorted and searched as on the page; ?limit= up to 500
-GET /v1/latents/{sae}/fires?text=        the latents that fire on a text; ?at= on one of its tokens
-GET /v1/latents/{sae}/{index}            everything known of one latent; ?snapshot= of that one
+GET /v1/latents/{sae}/fires?text=        the latents that fire on a text; with &at= on one of its tokens
+GET /v1/latents/{sae}/{index}            one latent; ?snapshot= in that one
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from monitor.evaluation.latents.views import Latent, LatentTable, Order, TextFirings, to_json
 from monitor.history import History
-from monitor.http.answers import MUTABLE, json_unless_known
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import STATIC, render
-from monitor.http.latent_pages import COLUMNS, fires, latent_page, table
-from monitor.http.live_page import SNAPSHOTS_SHOWN, Published, parts, run_page
+from monitor.http.latent_pages import latent_page, latent_table, text_firings
+from monitor.http.live_page import SNAPSHOTS_SHOWN, LatentSection, RunSnapshots, parts, run_page
+from monitor.http.responses import MUTABLE, tagged_json
 from monitor.run_directory import NotThere, explained_saes, newest_evaluations, read_page, read_run
 
 if TYPE_CHECKING:
@@ -40,154 +42,159 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-SCRIPTS = ("page.js", "latent.js", "theme.js")
+SCRIPTS = ("live_page.js", "latent.js", "theme.js")
 PLOTLY = "plotly.min.js"
-ROWS = 50
-MOST_ROWS = 500
+TABLE_ROWS = 50
+MOST_TABLE_ROWS = 500
+ORDERS = get_args(Order)
+
+View = TypeVar("View", Latent, LatentTable, TextFirings)
 
 
 def page_routes(run_directory: Path, handle: ExplorerHandle) -> list[Route]:
     pages = _Pages(run_directory, handle)
     return [
-        Route("/", pages.run),
-        Route("/latents/{sae}/{index:int}", pages.latent),
+        Route("/", pages.live_page),
+        Route("/latents/{sae}/{index:int}", pages.latent_page),
         Route("/latents/{sae}/{index:int}/export", pages.export),
         Route("/parts", pages.parts),
         Route("/parts/latents", pages.table_part),
-        Route("/parts/fires", pages.fires_part),
+        Route("/parts/fires", pages.firings_part),
         Route("/static/{name}", static),
         Route("/v1/history", pages.history),
         Route("/v1/latents", pages.saes),
         Route("/v1/latents/{sae}", pages.table),
-        Route("/v1/latents/{sae}/fires", pages.fires),
-        Route("/v1/latents/{sae}/{index:int}", pages.one),
+        Route("/v1/latents/{sae}/fires", pages.firings),
+        Route("/v1/latents/{sae}/{index:int}", pages.latent),
     ]
 
 
 class _Pages:
+    """Handlers of requests. Starlette runs plain functions in threads, so that reading files holds up nobody."""
+
     def __init__(self, run_directory: Path, handle: ExplorerHandle) -> None:
         self._directory = run_directory
         self._handle = handle
         self._history = History(run_directory)
 
-    # Starlette runs plain functions in threads, so that reading files here does not hold up other requests.
-
     # Pages
 
-    def run(self, request: Request) -> Response:
+    def live_page(self, request: Request) -> Response:
         run = read_run(self._directory)
-        return _page(run_page(run, self._snapshots(), self._latents(request), str(request.base_url)))
+        return _html(run_page(run, self._snapshots(), self._latent_section(request), str(request.base_url)))
 
-    def latent(self, request: Request) -> Response:
-        return _page(latent_page(self._one(request)))
+    def latent_page(self, request: Request) -> Response:
+        return _html(latent_page(self._latent(request)))
 
     def export(self, request: Request) -> Response:
-        found = self._one(request)
-        name = f"{found['sae']}-{found['index']}-{found['snapshot']}.html"
-        answer = _page(latent_page(found, exported=True))
-        answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
-        return answer
+        latent = self._latent(request)
+        response = _html(latent_page(latent, exported=True))
+        name = f"{latent.sae}-{latent.index}-{latent.snapshot}.html"
+        response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
+        return response
 
     # Parts of the live page
 
     def parts(self, request: Request) -> Response:
-        run = read_run(self._directory)
-        ready = self._handle.explorer is not None
-        told = parts(run, self._snapshots()) | {"latents": explained_saes(self._directory), "ready": ready}
+        is_ready = self._handle.explorer is not None
+        content = {
+            **parts(read_run(self._directory), self._snapshots()),
+            "latents": explained_saes(self._directory),
+            "ready": is_ready,
+        }
         # The page asks every two seconds, and mostly nothing has changed.
-        return json_unless_known(request, bytes(_json(told).body), MUTABLE)
+        return tagged_json(request, json.dumps(content, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
 
     def table_part(self, request: Request) -> Response:
-        return _page(self._table_or_why_not(request, _sae(request) or None))
+        return _html(self._table_or_reason(request, _sae(request) or None))
 
-    def fires_part(self, request: Request) -> Response:
-        return _page(fires(self._fires(request, _sae(request))))
+    def firings_part(self, request: Request) -> Response:
+        return _html(text_firings(self._firings(request)))
 
     # JSON
 
     def history(self, request: Request) -> Response:
         generation, evaluated = (_integer(request, name, -1) for name in ("generation", "evaluated"))
-        return _json(self._history.columns(generation, _integer(request, "since", 0), evaluated))
+        columns = self._history.columns(generation, _integer(request, "since", 0), evaluated)
+        return JSONResponse(columns, headers={"Cache-Control": MUTABLE})
 
     def saes(self, request: Request) -> Response:
-        why_not = None if self._handle.explorer is not None else self._handle.reason
-        return _json({"saes": explained_saes(self._directory), "why_not": why_not})
+        reason = None if self._handle.explorer is not None else self._handle.reason
+        content = {"saes": explained_saes(self._directory), "why_not": reason}
+        return JSONResponse(content, headers={"Cache-Control": MUTABLE})
 
     def table(self, request: Request) -> Response:
-        return _json(_asked(lambda: self._table(request, _sae(request))))
+        return _json(_with_status(lambda: self._table(request, _sae(request))))
 
-    def one(self, request: Request) -> Response:
-        return _json(self._one(request))
+    def latent(self, request: Request) -> Response:
+        return _json(self._latent(request))
 
-    def fires(self, request: Request) -> Response:
-        return _json(self._fires(request, _sae(request)))
+    def firings(self, request: Request) -> Response:
+        return _json(self._firings(request))
 
-    # What they are made of
+    # Contents
 
-    def _snapshots(self) -> Published:
+    def _snapshots(self) -> RunSnapshots:
         page = read_page(self._directory, SNAPSHOTS_SHOWN)
-        return Published(page.entries, page.count, newest_evaluations(self._directory))
+        return RunSnapshots(page.entries, page.count, newest_evaluations(self._directory))
 
-    def _latents(self, request: Request) -> dict[str, Any]:
-        """What the live page needs for its section about latents."""
-        saes = explained_saes(self._directory)
-        names = [sae["name"] for sae in saes]
-        wanted = request.query_params.get("sae")
-        chosen = wanted if wanted in names else names[0] if names else None
-        return {
-            "saes": saes,
-            "chosen": chosen,
-            "search": request.query_params.get("search", ""),
-            "table": self._table_or_why_not(request, chosen),
-        }
+    def _latent_section(self, request: Request) -> LatentSection:
+        names = [sae["name"] for sae in explained_saes(self._directory)]
+        requested = request.query_params.get("sae")
+        selected = requested if requested in names else names[0] if names else None
+        search = request.query_params.get("search", "")
+        return LatentSection(names, selected, search, self._table_or_reason(request, selected))
 
-    def _table_or_why_not(self, request: Request, sae: str | None) -> str:
+    def _table_or_reason(self, request: Request, sae: str | None) -> str:
+        """The table as HTML, or why there is none."""
         if sae is None:
             return _empty("No snapshot yet", "Latents can be read from the first one on.")
         if self._handle.explorer is None:
             return _empty("Not yet" if self._handle.is_expected else "Not here", self._handle.reason)
         try:
-            return table(self._table(request, sae))
+            return latent_table(self._table(request, sae))
         except NotThere as error:
             if sae in self._handle.incompatible_saes:
                 return _empty("Not here", f"{self._handle.incompatible_saes[sae]}.")
-            if sae not in [known["name"] for known in explained_saes(self._directory)]:
+            if sae not in [known_sae["name"] for known_sae in explained_saes(self._directory)]:
                 return _empty("No such SAE", f"{error}.")
-            return _empty("Being looked at", "The language model reads held-out text with this SAE; a minute, mostly.")
+            text = "The language model reads held-out text with this SAE, which mostly takes a minute."
+            return _empty("Being computed", text)
 
     def _explorer(self) -> Explorer:
         if self._handle.explorer is None:
             raise HTTPException(503, self._handle.reason, {"Retry-After": "5"})
         return self._handle.explorer
 
-    def _table(self, request: Request, sae: str) -> dict[str, Any]:
+    def _table(self, request: Request, sae: str) -> LatentTable:
         query = request.query_params
         order = query.get("order", "strongest")
-        if order not in COLUMNS:
-            raise HTTPException(400, f"order = {order!r}: expected one of {', '.join(COLUMNS)}")
+        if order not in ORDERS:
+            raise HTTPException(400, f"order = {order!r}: expected one of {', '.join(ORDERS)}")
         return self._explorer().table(
             sae,
-            order,  # type: ignore[arg-type]
+            cast(Order, order),
             descending=_integer(request, "descending", 1) != 0,
             search=query.get("search", ""),
             offset=_integer(request, "offset", 0, least=0),
-            limit=min(MOST_ROWS, _integer(request, "limit", ROWS, least=1)),
+            limit=min(MOST_TABLE_ROWS, _integer(request, "limit", TABLE_ROWS, least=1)),
             snapshot=query.get("snapshot"),
         )
 
-    def _one(self, request: Request) -> dict[str, Any]:
-        path = request.path_params
-        return _asked(lambda: self._explorer().latent(path["sae"], path["index"], request.query_params.get("snapshot")))
+    def _latent(self, request: Request) -> Latent:
+        index, snapshot = request.path_params["index"], request.query_params.get("snapshot")
+        return _with_status(lambda: self._explorer().latent(_sae(request), index, snapshot))
 
-    def _fires(self, request: Request, sae: str) -> dict[str, Any]:
+    def _firings(self, request: Request) -> TextFirings:
         at = _integer(request, "at", -1)
         text = request.query_params.get("text", "")
-        return _asked(lambda: self._explorer().fires(sae, text, None if at < 0 else at))
+        return _with_status(lambda: self._explorer().fires(_sae(request), text, None if at < 0 else at))
 
 
-def _asked(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _with_status(answer: Callable[[], View]) -> View:
+    """The explorer's answer; its errors with the status of a response."""
     try:
-        return ask()
+        return answer()
     except NotThere as error:
         raise HTTPException(404, str(error)) from None
     except ValueError as error:
@@ -210,22 +217,22 @@ def _integer(request: Request, name: str, default: int, least: int = -1) -> int:
 
 
 def error_page(message: str, error: HTTPException) -> Response:
-    """For people, what programs are told as JSON."""
+    """A page for people with what programs get as JSON."""
     title = "Not yet" if error.status_code == 503 else "Not here"
-    told = render("error.html", title=title, told=message[:1].upper() + message[1:])
-    return _page(told, error.status_code)
+    html = render("error.html", title=title, text=message[:1].upper() + message[1:])
+    return _html(html, error.status_code)
 
 
-def _page(text: str, status: int = 200) -> Response:
+def _html(text: str, status: int = 200) -> Response:
     return HTMLResponse(text, status, {"Content-Security-Policy": POLICY, "Cache-Control": MUTABLE})
 
 
-def _json(content: dict[str, Any]) -> Response:
-    return JSONResponse(content, headers={"Cache-Control": MUTABLE})
+def _json(view: View) -> Response:
+    return Response(to_json(view), media_type="application/json", headers={"Cache-Control": MUTABLE})
 
 
-def _empty(title: str, told: str) -> str:
-    return render("empty.html", title=title, told=told)
+def _empty(title: str, text: str) -> str:
+    return render("empty.html", title=title, text=text)
 
 
 # --- Scripts ---------------------------------------------------------------------------------------------------------
@@ -243,5 +250,5 @@ def static(request: Request) -> Response:
 
 @lru_cache
 def _plotly() -> bytes:
-    """The library as the Python package carries it, a third as long: it is asked for through tunnels too."""
+    """The library of the Python package, compressed to a third: it also goes through SSH tunnels."""
     return gzip.compress((files("plotly") / "package_data" / PLOTLY).read_bytes(), 6)

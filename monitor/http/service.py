@@ -1,21 +1,21 @@
-"""The HTTP service: reads the run directory, hands out its snapshots, changes nothing.
+"""The HTTP service: serves the snapshots of a run directory, and changes nothing in it.
 
-    GET / and what belongs to it                the pages for people, and their JSON: `monitor.http.routes`
+    GET / and its parts                         the pages for people, and their JSON: `monitor.http.routes`
     GET /v1/run                                 settings, newest report, summary
-    GET /v1/snapshots                           the newest complete snapshots, oldest first; ?limit= of them, the newest
-                                                ?before=NAME; `next` is the address of those before, `count` tells all
+    GET /v1/snapshots                           the newest complete snapshots, oldest first; ?limit= of them, older than
+                                                ?before=NAME; `next` is the address of older ones, `count` that of all
     GET /v1/snapshots/latest                    the newest manifest; ?after=NAME&wait=SECONDS waits for a newer one
     GET /v1/snapshots/{name}/manifest.json
     GET /v1/snapshots/{name}/{path}             a file of the manifest (Range, ETag, immutable), or an evaluation.json
     GET /healthz  /readyz  /metrics
 
-What may be read is what a manifest lists, so no path of a request ever reaches the file system unchecked; nor is a link
-followed that leads out of a snapshot. The sha256
-of a file stands in the manifest and is its ETag: nothing is hashed to serve it. A file that is being sent stays whole
-when its snapshot is retired, since the open file outlives its name. Errors are JSON: {"error": what, and what exists}.
+Only files that a manifest lists are served, so that no path of a request reaches the file system unchecked, and links
+out of a snapshot are not followed. The sha256 of a file stands in the manifest and is its ETag: nothing is hashed to
+serve it. A file that is being sent stays whole when its snapshot is retired, since the open file outlives its name.
+Errors are JSON: {"error": the problem, and what exists}.
 
-All of it happens at the lowest priority, and within the CPU time that `pace` gives: a flood must not slow the
-training.
+The service runs at the lowest priority and within a budget of CPU time (`monitor.http.throttle`), so that a flood of
+requests does not slow the training.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from starlette.routing import Route
 
 from monitor.files import is_within
 from monitor.http.access import TokenGate
-from monitor.http.answers import IMMUTABLE, MUTABLE, is_known, json_unless_known, tags
 from monitor.http.explorer_handle import ExplorerHandle
-from monitor.http.pace import Pace
+from monitor.http.responses import IMMUTABLE, MUTABLE, is_not_modified, tag_headers, tagged_json
 from monitor.http.routes import error_page, page_routes
+from monitor.http.throttle import CpuThrottle
 from monitor.run_directory import read_page, read_run, why_not_ready
 from monitor.snapshot_index import index_of, manifest_of
 from producer.common.server import DEFAULT_LIMITS, ServerLimits, listen, serve
 from trainer.snapshot import NAME, SnapshotError, which_there_are
 
 LONGEST_WAIT_SECONDS = 300.0
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
 NICE = 19
-PIECE_BYTES = 1 << 18
-"""Of a file, read and sent at a time: each costs a turn of a thread."""
-PAGES = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
+CHUNK_BYTES = 1 << 18
+"""Of a file, read and sent at a time: each chunk costs a call into another thread."""
+PATHS = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def make_app(
     handle: ExplorerHandle | None = None,
     page_sizes: PageSizes = DEFAULT_PAGE_SIZES,
 ) -> Starlette:
-    """The service over one run directory, which need not exist yet; with a token, only for those who have it.
+    """The service over one run directory, which need not exist yet; with a `token`, only for clients that have it.
 
-    `unhealthy` says what is wrong, if anything; `handle` holds the explorer that answers questions about latents.
+    `unhealthy` returns the problem, if there is one; `handle` holds the explorer that answers questions about latents.
     """
     routes = _Routes(run_directory, registry, unhealthy, page_sizes)
     handle = handle or ExplorerHandle(reason="This monitor does not evaluate.", is_expected=False)
@@ -97,7 +97,7 @@ def make_app(
             Route("/readyz", routes.readyz),
         ],
         middleware=[Middleware(TokenGate, token=token)] if token else [],
-        exception_handlers={HTTPException: _explain, Exception: _explain},
+        exception_handlers={HTTPException: _error_response, Exception: _error_response},
     )
 
 
@@ -109,10 +109,11 @@ def start_service(
     allowed_hosts: Collection[str] | None = (),
     limits: ServerLimits = DEFAULT_LIMITS,
 ) -> tuple[int, Callable[[], None]]:
-    """Serves `app` from a thread; returns the port and what closes it. Port 0 takes any free one.
+    """Serves `app` from a thread; returns the port and a function that closes it. Port 0 is any free one.
 
-    While `is_training`, it keeps to its share of the machine. `allowed_hosts` as in `producer.common.server`; an app
-    that asks for a token needs none. Raises OSError, naming host and port, when it cannot listen there.
+    While `is_training`, the service keeps to its share of CPU time. `allowed_hosts` is that of
+    `producer.common.server`; an app that asks for a token needs none. Raises OSError, naming host and port, when it
+    cannot listen there.
     """
     try:
         listener = listen(host, port, limits)
@@ -122,7 +123,7 @@ def start_service(
             "Set monitor.service_port to another port, or to 0 for any free one"
         ) from None
     names = None if allowed_hosts is None else {host, *allowed_hosts}
-    return listener.getsockname()[1], serve(Pace(app, is_training), listener, "service", names, NICE, limits)
+    return listener.getsockname()[1], serve(CpuThrottle(app, is_training), listener, "service", names, NICE, limits)
 
 
 class _Routes:
@@ -149,23 +150,23 @@ class _Routes:
         page = read_page(self.run_directory, limit, before)
         names = self.index.names()
         older = None if page.older is None else f"/v1/snapshots?limit={limit}&before={page.older}"
-        listed = {
+        content = {
             "latest": names[-1] if names else None,
             "count": page.count,
             "snapshots": page.entries,
             "next": older,
         }
-        return json_unless_known(request, json.dumps(listed, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
+        return tagged_json(request, json.dumps(content, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
 
     async def latest(self, request: Request) -> Response:
         after, deadline = _parse_wait(request)
         while True:
-            names = self.index.names()  # a glance at one folder, cheaper than the way to another thread
+            names = self.index.names()  # one look at one folder, which is cheaper than a call into another thread
             if names and names[-1] > after:
                 return await run_in_threadpool(self._newest, request, names[-1])
             if time.monotonic() >= deadline or await request.is_disconnected():
                 break
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         if after:
             return Response(status_code=204, headers={"Cache-Control": MUTABLE})
         raise HTTPException(404, f"no snapshot yet in {self.run_directory.name}; ask again with ?wait=SECONDS")
@@ -199,11 +200,11 @@ class _Routes:
         return _large_file(request, target, digests[path])
 
     def _folder(self, name: str) -> Path:
-        """The folder of one complete snapshot; anything that is not a snapshot's name is refused here."""
+        """The folder of one complete snapshot. Raises HTTPException 404 for any other name."""
         names = self.index.names()
-        place = bisect_left(names, name)
+        index = bisect_left(names, name)
         folder = self.run_directory / "snapshots" / name
-        if place < len(names) and names[place] == name and (folder / "manifest.json").is_file():
+        if index < len(names) and names[index] == name and (folder / "manifest.json").is_file():
             return folder
         raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {which_there_are(names)}")
 
@@ -218,47 +219,47 @@ class _Routes:
         return Response(encode(self.registry), headers={"Content-Type": content_type})
 
     def healthz(self, request: Request) -> Response:
-        return _verdict(self.unhealthy())
+        return _health_response(self.unhealthy())
 
     def readyz(self, request: Request) -> Response:
-        return _verdict(why_not_ready(self.run_directory))
+        return _health_response(why_not_ready(self.run_directory))
 
 
-def _verdict(reason: str | None) -> Response:
+def _health_response(reason: str | None) -> Response:
     body, status = ({"error": reason}, 503) if reason else ({"status": "ok"}, 200)
     return JSONResponse(body, status, {"Cache-Control": "no-store"})
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------------
+# --- Responses -------------------------------------------------------------------------------------------------------
 
 
 def _small_file(request: Request, path: Path, caching: str, headers: dict[str, str], absent: str = "") -> Response:
-    """A JSON file, hashed as it is read, since no manifest lists it."""
+    """A JSON file that no manifest lists: it is hashed as it is read."""
     try:
         body = path.read_bytes()
     except FileNotFoundError:
         raise HTTPException(404, absent or f"snapshot {path.parent.name} has just been retired") from None
-    return json_unless_known(request, body, caching, headers)
+    return tagged_json(request, body, caching, headers)
 
 
 def _large_file(request: Request, path: Path, sha256: str) -> Response:
-    headers = tags(sha256, IMMUTABLE)
-    if is_known(request, headers["ETag"]):
+    headers = tag_headers(sha256, IMMUTABLE)
+    if is_not_modified(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise HTTPException(404, f"{path.name} of this snapshot has just been retired") from None
     media_type = "application/json" if path.suffix == ".json" else "application/octet-stream"
-    return _Pieces(path, headers=headers, media_type=media_type, stat_result=found)
+    return _ChunkedFileResponse(path, headers=headers, media_type=media_type, stat_result=status)
 
 
-class _Pieces(FileResponse):
-    chunk_size = PIECE_BYTES
+class _ChunkedFileResponse(FileResponse):
+    chunk_size = CHUNK_BYTES
 
 
 def _parse_wait(request: Request) -> tuple[str, float]:
-    """(name after which, monotonic deadline) of a request for the latest snapshot."""
+    """(the name that the snapshot must follow, monotonic deadline) of a request for the latest snapshot."""
     after, wait = request.query_params.get("after", ""), request.query_params.get("wait", "0")
     if after and not _is_name(after):
         raise HTTPException(400, f"after = {after!r}: expected a snapshot's name, such as 000001234567")
@@ -272,7 +273,7 @@ def _parse_wait(request: Request) -> tuple[str, float]:
 
 
 def _parse_page(request: Request, sizes: PageSizes) -> tuple[int, str | None]:
-    """(how many snapshots, the name before which) of a request for the list."""
+    """(number of snapshots, the name that they must precede) of a request for the list."""
     limit, before = request.query_params.get("limit", str(sizes.default)), request.query_params.get("before")
     if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and int(limit) > 0):
         raise HTTPException(400, f"limit = {limit[:20]!r}: expected a whole number from 1 to {sizes.most:,}")
@@ -285,12 +286,12 @@ def _is_name(text: str) -> bool:
     return text.isascii() and NAME.fullmatch(text) is not None
 
 
-def _explain(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return JSONResponse({"error": "the monitor failed at this; its log says how"}, 500)
     message = error.detail
     if error.status_code == 404 and message == "Not Found":
-        message = f"no {request.url.path!r} here; there are {PAGES}"
+        message = f"no {request.url.path!r} here; there are {PATHS}"
     if error.status_code == 405:
         message = f"{request.method} is not served: this service only reads"
     if request.url.path.startswith("/latents/") and "text/html" in request.headers.get("accept", ""):

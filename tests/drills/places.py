@@ -64,6 +64,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "monitor.evaluation.latents.activations": (
         "monitor/evaluation/latents/activations.py", "test_explore", "test_durable",
     ),
+    "monitor.evaluation.latents.examples": ("monitor/evaluation/latents/examples.py", "test_explore"),
+    "monitor.evaluation.latents.logit_lens": ("monitor/evaluation/latents/logit_lens.py", "test_explore"),
     "monitor.evaluation.latents.explorer": ("monitor/evaluation/latents/explorer.py", "test_explore"),
     "monitor.evaluation.follow": ("monitor/evaluation/follow.py", "test_explore", "test_evaluate"),
     "monitor.evaluation.latents.texts": ("monitor/evaluation/latents/texts.py", "test_explore"),
@@ -79,6 +81,6 @@ PLACES: dict[str, tuple[str, ...]] = {
     "monitor.http.access": ("monitor/http/access.py", "test_service"),
     "monitor.cli.pull": ("monitor/cli/pull.py", "test_pull", "test_durable"),
     "monitor.cli.client": ("monitor/cli/client.py", "test_pull", "test_top"),
-    "monitor.http.pace": ("monitor/http/pace.py", "test_pace"),
+    "monitor.http.throttle": ("monitor/http/throttle.py", "test_throttle"),
 }  # fmt: skip
 """Of each module: its file, and the tests that are there for it."""

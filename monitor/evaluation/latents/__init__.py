@@ -2,8 +2,12 @@
 
     activations     all activations of a snapshot's latents on held-out text, stored by latent
     explanation     the n-gram that best predicts where a latent fires
+    views           latents as a reader sees them: records, and their JSON
+    explorer        answers to the questions of readers
+    snapshot_saes   SAEs of snapshots, mapped from their files
+    examples        firings in their text
+    logit_lens      what a latent's direction adds to the logits
     texts           token ids as text
-    explorer        latents for a person to read
 
-Imported by the evaluation, http/ and the tests.
+Imported by the evaluation, which gathers activations, and by http/, which renders views.
 """

@@ -1,10 +1,12 @@
-// The page of one latent: arrows go to its neighbours, u goes up to the table, as it was left.
-const table = sessionStorage.getItem("table");
+// The page of one latent: arrow keys lead to the previous and the next one, u to the table in its last state.
+const tableQuery = sessionStorage.getItem("table");
 const sae = decodeURIComponent(location.pathname.split("/")[2]);
-if (table && new URLSearchParams(table).get("sae") === sae) document.getElementById("up").href = `/?${table}#latents`;
+if (tableQuery && new URLSearchParams(tableQuery).get("sae") === sae) {
+  document.getElementById("all-latents").href = `/?${tableQuery}#latents`;
+}
 
 addEventListener("keydown", (event) => {
   if (isTyping(event)) return;
-  const link = { ArrowLeft: "before", ArrowRight: "after", u: "up" }[event.key];
+  const link = { ArrowLeft: "previous", ArrowRight: "next", u: "all-latents" }[event.key];
   if (link) document.getElementById(link).click();
 });

@@ -1,26 +1,26 @@
-// Light or dark, as the machine says until somebody chooses. Runs before anything is drawn, so that nothing flashes.
+// Light or dark: the system's preference until the reader chooses. It runs before the first paint, so nothing flashes.
 (() => {
   const root = document.documentElement;
-  const chosen = localStorage.getItem("theme");
-  if (chosen) root.dataset.theme = chosen;
+  const savedTheme = localStorage.getItem("theme");
+  if (savedTheme) root.dataset.theme = savedTheme;
 
   function isDark() {
     return root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   }
 
-  function turn() {
+  function toggle() {
     root.dataset.theme = isDark() ? "light" : "dark";
     localStorage.setItem("theme", root.dataset.theme);
     dispatchEvent(new Event("theme"));
   }
 
-  addEventListener("DOMContentLoaded", () => document.getElementById("theme")?.addEventListener("click", turn));
+  addEventListener("DOMContentLoaded", () => document.getElementById("theme")?.addEventListener("click", toggle));
   addEventListener("keydown", (event) => {
-    if (event.key === "t" && !isTyping(event)) turn();
+    if (event.key === "t" && !isTyping(event)) toggle();
   });
 })();
 
-// Keys are commands only where nobody types and no browser's own shortcut is meant.
+// Whether a key belongs to a field or to a shortcut of the browser, and is no command of the page.
 function isTyping(event) {
   return event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
 }

@@ -1,0 +1,99 @@
+"""Firings of a latent in their text: the strongest, some around lower quantiles, and their number by activation.
+
+A firing is a place in `LatentActivations.of(latent)`: 0 is the strongest.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from monitor.evaluation.latents.activations import LatentActivations
+from monitor.evaluation.latents.texts import Texts
+from monitor.evaluation.latents.views import Histogram, LatentExample, QuantileExamples
+
+TOKENS_AROUND = (32, 16)
+"""Tokens shown before and after a firing;"""
+TOKENS_AROUND_IN_TABLE = (6, 6)
+"""in the table."""
+EXAMPLES = 16
+STRONGEST_FIRINGS = 32
+"""Firings among which examples are chosen; weaker ones are shown by quantile."""
+QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.05)
+"""Of a latent's activations, around which further examples are shown."""
+EXAMPLES_AT_QUANTILE = 4
+BINS = 40
+
+
+def strongest_example(latents: LatentActivations, texts: Texts, latent: int) -> LatentExample | None:
+    """The strongest firing with little text, for the table; None for a silent latent."""
+    is_silent = not len(latents.of(latent)[1])
+    return None if is_silent else example_at(latents, texts, latent, 0, TOKENS_AROUND_IN_TABLE)
+
+
+def distinct_examples(latents: LatentActivations, texts: Texts, latent: int) -> list[LatentExample]:
+    """The strongest firings, strongest first, without repetitions of nearly the same text, which `times` counts.
+
+    Two firings are in nearly the same text when the five tokens before and the two after them are the same.
+    """
+    positions, _ = latents.of(latent)
+    firings: dict[tuple[int, ...], list[int]] = {}
+    for firing, position in enumerate(positions[:STRONGEST_FIRINGS].tolist()):
+        window, place = divmod(position, latents.context)
+        nearby = tuple(latents.ids[window, max(0, place - 5) : place + 3].tolist())
+        firings.setdefault(nearby, []).append(firing)
+    groups = list(firings.values())[:EXAMPLES]
+    return [example_at(latents, texts, latent, group[0], times=len(group)) for group in groups]
+
+
+def quantile_examples(latents: LatentActivations, texts: Texts, latent: int) -> list[QuantileExamples]:
+    """Firings around each of QUANTILES that lies below the strongest firings."""
+    return [
+        QuantileExamples(
+            quantile=quantile, contexts=[example_at(latents, texts, latent, firing) for firing in firings]
+        )
+        for quantile in QUANTILES
+        if (firings := _firings_at(quantile, len(latents.of(latent)[1])))
+    ]  # fmt: skip
+
+
+def _firings_at(quantile: float, count: int) -> range:
+    """EXAMPLES_AT_QUANTILE of `count` firings; empty where they would be among the strongest or beyond the weakest."""
+    middle = round((1 - quantile) * (count - 1))
+    first = middle - EXAMPLES_AT_QUANTILE // 2
+    if first < STRONGEST_FIRINGS or first + EXAMPLES_AT_QUANTILE > count:
+        return range(0)
+    return range(first, first + EXAMPLES_AT_QUANTILE)
+
+
+def example_at(
+    latents: LatentActivations, texts: Texts, latent: int, firing: int,
+    around: tuple[int, int] = TOKENS_AROUND, times: int = 1,
+) -> LatentExample:  # fmt: skip
+    """The text of one firing, `around` tokens before and after it, with the latent's activation on each token."""
+    positions, values = latents.of(latent)
+    window, place = divmod(int(positions[firing]), latents.context)
+    window_start = window * latents.context
+    real = np.flatnonzero(latents.shown[window])
+    # A BOS is no text. Without one, the stream has the first position too.
+    text = int(real[0]) + (not latents.streamed[window, real[0]]), int(real[-1]) + 1
+    first, last = max(text[0], place - around[0]), min(text[1], place + around[1] + 1)
+    is_near = (positions >= window_start + first) & (positions < window_start + last)
+    activations = dict(zip((positions[is_near] - window_start).tolist(), values[is_near].tolist(), strict=True))
+    return LatentExample(
+        value=float(values[firing]),
+        times=times,
+        at=place - first,
+        cut_before=first > text[0],
+        cut_after=last < text[1],
+        tokens=texts.pieces(latents.ids[window, first:last].tolist()),
+        values=[activations.get(place, 0.0) for place in range(first, last)],
+    )
+
+
+def histogram(values: np.ndarray) -> Histogram:
+    """Number of firings by activation, from 0 or the most negative one to the largest."""
+    if not len(values):
+        return Histogram(edges=[], counts=[])
+    low = min(0.0, float(values.min()))
+    counts, edges = np.histogram(values, BINS, (low, max(float(values.max()), low + 1e-9)))
+    return Histogram(edges=edges.tolist(), counts=counts.tolist())
