@@ -22,7 +22,9 @@ from producer.settings import CorpusSettings, ProducerSettings, RunSettings, Syn
 from producer.source import SyntheticSource
 from producer.wire import Hello
 from tests.small_stream import Producing, hello_of, new_ledger, stream_settings, wait_for
-from trainer.control.ctl import Inbox
+from trainer.control.commands import handle
+from trainer.control.requests import Inbox
+from trainer.phases import RunPhase
 from trainer.report import StepReport
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.settings import SaeSettings
@@ -31,6 +33,7 @@ from trainer.snapshot import snapshot_names
 from trainer.stream.buffer import ShuffleBuffer
 from trainer.stream.intake import TORCH_DTYPE, Intake
 from trainer.training.loop import Loop
+from trainer.training.roster import Member
 from trainer.training.run import Run
 
 HELD_OUT = 1 / 16
@@ -132,9 +135,9 @@ def train_on_truth(
             wait_for(lambda: ledger.identity.hello is not None)
             assert ledger.identity.hello is not None
             run = (Run if at_start is None else _beginning_with(at_start))(settings, ledger.identity.hello)
-            loop = Loop(settings, run.roster, intake, Inbox(threading.Event()), Silent())
+            loop = Loop(settings, run.roster, intake, Inbox(threading.Event()), Silent(), handle)
             loop.begin(run)
-            assert loop.work()
+            assert loop.train() is RunPhase.FINISHED
             intake.drain(finished=True)
             assert producer.ended() is None
             assert ledger.tokens_trained == tokens
@@ -149,20 +152,21 @@ def train_on_sharkey(directory: Path) -> Run:
 
 def _beginning_with(at_start: AtStart) -> type[Run]:
     class Changed(Run):
-        def initialise(self, sample: list[Tensor]) -> None:
-            super().initialise(sample)
+        def initialise(self, sample: list[Tensor]) -> list[Member]:
+            removed = super().initialise(sample)
             at_start(self)
+            return removed
 
     return Changed
 
 
 class Silent:
-    """A listener that nothing is heard of."""
+    """A listener that ignores every event."""
 
-    def waiting(self, report: StepReport) -> None: ...
-    def report(self, report: StepReport) -> None: ...
-    def published(self, tokens: int) -> None: ...
-    def saved(self) -> None: ...
+    def on_fill(self, report: StepReport) -> None: ...
+    def on_report(self, report: StepReport) -> None: ...
+    def on_publish(self, tokens: int) -> None: ...
+    def on_save(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ from tests.small_stream import (
     wait_for,
 )
 from trainer.control import ctl
-from trainer.control.commands import answer
-from trainer.control.ctl import CtlError, Inbox, ask, listening
-from trainer.phases import SaePhase
+from trainer.control.commands import handle
+from trainer.control.ctl import CtlError, ask
+from trainer.control.requests import Inbox, listening
+from trainer.phases import RunPhase, SaePhase
 from trainer.report import StepReport
 from trainer.settings import TrainerSettings
 from trainer.snapshot import is_pinned, read_manifest, snapshot_names
@@ -49,7 +50,7 @@ from trainer.state.checkpoint import load_newest
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.intake import TORCH_DTYPE, Intake
 from trainer.stream.ledger.shards import FailureReport
-from trainer.training.loop import Loop
+from trainer.training.loop import STARVED_REPORT_SECONDS, Loop
 from trainer.training.roster import Roster
 from trainer.training.run import Run, roster_of
 
@@ -232,13 +233,15 @@ def test_the_file_may_hold_bare_keys_or_one_table(echo: Path, capsys: Any) -> No
 class Trainer:
     """A trainer's loop in a thread of its own, over an endless stream."""
 
-    def __init__(self, directory: Path, **changes: Any) -> None:
+    def __init__(self, directory: Path, starved_report_seconds: float = STARVED_REPORT_SECONDS, **changes: Any) -> None:
         self.directory = directory
+        self.starved_report_seconds = starved_report_seconds
         self.settings = settings_for(directory, **changes)
         self.stop = threading.Event()
         self.reports: list[StepReport] = []
         self.producer: Producing | None = None
-        self.complete: bool | None = None
+        self.phase: RunPhase | None = None
+        """In which the loop has ended."""
 
     @contextmanager
     def at_work(self) -> Iterator[Trainer]:
@@ -258,12 +261,14 @@ class Trainer:
             return ShuffleBuffer(CAPACITY, [hook.width for hook in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
 
         with Intake(self.settings.stream, ledger, make_buffer) as self.intake, listening(self.directory, inbox):
-            self.loop = Loop(self.settings, roster, self.intake, inbox, self, answer, saved)
+            self.loop = Loop(
+                self.settings, roster, self.intake, inbox, self, handle, saved, self.starved_report_seconds
+            )
 
-            def work() -> None:
-                self.complete = self.loop.work()
+            def train() -> None:
+                self.phase = self.loop.train()
 
-            thread = threading.Thread(target=work)
+            thread = threading.Thread(target=train)
             thread.start()
             try:
                 yield self
@@ -305,12 +310,12 @@ class Trainer:
         """The manifest of the newest snapshot."""
         return read_manifest(self.directory / "snapshots" / snapshot_names(self.directory)[-1])
 
-    def report(self, report: StepReport) -> None:
+    def on_report(self, report: StepReport) -> None:
         self.reports.append(report)
 
-    def waiting(self, report: StepReport) -> None: ...
-    def published(self, tokens: int) -> None: ...
-    def saved(self) -> None: ...
+    def on_fill(self, report: StepReport) -> None: ...
+    def on_publish(self, tokens: int) -> None: ...
+    def on_save(self) -> None: ...
 
 
 def settings_for(directory: Path, **changes: Any) -> TrainerSettings:
@@ -423,9 +428,9 @@ def test_a_run_is_complete_when_every_sae_is_finished(trainer: Trainer) -> None:
     assert trainer.sae("jump")["tokens"] == tokens
     assert trainer.ask("cooldown", name="jump")["said"] == "jump is finished already"
     trainer.ask("cooldown", name="top")
-    wait_for(lambda: trainer.complete)
+    wait_for(lambda: trainer.phase is RunPhase.FINISHED)
     assert sorted(trainer.newest()["saes"]) == ["jump", "jump-ema", "top"]
-    assert trainer.loop.roster.ended
+    assert trainer.loop.roster.is_finished
 
 
 def test_quarantined_shards_are_told_and_tried_again(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,9 +475,9 @@ def test_a_paused_run_holds_its_producers_and_goes_on(trainer: Trainer) -> None:
 def test_a_drained_run_has_trained_all_that_was_under_way(trainer: Trainer) -> None:
     """It stops without being complete, its producer has nothing to compute again, and who asks later is told."""
     trainer.produce().ask("drain")
-    wait_for(lambda: trainer.complete is not None)
+    wait_for(lambda: trainer.phase is not None)
     ledger = trainer.intake.ledger
-    assert not trainer.complete and ledger.tokens_buffered == 0
+    assert trainer.phase is RunPhase.DRAINED and ledger.tokens_buffered == 0
     assert not any(session.leases and session.credit_tokens for session in ledger.sessions.values())
     assert all(int(shard.mask.sum()) == int(shard.trained.sum()) for shard in ledger.shards.open.values())
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 import monitor.app
-import trainer.health
-import trainer.training.loop
 from monitor.evaluation.follow import Evaluator
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
@@ -24,7 +22,8 @@ from tests.small_run import start_run
 from tests.small_stream import CHUNK_ROWS, Peer, Producing, named_source, new_ledger, stream_settings, wait_for
 from tests.small_stream import trainer as small_trainer
 from tests.test_ctl import Trainer
-from trainer.health import TrainerHealth
+from trainer.health import SENTENCES, TrainerHealth
+from trainer.phases import RunPhase
 
 Ask = Callable[[str], tuple[int, str]]
 
@@ -50,8 +49,8 @@ def asking(alive: Verdict, ready: Verdict) -> Iterator[Ask]:
 @pytest.fixture
 def health(tmp_path: Path) -> Iterator[tuple[Trainer, Ask]]:
     """A trainer's loop at work, and its port."""
-    verdicts = TrainerHealth()
-    with Trainer(tmp_path / "run").at_work() as trainer, asking(verdicts.alive, verdicts.ready) as ask:
+    verdicts = TrainerHealth(hang_seconds=1.0)
+    with Trainer(tmp_path / "run", 0.1).at_work() as trainer, asking(verdicts.alive, verdicts.ready) as ask:
         assert ask("/readyz") == (503, "starting: the stream is not open yet")
         verdicts.watch(trainer.loop)
         yield trainer, ask
@@ -68,9 +67,8 @@ def test_a_trainer_without_producers_is_alive_and_ready(health: tuple[Trainer, A
     assert ask("/readyz") == (200, "waiting for the first rows")
 
 
-def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask]) -> None:
     """Its producer is here, and dashboards see it, long before the first step."""
-    monkeypatch.setattr(trainer.training.loop, "STARVED_REPORT_SECONDS", 0.1)
     at_work, ask = health
     with Peer(at_work.settings.stream).join() as producer:
         producer.chunk()
@@ -80,10 +78,8 @@ def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask], mo
         assert at_work.loop.last_report.stream.producers == {"working": 1, "idle": 0}
 
 
-def test_a_starved_trainer_is_alive_and_says_so(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_starved_trainer_is_alive_and_says_so(health: tuple[Trainer, Ask]) -> None:
     """Its only producer leaves in the middle of the corpus; the loop waits, comes round, and is not restarted."""
-    monkeypatch.setattr(trainer.training.loop, "STARVED_REPORT_SECONDS", 0.1)
-    monkeypatch.setattr(trainer.health, "WEDGED_SECONDS", 1.0)
     at_work, ask = health
     with Peer(at_work.settings.stream).join() as producer:
         for _ in range(4):
@@ -93,19 +89,18 @@ def test_a_starved_trainer_is_alive_and_says_so(health: tuple[Trainer, Ask], mon
     wait_for(lambda: ask("/healthz")[1].startswith("starved"))
     time.sleep(1.5)
 
-    assert ask("/healthz") == ask("/readyz") == (200, trainer.health.STATES["starved"])
+    assert ask("/healthz") == ask("/readyz") == (200, SENTENCES[RunPhase.STARVED])
 
 
 def test_a_paused_trainer_is_alive_and_says_how_to_go_on(health: tuple[Trainer, Ask]) -> None:
     at_work, ask = health
     at_work.produce().ask("pause")
 
-    assert ask("/healthz") == (200, trainer.health.STATES["paused"])
+    assert ask("/healthz") == (200, SENTENCES[RunPhase.PAUSED])
 
 
 def test_a_wedged_trainer_is_dead_until_it_moves(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that never ends, as a hung device makes it: there are rows, the loop stands still, and it is told."""
-    monkeypatch.setattr(trainer.health, "WEDGED_SECONDS", 0.3)
     at_work, ask = health
     at_work.produce()
     assert at_work.loop.run is not None

@@ -28,7 +28,7 @@ from producer.report import ProducerReport
 from trainer import metrics as trainer_metrics
 from trainer.metrics import TrainerMetrics
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport, StreamReport
-from trainer.reporting import Reports
+from trainer.reporting import Reporter
 
 PROMISED = re.findall(
     r"\S+",
@@ -333,20 +333,20 @@ def test_a_full_disk_costs_the_history_a_line_and_not_the_training(tmp_path: Pat
     """Not a whole line is no line: what follows must not be appended to half of one."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
-    with Reports(tmp_path / "full", TrainerMetrics(new_registry(), {}, 1.0)) as reports:
-        reports.report(REPORT)
+    with Reporter(tmp_path / "full", TrainerMetrics(new_registry(), {}, 1.0)) as reporter:
+        reporter.on_report(REPORT)
     assert "metrics.jsonl not written: [Errno 28] No space left on device; training goes on" in caplog.text
 
-    with Reports(tmp_path, TrainerMetrics(new_registry(), {}, 1.0)) as reports:
-        reports.report(REPORT)
+    with Reporter(tmp_path, TrainerMetrics(new_registry(), {}, 1.0)) as reporter:
+        reporter.on_report(REPORT)
         size = (tmp_path / "metrics.jsonl").stat().st_size
-        reports.report(REPORT)
+        reporter.on_report(REPORT)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3 * size - 1, resource.RLIM_INFINITY))
         try:
-            reports.report(REPORT)
+            reporter.on_report(REPORT)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        reports.report(REPORT)
+        reporter.on_report(REPORT)
     assert [json.loads(line)["tokens"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1000] * 3
 
 

@@ -15,17 +15,18 @@ import torch
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from tests.small_training import Silent
-from trainer.control.ctl import Inbox
+from trainer.control.commands import handle
+from trainer.control.requests import Inbox
+from trainer.phases import RunPhase
 from trainer.report import StreamReport
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings, TrainerSettings
 from trainer.snapshot import snapshot_names, supersede_after
 from trainer.stream.buffer import Batch
 from trainer.stream.intake import BufferReport
-from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.ledger.ledger import Ledger, Limits, StreamPhase
 from trainer.stream.ledger.shards import Quarantine, QuarantinedShard
-from trainer.training.loop import Clock, Loop, written
-from trainer.training.loop import _rows_due as rows_due
+from trainer.training.loop import Loop, next_batch_size, try_to_write
 from trainer.training.publishing import _exports as published
 from trainer.training.publishing import summary
 from trainer.training.roster import Roster
@@ -111,8 +112,8 @@ def test_a_raised_budget_brings_a_finished_sae_back() -> None:
     roster = Roster.of([of(1000)])
     roster.members[0].ended = True
 
-    assert resumed_roster(roster.state(), [of(1000)], Path()).ended
-    assert not resumed_roster(roster.state(), [of(2000)], Path()).ended
+    assert resumed_roster(roster.state(), [of(1000)], Path()).is_finished
+    assert not resumed_roster(roster.state(), [of(2000)], Path()).is_finished
 
 
 @pytest.mark.parametrize(("trained", "rows"), [(0, 32), (64, 32), (96, 4), (100, 0), (128, 0)])
@@ -121,8 +122,8 @@ def test_the_last_batch_fills_the_budget(tmp_path: Path, trained: int, rows: int
     settings = two_hooks(tmp_path).settings
     budget = settings.model_copy(update={"run": RunSettings(directory=str(tmp_path), tokens=100)})
 
-    assert rows_due(budget, trained) == rows
-    assert rows_due(settings, trained) == 32
+    assert next_batch_size(budget, trained) == rows
+    assert next_batch_size(settings, trained) == 32
 
 
 def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
@@ -205,20 +206,21 @@ def test_a_full_disk_does_not_end_training() -> None:
     """What safetensors and the file system raise is told and survived."""
     from safetensors.torch import save_file
 
-    assert not written("snapshot", lambda: save_file({"x": torch.zeros(4)}, "/proc/no/such/place"))
-    assert not written("snapshot", lambda: Path("/proc/no/such/place").write_text(""))
-    assert written("snapshot", lambda: None)
+    assert not try_to_write("snapshot", lambda: save_file({"x": torch.zeros(4)}, "/proc/no/such/place"))
+    assert not try_to_write("snapshot", lambda: Path("/proc/no/such/place").write_text(""))
+    assert try_to_write("snapshot", lambda: None)
 
 
 class Snapshots(Loop):
     """A loop that only counts: batches of a hundred rows, and when it would publish."""
 
     def __init__(self, run: Run, intake: Any) -> None:
-        super().__init__(run.settings, run.roster, intake, Inbox(threading.Event()), Silent())
+        self.stop = threading.Event()
+        super().__init__(run.settings, run.roster, intake, Inbox(self.stop), Silent(), handle)
         self.published: list[int] = []
         self.begin(run)
 
-    def report(self) -> None: ...  # type: ignore[override]
+    def report(self) -> None: ...
 
     def publish(self) -> list[str]:
         self.published.append(self.tokens)
@@ -235,7 +237,8 @@ def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same
     for _ in range(8):
         loop = Snapshots(run, intake)
         for _ in range(3):
-            loop._step(intake.tokens_trained + 100)  # type: ignore[arg-type]
+            loop._step(run, intake.tokens_trained + 100)
+            loop._report_and_publish()
         published += loop.published
 
     assert published == [1000, 2000]
@@ -270,12 +273,13 @@ def test_activations_that_do_not_vary_are_refused(tmp_path: Path, x: torch.Tenso
 
 
 def test_a_paused_run_rests(tmp_path: Path) -> None:
-    """It asks for no rows: the intake here could give none."""
+    """It asks for no activations: the intake here could give none."""
     run = two_hooks(tmp_path)
     run.roster.paused = True
-    loop = Snapshots(run, SimpleNamespace(tokens_trained=100))
-    loop._turn()
+    loop = Snapshots(run, SimpleNamespace(tokens_trained=100, phase=StreamPhase.OPEN, stream=run.stream))
+    threading.Timer(0.3, loop.stop.set).start()
 
+    assert loop.train() is RunPhase.PAUSED
     assert loop.published == []
 
 
@@ -286,18 +290,22 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     run.train_step = lambda batch: None  # type: ignore[method-assign]
     intake = SimpleNamespace(
         tokens_trained=0,
-        trained=lambda rows: setattr(intake, "tokens_trained", intake.tokens_trained + rows),
-        buffer_report=lambda: BufferReport("training", 7, 9, 0.5),
+        trained=lambda tokens: setattr(intake, "tokens_trained", intake.tokens_trained + tokens),
+        buffer_report=lambda: BufferReport(RunPhase.TRAINING, 7, 9, 0.5),
         stream_report=StreamReport,
     )
-    clock = Clock(run, intake)  # type: ignore[arg-type]
-    clock.work(32)  # type: ignore[arg-type]
+    loop = Loop(run.settings, run.roster, intake, Inbox(threading.Event()), Silent(), handle)  # type: ignore[arg-type]
+    loop.begin(run)
+    loop._step(run, 32)  # type: ignore[arg-type]
     time.sleep(0.1)
-    first, second = clock.report(), clock.report()
-    trained = run.seconds
+    loop.report()
+    first = loop.last_report
+    loop.report()
+    second, trained = loop.last_report, run.seconds
+    assert first is not None and second is not None
     run.roster.paused = True
     time.sleep(0.05)
-    clock.report()
+    loop.report()
 
     assert (first.tokens, first.buffer_rows, first.buffer_capacity_rows, first.data_wait_seconds) == (32, 7, 9, 0.5)
     assert 0 < first.tokens_per_second <= 320 and first.step_seconds < 0.05

@@ -22,7 +22,7 @@ from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
-from trainer.control.ctl import Inbox, listening
+from trainer.control.requests import Inbox, listening
 from trainer.settings import TrainerSettings
 from trainer.state.home import Home, HomeError
 

@@ -1,4 +1,4 @@
-"""The trainer as a process: it loads what is in the run directory, opens the stream, runs the loop and saves."""
+"""The trainer as a process: resume from the run directory, open the stream, run the loop, save."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from producer.common.shell import shell_command
 from producer.keys import KeysError
 from producer.lm.precision import use_deterministic_algorithms
 from producer.wire import Hello
-from trainer.control.commands import answer
-from trainer.control.ctl import Inbox
+from trainer.control.commands import handle
+from trainer.control.requests import Inbox
 from trainer.health import TrainerHealth
 from trainer.kernels.cpu import warm_up
 from trainer.metrics import TrainerMetrics
+from trainer.phases import RunPhase
 from trainer.planning.machine import free_memory
-from trainer.reporting import Reports
+from trainer.reporting import Reporter
 from trainer.saes.start import check_starts
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, supersede_after
@@ -35,8 +36,9 @@ from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer, pool_rows
 from trainer.stream.intake import TORCH_DTYPE, Intake, IntakeError, check_room
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit, OrderedCredit
 from trainer.stream.ledger.ledger import Ledger, Limits
-from trainer.training.loop import Loop, is_complete, quarantine_fault, write_settings
-from trainer.training.publishing import summary
+from trainer.stream.ledger.shards import Quarantine
+from trainer.training.loop import Loop
+from trainer.training.publishing import summary, write_settings
 from trainer.training.roster import Roster
 from trainer.training.run import DeviceError, NoVariance, buffer_of, pick_device, roster_of
 
@@ -45,7 +47,6 @@ log = logging.getLogger("sluice.trainer")
 
 def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
     """Trains in the run directory that `home` holds; returns the exit code."""
-
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if settings.run.deterministic:
@@ -60,29 +61,30 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
             threading.Thread(target=warm_up, name="warm-up").start()
         if saved is None:
             check_starts(settings)
-            _set_reports_aside(directory)
+            _rename_old_reports(directory)
         roster = Roster.of(settings.sae) if saved is None else roster_of(saved[0], settings)
         write_settings(settings, roster)
         ledger = open_ledger(settings, saved)
-        if moved := supersede_after(directory, ledger.tokens_trained):
+        if snapshots := supersede_after(directory, ledger.tokens_trained):
             log.warning(
                 "%d snapshots are beyond the checkpoint, which has %s rows, and were moved to %s: %s",
-                len(moved), f"{ledger.tokens_trained:,}", moved[0].parent, ", ".join(path.name for path in moved),
+                len(snapshots), f"{ledger.tokens_trained:,}", snapshots[0].parent,
+                ", ".join(path.name for path in snapshots),
             )  # fmt: skip
         registry = new_registry()
         model = settings.model.name if settings.model else "synthetic"
         info = {"id": ledger.run, "directory": settings.run.directory, "model": model}
         metrics = TrainerMetrics(registry, info, settings.checkpoint.every_seconds)
-        health, table = TrainerHealth(), settings.monitor
+        health, http = TrainerHealth(), settings.monitor
         port, close_metrics = start_metrics_server(
             registry,
-            table.host,
-            table.trainer_port,
+            http.host,
+            http.trainer_port,
             alive=health.alive,
             ready=health.ready,
-            allowed_hosts=table.allowed_hosts,
+            allowed_hosts=http.allowed_hosts,
         )
-        log.info("metrics at http://%s:%d/metrics", table.host, port)
+        log.info("metrics at http://%s:%d/metrics", http.host, port)
         try:
             _train(settings, home, inbox, ledger, roster, saved, metrics, health)
         finally:
@@ -93,21 +95,19 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         return 1
 
 
-def _set_reports_aside(directory: Path) -> None:
-    """A run that begins does not append to the reports and evaluations of one that was there before."""
+def _rename_old_reports(directory: Path) -> None:
+    """Renames the reports and evaluations of an earlier run, so that a new one does not append to them."""
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         path = directory / name
         if path.is_file() and path.stat().st_size:
-            earlier = next(
-                one for number in count(1) if not (one := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists()
-            )
-            path.rename(earlier)
-            log.info("%s is of an earlier start, which left no checkpoint; it is %s now", path, earlier.name)
+            candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+            new_path = next(candidate for candidate in candidates if not candidate.exists())
+            path.rename(new_path)
+            log.info("%s is of an earlier start, which left no checkpoint; it is %s now", path, new_path.name)
 
 
 def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
-    """The ledger of a new run, or of the one that `saved` holds."""
-
+    """The ledger of a new run, or of the one that `saved` holds. Raises CheckpointError when that does not balance."""
     deterministic = settings.run.deterministic
     limits = Limits(
         capacity=settings.buffer.rows,
@@ -145,6 +145,19 @@ def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
     return ledger
 
 
+def quarantine_fault(settings: TrainerSettings, quarantine: Quarantine) -> str | None:
+    """Why a run that is over has failed: too many of its shards are quarantined; None when it has not."""
+    if quarantine.ratio <= settings.run.max_quarantined_ratio:
+        return None
+    first = quarantine.shards[0]
+    return (
+        f"{len(quarantine.shards)} shards, {quarantine.ratio:.1%} of those begun, are quarantined, and "
+        f"run.max_quarantined_ratio = {settings.run.max_quarantined_ratio:g}: the run has failed. The first is shard "
+        f"{first.shard} of epoch {first.epoch}: {first.reason!r}. Mend what is wrong and start the trainer "
+        "again, which tries them again, or raise run.max_quarantined_ratio"
+    )
+
+
 def _train(
     settings: TrainerSettings,
     home: Home,
@@ -155,9 +168,7 @@ def _train(
     metrics: TrainerMetrics,
     health: TrainerHealth,
 ) -> None:
-    """Opens the stream, trains until the end or until told to stop, and leaves everything on disk."""
-
-    directory = home.path
+    """Opens the stream, trains until the end or until the trainer is asked to stop, and saves everything."""
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         widths = [hook.width for hook in hello.hooks]
@@ -167,53 +178,61 @@ def _train(
         log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
         return buffer
 
-    drawn = buffer_of(saved, settings) if saved is not None else (None, {})
-    with Intake(settings.stream, ledger, make_buffer, drawn) as intake, Reports(directory, metrics) as reports:
+    buffer_state = buffer_of(saved, settings) if saved is not None else (None, {})
+    intake = Intake(settings.stream, ledger, make_buffer, buffer_state)
+    with intake, Reporter(home.path, metrics) as reporter:
         if settings.stream.keys is not None:
             signal.signal(signal.SIGHUP, lambda *_: intake.keys_changed())
-        if is_complete(settings, ledger) or roster.ended:
-            intake.drain(finished=True)
-            if fault := quarantine_fault(settings, ledger.quarantine):
-                raise IntakeError(fault)
-            what = "every SAE is finished" if roster.ended else "raise run.tokens to go on"
-            log.info("the run is complete with %s rows; %s", f"{ledger.tokens_trained:,}", what)
+        loop = Loop(settings, roster, intake, inbox, reporter, handle, saved)
+        if loop.phase is RunPhase.FINISHED:
+            _refuse_to_begin(settings, roster, intake)
             return
-        (directory / "summary.json").unlink(missing_ok=True)  # it speaks of an end that is no longer one
+        (home.path / "summary.json").unlink(missing_ok=True)  # it is of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
         if roster.paused:
-            log.info("the run is paused: `%s` goes on", shell_command("trainer", "ctl", str(directory), "resume"))
-        loop = Loop(settings, roster, intake, inbox, reports, answer, saved)
+            log.info("the run is paused: `%s` goes on", shell_command("trainer", "ctl", str(home.path), "resume"))
         health.watch(loop)
         try:
-            complete = loop.work()
+            phase = loop.train()
         except NoVariance:
             intake.drain(finished=True)  # starting again would not help
             raise
         inbox.close()
-        quarantine = ledger.quarantine
-        if complete and reports.last is None:
-            intake.drain(finished=True)
-            first = "; ".join(
-                f"{shard.shard} of epoch {shard.epoch}: {shard.reason!r}" for shard in quarantine.shards[:3]
-            )
-            raise IntakeError(f"not one row could be trained on; quarantined shards: {first}")
-        # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
-        fault = quarantine_fault(settings, ledger.quarantine) if complete else None
-        if complete and loop.run is not None and reports.last is not None:
-            told = summary(loop.run, intake, reports.last, fault)
-            replace_text(directory / "summary.json", json.dumps(told, indent=1) + "\n")
-        if loop.run is not None and (present := home.present_path) is not None:
-            loop.save(present)
-        intake.drain(finished=complete)
-        if quarantine.shards:
-            tokens = quarantine.tokens
-            number = "an unknown number of" if tokens is None else f"{tokens:,}"
-            log.warning("%d shards are quarantined, %s tokens were not trained on", len(quarantine.shards), number)
-        if fault is not None:
-            raise IntakeError(fault)
-        if complete:
-            log.info("finished: %s rows, snapshots in %s", f"{ledger.tokens_trained:,}", directory / "snapshots")
-        elif not home.is_here:
-            raise HomeError(home.fault())
-        else:
-            log.info("stopped at %s rows; the same command goes on", f"{ledger.tokens_trained:,}")
+        _end(home, loop, reporter, is_complete=phase is RunPhase.FINISHED)
+
+
+def _refuse_to_begin(settings: TrainerSettings, roster: Roster, intake: Intake) -> None:
+    """Sends producers away from a run that is complete. Raises IntakeError when it had failed."""
+    intake.drain(finished=True)
+    if fault := quarantine_fault(settings, intake.quarantine()):
+        raise IntakeError(fault)
+    advice = "every SAE is finished" if roster.is_finished else "raise run.tokens to go on"
+    log.info("the run is complete with %s rows; %s", f"{intake.tokens_trained:,}", advice)
+
+
+def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
+    """Writes summary and checkpoint, and sends producers away. Raises IntakeError when the run has failed."""
+    intake, quarantine, tokens = loop.intake, loop.intake.quarantine(), f"{loop.tokens:,}"
+    if is_complete and reporter.last is None:
+        intake.drain(finished=True)
+        shards = "; ".join(f"{one.shard} of epoch {one.epoch}: {one.reason!r}" for one in quarantine.shards[:3])
+        raise IntakeError(f"not one row could be trained on; quarantined shards: {shards}")
+    # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
+    fault = quarantine_fault(loop.settings, quarantine) if is_complete else None
+    if is_complete and loop.run is not None and reporter.last is not None:
+        document = summary(loop.run, intake, reporter.last, fault)
+        replace_text(home.path / "summary.json", json.dumps(document, indent=1) + "\n")
+    if loop.run is not None and (directory := home.present_path) is not None:
+        loop.save(directory)
+    intake.drain(finished=is_complete)
+    if quarantine.shards:
+        number = "an unknown number of" if quarantine.tokens is None else f"{quarantine.tokens:,}"
+        log.warning("%d shards are quarantined, %s tokens were not trained on", len(quarantine.shards), number)
+    if fault is not None:
+        raise IntakeError(fault)
+    if is_complete:
+        log.info("finished: %s rows, snapshots in %s", tokens, home.path / "snapshots")
+    elif not home.is_here:
+        raise HomeError(home.fault())
+    else:
+        log.info("stopped at %s rows; the same command goes on", tokens)

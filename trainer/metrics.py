@@ -1,4 +1,4 @@
-"""Metrics of the trainer: each one's name, unit and meaning, and where its value stands in a report."""
+"""Metrics of the trainer: name, unit and meaning of each, and where a report has its value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from producer.common.metrics import Metric, families, metric_names, one_of
+from trainer.phases import REPORTED_PHASES
 from trainer.report import DENSITY_EDGES, SaeReport, StepReport
-
-TRAINER_STATES = ("filling", "training", "starved", "paused", "draining")
 
 
 @dataclass(frozen=True)
 class Milestones:
-    """What the trainer tells beside its reports."""
+    """Facts beside the reports: the run, its newest checkpoint and snapshot."""
 
     info: dict[str, str]
     checkpoint_interval: float | None = None
@@ -47,69 +46,69 @@ STEP = (
            "When the loop last reported, in seconds since the Unix epoch; it stands still when the loop hangs.",
            lambda r: r.time),
     Metric("sluice_state", "gauge", "0 or 1", "1 for the state the loop is in, 0 for the others.",
-           lambda r: one_of(TRAINER_STATES, r.state), "state"),
+           lambda r: one_of(REPORTED_PHASES, r.state), "state"),
     Metric("sluice_tokens_trained_total", "counter", "tokens",
-           "Rows trained on in this run; a restart goes on from the checkpoint's count.", lambda r: r.tokens),
-    Metric("sluice_target_tokens", "gauge", "tokens", "Rows after which the run ends, when it was told.",
+           "Tokens trained on in this run; a restart continues from the checkpoint's count.", lambda r: r.tokens),
+    Metric("sluice_target_tokens", "gauge", "tokens", "Tokens after which the run ends, if it has an end.",
            lambda r: r.target_tokens),
     Metric("sluice_steps_total", "counter", "steps", "Training steps of this run.", lambda r: r.step),
     Metric("sluice_tokens_per_second", "gauge", "tokens per second",
-           "Rows trained on per second, between the last two reports.",
+           "Tokens trained on per second, between the last two reports.",
            lambda r: r.tokens_per_second),
     Metric("sluice_step_seconds", "gauge", "seconds",
            "Mean duration of a step between the last two reports, in seconds, without waiting for data.",
            lambda r: r.step_seconds),
-    Metric("sluice_data_wait_seconds_total", "counter", "seconds", "Seconds the loop has waited for rows.",
+    Metric("sluice_data_wait_seconds_total", "counter", "seconds", "Seconds the loop has waited for activations.",
            lambda r: r.data_wait_seconds),
     Metric("sluice_data_wait_ratio", "gauge", "ratio",
-           "Share of the last ten seconds in which training waited for rows: the producers are the bottleneck.",
+           "Share of the last ten seconds in which training waited for activations: the producers are the bottleneck.",
            lambda r: r.stream.data_wait_ratio),
     Metric("sluice_credit_wait_ratio", "gauge", "ratio",
            "Share of the last ten seconds in which producers waited for room: the trainer is the bottleneck.",
            lambda r: r.stream.credit_wait_ratio),
-    Metric("sluice_buffer_rows", "gauge", "rows", "Rows in the shuffling buffer.", lambda r: r.buffer_rows),
-    Metric("sluice_buffer_capacity_rows", "gauge", "rows", "Rows that the shuffling buffer can hold.",
+    Metric("sluice_buffer_rows", "gauge", "rows", "Activations in the shuffling buffer.", lambda r: r.buffer_rows),
+    Metric("sluice_buffer_capacity_rows", "gauge", "rows", "Activations that the shuffling buffer can hold.",
            lambda r: r.buffer_capacity_rows),
     Metric("sluice_buffer_same_context_mates", "gauge", "rows",
-           "Expected number of other rows of the same window in a row's batch; the smaller, the better shuffled.",
+           "Expected number of others from the same window in an activation's batch; the smaller, the better shuffled.",
            lambda r: r.same_context_mates),
     Metric("sluice_epoch", "gauge", "epochs",
            "The pass over the corpus being leased, from 0.", lambda r: r.stream.epoch),
-    Metric("sluice_tokens_received_total", "counter", "tokens", "Rows taken into the buffer.",
+    Metric("sluice_tokens_received_total", "counter", "tokens", "Tokens put into the buffer.",
            lambda r: r.stream.tokens_received),
     Metric("sluice_tokens_quarantined", "gauge", "tokens",
-           "Rows of quarantined shards that are not trained on; absent while nobody knows how many some have.",
+           "Tokens of quarantined shards that are not trained on; absent while nobody knows how many some have.",
            lambda r: r.stream.tokens_quarantined),
     Metric("sluice_suspect_shards", "gauge", "shards",
-           "Shards on which three or more producers in a row were lost before they sent a row; they are leased last.",
+           "Shards on which three or more producers in a row were lost before they sent a chunk; they are leased last.",
            lambda r: r.stream.suspect_shards),
     Metric("sluice_tokens_discarded_total", "counter", "tokens",
-           "Rows that producers named as outliers and did not send.",
+           "Tokens that producers named as outliers and did not send.",
            lambda r: r.stream.rows_discarded),
-    Metric("sluice_rows_rejected_total", "counter", "rows", "Rows that arrived and were not taken, by reason.",
+    Metric("sluice_rows_rejected_total", "counter", "rows", "Tokens that arrived and were rejected, by reason.",
            lambda r: r.stream.rows_rejected, "reason"),
     Metric("sluice_credit_rows_outstanding", "gauge", "rows",
-           "Rows that producers may still send under the credit granted.",
+           "Tokens that producers may still send under the credit granted.",
            lambda r: r.stream.credit_rows_outstanding),
     Metric("sluice_leases", "gauge", "shards", "Shards of this epoch by state.",
            lambda r: {"free": 0, "leased": 0, "received": 0, "trained": 0, "set_aside": 0} | r.stream.leases, "state"),
     Metric("sluice_producers", "gauge", "producers", "Connected producers by state.",
            lambda r: {"working": 0, "idle": 0} | r.stream.producers, "state"),
     Metric("sluice_sessions_lost_total", "counter", "sessions",
-           "Producers that fell silent or were refused in mid-session.",
+           "Producers that fell silent, or were refused during their session.",
            lambda r: r.stream.sessions_lost),
-    Metric("sluice_protocol_errors_total", "counter", "messages", "Messages dropped, by kind of fault.",
+    Metric("sluice_protocol_errors_total", "counter", "messages", "Messages rejected, by kind of fault.",
            lambda r: r.stream.protocol_errors, "kind"),
     Metric("sluice_auth_failures_total", "counter", "connections",
            "Connections refused because their key is not known.",
            lambda r: r.stream.auth_failures),
     Metric("sluice_invariant_breaches_total", "counter", "breaches",
-           "Times the books did not balance, by what was broken; each is a fault of Sluice, and the log says more.",
+           "Violations of the ledger's invariants, by invariant; each is a fault of Sluice, and the log says more.",
            lambda r: r.stream.breaches, "invariant"),
 )
 
 SAE = (
-    Metric("sluice_l0", "gauge", "latents", "Mean number of latents active on a row.", lambda s: s.l0),
+    Metric("sluice_l0", "gauge", "latents", "Mean number of latents active on an activation.", lambda s: s.l0),
     Metric("sluice_mse", "gauge", "squared activation",
            "Mean squared error per element, in the units of the raw activations.",
            lambda s: s.mse),
@@ -138,7 +137,7 @@ SAE = (
 
 
 class TrainerMetrics(Collector):
-    """What the trainer shows."""
+    """The trainer's collector: the newest report and the milestones."""
 
     def __init__(
         self, registry: CollectorRegistry, run_info: dict[str, str], checkpoint_interval: float | None = None

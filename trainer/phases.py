@@ -1,7 +1,8 @@
 """CONTRACT: the lifecycles of a run and of an SAE. Whoever asks whether one of them is over asks these enums.
 
 The values are those of metrics, metrics.jsonl and `ctl status`. What may still come from the producers is
-`trainer.stream.ledger.StreamPhase`.
+`StreamPhase` in
+`trainer.stream.ledger.ledger`.
 """
 
 from __future__ import annotations
@@ -32,11 +33,6 @@ class RunPhase(StrEnum):
     def is_over(self) -> bool:
         """No further step will follow."""
         return self in (RunPhase.DRAINED, RunPhase.FINISHED)
-
-    @property
-    def has_steady_rate(self) -> bool:
-        """The rate of the moment tells how long the rest will take."""
-        return self in (RunPhase.TRAINING, RunPhase.STARVED)
 
 
 REPORTED_PHASES = (RunPhase.FILLING, RunPhase.TRAINING, RunPhase.STARVED, RunPhase.PAUSED, RunPhase.DRAINING)

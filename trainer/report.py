@@ -1,12 +1,14 @@
-"""CONTRACT: the plain numbers of a training step, as the loop yields them.
+"""CONTRACT: the loop's reports, plain numbers.
 
-One report becomes one line of `metrics.jsonl`, one update of Prometheus and one frame of the terminal. Nothing
-here knows torch, sockets or files.
+One report becomes one line of `metrics.jsonl`, one update of Prometheus and one frame of the terminal. Light: no torch,
+sockets or files.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+
+from trainer.phases import RunPhase
 
 DENSITY_EDGES = (-7.0, -6.0, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
 """Upper edges of the density histogram's bins, in log10 of the firing rate."""
@@ -14,17 +16,17 @@ DENSITY_EDGES = (-7.0, -6.0, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.
 
 @dataclass(frozen=True)
 class SaeReport:
-    """One sparse autoencoder. Ratios are taken over a window of recent tokens, in float64."""
+    """Numbers of one SAE. Ratios are over a window of recent tokens, in float64."""
 
     name: str
     l0: float
-    """Mean number of latents active on a row."""
+    """Mean number of latents active on an activation."""
     mse: float
     """Mean squared error per element, in the units of the raw activations."""
     fvu: float
     """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean."""
     dead_latents: int | None
-    """Latents silent for `dead_tokens`; None until that many tokens have been seen."""
+    """Latents silent for `dead_tokens`; None until the SAE has trained on that many tokens."""
     dead_latents_ratio: float | None
     shrinkage: float
     """E|x_hat|² / E[x·x_hat] about the mean of x; 1 is unbiased, smaller means that activations are suppressed."""
@@ -41,7 +43,7 @@ class SaeReport:
 
 @dataclass(frozen=True)
 class StreamReport:
-    """The stream as the trainer sees it. Counts are since the run began, restarts included."""
+    """Numbers of the stream. Counts are since the run began, restarts included."""
 
     producers: dict[str, int] = field(default_factory=dict)
     """Sessions by state: working, idle."""
@@ -49,32 +51,32 @@ class StreamReport:
     """Shards of this epoch by state: free, leased, received, trained, set_aside."""
     epoch: int = 0
     tokens_received: int = 0
-    """Rows taken into the buffer."""
+    """Tokens that were put into the buffer."""
     tokens_quarantined: int | None = 0
-    """Rows of quarantined shards that are not trained on; None when it is not known how many some of them have."""
+    """Tokens of quarantined shards that are not trained on; None when it is unknown how many some of them have."""
     suspect_shards: int = 0
     """Shards on which producer after producer was lost; they are leased last."""
     rows_rejected: dict[str, int] = field(default_factory=dict)
-    """Rows that arrived and were not taken, by reason."""
+    """Tokens of chunks that arrived and were rejected, by reason."""
     rows_discarded: int = 0
-    """Rows a producer named as outliers and did not send."""
+    """Tokens that producers named as outliers and did not send."""
     protocol_errors: dict[str, int] = field(default_factory=dict)
-    """Messages dropped, by kind of fault."""
+    """Messages rejected, by kind of fault."""
     auth_failures: int = 0
     breaches: dict[str, int] = field(default_factory=dict)
-    """Times the books did not balance, by the invariant that was broken: trained_once, rows_accounted, memory_bound."""
+    """Violations of the ledger's invariants: trained_once, rows_accounted, memory_bound."""
     credit_rows_outstanding: int = 0
-    """Rows that producers may still send under the credit granted."""
+    """Tokens that producers may still send under the credit granted."""
     sessions_lost: int = 0
-    """Producers that fell silent or were refused in mid-session."""
+    """Producers that fell silent, or were refused during their session."""
     data_wait_ratio: float = 0.0
-    """Share of the last ten seconds in which training waited for rows."""
+    """Share of the last ten seconds in which training waited for activations."""
     credit_wait_ratio: float = 0.0
-    """Share of the last ten seconds in which producers had text and no leave to send, because the buffer was full."""
+    """Share of the last ten seconds in which producers had work and no credit, because the buffer was full."""
 
     @property
     def bottleneck(self) -> str:
-        """Which side the other one waits for while the run trains, in words."""
+        """A sentence on which side waits for the other while the run trains."""
         data, credit = self.data_wait_ratio, self.credit_wait_ratio
         if max(data, credit) < 0.05:
             return "neither side waits for the other"
@@ -85,33 +87,33 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The trainer after one step."""
+    """The state of the trainer between two steps."""
 
     time: float
     """Seconds since the Unix epoch, for people; nothing is computed from it."""
     tokens: int
-    """Rows trained on in this run, restarts included."""
+    """Tokens trained on in this run, restarts included."""
     step: int
     target_tokens: int | None
-    """Where the run ends, when it was told."""
+    """Tokens after which the run ends; None when it has no end."""
     tokens_per_second: float
     """Since the previous report."""
     step_seconds: float
     """Mean duration of a step since the previous report, waiting excluded."""
     data_wait_seconds: float
-    """Time the loop has waited for data in all."""
-    state: str
-    """filling, training, starved, paused (no step until an operator says so) or draining (no further row will come)."""
+    """Total time in which the loop has waited for data."""
+    state: RunPhase
+    """One of `REPORTED_PHASES`."""
     buffer_rows: int
     buffer_capacity_rows: int
     same_context_mates: float
-    """Expected number of other rows of the same window in a row's batch; NaN before the first batch."""
+    """Expected number of others from the same window in an activation's batch; NaN before the first batch."""
     stream: StreamReport
     saes: tuple[SaeReport, ...]
 
     @property
     def bottleneck(self) -> str:
-        """What holds up training, in words."""
+        """A sentence on what holds up training."""
         return what_waits(self.state, self.stream)
 
     def as_json(self) -> dict:
@@ -119,19 +121,19 @@ class StepReport:
         return asdict(self)
 
 
-PROGRESSING = ("training", "starved")
-"""States in which the rate tells how long the rest will take."""
+PROGRESSING = (RunPhase.TRAINING, RunPhase.STARVED)
+"""Phases in which the rate tells how long the rest will take."""
 
 
-def what_waits(state: str, stream: StreamReport) -> str:
-    """What holds up training in this state, in words: neither side is the bottleneck of a run that does not train."""
-    match state:
-        case "paused":
+def what_waits(phase: str, stream: StreamReport) -> str:
+    """A sentence on what holds up training: neither side is the bottleneck of a run that does not train."""
+    match phase:
+        case RunPhase.PAUSED:
             return "the run is paused: nothing is trained until it is resumed"
-        case "draining":
+        case RunPhase.DRAINING:
             return "no further row will come: what is buffered is trained, then the run ends"
-        case "filling":
+        case RunPhase.FILLING:
             return "the buffer is being filled: training begins when it is"
-        case "starved" if not sum(stream.producers.values()):
+        case RunPhase.STARVED if not sum(stream.producers.values()):
             return "no producer is at work: training waits for rows"
     return stream.bottleneck

@@ -41,6 +41,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.training.run": ("trainer/training/run.py", "test_run", "test_training", "test_ctl"),
     "trainer.training.roster": ("trainer/training/roster.py", "test_run", "test_ctl"),
     "trainer.training.loop": ("trainer/training/loop.py", "test_run", "test_ctl"),
+    "trainer.training.meter": ("trainer/training/meter.py", "test_run"),
     "trainer.training.publishing": ("trainer/training/publishing.py", "test_run", "test_export", "test_ctl"),
     "trainer.health": ("trainer/health.py", "test_health"),
     "trainer.kernels.select": ("trainer/kernels/select.py", "test_kernels", "test_saes"),

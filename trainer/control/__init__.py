@@ -1,7 +1,8 @@
-"""What may a person ask of a running trainer?
+"""What may an operator ask of a running trainer?
 
-    ctl           `python -m trainer ctl`: the client, and the socket it speaks to
-    commands      what each request does to the run
+    ctl           `python -m trainer ctl`: the client
+    requests      the trainer's socket, and the inbox of requests
+    commands      the effect of each request on the run
 
-Imported by training/ (the inbox of requests) and `__main__`.
+Imported by training/ (the inbox of requests), app and `__main__`.
 """

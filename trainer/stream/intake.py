@@ -46,6 +46,7 @@ from producer.wire import (
     decode,
     encode,
 )
+from trainer.phases import RunPhase
 from trainer.planning.cost import buffer_bytes
 from trainer.report import StreamReport
 from trainer.stream.buffer import Batch, BufferState, ShuffleBuffer
@@ -86,7 +87,8 @@ class NoRoomError(RuntimeError):
 class BufferReport:
     """The buffer and the wait for it."""
 
-    state: str
+    phase: RunPhase
+    """FILLING, TRAINING, STARVED or DRAINING."""
     rows: int
     capacity: int
     data_wait_seconds: float
@@ -311,12 +313,12 @@ class Intake:
             rows = self.buffer.held if self.buffer else 0
             capacity = self.ledger.limits.capacity
             if self.ledger.phase is not StreamPhase.OPEN:
-                state = "draining"
+                phase = RunPhase.DRAINING
             elif not self._served:
-                state = "filling"
+                phase = RunPhase.FILLING
             else:
-                state = "training" if rows >= capacity // 2 else "starved"
-            return BufferReport(state, rows, capacity, self._data_wait)
+                phase = RunPhase.TRAINING if rows >= capacity // 2 else RunPhase.STARVED
+            return BufferReport(phase, rows, capacity, self._data_wait)
 
     def _ready(self, count: int) -> bool:
         if self._failure is not None:

@@ -1,6 +1,7 @@
 """How do SAEs train: step by step, side by side, from beginning to end?
 
-    loop          take a batch, step, report, publish, save, answer a request
+    loop          take a batch, step, report, publish, save, handle a request
+    meter         rates between two reports
     run           the SAEs of a run, and what they share
     sae_trainer   one SAE with optimizer, schedule and statistics
     optimizer     Adam for latents

@@ -1,7 +1,7 @@
-"""The training loop: take → step → report, with a snapshot and a checkpoint now and then.
+"""The training loop: take a batch, step, report, publish, save, handle a request.
 
-Between two steps, and while it waits, the loop does what a person asks for: SAEs join and leave, the run pauses or
-drains. Whatever changes the run happens there and nowhere else.
+Everything that changes a run happens in this loop: between two steps, and while it waits, it carries out what an
+operator asks for.
 """
 
 from __future__ import annotations
@@ -14,35 +14,32 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from producer.common.run_file import show_settings
 from producer.common.shell import shell_command
-from trainer.control.ctl import Inbox, Request
-from trainer.phases import SaePhase
+from trainer.control.requests import Inbox, Request
+from trainer.phases import RunPhase, SaePhase
 from trainer.report import StepReport
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
 from trainer.state import checkpoint
 from trainer.state.checkpoint import Saved
-from trainer.state.durable import replace_text
-from trainer.stream.buffer import Batch, same_context_mates
+from trainer.stream.buffer import Batch
 from trainer.stream.intake import Intake
-from trainer.stream.ledger.ledger import Ledger, StreamPhase
-from trainer.stream.ledger.shards import Quarantine
-from trainer.training.publishing import publish_snapshot, run_facts
-from trainer.training.roster import Roster
+from trainer.stream.ledger.ledger import StreamPhase
+from trainer.training.meter import Meter, measure
+from trainer.training.publishing import calibration_activations, publish_snapshot, run_facts, write_settings
+from trainer.training.roster import Member, Roster
 from trainer.training.run import Run
 
 log = logging.getLogger("sluice.trainer")
 
-SAMPLE_ROWS = 32_768
-"""Rows that scale, centre and first thresholds are estimated from."""
-SNAPSHOT_ROWS = 8_192
-"""Rows that a snapshot's thresholds are estimated from."""
+SAMPLE_SIZE = 32_768
+"""Activations that scale, centre and first thresholds are estimated from."""
 REPORT_SECONDS = 2.0
 STARVED_REPORT_SECONDS = 5.0
 PAUSED_REPORT_SECONDS = 30.0
+REMINDER_SECONDS = 15.0
+"""Between two lines of the log that say that no producer has come yet."""
 RETRY_SECONDS = 30.0
 """After a last snapshot of an SAE could not be written."""
 
@@ -50,18 +47,18 @@ NEW: Saved = ({"step": 0, "seconds": 0.0, "scales": None, "saes": {}, "buffer_ra
 
 
 class Listener(Protocol):
-    """Who is told what the loop does."""
+    """Receives the loop's events."""
 
-    def waiting(self, report: StepReport) -> None:
-        """The stream, while the first rows come in; there is nothing of SAEs in it."""
+    def on_fill(self, report: StepReport) -> None:
+        """The buffer is being filled before the first step; the report has no SAEs."""
 
-    def report(self, report: StepReport) -> None: ...
-    def published(self, tokens: int) -> None: ...
-    def saved(self) -> None: ...
+    def on_report(self, report: StepReport) -> None: ...
+    def on_publish(self, tokens: int) -> None: ...
+    def on_save(self) -> None: ...
 
 
 class Loop:
-    """A run at work. `run` is None until the first rows have settled the stream's shape."""
+    """Trains the SAEs of a run. `run` is None until the first activations have decided the shape of the stream."""
 
     def __init__(
         self,
@@ -70,151 +67,98 @@ class Loop:
         intake: Intake,
         inbox: Inbox,
         listener: Listener,
-        answer: Callable[[Loop, Request], None] | None = None,
+        handle_request: Callable[[Loop, Request], None],
         saved: Saved | None = None,
+        starved_report_seconds: float = STARVED_REPORT_SECONDS,
     ) -> None:
-        """`answer` does what requests of the `inbox` ask for; `saved` is the checkpoint to go on from.
+        """`handle_request` carries out and answers what the `inbox` brings; `saved` is the checkpoint to resume from.
 
-        Its tensors are taken out when the run has them: whoever loaded it may hold on to it as long as the run lasts.
+        Its tensors are cleared once the run has them: the caller may keep a reference as long as the run lasts.
         """
         self.settings = settings
         self.roster = roster
         self.intake = intake
         self.run: Run | None = None
         self.last_report: StepReport | None = None
+        self.moved_at = time.monotonic()
+        """When the last turn began; it stands still when a step, a snapshot or a checkpoint hangs."""
         self._inbox = inbox
         self._listener = listener
-        self._answer = answer
+        self._handle_request = handle_request
         self._saved = saved or NEW
-        self._told = time.monotonic()
+        self._starved_report_seconds = starved_report_seconds
+        self._meter = Meter(self.tokens)
+        self._reminded_at = time.monotonic()
+        # Counted from the run's beginning, so that a trainer restarted more often than it publishes still publishes.
+        every = settings.snapshots.every_tokens
+        self._next_snapshot = (self.tokens // every + 1) * every
         self._next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
-        self._retry_at = 0.0
-        self.moved_at = time.monotonic()
-        """When the loop last came round; it stands still when a step, a snapshot or a checkpoint hangs."""
+        self._retry_release_at = 0.0
+
+    def train(self) -> RunPhase:
+        """Trains until the run is over or the trainer is asked to stop; returns the run's phase then.
+
+        Raises SnapshotError when the last snapshot of a finished run cannot be written.
+        """
+        self._begin_run()
+        while not (self.phase.is_over or self._inbox.is_stopping):
+            self.moved_at = time.monotonic()
+            if (request := self._inbox.next()) is not None:  # one in a turn: a flood of them must not stop the training
+                self._handle_request(self, request)
+            if self.run is None:
+                self._wait_for_stream()
+                continue
+            self._release_finished_saes(self.run)
+            if self.roster.paused:
+                self._rest()
+                continue
+            if (batch := self._next_batch(self.run)) is None:
+                continue
+            self._step(self.run, batch)
+            self._report_and_publish()
+            self._release_finished_saes(self.run)
+            if time.monotonic() >= self._next_checkpoint and not self.phase.is_over:
+                self.save()
+        phase = self.phase
+        if self.run is not None and self.run.publishable:
+            self._end(self.run, phase)
+        return phase
+
+    # Where the run stands
 
     @property
     def tokens(self) -> int:
+        """Tokens that the run has trained on, restarts included."""
         return self.intake.tokens_trained
 
     @property
-    def complete(self) -> bool:
-        """The token budget or the data is used up, or every SAE is finished."""
-        with self.intake.lock:  # the ledger is not to be looked at while it turns to the next epoch
-            used_up = is_complete(self.settings, self.intake.ledger)
-        return used_up or (self.run is not None and not self.run.in_training)
+    def phase(self) -> RunPhase:
+        """What the run does at this moment: the one answer to whether it is over."""
+        stream = self.intake.phase
+        has_sae_to_train = not self.roster.is_finished if self.run is None else bool(self.run.in_training)
+        has_budget = next_batch_size(self.settings, self.tokens) > 0
+        if stream is StreamPhase.EXHAUSTED or not has_sae_to_train or not has_budget:
+            return RunPhase.FINISHED
+        if stream is StreamPhase.WOUND_DOWN:
+            return RunPhase.DRAINED
+        if self.roster.paused:
+            return RunPhase.PAUSED
+        return RunPhase.WAITING if self.run is None else self.intake.buffer_report().phase
 
     @property
-    def drained(self) -> bool:
-        """It was asked to leave, and everything that was under way is trained."""
-        return self.intake.phase is StreamPhase.WOUND_DOWN
+    def rate(self) -> float:
+        """Tokens per second, lately."""
+        return 0.0 if self.run is None or self.roster.paused else self._meter.recent_rate(self.tokens)
 
-    def work(self) -> bool:
-        """Trains until the run is complete (True), or until it is told to stop (False)."""
-        self._begin()
-        while not (self.complete or self.drained or self._inbox.stopping):
-            self.moved_at = time.monotonic()
-            # One request a turn: a flood of them must not stop the training.
-            if (request := self._inbox.next()) is not None and self._answer is not None:
-                self._answer(self, request)
-            self._turn()
-        if self.run is not None and self.run.publishable:
-            self.report()
-            if self.complete:
-                if not self.publish():
-                    raise SnapshotError(
-                        "the last snapshot could not be written: mend what the log says, then start the trainer again; "
-                        "it goes on from its checkpoint"
-                    )
-                for member in self.roster.members:
-                    member.ended |= self.run.sae_trainer(member).phase is SaePhase.FINISHED
-        return self.complete
+    # A turn
 
     def begin(self, run: Run) -> None:
-        """Goes on with `run`, whose roster is this loop's."""
+        """Trains `run`, whose roster is this loop's, from now on."""
         self.run = run
-        self.clock = Clock(run, self.intake)
-        # Counted from the run's beginning, so that a trainer restarted more often than it publishes publishes all the
-        # same.
-        every = self.settings.snapshots.every_tokens
-        self._next_snapshot = (self.tokens // every + 1) * every
+        self._meter.restart(self.tokens)
 
-    def _turn(self) -> None:
-        """One step, or a moment of waiting for what a step needs."""
-        if self.run is None:
-            self._wait_for_producer()
-            return
-        self._see_off()
-        if self.roster.paused:
-            self._rest()
-        elif self.intake.wait_until_filled(
-            rows := _rows_due(self.settings, self.tokens), self._inbox, STARVED_REPORT_SECONDS
-        ):
-            self.initialise()
-            if self.run.in_training and (batch := self.intake.take(rows, self._inbox)) is not None:
-                self._step(batch)
-        elif self.clock.report_due(STARVED_REPORT_SECONDS):
-            self.report()
-
-    def initialise(self) -> None:
-        """Draws the first weights of newcomers, from the rows that wait.
-
-        One that was attached and cannot begin is let go again: it must not take the others with it.
-        """
-        run = self.run
-        assert run is not None
-        while run.lacking_weights:
-            try:
-                run.initialise(self.intake.peek(SAMPLE_ROWS))
-            except Exception as error:
-                member = self.roster.find(run.lacking_weights[0].settings.name)
-                if not member.attached:
-                    raise
-                log.error("sae %s cannot begin, and is out of the run again: %s", member.name, error)
-                run.detach(member)
-                self.write_settings()
-
-    def _step(self, batch: Batch) -> None:
-        self.clock.work(batch)
-        snapshot_due = self.tokens >= self._next_snapshot
-        if snapshot_due or self.clock.report_due(REPORT_SECONDS):
-            self.report()
-        if snapshot_due:
-            self._next_snapshot += self.settings.snapshots.every_tokens
-            self.publish()
-        self._see_off()
-        if time.monotonic() >= self._next_checkpoint and not self.complete:
-            self.save()
-
-    def _see_off(self) -> None:
-        """Publishes the SAEs that have come to their end, and lets go of those that were told to leave."""
-        assert self.run is not None
-        ended = [
-            member
-            for member in self.roster.members
-            if not member.ended and self.run.sae_trainer(member).phase is SaePhase.FINISHED
-        ]
-        if not ended or time.monotonic() < self._retry_at:
-            return
-        if any(self.run.sae_trainer(member).tokens for member in ended):
-            if not self.has_rows:
-                return
-            self.report()
-            published = self.publish()
-            # One that was left out stays, and is tried again: what leaves unpublished would be lost.
-            ended = [member for member in ended if member.name in published or not self.run.sae_trainer(member).tokens]
-            if not ended:
-                self._retry_at = time.monotonic() + RETRY_SECONDS
-                return
-        for member in ended:
-            member.ended = True
-            log.info("sae %s %s", member.name, "has left the run" if member.leaving else "is finished")
-            if member.leaving:
-                self.run.detach(member)
-        self.write_settings()
-        self.save()
-
-    def _begin(self) -> None:
-        """Goes on with the run as it was saved, or with a new one, once the stream's shape is known."""
+    def _begin_run(self) -> None:
+        """Restores the run that was saved, or makes a new one, once the shape of the stream is known."""
         if self.run is None and (stream := self.intake.stream) is not None:
             run = Run(self.settings, stream, self.roster)
             document, tensors = self._saved
@@ -222,71 +166,126 @@ class Loop:
             tensors.clear()
             self.begin(run)
 
-    def _wait_for_producer(self) -> None:
+    def _wait_for_stream(self) -> None:
         self._inbox.wait(0.05)
-        self._begin()
-        if time.monotonic() - self._told > 15:
-            self._told = time.monotonic()
+        self._begin_run()
+        if time.monotonic() - self._reminded_at > REMINDER_SECONDS:
+            self._reminded_at = time.monotonic()
             log.info("still no producer: start one with `%s`", shell_command("producer", "RUN.toml"))
 
     def _rest(self) -> None:
-        """A moment of a pause. Producers come to rest by themselves, when the buffer is full."""
+        """Waits a moment of a pause. Producers stop by themselves when the buffer is full."""
         self._inbox.wait(0.1)
-        if self.clock.report_due(PAUSED_REPORT_SECONDS):
+        if self._meter.seconds >= PAUSED_REPORT_SECONDS:
             self.report()
 
-    # What the loop does now and then, and at a person's request
+    def _next_batch(self, run: Run) -> Batch | None:
+        """The next batch; None when it does not come soon, or when no SAE is left to train."""
+        size = next_batch_size(self.settings, self.tokens)
+        if not self.intake.wait_until_filled(size, self._inbox, self._starved_report_seconds):
+            if self._meter.seconds >= self._starved_report_seconds:
+                self.report()
+            return None
+        self.draw_weights(run)
+        return self.intake.take(size, self._inbox) if run.in_training else None
 
-    def report(self) -> StepReport | None:
-        """Tells the listener how things stand; None while nothing is trained that one could tell of."""
-        if self.run is None:
-            return None
-        self.last_report = self.clock.report()
-        if self.run.scales is None:
-            self._listener.waiting(self.last_report)
-            return None
-        self._listener.report(self.last_report)
-        return self.last_report
+    def draw_weights(self, run: Run) -> None:
+        """Draws the first weights of SAEs that lack them from activations in the buffer."""
+        if run.lacking_weights and run.initialise(self.intake.peek(SAMPLE_SIZE)):
+            self.write_settings()
+
+    def _step(self, run: Run, batch: Batch) -> None:
+        start = time.monotonic()
+        run.train_step(batch)
+        self.intake.trained(batch)
+        self._meter.count_step(time.monotonic() - start)
+
+    def _report_and_publish(self) -> None:
+        """Reports every few seconds, and with each snapshot, which is due every so many tokens."""
+        is_snapshot_due = self.tokens >= self._next_snapshot
+        if is_snapshot_due or self._meter.seconds >= REPORT_SECONDS:
+            self.report()
+        if is_snapshot_due:
+            self._next_snapshot += self.settings.snapshots.every_tokens
+            self.publish()
+
+    def _release_finished_saes(self, run: Run) -> None:
+        """Publishes the SAEs that have just finished, and removes those of them that were asked to leave."""
+        members = [one for one in self.roster.members if not one.ended and _is_finished(run, one)]
+        if not members or time.monotonic() < self._retry_release_at:
+            return
+        if any(run.sae_trainer(member).tokens for member in members):
+            if not self.can_publish:
+                return
+            self.report()
+            published = self.publish()
+            # An SAE that is not in the snapshot stays and is tried again: if it left unpublished it would be lost.
+            members = [one for one in members if one.name in published or not run.sae_trainer(one).tokens]
+            if not members:
+                self._retry_release_at = time.monotonic() + RETRY_SECONDS
+                return
+        for member in members:
+            member.ended = True
+            log.info("sae %s %s", member.name, "has left the run" if member.leaving else "is finished")
+            if member.leaving:
+                run.detach(member)
+        self.write_settings()
+        self.save()
+
+    def _end(self, run: Run, phase: RunPhase) -> None:
+        """Reports for the last time, and publishes the last snapshot of a finished run."""
+        self.report()
+        if phase is not RunPhase.FINISHED:
+            return
+        if not self.publish():
+            raise SnapshotError(
+                "the last snapshot could not be written: mend what the log says, then start the trainer again; "
+                "it goes on from its checkpoint"
+            )
+        for member in self.roster.members:
+            member.ended |= _is_finished(run, member)
+
+    # Also at an operator's request
+
+    def report(self) -> None:
+        """Reports the state of the run to the listener, and begins a new interval of the meter."""
+        if (run := self.run) is None:
+            return
+        report = measure(run, self.intake, self._meter)
+        if report.state is not RunPhase.PAUSED:
+            run.seconds += self._meter.seconds
+        self._meter.restart(report.tokens)
+        self.last_report = report
+        if run.scales is None:
+            self._listener.on_fill(report)
+        else:
+            self._listener.on_report(report)
 
     @property
-    def has_rows(self) -> bool:
-        """There are rows to calibrate and test a snapshot with."""
-        assert self.run is not None
-        waiting = self.intake.peek(1)
-        return bool(waiting and len(waiting[0])) or self.run.last_batch is not None
-
-    def _snapshot_rows(self) -> list[Tensor]:
-        """Rows that are still to be trained on; at the end of the data there are none left."""
-        assert self.run is not None
-        waiting = self.intake.peek(SNAPSHOT_ROWS)
-        if waiting and len(waiting[0]):
-            return waiting
-        return self.run.last_batch.x if self.run.last_batch is not None else []
+    def can_publish(self) -> bool:
+        """An SAE has trained, and there are activations to calibrate and test a snapshot with."""
+        run = self.run
+        return run is not None and bool(run.publishable and calibration_activations(run, self.intake, 1))
 
     def publish(self) -> list[str]:
-        """A snapshot of this moment: the names of the SAEs in it, none, with a line in the log, when it failed."""
-        run = self.run
-        assert run is not None
-        if not (rows := self._snapshot_rows()):
+        """Publishes a snapshot of this moment; returns the SAEs in it, none when it failed, as the log says."""
+        if (run := self.run) is None or not (activations := calibration_activations(run, self.intake)):
             return []
         if not checkpoint.complete(self.settings.run.folder / "checkpoint"):
             self.save()  # a start takes snapshots without a checkpoint for those of a run that has lost it
-        report, published = self.clock.look(), list[str]()
-        facts = run_facts(run, self.intake)
-        if written("snapshot", lambda: published.extend(publish_snapshot(run, report, rows, facts))):
-            self._listener.published(report.tokens)
-        return published
+        report, facts = measure(run, self.intake, self._meter), run_facts(run, self.intake)
+        names: list[str] = []
+        if try_to_write("snapshot", lambda: names.extend(publish_snapshot(run, report, activations, facts))):
+            self._listener.on_publish(report.tokens)
+        return names
 
     def save(self, directory: Path | None = None) -> bool:
-        """One instant on disk: weights, roster and ledger between two steps. False, with a line in the log, if not.
-
-        `directory` is where the run directory is now, if it was moved.
-        """
+        """Writes a checkpoint, to `directory` if the run's was moved; returns False when it failed, as the log says."""
         self._next_checkpoint = time.monotonic() + self.settings.checkpoint.every_seconds
         folder = directory or self.settings.run.folder
-        if done := written("checkpoint", lambda: self._save(folder)):
-            self._listener.saved()
-        return done
+        if is_written := try_to_write("checkpoint", lambda: self._save(folder)):
+            self._listener.on_save()
+        return is_written
 
     def _save(self, directory: Path) -> None:
         saved, tensors = self._saved
@@ -303,109 +302,25 @@ class Loop:
         checkpoint.save(directory, self.tokens, document, tensors, self.settings.checkpoint.keep)
 
     def write_settings(self) -> None:
-        """settings.toml, with the SAEs that live at this moment."""
+        """Writes settings.toml with the SAEs of this moment."""
         write_settings(self.settings, self.roster)
 
 
-def write_settings(settings: TrainerSettings, roster: Roster) -> None:
-    """The resolved settings, in the run directory."""
-    replace_text(settings.run.folder / "settings.toml", show_settings(roster.resolve(settings)) + "\n")
+def _is_finished(run: Run, member: Member) -> bool:
+    return run.sae_trainer(member).phase is SaePhase.FINISHED
 
 
-def written(what: str, write: Callable[[], object]) -> bool:
-    """A full or read-only disk costs a snapshot or a checkpoint, never the training."""
-    try:
-        write()
-    except (OSError, SafetensorError, SnapshotError) as error:
-        log.error("%s not written: %s; training goes on, the next one is tried in its turn", what, error)
-        return False
-    return True
-
-
-def is_complete(settings: TrainerSettings, ledger: Ledger) -> bool:
-    """The token budget or the data is used up."""
-    return ledger.phase is StreamPhase.EXHAUSTED or not _rows_due(settings, ledger.tokens_trained)
-
-
-def quarantine_fault(settings: TrainerSettings, quarantine: Quarantine) -> str | None:
-    """Why a run that has come to its end has failed: too many of its shards are quarantined; None when it has not."""
-    if quarantine.ratio <= settings.run.max_quarantined_ratio:
-        return None
-    first = quarantine.shards[0]
-    return (
-        f"{len(quarantine.shards)} shards, {quarantine.ratio:.1%} of those begun, are quarantined, and "
-        f"run.max_quarantined_ratio = {settings.run.max_quarantined_ratio:g}: the run has failed. The first is shard "
-        f"{first.shard} of epoch {first.epoch}: {first.reason!r}. Mend what is wrong and start the trainer "
-        "again, which tries them again, or raise run.max_quarantined_ratio"
-    )
-
-
-def _rows_due(settings: TrainerSettings, tokens: int) -> int:
-    """Rows of the next batch: a whole one, or what the budget leaves; 0 ends the run."""
+def next_batch_size(settings: TrainerSettings, tokens: int) -> int:
+    """Tokens of the batch after `tokens` tokens: a whole batch, or what the budget leaves; 0 ends the run."""
     left = settings.optimizer.batch if settings.run.tokens is None else settings.run.tokens - tokens
     return max(0, min(settings.optimizer.batch, left))
 
 
-class Clock:
-    """Does steps and keeps their times: the only place of the loop that counts them."""
-
-    def __init__(self, run: Run, intake: Intake) -> None:
-        self._run, self._intake = run, intake
-        self._reported_at = time.monotonic()
-        self._reported_tokens = intake.tokens_trained
-        self._busy = 0.0
-        self._steps = 0
-        self._rate = 0.0
-
-    def work(self, batch: Batch) -> None:
-        began = time.monotonic()
-        self._run.train_step(batch)
-        self._intake.trained(batch)
-        self._busy += time.monotonic() - began
-        self._steps += 1
-
-    def rate(self) -> float:
-        """Rows per second, lately."""
-        if self._run.roster.paused:
-            return 0.0
-        elapsed = time.monotonic() - self._reported_at
-        trained = self._intake.tokens_trained - self._reported_tokens
-        # Just after a report its own rate tells more.
-        return trained / elapsed if elapsed > REPORT_SECONDS / 2 else self._rate
-
-    def report_due(self, seconds: float) -> bool:
-        return time.monotonic() - self._reported_at >= seconds
-
-    def report(self) -> StepReport:
-        """The state of the run, with rates since the report before."""
-        report, now = self.look(), time.monotonic()
-        if report.state != "paused":
-            self._run.seconds += now - self._reported_at
-        if now - self._reported_at > REPORT_SECONDS / 2:
-            self._rate = report.tokens_per_second
-        self._reported_at, self._reported_tokens, self._busy, self._steps = now, report.tokens, 0.0, 0
-        return report
-
-    def look(self) -> StepReport:
-        """What `report` would say, without beginning a new interval."""
-        run, buffer, tokens = self._run, self._intake.buffer_report(), self._intake.tokens_trained
-        elapsed = time.monotonic() - self._reported_at
-        mates = same_context_mates(run.last_batch, run.stream.context) if run.last_batch is not None else float("nan")
-        return StepReport(
-            time=time.time(),
-            tokens=tokens,
-            step=run.step,
-            target_tokens=run.settings.run.tokens,
-            tokens_per_second=(tokens - self._reported_tokens) / max(elapsed, 1e-9),
-            step_seconds=self._busy / max(self._steps, 1),
-            data_wait_seconds=buffer.data_wait_seconds,
-            state="paused" if run.roster.paused else buffer.state,
-            buffer_rows=buffer.rows,
-            buffer_capacity_rows=buffer.capacity,
-            same_context_mates=mates,
-            stream=self._intake.stream_report(),
-            saes=tuple(
-                sae_trainer.report(run.scales or run.by_hook([1.0] * len(run.stream.hooks)))
-                for sae_trainer in run.publishable
-            ),
-        )
+def try_to_write(kind: str, write: Callable[[], object]) -> bool:
+    """Whether `write` succeeded: a full or read-only disk costs a snapshot or a checkpoint, never the training."""
+    try:
+        write()
+    except (OSError, SafetensorError, SnapshotError) as error:
+        log.error("%s not written: %s; training goes on, the next one is tried in its turn", kind, error)
+        return False
+    return True

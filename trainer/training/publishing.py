@@ -1,4 +1,4 @@
-"""What a run tells the world: its SAEs as a snapshot, the facts of a manifest, and the summary at the end."""
+"""What a run publishes: its settings, its SAEs as snapshots with a manifest, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -9,32 +9,50 @@ from typing import Any
 
 from torch import Tensor
 
+from producer.common.run_file import show_settings
 from trainer.report import SaeReport, StepReport
 from trainer.saes.folding import side_by_side
 from trainer.saes.inference import check, export
+from trainer.settings import TrainerSettings
 from trainer.snapshot import Export, SnapshotError, finite, publish, retire
+from trainer.state.durable import replace_text
 from trainer.stream.intake import Intake
+from trainer.training.roster import Roster
 from trainer.training.run import Run
 from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
 
+CALIBRATION_SIZE = 8_192
+"""Activations that a snapshot's thresholds are estimated from."""
 SELFTEST_CANDIDATES = 1024
-"""Rows among which the self-test's are found."""
+"""Activations among which those of the self-test are chosen."""
 
 
-def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: dict[str, Any]) -> list[str]:
-    """Writes a snapshot of every SAE that has learned something, self-tested, and retires old ones.
+def write_settings(settings: TrainerSettings, roster: Roster) -> None:
+    """Writes the resolved settings, with the SAEs of this moment, to the run directory."""
+    replace_text(settings.run.folder / "settings.toml", show_settings(roster.resolve(settings)) + "\n")
 
-    An SAE that fails its self-test is told in the log and left out; it does not keep the others from appearing.
-    Returns the names of those in it. `rows` are raw rows of every hook, for calibration and self-test; `facts` what
-    the manifest tells of the run.
+
+def calibration_activations(run: Run, intake: Intake, count: int = CALIBRATION_SIZE) -> list[Tensor]:
+    """Raw activations of every hook that are still to be trained on; the last batch where none are left."""
+    activations = intake.peek(count)
+    if activations and len(activations[0]):
+        return activations
+    return [] if run.last_batch is None else run.last_batch.x
+
+
+def publish_snapshot(run: Run, report: StepReport, activations: list[Tensor], facts: dict[str, Any]) -> list[str]:
+    """Writes a snapshot of every SAE that has trained, self-tested, and retires old ones; returns the names in it.
+
+    An SAE that fails its self-test is left out, with a line in the log, and does not keep the others from appearing.
+    `activations` are raw ones of every hook, for calibration and self-test; `facts` is the manifest's part on the run.
     """
     directory = run.settings.run.folder
     exports: list[Export] = []
     for sae_trainer in run.publishable:
         try:
-            exports += _exports(run, sae_trainer, report, rows, facts)
+            exports += _exports(run, sae_trainer, report, activations, facts)
         except SnapshotError as error:
             log.error("sae %s is left out of this snapshot: %s", sae_trainer.settings.name, error)
     if not exports:
@@ -45,29 +63,27 @@ def publish_snapshot(run: Run, report: StepReport, rows: list[Tensor], facts: di
 
 
 def _exports(
-    run: Run, sae_trainer: SaeTrainer, report: StepReport, rows: list[Tensor], facts: dict[str, Any]
+    run: Run, sae_trainer: SaeTrainer, report: StepReport, activations: list[Tensor], facts: dict[str, Any]
 ) -> Iterator[Export]:
-    """The SAE, and the mean of its recent weights beside it when there is one."""
+    """Exports the SAE, and its EMA copy when there is one."""
     assert run.scales is not None
-    raw = run.by_hook(rows)
+    raw = run.by_hook(activations)
     scaled = {hook: x.float() * run.scales[hook] for hook, x in raw.items()}
     x = side_by_side(raw, sae_trainer.hooks.reads)[:SELFTEST_CANDIDATES].float()
     transform, rate = sae_trainer.input_transform(run.scales), sae_trainer.statistics.firing_rate()
-    metadata, numbers = (
-        _metadata(run, sae_trainer, report, facts),
-        numbers_of(run, sae_trainer, _of(report, sae_trainer)),
-    )
+    metadata = _metadata(run, sae_trainer, report, facts)
+    numbers = numbers_of(run, sae_trainer, _of(report, sae_trainer))
     sae_trainer.calibrate(sae_trainer.sae, scaled)
     yield export(sae_trainer.sae, transform, sae_trainer.settings.name, rate, x, metadata, numbers)
     if (ema_sae := sae_trainer.ema_sae) is not None:
         sae_trainer.calibrate(ema_sae, scaled)
-        # What was measured in training was measured on the other weights.
+        # The numbers of training were measured on the other weights.
         unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
         yield export(ema_sae, transform, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
 
 
 def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
-    """What manifest and summary tell of one SAE."""
+    """Numbers of one SAE for manifest and summary."""
     return {
         "architecture": sae_trainer.settings.architecture,
         "d_in": sae_trainer.sae.d_in,
@@ -84,7 +100,7 @@ def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str
 
 
 def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
-    """What SAELens and others look for beside the weights, and where this SAE came from."""
+    """Metadata of one SAE that SAELens and others read, and its provenance."""
     provenance, hooks, measured = run.stream.provenance, sae_trainer.hooks, _of(report, sae_trainer)
     modules = {hook.name: hook.module for hook in run.stream.hooks}
     metadata = {
@@ -116,7 +132,7 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
 
 
 def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
-    """What a manifest tells of the run."""
+    """The manifest's part on the run."""
     hooks, bounds = run.stream.hooks, intake.norm_bounds
     return {
         "id": intake.run_id,
@@ -134,9 +150,9 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
 
 
 def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> dict[str, Any]:
-    """The content of summary.json; the monitor adds the evaluation. `fault` is why the run has failed, if it has.
+    """Contents of summary.json; the monitor adds the evaluation. `fault` is why the run has failed, if it has.
 
-    `rows_set_aside` is None, in JSON null, when nobody knows how many rows some quarantined shard has.
+    `rows_set_aside` is None, in JSON null, when nobody knows how many tokens some quarantined shard has.
     """
     quarantine = intake.quarantine()
     return {

@@ -1,7 +1,7 @@
-"""Who lives on a run's stream, and what was ordered: plain data, and part of every checkpoint.
+"""The SAEs of a run, and an operator's orders: plain data, and part of every checkpoint.
 
-The run file names the SAEs that a run begins with. `ctl` attaches others and detaches any while the run goes on; the
-roster remembers that, and wins over the file when the run is resumed. Light: settings only.
+The run file names the SAEs that a run begins with. `ctl` attaches others and detaches any while the run trains; the
+roster keeps that, and has precedence over the file when the run is resumed. Light: settings only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.settings import TrainerSettings
 
 
 class RosterError(ValueError):
-    """An SAE cannot join, or a run file is not that of the run. The message says what to change."""
+    """An SAE cannot join, or a run file is not the run's. The message says what to change."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Member:
 
     settings: SaeSettings
     number: int
-    """How many had joined before it: its first weights are drawn from the run's seed and this."""
+    """Number of SAEs that had joined before it: its first weights are drawn from the run's seed and this."""
     joined_at: int = 0
-    """Rows that the run had trained on then."""
+    """Tokens that the run had trained on when it joined."""
     attached: bool = False
     """It joined through `ctl`; the run file need not name it."""
     leaving: bool = False
-    """When it is finished it leaves the run."""
+    """An operator has detached it: it leaves the run when it is finished."""
     ended: bool = False
     """It is finished, and a snapshot of its last weights was published."""
 
@@ -48,17 +48,17 @@ class Roster:
 
     members: list[Member]
     joined: int
-    """How many SAEs have ever joined."""
+    """Number of SAEs that have ever joined."""
     gone: list[str] = field(default_factory=list)
-    """Names of those that left: nobody may take them, since snapshots and metrics of two SAEs would mix."""
+    """Names of SAEs that have left. No other may have them: snapshots and metrics of two SAEs would mix."""
     paused: bool = False
     threads: int | None = None
-    """CPU threads of one SAE's arithmetic, fixed when the run begins: sums would round otherwise with another number,
-    and an SAE that joins must not change the others by a bit."""
+    """CPU threads of one SAE's arithmetic, fixed when the run begins: with another number sums round differently, and
+    an SAE that joins must not change the others by a bit."""
 
     @classmethod
     def of(cls, saes: Sequence[SaeSettings]) -> Roster:
-        """That of a new run."""
+        """The roster of a new run."""
         return cls([Member(sae, number) for number, sae in enumerate(saes)], len(saes))
 
     @property
@@ -66,16 +66,16 @@ class Roster:
         return [member.settings for member in self.members]
 
     def resolve(self, settings: TrainerSettings) -> TrainerSettings:
-        """Those of the run file, with the SAEs that live at this moment."""
+        """The settings of the run file, with the SAEs of this moment."""
         return settings.model_copy(update={"sae": self.settings})
 
     @property
-    def ended(self) -> bool:
-        """Nobody is left who learns."""
+    def is_finished(self) -> bool:
+        """Every SAE is finished, and its last snapshot published."""
         return all(member.ended for member in self.members)
 
     def find(self, name: str) -> Member:
-        """Raises RosterError when no SAE is called that."""
+        """The member of that name. Raises RosterError when there is none."""
         for member in self.members:
             if member.name == name:
                 return member
@@ -84,9 +84,9 @@ class Roster:
         )
 
     def join(self, sae: SaeSettings, joined_at: int) -> Member:
-        """A new member. Raises RosterError when a name of it, that of its EMA copy included, was ever used."""
-        taken = {*self.gone, *(name for member in self.members for name in _names(member.settings))}
-        if clash := sorted(taken & set(_names(sae))):
+        """Adds a member. Raises RosterError when its name, or that of its EMA copy, was ever used in the run."""
+        used_names = {*self.gone, *(name for member in self.members for name in _names(member.settings))}
+        if clash := sorted(used_names & set(_names(sae))):
             raise RosterError(
                 f"the name {', '.join(clash)} is taken in this run, by an SAE that lives or by one that has left: "
                 "choose another, so that snapshots and metrics do not mix"
@@ -141,7 +141,7 @@ def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: Path)
 
 
 def _differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What differs between the `shape` of SAEs in the run file and in the checkpoint, in words."""
+    """Sentences on what differs between the `shape` of SAEs in the run file and in the checkpoint."""
     for name in sorted(ours.keys() | theirs.keys()):
         sae = f"sae {show_value(name)}"
         if name not in theirs or name not in ours:
@@ -156,5 +156,5 @@ def _differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, An
 
 
 def _names(sae: SaeSettings) -> list[str]:
-    """What it is called in snapshots."""
+    """Its names in snapshots."""
     return [sae.name, f"{sae.name}-ema"] if sae.ema_tokens else [sae.name]

@@ -173,14 +173,27 @@ class Run:
 
     # Training
 
-    def initialise(self, sample: list[Tensor]) -> None:
-        """Draws the weights that are lacking from raw activations of every hook, and the run's scales at first."""
+    def initialise(self, sample: list[Tensor]) -> list[Member]:
+        """Draws the weights that are lacking from raw activations of every hook, and at first estimates the scales.
+
+        An attached SAE that cannot begin is removed again, so that the others train on; returns those removed.
+        """
         activations = {hook: x.float() for hook, x in self.by_hook(sample).items()}
         if self.scales is None:
             self.scales = {hook: _scale(x, hook) for hook, x in activations.items()}
         scaled = {hook: x * self.scales[hook] for hook, x in activations.items()}
+        removed: list[Member] = []
         for sae_trainer in self.lacking_weights:
-            sae_trainer.initialise(scaled, self.scales, read_start(sae_trainer.settings))
+            try:
+                sae_trainer.initialise(scaled, self.scales, read_start(sae_trainer.settings))
+            except Exception as error:
+                member = self.roster.find(sae_trainer.settings.name)
+                if not member.attached:
+                    raise
+                log.error("sae %s cannot begin, and is out of the run again: %s", member.name, error)
+                self.detach(member)
+                removed.append(member)
+        return removed
 
     def by_hook(self, values: Sequence[T]) -> dict[str, T]:
         """Values in the stream's order of hooks, by the name of the hook."""

@@ -1,8 +1,8 @@
 """Streaming statistics of one SAE: L0, MSE, FVU, shrinkage, density, dead latents.
 
 Ratios are ratios of sums over an exponential window of recent tokens, kept in float64, never means of ratios. Sums of
-squares are taken about a fixed reference close to the mean, so that ‖mean‖² ≫ variance costs no digits. Deadness is
-counted in tokens, so it does not depend on the batch. Everything here is part of the checkpoint; reading it changes
+squares are taken about a fixed reference close to the mean, so that ‖mean‖² ≫ variance costs no digits. Dead latents
+are counted in tokens, independently of the batch. Everything here is part of the checkpoint; reading it changes
 nothing.
 """
 
@@ -18,12 +18,12 @@ from trainer.kernels.sparse import kernels
 from trainer.report import DENSITY_EDGES
 
 HALF_LIFE_TOKENS = 100_000
-"""A row this old counts half."""
+"""An activation this old counts half."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of the window. `mse` is in the units of the rows handed in."""
+    """Numbers of the window. `mse` is in the units of the activations given to `update`."""
 
     l0: float
     mse: float
@@ -32,7 +32,10 @@ class Summary:
 
 
 class Statistics:
-    """Of what is reconstructed, here x (a transcoder's y). `reference` [d] is near its mean: that of the first rows."""
+    """Statistics of x [batch, d] and its reconstruction x_hat (a transcoder's y and y_hat).
+
+    `reference` [d] is near the mean of x: that of the first activations.
+    """
 
     def __init__(self, d_sae: int, reference: Tensor) -> None:
         device = reference.device
@@ -43,53 +46,53 @@ class Statistics:
         self.x_sum = torch.zeros(len(reference), dtype=torch.float64, device=device)
         self.x_hat_sum = torch.zeros_like(self.x_sum)
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-        """rows, active latents, |x−r|², |x_hat−r|², (x−r)·(x_hat−r), |x−x_hat|², each over the window"""
+        """tokens, active latents, |x−r|², |x_hat−r|², (x−r)·(x_hat−r), |x−x_hat|², each over the window"""
 
     def update(self, x: Tensor, x_hat: Tensor, fired: Latents) -> None:
-        """Takes in one batch: x and x_hat [batch, d]; a value of `fired` other than zero counts."""
-        rows = len(x)
-        decay = 0.5 ** (rows / HALF_LIFE_TOKENS)
+        """Adds one batch: x and x_hat [batch, d]; a value of `fired` other than zero counts as a firing."""
+        tokens = len(x)
+        decay = 0.5 ** (tokens / HALF_LIFE_TOKENS)
         counts = fired.firings()
-        self.tokens += rows
-        self.tokens_since_fired.add_(rows).masked_fill_(counts > 0, 0)
+        self.tokens += tokens
+        self.tokens_since_fired.add_(tokens).masked_fill_(counts > 0, 0)
         self.firings.mul_(decay).add_(counts)
         sum_x, sum_x_hat, squares = kernels(x.device).moments(x, x_hat, self.reference)
         self.x_sum.mul_(decay).add_(sum_x)
         self.x_hat_sum.mul_(decay).add_(sum_x_hat)
-        self.sums.mul_(decay).add_(torch.cat([squares.new_tensor([rows]), counts.sum().double()[None], squares]))
+        self.sums.mul_(decay).add_(torch.cat([squares.new_tensor([tokens]), counts.sum().double()[None], squares]))
 
     def silent_for(self, tokens: int) -> Tensor:
-        """bool [d_sae]: latents that have not fired on the last `tokens` rows; none until that many were seen."""
+        """bool [d_sae]: latents that have not fired for `tokens` tokens; none until there were that many."""
         return self.tokens_since_fired >= tokens
 
     def dead(self, tokens: int) -> int | None:
-        """How many latents were silent on the last `tokens` rows; None until that many were seen."""
+        """Number of latents that have not fired for `tokens` tokens; None until there were that many."""
         return int(self.silent_for(tokens).sum()) if self.tokens >= tokens else None
 
     def summary(self) -> Summary:
-        """The window's numbers; NaN before the first row."""
-        rows, active, xx, hh, xh, error = self.sums.tolist()
-        if not rows:
+        """The window's numbers; NaN before the first batch."""
+        tokens, active, xx, hh, xh, error = self.sums.tolist()
+        if not tokens:
             return Summary(*[float("nan")] * 4)
-        # About the mean of x, μ = r + x_sum / rows.
-        variance = xx - float(self.x_sum @ self.x_sum) / rows
-        covariance = xh - float(self.x_sum @ self.x_hat_sum) / rows
-        spread = hh - 2 * float(self.x_hat_sum @ self.x_sum) / rows + float(self.x_sum @ self.x_sum) / rows
+        # About the mean of x, μ = r + x_sum / tokens.
+        variance = xx - float(self.x_sum @ self.x_sum) / tokens
+        covariance = xh - float(self.x_sum @ self.x_hat_sum) / tokens
+        spread = hh - 2 * float(self.x_hat_sum @ self.x_sum) / tokens + float(self.x_sum @ self.x_sum) / tokens
         return Summary(
-            l0=active / rows,
-            mse=error / (rows * len(self.x_sum)),
+            l0=active / tokens,
+            mse=error / (tokens * len(self.x_sum)),
             fvu=error / variance if variance > 0 else float("nan"),
             shrinkage=spread / covariance if covariance > 0 else float("nan"),
         )
 
     def firing_rate(self) -> Tensor:
-        """Fraction of the window's rows on which each latent fired, float64 [d_sae]."""
+        """Fraction of the window's tokens on which each latent fired, float64 [d_sae]."""
         return self.firings / self.sums[0].clamp_min(1.0)
 
     def density(self) -> tuple[int, ...]:
         """Latents per bin of DENSITY_EDGES by log10 firing rate, then those that did not fire in the window."""
         rate = self.firing_rate()
-        # After many half-lives a silent latent keeps a remainder of its old count; it is no firing.
+        # After many half-lives a silent latent keeps a remainder of its old count, which is no firing.
         fired = self.firings > 1e-3
         edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64, device=rate.device)
         bins = torch.bucketize(rate[fired].log10().clamp_max(DENSITY_EDGES[-1]), edges)

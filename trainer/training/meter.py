@@ -1,0 +1,72 @@
+"""What is measured between two reports: seconds, steps, rates."""
+
+from __future__ import annotations
+
+import time
+
+from trainer.phases import RunPhase
+from trainer.report import StepReport
+from trainer.stream.buffer import same_context_mates
+from trainer.stream.intake import Intake
+from trainer.training.run import Run
+
+SHORTEST_INTERVAL_SECONDS = 1.0
+"""A rate over less than this says little."""
+
+
+class Meter:
+    """Counts steps and seconds since the last report."""
+
+    def __init__(self, tokens: int) -> None:
+        self._since = time.monotonic()
+        self._tokens = tokens
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._last_rate = 0.0
+
+    def count_step(self, seconds: float) -> None:
+        self._steps += 1
+        self._step_seconds += seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._since
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean duration of a step."""
+        return self._step_seconds / max(self._steps, 1)
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second; `tokens` are those trained by now."""
+        return (tokens - self._tokens) / max(self.seconds, 1e-9)
+
+    def recent_rate(self, tokens: int) -> float:
+        """As `rate`; just after a report, the rate that the report told."""
+        return self.rate(tokens) if self.seconds > SHORTEST_INTERVAL_SECONDS else self._last_rate
+
+    def restart(self, tokens: int) -> None:
+        """Begins a new interval."""
+        self._last_rate = self.recent_rate(tokens)
+        self._since, self._tokens, self._steps, self._step_seconds = time.monotonic(), tokens, 0, 0.0
+
+
+def measure(run: Run, intake: Intake, meter: Meter) -> StepReport:
+    """The state of the run, with rates since the meter's last restart. Changes nothing."""
+    buffer, tokens, batch = intake.buffer_report(), intake.tokens_trained, run.last_batch
+    scales = run.scales or run.by_hook([1.0] * len(run.stream.hooks))
+    return StepReport(
+        time=time.time(),
+        tokens=tokens,
+        step=run.step,
+        target_tokens=run.settings.run.tokens,
+        tokens_per_second=meter.rate(tokens),
+        step_seconds=meter.step_seconds,
+        data_wait_seconds=buffer.data_wait_seconds,
+        state=RunPhase.PAUSED if run.roster.paused else buffer.phase,
+        buffer_rows=buffer.rows,
+        buffer_capacity_rows=buffer.capacity,
+        same_context_mates=float("nan") if batch is None else same_context_mates(batch, run.stream.context),
+        stream=intake.stream_report(),
+        saes=tuple(sae_trainer.report(scales) for sae_trainer in run.publishable),
+    )
