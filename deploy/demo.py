@@ -164,7 +164,9 @@ def _watch(
                 if process.poll():
                     return name
             elapsed = time.monotonic() - began
-            frame = live(last_report(directory), _evaluations(directory), elapsed, _note(directory, processes, page))
+            frame = live(
+                last_report(directory), newest_evaluations(directory), elapsed, _note(directory, processes, page)
+            )
             if console.is_terminal:
                 screen.update(frame, refresh=True)
             elif elapsed - printed >= PLAIN_EVERY_SECONDS:
@@ -188,11 +190,6 @@ def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]], page: 
     if not (directory / "metrics.jsonl").exists():
         return "starting: loading the language model, filling the buffer"
     return f"{published} · page at {page}"
-
-
-def _evaluations(directory: Path) -> dict[str, dict]:
-    """The newest evaluation of each SAE, from any snapshot."""
-    return {sae: evaluation for sae, (_, evaluation) in newest_evaluations(directory).items()}
 
 
 def _stop(processes: dict[str, subprocess.Popen[bytes]]) -> None:

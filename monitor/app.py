@@ -17,9 +17,10 @@ from monitor.http.access import TokenError, read_token
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from monitor.metrics import MonitorMetrics
-from monitor.run_directory import complete_summary, is_finished, is_training, why_not_ready
+from monitor.run_directory import is_finished, is_training, why_not_ready
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
+from monitor.summary import complete_summary
 from producer.common.metrics import new_registry, start_metrics_server
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Watch:
 
     def _look(self, finished: bool) -> None:
         names = index_of(self._directory).names()
-        self._metrics.see_run(len(names), int(names[-1]) if names else None, finished)
+        self._metrics.set_run(len(names), int(names[-1]) if names else None, finished)
         if self._off or not (names or (self._directory / "metrics.jsonl").is_file()):
             return  # the language model is loaded while the run works towards its first snapshot, not before it begins
         if self._evaluator is None:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from monitor.evaluation.measures import Measure, Stage, measures
+from monitor.evaluation.results import Evaluation
 from producer import metrics as producer_metrics
 from producer.common.metrics import Metric, families, metric_names
 from trainer import metrics as trainer_metrics
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What the monitor knows of the run, and of its own work."""
+class MonitorStatus:
+    """The run as the monitor sees it, and how the monitor's own work goes."""
 
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The newest evaluation.json of each SAE."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """The newest one of each SAE."""
     snapshots: int = 0
     newest_tokens: int | None = None
+    """Tokens trained when the newest snapshot was published."""
     failures: int = 0
-    broken: bool = False
-    finished: bool = False
+    """Snapshots that could not be evaluated."""
+    is_broken: bool = False
+    """No snapshot can be evaluated."""
+    is_finished: bool = False
+    """The run has come to its end."""
 
 
 def evaluation_metrics() -> tuple[Metric, ...]:
@@ -35,74 +39,70 @@ def evaluation_metrics() -> tuple[Metric, ...]:
 
 
 def _metric_of(measure: Measure) -> Metric:
-    def read(evaluation: Mapping[str, Any]) -> Any:
-        value = evaluation.get(measure.name)
-        return value or {} if measure.label else value
-
-    return Metric(str(measure.metric), "gauge", measure.unit, measure.help, read, measure.label)
+    return Metric(str(measure.metric), "gauge", measure.unit, measure.help, lambda e: e.value(measure), measure.label)
 
 
 # fmt: off
 EVALUATION = (
     Metric("sluice_evaluated_snapshot_tokens", "gauge", "tokens",
-           "Tokens trained when the newest evaluated snapshot was published.", lambda e: e.get("snapshot_tokens")),
+           "Tokens trained when the newest evaluated snapshot was published.", lambda e: e.snapshot_tokens),
     Metric("sluice_evaluation_seconds", "gauge", "seconds", "How long the newest evaluation took, in seconds.",
-           lambda e: e.get("seconds")),
+           lambda e: e.seconds),
 )
 
-WATCH = (
+STATUS = (
     Metric("sluice_monitor_snapshots", "gauge", "snapshots",
-           "Complete snapshots in the run directory.", lambda w: w.snapshots),
+           "Complete snapshots in the run directory.", lambda s: s.snapshots),
     Metric("sluice_monitor_newest_snapshot_tokens", "gauge", "tokens",
            "Tokens trained when the newest snapshot that the monitor has seen was published.",
-           lambda w: w.newest_tokens),
+           lambda s: s.newest_tokens),
     Metric("sluice_run_finished", "gauge", "0 or 1",
            "1 once the run has come to its end: its trainer and producers are gone for a good reason.",
-           lambda w: int(w.finished)),
+           lambda s: int(s.is_finished)),
     Metric("sluice_evaluation_broken", "gauge", "0 or 1",
            "1 when no snapshot can be evaluated: the language model or the text cannot be loaded; the log says why.",
-           lambda w: int(w.broken)),
+           lambda s: int(s.is_broken)),
     Metric("sluice_evaluation_failures_total", "counter", "snapshots",
            "Snapshots that could not be evaluated; the log says why.",
-           lambda w: w.failures),
+           lambda s: s.failures),
 )
 # fmt: on
 
 
 class MonitorMetrics(Collector):
-    """What the monitor shows: how good each SAE's newest evaluated snapshot is, and whether evaluation keeps up."""
+    """How good each SAE's newest evaluated snapshot is, and whether the evaluation keeps up."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._watch = Watch()
+        self._status = MonitorStatus()
         registry.register(self)
 
-    def update(self, sae: str, evaluation: dict[str, Any]) -> None:
-        """`evaluation` is the contents of an evaluation.json."""
-        self._watch = replace(self._watch, evaluations=self._watch.evaluations | {sae: evaluation})
+    def update(self, sae: str, evaluation: Evaluation) -> None:
+        self._status = replace(self._status, evaluations=self._status.evaluations | {sae: evaluation})
 
-    def keep(self, saes: Iterable[str]) -> None:
-        """Forgets the SAEs that the newest snapshot has no more: an SAE may leave a stream that goes on."""
-        kept = {sae: self._watch.evaluations[sae] for sae in saes if sae in self._watch.evaluations}
-        self._watch = replace(self._watch, evaluations=kept)
+    def retain(self, saes: Iterable[str]) -> None:
+        """Drops all SAEs but these: one may be detached from a run that goes on."""
+        names = set(saes)
+        evaluations = {sae: evaluation for sae, evaluation in self._status.evaluations.items() if sae in names}
+        self._status = replace(self._status, evaluations=evaluations)
 
-    def see_run(self, snapshots: int, newest_tokens: int | None, finished: bool) -> None:
-        self._watch = replace(self._watch, snapshots=snapshots, newest_tokens=newest_tokens, finished=finished)
+    def set_run(self, snapshots: int, newest_tokens: int | None, is_finished: bool) -> None:
+        self._status = replace(self._status, snapshots=snapshots, newest_tokens=newest_tokens, is_finished=is_finished)
 
-    def give_up(self) -> None:
+    def set_broken(self) -> None:
         """No snapshot will be evaluated."""
-        self._watch = replace(self._watch, broken=True)
+        self._status = replace(self._status, is_broken=True)
 
     def count_failure(self) -> None:
-        self._watch = replace(self._watch, failures=self._watch.failures + 1)
+        self._status = replace(self._status, failures=self._status.failures + 1)
 
     def collect(self) -> Iterator[Family]:
-        watch = self._watch
-        yield from families(WATCH, [((), watch)])
-        evaluations = [((sae,), evaluation) for sae, evaluation in watch.evaluations.items()]
+        status = self._status
+        yield from families(STATUS, [((), status)])
+        evaluations = [((sae,), evaluation) for sae, evaluation in status.evaluations.items()]
         yield from families(evaluation_metrics(), evaluations, ("sae",))
 
     def describe(self) -> Iterator[Family]:
-        return metric_names(WATCH + evaluation_metrics())
+        return metric_names(STATUS + evaluation_metrics())
 
 
 def all_metrics() -> tuple[Metric, ...]:
@@ -110,5 +110,5 @@ def all_metrics() -> tuple[Metric, ...]:
     return (
         *(trainer_metrics.MILESTONES + trainer_metrics.STEP + trainer_metrics.SAE),
         *(producer_metrics.PRODUCER_INFO + producer_metrics.PRODUCER),
-        *(WATCH + evaluation_metrics()),
+        *(STATUS + evaluation_metrics()),
     )

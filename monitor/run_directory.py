@@ -1,32 +1,28 @@
 """What a run directory tells, read while the trainer writes to it. Light: JSON, TOML and the snapshots' contract.
 
 Every file may be missing, and a snapshot may be retired between two lines of code; what is absent is None, never an
-error. What a link leads to outside of the run directory, or of a snapshot, counts as absent. The only file written here
-is summary.json, to which the evaluation is added when the run is over.
+error. What a link leads to outside of the run directory, or of a snapshot, counts as absent.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from monitor.evaluation.measures import Stage, measures
+from monitor.evaluation.results import EVALUATION, Evaluation
 from monitor.files import read_json, read_last_line, read_toml, written_ns
 from monitor.snapshot_index import index_of, manifest_of
 from trainer.saes.hooks import SaeHooks
 from trainer.snapshot import SnapshotError, is_pinned
-from trainer.state.durable import replace_text
 
 SILENT_SECONDS = 120.0
 """A report older than this tells how it was, not how it is."""
-EVALUATION = "evaluation.json"
 LATENTS = "latents.safetensors"
 """Activations of an SAE's latents on held-out text (`monitor.evaluation.latents`), beside it in its snapshot."""
 
@@ -77,45 +73,6 @@ def is_training(run_directory: Path) -> bool:
     return recent and not is_finished(run_directory)
 
 
-def complete_summary(run_directory: Path) -> None:
-    """Adds the newest snapshot's evaluations to the summary of a finished run; whatever else it says stays.
-
-    The summary is of the SAEs that were trained: the evaluation of an EMA copy stays with the snapshot.
-    """
-    path, names = run_directory / "summary.json", index_of(run_directory).names()
-    summary = read_json(path, run_directory)
-    if summary is None or not names:
-        return
-    folder = run_directory / "snapshots" / names[-1]
-    found = {sae: read_json(folder / sae / EVALUATION, folder) or {} for sae in summary.get("saes", {})}
-    complete = with_evaluations(summary, found)
-    if complete != summary:
-        replace_text(path, json.dumps(complete, indent=1) + "\n")
-
-
-def with_evaluations(summary: dict[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A summary to which the evaluations of its last snapshot are added, by SAE.
-
-    Numbers that training has too stand there under another name: its `fvu` is of the text that the SAE is trained on.
-    """
-    saes = dict(summary.get("saes", {}))
-    for sae, evaluation in evaluations.items():
-        if sae in saes:
-            names = {key: name for key, name in _summary_names().items() if key in evaluation}
-            saes[sae] = saes[sae] | {name: evaluation[key] for key, name in names.items()}
-    return summary | {"saes": saes}
-
-
-def _summary_names() -> dict[str, str]:
-    """The key in summary.json of each measure on held-out text that stands there."""
-    return {measure.name: measure.summary_name for measure in measures(Stage.HELD_OUT) if measure.summary_name}
-
-
-def is_measured(summary: Mapping[str, Any]) -> bool:
-    """Whether any SAE of a summary has numbers of held-out text."""
-    return any(sae.get(name) is not None for sae in summary["saes"].values() for name in _summary_names().values())
-
-
 @dataclass(frozen=True)
 class SnapshotPage:
     """Some of a run's snapshots: `entries`, oldest first, as the service lists them."""
@@ -150,15 +107,15 @@ def read_entry(run_directory: Path, name: str) -> dict[str, Any] | None:
         return None
 
 
-def newest_evaluations(run_directory: Path) -> dict[str, tuple[int, dict[str, Any]]]:
-    """By SAE of the newest snapshot, its newest evaluation, and the tokens of the snapshot that was evaluated."""
-    found = {}
+def newest_evaluations(run_directory: Path) -> dict[str, Evaluation]:
+    """The newest evaluation of each SAE of the newest snapshot, from whichever snapshot it is."""
+    evaluations = {}
     for sae in _newest_saes(run_directory):
         name = index_of(run_directory).newest_with(sae, EVALUATION)
         entry = read_entry(run_directory, name) if name else None
-        if entry is not None and (evaluation := entry["saes"][sae]["evaluation"]):
-            found[sae] = (entry["tokens"], evaluation)
-    return found
+        if entry is not None and (document := entry["saes"][sae]["evaluation"]):
+            evaluations[sae] = replace(Evaluation.from_json(document), snapshot_tokens=entry["tokens"])
+    return evaluations
 
 
 def snapshots_with(run_directory: Path, sae: str, after: str = "") -> list[str]:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +32,8 @@ from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
 from monitor.evaluation.follow import Evaluator, Stopped
 from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.metrics import MonitorMetrics
-from monitor.run_directory import complete_summary
 from monitor.settings import MonitorSettings
+from monitor.summary import complete_summary
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows
@@ -238,7 +238,7 @@ def test_sae_of_another_width_is_refused(model: LanguageModel, windows: Windows,
     """The message names both widths."""
     folder = publish_snapshot(tmp_path, 1, [identity_sae("small", 3, HOOK)]) / "small"
     with pytest.raises(EvaluationError, match=r"reads 3 numbers at .*hook_resid_post \(8\)"):
-        evaluate_sae(model, windows, folder)
+        _evaluate_folder(model, windows, folder)
 
 
 # --- SAEs that read one place and write another, or several ----------------------------------------------------------
@@ -286,7 +286,7 @@ def test_transcoder_against_the_stream_is_refused(wired: LanguageModel, windows:
     """It would read what it has changed itself."""
     folder = publish_snapshot(tmp_path, 1, [_rewired(_sae(1.0), [MLP_OUT], HOOK)]) / "small"
     with pytest.raises(EvaluationError, match=rf"reads '{MLP_OUT}'.* after '{HOOK}'"):
-        evaluate_sae(wired, windows, folder)
+        _evaluate_folder(wired, windows, folder)
 
 
 def test_identity_crosscoder_loses_nothing(wired: LanguageModel, windows: Windows, tmp_path: Path):
@@ -331,7 +331,7 @@ def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel
     bounds = {hook: float(norm[kept].median()) for hook, norm in zip((HOOK, MLP_OUT), norms, strict=True)}
     within = kept & (norms[0] <= bounds[HOOK]) & (norms[1] <= bounds[MLP_OUT])
     folder = publish_snapshot(tmp_path, 1, [_sae(0.0)]) / "small"
-    result = evaluate_sae(wired, windows, folder, bounds)
+    result = _evaluate_folder(wired, windows, folder, bounds)
     assert result["rows"] == int(within.sum()) < int(kept.sum())
     zero = {HOOK: _where(within, torch.zeros(WIDTH))}
     assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, zero), abs=1e-6)
@@ -367,7 +367,7 @@ def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, win
     """Which rows the stream had cannot be told without them."""
     folder = publish_snapshot(tmp_path, 1, [_sae(1.0)]) / "small"
     with pytest.raises(EvaluationError, match=f"by their norm at {re.escape(MLP_OUT)}"):
-        evaluate_sae(model, windows, folder, {MLP_OUT: 3.0})
+        _evaluate_folder(model, windows, folder, {MLP_OUT: 3.0})
 
 
 def test_bounds_that_leave_no_row_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
@@ -740,23 +740,24 @@ def _rewired(sae: Export, reads: list[str], target: str | None = None) -> Export
     return sae
 
 
-def evaluate_sae(
-    model: LanguageModel, windows: Windows, folder: Path, norm_bounds: Mapping[str, float] | None = None
+def _evaluate_folder(
+    model: LanguageModel, windows: Windows, folder: Path, norm_bounds: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """The numbers of the SAE in one folder of a snapshot."""
+    """The numbers of the SAE in one folder of a snapshot, as evaluation.json has them."""
     subject = load_subject(folder, model.device)
-    return evaluate(model, windows, [subject], Baseline(), norm_bounds)[subject.name]
+    return evaluate(model, windows, [subject], Baseline(), norm_bounds)[subject.name].as_json()
 
 
 def _evaluate_one(model: LanguageModel, windows: Windows, tmp_path: Path, sae: Export) -> dict[str, Any]:
-    return evaluate_sae(model, windows, publish_snapshot(tmp_path, 1, [sae]) / sae.name)
+    return _evaluate_folder(model, windows, publish_snapshot(tmp_path, 1, [sae]) / sae.name)
 
 
 def _evaluate(
     model: LanguageModel, windows: Windows, tmp_path: Path, gain: float, norm_bound: float | None = None
 ) -> dict[str, Any]:
     folder = publish_snapshot(tmp_path / str(gain), 1, [_sae(gain)])
-    return evaluate_sae(model, windows, folder / "small", None if norm_bound is None else {HOOK: norm_bound})
+    bounds = None if norm_bound is None else {HOOK: norm_bound}
+    return _evaluate_folder(model, windows, folder / "small", bounds)
 
 
 def _where(chosen: torch.Tensor, rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -404,7 +404,7 @@ def _evaluation(model: LanguageModel, folder: Path) -> dict[str, Any]:
     latents = gather_latents(model, windows, subject)
     texts = LabelledTexts(windows, np.array(["a", "b"] * 20))
     return {
-        **evaluate(model, windows, [subject], Baseline())["half"],
+        **evaluate(model, windows, [subject], Baseline())["half"].as_json(),
         **ablation_effects(model, subject, latents, sampled=12),
         "probe_accuracy": probe_accuracy(model, subject, texts),
     }

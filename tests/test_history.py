@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import monitor.history
+from monitor.evaluation.results import Evaluation
 from monitor.history import History, append_evaluation
 
 
@@ -24,6 +24,11 @@ def report(run: Path, tokens: int, time: float = 0.0, **saes: float) -> None:
     line["saes"] = [{"name": name, "fvu": fvu, "l0": 32.0} for name, fvu in saes.items()]
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def evaluated(run: Path, sae: str, tokens: int, time: float = 0.0, **values: float) -> None:
+    """Appends one line to evaluations.jsonl."""
+    append_evaluation(run, sae, Evaluation(snapshot_tokens=tokens, values=values), time)
 
 
 def test_a_run_that_does_not_exist_has_no_points(run: Path):
@@ -87,10 +92,9 @@ def test_saes_that_come_later_have_nothing_before(run: Path):
     assert found["saes"]["b"]["fvu"] == [None, None] and found["saes"]["b"]["l0"] == [None, 32.0]
 
 
-def test_many_points_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_many_points_are_thinned(run: Path):
     """Every other one goes when there are too many, evenly over the whole run, and who had them is told anew."""
-    monkeypatch.setattr(monitor.history, "MOST_POINTS", 8)
-    history = History(run)
+    history = History(run, max_points=8)
     generations = set()
     for tokens in range(1, 101):
         report(run, tokens, a=0.5)
@@ -127,8 +131,8 @@ def test_evaluations_outlive_their_snapshots(run: Path):
     """They stand in a file of their own; a snapshot that is measured again counts as it was measured last."""
     history = History(run)
     for tokens, delta in ((100, 0.3), (200, 0.25), (200, 0.2)):
-        append_evaluation(run, "a", {"snapshot_tokens": tokens, "ce_delta": delta})
-    append_evaluation(run, "b", {"snapshot_tokens": 300, "ce_delta": 0.5})
+        evaluated(run, "a", tokens, ce_delta=delta)
+    evaluated(run, "b", 300, ce_delta=0.5)
     (run / "evaluations.jsonl").open("a").write('{"ce_delta": 1.0}\n')
     found = history.columns()["evaluations"]
     assert (found["a"]["tokens"], found["a"]["ce_delta"]) == ([100, 200], [0.3, 0.2])
@@ -136,14 +140,13 @@ def test_evaluations_outlive_their_snapshots(run: Path):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_evaluations_of_a_lineage_that_is_gone_are_no_points(run: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool):
+def test_evaluations_of_a_lineage_that_is_gone_are_no_points(run: Path, at_once: bool):
     """The trainer went back from 300 to 150: what was measured beyond it was of weights that nothing came from."""
     history = History(run)
-    for step, (tokens, evaluated) in enumerate([(100, 100), (300, 250), (150, None), (280, 260)]):
+    for step, (tokens, snapshot) in enumerate([(100, 100), (300, 250), (150, None), (280, 260)]):
         report(run, tokens, time=float(step), a=0.5)
-        monkeypatch.setattr(monitor.history.time, "time", lambda step=step: step + 0.5)
-        if evaluated is not None:
-            append_evaluation(run, "a", {"snapshot_tokens": evaluated})
+        if snapshot is not None:
+            evaluated(run, "a", snapshot, time=step + 0.5)
         if not at_once:
             history.columns()
     assert history.columns()["evaluations"]["a"]["tokens"] == [100, 260]
@@ -153,20 +156,19 @@ def test_evaluations_are_told_once(run: Path):
     """Who has them is told so; a new one, and a trainer that goes back, tell them anew."""
     history = History(run)
     report(run, 100)
-    append_evaluation(run, "a", {"snapshot_tokens": 100})
+    evaluated(run, "a", 100)
     first = history.columns()
     again = history.columns(evaluated=first["evaluated"])
     assert first["evaluations"]["a"]["tokens"] == [100] and again["evaluations"] is None
-    append_evaluation(run, "a", {"snapshot_tokens": 200})
+    evaluated(run, "a", 200)
     news = history.columns(evaluated=again["evaluated"])
     assert news["evaluations"]["a"]["tokens"] == [100, 200]
     report(run, 50, time=1e12)
     assert history.columns(evaluated=news["evaluated"])["evaluations"] == {}
 
 
-def test_many_evaluations_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_many_evaluations_are_thinned(run: Path):
     """Evenly, and the newest is always shown."""
-    monkeypatch.setattr(monitor.history, "MOST_POINTS", 4)
     for tokens in range(1, 11):
-        append_evaluation(run, "a", {"snapshot_tokens": tokens})
-    assert History(run).columns()["evaluations"]["a"]["tokens"] == [1, 4, 7, 10]
+        evaluated(run, "a", tokens)
+    assert History(run, max_points=4).columns()["evaluations"]["a"]["tokens"] == [1, 4, 7, 10]

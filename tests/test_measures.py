@@ -16,15 +16,15 @@ from starlette.testclient import TestClient
 from monitor.cli.compare import compare, show
 from monitor.cli.terminal import live, results
 from monitor.evaluation.measures import MEASURES, Better, Chart, Column, Curve, Measure, Stage, as_markdown, measures
+from monitor.evaluation.results import Evaluation, write_evaluation
 from monitor.grafana.generate import training
 from monitor.history import History, append_evaluation
 from monitor.http.service import make_app
 from monitor.metrics import MonitorMetrics, all_metrics
-from monitor.run_directory import complete_summary
+from monitor.summary import complete_summary
 from producer.common.metrics import new_registry
 from tests.small_run import finish_run, publish_snapshot, start_run
 from trainer.report import SaeReport
-from trainer.state.durable import replace_text
 
 ROOT = Path(__file__).parent.parent
 GINI = Measure(
@@ -48,16 +48,16 @@ def run(tmp_path: Path) -> Path:
     run = start_run(tmp_path / "run")
     for tokens, gini in ((1000, 0.25), (2000, 0.375)):
         folder = publish_snapshot(run, tokens)
-        evaluation = {"snapshot": folder.name, "snapshot_tokens": tokens, "gini": gini}
-        replace_text(folder / "small" / "evaluation.json", json.dumps(evaluation))
-        append_evaluation(run, "small", evaluation)
+        evaluation = Evaluation(snapshot=folder.name, snapshot_tokens=tokens, values={"gini": gini})
+        write_evaluation(folder, "small", evaluation)
+        append_evaluation(run, "small", evaluation, time=0.0)
     return run
 
 
 def test_it_is_a_metric() -> None:
     """With its unit behind its help text, in the list of all metrics too."""
     registry = CollectorRegistry()
-    MonitorMetrics(registry).update("small", {"gini": 0.375})
+    MonitorMetrics(registry).update("small", Evaluation(values={"gini": 0.375}))
     family = next(family for family in registry.collect() if family.name == "sluice_gini")
     assert family.documentation == "How unequally activations share the latents. [ratio]"
     assert registry.get_sample_value("sluice_gini", {"sae": "small"}) == 0.375
@@ -83,7 +83,7 @@ def test_it_is_in_the_terminal(run: Path) -> None:
         "tokens": 5, "target_tokens": None, "tokens_per_second": 0.0, "buffer_rows": 3, "buffer_capacity_rows": 7,
         "state": "training", "stream": {"producers": {}}, "saes": [{"name": "small"}],
     }  # fmt: skip
-    text = drawn(live(report, {"small": {"gini": 0.375}}, None, ""))
+    text = drawn(live(report, {"small": Evaluation(values={"gini": 0.375})}, None, ""))
     assert "gini" in text and "0.37500" in text
     finish_run(run, 2000)
     complete_summary(run)

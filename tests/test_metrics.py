@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from monitor import metrics
+from monitor.evaluation.results import Evaluation
 from monitor.metrics import MonitorMetrics
 from producer import metrics as producer_metrics
 from producer.common.metrics import Metric, Verdict, new_registry, start_metrics_server
@@ -172,7 +173,7 @@ MEASURES = {name: next(NUMBERS) for name in (
         (trainer_metrics.STEP, [report := numbered(StepReport, stream=numbered(StreamReport)), report.stream]),
         (trainer_metrics.SAE, [numbered(SaeReport)]),
         (producer_metrics.PRODUCER, [numbered(ProducerReport)]),
-        (metrics.evaluation_metrics(), [MEASURES]),
+        (metrics.evaluation_metrics(), [Evaluation.from_json(MEASURES)]),
     ],
     ids=["step", "sae", "producer", "evaluation"],
 )
@@ -181,7 +182,7 @@ def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[Metric, 
     known = {
         name: value
         for one in reversed(reports)
-        for name, value in (one if isinstance(one, dict) else vars(one)).items()
+        for name, value in (one.as_json() if isinstance(one, Evaluation) else vars(one)).items()
     }
     for metric in table:
         shown = metric.read(reports[0])
@@ -266,10 +267,10 @@ def test_monitor_shows_each_saes_newest_evaluation():
     """An SAE's numbers are replaced as a whole; one without zero ablation has no ce_recovered."""
     registry = CollectorRegistry()
     monitor = MonitorMetrics(registry)
-    monitor.update("a", {"ce_delta": 0.5, "ce_recovered": 0.9, "kl": 0.4, "snapshot_tokens": 1000})
-    monitor.update("b", {"ce_delta": 0.7, "ce_recovered": None})
+    monitor.update("a", Evaluation(values={"ce_delta": 0.5, "ce_recovered": 0.9, "kl": 0.4}, snapshot_tokens=1000))
+    monitor.update("b", Evaluation(values={"ce_delta": 0.7, "ce_recovered": None}))
     monitor.count_failure()
-    monitor.see_run(snapshots=3, newest_tokens=1500, finished=True)
+    monitor.set_run(snapshots=3, newest_tokens=1500, is_finished=True)
     assert registry.get_sample_value("sluice_monitor_newest_snapshot_tokens") == 1500
     assert registry.get_sample_value("sluice_run_finished") == 1
     assert registry.get_sample_value("sluice_ce_delta", {"sae": "a"}) == 0.5

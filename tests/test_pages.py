@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from monitor.evaluation.latents.explorer import Explorer
+from monitor.evaluation.results import Evaluation
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import density_share, percentage, shaded, visible
 from monitor.http.live_page import measure_rows
@@ -178,8 +179,8 @@ def test_everything_measured_is_on_the_page(client: TestClient):
     for words in ("CE recovered, against mean ablation", "cosine of x and x_hat", "silent latents", "F1 of n-grams"):
         assert words in table
     assert "probe accuracy" not in table
-    evaluations = [{"l0": 3.25, "probe_accuracy": {"1": 0.75, "dense": 0.9}}, {}]
-    assert [(row.title, row.cells) for row in measure_rows(evaluations)] == [
+    evaluation = Evaluation(values={"l0": 3.25, "probe_accuracy": {"1": 0.75, "dense": 0.9}})
+    assert [(row.title, row.cells) for row in measure_rows([evaluation, None])] == [
         ("L0", ["3.2", "–"]),
         ("probe accuracy by k: 1", ["75.0%", "–"]),
         ("probe accuracy by k: dense", ["90.0%", "–"]),

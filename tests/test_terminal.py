@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from monitor.cli.terminal import live, results
+from monitor.evaluation.results import Evaluation
 
 UNKNOWN: dict[str, Any] = {"d_sae": 4096, "hook": "blocks.1.hook_resid_mid", "dead_latents_ratio": None}
 
@@ -29,7 +30,10 @@ def test_results_tell_where_transcoders_and_crosscoders_sit():
 
 def test_live_shows_averaged_copies_of_the_saes_in_training():
     """Their evaluation alone; an SAE that has left the stream is gone, whatever was measured of it."""
-    lines = _drawn(live(_report("running"), {"topk-ema": {"ce_delta": 0.125}, "detached": {"ce_delta": 9.0}}, 1.0, ""))
+    evaluations = {
+        name: Evaluation(values={"ce_delta": loss}) for name, loss in {"topk-ema": 0.125, "detached": 9.0}.items()
+    }
+    lines = _drawn(live(_report("running"), evaluations, 1.0, ""))
     assert any(line.split()[:3] == ["topk", "-", "0.5000"] for line in lines.splitlines())
     assert any(line.split() == ["topk-ema", "-", "-", "-", "-", "-", "0.1250", "-"] for line in lines.splitlines())
     assert "detached" not in lines

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monitor.evaluation.measures import MEASURES, Better
+from monitor.evaluation.results import Evaluation, read_evaluation
 from producer.common.addresses import path_argument
 from producer.common.completion import complete
 from producer.common.shell import shell_command
@@ -40,8 +41,6 @@ KEPT = 0.9
 TURNED = math.cos(math.radians(45))
 EDGES = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 """Of the histogram of cosines; the last bin includes 1."""
-ABOUT_ITSELF = ("snapshot_tokens", "rows", "predictions", "seconds")
-"""What an evaluation tells of how it was made."""
 BLOCK_BYTES = 64 << 20
 """Of cosines held at a time."""
 EXAMPLES = 6
@@ -61,14 +60,13 @@ class Sae:
 
     folder: Path
     metrics: dict[str, Any]
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
 
     def numbers(self) -> dict[str, float]:
         """Training's metrics and the evaluation's, which say `held-out` where both have the name."""
         held_out = {
             f"held-out {name}" if name in self.metrics else name: value
-            for name, value in self.evaluation.items()
-            if name not in ABOUT_ITSELF
+            for name, value in self.evaluation.values.items()
         }
         return {
             name: value
@@ -114,13 +112,13 @@ def find_saes(folder: Path) -> dict[str, Sae]:
         except SnapshotError as error:
             raise CompareError(str(error)) from None
         return {
-            name: Sae(folder / name, told, read_json(folder / name / "evaluation.json", folder) or {})
+            name: Sae(folder / name, told, read_evaluation(folder, name) or Evaluation())
             for name, told in metrics.items()
         }
     if (folder / "sae_weights.safetensors").is_file():
         manifest = read_json(folder.parent / "manifest.json", folder.parent) or {}
         metrics = manifest.get("saes", {}).get(folder.name, {})
-        return {folder.name: Sae(folder, metrics, read_json(folder / "evaluation.json", folder) or {})}
+        return {folder.name: Sae(folder, metrics, read_evaluation(folder.parent, folder.name) or Evaluation())}
     missing = "does not exist" if not folder.exists() else "holds neither a manifest.json nor sae_weights.safetensors"
     raise CompareError(f"{folder} {missing}; name a snapshot, such as RUN_DIR/snapshots/000001234567, or an SAE in one")
 

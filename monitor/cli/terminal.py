@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitor.evaluation.measures import Stage, measures
+from monitor.evaluation.results import Evaluation, value_of
 from monitor.run_directory import hooks_of
 from producer.common.formatting import format_duration
 from trainer.report import PROGRESSING
@@ -25,9 +26,9 @@ LATENTS_FROM_WIDTH = 63
 
 
 def live(
-    report: Report | None, evaluations: Mapping[str, Report], elapsed: float | None, note: str, width: int = 80
+    report: Report | None, evaluations: Mapping[str, Evaluation], elapsed: float | None, note: str, width: int = 80
 ) -> RenderableType:
-    """One frame. `evaluations` are the newest evaluation.json per SAE; `note` says what is happening now.
+    """One frame. `evaluations` are the newest of each SAE; `note` says what is happening now.
 
     `elapsed` seconds are those since the start, where they are known.
     """
@@ -62,7 +63,7 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
     return grid
 
 
-def _saes(report: Report, evaluations: Mapping[str, Report], width: int) -> RenderableType:
+def _saes(report: Report, evaluations: Mapping[str, Evaluation], width: int) -> RenderableType:
     columns = [
         (column, measure)
         for measure in (*measures(Stage.TRAINING), *measures(Stage.HELD_OUT))
@@ -73,16 +74,15 @@ def _saes(report: Report, evaluations: Mapping[str, Report], width: int) -> Rend
     for column, _ in columns:
         table.add_column(column.heading, justify="right", no_wrap=True, min_width=7)
     for name, numbers, evaluation in _rows(report, evaluations):
-        sources = {Stage.TRAINING: numbers, Stage.HELD_OUT: evaluation}
-        cells = [number(sources[measure.stage].get(measure.name), measure.format) for _, measure in columns]
+        cells = [number(value_of(measure, numbers, evaluation), measure.format) for _, measure in columns]
         table.add_row(f"[bold]{escape(name)}[/]", *cells)
     return table
 
 
-def _rows(report: Report, evaluations: Mapping[str, Report]) -> Iterator[tuple[str, Report, Report]]:
+def _rows(report: Report, evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, Report, Evaluation | None]]:
     """(name, numbers of training, evaluation) of each SAE; of an averaged copy, training has no numbers."""
     for sae in report["saes"]:
-        yield sae["name"], sae, evaluations.get(sae["name"], {})
+        yield sae["name"], sae, evaluations.get(sae["name"])
         if average := evaluations.get(copy := f"{sae['name']}-ema"):
             yield copy, {}, average
 
@@ -114,5 +114,5 @@ def results(summary: Report, width: int = 80) -> Table:
     return table
 
 
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"

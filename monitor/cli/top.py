@@ -35,7 +35,9 @@ from monitor.cli.client import (
     monitor_of,
 )
 from monitor.cli.terminal import live, results
-from monitor.run_directory import SILENT_SECONDS, is_measured, with_evaluations
+from monitor.evaluation.results import Evaluation
+from monitor.run_directory import SILENT_SECONDS
+from monitor.summary import is_evaluated, with_evaluations
 from producer.common.completion import complete
 from producer.common.formatting import format_duration
 from producer.common.shell import shell_command
@@ -52,9 +54,9 @@ class Seen:
     """What the monitor has told."""
 
     run: dict[str, Any] | None = None
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """The newest of each SAE, from any snapshot;"""
-    final: dict[str, dict[str, Any]] = field(default_factory=dict)
+    final: dict[str, Evaluation] = field(default_factory=dict)
     """those of the newest snapshot alone."""
     snapshots: int = 0
     broken: str | None = None
@@ -112,9 +114,13 @@ class Watcher:
             time.sleep(POLL_SECONDS)
 
 
-def _newest_evaluations(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _newest_evaluations(snapshots: list[dict[str, Any]]) -> dict[str, Evaluation]:
+    """By SAE, from a list of snapshots as the service answers, oldest first."""
     return {
-        name: sae["evaluation"] for snapshot in listed for name, sae in snapshot["saes"].items() if sae["evaluation"]
+        name: Evaluation.from_json(sae["evaluation"])
+        for snapshot in snapshots
+        for name, sae in snapshot["saes"].items()
+        if sae["evaluation"]
     }
 
 
@@ -148,7 +154,7 @@ def _finished(summary: dict[str, Any], seen: Seen, note: str, width: int) -> Ren
     seconds = format_duration(summary["seconds"]) if "seconds" in summary else "?"
     note = f"{summary.get('outcome', 'finished')}: {summary['tokens']:,} tokens in {seconds} · {note}"
     measured, report = with_evaluations(summary, seen.final), seen.run["report"]
-    if is_measured(measured) or report is None:
+    if is_evaluated(measured) or report is None:
         return Group(results(measured, width), Text(f"  {note}", style="dim"))
     ended = report | {"state": "finished", "stream": {"producers": {}}}
     why = Text("  its last snapshot has no numbers on held-out text so far", style="yellow")

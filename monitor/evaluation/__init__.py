@@ -1,6 +1,7 @@
 """How good is an SAE, and what do its latents mean?
 
     measures        every number of an SAE, and where it is shown
+    results         what evaluation.json holds
     follow          each new snapshot, evaluated as it appears
     evaluator       the language model's loss with x_hat for x, and reconstruction on held-out text
     held_out        the text that no producer streams

@@ -43,7 +43,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ from monitor.evaluation.passes import (
     refuse_unknown_bounds,
     splicing,
 )
+from monitor.evaluation.results import Evaluation, Value
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.report import DENSITY_EDGES
@@ -111,13 +112,11 @@ def evaluate(
     baseline: Baseline,
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, Any]]:
-    """The numbers above for each of `subjects`, over one pass of the clean model. Not finite ones are None.
+) -> dict[str, Evaluation]:
+    """All `subjects` over one pass of the clean model. `between` is called after each forward pass and may raise.
 
-    `between` is called after each forward pass and may raise.
-
-    Raises EvaluationError when `misfit` has something to say about a subject, a bound is of a hook not here, or no row
-    is within the bounds.
+    Values that are not finite, and ratios without a denominator, are None. Raises EvaluationError for a subject that
+    does not fit the model (`misfit`), a bound of a hook that is not here, or bounds that no row is within.
     """
     bounds = dict(norm_bounds or {})
     hooks = [hook.name for hook in model.hooks]
@@ -191,7 +190,7 @@ def _mean_rows(
     return {hook: total / count for hook, total in sums.items()}
 
 
-def _result(subject: Subject, clean: _Mean, ce_zero: float, ce_mean: float, tally: _Tally) -> dict[str, Any]:
+def _result(subject: Subject, clean: _Mean, ce_zero: float, ce_mean: float, tally: _Tally) -> Evaluation:
     ce_clean, ce_sae = clean.value, tally.ce.value
     numbers = {
         "ce_clean": ce_clean,
@@ -205,17 +204,18 @@ def _result(subject: Subject, clean: _Mean, ce_zero: float, ce_mean: float, tall
         **tally.fit(),
         "l0": int(tally.firings.sum()) / tally.rows if tally.rows else None,
     }
-    result = subject.hooks.record() | {name: finite(value) for name, value in numbers.items()}
+    values: dict[str, Value] = {name: finite(value) for name, value in numbers.items()}
     if len(subject.hooks.writes) > 1:
-        result["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
-    return result | {
-        "ce_recovered_against": "zero ablation",
-        "density": tally.density(),
-        "dense_latents": int((tally.firings > DENSE * tally.rows).sum()),
-        "dead_latents": int((tally.firings == 0).sum()),
-        "rows": tally.rows,
-        "predictions": clean.count,
-    }
+        values["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
+    values["dense_latents"] = int((tally.firings > DENSE * tally.rows).sum())
+    values["dead_latents"] = int((tally.firings == 0).sum())
+    return Evaluation(
+        values=values,
+        hooks=subject.hooks,
+        density=tuple(tally.density()),
+        rows=tally.rows,
+        predictions=clean.count,
+    )
 
 
 def _recovered(ce_ablated: float, ce_sae: float, ce_clean: float) -> float | None:

@@ -6,7 +6,6 @@ numbers of every SAE (`evaluation.json`), then what each one's latents do (`late
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -25,13 +24,13 @@ from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.evaluation.latents.activations import GONE, births, gather_latents, load_decoder, load_latents
 from monitor.evaluation.latents.explanation import mean_f1
 from monitor.evaluation.latents.explorer import Explorer
+from monitor.evaluation.measures import Stage, measures
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy, read_labelled_texts
-from monitor.files import read_json
+from monitor.evaluation.results import Evaluation, read_evaluation, write_evaluation
 from monitor.history import append_evaluation
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import (
-    EVALUATION,
     LATENTS,
     explained_in,
     is_finished,
@@ -45,7 +44,6 @@ from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from trainer.snapshot import SnapshotError, is_complete
-from trainer.state.durable import replace_text
 
 log = logging.getLogger("sluice.monitor")
 
@@ -119,7 +117,7 @@ class Evaluator:
                 self._instruments = self._load()
             except (ModelError, CorpusError, EvaluationError) as error:
                 self.broken = str(error)
-                self._metrics.give_up()
+                self._metrics.set_broken()
                 self._handle.disable(f"{error}.")
                 log.error("no evaluation: %s", error)
                 return
@@ -173,12 +171,12 @@ class Evaluator:
     def _settle(self, instruments: _Instruments, name: str) -> None:
         folder = self._directory / "snapshots" / name
         manifest = manifest_of(folder)
-        known = {sae: read_json(folder / sae / EVALUATION, folder) for sae in manifest["saes"]}
-        self._metrics.keep(known)
-        for sae, evaluation in known.items():
+        evaluations = {sae: read_evaluation(folder, sae) for sae in manifest["saes"]}
+        self._metrics.retain(evaluations)
+        for sae, evaluation in evaluations.items():
             if evaluation is not None:
                 self._metrics.update(sae, evaluation)
-        if missing := [sae for sae, evaluation in known.items() if evaluation is None]:
+        if missing := [sae for sae, evaluation in evaluations.items() if evaluation is None]:
             self._evaluate(instruments, folder, manifest, missing)
         if self._settings.monitor.latents_tokens:
             for sae in manifest["saes"]:
@@ -198,13 +196,13 @@ class Evaluator:
         results = evaluate(model, instruments.windows, subjects, instruments.baseline, _bounds(manifest), self._between)
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():
-            evaluation = {"snapshot": folder.name, "snapshot_tokens": manifest["tokens"], **result, "seconds": seconds}
-            self._tell(folder, sae, evaluation)
-            log.info("%s of %s: %s", sae, folder.name, _in_words(evaluation))
+            evaluation = replace(result, snapshot=folder.name, snapshot_tokens=manifest["tokens"], seconds=seconds)
+            self._publish(folder, sae, evaluation)
+            log.info("%s of %s: %s (%.1f s)", sae, folder.name, _in_words(evaluation), seconds)
 
-    def _tell(self, folder: Path, sae: str, evaluation: dict[str, Any]) -> None:
-        replace_text(folder / sae / EVALUATION, json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
-        append_evaluation(self._directory, sae, evaluation)
+    def _publish(self, folder: Path, sae: str, evaluation: Evaluation) -> None:
+        write_evaluation(folder, sae, evaluation)
+        append_evaluation(self._directory, sae, evaluation, time.time())
         self._metrics.update(sae, evaluation)
 
     def _look_into(self, instruments: _Instruments, folder: Path, manifest: dict[str, Any], sae: str) -> None:
@@ -253,14 +251,15 @@ class Evaluator:
         """Adds what its latents are worth, one by one, to the numbers of an SAE whose latents have been looked at."""
         began = time.monotonic()
         model, sampled = instruments.model, self._settings.monitor.ablated_latents
-        evaluation = read_json(folder / sae / EVALUATION, folder) or {}
+        evaluation = read_evaluation(folder, sae) or Evaluation()
+        values = dict(evaluation.values)
         subject, latents = load_subject(folder / sae, model.device), load_latents(folder / sae / LATENTS)
-        evaluation["explanation_f1"] = mean_f1(latents, self._between)
+        values["explanation_f1"] = mean_f1(latents, self._between)
         if sampled:
-            evaluation |= ablation_effects(model, subject, latents, sampled, self._between)
+            values |= ablation_effects(model, subject, latents, sampled, self._between)
         if (texts := instruments.labelled) is not None:
-            evaluation["probe_accuracy"] = probe_accuracy(model, subject, texts, _bounds(manifest), self._between)
-        self._tell(folder, sae, evaluation)
+            values["probe_accuracy"] = probe_accuracy(model, subject, texts, _bounds(manifest), self._between)
+        self._publish(folder, sae, replace(evaluation, values=values))
         log.info(
             "%s of %s: what its latents are worth, in evaluation.json (%.1f s)",
             sae,
@@ -340,7 +339,7 @@ def _to_be_measured(folder: Path, manifest: dict[str, Any]) -> list[str]:
         sae
         for sae in manifest["saes"]
         if (folder / sae / LATENTS).is_file()
-        and "explanation_f1" not in (read_json(folder / sae / EVALUATION, folder) or {})
+        and "explanation_f1" not in (read_evaluation(folder, sae) or Evaluation()).values
     ]
 
 
@@ -359,9 +358,8 @@ def _refuse_another_stream(facts: dict[str, Any], manifest: dict[str, Any]) -> N
         )
 
 
-def _in_words(evaluation: dict[str, Any]) -> str:
-    words = {"ΔCE": "ce_delta", "CE recovered": "ce_recovered", "KL": "kl", "FVU": "fvu", "L0": "l0"}
-    return (
-        ", ".join(f"{word} {evaluation[name]:.4g}" for word, name in words.items() if evaluation[name] is not None)
-        + f" ({evaluation['seconds']:.1f} s)"
-    )
+def _in_words(evaluation: Evaluation) -> str:
+    """The numbers of the table of results, for the log."""
+    columns = [(measure, measure.results_column) for measure in measures(Stage.HELD_OUT)]
+    values = [(column.heading, evaluation.value(measure)) for measure, column in columns if column]
+    return ", ".join(f"{heading} {value:.4g}" for heading, value in values if isinstance(value, int | float))

@@ -6,6 +6,7 @@ curves and saves clicks a reload. What is unknown yet is announced in its place,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 from markupsafe import Markup
 
 from monitor.evaluation.measures import MEASURES, Measure, Stage, measures
+from monitor.evaluation.results import Evaluation, value_of
 from monitor.http.html import number, render
 from monitor.run_directory import SILENT_SECONDS, hooks_of
 from producer.common.formatting import format_count, format_duration
@@ -39,8 +41,8 @@ class RunSnapshots:
     """The last SNAPSHOTS_SHOWN, oldest first, in the JSON of /v1/snapshots."""
     count: int
     """Number of all snapshots."""
-    evaluations: dict[str, tuple[int, dict[str, Any]]]
-    """By SAE, its newest evaluation, and the tokens of the snapshot that was evaluated."""
+    evaluations: dict[str, Evaluation]
+    """By SAE, its newest evaluation."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,7 @@ class SaeRow:
     latents: int | None
     cells: list[str]
     """Its numbers, in the order of the headings."""
-    evaluation: dict[str, Any]
-    evaluated_at: int | None
-    """Tokens of the snapshot that `evaluation` is of."""
+    evaluation: Evaluation | None
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def sae_rows(run: Run, snapshots: RunSnapshots) -> list[SaeRow]:
     rows = []
     for name, colour in colours_of(run, snapshots).items():
         report, metrics = reports.get(name), (newest.get(name) or {}).get("metrics") or {}
-        evaluated_at, evaluation = snapshots.evaluations.get(name, (None, {}))
+        evaluation = snapshots.evaluations.get(name)
         rows.append(
             SaeRow(
                 name=name,
@@ -283,16 +283,14 @@ def sae_rows(run: Run, snapshots: RunSnapshots) -> list[SaeRow]:
                 latents=metrics.get("d_sae") or _latents_of(report),
                 cells=_cells(report or metrics, evaluation),
                 evaluation=evaluation,
-                evaluated_at=evaluated_at,
             )
         )
     return rows
 
 
-def _cells(report: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+def _cells(report: dict[str, Any], evaluation: Evaluation | None) -> list[str]:
     """The numbers of an SAE under the headings of the table."""
-    sources = {Stage.TRAINING: report, Stage.HELD_OUT: evaluation}
-    return [number(sources[measure.stage].get(measure.name), measure.format) for measure in _columns()]
+    return [number(value_of(measure, report, evaluation), measure.format) for measure in _columns()]
 
 
 def _columns() -> list[Measure]:
@@ -305,29 +303,28 @@ def _latents_of(report: dict[str, Any] | None) -> int | None:
     return sum(report["density"]) if report and report.get("density") else None
 
 
-def measure_rows(evaluations: list[dict[str, Any]]) -> list[MeasureRow]:
+def measure_rows(evaluations: Sequence[Evaluation | None]) -> list[MeasureRow]:
     """All numbers of the SAEs' newest evaluations."""
     rows = [row for measure in measures(Stage.HELD_OUT) for row in _rows_of(measure, evaluations)]
-    counts = [evaluation.get("rows") for evaluation in evaluations]
+    counts = [evaluation.rows if evaluation else None for evaluation in evaluations]
     if any(counts):
         meaning = "Number of held-out activations that all this was measured on."
         rows.append(MeasureRow("activations", meaning, [number(count, ",") for count in counts]))
     return rows
 
 
-def _rows_of(measure: Measure, evaluations: list[dict[str, Any]]) -> list[MeasureRow]:
+def _rows_of(measure: Measure, evaluations: Sequence[Evaluation | None]) -> list[MeasureRow]:
     """One row, or one for each value of the measure's label; none where nothing was measured."""
-    values = [evaluation.get(measure.name) for evaluation in evaluations]
+    values = [evaluation.value(measure) if evaluation else None for evaluation in evaluations]
+    columns: dict[str, list[Any]] = {measure.title: values}
     if measure.label:
-        parts = [value if isinstance(value, dict) else {} for value in values]
+        parts = [value if isinstance(value, Mapping) else {} for value in values]
         keys = dict.fromkeys(key for part in parts for key in part)
         columns = {f"{measure.title}: {key}": [part.get(key) for part in parts] for key in keys}
-    else:
-        columns = {measure.title: values}
     return [
         MeasureRow(title, measure.help, [number(value, measure.format) for value in column])
         for title, column in columns.items()
-        if any(isinstance(value, int | float) for value in column)
+        if any(value is not None for value in column)
     ]
 
 

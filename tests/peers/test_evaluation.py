@@ -101,7 +101,7 @@ def ours(model: LanguageModel, zoo: Zoo, plain: Windows, special: Windows) -> di
     for has_special, windows in ((False, plain), (True, special)):
         subjects = [load_subject(zoo.folder(name), model.device) for name in NAMES]
         results = evaluate(model, windows, subjects, Baseline())
-        found |= {(name, has_special): result for name, result in results.items()}
+        found |= {(name, has_special): result.as_json() for name, result in results.items()}
     return found
 
 

@@ -66,8 +66,8 @@ class Examiner:
         """The numbers of the module's docstring."""
         sae = load(folder)
         model, text = self._model_and_text
-        measured = evaluate(model, text, [Subject("sae", sae)], self._baseline)["sae"]
-        language = {name: measured[name] for name in ("ce_clean", "ce_delta", "ce_recovered", "kl")}
+        evaluation = evaluate(model, text, [Subject("sae", sae)], self._baseline)["sae"]
+        language = {name: evaluation.values[name] for name in ("ce_clean", "ce_delta", "ce_recovered", "kl")}
         return self.reconstruction(sae) | language
 
     def reconstruction(self, sae: InferenceSae) -> dict[str, float]:
