@@ -35,7 +35,7 @@ GINI = Measure(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def registered() -> Iterator[None]:
     MEASURES.append(GINI)
     yield
@@ -43,7 +43,7 @@ def registered() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, registered: None) -> Path:
     """Two snapshots, in which the evaluation has measured 0.25 and 0.375."""
     run = start_run(tmp_path / "run")
     for tokens, gini in ((1000, 0.25), (2000, 0.375)):
@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-def test_it_is_a_metric() -> None:
+def test_it_is_a_metric(registered: None) -> None:
     """With its unit behind its help text, in the list of all metrics too."""
     registry = CollectorRegistry()
     MonitorMetrics(registry).update("small", Evaluation(values={"gini": 0.375}))
@@ -104,7 +104,7 @@ def test_it_is_compared(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "\x1b[32m+0.125" in line
 
 
-def test_it_is_in_the_dashboard() -> None:
+def test_it_is_in_the_dashboard(registered: None) -> None:
     """In the panel that it names, with its help text."""
     panel = next(panel for panel in training().panels or [] if panel.title == "Held out")
     query = panel.targets[-1]
@@ -112,12 +112,14 @@ def test_it_is_in_the_dashboard() -> None:
     assert GINI.help in panel.description
 
 
-def test_the_document_lists_all_measures() -> None:
-    """The one below docs/ is of the others; who declares a measure writes it anew."""
+def test_it_is_in_the_document(registered: None) -> None:
+    """With its unit, direction, metric and key in summary.json."""
     assert "| `gini` | ratio | higher | `sluice_gini` | `held_out_gini` |" in as_markdown()
-    MEASURES.remove(GINI)
+
+
+def test_the_committed_document_lists_all_measures() -> None:
+    """Who declares one, or changes a help text of the trainer's metrics, writes docs/measures.md anew."""
     assert (ROOT / "docs/measures.md").read_text() == as_markdown()
-    MEASURES.append(GINI)
 
 
 def test_measures_of_training_are_those_that_the_trainer_reports() -> None:
