@@ -42,7 +42,6 @@ from tests.small_stream import Producing, hello_of, stream_settings
 from tests.test_checkpoint import batches, fresh_run
 from tests.test_checkpoint import learn as learn_run
 from tests.test_produce import Sent, Tensors, Trainer, finish, tensors
-from trainer.kernels import select
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
 from trainer.saes.hooks import SaeHooks
@@ -76,9 +75,8 @@ LEARNERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=[2.0, 0.0], ids=["sparse", "dense"])
-def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+def dense_above(request: pytest.FixtureRequest) -> float:
     """Sparse or dense latents, whatever the fraction that is active."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", request.param)
     return float(request.param)
 
 
@@ -100,15 +98,14 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_products_are_those_of_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_products_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     """multiply, sample, transpose, sums, segments: with rows and columns that are empty, and columns in no order."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", 2.0)
     torch.manual_seed(0)
     pre_acts = torch.randn(65, 512, dtype=dtype) - 1
     pre_acts[4] = -5.0
     pre_acts[:, 9] = -5.0
     W, X = torch.randn(512, 33, dtype=dtype), torch.randn(65, 33, dtype=dtype)
-    for entries in (positive(pre_acts), largest(pre_acts, 7), largest(pre_acts, 7, magnitude=True)):
+    for entries in (positive(pre_acts, 2.0), largest(pre_acts, 7), largest(pre_acts, 7, magnitude=True)):
         assert isinstance(entries, Entries)
         there = entries_to(GPU, entries)
         by_column, by_column_there = entries.transpose(), there.transpose()
@@ -139,13 +136,13 @@ def test_no_entries_at_all() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_selected_is_what_the_cpu_selects(dtype: torch.dtype, representation: float) -> None:
+def test_what_is_selected_is_what_the_cpu_selects(dtype: torch.dtype, dense_above: float) -> None:
     """The grouped top-k, the entries above zero, the largest of a batch, and how often each latent is among them."""
     torch.manual_seed(0)
     values = torch.randn(50, 4096).to(dtype)
     best, index = topk(values.to(GPU), 32)
     of_batch, of_batch_there = (largest_of(exceeding(x, 1.0), 1600) for x in (values, values.to(GPU)))
-    here, there = positive(values), positive(values.to(GPU))
+    here, there = positive(values, dense_above), positive(values.to(GPU), dense_above)
 
     assert torch.equal(best.sort(1).values.cpu(), topk(values, 32)[0].sort(1).values)
     assert torch.equal(values.to(GPU).gather(1, index), best)
@@ -168,9 +165,10 @@ def test_occurrences_are_a_bincount() -> None:
 
 @pytest.mark.parametrize("number_dead", [0, 6])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_gradients_equal_dense_autograd(kind: str, number_dead: int, representation: float) -> None:
+def test_gradients_equal_dense_autograd(kind: str, number_dead: int, dense_above: float) -> None:
     """Loss and every gradient to 1e-9 in float64, all of it on the GPU."""
     sae, x, y = make(kind)
+    sae.dense_above = dense_above
     sae.parameters = {name: value.to(GPU) for name, value in sae.parameters.items()}
     x, y, dead = x.to(GPU), y.to(GPU), dead_latents(number_dead).to(GPU)
     ours = sae.gradients(x, y, dead, 0.7)
@@ -185,9 +183,10 @@ def test_gradients_equal_dense_autograd(kind: str, number_dead: int, representat
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_gradients_in_float32_are_those_of_the_cpu(kind: str, representation: float) -> None:
+def test_gradients_in_float32_are_those_of_the_cpu(kind: str, dense_above: float) -> None:
     """No TF32 or other shortcut where digits matter; and the same bits each time."""
     sae, x, y = make(kind, torch.float32)
+    sae.dense_above = dense_above
     expected = sae.gradients(x, y, dead_latents())
     sae.parameters = {name: value.to(GPU) for name, value in sae.parameters.items()}
     first, second = (sae.gradients(x.to(GPU), y.to(GPU), dead_latents().to(GPU)) for _ in range(2))
@@ -321,14 +320,14 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:
         assert saved is not None
 
 
-def test_statistics_are_those_of_the_cpu(representation: float) -> None:
+def test_statistics_are_those_of_the_cpu(dense_above: float) -> None:
     """The same sums, counts and bins from the same batches."""
     here, there = (Statistics(64, torch.zeros(8, device=device)) for device in (CPU, GPU))
     for seed in range(5):
         torch.manual_seed(seed)
         x, x_hat, pre_acts = torch.randn(500, 8), torch.randn(500, 8), torch.randn(500, 64) - 1
-        here.update(x, x_hat, largest(pre_acts, 6))
-        there.update(x.to(GPU), x_hat.to(GPU), largest(pre_acts.to(GPU), 6))
+        here.update(x, x_hat, largest(pre_acts, 6, dense_above=dense_above))
+        there.update(x.to(GPU), x_hat.to(GPU), largest(pre_acts.to(GPU), 6, dense_above=dense_above))
 
     assert torch.equal(there.tokens_since_fired.cpu(), here.tokens_since_fired)
     same(there.firings, here.firings, rtol=1e-12)

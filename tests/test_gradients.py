@@ -22,7 +22,6 @@ from tests.small_saes import (
     settings_of,
 )
 from tests.small_saes import build as build_sae
-from trainer.kernels import select
 from trainer.kernels.dense import Dense
 from trainer.kernels.sparse import Entries
 from trainer.saes import registry
@@ -60,12 +59,10 @@ def case(name: str) -> SaeSettings:
 @pytest.mark.parametrize("number_dead", [0, 1, 3, 6])
 @pytest.mark.parametrize(("kind", "dense_above"), [(Entries, 2.0), (Dense, 0.0)], ids=["sparse", "dense"])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_equal_dense_autograd(
-    name: str, kind: type, dense_above: float, number_dead: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_equal_dense_autograd(name: str, kind: type, dense_above: float, number_dead: int) -> None:
     """Loss and every gradient to 1e-9 in float64, in both representations, with 0, 1, under and over k_aux dead."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
     sae, x, y = build_sae(case(name))
+    sae.dense_above = dense_above
     dead = dead_latents(number_dead)
     ours = sae.gradients(x, y, dead, 0.7)
     parameters = {name: value.clone().requires_grad_() for name, value in sae.parameters.items()}
@@ -80,13 +77,13 @@ def test_gradients_equal_dense_autograd(
         torch.testing.assert_close(ours.of[name], parameter.grad, rtol=1e-9, atol=1e-9 * float(parameter.grad.norm()))
 
 
-def test_both_representations_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_representations_give_the_same() -> None:
     """What is sparse or dense is a matter of speed."""
     for kind in FAMILY:
         results = []
         for dense_above in (2.0, 0.0):
-            monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
             sae, x, y = make(kind)
+            sae.dense_above = dense_above
             results.append(sae.gradients(x, y, dead_latents()))
 
         torch.testing.assert_close(results[0].y_hat, results[1].y_hat, rtol=1e-12, atol=1e-12)

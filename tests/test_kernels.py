@@ -8,18 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.kernels import cpu, portable, select
+from trainer.kernels import cpu, portable
 from trainer.kernels.dense import Dense
 from trainer.kernels.select import dense_if_many, exceeding, joined, largest, largest_of, positive
 from trainer.kernels.sparse import Entries, occurrences
 
 SPARSE, DENSE = 2.0, 0.0
-"""Values of DENSE_ABOVE that always give the one or the other."""
+"""Values of `dense_above` that always give the one or the other."""
 
 
 @pytest.fixture(params=[SPARSE, DENSE], ids=["sparse", "dense"])
-def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(select, "DENSE_ABOVE", request.param)
+def dense_above(request: pytest.FixtureRequest) -> float:
     return float(request.param)
 
 
@@ -82,27 +81,27 @@ def test_what_is_not_a_number_is_chosen(dtype: torch.dtype) -> None:
     assert exceeding(values, 0.0).value.isnan().sum() == 1
 
 
-def test_bug_1_a_zero_winner_has_not_fired(representation: float) -> None:
+def test_bug_1_a_zero_winner_has_not_fired(dense_above: float) -> None:
     """With fewer positive pre-activations than k, the rest of the k entries are zeros and count for nothing."""
-    latents = largest(torch.tensor([[3.0, -1.0, -2.0, 1.0]]), 3)
+    latents = largest(torch.tensor([[3.0, -1.0, -2.0, 1.0]]), 3, dense_above=dense_above)
 
     assert latents.firings().tolist() == [1, 0, 0, 1]
     assert latents.dense().tolist() == [[3, 0, 0, 1]]
 
 
-def test_the_largest_magnitudes_keep_their_signs(representation: float) -> None:
+def test_the_largest_magnitudes_keep_their_signs(dense_above: float) -> None:
     """abs: −3 is larger than 2, stays −3, and has fired."""
-    latents = largest(torch.tensor([[1.0, -3.0, 2.0, -0.5]]), 2, magnitude=True)
+    latents = largest(torch.tensor([[1.0, -3.0, 2.0, -0.5]]), 2, magnitude=True, dense_above=dense_above)
 
     assert latents.dense().tolist() == [[0, -3, 2, 0]]
     assert latents.firings().tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positive_entries_are_those_above_zero(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positive_entries_are_those_above_zero(dtype: torch.dtype) -> None:
     """Zero, minus zero, negatives and the smallest positive number, in every format the encoder product has."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", SPARSE)
-    latents = positive(torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype))
+    pre_acts = torch.tensor([[0.0, -0.0, 1.0], [-1.0, 1e-38, -1e-38]], dtype=dtype)
+    latents = positive(pre_acts, dense_above=SPARSE)
 
     assert isinstance(latents, Entries)
     assert torch.stack([latents.row(), latents.column], 1).tolist() == [[0, 2], [1, 1]]
@@ -125,15 +124,15 @@ def test_all_that_is_above_a_floor(kernels: ModuleType, dtype: torch.dtype, floo
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.9])
-def test_the_largest_of_a_batch(floor: float, representation: float) -> None:
+def test_the_largest_of_a_batch(floor: float, dense_above: float) -> None:
     """Where candidates were cut off decides the speed, never the choice."""
     torch.manual_seed(0)
     pre_acts = torch.randn(20, 32)
     chosen = largest_of(exceeding(pre_acts, floor), 40)
-    latents = dense_if_many(chosen)
+    latents = dense_if_many(chosen, dense_above)
     value = pre_acts.flatten().topk(40).values
 
-    assert isinstance(latents, Dense if representation == DENSE else Entries)
+    assert isinstance(latents, Dense if dense_above == DENSE else Entries)
     assert torch.equal(latents.dense(), pre_acts * (pre_acts >= value.min()))
 
 
@@ -153,11 +152,11 @@ def test_fewer_positive_values_than_asked_for() -> None:
     assert not nothing.firings().any()
 
 
-def test_blocks_of_rows_are_joined(representation: float) -> None:
+def test_blocks_of_rows_are_joined(dense_above: float) -> None:
     """A batch that was encoded in blocks has the latents of one that was not; one dense block makes all dense."""
     torch.manual_seed(0)
     pre_acts = torch.randn(7, 16)
-    blocks = [positive(block) for block in pre_acts.split(3)]
+    blocks = [positive(block, dense_above) for block in pre_acts.split(3)]
 
     assert torch.equal(joined(blocks).dense(), pre_acts.relu())
     assert torch.equal(joined([*blocks, Dense(torch.ones(1, 16), (16,))]).dense()[:7], pre_acts.relu())
@@ -166,11 +165,11 @@ def test_blocks_of_rows_are_joined(representation: float) -> None:
 # Products
 
 
-def test_products_equal_dense_ones(representation: float) -> None:
+def test_products_equal_dense_ones(dense_above: float) -> None:
     """multiply, sample, transpose, sums: each against its formula, with empty rows and columns."""
     pre_acts = some_pre_acts()
     W, X = torch.randn(16, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    latents, matrix = positive(pre_acts), pre_acts.relu()
+    latents, matrix = positive(pre_acts, dense_above), pre_acts.relu()
     by_column = latents.transpose()
     sampled = latents.with_value(latents.sample(X, W) * (latents.value != 0))
     other = latents.value * 2
@@ -183,21 +182,21 @@ def test_products_equal_dense_ones(representation: float) -> None:
     assert latents.firings().tolist() == (matrix > 0).sum(0).tolist()
 
 
-def test_what_each_entry_has_of_its_latent(representation: float) -> None:
+def test_what_each_entry_has_of_its_latent(dense_above: float) -> None:
     """`at` looks a vector up by latent."""
-    latents, of_latents = positive(some_pre_acts()), torch.arange(16.0, dtype=torch.float64)
+    latents, of_latents = positive(some_pre_acts(), dense_above), torch.arange(16.0, dtype=torch.float64)
     scaled = latents.with_value(latents.value * latents.at(of_latents))
 
     torch.testing.assert_close(scaled.dense(), some_pre_acts().relu() * of_latents)
 
 
-def test_segments_are_products_of_their_own(representation: float) -> None:
+def test_segments_are_products_of_their_own(dense_above: float) -> None:
     """Cut at 4, 5 and 16: one block of rows per segment, in every product."""
     pre_acts, ends = some_pre_acts(), (4, 5, 16)
     W, X = torch.randn(16, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     A = torch.randn(27, 5, dtype=torch.float64)
     matrix = pre_acts.relu()
-    latents = positive(pre_acts).split(ends)
+    latents = positive(pre_acts, dense_above).split(ends)
     segment = torch.tensor([0, 0, 0, 0, 1] + [2] * 11)
     cut = torch.cat([matrix * (segment == number) for number in range(3)])  # [27, 16]
     by_column = latents.transpose()
@@ -355,10 +354,10 @@ def test_threads_do_not_change_a_bit() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_sums_repeat_bit_for_bit(representation: float) -> None:
+def test_sums_repeat_bit_for_bit(dense_above: float) -> None:
     """Every sum has a fixed order: the same batch gives the same bits."""
     torch.manual_seed(0)
-    latents, X = largest(torch.randn(50, 64), 8), torch.randn(50, 7)
+    latents, X = largest(torch.randn(50, 64), 8, dense_above=dense_above), torch.randn(50, 7)
     first, second = (latents.transpose().multiply(latents.value, X) for _ in range(2))
 
     assert torch.equal(first, second)

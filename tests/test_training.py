@@ -14,7 +14,6 @@ from torch import Tensor
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from tests.small_saes import FAMILY, UNSCALED, learn, rows_of, sae_trainer_of, settings_of, trained
-from trainer.kernels import select
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
 from trainer.phases import SaePhase
@@ -87,13 +86,12 @@ def test_a_constant_error_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("dense_above", [2.0, 0.0], ids=["sparse", "dense"])
-def test_bug_1_l0_counts_entries_that_are_not_zero(dense_above: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_1_l0_counts_entries_that_are_not_zero(dense_above: float) -> None:
     """TopK lists k entries a row; those clipped to zero are not active, negative ones of abs are."""
-    monkeypatch.setattr(select, "DENSE_ABOVE", dense_above)
     pre_acts = torch.tensor([[1.0, -1, -2, -1], [1.0, 2.0, -1, -1]])
     plain, signed = Statistics(4, torch.zeros(2)), Statistics(4, torch.zeros(2))
-    plain.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2))
-    signed.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2, magnitude=True))
+    plain.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2, dense_above=dense_above))
+    signed.update(torch.randn(2, 2), torch.zeros(2, 2), largest(pre_acts, 2, magnitude=True, dense_above=dense_above))
 
     assert plain.summary().l0 == 1.5
     assert plain.firings.tolist() == [2, 1, 0, 0]

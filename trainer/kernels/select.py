@@ -25,12 +25,12 @@ def widen(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def largest(pre_acts: Tensor, k: int, magnitude: bool = False) -> Latents:
+def largest(pre_acts: Tensor, k: int, magnitude: bool = False, dense_above: float = DENSE_ABOVE) -> Latents:
     """The k largest of each row with ReLU applied; with `magnitude` the k largest of |pre_acts|, signs kept."""
     batch, d_sae = pre_acts.shape
     value, column = topk(pre_acts.abs() if magnitude else pre_acts, k)
     value = widen(pre_acts.gather(1, column) if magnitude else value.relu())
-    if k > DENSE_ABOVE * d_sae:
+    if k > dense_above * d_sae:
         return Dense(value.new_zeros(batch, d_sae).scatter_(1, column, value), (d_sae,))
     # Zeros stay listed, so that every row has k entries.
     start = torch.arange(0, batch * k + 1, k, device=pre_acts.device)
@@ -42,10 +42,10 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return kernels(values.device).topk(values, k)
 
 
-def positive(pre_acts: Tensor) -> Latents:
+def positive(pre_acts: Tensor, dense_above: float = DENSE_ABOVE) -> Latents:
     """All that are above zero."""
     start = kernels(pre_acts.device).count_above(pre_acts, 0.0)
-    if int(start[-1]) > DENSE_ABOVE * pre_acts.numel():
+    if int(start[-1]) > dense_above * pre_acts.numel():
         return Dense(widen(pre_acts.relu()), (pre_acts.shape[1],))
     return exceeding(pre_acts, 0.0, start)
 
@@ -70,9 +70,9 @@ def largest_of(entries: Entries, count: int) -> Entries:
     return entries.where(keep)
 
 
-def dense_if_many(entries: Entries) -> Latents:
+def dense_if_many(entries: Entries, dense_above: float = DENSE_ABOVE) -> Latents:
     """The same latents in the form in which products are faster."""
-    many = len(entries.value) > DENSE_ABOVE * entries.rows * entries.columns
+    many = len(entries.value) > dense_above * entries.rows * entries.columns
     return Dense(entries.dense(), (entries.columns,)) if many else entries
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from trainer.kernels.operands import Operands
-from trainer.kernels.select import Latents, joined, largest, widen
+from trainer.kernels.select import DENSE_ABOVE, Latents, joined, largest, widen
 from trainer.kernels.sparse import kernels
 from trainer.saes.published import Activation, SaeWeights
 from trainer.saes.settings import SaeSettings
@@ -116,6 +116,8 @@ class Sae(ABC):
 
     settings: SaeSettings
     matmul_dtype: torch.dtype = torch.float32
+    dense_above = DENSE_ABOVE
+    """Fraction of active latents above which those of a batch are a full matrix: a matter of speed alone."""
     encoder_bias = "b_enc"
     """Name of the parameter that pre_acts contain."""
     trained: frozenset[str] | None = None
@@ -364,7 +366,7 @@ class Sae(ABC):
             return
         weight, W_dec = self.settings.aux_weight, self.operand("W_dec")[indices]
         of_dead = of_dead if plus is None else widen(of_dead) + plus[indices]
-        latents = largest(of_dead, k_aux, magnitude=self.magnitude)
+        latents = largest(of_dead, k_aux, magnitude=self.magnitude, dense_above=self.dense_above)
         difference = latents.multiply(W_dec) - error
         de_hat = difference * (2.0 * weight / spread)
         dz = latents.sample(de_hat, W_dec).mul_(latents.value != 0)

@@ -83,7 +83,7 @@ class BatchTopK(FixedK):
             encoded, candidates = self._candidates(x, kept, 0.0)
         chosen = [largest_of(candidates, k * len(x)) for k in ks]
         self._smallest = float(chosen[-1].value.min()) if len(chosen[-1].value) else 0.0
-        latents = [dense_if_many(entries).split(self.ends) for entries in chosen]
+        latents = [dense_if_many(entries, self.dense_above).split(self.ends) for entries in chosen]
         return replace(encoded, latents=latents)
 
     def _candidates(self, x: Tensor, kept: Tensor, floor: float) -> tuple[Encoded, Entries]:

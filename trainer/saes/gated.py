@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -96,7 +97,7 @@ class Gated(Sae):
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         assert self.settings.sparsity_weight is not None
-        encoded = self.encode(x, self.revived(dead), positive)
+        encoded = self.encode(x, self.revived(dead), partial(positive, dense_above=self.dense_above))
         gate = encoded.latents[0]
         open_ = gate.value > 0
         r, weight = gate.at(self.parameters["r_mag"].exp()), 1.0 / (len(x) * self.variance)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -172,7 +173,8 @@ class JumpReLU(Sae):
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         theta, bandwidth = self.threshold, self.settings.bandwidth
-        encoded = self.encode(x, self.revived(dead), positive, less=theta - bandwidth / 2)
+        select = partial(positive, dense_above=self.dense_above)
+        encoded = self.encode(x, self.revived(dead), select, less=theta - bandwidth / 2)
         near = encoded.latents[0].split(self.ends)
         above = near.value - bandwidth / 2  # z − θ
         on = (above > 0).to(above.dtype)

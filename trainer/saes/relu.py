@@ -15,6 +15,7 @@ mends that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -116,7 +117,7 @@ class ReLU(Sae):
             self.W_dec.mul_(self.settings.initial_norm or INITIAL_NORM)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        encoded = self.encode(x, self.revived(dead), positive)
+        encoded = self.encode(x, self.revived(dead), partial(positive, dense_above=self.dense_above))
         latents = encoded.latents[0]
         main = self.reconstruct(latents, x, y)
         losses = {"reconstruction": main.loss}

@@ -13,6 +13,7 @@ W_enc and b_enc on export.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -70,7 +71,7 @@ class Repair(Sae):
         self.parameters["scale"].fill_(1.0)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        encoded = self.encode(x, self.revived(dead), positive)
+        encoded = self.encode(x, self.revived(dead), partial(positive, dense_above=self.dense_above))
         active = encoded.latents[0]
         scale = active.at(self.parameters["scale"])
         latents = active.with_value(active.value * scale)

@@ -203,7 +203,8 @@ class TopK(FixedK):
         return frozenset({ABSTOPK.name if settings.abs else TOPK.name})
 
     def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
-        encoded = self.encode(x, kept, *(partial(largest, k=k, magnitude=self.magnitude) for k in ks))
+        select = partial(largest, magnitude=self.magnitude, dense_above=self.dense_above)
+        encoded = self.encode(x, kept, *(partial(select, k=k) for k in ks))
         return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
