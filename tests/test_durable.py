@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from monitor.cli.client import Monitor
-from monitor.cli.pull import pull
+from monitor.cli.download import pull
 from monitor.evaluation.latents.activations import LatentActivations, load_latents
 from monitor.http.service import make_app, start_service
 from producer.common.metrics import new_registry

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from monitor.cli.client import Monitor, MonitorError
+from monitor.cli.client import Monitor
+from monitor.cli.errors import MonitorError
 from monitor.cli.pull import main as pull
 from monitor.cli.top import main as top
 from monitor.files import read_json

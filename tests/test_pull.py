@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import monitor.cli.pull
-from monitor.cli.client import Monitor, MonitorError
-from monitor.cli.pull import Tell, _newer, follow, main, pull
+from monitor.cli.client import Monitor
+from monitor.cli.download import OnProgress, _newer, follow, pull
+from monitor.cli.errors import MonitorError
+from monitor.cli.pull import main
 from monitor.http.service import PageSizes, make_app, start_service
 from producer.common.metrics import new_registry
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
@@ -81,12 +82,12 @@ def test_a_snapshot_by_name(run_directory: Path, url: str, tmp_path: Path):
 
 def test_whole_snapshot_is_not_fetched_again(url: str, tmp_path: Path):
     """The second pull reads nothing but the manifest."""
-    told: list[str] = []
-    pull(Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(path))
-    assert WEIGHTS in told
-    told.clear()
-    pull(Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(path))
-    assert told == []
+    paths: list[str] = []
+    pull(Monitor(url), tmp_path / "here", on_progress=lambda path, done, size: paths.append(path))
+    assert WEIGHTS in paths
+    paths.clear()
+    pull(Monitor(url), tmp_path / "here", on_progress=lambda path, done, size: paths.append(path))
+    assert paths == []
 
 
 def test_half_a_file_is_resumed(run_directory: Path, url: str, tmp_path: Path):
@@ -96,12 +97,14 @@ def test_half_a_file_is_resumed(run_directory: Path, url: str, tmp_path: Path):
     part = tmp_path / "here" / ".part-000000002000" / f"{WEIGHTS}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(source.read_bytes()[:half])
-    told: list[int] = []
-    folder = pull(
-        Monitor(url), tmp_path / "here", tell=lambda path, done, size: told.append(done) if path == WEIGHTS else None
-    )
-    verify(folder)
-    assert told[0] == half + monitor.cli.pull.PIECE_BYTES
+    sizes: list[int] = []
+
+    def on_progress(path: str, done: int, size: int) -> None:
+        if path == WEIGHTS:
+            sizes.append(done)
+
+    verify(pull(Monitor(url), tmp_path / "here", on_progress=on_progress))
+    assert half < sizes[0] <= half + 65536 and sizes == sorted(sizes) and sizes[-1] == source.stat().st_size
 
 
 def test_half_a_wrong_file_is_fetched_anew(run_directory: Path, url: str, tmp_path: Path):
@@ -112,14 +115,11 @@ def test_half_a_wrong_file_is_fetched_anew(run_directory: Path, url: str, tmp_pa
     verify(pull(Monitor(url), tmp_path / "here"))
 
 
-def test_broken_connections_do_not_start_over(
-    run_directory: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_broken_connections_do_not_start_over(run_directory: Path, url: str, tmp_path: Path):
     """Through a line that breaks after 400 kB, a file of 1.2 MB arrives whole, in pieces."""
-    monkeypatch.setattr(monitor.cli.pull, "PAUSE_SECONDS", 0.01)
     publish_snapshot(run_directory, 2000, [_large_sae()])
     with _breaking_line(int(url.rpartition(":")[2]), after_bytes=400_000) as port:
-        verify(pull(Monitor(f"127.0.0.1:{port}"), tmp_path / "here"))
+        verify(pull(Monitor(f"127.0.0.1:{port}"), tmp_path / "here", pause_seconds=0.01))
 
 
 def test_damaged_file_is_refused(run_directory: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -141,7 +141,7 @@ def test_snapshot_retired_under_way_gives_way_to_the_newest(run_directory: Path,
             publish_snapshot(run_directory, 2000)
             retire(run_directory, keep=1)
 
-    folder = pull(Monitor(url), tmp_path / "here", tell=retire_it)
+    folder = pull(Monitor(url), tmp_path / "here", on_progress=retire_it)
     assert folder.name == "000000002000"
     assert [path.name for path in folder.parent.iterdir()] == ["000000002000"]
     verify(folder)
@@ -296,7 +296,7 @@ def test_following_passes_over_what_is_retired_under_it(run_directory: Path, url
     """The snapshot that was being fetched is given up, nothing of it is left, and the next one comes."""
 
     @contextmanager
-    def retiring() -> Iterator[Tell]:
+    def retiring() -> Iterator[OnProgress]:
         def tell(path: str, done: int, size: int) -> None:
             if not (run_directory / "snapshots" / "000000002000").exists():
                 publish_snapshot(run_directory, 2000)
@@ -396,7 +396,7 @@ def _recipe(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def _silent() -> Iterator[Tell]:
+def _silent() -> Iterator[OnProgress]:
     yield lambda path, done, size: None
 
 

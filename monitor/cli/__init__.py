@@ -1,9 +1,13 @@
 """What can a person do in a terminal, beside starting a monitor?
 
-    pull            fetch snapshots
-    top             a live table
+    pull            the command that fetches snapshots
+    top             the command that shows a run
     compare         what changed between two snapshots
+    arguments       arguments that commands have in common
     client          HTTP to a monitor
+    errors          its errors
+    download        snapshots over HTTP, checked and resumed
+    run_view        a run, polled and drawn
     terminal        tables
 
 Imported by `__main__` and the demo.

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from monitor.cli.client import Monitor, MonitorError
+from monitor.cli.client import Monitor
+from monitor.cli.errors import MonitorError
 from monitor.run_directory import last_report
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.producer import RUN_FILE

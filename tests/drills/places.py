@@ -80,7 +80,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "monitor.snapshot_index": ("monitor/snapshot_index.py", "test_snapshot_index", "test_service"),
     "monitor.http.service": ("monitor/http/service.py", "test_service"),
     "monitor.http.access": ("monitor/http/access.py", "test_service"),
-    "monitor.cli.pull": ("monitor/cli/pull.py", "test_pull", "test_durable"),
+    "monitor.cli.download": ("monitor/cli/download.py", "test_pull", "test_durable"),
     "monitor.cli.client": ("monitor/cli/client.py", "test_pull", "test_top"),
     "monitor.http.throttle": ("monitor/http/throttle.py", "test_throttle"),
 }  # fmt: skip
