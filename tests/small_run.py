@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from trainer.snapshot import Export, publish
 from trainer.state.durable import replace_text
+from trainer.state.format import (
+    AdamState,
+    Checkpoint,
+    CheckpointDocument,
+    CheckpointTensors,
+    LedgerState,
+    MemberState,
+    RosterState,
+    RunState,
+    SaeState,
+    SaeTensors,
+    StatisticsState,
+    decode_document,
+    encode_document,
+)
+from trainer.training.run import Run
 
 D_IN, D_SAE = 4, 8
 
@@ -61,3 +80,41 @@ def finish_run(directory: Path, tokens: int, saes: tuple[str, ...] = ("small",))
     """The summary that ends a run."""
     told = {name: {"architecture": "jumprelu", "fvu": 0.25} for name in saes}
     replace_text(directory / "summary.json", json.dumps({"tokens": tokens, "seconds": 1.0, "saes": told}))
+
+
+def small_checkpoint(
+    tokens: int = 1000, step: int = 0, parameters: dict[str, Tensor] | None = None, run: str = "run"
+) -> Checkpoint:
+    """A checkpoint of a run with one SAE, `small`, that has these parameters; `step` tells checkpoints apart."""
+    sae = SaeState(variance=1.0, skipped_steps=0, tokens=tokens, joined_at=0, cooldown=None, seed=0, matmul="float32")
+    ledger = LedgerState(
+        run=run, seed=0, stream=None, norm_bounds=None, epoch=0, cursor=0, next_serial=0, finished_in_epoch=0,
+        rows_trained=tokens, rows_discarded=0, rows_set_aside=0, set_aside=[], sessions_lost=0, rejected={}, errors={},
+        auth_failures=0, breaches={}, open=[],
+    )  # fmt: skip
+    roster = RosterState([MemberState({"name": "small"}, number=0)], joined=1)
+    counts, sums = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
+    statistics = StatisticsState(0, torch.zeros(2), counts, sums, sums + 1, sums + 2, sums + 3)
+    tensors = SaeTensors(parameters or {}, AdamState(0, {}, {}), statistics, ema={}, whitening=None)
+    return Checkpoint(
+        CheckpointDocument(RunState(step, 0.0, None, {"small": sae}), roster, ledger, buffer_random=None),
+        CheckpointTensors({"small": tensors}, shards={}, buffer_names=None),
+    )
+
+
+def by_key(saes: dict[str, SaeTensors]) -> dict[str, Tensor]:
+    """Tensors of all SAEs, with the SAE's name in front of their keys."""
+    return {f"{name}/{key}": value for name, sae in saes.items() for key, value in sae.by_key().items()}
+
+
+def checkpoint_of(run: Run) -> Checkpoint:
+    """A run's SAEs and roster, with the ledger of `small_checkpoint`."""
+    (state, saes), other = run.state(), small_checkpoint()
+    document = replace(other.document, run=state, roster=run.roster.state())
+    return Checkpoint(document, replace(other.tensors, saes=saes))
+
+
+def ledger_through_json(state: LedgerState) -> LedgerState:
+    """The books of a ledger as a checkpoint gives them back."""
+    document = replace(small_checkpoint().document, ledger=state)
+    return decode_document(json.loads(json.dumps(encode_document(document)))).ledger

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.state.format import BufferState
 from trainer.stream.buffer import Batch, ShuffleBuffer, same_context_mates
 
 
@@ -224,7 +225,7 @@ def test_random_state_survives_a_checkpoint() -> None:
     buffer, successor = filled(64, seed=1), filled(64, seed=2)
     buffer.draw(10)
     successor.draw(10)
-    successor.restore((json.loads(json.dumps(buffer.state()[0])), {}))
+    successor.restore(BufferState(json.loads(json.dumps(buffer.state().random))))
     assert successor._random.integers(2**60) == buffer._random.integers(2**60)
 
 

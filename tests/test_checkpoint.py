@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from producer.wire import Hello, Hook
-from tests.small_run import identity_sae, publish_snapshot
+from tests.small_run import by_key, checkpoint_of, identity_sae, publish_snapshot, small_checkpoint
 from trainer.settings import TrainerSettings
-from trainer.snapshot import SnapshotError, pin, retire, snapshot_names, supersede_after, unpin, verify
-from trainer.state import checkpoint
+from trainer.snapshot import SnapshotError, file_sha256, pin, retire, snapshot_names, supersede_after, unpin, verify
 from trainer.state.checkpoint import CheckpointError, load_newest, save
 from trainer.state.durable import sweep
 from trainer.stream.buffer import Batch
@@ -52,16 +54,19 @@ def names(directory: Path) -> list[str]:
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
     """Every tensor bit for bit, numbers beyond 64 bits too."""
-    document = {"scales": [0.1, 1e-300], "random": {"state": 2**127 + 1}, "text": "θ", "none": None}
-    save(tmp_path, 1234, document, TENSORS, keep=2)
+    small = small_checkpoint(1234, parameters=TENSORS, run="θ")
+    state = replace(small.document.run, scales=[0.1, 1e-300])
+    saved = replace(small, document=replace(small.document, run=state, buffer_random={"state": 2**127 + 1}))
+    assert save(tmp_path, saved, keep=2).name == "000000001234-000001"
     loaded = load_newest(tmp_path)
 
     assert loaded is not None
-    assert loaded[0] == document | {"format": checkpoint.FORMAT}
-    assert loaded[1].keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        assert loaded[1][name].dtype == tensor.dtype
-        assert torch.equal(loaded[1][name], tensor)
+    assert loaded.document == saved.document
+    tensors, theirs = by_key(loaded.tensors.saes), by_key(saved.tensors.saes)
+    assert tensors.keys() == theirs.keys() >= {f"small/parameters/{name}" for name in TENSORS}
+    for key, tensor in theirs.items():
+        assert tensors[key].dtype == tensor.dtype
+        assert torch.equal(tensors[key], tensor)
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
@@ -74,34 +79,34 @@ def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
 def test_the_newest_is_the_last_written_not_the_longest_trained(tmp_path: Path) -> None:
     """A run resumed from 1,000 rows overtakes what was written at 3,000 before the crash."""
     for tokens in (1000, 3000, 2000):
-        save(tmp_path, tokens, {"tokens": tokens}, TENSORS, keep=5)
+        save(tmp_path, small_checkpoint(tokens), keep=5)
 
     assert names(tmp_path / "checkpoint") == [
         "000000001000-000001", "000000002000-000003", "000000003000-000002",
     ]  # fmt: skip
-    assert load_newest(tmp_path)[0]["tokens"] == 2000  # type: ignore[index]
+    assert load_newest(tmp_path).tokens == 2000  # type: ignore[union-attr]
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     """checkpoint.keep counts complete ones; the folder holds nothing else."""
     for number in range(5):
-        save(tmp_path, number, {"number": number}, TENSORS, keep=2)
+        save(tmp_path, small_checkpoint(number), keep=2)
 
     assert names(tmp_path / "checkpoint") == ["000000000003-000004", "000000000004-000005"]
 
 
 def test_what_is_not_a_complete_checkpoint_is_passed_over(tmp_path: Path) -> None:
     """Half a checkpoint, an operator's copy, a stray folder; what a killed writer left is swept."""
-    good = save(tmp_path, 1000, {"number": 1}, TENSORS, keep=2)
+    good = save(tmp_path, small_checkpoint(1000, step=1), keep=2)
     folder = good.parent
     shutil.copytree(good, folder / "000000002000-000002")
     (folder / "000000002000-000002" / "complete.json").unlink()
     shutil.copytree(good, folder / "old-backup")
     shutil.copytree(good, folder / ".tmp-99-000000003000-000003")
 
-    assert load_newest(tmp_path)[0]["number"] == 1  # type: ignore[index]
+    assert load_newest(tmp_path).document.run.step == 1  # type: ignore[union-attr]
     assert names(folder) == ["000000001000-000001", "000000002000-000002", "old-backup"]
-    assert save(tmp_path, 1500, {}, TENSORS, keep=2).name == "000000001500-000002"
+    assert save(tmp_path, small_checkpoint(1500), keep=2).name == "000000001500-000002"
 
 
 def flip_a_bit(path: Path) -> None:
@@ -118,8 +123,8 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, damage: Any) -> None:
     """It is never resumed from, nor silently passed over: the sentence says what to remove, and that helps."""
-    save(tmp_path, 1000, {"number": 1}, TENSORS, keep=2)
-    newest = save(tmp_path, 2000, {"number": 2}, TENSORS, keep=2)
+    save(tmp_path, small_checkpoint(1000, step=1), keep=2)
+    newest = save(tmp_path, small_checkpoint(2000, step=2), keep=2)
     damage(newest / name)
 
     with pytest.raises(CheckpointError) as refused:
@@ -127,32 +132,82 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, dama
     assert name in str(refused.value)
     assert f"remove {newest} to resume from the checkpoint before it" in str(refused.value)
     shutil.rmtree(newest)
-    assert load_newest(tmp_path)[0]["number"] == 1  # type: ignore[index]
+    assert load_newest(tmp_path).document.run.step == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"state.json": 3}', "\x00\xff"])
 def test_a_damaged_list_of_files_is_refused_too(tmp_path: Path, text: str) -> None:
     """complete.json itself may be what the disk lost."""
-    newest = save(tmp_path, 1000, {}, TENSORS, keep=2)
+    newest = save(tmp_path, small_checkpoint(), keep=2)
     (newest / "complete.json").write_text(text)
 
     with pytest.raises(CheckpointError, match=r"complete\.json is damaged"):
         load_newest(tmp_path)
 
 
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    """With both formats and what to do."""
-    save(tmp_path, 1000, {"format": 99}, TENSORS, keep=2)
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Gives a checkpoint other values at the top of its document, and right hashes."""
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in folder.glob("state.*")}
+    (folder / "complete.json").write_text(json.dumps(files))
 
-    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 3: resume with the version"):
+
+@pytest.mark.parametrize("version", [2, 99, None, "3"])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, version: Any) -> None:
+    """With both formats and what to do."""
+    rewrite(save(tmp_path, small_checkpoint(), keep=2), format=version)
+
+    with pytest.raises(CheckpointError, match=rf"has format {version!r}, this version reads 3: resume with"):
         load_newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"step": "many"}, "step: Input should be a valid integer"),
+        ({"saes": {"small": {"tokens": 3}}}, "saes.small.variance: Field required"),
+        ({"ledger": None}, "ledger: Input should be"),
+        ({"ledger": {"run": "r"}}, "ledger.seed: Field required"),
+        ({"roster": {"members": [{"number": 0}], "joined": 1}}, "roster.members.0.settings: Field required"),
+    ],
+)
+def test_a_document_that_lacks_something_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    """The key is named, and what to do."""
+    save(tmp_path, small_checkpoint(), keep=2)
+    rewrite(newest := save(tmp_path, small_checkpoint(), keep=2), **changes)
+
+    with pytest.raises(CheckpointError) as refused:
+        load_newest(tmp_path)
+    assert problem in str(refused.value)
+    assert f"remove {newest} to resume from the checkpoint before it" in str(refused.value)
+
+
+def test_a_checkpoint_without_the_tensors_of_an_sae_is_refused(tmp_path: Path) -> None:
+    """Its document says that there is one."""
+    folder = save(tmp_path, small_checkpoint(), keep=2)
+    save_file({"sae/small/parameters/W_enc": torch.zeros(2)}, folder / "state.safetensors")
+    rewrite(folder)
+
+    with pytest.raises(CheckpointError, match="tensor sae/small/statistics/tokens is missing"):
+        load_newest(tmp_path)
+
+
+def test_a_checkpoint_of_the_first_releases_is_migrated(tmp_path: Path) -> None:
+    """They counted no breaches of the ledger's invariants."""
+    folder = save(tmp_path, small_checkpoint(), keep=2)
+    ledger = json.loads((folder / "state.json").read_text())["ledger"]
+    del ledger["breaches"]
+    rewrite(folder, ledger=ledger)
+
+    assert load_newest(tmp_path).document.ledger.breaches == {}  # type: ignore[union-attr]
 
 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np, torch
-from tests.small_run import identity_sae
+from tests.small_run import identity_sae, small_checkpoint
 from trainer.state.checkpoint import save
 from trainer.snapshot import publish
 
@@ -161,8 +216,8 @@ directory = Path(sys.argv[1])
 sae = identity_sae("large")
 sae.weights["W_enc"] = np.zeros((256, 256), np.float32)
 for write in (
-    lambda: save(directory, 2000, {}, {"large": torch.zeros(1 << 16)}, 2),
-    lambda: save(directory, 2000, {"large": "x" * (1 << 17)}, {}, 2),
+    lambda: save(directory, small_checkpoint(2000, parameters={"large": torch.zeros(1 << 16)}), 2),
+    lambda: save(directory, small_checkpoint(2000, run="x" * (1 << 17)), 2),
     lambda: publish(directory, 2000, [sae], {}, lambda folder: None),
 ):
     try:
@@ -174,20 +229,21 @@ for write in (
 
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     """An OSError, which the training loop survives; the older checkpoint and snapshot stay, no half one appears."""
-    save(tmp_path, 1000, {"number": 1}, TENSORS, keep=1)
+    save(tmp_path, small_checkpoint(1000, step=1), keep=1)
     publish_snapshot(tmp_path, 1000)
     done = run_python(FULL_DISK, tmp_path)
 
     assert done.stdout.split() == ["OSError"] * 3, done.stderr
     assert names(tmp_path / "checkpoint") == ["000000001000-000001"]
     assert names(tmp_path / "snapshots") == ["000000001000", "LATEST"]
-    assert load_newest(tmp_path)[0]["number"] == 1  # type: ignore[index]
+    assert load_newest(tmp_path).document.run.step == 1  # type: ignore[union-attr]
 
 
 KILLED_AT_RANDOM = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
+from tests.small_run import small_checkpoint
 from trainer.state.checkpoint import load_newest, save
 
 torch.set_num_threads(1)
@@ -197,16 +253,16 @@ for _ in range(25):
     if not child:
         while True:
             number += 1
-            save(directory, number, {"number": number}, {"x": torch.full((50_000,), float(number))}, 1)
+            save(directory, small_checkpoint(number, number, {"x": torch.full((50_000,), float(number))}), 1)
     time.sleep(random.uniform(0.0, 0.06))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     saved = load_newest(directory)
     if saved is not None:
-        document, tensors = saved
-        assert document["number"] >= number, (document, number)
-        assert (tensors["x"] == document["number"]).all(), document
-        number = document["number"]
+        step = saved.document.run.step
+        assert step >= number, (step, number)
+        assert (saved.tensors.saes["small"].parameters["x"] == step).all(), step
+        number = step
         assert all((path / "complete.json").exists() for path in (directory / "checkpoint").iterdir())
 print(number)
 """
@@ -267,19 +323,18 @@ def test_a_run_resumed_from_disk_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = fresh_run(tmp_path)
     whole.initialise(all_batches[0].x)
     learn(whole, all_batches[:5])
-    document, tensors = whole.state()
-    save(tmp_path, 320, document, tensors, keep=2)
+    save(tmp_path, checkpoint_of(whole), keep=2)
     learn(whole, all_batches[5:])
 
     resumed = fresh_run(tmp_path)
     saved = load_newest(tmp_path)
     assert saved is not None
-    resumed.restore(*saved)
+    resumed.restore(saved.document.run, saved.tensors.saes)
     resumed.initialise(all_batches[3].x)  # what the loop does next; it must not begin anew
     learn(resumed, all_batches[5:])
 
-    (ours, our_tensors), (theirs, their_tensors) = resumed.state(), whole.state()
-    assert ours == theirs
+    assert resumed.state()[0] == whole.state()[0]
+    our_tensors, their_tensors = by_key(resumed.state()[1]), by_key(whole.state()[1])
     assert our_tensors.keys() == their_tensors.keys()
     assert [name for name in our_tensors if not torch.equal(our_tensors[name], their_tensors[name])] == []
 
@@ -291,7 +346,7 @@ def test_a_run_resumed_from_disk_goes_on_bit_for_bit(tmp_path: Path) -> None:
 )
 def test_a_run_file_with_other_saes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     """Weights are never put where they do not belong; the sentence shows both."""
-    document, _ = fresh_run(tmp_path).state()
+    document = checkpoint_of(fresh_run(tmp_path)).document
     saes = [sae.model_dump(exclude_none=True) for sae in settings_for(tmp_path).sae]
 
     with pytest.raises(CheckpointError, match="Restore the file, or start a new run directory"):
@@ -324,7 +379,7 @@ def test_what_may_change_of_a_run_file_is_taken_from_it(tmp_path: Path) -> None:
     """A learning rate, for one; an SAE whose budget was raised goes back to work."""
     run = fresh_run(tmp_path)
     run.roster.members[0].ended = run.roster.members[1].ended = True
-    document, _ = run.state()
+    document = checkpoint_of(run).document
     saes = [sae.model_dump(exclude_none=True) for sae in run.settings.sae]
     changed = [saes[0] | {"learning_rate": 0.5}, saes[1] | {"tokens": 100_000}]
     roster = roster_of(document, settings_for(tmp_path, sae=changed))

@@ -26,7 +26,7 @@ from producer.common.run_file import read_run_file
 from producer.settings import ProducerSettings
 from producer.wire import Bye, Hello, held_out_shards
 from tests.drills.named_producer import NamedSource
-from tests.small_run import publish_snapshot
+from tests.small_run import by_key, checkpoint_of, publish_snapshot
 from tests.small_stream import (
     CAPACITY,
     CHUNK_ROWS,
@@ -250,12 +250,8 @@ class Trainer:
         ledger = new_ledger(self.settings.stream, epochs=None)
         roster = Roster.of(self.settings.sae)
         if saved is not None:
-            document, tensors = saved
-            ledger.restore(
-                document["ledger"],
-                {name[7:]: bits.numpy() for name, bits in tensors.items() if name.startswith("ledger/")},
-            )
-            roster = roster_of(document, self.settings)
+            ledger.restore(saved.document.ledger, saved.tensors.shards)
+            roster = roster_of(saved.document, self.settings)
 
         def make_buffer(hello: Hello) -> ShuffleBuffer:
             return ShuffleBuffer(CAPACITY, [hook.width for hook in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
@@ -449,7 +445,7 @@ def test_quarantined_shards_are_told_and_tried_again(trainer: Trainer, capsys: p
 
     assert trainer.ask("retry-quarantined")["shards"] == 1
     saved = load_newest(trainer.directory)
-    assert saved is not None and saved[0]["ledger"]["set_aside"] == []
+    assert saved is not None and saved.document.ledger.set_aside == []
     assert trainer.ask("status")["quarantined"] == {"shards": 0, "tokens": 0, "newest": []}
     assert trainer.ask("retry-quarantined")["said"] == "no shard can be tried again"
 
@@ -551,21 +547,21 @@ def fresh(tmp_path: Path) -> Run:
 
 def through_the_disk(run: Run, tmp_path: Path) -> Run:
     """The run as a trainer finds it that is started again."""
-    document, tensors = run.state()
     (tmp_path / "run").mkdir(exist_ok=True)
-    checkpoint.save(tmp_path / "run", 1, document, tensors, keep=1)
+    checkpoint.save(tmp_path / "run", checkpoint_of(run), keep=1)
     saved = load_newest(tmp_path / "run")
     assert saved is not None
-    again = Run(run.settings, run.stream, roster_of(saved[0], run.settings))
-    again.restore(*saved)
+    again = Run(run.settings, run.stream, roster_of(saved.document, run.settings))
+    again.restore(saved.document.run, saved.tensors.saes)
     return again
 
 
 def same(ours: Run, theirs: Run) -> bool:
-    (ours_told, ours_bits), (theirs_told, theirs_bits) = ours.state(), theirs.state()
-    assert ours_told == theirs_told
-    assert ours_bits.keys() == theirs_bits.keys()
-    return all(torch.equal(ours_bits[name], theirs_bits[name]) for name in ours_bits)
+    (our_state, our_tensors), (their_state, their_tensors) = ours.state(), theirs.state()
+    assert our_state == their_state and ours.roster.state() == theirs.roster.state()
+    our_bits, their_bits = by_key(our_tensors), by_key(their_tensors)
+    assert our_bits.keys() == their_bits.keys()
+    return all(torch.equal(our_bits[key], their_bits[key]) for key in our_bits)
 
 
 @pytest.mark.parametrize("what", ["attached", "attached-unbegun", "cooling", "leaving", "detached"])
@@ -721,9 +717,9 @@ class Processes:
         saved = load_newest(self.directory)
         assert saved is not None
         return {
-            name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, tensor in saved[1].items()
-            if name.split("/")[1] in saes
+            key: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            for key, tensor in by_key(saved.tensors.saes).items()
+            if key.split("/")[0] in saes
         }
 
 
@@ -807,7 +803,7 @@ def test_orders_survive_a_kill_and_a_drain(processes: Callable[[str], Processes]
     run.ask("drain")
     assert trainer.wait(60) == 0 and producer.poll() is None
     saved = load_newest(run.directory)
-    assert saved is not None and 0 < saved[0]["ledger"]["rows_trained"] < len(all_rows(5))
+    assert saved is not None and 0 < saved.document.ledger.rows_trained < len(all_rows(5))
 
     assert run.start("trainer", *more).wait(60) == 0
     assert producer.wait(30) == 0

@@ -17,7 +17,7 @@ from monitor.http.service import make_app, start_service
 from producer.common.metrics import new_registry
 from producer.keys import write_keys
 from tests.small_disk import OUTCOMES, Disk, Tree, recorded, write
-from tests.small_run import publish_snapshot, start_run
+from tests.small_run import publish_snapshot, small_checkpoint, start_run
 from trainer.snapshot import SUPERSEDED, is_pinned, pin, retire, snapshot_names, supersede_after, unpin, verify
 from trainer.state import checkpoint
 from trainer.state.durable import make_folder, remove_folder, replace_text
@@ -68,17 +68,17 @@ def test_a_checkpoint_is_the_old_or_the_new_one(root: Path, after: Path, power: 
 
     def save() -> None:
         for number in (1, 2):
-            checkpoint.save(root, 1000 * number, {"number": number}, TENSORS, keep=1)
+            checkpoint.save(root, small_checkpoint(1000 * number, number, TENSORS), keep=1)
             saved.append(number)
 
     def judge(left: Path) -> None:
         loaded = checkpoint.load_newest(left)  # raises for a damaged one
-        number = loaded[0]["number"] if loaded is not None else 0
+        number = loaded.document.run.step if loaded is not None else 0
         assert number >= (saved[-1] if saved else 0)
 
     saved: list[int] = []
     disk = power(save, judge, "checkpoint")
-    assert checkpoint.load_newest(after)[0]["number"] == 2  # type: ignore[index]
+    assert checkpoint.load_newest(after).document.run.step == 2  # type: ignore[union-attr]
     first = disk.operations.index(("fsync", "checkpoint"))
     assert {Path(path).name for operation, path in disk.operations[:first] if operation == "fsync"} >= {
         "complete.json", "state.json", "state.safetensors",

@@ -177,7 +177,7 @@ def test_sigterm_writes_a_checkpoint(start: Callable, tmp_path: Path) -> None:
     assert trainer.wait(30) == 0
     saved = load_newest(tmp_path / "run")
     assert saved is not None
-    assert saved[0]["ledger"]["rows_trained"] > 0
+    assert saved.document.ledger.rows_trained > 0
 
 
 def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from monitor.evaluation.probing import LabelledTexts, probe_accuracy
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from tests.small_model import HOOK, WIDTH, load_model, write_model
-from tests.small_run import identity_sae, publish_snapshot
+from tests.small_run import by_key, checkpoint_of, identity_sae, publish_snapshot
 from tests.small_saes import (
     FAMILY,
     UNSCALED,
@@ -50,6 +50,7 @@ from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish, snapshot_names, verify
 from trainer.state.checkpoint import load_newest, save
+from trainer.state.format import SaeTensors
 from trainer.training.sae_trainer import SaeTrainer
 from trainer.training.statistics import Statistics
 
@@ -275,12 +276,14 @@ def test_a_restored_sae_trainer_goes_on(kind: str, whitening: bool) -> None:
     whole.initialise(rows_of(settings, 512, 0), UNSCALED)
     learn(whole, seen[:3])
     document, tensors = whole.state()
-    resumed.restore(document, {name: value.cpu().clone() for name, value in tensors.items()})
+    resumed.restore(
+        document, SaeTensors.from_keys({key: value.cpu().clone() for key, value in tensors.by_key().items()})
+    )
     for sae_trainer in (whole, resumed):
         learn(sae_trainer, seen[3:])
 
-    theirs = whole.state()[1]
-    for name, value in resumed.state()[1].items():
+    theirs = whole.state()[1].by_key()
+    for name, value in resumed.state()[1].by_key().items():
         assert value.device == theirs[name].device
         assert apart(value, theirs[name]) < 1e-4
 
@@ -306,14 +309,15 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:
     on_gpu = fresh_run(tmp_path, optimizer={"batch": 64, "matmul": "float32", "device": "cuda"})
     on_gpu.initialise(batches(1)[0].x)
     learn_run(on_gpu, batches(4))
-    save(tmp_path, 256, *on_gpu.state(), keep=2)
+    save(tmp_path, checkpoint_of(on_gpu), keep=2)
     saved = load_newest(tmp_path)
     assert saved is not None
     for device in ("cpu", "cuda"):
         resumed = fresh_run(tmp_path, optimizer={"batch": 64, "matmul": "float32", "device": device})
-        resumed.restore(*saved)
-        for name, value in resumed.state()[1].items():
-            assert torch.equal(value.cpu(), saved[1][name])
+        resumed.restore(saved.document.run, saved.tensors.saes)
+        theirs = by_key(saved.tensors.saes)
+        for key, value in by_key(resumed.state()[1]).items():
+            assert torch.equal(value.cpu(), theirs[key].cpu())
         learn_run(resumed, batches(2))
         assert resumed.step == 6
         saved = load_newest(tmp_path)

@@ -179,4 +179,4 @@ def test_a_run_directory_that_moves_ends_its_trainer_with_a_checkpoint_in_it(tmp
         scene.run = elsewhere
         scene.outcome(1, 1)
         saved = load_newest(elsewhere)
-        assert saved is not None and f"resuming run {saved[0]['ledger']['run']}" in scene.log()
+        assert saved is not None and f"resuming run {saved.document.ledger.run}" in scene.log()

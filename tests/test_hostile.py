@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +23,7 @@ from producer.corpus import CorpusError, open_corpus
 from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings
 from tests.small_model import load_model, write_model
-from tests.small_run import publish_snapshot, start_run
+from tests.small_run import publish_snapshot, small_checkpoint, start_run
 from trainer.saes.inference import load_sae
 from trainer.snapshot import SnapshotError, verify
 from trainer.state.checkpoint import CheckpointError, load_newest, save
@@ -67,7 +66,7 @@ def test_a_checkpoint_with_right_hashes_and_wrong_contents(
     tmp_path: Path, bomb: bytes, name: str, content: bytes | None
 ) -> None:
     """Whoever can write there can also write the hashes."""
-    folder = save(tmp_path, 1000, {}, {"x": torch.zeros(2)}, keep=1)
+    folder = save(tmp_path, small_checkpoint(), keep=1)
     (folder / name).write_bytes(bomb if content is None else content)
     files = {part: described(folder / part) for part in ("state.json", "state.safetensors")}
     (folder / "complete.json").write_text(json.dumps(files))

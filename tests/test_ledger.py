@@ -7,11 +7,12 @@ kept     .###     .###     .###
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
+from tests.small_run import ledger_through_json
+from trainer.state.format import QuarantinedShardState
 from trainer.stream.ledger.credit import CHUNKS_IN_FLIGHT
 from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF, STUCK_SECONDS
 from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, Limits, StreamPhase
@@ -133,7 +136,7 @@ def restart(ledger: Ledger, **changes: Any) -> Ledger:
     """The trainer crashes and comes back with a checkpoint of this moment."""
     document, bits = ledger.state()
     successor = make_ledger(**({"capacity": ledger.limits.capacity, "incarnation": "second"} | changes))
-    successor.restore(json.loads(json.dumps(document)), bits)
+    successor.restore(ledger_through_json(document), bits)
     return successor
 
 
@@ -703,7 +706,7 @@ def test_what_an_older_release_set_aside_stays_listed() -> None:
     join(ledger)
     document, bits = ledger.state()
     entry = {"epoch": 0, "shard": 9, "rows": 4, "reason": "3 producers in a row ended on it without sending a row"}
-    document |= {"set_aside": [entry], "rows_set_aside": 4}
+    document = replace(document, set_aside=[QuarantinedShardState(**entry)], rows_set_aside=4)
     successor = make_ledger(incarnation="second")
     successor.restore(document, bits)
     assert successor.retry_quarantined() == 0 and successor.shards.quarantined == [QuarantinedShard(**entry)]
@@ -1090,12 +1093,12 @@ def test_state_is_one_instant() -> None:
     """What happens after `state` does not reach into the document, and restoring does not use it up."""
     ledger, lease = half_done()
     document, bits = ledger.state()
-    before = json.dumps(document)
+    before = deepcopy(document)
     ledger.shard_fail("ada-1", ShardFail(**named(lease), error="late", retry=False), now=0.0)
     make_ledger().restore(document, bits)
     successor = make_ledger()
     successor.restore(document, bits)
-    assert json.dumps(document) == before == json.dumps(successor.state()[0])
+    assert document == before == successor.state()[0]
 
 
 def test_fresh_ledger_can_be_saved() -> None:

@@ -13,7 +13,6 @@ By default 100 examples of 40 steps, the same each time: a few seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter, deque
@@ -49,6 +48,8 @@ from producer.wire import (
     pack_bits,
     unpack_bits,
 )
+from tests.small_run import ledger_through_json
+from trainer.state.format import LedgerState, ShardBits
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.ledger.credit import LEASES_PER_PRODUCER, CreditPolicy, FairCredit
 from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF
@@ -298,7 +299,7 @@ class Stream(RuleBasedStateMachine):
         self.starts = self.born = 0
         self.producers: list[ModelProducer] = []
         self.zombies: list[Pipe] = []
-        self.checkpoint: tuple[str, dict[str, bytes], Books] | None = None
+        self.checkpoint: tuple[LedgerState, dict[int, ShardBits], Books] | None = None
         self.boot()
         self.add_producer()
 
@@ -312,8 +313,8 @@ class Stream(RuleBasedStateMachine):
         self.buffer = ShuffleBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=self.starts)
         self.books = Books()
         if self.checkpoint is not None:
-            document, bits, books = self.checkpoint
-            self.ledger.restore(json.loads(document), {name: np.frombuffer(b, np.uint8) for name, b in bits.items()})
+            state, bits, books = self.checkpoint
+            self.ledger.restore(state, bits)
             self.books = books.restored()
         self.hand: Batch | None = None
         self.serials: dict[int, Name] = {}
@@ -491,8 +492,8 @@ class Stream(RuleBasedStateMachine):
 
     def write_checkpoint(self) -> None:
         self.step()
-        document, bits = self.ledger.state()
-        self.checkpoint = (json.dumps(document), {name: b.tobytes() for name, b in bits.items()}, deepcopy(self.books))
+        state, bits = self.ledger.state()
+        self.checkpoint = (ledger_through_json(state), deepcopy(bits), deepcopy(self.books))
 
     # What must hold after each move
 

@@ -31,7 +31,8 @@ from tests.test_ledger_machine import (
     move,
     shards,
 )
-from trainer.stream.buffer import BufferState, OrderedBuffer, pool_rows
+from trainer.state.format import NEW_BUFFER, BufferState
+from trainer.stream.buffer import OrderedBuffer, pool_rows
 from trainer.stream.ledger.credit import CreditPolicy, OrderedCredit
 from trainer.stream.ledger.ledger import Limits
 from trainer.stream.ledger.shards import epoch_order
@@ -58,7 +59,7 @@ class OrderedStream(Stream):
         self.now = 0.0
         self.starts = self.born = 0
         self.producers, self.zombies, self.checkpoint = [], [], None
-        self.saved: tuple[BufferState, list[list[Name]]] = ((None, {}), [])
+        self.saved: tuple[BufferState, list[list[Name]]] = (NEW_BUFFER, [])
         self.boot()
         self.add_producer()
 

@@ -26,7 +26,7 @@ from producer.common.parsing import MAX_DEPTH, ParseError, parse_json, parse_obj
 from producer.common.run_file import read_run_file
 from producer.common.toml import SettingsError
 from producer.settings import ProducerSettings
-from tests.small_run import publish_snapshot, start_run
+from tests.small_run import publish_snapshot, small_checkpoint, start_run
 from trainer.control.ctl import CtlError, read_sae_table
 from trainer.saes.formats import read_published
 from trainer.saes.inference import load_sae
@@ -133,7 +133,7 @@ def test_a_wrong_override_is_refused(tmp_path: Path, value: str) -> None:
 
 def test_a_wrong_checkpoint_is_refused(tmp_path: Path, bad: bytes) -> None:
     """Whoever can write there can write the hashes too; and the file of the hashes may be as wrong."""
-    folder = save(tmp_path, 1000, {}, {}, keep=1)
+    folder = save(tmp_path, small_checkpoint(), keep=1)
     (folder / "state.json").write_bytes(bad)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in folder.glob("state.*")}
     (folder / "complete.json").write_text(json.dumps(files))

@@ -95,7 +95,7 @@ def test_a_trainer_and_a_producer_leave_on_signals_that_used_to_kill_them(tmp_pa
         trainer.send_signal(signal.SIGHUP)
         assert trainer.wait(30) == 0
         saved = load_newest(scene.run)
-        assert saved is not None and saved[0]["ledger"]["rows_trained"] == scene.trained >= 3000
+        assert saved is not None and saved.document.ledger.rows_trained == scene.trained >= 3000
         producer.send_signal(signal.SIGUSR2)
         assert producer.wait(30) == 0
         trainer, _ = scene.trainer(), scene.producer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
+from tests.small_run import by_key
 from tests.small_training import Silent
 from trainer.control.commands import handle
 from trainer.control.requests import Inbox
@@ -157,15 +159,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole.initialise(some[0].x)
     for batch in some[:4]:
         whole.train_step(batch)
-    document, tensors = whole.state()
-    tensors = {name: value.clone() for name, value in tensors.items()}
+    state, tensors = deepcopy(whole.state())
     resumed = two_hooks(tmp_path)
-    resumed.restore(document, tensors)
+    resumed.restore(state, tensors)
     for batch in some[4:]:
         whole.train_step(batch)
         resumed.train_step(batch)
 
-    ours, theirs = resumed.state()[1], whole.state()[1]
+    ours, theirs = by_key(resumed.state()[1]), by_key(whole.state()[1])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
+from tests.small_run import by_key, checkpoint_of
 from tests.small_saes import FAMILY, UNSCALED, learn, rows_of, sae_trainer_of, settings_of, trained
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
@@ -23,6 +25,7 @@ from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.state.checkpoint import load_newest, save
+from trainer.state.format import CheckpointTensors, encode_tensors
 from trainer.stream.buffer import Batch
 from trainer.training.optimizer import RowAdam
 from trainer.training.run import Run, scale_of
@@ -128,11 +131,11 @@ def test_deadness_is_unknown_until_enough_was_seen() -> None:
 def test_bug_23_reports_change_nothing() -> None:
     """An SAE trainer's neither: state before and after a report are the same bits."""
     sae_trainer = trained(settings_of("topk", ema_tokens=64), steps=3)
-    before = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
+    before = {name: value.clone() for name, value in sae_trainer.state()[1].by_key().items()}
     first, second = sae_trainer.report(UNSCALED), sae_trainer.report(UNSCALED)
 
     assert first == second
-    assert all(torch.equal(before[name], value) for name, value in sae_trainer.state()[1].items())
+    assert all(torch.equal(before[name], value) for name, value in sae_trainer.state()[1].by_key().items())
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("topk", 2.0), ("topk transcoder", 4.0)])
@@ -150,11 +153,13 @@ def test_bug_23_reading_statistics_changes_nothing() -> None:
     torch.manual_seed(0)
     statistics, x = Statistics(3, torch.zeros(2)), torch.randn(10, 2)
     statistics.update(x, 0.9 * x, nothing_fired(10, 3))
-    before = {name: value.clone() for name, value in statistics.state().items()}
+    before = deepcopy(vars(statistics.state()))
     first = statistics.summary(), statistics.density(), statistics.dead(5)
 
     assert first == (statistics.summary(), statistics.density(), statistics.dead(5))
-    assert all(torch.equal(before[name], value) for name, value in statistics.state().items())
+    after = vars(statistics.state())
+    assert before.pop("tokens") == after.pop("tokens")
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_density_sorts_latents_by_their_firing_rate() -> None:
@@ -227,14 +232,14 @@ def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
     parameters = {"W_dec": torch.zeros(3, 2), "b_enc": torch.zeros(3), "b_dec": torch.zeros(3)}
     optimizer = RowAdam(parameters, OptimizerSettings(), unit_decoder=False)
     optimizer.step({name: torch.ones_like(value) for name, value in parameters.items()}, 0.1)
-    before = {name: value.clone() for name, value in optimizer.state().items()}
+    before = deepcopy(optimizer.state())
     optimizer.forget(torch.tensor([1]))
-    after = optimizer.state()
+    state = optimizer.state()
 
-    for moment in ("exp_avg", "exp_avg_sq"):
-        assert not after[f"W_dec.{moment}"][1].any() and after[f"b_enc.{moment}"][1] == 0
-        assert torch.equal(after[f"W_dec.{moment}"][[0, 2]], before[f"W_dec.{moment}"][[0, 2]])
-        assert torch.equal(after[f"b_dec.{moment}"], before[f"b_dec.{moment}"])
+    for after, earlier in ((state.exp_avg, before.exp_avg), (state.exp_avg_sq, before.exp_avg_sq)):
+        assert not after["W_dec"][1].any() and after["b_enc"][1] == 0
+        assert torch.equal(after["W_dec"][[0, 2]], earlier["W_dec"][[0, 2]])
+        assert torch.equal(after["b_dec"], earlier["b_dec"])
 
 
 # Steps
@@ -244,11 +249,11 @@ def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
 def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
     """One NaN row costs its step, not the run, and the count says so; the next step is as good as ever."""
     sae_trainer = trained(settings_of(kind, ema_tokens=64), steps=2)
-    before = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
+    before = {name: value.clone() for name, value in sae_trainer.state()[1].by_key().items()}
     rows = rows_of(sae_trainer.settings, 64, 50)
     rows["a"][3, 2] = math.nan
     sae_trainer.step(rows)
-    after = {name: value.clone() for name, value in sae_trainer.state()[1].items()}
+    after = {name: value.clone() for name, value in sae_trainer.state()[1].by_key().items()}
     sae_trainer.step(rows_of(sae_trainer.settings, 64, 51))
 
     assert sae_trainer.skipped_steps == 1
@@ -326,8 +331,9 @@ def test_an_sae_may_have_any_name() -> None:
     sae_trainer = SaeTrainer(
         settings, OptimizerSettings(), SaeHooks(("a",), ("a",)), {"a": 4}, torch.device("cpu"), torch.float32
     )
+    tensors = CheckpointTensors({"ledger": sae_trainer.state()[1]}, shards={}, buffer_names=None)
 
-    assert all(name.startswith("sae/ledger/") for name in sae_trainer.state()[1])
+    assert all(key.startswith("sae/ledger/") for key in encode_tensors(tensors))
 
 
 def test_bug_10_each_sae_counts_its_own_rows() -> None:
@@ -389,15 +395,15 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
     # Latents that nothing wakes: they die, and are worked on before and after the interruption.
     whole.sae.b_enc[:4] = -50.0
     learn(whole, batches[:4])
-    document, tensors = whole.state()
-    tensors = {name: value.clone() for name, value in tensors.items()}
+    document, tensors = deepcopy(whole.state())
     learn(whole, batches[4:])
     resumed = fresh()
     resumed.restore(document, tensors)
     learn(resumed, batches[4:])
 
-    (ours_said, ours), (theirs_said, theirs) = resumed.state(), whole.state()
-    assert ours_said == theirs_said
+    our_state, their_state = resumed.state()[0], whole.state()[0]
+    assert our_state == their_state
+    ours, theirs = resumed.state()[1].by_key(), whole.state()[1].by_key()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert repr(resumed.report(UNSCALED)) == repr(whole.report(UNSCALED))
@@ -426,7 +432,7 @@ def test_an_interrupted_cooldown_goes_on() -> None:
     learn(whole, [rows_of(settings, 64, 20)])
     document, tensors = whole.state()
     resumed = sae_trainer_of(settings)
-    resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
+    resumed.restore(document, deepcopy(tensors))
     learn(resumed, [rows_of(settings, 64, 21)])
 
     # Ten batches seen, two to go: the second of them begins at half of the way.
@@ -440,7 +446,7 @@ def test_an_average_may_be_asked_for_or_given_up_when_a_run_is_resumed(before: i
     whole = trained(settings_of("topk", ema_tokens=before), steps=4)
     document, tensors = whole.state()
     resumed = sae_trainer_of(settings_of("topk", ema_tokens=after))
-    resumed.restore(document, {name: value.clone() for name, value in tensors.items()})
+    resumed.restore(document, deepcopy(tensors))
     begun = resumed.ema_sae
     learn(resumed, [rows_of(resumed.settings, 64, 9)])
 
@@ -491,19 +497,19 @@ def test_bug_11_a_run_of_every_architecture_resumes_from_disk_bit_for_bit(tmp_pa
     whole.initialise(batch_of(0).x)
     for seed in range(1, 5):
         whole.train_step(batch_of(seed))
-    save(tmp_path, 256, *whole.state(), keep=1)
+    save(tmp_path, checkpoint_of(whole), keep=1)
     for seed in range(5, 9):
         whole.train_step(batch_of(seed))
     resumed, saved = family_run(tmp_path), load_newest(tmp_path)
     assert saved is not None
-    resumed.restore(*saved)
+    resumed.restore(saved.document.run, saved.tensors.saes)
     for seed in range(5, 9):
         resumed.train_step(batch_of(seed))
 
-    ours, theirs = resumed.state(), whole.state()
-    assert ours[0] == theirs[0]
-    assert ours[1].keys() == theirs[1].keys()
-    assert all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
+    assert resumed.state()[0] == whole.state()[0]
+    ours, theirs = by_key(resumed.state()[1]), by_key(whole.state()[1])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 # Schedules
@@ -668,7 +674,7 @@ def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> No
     untouched = torch.equal(sae_trainer.sae.W_enc[:4], before["W_enc"][:4])
     adam = sae_trainer.optimizer.state()
     for name in ("W_enc", "W_dec", "b_enc"):
-        adam[f"{name}.exp_avg"][:4] = adam[f"{name}.exp_avg_sq"][:4] = 1.0  # as of latents that have lived before
+        adam.exp_avg[name][:4] = adam.exp_avg_sq[name][:4] = 1.0  # as of latents that have lived before
     learn(sae_trainer, [rows_of(sae_trainer.settings, 64, 3)])
     others = sae_trainer.sae.W_enc[4:].norm(dim=1).mean()
 
@@ -677,9 +683,9 @@ def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> No
     assert sae_trainer.sae.b_enc[:4].tolist() == [0.0] * 4
     torch.testing.assert_close(sae_trainer.sae.W_enc[:4].norm(dim=1), (0.2 * others).expand(4))
     for name in ("W_enc", "W_dec", "b_enc"):
-        for moment in ("exp_avg", "exp_avg_sq"):
-            assert not adam[f"{name}.{moment}"][:4].any()
-            assert adam[f"{name}.{moment}"][4:].any()
+        for moment in (adam.exp_avg, adam.exp_avg_sq):
+            assert not moment[name][:4].any()
+            assert moment[name][4:].any()
     assert sae_trainer.statistics.tokens_since_fired[:4].tolist() == [0] * 4
 
 

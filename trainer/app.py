@@ -28,9 +28,10 @@ from trainer.reporting import Reporter
 from trainer.saes.start import check_starts
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, supersede_after
-from trainer.state.check import ledger_faults
-from trainer.state.checkpoint import CheckpointError, Saved, load_newest, start_fault
+from trainer.state.audit import ledger_faults
+from trainer.state.checkpoint import CheckpointError, load_newest, start_fault
 from trainer.state.durable import replace_text, sweep
+from trainer.state.format import NEW_BUFFER, Checkpoint
 from trainer.state.home import Home, HomeError
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer, pool_rows
 from trainer.stream.intake import TORCH_DTYPE, Intake, IntakeError, check_room
@@ -62,7 +63,7 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         if saved is None:
             check_starts(settings)
             _rename_old_reports(directory)
-        roster = Roster.of(settings.sae) if saved is None else roster_of(saved[0], settings)
+        roster = Roster.of(settings.sae) if saved is None else roster_of(saved.document, settings)
         write_settings(settings, roster)
         ledger = open_ledger(settings, saved)
         if snapshots := supersede_after(directory, ledger.tokens_trained):
@@ -106,7 +107,7 @@ def _rename_old_reports(directory: Path) -> None:
             log.info("%s is of an earlier start, which left no checkpoint; it is %s now", path, new_path.name)
 
 
-def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
+def open_ledger(settings: TrainerSettings, saved: Checkpoint | None) -> Ledger:
     """The ledger of a new run, or of the one that `saved` holds. Raises CheckpointError when that does not balance."""
     deterministic = settings.run.deterministic
     limits = Limits(
@@ -129,16 +130,13 @@ def open_ledger(settings: TrainerSettings, saved: Saved | None) -> Ledger:
         policy = OrderedCredit(limits.capacity - pool_rows(limits.capacity), limits.dead_seconds)
     ledger = Ledger(limits, uuid.uuid4().hex[:12], uuid.uuid4().hex, [settings.stream.endpoint], policy)
     if saved is not None:
-        document, tensors = saved
-        if faults := ledger_faults(document["ledger"], tensors):
+        books, bits = saved.document.ledger, saved.tensors.shards
+        if faults := ledger_faults(books, bits):
             raise CheckpointError(
                 f"the newest checkpoint of {settings.run.folder} does not balance: {'; '.join(faults)}. Rows would "
                 "be trained twice, or never: remove that checkpoint to resume from the one before it"
             )
-        bits = {
-            name.removeprefix("ledger/"): bits.numpy() for name, bits in tensors.items() if name.startswith("ledger/")
-        }
-        ledger.restore(document["ledger"], bits)
+        ledger.restore(books, bits)
         log.info("resuming run %s at %s rows", ledger.run, f"{ledger.tokens_trained:,}")
         if not ledger.phase.is_receiving and quarantine_fault(settings, ledger.quarantine):
             log.warning("the run had failed; %d quarantined shards are tried again", ledger.retry_quarantined())
@@ -164,7 +162,7 @@ def _train(
     inbox: Inbox,
     ledger: Ledger,
     roster: Roster,
-    saved: Saved | None,
+    saved: Checkpoint | None,
     metrics: TrainerMetrics,
     health: TrainerHealth,
 ) -> None:
@@ -178,7 +176,7 @@ def _train(
         log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
         return buffer
 
-    buffer_state = buffer_of(saved, settings) if saved is not None else (None, {})
+    buffer_state = buffer_of(saved, settings) if saved is not None else NEW_BUFFER
     intake = Intake(settings.stream, ledger, make_buffer, buffer_state)
     with intake, Reporter(home.path, metrics) as reporter:
         if settings.stream.keys is not None:

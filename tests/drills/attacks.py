@@ -143,8 +143,8 @@ def _errors_at_the_end(scene: Scene, trainer: subprocess.Popen[bytes]) -> dict[s
     scene.judge_logs()
     saved = load_newest(scene.run)
     assert saved is not None
-    assert not saved[0]["ledger"]["sessions_lost"], "the producer's session did not survive"
-    errors: dict[str, int] = saved[0]["ledger"]["errors"]
+    assert not saved.document.ledger.sessions_lost, "the producer's session did not survive"
+    errors: dict[str, int] = saved.document.ledger.errors
     return errors
 
 

@@ -53,10 +53,10 @@ def malformed(folder: Path, quick: bool) -> Outcome:
         assert trainer.wait(60) == 0
         saved = load_newest(scene.run)
         assert saved is not None
-        ledger = saved[0]["ledger"]
-        counted = sum(ledger["errors"].values())
-        assert counted >= count, f"{counted:,} of {count:,} malformed messages were counted: {ledger['errors']}"
-        assert not ledger["sessions_lost"], "the producer's session did not survive"
+        ledger = saved.document.ledger
+        counted = sum(ledger.errors.values())
+        assert counted >= count, f"{counted:,} of {count:,} malformed messages were counted: {ledger.errors}"
+        assert not ledger.sessions_lost, "the producer's session did not survive"
         scene.judge_logs()
         share = sum(flooded) / sum(alone)
         note = f"malformed messages, {PER_SECOND:,} a second; training at {share:.2f} of its rate"

@@ -182,6 +182,6 @@ def _under(
         proxy.close()
         saved = load_newest(scene.run)
         assert saved is not None
-        lost = saved[0]["ledger"]["sessions_lost"]
+        lost = saved.document.ledger.sessions_lost
         assert not (nobody_dies and lost), f"{lost} sessions were taken for dead"
         return scene.outcome(rounds, epochs, note=f"{lost} sessions lost")

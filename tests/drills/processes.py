@@ -45,7 +45,7 @@ def _lost_sessions(scene: Scene) -> str:
     """What the trainer counted; a death must tell."""
     saved = load_newest(scene.run)
     assert saved is not None
-    lost = saved[0]["ledger"]["sessions_lost"]
+    lost = saved.document.ledger.sessions_lost
     assert lost, "producers died, and sluice_sessions_lost_total says nothing"
     return f"{lost} sessions lost"
 
@@ -61,12 +61,10 @@ def producers_crash_in_a_loop(folder: Path, quick: bool) -> Outcome:
         assert trainer.wait(300) == 0
         saved = load_newest(scene.run)
         assert saved is not None
-        ledger = saved[0]["ledger"]
-        assert not ledger["set_aside"] and ledger["sessions_lost"] >= deaths
+        ledger = saved.document.ledger
+        assert not ledger.set_aside and ledger.sessions_lost >= deaths
         assert "producers in a row were lost on shard" in scene.log()
-        told = scene.outcome(
-            deaths, epochs, note=f"deaths before the first row, {len(ledger['set_aside'])} shards lost"
-        )
+        told = scene.outcome(deaths, epochs, note=f"deaths before the first row, {len(ledger.set_aside)} shards lost")
         told.recovery = None
         return told
 
@@ -274,7 +272,7 @@ def clock_jumps(folder: Path, quick: bool) -> Outcome:
         scene.producer(), scene.producer()
         assert trainer.wait(200) == 0
         saved = load_newest(scene.run)
-        assert saved is not None and saved[0]["ledger"]["sessions_lost"] == 0
+        assert saved is not None and saved.document.ledger.sessions_lost == 0
         return scene.outcome(1, 4)
 
 

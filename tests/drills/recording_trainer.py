@@ -3,9 +3,9 @@
     python tests/drills/recording_trainer.py ROWS_FILE RUN.toml [section.key=value …]
 
 Where `named_producer` streams, a row's content is its name, so ROWS_FILE tells which rows were trained, in
-which order. Its length is part of each checkpoint: what a killed trainer wrote after its last checkpoint is cut off
-when the next one resumes, so that the file always holds the surviving lineage. Whether memory keeps its bound is asked
-whenever the ledger's clock ticks, every few milliseconds. In the environment:
+which order. What a killed trainer wrote after its last checkpoint is cut off when the next one resumes, so that the
+file always holds the surviving lineage. Whether memory keeps its bound is asked whenever the ledger's clock ticks,
+every few milliseconds. In the environment:
 
     SECONDS_PER_STEP=0.1     each step lasts that much longer, so that there is a middle to do something in
     WATCH=checkpoint         every file operation in that folder of the run is a labelled point: see `Points`
@@ -29,12 +29,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import trainer.training.loop
 from trainer.__main__ import main
+from trainer.state.format import LedgerState, RunState, SaeTensors, ShardBits
 from trainer.stream.buffer import Batch
 from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.sessions import Send
 from trainer.training.run import Run
 
 ROWS_FILE = Path(sys.argv[1])
+ROW_BYTES = 12
 PACE = float(os.environ.get("SECONDS_PER_STEP", "0"))
 
 
@@ -50,14 +52,26 @@ class RecordingRun(Run):
         super().train_step(batch)
         self._file.write(batch.x[0][:, :3].float().numpy().astype(np.int32).tobytes())
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def state(self) -> tuple[RunState, dict[str, SaeTensors]]:
         self._file.flush()
-        document, tensors = super().state()
-        return document | {"rows_file": ROWS_FILE.stat().st_size}, tensors
+        return super().state()
 
-    def restore(self, document: dict[str, Any], tensors: dict[str, Any]) -> None:
-        super().restore(document, tensors)
-        self._file.truncate(document.get("rows_file", 0))
+    def restore(self, state: RunState, tensors: dict[str, SaeTensors]) -> None:
+        super().restore(state, tensors)
+        if not state.step:
+            self._file.truncate(0)
+
+
+def cut_on_resume() -> None:
+    """Cuts ROWS_FILE to the rows that the ledger of a checkpoint counts as trained."""
+    restore = Ledger.restore
+
+    def cut(self: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:
+        restore(self, state, bits)
+        if ROWS_FILE.exists():
+            os.truncate(ROWS_FILE, ROW_BYTES * state.rows_trained)
+
+    Ledger.restore = cut  # type: ignore[method-assign]
 
 
 def audit_every_tick() -> None:
@@ -112,6 +126,7 @@ def jumping_clock() -> None:
 
 if __name__ == "__main__":
     audit_every_tick()
+    cut_on_resume()
     if watched := os.environ.get("WATCH"):
         Points(watched, int(os.environ.get("DIE_AT", "0")))
     if "CLOCK_JUMPS" in os.environ:

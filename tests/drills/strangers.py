@@ -121,13 +121,13 @@ def broken_shards(folder: Path, quick: bool) -> Outcome:
         assert trainer.wait(300) == 0
         saved = load_newest(scene.run)
         assert saved is not None
-        aside = saved[0]["ledger"]["set_aside"]
-        assert sorted((one["epoch"], one["shard"]) for one in aside) == sorted(
+        aside = saved.document.ledger.set_aside
+        assert sorted((one.epoch, one.shard) for one in aside) == sorted(
             (epoch, shard) for epoch in range(epochs) for shard in (*raising, *nan, *infinite)
         )
         for entry in aside:
-            expected = "cannot be read" if entry["shard"] in raising else "NaN or infinity"
-            assert expected in entry["reason"], entry
+            expected = "cannot be read" if entry.shard in raising else "NaN or infinity"
+            assert expected in entry.reason, entry
         return scene.outcome(
             len(aside), epochs, aside={*raising, *nan, *infinite}, note="shards quarantined, each after three attempts"
         )

@@ -1,11 +1,11 @@
-"""PRIVATE: what resuming needs, written whole or not at all; the newest complete one wins.
+"""Checkpoints on disk, each written whole or not at all; a run goes on from the newest complete one.
 
     checkpoint/000001234567-000042/      tokens trained, number of the checkpoint
         state.safetensors                       every tensor: weights, moments, statistics, trained bits
         state.json                              everything else: ledger, counters, random states, scales
         complete.json                           written last: sizes and sha256 of the two
 
-One checkpoint is one instant: weights and the ledger's trained bits are taken between two steps.
+The contents of the two files are defined in `format`.
 """
 
 from __future__ import annotations
@@ -13,36 +13,45 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from producer.common.parsing import read_object
 from trainer.snapshot import SnapshotError, file_sha256, is_pinned, read_manifest, snapshot_names
 from trainer.state.durable import new_folder, remove_folder, sweep
+from trainer.state.format import (
+    Checkpoint,
+    UnknownVersion,
+    decode_document,
+    decode_tensors,
+    encode_document,
+    encode_tensors,
+)
 
-FORMAT = 3
 NAME = re.compile(r"\d{12,}-\d{6,}")
-FILES = ("state.json", "state.safetensors")
-
-Saved = tuple[dict[str, Any], dict[str, Tensor]]
-"""A checkpoint: (plain JSON, tensors)."""
+DOCUMENT, TENSORS = "state.json", "state.safetensors"
+FILES = (DOCUMENT, TENSORS)
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used for this run. The message says what to do."""
 
 
-def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> Path:
-    """Writes a checkpoint and removes the oldest beyond `keep`."""
+def save(run_directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes a checkpoint and removes the oldest beyond `keep`. Returns its folder."""
     folder = run_directory / "checkpoint"
     number = 1 + max((int(path.name.split("-")[1]) for path in complete(folder)), default=0)
-    final = folder / f"{tokens:012d}-{number:06d}"
+    final = folder / f"{checkpoint.tokens:012d}-{number:06d}"
+    tensors = {
+        key: (torch.from_numpy(value) if isinstance(value, np.ndarray) else value).contiguous()
+        for key, value in encode_tensors(checkpoint.tensors).items()
+    }
     with new_folder(final) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **document}))
+        save_file(tensors, temporary / TENSORS)
+        (temporary / DOCUMENT).write_text(json.dumps(encode_document(checkpoint.document)))
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(temporary.iterdir())
@@ -53,32 +62,30 @@ def save(run_directory: Path, tokens: int, document: dict[str, Any], tensors: di
     return final
 
 
-def load_newest(run_directory: Path) -> Saved | None:
+def load_newest(run_directory: Path) -> Checkpoint | None:
     """The newest complete checkpoint, or None for a new run.
 
-    Raises CheckpointError when the newest complete one is damaged or of a format this version does not read.
+    Raises CheckpointError when it is damaged or of a format that this version does not read.
     """
     folder = run_directory / "checkpoint"
     sweep(folder)
-    found = complete(folder)
-    return read(found[-1]) if found else None
+    folders = complete(folder)
+    return read(folders[-1]) if folders else None
 
 
-def read(folder: Path) -> Saved:
+def read(folder: Path) -> Checkpoint:
     """One complete checkpoint. Raises CheckpointError when it is damaged or of a format this version does not read."""
     if damage := _damage(folder):
         raise CheckpointError(f"{damage}: {_way_out(folder)}")
     try:
-        document = read_object(folder / "state.json")
-        tensors = load_file(folder / "state.safetensors")
+        document = decode_document(read_object(folder / DOCUMENT))
+        return Checkpoint(document, decode_tensors(load_file(folder / TENSORS), document))
+    except UnknownVersion as error:
+        raise CheckpointError(
+            f"{folder} {error}: resume with the version that wrote it, or start a new run directory"
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): {_way_out(folder)}") from None
-    if document.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {document.get('format')!r}, this version reads {FORMAT}: resume with the version "
-            "that wrote it, or start a new run directory"
-        )
-    return document, tensors
 
 
 def _way_out(folder: Path) -> str:
@@ -106,32 +113,32 @@ def _damage(folder: Path) -> str | None:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
-    found = [path for path in folder.glob("*-*") if NAME.fullmatch(path.name) and (path / "complete.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    folders = [path for path in folder.glob("*-*") if NAME.fullmatch(path.name) and (path / "complete.json").is_file()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 
 
-def start_fault(run_directory: Path, saved: Saved | None) -> str | None:
-    """Why a trainer must not start here with its newest checkpoint `saved`, and what to do; None when it may.
+def start_fault(run_directory: Path, saved: Checkpoint | None) -> str | None:
+    """Why a trainer must not start here from `saved`, its newest checkpoint, and what to do; None when it may.
 
-    A run without a checkpoint begins anew, and must not do so among the work of another one: a snapshot is only
-    published when there is a checkpoint, so that whoever finds snapshots and no checkpoint has lost it.
+    A run without a checkpoint begins anew, and must not do so among the files of another one. A snapshot is published
+    only when there is a checkpoint: where there are snapshots and no checkpoint, it was lost.
     """
     names = snapshot_names(run_directory)
     if saved is not None:
-        return _other_run(run_directory, names, saved[0]["ledger"]["run"])
+        return _other_run(run_directory, names, saved.document.ledger.run)
     folder = run_directory / "checkpoint"
-    what = [f"{len(names)} snapshots, {names[0]} to {names[-1]}"] if names else []
-    what += ["summary.json"] if (run_directory / "summary.json").exists() else []
+    contents = [f"{len(names)} snapshots, {names[0]} to {names[-1]}"] if names else []
+    contents += ["summary.json"] if (run_directory / "summary.json").exists() else []
     if folder.exists() and not folder.is_dir():
-        what.append("a file where the folder checkpoint should be")
+        contents.append("a file where the folder checkpoint should be")
     elif torn := [path.name for path in folder.glob("*-*") if NAME.fullmatch(path.name)]:
-        what.append(f"checkpoint {max(torn)} without its complete.json")
-    if not what:
+        contents.append(f"checkpoint {max(torn)} without its complete.json")
+    if not contents:
         return None
     return (
-        f"{run_directory} holds {' and '.join(what)}, and no checkpoint to go on from: training would begin anew among "
-        "them. Bring the folder checkpoint back from a backup, choose another run.directory, or move what is there "
-        f"away: mv {run_directory} {run_directory}.old"
+        f"{run_directory} holds {' and '.join(contents)}, and no checkpoint to go on from: training would begin anew "
+        "among them. Bring the folder checkpoint back from a backup, choose another run.directory, or move what is "
+        f"there away: mv {run_directory} {run_directory}.old"
     )
 
 
@@ -142,7 +149,7 @@ def _other_run(run_directory: Path, names: list[str], run: str) -> str | None:
         try:
             other = read_manifest(folder / name)["run"]["id"]
         except (SnapshotError, LookupError, TypeError):
-            continue  # `check` tells of it
+            continue  # `check` reports it
         if other == run:
             return None
         return (

@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+
+from trainer.state.format import BufferState
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,6 @@ class Batch:
     """One [batch, width] per hook, in the buffer's dtype."""
     serial: np.ndarray
     position: np.ndarray
-
-
-BufferState = tuple[dict[str, Any] | None, dict[str, np.ndarray]]
-"""What a checkpoint keeps of a buffer: the state of the draw, and arrays of names."""
 
 
 class ShuffleBuffer:
@@ -124,13 +121,13 @@ class ShuffleBuffer:
         return self.rows
 
     def state(self) -> BufferState:
-        """What a checkpoint keeps: no row, only the state of the draw."""
-        return dict(self._random.bit_generator.state), {}
+        """The state of the draw, without the activations."""
+        return BufferState(dict(self._random.bit_generator.state))
 
     def restore(self, state: BufferState) -> None:
         """Goes on drawing where `state` was taken."""
-        if state[0] is not None:
-            self._random.bit_generator.state = state[0]
+        if state.random is not None:
+            self._random.bit_generator.state = state.random
 
 
 class OrderedBuffer(ShuffleBuffer):
@@ -228,12 +225,12 @@ class OrderedBuffer(ShuffleBuffer):
         """No row, but the settled ones' names, int64 serials and positions in the pool's order."""
         slots = self._order[: self._settled]
         names = self._named if self._missing else np.stack([self._serial[slots], self._position[slots]])
-        return super().state()[0], {"names": names}
+        return BufferState(super().state().random, names)
 
     def restore(self, state: BufferState) -> None:
         super().restore(state)
-        if "names" in state[1]:
-            self._named = state[1]["names"]
+        if state.names is not None:
+            self._named = state.names
             self._missing = self._named.shape[1]
 
 

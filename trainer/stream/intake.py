@@ -49,7 +49,8 @@ from producer.wire import (
 from trainer.phases import RunPhase
 from trainer.planning.cost import buffer_bytes
 from trainer.report import StreamReport
-from trainer.stream.buffer import Batch, BufferState, ShuffleBuffer
+from trainer.state.format import NEW_BUFFER, BufferState
+from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.connections import Connection, Connections
 from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, StreamPhase
 from trainer.stream.ledger.sessions import Send, activation_bytes
@@ -108,7 +109,7 @@ class Intake:
         settings: StreamSettings,
         ledger: Ledger,
         make_buffer: Callable[[Hello], ShuffleBuffer],
-        saved: BufferState = (None, {}),
+        saved: BufferState = NEW_BUFFER,
     ) -> None:
         """`make_buffer` may raise NoRoomError; `saved` is what a checkpoint kept of the buffer."""
         self.ledger = ledger

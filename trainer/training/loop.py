@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from safetensors import SafetensorError
 
 from producer.common.shell import shell_command
@@ -22,7 +21,7 @@ from trainer.report import StepReport
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
 from trainer.state import checkpoint
-from trainer.state.checkpoint import Saved
+from trainer.state.format import Checkpoint, CheckpointDocument, CheckpointTensors, RunState, SaeTensors
 from trainer.stream.buffer import Batch
 from trainer.stream.intake import Intake
 from trainer.stream.ledger.ledger import StreamPhase
@@ -43,7 +42,7 @@ REMINDER_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 """After a last snapshot of an SAE could not be written."""
 
-NEW: Saved = ({"step": 0, "seconds": 0.0, "scales": None, "saes": {}, "buffer_random": None}, {})
+NEW_RUN = RunState(step=0, seconds=0.0, scales=None, saes={})
 
 
 class Listener(Protocol):
@@ -68,7 +67,7 @@ class Loop:
         inbox: Inbox,
         listener: Listener,
         handle_request: Callable[[Loop, Request], None],
-        saved: Saved | None = None,
+        saved: Checkpoint | None = None,
         starved_report_seconds: float = STARVED_REPORT_SECONDS,
     ) -> None:
         """`handle_request` carries out and answers what the `inbox` brings; `saved` is the checkpoint to resume from.
@@ -85,7 +84,7 @@ class Loop:
         self._inbox = inbox
         self._listener = listener
         self._handle_request = handle_request
-        self._saved = saved or NEW
+        self._saved = (NEW_RUN, dict[str, SaeTensors]()) if saved is None else (saved.document.run, saved.tensors.saes)
         self._starved_report_seconds = starved_report_seconds
         self._meter = Meter(self.tokens)
         self._reminded_at = time.monotonic()
@@ -161,8 +160,8 @@ class Loop:
         """Restores the run that was saved, or makes a new one, once the shape of the stream is known."""
         if self.run is None and (stream := self.intake.stream) is not None:
             run = Run(self.settings, stream, self.roster)
-            document, tensors = self._saved
-            run.restore(document, tensors)
+            state, tensors = self._saved
+            run.restore(state, tensors)
             tensors.clear()
             self.begin(run)
 
@@ -288,18 +287,14 @@ class Loop:
         return is_written
 
     def _save(self, directory: Path) -> None:
-        saved, tensors = self._saved
-        if self.run is not None:
-            document, tensors = self.run.state()
-        else:  # what an earlier trainer left is passed on
-            document = saved | {"roster": self.roster.state()}
+        # Before there is a run, what an earlier trainer left is passed on.
+        run, saes = self._saved if self.run is None else self.run.state()
         with self.intake.lock:
-            document["ledger"], bits = self.intake.ledger.state()
-            document["buffer_random"], names = self.intake.buffer_state()
-        tensors = {name: value for name, value in tensors.items() if not name.startswith(("ledger/", "buffer/"))}
-        tensors |= {f"ledger/{name}": torch.from_numpy(value) for name, value in bits.items()}
-        tensors |= {f"buffer/{name}": torch.from_numpy(value) for name, value in names.items()}
-        checkpoint.save(directory, self.tokens, document, tensors, self.settings.checkpoint.keep)
+            ledger, shards = self.intake.ledger.state()
+            buffer = self.intake.buffer_state()
+        document = CheckpointDocument(run, self.roster.state(), ledger, buffer.random)
+        tensors = CheckpointTensors(saes, shards, buffer.names)
+        checkpoint.save(directory, Checkpoint(document, tensors), self.settings.checkpoint.keep)
 
     def write_settings(self) -> None:
         """Writes settings.toml with the SAEs of this moment."""

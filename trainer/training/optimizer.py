@@ -11,6 +11,7 @@ from trainer.kernels.operands import Operands
 from trainer.kernels.sparse import kernels
 from trainer.saes.base import SHARED
 from trainer.settings import OptimizerSettings
+from trainer.state.format import AdamState
 
 
 class RowAdam:
@@ -66,19 +67,20 @@ class RowAdam:
                 for moment in moments:
                     moment[latents] = 0.0
 
-    def state(self) -> dict[str, Tensor]:
-        """Moments and step counts, named by parameter."""
-        state = {}
-        for name, (first, second) in self._moments.items():
-            state[f"{name}.exp_avg"], state[f"{name}.exp_avg_sq"] = first, second
-            state[f"{name}.step"] = torch.tensor(float(self._steps))
-        return state
+    def state(self) -> AdamState:
+        """The moments themselves, which the next step changes, and the count of steps."""
+        return AdamState(
+            steps=self._steps,
+            exp_avg={name: first for name, (first, _) in self._moments.items()},
+            exp_avg_sq={name: second for name, (_, second) in self._moments.items()},
+        )
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: AdamState) -> None:
+        """Copies the moments that `state` returned."""
+        self._steps = state.steps
         for name, (first, second) in self._moments.items():
-            first.copy_(state[f"{name}.exp_avg"])
-            second.copy_(state[f"{name}.exp_avg_sq"])
-            self._steps = int(state[f"{name}.step"])
+            first.copy_(state.exp_avg[name])
+            second.copy_(state.exp_avg_sq[name])
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from producer.common.shell import shell_command
 from producer.common.toml import show_value
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
+from trainer.state.format import MemberState, RosterState
 
 
 class RosterError(ValueError):
@@ -101,25 +102,32 @@ class Roster:
         self.members.remove(member)
         self.gone += _names(member.settings) if keep_name else []
 
-    def state(self) -> dict[str, Any]:
-        """Plain JSON, from which `resumed` goes on."""
+    def state(self) -> RosterState:
+        """A copy, from which `resumed` goes on."""
         members = [
-            vars(member) | {"settings": member.settings.model_dump(mode="json", exclude_none=True)}
+            MemberState(
+                settings=member.settings.model_dump(mode="json", exclude_none=True),
+                number=member.number,
+                joined_at=member.joined_at,
+                attached=member.attached,
+                leaving=member.leaving,
+                ended=member.ended,
+            )
             for member in self.members
         ]
-        return vars(self) | {"members": members, "gone": list(self.gone)}
+        return RosterState(members, self.joined, list(self.gone), self.paused, self.threads)
 
 
-def resumed(saved: dict[str, Any], saes: Sequence[SaeSettings], directory: Path) -> Roster:
-    """The roster that `state` described, with what may change of the settings taken from the run file's `saes`.
+def resumed(state: RosterState, saes: Sequence[SaeSettings], directory: Path) -> Roster:
+    """The roster of a checkpoint, with what may change of the settings taken from the run file's `saes`.
 
     Raises RosterError when the file names other SAEs than the run has. It need not name those that were attached, and
     may go on naming those that were detached.
     """
     members = [
-        Member(**entry | {"settings": SaeSettings.model_validate(entry["settings"])}) for entry in saved["members"]
+        Member(**vars(member) | {"settings": SaeSettings.model_validate(member.settings)}) for member in state.members
     ]
-    roster = Roster(**saved | {"members": members})
+    roster = Roster(members, state.joined, list(state.gone), state.paused, state.threads)
     ours = {sae.name: sae.shape() for sae in saes if sae.name not in roster.gone}
     theirs = {member.name: member.settings.shape() for member in members if not member.attached or member.name in ours}
     if ours != theirs:

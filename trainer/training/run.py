@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from trainer.phases import SaePhase
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start, require_widths, start_weights
 from trainer.settings import TrainerSettings
-from trainer.state.checkpoint import CheckpointError, Saved
-from trainer.stream.buffer import Batch, BufferState, pool_rows
+from trainer.state.checkpoint import CheckpointError
+from trainer.state.format import BufferState, Checkpoint, CheckpointDocument, RunState, SaeTensors
+from trainer.stream.buffer import Batch, pool_rows
 from trainer.training.roster import Member, Roster, RosterError, resumed
 from trainer.training.sae_trainer import SaeTrainer
 
@@ -220,40 +221,27 @@ class Run:
 
     # Checkpoints
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(plain JSON, tensors) from which `restore` continues."""
-        document: dict[str, Any] = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "scales": None if self.scales is None else list(self.scales.values()),
-            "roster": self.roster.state(),
-            "saes": {},
-        }
-        tensors: dict[str, Tensor] = {}
+    def state(self) -> tuple[RunState, dict[str, SaeTensors]]:
+        """Counters, and the tensors of each SAE; SAEs without weights are left out."""
+        states = {each.settings.name: each.state() for each in self.sae_trainers if each.has_weights}
+        scales = None if self.scales is None else list(self.scales.values())
+        counters = RunState(self.step, self.seconds, scales, {name: state for name, (state, _) in states.items()})
+        return counters, {name: tensors for name, (_, tensors) in states.items()}
+
+    def restore(self, state: RunState, tensors: dict[str, SaeTensors]) -> None:
+        """Goes on from what `state` returned; the roster was handed in before, from `roster_of`."""
+        self.step, self.seconds = state.step, state.seconds
+        self.scales = None if state.scales is None else self.by_hook(state.scales)
         for sae_trainer in self.sae_trainers:
-            if not sae_trainer.has_weights:
-                continue
-            document["saes"][sae_trainer.settings.name], more = sae_trainer.state()
-            document["saes"][sae_trainer.settings.name]["matmul"] = str(sae_trainer.sae.matmul_dtype).removeprefix(
-                "torch."
-            )
-            tensors |= more
-        return document, tensors
-
-    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Becomes what `state` described; the roster was handed in before, from `roster_of`."""
-        self.step, self.seconds = document["step"], document["seconds"]
-        self.scales = None if document["scales"] is None else self.by_hook(document["scales"])
-        for sae_trainer in self.sae_trainers:
-            if (saved := document["saes"].get(sae_trainer.settings.name)) is not None:
-                sae_trainer.restore(saved, tensors)
-                sae_trainer.sae.matmul_dtype = getattr(torch, saved["matmul"])
+            name = sae_trainer.settings.name
+            if name in state.saes:
+                sae_trainer.restore(state.saes[name], tensors[name])
 
 
-def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
+def roster_of(document: CheckpointDocument, settings: TrainerSettings) -> Roster:
     """The roster of a checkpoint, checked against the run file. Raises CheckpointError, saying what to do."""
     try:
-        roster = resumed(document["roster"], settings.sae, settings.run.folder)
+        roster = resumed(document.roster, settings.sae, settings.run.folder)
     except RosterError as error:
         raise CheckpointError(str(error)) from None
     for sae in settings.sae:
@@ -265,25 +253,21 @@ def roster_of(document: dict[str, Any], settings: TrainerSettings) -> Roster:
     return roster
 
 
-def buffer_of(saved: Saved, settings: TrainerSettings) -> BufferState:
-    """What a checkpoint kept of the buffer. Raises CheckpointError when a deterministic run cannot go on from it."""
-    document, tensors = saved
-    # Copies: what was loaded is one mapped file.
-    names = {
-        name.removeprefix("buffer/"): x.numpy().copy() for name, x in tensors.items() if name.startswith("buffer/")
-    }
-    if settings.run.deterministic and document["ledger"]["rows_trained"]:
-        if not names:
+def buffer_of(checkpoint: Checkpoint, settings: TrainerSettings) -> BufferState:
+    """The buffer of a checkpoint. Raises CheckpointError when a deterministic run cannot go on from it."""
+    buffer = checkpoint.buffer
+    if settings.run.deterministic and checkpoint.tokens:
+        if buffer.names is None:
             raise CheckpointError(
                 f"run.deterministic is set, and the run in {settings.run.folder} began without it: unset it, or use "
                 "a new run.directory"
             )
-        if names["names"].shape[1] > (pool := pool_rows(settings.buffer.rows)):
+        if (rows := buffer.names.shape[1]) > (pool := pool_rows(settings.buffer.rows)):
             raise CheckpointError(
                 f"buffer.rows = {settings.buffer.rows} holds {pool} rows to draw from, the checkpoint of "
-                f"{settings.run.folder} has {names['names'].shape[1]}: set it to what it was"
+                f"{settings.run.folder} has {rows}: set it to what it was"
             )
-    return document["buffer_random"], names
+    return buffer
 
 
 class DeviceError(ValueError):

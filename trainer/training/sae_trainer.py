@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from trainer.saes.published import SaeWeights
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import start_weights
 from trainer.settings import OptimizerSettings
+from trainer.state.format import SaeState, SaeTensors, WhiteningState
 from trainer.training.averaging import AverageWeights
 from trainer.training.optimizer import RowAdam
 from trainer.training.schedule import Cooldown, Schedule, default_learning_rate, warmup_factor
@@ -234,58 +234,50 @@ class SaeTrainer:
 
     # Checkpoints
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(plain JSON, tensors named with this SAE's name in front)."""
-        white, cooldown = self._whitening, self.schedule.requested
-        parts = {
-            "parameters": self.sae.parameters,
-            "adam": self.optimizer.state(),
-            "statistics": self.statistics.state(),
-            "ema": {} if self._average is None else self._average.parameters,
-            "whitening": {} if white is None else vars(white),
-        }
-        tensors = {
-            f"{self._prefix(part)}{key}": value for part, values in parts.items() for key, value in values.items()
-        }
-        return {
-            "variance": self.sae.variance,
-            "skipped_steps": self.skipped_steps,
-            "tokens": self.tokens,
-            "joined_at": self.schedule.joined_at,
-            "cooldown": None if cooldown is None else [cooldown.start, cooldown.end],
-            "seed": self._seed,
-        }, tensors
+    def state(self) -> tuple[SaeState, SaeTensors]:
+        """Counters, and the tensors themselves, which the next step changes."""
+        whitening, cooldown = self._whitening, self.schedule.requested
+        state = SaeState(
+            variance=self.sae.variance,
+            skipped_steps=self.skipped_steps,
+            tokens=self.tokens,
+            joined_at=self.schedule.joined_at,
+            cooldown=None if cooldown is None else (cooldown.start, cooldown.end),
+            seed=self._seed,
+            matmul=str(self.sae.matmul_dtype).removeprefix("torch."),
+        )
+        tensors = SaeTensors(
+            parameters=self.sae.parameters,
+            adam=self.optimizer.state(),
+            statistics=self.statistics.state(),
+            ema={} if self._average is None else self._average.parameters,
+            whitening=None
+            if whitening is None
+            else WhiteningState(whitening.centre, whitening.matrix, whitening.inverse),
+        )
+        return state, tensors
 
-    def restore(self, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Becomes what `state` described."""
-        self.sae.variance, self.skipped_steps = document["variance"], document["skipped_steps"]
-        self.tokens, self._seed = document["tokens"], document["seed"]
-        self.schedule.joined_at = document["joined_at"]
-        self.schedule.requested = None if document["cooldown"] is None else Cooldown(*document["cooldown"])
+    def restore(self, state: SaeState, tensors: SaeTensors) -> None:
+        """Goes on from what `state` returned. Keeps none of `tensors`: they may be parts of one mapped file."""
+        self.sae.variance, self.skipped_steps = state.variance, state.skipped_steps
+        self.sae.matmul_dtype = getattr(torch, state.matmul)
+        self.tokens, self._seed = state.tokens, state.seed
+        self.schedule.joined_at = state.joined_at
+        self.schedule.requested = None if state.cooldown is None else Cooldown(*state.cooldown)
         self.learning_rate = self.schedule.rate(self.tokens)  # a report may come before the first step
-        for name, value in self._part(tensors, "parameters").items():
+        for name, value in tensors.parameters.items():
             self.sae.parameters[name].copy_(value)
+        device = self.sae.b_dec.device
         if self.settings.ema_tokens:  # which may be new in the run file; an average begins with the weights then
-            average = self._part(tensors, "ema") or self.sae.parameters
+            average = {name: value.to(device) for name, value in (tensors.ema or self.sae.parameters).items()}
             self._average = AverageWeights(average, self.settings.ema_tokens)
-        if white := self._part(tensors, "whitening"):
-            self._whitening = Whitening(**white)
+        if (whitening := tensors.whitening) is not None:
+            copies = (part.to(device, copy=True) for part in (whitening.centre, whitening.matrix, whitening.inverse))
+            self._whitening = Whitening(*copies)
         self._reset_optimizer(self.sae.b_dec)
         self.has_weights = True
-        self.optimizer.restore(self._part(tensors, "adam"))
-        self.statistics.restore(self._part(tensors, "statistics"))
-
-    def _prefix(self, part: str) -> str:
-        return f"sae/{self.settings.name}/{part}/"
-
-    def _part(self, tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Copies, where the parameters are: what was loaded is one mapped file, which each piece of it would keep."""
-        prefix, device = self._prefix(part), self.sae.b_dec.device
-        return {
-            key.removeprefix(prefix): value.to(device, copy=True)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
+        self.optimizer.restore(tensors.adam)
+        self.statistics.restore(tensors.statistics)
 
 
 def _moved(white: Whitening, device: torch.device) -> Whitening:

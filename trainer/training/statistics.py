@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer.kernels.select import Latents
 from trainer.kernels.sparse import kernels
 from trainer.report import DENSITY_EDGES
+from trainer.state.format import StatisticsState
 
 HALF_LIFE_TOKENS = 100_000
 """An activation this old counts half."""
@@ -98,15 +99,24 @@ class Statistics:
         bins = torch.bucketize(rate[fired].log10().clamp_max(DENSITY_EDGES[-1]), edges)
         return (*torch.bincount(bins, minlength=len(DENSITY_EDGES)).tolist(), int((~fired).sum()))
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything, as tensors."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | {
-            "tokens": torch.tensor(self.tokens)
-        }
+    def state(self) -> StatisticsState:
+        """The sums and counters themselves, which the next batch changes."""
+        return StatisticsState(
+            tokens=self.tokens,
+            reference=self.reference,
+            tokens_since_fired=self.tokens_since_fired,
+            firings=self.firings,
+            x_sum=self.x_sum,
+            x_hat_sum=self.x_hat_sum,
+            sums=self.sums,
+        )
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            if name == "tokens":
-                self.tokens = int(value)
-            else:
-                getattr(self, name).copy_(value)
+    def restore(self, state: StatisticsState) -> None:
+        """Copies what `state` returned."""
+        self.tokens = state.tokens
+        self.reference.copy_(state.reference)
+        self.tokens_since_fired.copy_(state.tokens_since_fired)
+        self.firings.copy_(state.firings)
+        self.x_sum.copy_(state.x_sum)
+        self.x_hat_sum.copy_(state.x_hat_sum)
+        self.sums.copy_(state.sums)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -39,6 +39,7 @@ from producer.wire import (
     unpack_bits,
 )
 from trainer.report import StreamReport
+from trainer.state.format import LedgerState, OpenShardState, QuarantinedShardState, ShardBits
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit
 from trainer.stream.ledger.failures import Failures
 from trainer.stream.ledger.identity import StreamIdentity
@@ -55,10 +56,6 @@ from trainer.stream.ledger.shards import (
 
 MAX_SESSIONS = 256
 """A tick looks at each of them; further producers are asked to come again."""
-
-
-SAVED = ("serial", "epoch", "shard", "attempt", "rows", "failures", "deaths")
-"""What a checkpoint keeps of an open shard besides its state and its bits."""
 
 
 class StreamPhase(Enum):
@@ -404,63 +401,74 @@ class Ledger:
 
     # What a checkpoint keeps
 
-    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """(plain JSON, bit arrays) from which `restore` rebuilds the ledger at this instant."""
-        shards = list(self.shards.open.values())
-        document = {
-            "run": self.run,
-            "seed": self.shards.seed,
-            "stream": self.identity.hello.model_dump() if self.identity.hello else None,
-            "norm_bounds": self.identity.norm_bounds,
-            "epoch": self.shards.epoch,
-            "cursor": self.shards.cursor,
-            "next_serial": self.shards.next_serial,
-            "finished_in_epoch": self.shards.trained_in_epoch,
-            "rows_trained": self.tokens_trained,
-            "rows_discarded": self.tokens_dropped,
-            "rows_set_aside": sum(entry.rows or 0 for entry in self.shards.quarantined),
-            "set_aside": [asdict(entry) for entry in self.shards.quarantined],
-            "sessions_lost": self.sessions_lost,
-            "rejected": dict(self.rejected),
-            "errors": dict(self.errors),
-            "auth_failures": self.auth_failures,
-            "breaches": dict(self.violations),
-            "open": [
-                {name: getattr(shard, name) for name in SAVED}
-                | {"given_up": shard.state is ShardState.QUARANTINED, "positions": len(shard.mask)}
+    def state(self) -> tuple[LedgerState, dict[int, ShardBits]]:
+        """A copy of the books, and of the bits of open shards by serial, from which `restore` goes on."""
+        shards, quarantined = list(self.shards.open.values()), self.shards.quarantined
+        state = LedgerState(
+            run=self.run,
+            seed=self.shards.seed,
+            stream=self.identity.hello,
+            norm_bounds=self.identity.norm_bounds,
+            epoch=self.shards.epoch,
+            cursor=self.shards.cursor,
+            next_serial=self.shards.next_serial,
+            finished_in_epoch=self.shards.trained_in_epoch,
+            rows_trained=self.tokens_trained,
+            rows_discarded=self.tokens_dropped,
+            rows_set_aside=sum(shard.rows or 0 for shard in quarantined),
+            set_aside=[QuarantinedShardState(**vars(shard)) for shard in quarantined],
+            sessions_lost=self.sessions_lost,
+            rejected=dict(self.rejected),
+            errors=dict(self.errors),
+            auth_failures=self.auth_failures,
+            breaches=dict(self.violations),
+            open=[
+                OpenShardState(
+                    serial=shard.serial,
+                    epoch=shard.epoch,
+                    shard=shard.shard,
+                    positions=len(shard.mask),
+                    attempt=shard.attempt,
+                    rows=shard.rows,
+                    failures=shard.failures,
+                    deaths=shard.deaths,
+                    given_up=shard.state is ShardState.QUARANTINED,
+                )
                 for shard in shards
             ],
-        }
-        bits = {
-            f"{shard.serial}.{name}": np.packbits(array, bitorder="little")
-            for shard in shards
-            for name, array in (("trained", shard.trained), ("discarded", shard.dropped))
-        }
-        return document, bits
+        )
+        return state, {shard.serial: ShardBits.pack(shard.trained, shard.dropped) for shard in shards}
 
-    def restore(self, document: dict[str, Any], bits: dict[str, np.ndarray]) -> None:
-        """Becomes the ledger that `state` described; activations that were buffered then are missing again."""
-        self.run = document["run"]
-        self.identity.hello = stream = Hello.model_validate(document["stream"]) if document["stream"] else None
-        self.identity.is_settled = stream is not None
-        self.identity.norm_bounds = document["norm_bounds"]
-        self.tokens_trained = self.tokens_received = document["rows_trained"]
-        self.tokens_dropped = document["rows_discarded"]
-        self.sessions_lost, self.auth_failures = document["sessions_lost"], document["auth_failures"]
-        self.rejected, self.errors = Counter(document["rejected"]), Counter(document["errors"])
-        self.violations = Counter(document.get("breaches"))  # checkpoints of older releases have none
-        self.shards.seed = document["seed"]  # the cursor is one into that seed's order
-        if stream is not None:
-            self.shards.go_on(stream, document["epoch"], document["cursor"])
-        self.shards.trained_in_epoch = document["finished_in_epoch"]
-        self.shards.next_serial = document["next_serial"]
-        self.shards.quarantined = [QuarantinedShard(**entry) for entry in document["set_aside"]]
-        for saved in document["open"]:
-            shard = OpenShard(**{name: saved[name] for name in SAVED})
-            shard.trained = unpack_bits(bits[f"{shard.serial}.trained"].tobytes(), saved["positions"])
-            shard.dropped = unpack_bits(bits[f"{shard.serial}.discarded"].tobytes(), saved["positions"])
+    def restore(self, state: LedgerState, bits: dict[int, ShardBits]) -> None:
+        """Goes on from what `state` returned; activations that were buffered then are missing again."""
+        self.run = state.run
+        self.identity.hello = state.stream
+        self.identity.is_settled = state.stream is not None
+        self.identity.norm_bounds = state.norm_bounds
+        self.tokens_trained = self.tokens_received = state.rows_trained
+        self.tokens_dropped = state.rows_discarded
+        self.sessions_lost, self.auth_failures = state.sessions_lost, state.auth_failures
+        self.rejected, self.errors = Counter(state.rejected), Counter(state.errors)
+        self.violations = Counter(state.breaches)
+        self.shards.seed = state.seed  # the cursor is one into that seed's order
+        if state.stream is not None:
+            self.shards.go_on(state.stream, state.epoch, state.cursor)
+        self.shards.trained_in_epoch = state.finished_in_epoch
+        self.shards.next_serial = state.next_serial
+        self.shards.quarantined = [QuarantinedShard(**vars(shard)) for shard in state.set_aside]
+        for entry in state.open:
+            shard = OpenShard(
+                serial=entry.serial,
+                epoch=entry.epoch,
+                shard=entry.shard,
+                attempt=entry.attempt,
+                rows=entry.rows,
+                failures=entry.failures,
+                deaths=entry.deaths,
+            )
+            shard.trained, shard.dropped = bits[entry.serial].unpack(entry.positions)
             shard.mask = shard.trained | shard.dropped
-            if saved["given_up"]:
+            if entry.given_up:
                 shard.state = ShardState.QUARANTINED
                 self.shards.forget_buffered(shard)
             elif count_bits(shard.mask) == shard.rows:
