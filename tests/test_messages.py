@@ -130,7 +130,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("corpus.synthetic=5", "corpus.synthetic = 5: expected a table, which begins with a line [corpus.synthetic]"),
     ("corpus.synthetic.d_in=4", "corpus.synthetic.features: missing; add it, such as corpus.synthetic.features = 128."),
     # [buffer] [optimizer]
-    ("buffer.rows=many", f'buffer.rows = "many": {WHOLE}, such as buffer.rows = 262144. Capacity.'),
+    ("buffer.rows=many", f'buffer.rows = "many": {WHOLE}, such as buffer.rows = 262144. Capacity in tokens.'),
     ("buffer.rows=5000", "buffer.rows = 5000 is under two batches (optimizer.batch = 4096)"),
     ("optimizer.betas=0.9", "optimizer.betas = 0.9: expected a list, such as optimizer.betas = [0.9, 0.95]. Adam"),
     (

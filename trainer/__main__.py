@@ -1,10 +1,10 @@
 """`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
 
-`python -m trainer ctl …` speaks to one that is running, `python -m trainer check …` tells whether a run directory is
-whole, `python -m trainer export …` converts a snapshot, `python -m trainer estimate …` tells what a run will cost.
-`--help` answers at once; torch is imported by the settings of the first SAE. SIGTERM, Ctrl-C, a closed
-terminal and what batch systems send (SIGUSR1, SIGUSR2) write a checkpoint and leave; the same command goes on from
-there. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
+`python -m trainer ctl …` sends a command to a running trainer, `python -m trainer check …` verifies a run directory,
+`python -m trainer export …` converts a snapshot, `python -m trainer estimate …` predicts the cost of a run. `--help`
+answers at once; torch is imported by the settings of the first SAE. On SIGTERM, Ctrl-C, a closed terminal and the
+signals of batch systems (SIGUSR1, SIGUSR2) the trainer writes a checkpoint and leaves; the same command resumes from
+it. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from trainer.state.home import Home, HomeError
 PURPOSE = f"""Trains sparse autoencoders from the activations that producers stream to it.
 
 Owns the run directory: checkpoint, snapshots, metrics.jsonl, summary.json. Start it again with the same file and it
-goes on where it was; every row of the corpus is trained on once per epoch, whatever was killed.
+resumes where it was; every token of the corpus is trained on once per epoch, whatever was killed.
 
 Beside it:
   {shell_command("trainer", "ctl", "RUN_DIR", "COMMAND")}
-      speak to a running trainer: status, snapshot, attach, detach, cooldown, …
+      command a running trainer: status, snapshot, attach, detach, cooldown, …
   {shell_command("trainer", "check", "RUN_DIR")}
       is the run directory whole, and what would a new start do
   {shell_command("trainer", "export", "SNAPSHOT")} …
@@ -48,7 +48,7 @@ COMMANDS = {
     "export": "trainer.saes.export",
     "estimate": "trainer.planning.estimate",
 }
-"""Commands, and the modules whose `main` they are."""
+"""Commands, and the modules whose `main` carries them out."""
 
 log = logging.getLogger("sluice.trainer")
 
@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = command_arguments() if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         return int(import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
-    # Read when torch is loaded, by the settings of the first SAE: its threads, waiting for the next product, would spin
-    # where the kernels' threads work.
+    # Read when torch is loaded, by the settings of the first SAE: its threads, waiting for the next product, would
+    # otherwise spin on the cores of the kernels' threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments, COMMANDS)
     set_up("trainer")
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     log.info("run directory %s", settings.run.folder)
     try:
         with Home(settings.run.folder) as home:
-            # Open from the first moment, so that who asks waits for an answer and is not told that nobody is there.
+            # Open from the first moment, so that clients wait for their answer and are not told that no trainer runs.
             inbox = Inbox(stop)
             home.watch(stop.set)
             with listening(home.path, inbox):

@@ -1,4 +1,4 @@
-"""What the trainer reads of the run file: the buffer, the optimizer, the SAEs, snapshots and checkpoints."""
+"""The trainer's part of the run file: the buffer, the optimizer, the SAEs, snapshots and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from trainer.saes.settings import SaeSettings
 
 
 class BufferSettings(Table):
-    """[buffer]: where rows wait and mix."""
+    """[buffer]: where activations wait and are shuffled."""
 
     rows: Positive = 262_144
-    """Capacity. Memory is this times the bytes of a row; for good mixing at least batch × context / 5."""
+    """Capacity in tokens. Memory is this times the bytes of an activation; mixes well from batch × context / 5 on."""
 
 
 class OptimizerSettings(Table):
-    """[optimizer]: what all SAEs of the run share."""
+    """[optimizer]: settings that all SAEs of the run share."""
 
     batch: Positive = 4096
-    """Rows in one step."""
+    """Tokens of one step."""
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one."""
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -41,34 +41,34 @@ class OptimizerSettings(Table):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Adam's rate; without it, 2e-4 / sqrt(d_sae / 16384) per SAE, the field's rule for long runs."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Adam's decay of first and second moments. One row of a rare latent moves it by thirty learning rates in all when
-    the second is 0.999, by six when it is 0.95: fewer latents die at the same error."""
+    """Adam's decay of first and second moments. One firing of a rare latent moves it by thirty learning rates in all
+    when the second is 0.999, by six when it is 0.95: fewer latents die at the same error."""
     eps: Annotated[float, Field(gt=0)] = 6.25e-10
     """Adam's epsilon, small because gradients of rare latents are (OpenAI's value)."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of an SAE's whole gradient; longer ones are scaled down. The loss is in units of variance; 0 never
     clips."""
     warmup_tokens: Natural = 1_000_000
-    """The learning rate rises linearly over these rows."""
+    """The learning rate rises linearly over these tokens."""
     cooldown: float = Field(default=0.2, ge=0.0, le=1.0)
     """The learning rate falls linearly to zero over this last fraction of run.tokens or of an SAE's own tokens; `ctl
-    cooldown` and `detach` take the same fraction of the rows seen so far."""
+    cooldown` and `detach` take the same fraction of the tokens trained so far."""
 
 
 class SnapshotSettings(Table):
-    """[snapshots]: what is published for others to load."""
+    """[snapshots]: SAEs published for others to load."""
 
     every_tokens: Positive = 10_000_000
-    """A snapshot after this many rows, and one at the end."""
+    """A snapshot after this many tokens, and one at the end."""
     keep: Positive = 10
-    """How many of the newest stay on disk. What `ctl RUN pin` has pinned stays too, and as many again of those that a
-    return to an older checkpoint has moved to snapshots/superseded."""
+    """How many of the newest stay on disk. Those pinned by `ctl RUN pin` stay too, and as many again of those that
+    resuming from an older checkpoint has moved to snapshots/superseded."""
     keep_every_tokens: Positive | None = None
-    """The first snapshot at or after each multiple of this many rows stays for good; without it, none does."""
+    """The first snapshot at or after each multiple of this many tokens stays for good; without it, none does."""
 
 
 class CheckpointSettings(Table):
-    """[checkpoint]: what resuming needs; private to the trainer."""
+    """[checkpoint]: the state that resuming needs; private to the trainer."""
 
     every_seconds: SecondsOrNever = 300.0
     """A crash costs at most this much training, plus one bufferful of the language model's work; inf: at the end
@@ -78,7 +78,7 @@ class CheckpointSettings(Table):
 
 
 class TrainerSettings(BaseModel):
-    """All that the trainer reads, checked against each other."""
+    """All tables that the trainer reads, checked against each other."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -134,8 +134,8 @@ class TrainerSettings(BaseModel):
             )
 
     def warnings(self) -> list[str]:
-        """What is allowed and will surprise: what is planned for later than the run's or an SAE's end."""
-        return list(_too_late(self))
+        """Sentences on settings that are allowed and will surprise: spans that end after the run or an SAE does."""
+        return list(_late_spans(self))
 
     @property
     def hooks(self) -> list[str]:
@@ -143,7 +143,7 @@ class TrainerSettings(BaseModel):
         return self.model.hooks if self.model is not None else ["synthetic"]
 
     def hook_fault(self, sae: SaeSettings) -> str | None:
-        """Why this SAE cannot live on the stream, and what to change; None when it can."""
+        """Why this SAE cannot be trained on the stream, and what to change; None when it can."""
         if sae.hook is None and sae.hooks is None and len(self.hooks) > 1:
             return f"names no hook and model.hooks has {len(self.hooks)}; choose one of {', '.join(self.hooks)}"
         hooks = self.hooks_of(sae)
@@ -161,8 +161,8 @@ class TrainerSettings(BaseModel):
         return SaeHooks.from_settings(sae, self.hooks)
 
 
-def _too_late(settings: TrainerSettings) -> Iterator[str]:
-    """Sentences about spans of tokens that are longer than what they are a part of."""
+def _late_spans(settings: TrainerSettings) -> Iterator[str]:
+    """Sentences on spans of tokens that are longer than the run or the SAE's budget."""
     optimizer, snapshots, end = settings.optimizer, settings.snapshots, settings.run.tokens
     endless = end is None and not all(sae.tokens for sae in settings.sae)
     if endless and "cooldown" in optimizer.model_fields_set and optimizer.cooldown:
@@ -180,15 +180,15 @@ def _too_late(settings: TrainerSettings) -> Iterator[str]:
             yield f"snapshots.keep_every_tokens = {multiple:_} is longer than run.tokens = {end:_}: none is kept for it"
     names: dict[str, list[str]] = {}
     for sae in settings.sae:
-        for sentence in _too_late_for(sae, optimizer, end):
+        for sentence in _late_spans_of(sae, optimizer, end):
             names.setdefault(sentence, []).append(sae.name)
     for sentence, saes in names.items():
-        whose = "" if len(saes) == len(settings.sae) else f"sae {', '.join(map(show_value, saes))}: "
-        yield f"{whose}{sentence}"
+        prefix = "" if len(saes) == len(settings.sae) else f"sae {', '.join(map(show_value, saes))}: "
+        yield f"{prefix}{sentence}"
 
 
-def _too_late_for(sae: SaeSettings, optimizer: OptimizerSettings, run_tokens: int | None) -> Iterator[str]:
-    """Sentences about one SAE, without its name."""
+def _late_spans_of(sae: SaeSettings, optimizer: OptimizerSettings, run_tokens: int | None) -> Iterator[str]:
+    """Sentences on one SAE, without its name."""
     if sae.tokens is not None and run_tokens is not None and sae.tokens > run_tokens:
         yield f"tokens = {sae.tokens:_} is longer than run.tokens = {run_tokens:_}: training ends with the run"
     ends = [(sae.tokens, "its tokens"), (run_tokens, "run.tokens")]
