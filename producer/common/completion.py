@@ -12,8 +12,10 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def command_arguments() -> list[str]:
@@ -62,5 +64,5 @@ def setting_keys(kind: type[BaseModel]) -> Iterable[str]:
     """`table.key` of every setting of a run file, the tables of SAEs left out: their names are the file's."""
     for table, field in kind.model_fields.items():
         for model in (field.annotation, *getattr(field.annotation, "__args__", ())):  # `ModelSettings | None` has two
-            if isinstance(model, type) and issubclass(model, BaseModel) and table != "sae":
+            if isinstance(model, type) and hasattr(model, "model_fields") and table != "sae":
                 yield from (f"{table}.{key}" for key in model.model_fields)
