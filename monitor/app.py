@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NICE = 10
 LAST_LOOK_SECONDS = 2.0
-"""Those who watch the run see its results before the service goes: `top` asks every second."""
+"""Time in which those who watch the run get its results, before the service ends: `top` asks every second."""
 HANG_SECONDS = 900.0
 """One forward pass that takes longer than this is taken for a hang."""
 
@@ -48,18 +48,16 @@ def run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event)
 
 
 def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
-
     directory, table = settings.run.folder, settings.monitor
     token = None if table.token_file is None else read_token(Path(table.token_file).absolute())
     registry = new_registry()
-    metrics = MonitorMetrics(registry)
-    watch = Watch(settings, metrics, stop)
+    follower = RunFollower(settings, MonitorMetrics(registry), stop)
     metrics_port, close_metrics = start_metrics_server(
-        registry, table.host, table.port, alive=watch.alive, ready=watch.ready, allowed_hosts=table.allowed_hosts
+        registry, table.host, table.port, alive=follower.alive, ready=follower.ready, allowed_hosts=table.allowed_hosts
     )
     try:
         port, close_service = start_service(
-            make_app(directory, registry, watch.unhealthy, token, watch.handle),
+            make_app(directory, registry, follower.unhealthy, token, follower.handle),
             table.host,
             table.service_port,
             partial(is_training, directory),
@@ -74,15 +72,15 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
             metrics_port,
         )
         try:
-            return watch.follow(until_evaluated)
+            return follower.follow(until_evaluated)
         finally:
             close_service()
     finally:
         close_metrics()
 
 
-class Watch:
-    """The main thread's work: look at the run directory, evaluate what is new, complete the summary at the end."""
+class RunFollower:
+    """The work of the main thread: evaluate each new snapshot of the run, and complete its summary at the end."""
 
     def __init__(
         self,
@@ -97,17 +95,18 @@ class Watch:
         self._stop = stop
         self._hang_seconds = hang_seconds
         self._evaluator: Evaluator | None = None
-        self._off = settings.why_not_evaluated()
+        self._disabled = settings.why_not_evaluated()
+        """Why nothing is evaluated."""
         self.handle = ExplorerHandle()
-        if self._off or not settings.monitor.latents_tokens:
-            self.handle.disable(f"{self._off or 'monitor.latents_tokens is 0'}.")
+        if self._disabled or not settings.monitor.latents_tokens:
+            self.handle.disable(f"{self._disabled or 'monitor.latents_tokens is 0'}.")
 
     def follow(self, until_evaluated: bool) -> int:
-        """Until `stop` is set or, if so asked, until the finished run is evaluated; returns the exit code."""
-        if self._off:
-            log.info("no evaluation: %s", self._off)
+        """Follows the run until `stop` is set or, if so asked, until it is evaluated; returns the exit code."""
+        if self._disabled:
+            log.info("no evaluation: %s", self._disabled)
         while not self._stop.is_set():
-            # The summary comes after the last snapshot: asked in this order, a finished run has shown it.
+            # The summary comes after the last snapshot: asked in this order, a finished run has published it.
             finished = is_finished(self._directory)
             self._look(finished)
             if finished and self._is_up_to_date():
@@ -119,21 +118,23 @@ class Watch:
         return 0
 
     def unhealthy(self) -> str | None:
+        """What is wrong with the evaluation; None when nothing is."""
         moved_at = self._evaluator.moved_at if self._evaluator else None
         if moved_at is not None and time.monotonic() - moved_at > self._hang_seconds:
             return f"the evaluation has not moved for {time.monotonic() - moved_at:.0f} s"
         return None
 
     def alive(self) -> tuple[bool, str]:
-        return (False, fault) if (fault := self.unhealthy()) else (True, self._off or "ok")
+        return (False, fault) if (fault := self.unhealthy()) else (True, self._disabled or "ok")
 
     def ready(self) -> tuple[bool, str]:
         return (False, missing) if (missing := why_not_ready(self._directory)) else (True, "ok")
 
-    def _look(self, finished: bool) -> None:
+    def _look(self, is_finished: bool) -> None:
+        """Evaluates the newest snapshot, if it is new."""
         names = index_of(self._directory).names()
-        self._metrics.set_run(len(names), int(names[-1]) if names else None, finished)
-        if self._off or not (names or (self._directory / "metrics.jsonl").is_file()):
+        self._metrics.set_run(len(names), int(names[-1]) if names else None, is_finished)
+        if self._disabled or not (names or (self._directory / "metrics.jsonl").is_file()):
             return  # the language model is loaded while the run works towards its first snapshot, not before it begins
         if self._evaluator is None:
             self._evaluator = self._new_evaluator()
@@ -142,8 +143,8 @@ class Watch:
         try:
             self._evaluator.look()
         except Stopped:
-            log.info("stopped in the middle of an evaluation; the next start takes it up again")
-        self._off = self._evaluator.broken
+            log.info("stopped during an evaluation; the next start takes it up again")
+        self._disabled = self._evaluator.broken
 
     def _new_evaluator(self) -> Evaluator:
         # On Linux, niceness is the thread's: this one and those that torch starts from it give way to the training,
@@ -154,4 +155,4 @@ class Watch:
         return Evaluator(self._settings, self._metrics, self._stop, self.handle)
 
     def _is_up_to_date(self) -> bool:
-        return self._off is not None or self._evaluator is None or self._evaluator.is_up_to_date()
+        return self._disabled is not None or self._evaluator is None or self._evaluator.is_up_to_date()

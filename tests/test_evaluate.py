@@ -554,11 +554,11 @@ def test_the_last_snapshot_of_a_run_does_not_wait_for_an_older_one(run_file: Pat
     older = publish_snapshot(directory, 1000, [_sae(0.5)])
 
     class Slow(Evaluator):
-        def _evaluate(self, instruments: Any, folder: Path, manifest: Any, saes: Any) -> None:
-            if folder == older:
+        def _evaluate(self, inputs: Any, snapshot: Any, saes: Any) -> None:
+            if snapshot.folder == older:
                 publish_snapshot(directory, 2000, [_sae(0.5)])
                 finish_run(directory, 2000)
-            super()._evaluate(instruments, folder, manifest, saes)
+            super()._evaluate(inputs, snapshot, saes)
 
     evaluator = Slow(_settings(run_file), MonitorMetrics(CollectorRegistry()), threading.Event())
     evaluator.look()
@@ -574,10 +574,10 @@ def test_snapshot_retired_under_way_is_no_failure(run_file: Path):
     publish_snapshot(directory, 1000, [_sae(0.5)])
 
     class Slow(Evaluator):
-        def _evaluate(self, instruments: Any, folder: Path, manifest: Any, saes: Any) -> None:
+        def _evaluate(self, inputs: Any, snapshot: Any, saes: Any) -> None:
             publish_snapshot(directory, 2000, [_sae(0.5)])
             retire(directory, keep=1)
-            super()._evaluate(instruments, folder, manifest, saes)
+            super()._evaluate(inputs, snapshot, saes)
 
     registry = CollectorRegistry()
     evaluator = Slow(_settings(run_file), MonitorMetrics(registry), threading.Event())

@@ -194,8 +194,8 @@ def test_a_producer_that_hangs_in_a_forward_pass_is_dead() -> None:
 def test_a_monitor_is_ready_when_there_is_a_run_to_show(tmp_path: Path) -> None:
     """It may be started before the trainer."""
     settings = MonitorSettings.model_validate({"run": {"directory": str(tmp_path / "run")}})
-    watch = monitor.app.Watch(settings, MonitorMetrics(new_registry()), threading.Event())
-    with asking(watch.alive, watch.ready) as ask:
+    follower = monitor.app.RunFollower(settings, MonitorMetrics(new_registry()), threading.Event())
+    with asking(follower.alive, follower.ready) as ask:
         assert ask("/healthz")[0] == 200
         assert ask("/readyz")[0] == 503 and "does not exist yet" in ask("/readyz")[1]
         start_run(tmp_path / "run")
@@ -206,8 +206,8 @@ def test_a_monitor_whose_evaluation_hangs_is_dead(tmp_path: Path) -> None:
     """Its service may still answer; the evaluation has not moved."""
     settings = MonitorSettings.model_validate({"run": {"directory": str(tmp_path / "run")}})
     metrics, stop = MonitorMetrics(new_registry()), threading.Event()
-    watch = monitor.app.Watch(settings, metrics, stop, hang_seconds=0.0)
-    watch._evaluator = Evaluator(settings, metrics, stop)
-    watch._evaluator.moved_at = time.monotonic() - 1.0
-    with asking(watch.alive, watch.ready) as ask:
+    follower = monitor.app.RunFollower(settings, metrics, stop, hang_seconds=0.0)
+    follower._evaluator = Evaluator(settings, metrics, stop)
+    follower._evaluator.moved_at = time.monotonic() - 1.0
+    with asking(follower.alive, follower.ready) as ask:
         assert ask("/healthz")[0] == 503 and "the evaluation has not moved" in ask("/healthz")[1]

@@ -55,7 +55,7 @@ class CompareError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sae:
+class ComparedSae:
     """One SAE on disk, and what its snapshot tells of it."""
 
     folder: Path
@@ -97,11 +97,11 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     }
 
 
-def _each(pairs: dict[str, tuple[Sae, Sae]]) -> dict[str, Any]:
+def _each(pairs: dict[str, tuple[ComparedSae, ComparedSae]]) -> dict[str, Any]:
     return {name: {"numbers": _side_by_side(a, b), "latents": compare_latents(a, b)} for name, (a, b) in pairs.items()}
 
 
-def find_saes(folder: Path) -> dict[str, Sae]:
+def find_saes(folder: Path) -> dict[str, ComparedSae]:
     """The SAEs of a snapshot, or the one whose folder it is, by name. Raises CompareError."""
     from monitor.files import read_json
     from trainer.snapshot import SnapshotError, read_manifest
@@ -112,18 +112,18 @@ def find_saes(folder: Path) -> dict[str, Sae]:
         except SnapshotError as error:
             raise CompareError(str(error)) from None
         return {
-            name: Sae(folder / name, told, read_evaluation(folder, name) or Evaluation())
+            name: ComparedSae(folder / name, told, read_evaluation(folder, name) or Evaluation())
             for name, told in metrics.items()
         }
     if (folder / "sae_weights.safetensors").is_file():
         manifest = read_json(folder.parent / "manifest.json", folder.parent) or {}
         metrics = manifest.get("saes", {}).get(folder.name, {})
-        return {folder.name: Sae(folder, metrics, read_evaluation(folder.parent, folder.name) or Evaluation())}
+        return {folder.name: ComparedSae(folder, metrics, read_evaluation(folder.parent, folder.name) or Evaluation())}
     missing = "does not exist" if not folder.exists() else "holds neither a manifest.json nor sae_weights.safetensors"
     raise CompareError(f"{folder} {missing}; name a snapshot, such as RUN_DIR/snapshots/000001234567, or an SAE in one")
 
 
-def _side_by_side(a: Sae, b: Sae) -> dict[str, list[float | None]]:
+def _side_by_side(a: ComparedSae, b: ComparedSae) -> dict[str, list[float | None]]:
     before, after = a.numbers(), b.numbers()
     return {name: [before.get(name), after.get(name)] for name in {**before, **after}}
 
@@ -131,7 +131,7 @@ def _side_by_side(a: Sae, b: Sae) -> dict[str, list[float | None]]:
 # --- Latents ---------------------------------------------------------------------------------------------------------
 
 
-def compare_latents(a: Sae, b: Sae) -> dict[str, Any]:
+def compare_latents(a: ComparedSae, b: ComparedSae) -> dict[str, Any]:
     """How the latents of B lie to those of A; `incomparable` alone, with the reason, when no cosine means anything."""
     import numpy as np
 
@@ -201,7 +201,7 @@ def best_matches(
     return cosine, index
 
 
-def _decoder(sae: Sae) -> np.ndarray:
+def _decoder(sae: ComparedSae) -> np.ndarray:
     """W_dec with rows of unit norm [d_sae, d_out]; a row of zeros stays one."""
     import numpy as np
     from safetensors import safe_open
@@ -214,7 +214,7 @@ def _decoder(sae: Sae) -> np.ndarray:
     return rows / np.maximum(np.sqrt(np.einsum("ij,ij->i", rows, rows)), 1e-12)[:, None]
 
 
-def _rates(sae: Sae, d_sae: int) -> np.ndarray:
+def _rates(sae: ComparedSae, d_sae: int) -> np.ndarray:
     """Firing rate of each latent; 1 where there is no sparsity.safetensors, so that all count as living."""
     import numpy as np
 

@@ -3,6 +3,8 @@
     measures        every number of an SAE, and where it is shown
     results         what evaluation.json holds
     follow          each new snapshot, evaluated as it appears
+    inputs          the language model and texts that it is evaluated with
+    births          since when each latent has its direction
     evaluator       the language model's loss with x_hat for x, and reconstruction on held-out text
     held_out        the text that no producer streams
     passes          passes of the language model over it

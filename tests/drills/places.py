@@ -70,6 +70,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "monitor.evaluation.latents.examples": ("monitor/evaluation/latents/examples.py", "test_explore"),
     "monitor.evaluation.latents.logit_lens": ("monitor/evaluation/latents/logit_lens.py", "test_explore"),
     "monitor.evaluation.latents.explorer": ("monitor/evaluation/latents/explorer.py", "test_explore"),
+    "monitor.evaluation.births": ("monitor/evaluation/births.py", "test_explore", "test_evaluate"),
     "monitor.evaluation.follow": ("monitor/evaluation/follow.py", "test_explore", "test_evaluate"),
     "monitor.evaluation.latents.texts": ("monitor/evaluation/latents/texts.py", "test_explore"),
     "monitor.cli.compare": ("monitor/cli/compare.py", "test_compare"),

@@ -1,0 +1,126 @@
+"""What every evaluation of a run uses: the language model and the texts, loaded once, and the snapshot to evaluate."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from monitor.evaluation.evaluator import Baseline
+from monitor.evaluation.held_out import EvaluationError, held_out_windows
+from monitor.evaluation.passes import NormBounds
+from monitor.evaluation.probing import LabelledTexts, read_labelled_texts
+from monitor.settings import MonitorSettings
+from monitor.snapshot_index import manifest_of
+from producer.corpus import open_corpus
+from producer.corpus.windows import Windows, check_packing, tokens_fingerprint
+from producer.lm.errors import ModelError
+from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
+
+log = logging.getLogger("sluice.monitor")
+
+
+@dataclass(frozen=True)
+class PublishedSnapshot:
+    """One snapshot of the run."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> PublishedSnapshot:
+        """Raises SnapshotError."""
+        return cls(folder, manifest_of(folder))
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def tokens(self) -> int:
+        return int(self.manifest["tokens"])
+
+    @property
+    def saes(self) -> list[str]:
+        return list(self.manifest["saes"])
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """Facts about the stream that the SAEs were trained on."""
+        return self.manifest["run"].get("stream", {})
+
+    @property
+    def norm_bounds(self) -> NormBounds | None:
+        """By hook, the norm beyond which that stream drops an activation."""
+        return self.stream.get("norm_bounds")
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The language model and the texts."""
+
+    model: LanguageModel
+    windows: Windows
+    """Text that SAEs are measured on."""
+    latent_windows: Windows
+    """Text on which the activations of their latents are gathered."""
+    stream_facts: dict[str, Any]
+    """What the stream of a snapshot must agree with."""
+    labelled_texts: LabelledTexts | None
+    """Texts of monitor.probe_file."""
+    baseline: Baseline = field(default_factory=Baseline)
+
+    def check_stream(self, snapshot: PublishedSnapshot) -> None:
+        """Raises EvaluationError for another stream: text is held out only from the same text, cut the same way."""
+        stream = snapshot.stream
+        different = [name for name, value in self.stream_facts.items() if name in stream and stream[name] != value]
+        if different:
+            raise EvaluationError(
+                f"the snapshot's stream differs from the run file in {', '.join(different)}: what is held out here may "
+                "have been trained on there; give the monitor the run file, and the text, that the producers have"
+            )
+
+
+def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
+    """Loads them, which takes a while. Raises ModelError, CorpusError or EvaluationError."""
+    assert settings.model is not None, "why_not_evaluated() is asked first"
+    corpus_settings, monitor = settings.corpus, settings.monitor
+    torch.set_num_threads(monitor.evaluation_threads)
+    log.info("loading %s and held-out text, to evaluate with", settings.model.name)
+    corpus = open_corpus(corpus_settings)
+    model = load_language_model(settings.model, whole=True)
+    if not model.causal:
+        raise ModelError(f"{settings.model.name} does not predict the next token; set monitor.evaluate = false")
+    check_packing(model.tokenizer, corpus_settings, model.vocabulary)
+    model.check_context(corpus_settings.context)
+    windows, latent_windows = (
+        held_out_windows(corpus, model.tokenizer, corpus_settings, max(1, tokens))
+        for tokens in (monitor.evaluation_tokens, monitor.latents_tokens)
+    )
+    model.check_ids(torch.from_numpy(np.concatenate([windows.ids, latent_windows.ids])), "held-out window")
+    log.info(
+        "evaluating with %s on %s held-out activations in %s windows",
+        settings.model.name,
+        f"{int(windows.kept.sum()):,}",
+        f"{len(windows):,}",
+    )
+    stream_facts = {
+        "corpus_fingerprint": corpus.fingerprint,
+        "tokens_fingerprint": tokens_fingerprint(model.tokenizer, corpus_settings),
+        "held_out": corpus_settings.held_out,
+    }
+    return EvaluationInputs(model, windows, latent_windows, stream_facts, _load_labelled_texts(settings, model))
+
+
+def _load_labelled_texts(settings: MonitorSettings, model: LanguageModel) -> LabelledTexts | None:
+    if settings.monitor.probe_file is None:
+        return None
+    path = Path(settings.monitor.probe_file).absolute()
+    texts = read_labelled_texts(path, model.tokenizer, settings.corpus)
+    model.check_ids(torch.from_numpy(texts.windows.ids), "monitor.probe_file, window")
+    return texts
