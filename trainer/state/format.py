@@ -338,7 +338,10 @@ def encode_tensors(tensors: CheckpointTensors) -> dict[str, Tensor | np.ndarray]
 
 
 def decode_tensors(tensors: Mapping[str, Tensor], document: CheckpointDocument) -> CheckpointTensors:
-    """The tensors of what `document` lists. Those of SAEs share memory with `tensors`. Raises CheckpointFormatError."""
+    """The tensors of what `document` lists. Raises CheckpointFormatError.
+
+    Those of SAEs share memory with `tensors`, which may be one mapped file; the others are copies.
+    """
     saes: dict[str, SaeTensors] = {}
     for name in document.run.saes:
         try:
@@ -354,7 +357,7 @@ def _bits_of(serial: int, tensors: Mapping[str, Tensor]) -> Iterator[ShardBits]:
     """The bits of a shard, when the checkpoint has both arrays."""
     keys = [f"ledger/{serial}.{field.name}" for field in fields(ShardBits)]
     if all(key in tensors for key in keys):
-        yield ShardBits(*(tensors[key].numpy() for key in keys))
+        yield ShardBits(*(tensors[key].numpy().copy() for key in keys))
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
