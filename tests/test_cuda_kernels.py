@@ -23,7 +23,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from trainer.kernels import cuda, cuda_select  # noqa: E402 (after the choice above)
+from trainer.kernels import cuda  # noqa: E402 (after the choice above)
 
 ROOT = Path(__file__).parent.parent
 FLOATS = [torch.float32, torch.float64]
@@ -188,18 +188,18 @@ def test_no_entries_at_all(device: torch.device) -> None:
     assert cuda.sums(start_there, value).tolist() == [0.0] * 8
 
 
-def test_blocks_do_not_change_the_sums(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_the_sums(device: torch.device) -> None:
     """Narrow slices of large operands, and wide slices where partial sums would be too many."""
     matrix, W = some_matrix(9, 20, 0.3, device, torch.float64), torch.randn(20, 200, device=device, dtype=torch.float64)
     start, column, value = compressed(matrix)
     X = torch.randn(9, 200, device=device, dtype=torch.float64)
-    monkeypatch.setattr(cuda, "SLICE_BYTES", 0)
-    assert cuda._tile(W)["BLOCK"] == 64
-    close(cuda.multiply(start, column, value, W), matrix @ W)
-    for most in (2**26, 3 * len(column), 1):
-        monkeypatch.setattr(cuda, "PARTIAL_SUMS", most)
-        close(cuda.sample(start, column, X, W), (X @ W.T)[matrix != 0])
-        close(cuda.decode(start, column, value, W, W[0], X, 0.5)[3], ((matrix @ W + W[0] - X) @ W.T)[matrix != 0])
+    assert cuda._tile(W, 0)["BLOCK"] == 64
+    close(cuda.multiply(start, column, value, W, slice_bytes=0), matrix @ W)
+    for partial_sums in (2**26, 3 * len(column), 1):
+        sampled = cuda.sample(start, column, X, W, partial_sums, slice_bytes=0)
+        close(sampled, (X @ W.T)[matrix != 0])
+        decoded = cuda.decode(start, column, value, W, W[0], X, 0.5, partial_sums, slice_bytes=0)
+        close(decoded[3], ((matrix @ W + W[0] - X) @ W.T)[matrix != 0])
 
 
 def test_products_repeat_bit_for_bit(device: torch.device) -> None:
@@ -276,11 +276,10 @@ def test_topk_wherever_the_largest_are(dtype: torch.dtype, device: torch.device)
     check_topk(values[:, :3000].to(dtype), k)  # a row at once, of a matrix that is not contiguous
 
 
-def test_more_than_can_be_held_is_left_to_torch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_can_be_held_is_left_to_torch(device: torch.device) -> None:
     """The same values, with ties as they come."""
-    monkeypatch.setattr(cuda_select, "CANDIDATES", 1024)
     values = torch.randn(2, 5000, device=device)
-    value, index = cuda.topk(values, 600)
+    value, index = cuda.topk(values, 600, most_candidates=1024)
 
     assert torch.equal(value.sort().values, values.topk(600).values.sort().values)
     assert torch.equal(values.gather(1, index), value)

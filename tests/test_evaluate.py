@@ -26,11 +26,10 @@ import torch
 import transformers
 from prometheus_client import CollectorRegistry
 
-import monitor.evaluation.evaluator
-import monitor.evaluation.passes
 from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
 from monitor.evaluation.follow import Evaluator, Stopped
 from monitor.evaluation.held_out import EvaluationError, held_out_windows
+from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, in_stream
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from monitor.summary import complete_summary
@@ -216,14 +215,11 @@ def test_rows_outside_of_the_stream_stay_clean(model: LanguageModel, windows: Wi
     assert _evaluate(model, windows, tmp_path, gain=0.0, norm_bound=bound)["rows"] == int((norms <= bound).sum())
 
 
-def test_passes_do_not_change_the_numbers(
-    model: LanguageModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_passes_do_not_change_the_numbers(model: LanguageModel, windows: Windows, tmp_path: Path):
     """One window at a time, or a few latents at a time, gives what all at once gives."""
     at_once = _evaluate(model, windows, tmp_path, gain=0.5)
-    monkeypatch.setattr(monitor.evaluation.passes, "LOGITS_IN_MEMORY", 1)
-    monkeypatch.setattr(monitor.evaluation.evaluator, "LATENTS_IN_MEMORY", 3 * 2 * WIDTH)
-    one_by_one = _evaluate(model, windows, tmp_path, gain=0.5)
+    little = MemoryLimits(logits=1, latents=3 * 2 * WIDTH)
+    one_by_one = _evaluate(model, windows, tmp_path / "again", gain=0.5, memory=little)
     for name in ("ce_clean", "ce_sae", "ce_zero", "ce_delta", "ce_recovered", "kl", "fvu", "l0", *MORE):
         assert one_by_one[name] == pytest.approx(at_once[name], rel=1e-5), name
 
@@ -359,7 +355,7 @@ def test_rows_are_dropped_as_the_producer_drops_them():
     kept = torch.rand(3, 8, generator=generator) < 0.9
     bounds = {"a": 2.0, "b": 2.5}
     sent, _ = pack_activations(list(seen.values()), kept.numpy(), list(bounds.values()), torch.bfloat16)
-    streamed = monitor.evaluation.passes.in_stream(seen, kept, bounds)
+    streamed = in_stream(seen, kept, bounds)
     assert np.array_equal(streamed.numpy(), sent) and 0 < sent.sum() < kept.sum()
 
 
@@ -741,11 +737,15 @@ def _rewired(sae: Export, reads: list[str], target: str | None = None) -> Export
 
 
 def _evaluate_folder(
-    model: LanguageModel, windows: Windows, folder: Path, norm_bounds: dict[str, float] | None = None
+    model: LanguageModel,
+    windows: Windows,
+    folder: Path,
+    norm_bounds: dict[str, float] | None = None,
+    memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> dict[str, Any]:
     """The numbers of the SAE in one folder of a snapshot, as evaluation.json has them."""
     subject = load_subject(folder, model.device)
-    return evaluate(model, windows, [subject], Baseline(), norm_bounds)[subject.name].as_json()
+    return evaluate(model, windows, [subject], Baseline(), norm_bounds, memory=memory)[subject.name].as_json()
 
 
 def _evaluate_one(model: LanguageModel, windows: Windows, tmp_path: Path, sae: Export) -> dict[str, Any]:
@@ -753,11 +753,16 @@ def _evaluate_one(model: LanguageModel, windows: Windows, tmp_path: Path, sae: E
 
 
 def _evaluate(
-    model: LanguageModel, windows: Windows, tmp_path: Path, gain: float, norm_bound: float | None = None
+    model: LanguageModel,
+    windows: Windows,
+    tmp_path: Path,
+    gain: float,
+    norm_bound: float | None = None,
+    memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> dict[str, Any]:
     folder = publish_snapshot(tmp_path / str(gain), 1, [_sae(gain)])
     bounds = None if norm_bound is None else {HOOK: norm_bound}
-    return _evaluate_folder(model, windows, folder / "small", bounds)
+    return _evaluate_folder(model, windows, folder / "small", bounds, memory)
 
 
 def _where(chosen: torch.Tensor, rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -15,8 +15,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import monitor.evaluation.latents.activations
-import monitor.evaluation.passes
 from monitor.evaluation.evaluator import load_subject
 from monitor.evaluation.follow import Evaluator
 from monitor.evaluation.held_out import held_out_windows
@@ -26,6 +24,7 @@ from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.latents.logit_lens import LogitLens
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import NGram
+from monitor.evaluation.passes import MemoryLimits
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
@@ -91,30 +90,21 @@ def test_activations_come_strongest_first(folder: Path, model: LanguageModel, wi
     assert (latents.of(0)[1] < 0).any()
 
 
-def test_an_sae_that_is_not_sparse_is_shown_less_text(
-    folder: Path, model: LanguageModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_sae_that_is_not_sparse_is_shown_less_text(folder: Path, model: LanguageModel, windows: Windows):
     """Whole windows, until there are enough activations; what is told of density refers to what was shown."""
-    monkeypatch.setattr(monitor.evaluation.latents.activations, "MOST_ACTIVATIONS", 1)
-    monkeypatch.setattr(monitor.evaluation.passes, "LOGITS_IN_MEMORY", 1)
     subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
-    latents = gather_latents(model, windows, subject)
+    latents = gather_latents(model, windows, subject, memory=MemoryLimits(logits=1, firings=1))
     assert len(latents.ids) < len(windows) and len(latents.values) >= 1
     assert latents.rows == windows.kept[: len(latents.ids)].sum()
 
 
-def test_positions_do_not_depend_on_passes(
-    folder: Path, model: LanguageModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
-):
+def test_positions_do_not_depend_on_passes(folder: Path, model: LanguageModel, windows: Windows):
     """One window at a time, and three rows of all latents at a time, is what all at once is."""
     subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
     some = Windows(windows.ids[:4], windows.kept[:4], windows.padded[:4])
     at_once = gather_latents(model, some, subject)
-    monkeypatch.setattr(monitor.evaluation.passes, "LOGITS_IN_MEMORY", 1)
-    monkeypatch.setattr(
-        monitor.evaluation.latents.activations, "LATENTS_IN_MEMORY", 3 * len(planted_sae(model).weights["threshold"])
-    )
-    in_parts = gather_latents(model, some, subject)
+    little = MemoryLimits(logits=1, latents=3 * len(planted_sae(model).weights["threshold"]))
+    in_parts = gather_latents(model, some, subject, memory=little)
     assert in_parts.streamed.tolist() == at_once.streamed.tolist()
     assert len(at_once.values) and in_parts.starts.tolist() == at_once.starts.tolist()
     for latent in range(at_once.d_sae):

@@ -50,7 +50,9 @@ from torch import Tensor
 
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import (
+    DEFAULT_MEMORY,
     Act,
+    MemoryLimits,
     NormBounds,
     Rows,
     in_stream,
@@ -67,7 +69,6 @@ from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite, read_sae
 
-LATENTS_IN_MEMORY = 1 << 24
 DENSE = 0.1
 """Share of rows from which on a latent is a dense one."""
 
@@ -112,6 +113,7 @@ def evaluate(
     baseline: Baseline,
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
+    memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> dict[str, Evaluation]:
     """All `subjects` over one pass of the clean model. `between` is called after each forward pass and may raise.
 
@@ -126,13 +128,13 @@ def evaluate(
             raise EvaluationError(reason)
     within = tuple(sorted(bounds.items()))
     if within not in baseline.means:
-        baseline.means[within] = _mean_rows(model, windows, bounds, between)
+        baseline.means[within] = _mean_rows(model, windows, bounds, between, memory)
     means = baseline.means[within]
     clean = _Mean()
     tallies = {subject.name: _Tally(subject, means) for subject in subjects}
     ablations: set[Ablation] = {(put, subject.hooks.writes, within) for subject in subjects for put in ("zero", "mean")}
     ablated = {ablation: _Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
-    for tokens, kept, predicted in passes(model, windows):
+    for tokens, kept, predicted in passes(model, windows, memory):
         following = tokens[:, 1:][predicted]
 
         def forward(replace: dict[str, Act], tokens: Tensor = tokens, predicted: Tensor = predicted) -> Tensor:
@@ -150,7 +152,7 @@ def evaluate(
             ce.add(_cross_entropy(forward(splicing(streamed, constant)), following))
         for subject in subjects:
             tally = tallies[subject.name]
-            log_sae = forward(splicing(streamed, _reconstruct(subject, rows, tally)))
+            log_sae = forward(splicing(streamed, _reconstruct(subject, rows, tally, memory)))
             tally.ce.add(_cross_entropy(log_sae, following))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
     if windows.kept.any() and not all(tally.rows for tally in tallies.values()):
@@ -174,13 +176,13 @@ def evaluate(
 
 
 def _mean_rows(
-    model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None]
+    model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None], memory: MemoryLimits
 ) -> dict[str, Tensor]:
     """By hook, the mean of its rows in float64; NaN where there are none."""
     hooks = [hook.name for hook in model.hooks]
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in model.hooks}
     count = 0
-    for tokens, kept, _ in passes(model, windows):
+    for tokens, kept, _ in passes(model, windows, memory):
         seen = dict(zip(hooks, model.activations(tokens), strict=True))
         streamed = in_stream(seen, kept, bounds)
         for hook, x in seen.items():
@@ -226,12 +228,12 @@ def _recovered(ce_ablated: float, ce_sae: float, ce_clean: float) -> float | Non
 # --- What is summed up -----------------------------------------------------------------------------------------------
 
 
-def _reconstruct(subject: Subject, rows: Rows, tally: _Tally) -> Rows:
+def _reconstruct(subject: Subject, rows: Rows, tally: _Tally, memory: MemoryLimits) -> Rows:
     """What the SAE makes of the rows it reads, by the hooks it writes; `tally` compares it with what is there."""
     sae = subject.sae
     x = torch.cat([rows[hook] for hook in subject.hooks.reads], 1)
     parts = []
-    for piece in x.split(max(1, LATENTS_IN_MEMORY // sae.W_enc.shape[1])):
+    for piece in x.split(memory.batch(sae.W_enc.shape[1])):
         latents = sae.encode(piece)
         parts.append(sae.decode(latents, piece))
         tally.firings += (latents != 0).sum(0)

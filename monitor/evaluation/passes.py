@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,9 +13,6 @@ from monitor.evaluation.held_out import EvaluationError
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 
-LOGITS_IN_MEMORY = 1 << 24
-"""Elements of one logits tensor, of which a pass holds about six: 64 MB each in float32."""
-
 Rows = Mapping[str, Tensor]
 """Activations by hook, each [rows, width]."""
 NormBounds = Mapping[str, float]
@@ -23,17 +21,38 @@ Act = Callable[[Tensor], Tensor]
 """Is shown an activation [windows, context, width] and returns what takes its place."""
 
 
-def windows_in_memory(model: LanguageModel, context: int) -> int:
+@dataclass(frozen=True)
+class MemoryLimits:
+    """Elements of the largest tensors that one pass holds; 2^24 are 64 MB in float32."""
+
+    logits: int = 1 << 24
+    """Of one logits tensor; a pass holds about six."""
+    latents: int = 1 << 24
+    """Of the latents of one SAE, all of them of some activations."""
+    firings: int = 1 << 24
+    """Activations of latents gathered for their pages, 8 bytes each: an SAE that is not yet sparse reads less text."""
+
+    def batch(self, d_sae: int) -> int:
+        """Activations that are encoded at a time."""
+        return max(1, self.latents // d_sae)
+
+
+DEFAULT_MEMORY = MemoryLimits()
+
+
+def windows_in_memory(model: LanguageModel, context: int, memory: MemoryLimits = DEFAULT_MEMORY) -> int:
     """Windows of `context` tokens in one pass."""
-    return max(1, LOGITS_IN_MEMORY // (context * model.vocabulary))
+    return max(1, memory.logits // (context * model.vocabulary))
 
 
-def passes(model: LanguageModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def passes(
+    model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAULT_MEMORY
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(tokens, kept, predicted) of as many windows as their logits fit into memory, on the model's device.
 
     `predicted` [windows, context − 1] is True where a token that is no padding follows one that is none.
     """
-    count = windows_in_memory(model, windows.ids.shape[1])
+    count = windows_in_memory(model, windows.ids.shape[1], memory)
     for start in range(0, len(windows.ids), count):
         chosen = slice(start, start + count)
         real = ~windows.padded[chosen]

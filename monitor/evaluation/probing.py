@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
+from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.held_out import EvaluationError
-from monitor.evaluation.passes import NormBounds, in_stream, passes
+from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, in_stream, passes
 from producer.corpus import CorpusError
 from producer.corpus.jsonl import read_records
 from producer.corpus.windows import Windows, windows_of
@@ -126,7 +126,7 @@ def _text_means(
             used.append(bool(rows.any()))
             if used[-1]:
                 x = torch.cat([seen[hook][text][rows].float() for hook in subject.hooks.reads], 1)
-                pieces = x.split(max(1, LATENTS_IN_MEMORY // subject.sae.W_enc.shape[1]))
+                pieces = x.split(DEFAULT_MEMORY.batch(subject.sae.W_enc.shape[1]))
                 latents = torch.stack([subject.sae.encode(piece).sum(0) for piece in pieces]).sum(0)
                 latent_means.append(latents / len(x))
                 x_means.append(x.mean(0))

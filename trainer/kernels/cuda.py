@@ -44,13 +44,20 @@ PARTIAL_SUMS = 2**26
 # Products
 
 
-def multiply(start: Tensor, column: Tensor, value: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
+def multiply(
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    W: Tensor,
+    out: Tensor | None = None,
+    slice_bytes: int = SLICE_BYTES,
+) -> Tensor:
     """For each row the weighted sum of the rows of W that its entries name, written to `out` if given.
 
     W [columns, d] → [rows, d].
     """
     rows, d = len(start) - 1, W.shape[1]
-    tile = _tile(W)
+    tile = _tile(W, slice_bytes)
     out = value.new_empty(rows, d) if out is None else out
     grid = rows, triton.cdiv(d, tile["BLOCK"])
     launch(_multiply, grid, start, column, value.contiguous(), W.contiguous(), out, d, **tile)
@@ -84,12 +91,19 @@ def _gather(
     return total
 
 
-def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
+def sample(
+    start: Tensor,
+    column: Tensor,
+    A: Tensor,
+    W: Tensor,
+    partial_sums: int = PARTIAL_SUMS,
+    slice_bytes: int = SLICE_BYTES,
+) -> Tensor:
     """A @ W.T, computed only at the entries: A [rows, d], W [columns, d] → float32 (of float64: float64) [entries]."""
     rows, entries, d = len(start) - 1, len(column), W.shape[1]
-    tile = _tile(W)
+    tile = _tile(W, slice_bytes)
     blocks = triton.cdiv(d, tile["BLOCK"])
-    width = tile["BLOCK"] * min(blocks, max(1, triton.cdiv(blocks * entries, PARTIAL_SUMS)))
+    width = tile["BLOCK"] * min(blocks, max(1, triton.cdiv(blocks * entries, partial_sums)))
     slices = triton.cdiv(d, width) if entries else 0
     out = W.new_empty(slices, entries, dtype=torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32))
     operands = start, column, A.contiguous(), W.contiguous(), out
@@ -119,7 +133,15 @@ def _sample(
 
 
 def decode(
-    start: Tensor, column: Tensor, value: Tensor, W: Tensor, b: Tensor, y: Tensor, weight: float
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    W: Tensor,
+    b: Tensor,
+    y: Tensor,
+    weight: float,
+    partial_sums: int = PARTIAL_SUMS,
+    slice_bytes: int = SLICE_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
 
@@ -127,13 +149,13 @@ def decode(
     is [entries]. `multiply` and `sample` at once: what is read of W for the one is still near for the other.
     """
     (rows, d), entries = y.shape, len(column)
-    tile = _tile(W)
+    tile = _tile(W, slice_bytes)
     slices = triton.cdiv(d, tile["BLOCK"])
-    if slices * entries > PARTIAL_SUMS:
-        y_hat = multiply(start, column, value, W) + b
+    if slices * entries > partial_sums:
+        y_hat = multiply(start, column, value, W, slice_bytes=slice_bytes) + b
         error = y_hat - y
         g = 2 * weight * error
-        return y_hat, g, error.square().sum(1), sample(start, column, g, W)
+        return y_hat, g, error.square().sum(1), sample(start, column, g, W, partial_sums, slice_bytes)
     y_hat, g = y.new_empty(rows, d), y.new_empty(rows, d)
     square, sampled = y.new_empty(slices, rows), y.new_empty(slices, entries)
     operands = start, column, value.contiguous(), W.contiguous(), b.contiguous(), y.contiguous()
@@ -295,7 +317,7 @@ def _add_runs(total: tensor, begin: tensor, end: tensor, value: tensor, ENTRIES:
     return total
 
 
-def _tile(X: Tensor) -> dict[str, int]:
+def _tile(X: Tensor, slice_bytes: int = SLICE_BYTES) -> dict[str, int]:
     """How many entries × columns of X [rows, d] a program loads at once.
 
     At most 512 columns; fewer where X has many rows, or d fits badly. A thread has 16 bytes of a row, of 8 entries in
@@ -303,6 +325,6 @@ def _tile(X: Tensor) -> dict[str, int]:
     """
     (rows, d), size = X.shape, X.element_size()
     block = min(512, max(64, power_of_two(d)))
-    while block > 64 and (rows * block * size > SLICE_BYTES or -d % block > d // 8):
+    while block > 64 and (rows * block * size > slice_bytes or -d % block > d // 8):
         block //= 2
     return {"ENTRIES": 2 * size, "BLOCK": block, "num_warps": max(1, block * size // 512)}

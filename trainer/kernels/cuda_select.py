@@ -22,7 +22,7 @@ CANDIDATES = 16384
 # The k largest
 
 
-def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk(values: Tensor, k: int, most_candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
     """(value, index int64) of the k largest in each row of [rows, n], by ascending index. Exact, of any float type.
 
     Ties go to the lowest index; NaN counts as largest. Values are read once, whatever they are: column c belongs to
@@ -38,7 +38,7 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     is_direct = n <= max(DIRECT, lanes)
     if is_direct:
         width, lanes, candidates = 1, 1, power_of_two(n)
-    if not 0 < k <= n or candidates > CANDIDATES or width > lanes:
+    if not 0 < k <= n or candidates > most_candidates or width > lanes:
         return torch.topk(values, k, sorted=False)
     values = values.contiguous()
     bits = 8 * values.element_size()

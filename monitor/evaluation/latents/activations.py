@@ -25,14 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monitor.evaluation.evaluator import LATENTS_IN_MEMORY, Subject
-from monitor.evaluation.passes import NormBounds, in_stream, passes, refuse_unknown_bounds
+from monitor.evaluation.evaluator import Subject
+from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, NormBounds, in_stream, passes, refuse_unknown_bounds
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.state.durable import new_file
 
-MOST_ACTIVATIONS = 1 << 24
-"""Of one SAE, 8 bytes each: an SAE that is not sparse (yet) is shown less text."""
 SAME_DIRECTION = 0.9
 """Cosine of a decoder row with the one before it from which on it counts as the same latent."""
 TOP_TOKENS = 8
@@ -122,8 +120,9 @@ def gather_latents(
     subject: Subject,
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
+    memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> LatentActivations:
-    """Shows the SAE all `windows`, or as many as MOST_ACTIVATIONS allow; `born` is 0 throughout.
+    """Shows the SAE all `windows`, or as many as `memory.firings` allow; `born` is 0 throughout.
 
     Raises EvaluationError for a bound of a hook that the model lacks. `between` is called after each pass.
     """
@@ -134,14 +133,14 @@ def gather_latents(
     streamed: list[Tensor] = []
     context = windows.ids.shape[1]
     count = seen_windows = 0
-    for tokens, kept, _ in passes(model, windows):
-        if count >= MOST_ACTIVATIONS:
+    for tokens, kept, _ in passes(model, windows, memory):
+        if count >= memory.firings:
             break
         seen = dict(zip(hooks, model.activations(tokens), strict=True))
         shown = in_stream(seen, kept, bounds)
         x = torch.cat([seen[hook][shown].float() for hook in subject.hooks.reads], 1)
         places = shown.flatten().nonzero().squeeze(1) + seen_windows * context
-        row, latent, value = active(subject, x)
+        row, latent, value = active(subject, x, memory)
         found.append((latent, (places.cpu()[row]).int(), value))
         count += len(value)
         streamed.append(shown.cpu())
@@ -151,10 +150,10 @@ def gather_latents(
     return _by_latent(windows, torch.cat(streamed), latent, position, value, subject.sae.W_enc.shape[1])
 
 
-def active(subject: Subject, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def active(subject: Subject, x: Tensor, memory: MemoryLimits = DEFAULT_MEMORY) -> tuple[Tensor, Tensor, Tensor]:
     """(row, latent, value) of everything that is active on rows x [rows, d_in], some rows of all latents at a time."""
     found = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0))]
-    step = max(1, LATENTS_IN_MEMORY // subject.sae.W_enc.shape[1])
+    step = memory.batch(subject.sae.W_enc.shape[1])
     for start in range(0, len(x), step):
         latents = subject.sae.encode(x[start : start + step])
         row, latent = latents.nonzero(as_tuple=True)
