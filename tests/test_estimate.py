@@ -14,7 +14,7 @@ import pytest
 from trainer.planning import cost
 from trainer.planning.cost import CUDA, Machine, Work
 from trainer.planning.estimate import blocks_parameters, main, threads_at_work, works_of
-from trainer.saes.base import BLOCK_BYTES, BLOCK_BYTES_ON_CPU
+from trainer.saes.encoder import BLOCK_BYTES, BLOCK_BYTES_ON_CPU
 from trainer.settings import TrainerSettings
 
 ROOT = Path(__file__).parent.parent

@@ -60,7 +60,7 @@ def raw_and_expected(sae_trainer: SaeTrainer) -> tuple[Tensor, Tensor]:
     x, y = sae_trainer.inputs_and_targets(scaled)
     seen = x if transform.whitening is None else transform.whitening.apply(x)
     if isinstance(sae, BatchTopK):  # in training a row's latents depend on its batch; in use there is a threshold
-        pre_acts = sae.in_float32(seen)
+        pre_acts = sae.pre_acts(seen)
         y_hat = (pre_acts * (pre_acts > sae.threshold)) @ sae.W_dec + sae.b_dec
         y_hat = y_hat + seen @ sae.parameters["W_skip"].T if "W_skip" in sae.parameters else y_hat
     else:
@@ -216,7 +216,7 @@ def test_gated_is_exactly_a_jumprelu() -> None:
     """π_mag where it exceeds max(θ, 0), θ = b_mag − exp(r_mag) b_gate: the same latents, in float64."""
     sae, x, y = make("gated")
     b_mag, rate = sae.parameters["b_mag"], sae.parameters["r_mag"].exp()
-    magnitude = sae._encoded(x) @ (rate[:, None] * sae.W_enc).T + b_mag
+    magnitude = sae._encoder_input(x) @ (rate[:, None] * sae.W_enc).T + b_mag
     theta = (b_mag - rate * sae.parameters["b_gate"]).clamp_min(0)
     latents = magnitude * (magnitude > theta)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import trainer.saes.topk
 from producer.corpus.synthetic import SyntheticActivations
 from tests.small_training import (
     ROWS,
@@ -26,6 +27,7 @@ from tests.small_training import (
     train_on_truth,
     truth,
 )
+from trainer.saes.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.training.run import Run
@@ -140,15 +142,14 @@ def spoiled(saes: list[SaeSettings], how: dict[str, Callable[[Sae], None]], dire
 
 def without_encoder_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The SAE of this name has sparsify's AuxK: what it learns from the residual does not reach the encoder."""
-    whole = Sae.auxiliary
 
-    def auxiliary(self: Sae, grads: dict[str, Tensor], *rest: Any) -> None:
+    def without_encoder(sae: Sae, grads: dict[str, Tensor], *rest: Any) -> None:
         before = {parameter: grads[parameter].clone() for parameter in ("W_enc", "b_enc", "b_dec")}
-        whole(self, grads, *rest)
-        if self.settings.name == name:
+        add_auxk(sae, grads, *rest)
+        if sae.settings.name == name:
             grads.update(before)
 
-    monkeypatch.setattr(Sae, "auxiliary", auxiliary)
+    monkeypatch.setattr(trainer.saes.topk, "add_auxk", without_encoder)
 
 
 @pytest.fixture(scope="module")

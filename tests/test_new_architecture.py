@@ -25,9 +25,10 @@ from tests.test_ctl import Trainer
 from trainer.kernels.select import Latents, positive
 from trainer.planning import estimate
 from trainer.saes import registry
-from trainer.saes.base import Gradients, Sae, add
+from trainer.saes.base import Sae
 from trainer.saes.folding import InputTransform
 from trainer.saes.formats import convert, read_published
+from trainer.saes.gradients import Gradients, add
 from trainer.saes.inference import check, export, load_sae
 from trainer.saes.published import Activation, FormatError
 from trainer.saes.settings import CostTerms, SaeSettings
@@ -74,11 +75,11 @@ class Peak(Sae):
     settings: PeakSettings
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        encoded = self.encode(x, self.revived(dead), partial(peaks, share=self.settings.share))
+        encoded = self.encode(x, self.aux_latents(dead), partial(peaks, share=self.settings.share))
         latents = encoded.latents[0]
         main = self.reconstruct(latents, x, y)
-        grads = self.backward(encoded.read, latents, main.dlatents * (latents.value > 0), main.rows)
-        add(grads, self.output_gradients(x, main.total))
+        grads = self.backward(encoded.inputs, latents, main.dlatents * (latents.value > 0), main.dlevels)
+        add(grads, self.output_gradients(x, main.dy_hat))
         return Gradients(grads, {"reconstruction": main.loss}, main.y_hat, latents)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:

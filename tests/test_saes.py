@@ -23,9 +23,10 @@ from tests.small_saes import (
     settings_of,
     trained,
 )
-from trainer.saes.base import Sae, geometric_median, initial_bias
+from trainer.saes.base import Sae
 from trainer.saes.folding import side_by_side
 from trainer.saes.inference import check, export, load_sae
+from trainer.saes.initial import geometric_median, initial_bias
 from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
@@ -123,7 +124,7 @@ def test_topk_latents_begin_equally_likely(kind: str) -> None:
     settings = settings_of(kind)
     sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 4096, 0)
     sae_trainer.initialise(rows, UNSCALED)
-    reached = (sae_trainer.sae.in_float32(side_by_side(rows, sae_trainer.hooks.reads)) > 1.0).double().mean(0)
+    reached = (sae_trainer.sae.pre_acts(side_by_side(rows, sae_trainer.hooks.reads)) > 1.0).double().mean(0)
     free = sae_trainer_of(settings_of(kind, initial_rates="free"))
     free.initialise(rows, UNSCALED)
 

@@ -20,8 +20,8 @@ from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
 from trainer.phases import SaePhase
 from trainer.report import DENSITY_EDGES
-from trainer.saes.base import normalise_rows
 from trainer.saes.hooks import SaeHooks
+from trainer.saes.initial import normalise_rows
 from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.state.checkpoint import load_newest, save
@@ -744,7 +744,7 @@ def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
     assert waited
     assert (sae_trainer.sae.W_enc[0] - before[0]).norm() > 0.1
     assert (sae_trainer.sae.W_enc[1] - before[1]).norm() < 1e-3
-    assert sae_trainer.sae.in_float32(last["a"], torch.tensor([0])).amax() > sae_trainer.sae.parameters["threshold"][0]
+    assert sae_trainer.sae.pre_acts(last["a"], torch.tensor([0])).amax() > sae_trainer.sae.parameters["threshold"][0]
     assert sae_trainer.statistics.tokens_since_fired[:2].tolist() == [0, 192]
 
 

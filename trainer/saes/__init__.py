@@ -3,7 +3,11 @@
     settings      [[sae]]: keys that every architecture has
     registry      which architectures there are
     hooks         which hooks of the language model an SAE reads and writes
-    base          parameters, initialisation, the products that all gradients share
+    gradients     the results of a forward and a backward pass over one batch
+    encoder       the encoder's product, in blocks
+    initial       the values that parameters begin with
+    base          parameters, products and gradients that all SAEs share
+    auxk          a loss that revives dead latents
     topk batchtopk jumprelu relu tied gated repair      one architecture each
     folding       input scales and whitening folded into published weights
     published     published weights, and how their latents are computed

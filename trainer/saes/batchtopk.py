@@ -3,9 +3,9 @@
     latents = the batch · k largest of ReLU(pre_acts) in the whole batch           y_hat = latents W_dec + b_dec
     L = as TopK's
 
-A row may use more latents than another. At inference a row must not depend on its neighbours: one threshold θ, the
-value that k latents per row exceed on average, turns it into a JumpReLU. θ is estimated afresh for every snapshot, on
-rows that the weights of that moment encode; running averages lag behind while weights still move.
+One activation may have more latents than another. At inference it must not depend on the others of its batch: one
+threshold θ, which k latents per activation exceed on average, turns the SAE into a JumpReLU. θ is estimated for every
+snapshot, from activations that the present weights encode; a running average would lag behind while weights change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.kernels.select import dense_if_many, exceeding, largest_of, topk
 from trainer.kernels.sparse import Entries
-from trainer.saes.base import Encoded
+from trainer.saes.encoder import Encoded
 from trainer.saes.folding import grow
 from trainer.saes.jumprelu import JUMPRELU
 from trainer.saes.published import SaeWeights, linear_state, matrix_state, scalar_state
@@ -28,11 +28,17 @@ from trainer.saes.topk import TOPK, FixedK, FixedKSettings
 from trainer.snapshot import SnapshotError
 
 ROWS_AT_ONCE = 2048
-ROWS_AT_FIRST = 64
-ONE_THRESHOLD = 0.01
-"""How far the thresholds of latents may be apart to count as one: input scales of another sample."""
+"""Rows that `calibrate` encodes at a time."""
+ESTIMATE_ROWS = 64
+"""Rows from which the least value of the first batch is estimated."""
+FLOOR_SHARE = 0.8
+"""Candidates exceed this share of the least value that the last batch selected."""
+CALIBRATION_FACTOR = 8
+"""`calibrate` looks at this many times k latents of each row."""
+THRESHOLD_TOLERANCE = 0.01
+"""Relative difference up to which thresholds of latents count as one: input scales come from another sample."""
 ROUNDING = 1e-6
-"""How far they may be apart in a snapshot: decoder norms were divided out of them."""
+"""The same within a snapshot, whose decoder norms were divided out of the thresholds."""
 
 
 class BatchTopKSettings(FixedKSettings):
@@ -49,71 +55,69 @@ class BatchTopK(FixedK):
     settings: BatchTopKSettings
 
     threshold = 0.0
-    """For inference, in the scale of x; 0 before the first `calibrate`."""
-    _smallest = 0.0
-    """The smallest value chosen last: it decides how many candidates are looked at, never what is chosen."""
+    """θ in the scale of x; 0 before the first `calibrate`."""
+    _least = 0.0
+    """The least value selected in the last batch: it decides the number of candidates, never the result."""
 
     @classmethod
     def startable(cls, settings: SaeSettings) -> frozenset[str]:
         return frozenset({TOPK.name, JUMPRELU.name})
 
     def adapt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Equal thresholds: they are so up to rounding, or free decoder norms allow to make them so."""
-        reads = weights["W_enc"].abs().amax(1) > 0
-        if "threshold" not in weights or not reads.any():
+        """Weights with one threshold: the thresholds are equal up to rounding, or free decoder norms make them so."""
+        is_live = weights["W_enc"].abs().amax(1) > 0
+        if "threshold" not in weights or not is_live.any():
             return weights
-        threshold = weights["threshold"]
-        one = threshold[reads].mean()
-        if not self.unit_decoder and (threshold[reads] > 0).all():
-            weights = grow(weights, (one / threshold).where(reads, one.new_ones(())))
-        elif ((threshold[reads] - one).abs() > ONE_THRESHOLD * one).any():
+        thresholds = weights["threshold"]
+        mean = thresholds[is_live].mean()
+        if not self.unit_decoder and (thresholds[is_live] > 0).all():
+            weights = grow(weights, (mean / thresholds).where(is_live, mean.new_ones(())))
+        elif ((thresholds[is_live] - mean).abs() > THRESHOLD_TOLERANCE * mean).any():
             raise SnapshotError("its latents have thresholds of their own: go on from it with architecture jumprelu")
-        return weights | {"threshold": one.expand(len(threshold))}
+        return weights | {"threshold": mean.expand(len(thresholds))}
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)
-        if "threshold" in weights:  # one for all latents, until the first `calibrate`
+        if "threshold" in weights:  # equal for all latents; it holds until the first `calibrate`
             self.threshold = float(weights["threshold"][0])
 
-    def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
-        """Most of what is below the smallest value of the last batch is not looked at twice."""
-        wanted = max(ks) * len(x)
-        encoded, candidates = self._candidates(x, kept, 0.8 * (self._smallest or self._estimate(x, max(ks))))
-        if len(candidates.value) < wanted:
-            encoded, candidates = self._candidates(x, kept, 0.0)
-        chosen = [largest_of(candidates, k * len(x)) for k in ks]
-        self._smallest = float(chosen[-1].value.min()) if len(chosen[-1].value) else 0.0
-        latents = [dense_if_many(entries, self.dense_above).split(self.ends) for entries in chosen]
+    def select(self, x: Tensor, aux_latents: Tensor, ks: list[int]) -> Encoded:
+        """The k · batch largest, among candidates above most of what the last batch left out; of all, if too few."""
+        floor = FLOOR_SHARE * (self._least or self._estimate(x, max(ks)))
+        encoded, candidates = self._candidates(x, aux_latents, floor)
+        if len(candidates.value) < max(ks) * len(x):
+            encoded, candidates = self._candidates(x, aux_latents, 0.0)
+        selections = [largest_of(candidates, k * len(x)) for k in ks]
+        self._least = float(selections[-1].value.min()) if len(selections[-1].value) else 0.0
+        latents = [dense_if_many(entries, self.dense_above).split(self.ends) for entries in selections]
         return replace(encoded, latents=latents)
 
-    def _candidates(self, x: Tensor, kept: Tensor, floor: float) -> tuple[Encoded, Entries]:
-        encoded = self.encode(x, kept, partial(exceeding, floor=max(0.0, floor)))
+    def _candidates(self, x: Tensor, aux_latents: Tensor, floor: float) -> tuple[Encoded, Entries]:
+        encoded = self.encode(x, aux_latents, partial(exceeding, floor=max(0.0, floor)))
         (candidates,) = encoded.latents
         assert isinstance(candidates, Entries)
         return encoded, candidates
 
     def _estimate(self, x: Tensor, k: int) -> float:
-        """About what the smallest value of a batch will be, from a few rows."""
-        some = self.in_float32(x[:ROWS_AT_FIRST]).flatten()
-        return float(some.kthvalue(max(1, len(some) - k * len(x[:ROWS_AT_FIRST]))).values)
+        """The least value that a batch will select, roughly, from a few of its rows."""
+        pre_acts = self.pre_acts(x[:ESTIMATE_ROWS]).flatten()
+        return float(pre_acts.kthvalue(max(1, len(pre_acts) - k * len(x[:ESTIMATE_ROWS]))).values)
 
     def calibrate(self, x: Tensor) -> None:
-        """Sets `threshold` such that k latents per row exceed it on the scaled rows x [rows, d_in]."""
-        candidates = min(self.d_sae, 8 * self.k)  # a row with more than these above the threshold is not met
-        best = [
-            topk(self.in_float32(rows), candidates)[0].flatten() for rows in x.to(self.W_enc.device).split(ROWS_AT_ONCE)
-        ]
-        value = torch.cat(best).relu_()
+        """Sets `threshold` such that k latents per row exceed it on scaled activations x [rows, d_in]."""
+        candidates = min(self.d_sae, CALIBRATION_FACTOR * self.k)  # no row has more above the threshold in practice
+        blocks = x.to(self.W_enc.device).split(ROWS_AT_ONCE)
+        value = torch.cat([topk(self.pre_acts(block), candidates)[0].flatten() for block in blocks]).relu_()
         self.threshold = float(value.kthvalue(max(1, len(value) - self.k * len(x))).values)
 
     @classmethod
     def to_dictionary_learning(cls, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
         centred, settings = sae.recentred(centred=True), sae.metadata["settings"]
-        threshold = centred["threshold"]
-        one = threshold.mean()
-        if ((threshold - one).abs() > ROUNDING * one).any():
+        thresholds = centred["threshold"]
+        mean = thresholds.mean()
+        if ((thresholds - mean).abs() > ROUNDING * mean).any():
             return super().to_dictionary_learning(sae)
-        scalars = scalar_state(settings["k"], one)
+        scalars = scalar_state(settings["k"], mean)
         if ends := settings.get("matryoshka"):
             sizes = torch.tensor([end - begin for begin, end in zip([0, *ends], ends, strict=False)])
             return "MatryoshkaBatchTopKSAE", matrix_state(centred) | scalars | {"group_sizes": sizes}

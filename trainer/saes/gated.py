@@ -1,4 +1,4 @@
-"""Gated: which latents are active, and how much, are told apart (Rajamanoharan et al. 2024, arXiv 2404.16014).
+"""Gated SAE: separate paths decide which latents are active and how much (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
     u = (x − b_dec) W_encᵀ                 π_gate = u + b_gate               π_mag = exp(r_mag) ⊙ u + b_mag
     latents = 1[π_gate > 0] ⊙ ReLU(π_mag)                                    x_hat = latents W_dec + b_dec
@@ -9,7 +9,7 @@ x_hat_frozen decodes with W_dec and b_dec held constant. The gate learns from th
 from the first only: the penalty does not shrink the latents.
 
 With θ = b_mag − exp(r_mag) ⊙ b_gate the same function is a JumpReLU of π_mag with threshold max(θ, 0), exactly; a
-snapshot can be exported so. `b_gate` stands where other SAEs have b_enc.
+snapshot can be exported so. `b_gate` is the b_enc of the gate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.select import positive
-from trainer.saes.base import Gradients, Sae, add
+from trainer.saes.auxk import add_auxk
+from trainer.saes.base import Sae
+from trainer.saes.gradients import Gradients, add
 from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, jumprelu_of
 from trainer.saes.settings import CostTerms, PenalisedSettings, Revival
 
@@ -97,25 +99,25 @@ class Gated(Sae):
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         assert self.settings.sparsity_weight is not None
-        encoded = self.encode(x, self.revived(dead), partial(positive, dense_above=self.dense_above))
+        encoded = self.encode(x, self.aux_latents(dead), partial(positive, dense_above=self.dense_above))
         gate = encoded.latents[0]
-        open_ = gate.value > 0
+        is_open = gate.value > 0
         r, weight = gate.at(self.parameters["r_mag"].exp()), 1.0 / (len(x) * self.variance)
         scaled = r * (gate.value - gate.at(self.b_enc))  # exp(r_mag) u
-        latents = gate.with_value((scaled + gate.at(self.parameters["b_mag"])).relu() * open_)
+        latents = gate.with_value((scaled + gate.at(self.parameters["b_mag"])).relu() * is_open)
         main = self.reconstruct(latents, x, y)
         frozen = self.reconstruct(gate, x, y)
         l1 = sparsity * self.settings.sparsity_weight * weight
         losses = {"reconstruction": main.loss, "sparsity": l1 * gate.value.sum(), "gate": frozen.loss}
 
         dmag = main.dlatents * (latents.value > 0)
-        dgate = (frozen.dlatents + l1) * open_
-        # The gate's bias does not receive what reaches u through the magnitude.
+        dgate = (frozen.dlatents + l1) * is_open
+        # b_gate is no part of the magnitude, so its gradient is the gate's alone.
         sums = {"b_mag": dmag, "b_gate": dgate, "r_mag": dmag * scaled}
-        grads = self.backward(encoded.read, latents, dgate + r * dmag, main.rows, sums=sums)
-        add(grads, self.output_gradients(x, main.total))
+        grads = self.backward(encoded.inputs, latents, dgate + r * dmag, main.dlevels, sums=sums)
+        add(grads, self.output_gradients(x, main.dy_hat))
         # A latent whose gate never opens is dead; AuxK works on the gate's pre-activations.
-        self.auxiliary(grads, losses, encoded, y, main.y_hat)
+        add_auxk(self, grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.saes.base import Sae, to_numpy
+from trainer.saes.base import Sae
 from trainer.saes.folding import InputTransform, fold
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.published import TRANSCODER, activation_of, published_architectures, transcoder_name
@@ -101,9 +101,9 @@ def export(
     return Export(
         name=name,
         cfg=cfg,
-        weights={name: to_numpy(value) for name, value in weights.items()},
-        firing_rate=to_numpy(firing_rate).astype(np.float64),
-        selftest={name: to_numpy(value) for name, value in selftest.items()},
+        weights={name: _to_numpy(value) for name, value in weights.items()},
+        firing_rate=_to_numpy(firing_rate).astype(np.float64),
+        selftest={name: _to_numpy(value) for name, value in selftest.items()},
         metrics=metrics,
     )
 
@@ -171,3 +171,7 @@ def _agree(what: str, ours: Tensor, expected: Tensor) -> None:
         raise SnapshotError(
             f"self-test of {what} differs by {difference:.2g} relative; at most {TOLERANCE:g} is allowed"
         )
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

@@ -1,4 +1,4 @@
-"""JumpReLU, with a straight-through kernel as wide as one likes (arXiv 2407.14435; Anthropic, January 2025).
+"""JumpReLU with a straight-through kernel of any width (arXiv 2407.14435; Anthropic, January 2025).
 
     latents = z · H(z − θ), z = pre_acts                       y_hat = latents W_dec + b_dec
     L = |y − y_hat|² / variance + penalty + w_pre · Σ_{dead i} ReLU(θ_i − z_i)
@@ -11,11 +11,11 @@ H has no useful derivative; the straight-through one spreads the jump over a ban
 
     ∂latents/∂z = H + (θ/ε) K(z − θ)      ∂latents/∂θ = −(θ/ε) K(z − θ)      ∂H/∂z = K/ε      ∂H/∂θ = −K/ε
 
-With `straight_through = "encoder"` it flows into z as well as into θ: the encoder learns what to leave out. With
-"threshold" the terms with K reach θ only. θ is trained itself, in float32 and above zero, or as exp(t) with `log`,
-where ∂L/∂t = θ ∂L/∂θ. Elements of x have variance 1, which is the scale ε is measured in.
+With `straight_through = "encoder"` it flows into z as well as into θ: the encoder learns too which latents to leave
+out. With "threshold" the terms with K reach θ only. θ itself is trained, in float32 and above zero, or with `log` t in
+θ = exp(t), where ∂L/∂t = θ ∂L/∂θ. ε is in units of an element of x, whose variance is 1.
 
-The gradient lives on the entries with z > θ − ε/2 and nowhere else, apart from the dead latents' pre-act loss.
+The gradient is zero but on entries with z > θ − ε/2, apart from the dead latents' pre-act loss.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ from torch import Tensor
 
 from trainer.kernels.dense import product
 from trainer.kernels.select import positive, widen
-from trainer.saes.base import Encoded, Gradients, Sae, add
+from trainer.saes.auxk import add_auxk
+from trainer.saes.base import Sae
+from trainer.saes.encoder import Encoded
+from trainer.saes.gradients import Gradients, add
 from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, matrix_state
 from trainer.saes.settings import ASSUMED_L0, CostTerms, NestedSettings, PenalisedSettings, Revival
 
 INITIAL_L0 = 4.0
-"""The first batches have this many times the target's L0: enough for a gradient everywhere, few enough to be fast."""
+"""L0 at the start in units of the target: enough for a gradient everywhere, small enough to be fast."""
 INITIAL_L0_WITHOUT_TARGET = 128.0
+"""L0 at the start without target_l0."""
 MINIMUM_THRESHOLD = 1e-3
-NEAR = 1.5
-"""The kernel reaches so many entries per active latent; counted at the default bandwidth of 0.5."""
+ENTRIES_PER_ACTIVE = 1.5
+"""Entries within reach of the kernel per active latent; counted at the default bandwidth of 0.5."""
 
 
 class JumpReLUSettings(NestedSettings, PenalisedSettings):
@@ -109,7 +113,7 @@ class JumpReLUSettings(NestedSettings, PenalisedSettings):
 
     def cost_terms(self) -> CostTerms:
         l0 = self.target_l0 or min(ASSUMED_L0, self.d_sae)
-        return CostTerms(active=l0 * NEAR, l0_is_assumed=self.target_l0 is None)
+        return CostTerms(active=l0 * ENTRIES_PER_ACTIVE, l0_is_assumed=self.target_l0 is None)
 
 
 class JumpReLUActivation(Activation):
@@ -147,25 +151,25 @@ class JumpReLU(Sae):
         super().__init__(settings, widths, d_out)
         self._log = settings.threshold == "log"
         self._parameter = "log_threshold" if self._log else "threshold"
-        """Name of the one that θ is kept in."""
+        """Name of the parameter that stores θ."""
         self.parameters[self._parameter] = torch.zeros(self.d_sae)
 
     @property
     def threshold(self) -> Tensor:
         """θ [d_sae]"""
-        kept = self.parameters[self._parameter]
-        return kept.exp() if self._log else kept
+        parameter = self.parameters[self._parameter]
+        return parameter.exp() if self._log else parameter
 
     def _set_threshold(self, theta: Tensor) -> None:
         self.parameters[self._parameter].copy_(theta.log() if self._log else theta)
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        """As the base; latents that fire equally often give INITIAL_L0 × target_l0 together."""
+        """As the base; with equal rates, the latents together have an L0 of INITIAL_L0 × target_l0."""
         super().initialise(x, y, generator)
         self._set_threshold(torch.full((self.d_sae,), self.settings.initial_threshold))
-        wanted = INITIAL_L0 * self.settings.target_l0 if self.settings.target_l0 else INITIAL_L0_WITHOUT_TARGET
+        l0 = INITIAL_L0 * self.settings.target_l0 if self.settings.target_l0 else INITIAL_L0_WITHOUT_TARGET
         if self.settings.initial_rates == "equal":
-            self.equalise(x, min(0.5, wanted / self.d_sae), self.settings.initial_threshold)
+            self.equalise_rates(x, min(0.5, l0 / self.d_sae), self.settings.initial_threshold)
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)
@@ -174,7 +178,7 @@ class JumpReLU(Sae):
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         theta, bandwidth = self.threshold, self.settings.bandwidth
         select = partial(positive, dense_above=self.dense_above)
-        encoded = self.encode(x, self.revived(dead), select, less=theta - bandwidth / 2)
+        encoded = self.encode(x, self.aux_latents(dead), select, offset=theta - bandwidth / 2)
         near = encoded.latents[0].split(self.ends)
         above = near.value - bandwidth / 2  # z − θ
         on = (above > 0).to(above.dtype)
@@ -191,16 +195,16 @@ class JumpReLU(Sae):
         if self.settings.straight_through == "encoder":
             dz = dz + through_kernel
         dtheta = -through_kernel * theta_here if self._log else -through_kernel
-        grads = self.backward(encoded.read, latents, dz, main.rows, sums={self._parameter: dtheta})
-        add(grads, self.output_gradients(x, main.total))
-        self._pull_up(grads, losses, encoded)
-        self.auxiliary(grads, losses, encoded, y, main.y_hat, theta - bandwidth / 2)
+        grads = self.backward(encoded.inputs, latents, dz, main.dlevels, sums={self._parameter: dtheta})
+        add(grads, self.output_gradients(x, main.dy_hat))
+        self._add_pre_act_loss(grads, losses, encoded)
+        add_auxk(self, grads, losses, encoded, y, main.y_hat, theta - bandwidth / 2)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def _penalty(
         self, latents: Tensor, on: Tensor, rows: int, sparsity: float
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """(loss, ∂L/∂H, ∂L/∂latents) of what makes it sparse."""
+        """(loss, ∂L/∂H, ∂L/∂latents) of the penalty."""
         settings = self.settings
         if settings.sparsity == "target_l0":
             assert settings.target_l0 is not None
@@ -215,37 +219,38 @@ class JumpReLU(Sae):
         tanh = (c * latents).tanh()
         return weight * tanh.sum(), 0.0, weight * c * (1 - tanh.square())
 
-    def revived(self, dead: Tensor) -> Tensor:
+    def aux_latents(self, dead: Tensor) -> Tensor:
         if self.settings.revival != "pre_act":
-            return super().revived(dead)
+            return super().aux_latents(dead)
         return (torch.ones_like(dead) if self.settings.pre_act_on == "all" else dead).nonzero().squeeze(1)
 
-    def _pull_up(self, grads: dict[str, Tensor], losses: dict[str, Tensor], encoded: Encoded) -> None:
-        """Adds the pre-act loss, which lifts latents towards their threshold: the dead ones, or all."""
-        settings, read = self.settings, encoded.read
-        if settings.revival != "pre_act" or not len(encoded.kept):
+    def _add_pre_act_loss(self, grads: dict[str, Tensor], losses: dict[str, Tensor], encoded: Encoded) -> None:
+        """Adds the loss that lifts the pre_acts of dead latents, or of all, towards their threshold."""
+        settings, inputs = self.settings, encoded.inputs
+        if settings.revival != "pre_act" or not len(encoded.aux_latents):
             return
         indices, pre_acts = encoded.padded(math.inf)  # above every threshold
-        weight = settings.pre_act_weight / len(read)
-        below = (settings.bandwidth / 2 - widen(pre_acts)).relu_()
-        under = below > 0
-        count = weight * under.sum(0, dtype=below.dtype)
-        more = {"W_enc": product(under.T.to(read.dtype), read).mul_(-weight), "b_enc": -count}
+        weight = settings.pre_act_weight / len(inputs)
+        distance = (settings.bandwidth / 2 - widen(pre_acts)).relu_()
+        is_below = distance > 0
+        count = weight * is_below.sum(0, dtype=distance.dtype)
+        more = {"W_enc": product(is_below.T.to(inputs.dtype), inputs).mul_(-weight), "b_enc": -count}
         if self.centred:
             more["b_dec"] = count @ self.W_enc[indices]
         more[self._parameter] = count * self.threshold[indices] if self._log else count
         add(grads, more, indices)
-        losses["pre_act"] = weight * below.sum()
+        losses["pre_act"] = weight * distance.sum()
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
-        """As the base, with a threshold that the row a latent is pointed at exceeds, and most others do not.
+        """As the base, with a threshold that the activation x of a latent exceeds, and most others do not.
 
-        Halfway to what x gives, or two standard deviations of a projection of rows whose elements have variance 1.
+        It is half of the pre_act for x, or two standard deviations of a projection of activations whose elements have
+        variance 1, whichever is less.
         """
         super().reinitialise(latents, x, y)
         theta, W_enc = self.threshold.clone(), self.W_enc[latents]
-        halfway, usual = 0.5 * (W_enc * x).sum(1), 2.0 * W_enc.norm(dim=1)
-        theta[latents] = torch.minimum(halfway, usual).clamp_min(MINIMUM_THRESHOLD)
+        half, two_deviations = 0.5 * (W_enc * x).sum(1), 2.0 * W_enc.norm(dim=1)
+        theta[latents] = torch.minimum(half, two_deviations).clamp_min(MINIMUM_THRESHOLD)
         self._set_threshold(theta)
 
     def after_step(self) -> None:

@@ -9,7 +9,7 @@
 
 A crosscoder's |W_dec,i| is the sum of the norms at its hooks, so that a latent pays for each hook it writes to
 (Anthropic, October 2024). The penalty shrinks every latent, by w/2 for l1 and an orthogonal decoder; `repair.py`
-mends that.
+undoes that.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.kernels.select import Latents, positive
-from trainer.saes.base import Gradients, Sae, add
+from trainer.saes.auxk import add_auxk
+from trainer.saes.base import Sae
 from trainer.saes.folding import has_unit_rows
+from trainer.saes.gradients import Gradients, add
 from trainer.saes.published import Activation, SaeWeights, jumprelu_of, linear_state
 from trainer.saes.settings import PenalisedSettings, Revival
 
 INITIAL_NORM = 0.1
+"""Norm of encoder and decoder rows at the start where it is free."""
 
 
 class ReLUSettings(PenalisedSettings):
@@ -94,7 +97,7 @@ class ReLUActivation(Activation):
         if sae.cfg["apply_b_dec_to_input"] and has_unit_rows(centred["W_dec"]):
             state = linear_state(centred)
             return "AutoEncoder", {**{n: v for n, v in state.items() if n != "b_dec"}, "bias": state["b_dec"]}
-        # The other class would divide by the norms of its rows, zero or not.
+        # AutoEncoder would divide by the norms of decoder rows, zero or not.
         state = linear_state(sae.recentred(centred=False))
         return "AutoEncoderNew", {**{n: v for n, v in state.items() if n != "b_dec"}, "decoder.bias": state["b_dec"]}
 
@@ -112,26 +115,26 @@ class ReLU(Sae):
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         super().initialise(x, y, generator)
         if not self.unit_decoder and not self.is_transcoder:
-            # Both small: latents that begin loud would be silenced by the penalty before they have learned.
+            # Small, or the penalty would silence the latents before they have learned anything.
             self.W_enc.mul_(self.settings.initial_norm or INITIAL_NORM)
             self.W_dec.mul_(self.settings.initial_norm or INITIAL_NORM)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        encoded = self.encode(x, self.revived(dead), partial(positive, dense_above=self.dense_above))
+        encoded = self.encode(x, self.aux_latents(dead), partial(positive, dense_above=self.dense_above))
         latents = encoded.latents[0]
         main = self.reconstruct(latents, x, y)
         losses = {"reconstruction": main.loss}
         losses["sparsity"], through_value, dW_dec = self._penalty(latents, sparsity / len(x))
         dz = (main.dlatents + through_value) * (latents.value > 0)
-        grads = self.backward(encoded.read, latents, dz, main.rows)
-        add(grads, self.output_gradients(x, main.total))
+        grads = self.backward(encoded.inputs, latents, dz, main.dlevels)
+        add(grads, self.output_gradients(x, main.dy_hat))
         if dW_dec is not None:
             grads["W_dec"] += dW_dec
-        self.auxiliary(grads, losses, encoded, y, main.y_hat)
+        add_auxk(self, grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, latents)
 
     def _penalty(self, latents: Latents, sparsity: float) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """(loss, ∂L/∂latents at the entries, ∂L/∂W_dec or None) of what makes it sparse."""
+        """(loss, ∂L/∂latents at the entries, ∂L/∂W_dec or None) of the penalty."""
         assert self.settings.sparsity_weight is not None
         weight = sparsity * self.settings.sparsity_weight / self.variance
         if self.settings.sparsity == "l1":

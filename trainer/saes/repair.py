@@ -3,10 +3,10 @@
     latents = s ⊙ ReLU(x W_encᵀ + b_enc)                        x_hat = latents W_dec + b_dec
     L = |x − x_hat|² / variance
 
-It starts from a trained ReLU SAE, whose penalty has shrunk each latent, by how much depends on how strong it is.
-`train` says what may change: scale only, scale+decoder, scale+encoder, or all. While the encoder stands still, every
-row keeps exactly the active latents it had. For that, b_dec is not subtracted from x here: an SAE that does has it
-moved into b_enc at the start. s is kept above zero, where the latent would vanish from every row, and is folded into
+Training starts from a ReLU SAE, whose penalty has shrunk each latent by an amount that depends on its size. `train`
+names the parameters that may change: scale only, scale+decoder, scale+encoder, or all. While the encoder does not
+change, every activation keeps exactly the active latents it had. For that, b_dec is not subtracted from x: at the start
+it is moved into b_enc where necessary. s is kept above zero, where a latent would vanish for good, and is folded into
 W_enc and b_enc on export.
 """
 
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.select import positive
-from trainer.saes.base import Gradients, Sae, add
+from trainer.saes.base import Sae
+from trainer.saes.gradients import Gradients, add
 from trainer.saes.relu import RELU
 from trainer.saes.settings import SaeSettings
 
-LEARNS = {
+TRAINABLE = {
     "scale": {"scale"},
     "scale+decoder": {"scale", "W_dec", "b_dec"},
     "scale+encoder": {"scale", "W_enc", "b_enc"},
@@ -42,7 +43,7 @@ class RepairSettings(SaeSettings):
 
     architecture: Literal["repair"] = "repair"
     train: Literal["scale", "scale+decoder", "scale+encoder", "all"] = "scale+decoder"
-    """What may change. Without the encoder the active latents stay exactly those they were."""
+    """Parameters that may change. While the encoder does not, the active latents stay exactly the same."""
 
     @property
     def centred(self) -> bool:
@@ -64,21 +65,21 @@ class Repair(Sae):
     def __init__(self, settings: RepairSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
         self.parameters["scale"] = torch.ones(self.d_sae)
-        self.trained = frozenset(LEARNS[settings.train])
+        self.trainable = frozenset(TRAINABLE[settings.train])
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)
         self.parameters["scale"].fill_(1.0)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        encoded = self.encode(x, self.revived(dead), partial(positive, dense_above=self.dense_above))
+        encoded = self.encode(x, self.aux_latents(dead), partial(positive, dense_above=self.dense_above))
         active = encoded.latents[0]
         scale = active.at(self.parameters["scale"])
         latents = active.with_value(active.value * scale)
         main = self.reconstruct(latents, x, y)
         dz = main.dlatents * scale * (active.value > 0)
-        grads = self.backward(encoded.read, latents, dz, main.rows, sums={"scale": main.dlatents * active.value})
-        add(grads, self.output_gradients(x, main.total))
+        grads = self.backward(encoded.inputs, latents, dz, main.dlevels, sums={"scale": main.dlatents * active.value})
+        add(grads, self.output_gradients(x, main.dy_hat))
         return Gradients(grads, {"reconstruction": main.loss}, main.y_hat, latents)
 
     def after_step(self) -> None:

@@ -3,10 +3,10 @@
     latents = ReLU(M x + b)                     x_hat = Mᵀ latents                 rows of M of unit norm
     L = (|x − x_hat|² + w · Σ_i latents_i) / variance
 
-What a latent reads is what it writes; half the memory. There is no decoder bias, so that a large mean of x has to be
-reconstructed too (`whitening` takes it away). M's gradient is the sum of what it receives as encoder and as decoder.
-The source averages the error over d_in: its α is w / d_in here. Nothing revives dead latents: one that is moved onto a
-row of the data would at once fire as loudly as it reads, and a hundred such make the loss explode.
+A latent reads and writes the same direction, in half the memory. There is no decoder bias, so that a large mean of x
+has to be reconstructed too (`whitening` removes it). M's gradient is the sum of its gradients as encoder and as
+decoder. The paper averages the error over d_in: its α is w / d_in here. Nothing revives dead latents: one that is moved
+onto an activation has a large value there at once, and with a hundred of them the loss explodes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from trainer.saes.base import Gradients
+from trainer.saes.gradients import Gradients
 from trainer.saes.relu import ReLU
 from trainer.saes.settings import CostTerms, PenalisedSettings
 
@@ -54,14 +54,14 @@ class Tied(ReLU):
 
     @property
     def b_dec(self) -> Tensor:
-        """Zero, whatever is written into it."""
+        """Zeros; what is written there is lost."""
         return self.W_dec.new_zeros(self.d_out)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        found = super().gradients(x, y, dead, sparsity)
-        found.of["W_dec"] += found.of.pop("W_enc")
-        del found.of["b_dec"]
-        return found
+        gradients = super().gradients(x, y, dead, sparsity)
+        gradients.of["W_dec"] += gradients.of.pop("W_enc")
+        del gradients.of["b_dec"]
+        return gradients
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         keys, weights = super().export()

@@ -3,9 +3,9 @@
     latents = ReLU(TopK_k(pre_acts))                            y_hat = latents W_dec + b_dec
     L = |y − y_hat|² / variance + w_aux · |e_hat − e|² / |e − mean(e)|² (+ w_multi · |y − y_hat_{4k}|² / variance)
 
-`variance` is frozen at the start, so that the loss is FVU and its scale never depends on a batch. The auxiliary loss
-is `Sae.auxiliary`; w_aux = 1/32. Multi-TopK decodes the same pre_acts once more with 4 k latents, w_multi = 1/8 in
-the source. With `abs`, TopK chooses by |pre_acts| and there is no ReLU (arXiv 2510.00404).
+`variance` is frozen at the start, so that the loss is FVU and its scale never depends on a batch. The second term is
+`auxk.add_auxk`; w_aux = 1/32. Multi-TopK decodes the same pre_acts once more with 4 k latents, w_multi = 1/8 in the
+paper. With `abs`, TopK selects by |pre_acts| and there is no ReLU (arXiv 2510.00404).
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.kernels.select import largest
-from trainer.saes.base import Encoded, Gradients, Reconstruction, Sae, add
+from trainer.saes.auxk import add_auxk
+from trainer.saes.base import Sae
+from trainer.saes.encoder import Encoded
+from trainer.saes.gradients import Gradients, Reconstruction, add
 from trainer.saes.published import Activation, FormatError, SaeWeights, linear_state, scalar_state
 from trainer.saes.settings import CostTerms, NestedSettings, Positive, Revival, SaeSettings
 
 INITIAL_PRE_ACT = 1.0
-"""A latent that only just is among the k begins with this value (elements of x have variance 1)."""
+"""The least of the k selected latents has about this value at the start (elements of x have variance 1)."""
 
 
 class FixedKSettings(NestedSettings):
@@ -63,9 +66,9 @@ class TopKSettings(FixedKSettings):
 
     architecture: Literal["topk"] = "topk"
     abs: bool = False
-    """Choose by magnitude and keep signs."""
+    """Select by magnitude and keep signs."""
     multi_topk: float = Field(default=0.0, ge=0.0)
-    """Weight of a second loss with 4 k latents, so that the code degrades gently; the source has 0.125."""
+    """Weight of a second loss with 4 k latents, so that the code degrades gently; the paper has 0.125."""
 
     @property
     def title(self) -> str:
@@ -113,8 +116,8 @@ class TopKActivation(Activation):
         return {"activation": "topk", "k": sae.cfg["k"], "multi_topk": False}
 
     def to_dictionary_learning(self, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:
-        unset = torch.tensor(-1.0)  # their threshold, which stands in for top-k only when asked to
-        return "AutoEncoderTopK", linear_state(sae.recentred(centred=True)) | scalar_state(sae.cfg["k"], unset)
+        no_threshold = torch.tensor(-1.0)  # there it replaces top-k on request only
+        return "AutoEncoderTopK", linear_state(sae.recentred(centred=True)) | scalar_state(sae.cfg["k"], no_threshold)
 
 
 class AbsTopKActivation(TopKActivation):
@@ -141,43 +144,45 @@ TOPK, ABSTOPK = TopKActivation(), AbsTopKActivation()
 
 
 class FixedK(Sae):
-    """What TopK and BatchTopK have in common: a loss through the latents that `choose` selects."""
+    """The common part of TopK and BatchTopK: losses of the k latents, and of 4 k, that `select` returns."""
 
     settings: FixedKSettings
-    second_loss_weight = 0.0
-    """Of a loss with 4 k latents."""
+    multi_topk = 0.0
+    """Weight of the loss with 4 k latents."""
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         super().initialise(x, y, generator)
         if self.settings.initial_rates == "equal":
-            self.equalise(x, self.k / self.d_sae, INITIAL_PRE_ACT)
+            self.equalise_rates(x, self.k / self.d_sae, INITIAL_PRE_ACT)
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        weight = self.second_loss_weight
-        encoded = self.choose(x, self.revived(dead), [self.k, 4 * self.k] if weight else [self.k])
+        weight = self.multi_topk
+        encoded = self.select(x, self.aux_latents(dead), [self.k, 4 * self.k] if weight else [self.k])
         main = self.reconstruct(encoded.latents[0], x, y)
-        grads = self.through(encoded, 0, main)
-        add(grads, self.output_gradients(x, main.total))
+        grads = self.backward_through(encoded, 0, main)
+        add(grads, self.output_gradients(x, main.dy_hat))
         losses = {"reconstruction": main.loss}
         if weight:
             multi = self.reconstruct(encoded.latents[1], x, y)
-            add(grads, self.through(encoded, 1, multi, weight))
-            add(grads, self.output_gradients(x, weight * multi.total))
+            add(grads, self.backward_through(encoded, 1, multi, weight))
+            add(grads, self.output_gradients(x, weight * multi.dy_hat))
             losses["multi_topk"] = weight * multi.loss
-        self.auxiliary(grads, losses, encoded, y, main.y_hat)
+        add_auxk(self, grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, encoded.latents[0])
 
     @abstractmethod
-    def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
+    def select(self, x: Tensor, aux_latents: Tensor, ks: list[int]) -> Encoded:
         """One set of active latents for each k, split into segments."""
 
-    def through(self, encoded: Encoded, choice: int, of: Reconstruction, weight: float = 1.0) -> dict[str, Tensor]:
-        """Gradients of `weight` times a loss through the entries of a choice; one that ReLU set to zero passes none."""
-        latents = encoded.latents[choice]
-        dz, rows = of.dlatents * (latents.value != 0), of.rows
+    def backward_through(
+        self, encoded: Encoded, selection: int, loss: Reconstruction, weight: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Gradients of `weight` times a loss through the latents of a selection; those at zero pass none on (ReLU)."""
+        latents = encoded.latents[selection]
+        dz, dlevels = loss.dlatents * (latents.value != 0), loss.dlevels
         if weight != 1.0:
-            dz, rows = weight * dz, weight * rows
-        return self.backward(encoded.read, latents, dz, rows)
+            dz, dlevels = weight * dz, weight * dlevels
+        return self.backward(encoded.inputs, latents, dz, dlevels)
 
     @property
     def k(self) -> int:
@@ -194,21 +199,21 @@ class TopK(FixedK):
 
     def __init__(self, settings: TopKSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
         super().__init__(settings, widths, d_out)
-        self.magnitude = settings.abs
-        self.second_loss_weight = settings.multi_topk
+        self.by_magnitude = settings.abs
+        self.multi_topk = settings.multi_topk
 
     @classmethod
     def startable(cls, settings: SaeSettings) -> frozenset[str]:
         assert isinstance(settings, TopKSettings)
         return frozenset({ABSTOPK.name if settings.abs else TOPK.name})
 
-    def choose(self, x: Tensor, kept: Tensor, ks: list[int]) -> Encoded:
-        select = partial(largest, magnitude=self.magnitude, dense_above=self.dense_above)
-        encoded = self.encode(x, kept, *(partial(select, k=k) for k in ks))
+    def select(self, x: Tensor, aux_latents: Tensor, ks: list[int]) -> Encoded:
+        select = partial(largest, magnitude=self.by_magnitude, dense_above=self.dense_above)
+        encoded = self.encode(x, aux_latents, *(partial(select, k=k) for k in ks))
         return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        # The flag makes SAELens' fold_W_dec_norm work; with unit rows it changes nothing.
-        architecture = ABSTOPK.architecture if self.magnitude else TOPK.architecture
+        # SAELens' fold_W_dec_norm needs the flag; with unit rows it changes nothing.
+        architecture = ABSTOPK.architecture if self.by_magnitude else TOPK.architecture
         keys: dict[str, object] = {"architecture": architecture, "k": self.k}
         return keys | {"rescale_acts_by_decoder_norm": self.unit_decoder}, self.common_weights()

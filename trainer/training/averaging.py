@@ -7,7 +7,8 @@ import math
 
 from torch import Tensor
 
-from trainer.saes.base import SHARED, Sae
+from trainer.saes.base import Sae
+from trainer.saes.gradients import SHARED
 
 
 class AverageWeights:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.kernels.operands import Operands
 from trainer.kernels.sparse import kernels
-from trainer.saes.base import SHARED
+from trainer.saes.gradients import SHARED
 from trainer.settings import OptimizerSettings
 from trainer.state.format import AdamState
 

@@ -81,7 +81,7 @@ class SaeTrainer:
 
     def _reset_optimizer(self, centre: Tensor) -> None:
         """Begins optimizer and statistics for the present parameters; `centre` [d_out] is near the mean of y."""
-        names = self.sae.trained or self.sae.parameters.keys()
+        names = self.sae.trainable or self.sae.parameters.keys()
         parameters = {name: value for name, value in self.sae.parameters.items() if name in names}
         self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder, self.sae.operands)
         self.statistics = Statistics(self.settings.d_sae, centre)
@@ -171,8 +171,8 @@ class SaeTrainer:
         if limit := self.settings.reinitialise_tokens:
             latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
             if len(latents):
-                pre_acts = self.sae.in_float32(x, latents)
-                unreachable = latents[(pre_acts.abs() if self.sae.magnitude else pre_acts).amax(0) <= 0]
+                pre_acts = self.sae.pre_acts(x, latents)
+                unreachable = latents[(pre_acts.abs() if self.sae.by_magnitude else pre_acts).amax(0) <= 0]
                 error = y - y_hat
                 directions = error if not self.hooks.is_transcoder else x - x.mean(0)
                 self._redraw(unreachable, x, y, y_hat, directions, error)

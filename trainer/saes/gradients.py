@@ -1,0 +1,52 @@
+"""The results of a forward and a backward pass over one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trainer.kernels.select import Latents
+
+SHARED = ("b_dec", "W_skip")
+"""Parameters that belong to no single latent; all others have one row per latent."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one batch, with what statistics need of its forward pass."""
+
+    of: dict[str, Tensor]
+    """By the name of the parameter."""
+    loss: dict[str, Tensor]
+    """Parts of the loss, scalars."""
+    y_hat: Tensor
+    """[batch, d_out], in the scale of y."""
+    fired: Latents
+    """Latents of the batch, in segments when there are several levels; those other than zero have fired."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """y_hat from a set of latents, with the gradient of its loss L."""
+
+    y_hat: Tensor
+    """[batch, d_out]"""
+    loss: Tensor
+    dlevels: Tensor
+    """∂L/∂(latents W_dec) [levels × batch, d_out], one block per segment of the latents."""
+    dy_hat: Tensor
+    """∂L/∂y_hat summed over levels, [batch, d_out]: the gradient that reaches b_dec and W_skip."""
+    dlatents: Tensor
+    """∂L/∂latents at the entries. Dense latents have values beside their entries too, which the caller sets to zero."""
+
+
+def add(grads: dict[str, Tensor], more: dict[str, Tensor], latents: Tensor | None = None) -> None:
+    """Adds gradients in place; rows of `more` stand for the latents [n] with these indices, or for all."""
+    for name, value in more.items():
+        if name not in grads:
+            grads[name] = value
+        elif latents is None or name in SHARED:
+            grads[name] += value
+        else:
+            grads[name].index_add_(0, latents, value)

@@ -1,0 +1,55 @@
+"""The values that parameters begin with: directions of latents, and the centre of the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.saes.settings import SaeSettings
+
+DATA_SHARE, RANDOM_SHARE = 0.8, 0.2
+"""Weights of an activation and of a random direction in an initial direction "data"."""
+
+
+def initial_directions(settings: SaeSettings, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Unit rows [d_sae, d_in]: random, or with initial_directions = "data" towards random rows of the centred x."""
+    directions = torch.randn(settings.d_sae, x.shape[1], generator=generator)
+    normalise_rows(directions)
+    if settings.initial_directions == "data":
+        # Each row of x is used once before any is used again: with enough rows no two latents begin alike.
+        order = torch.randperm(len(x), generator=generator)
+        towards = (x - x.mean(0))[order.repeat(-(-settings.d_sae // len(x)))[: settings.d_sae]]
+        normalise_rows(towards)
+        directions = DATA_SHARE * towards + RANDOM_SHARE * directions
+        normalise_rows(directions)
+    return directions
+
+
+def normalise_rows(W: Tensor) -> None:
+    """Scales each row to unit norm, in place."""
+    W.div_(W.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def initial_bias(x: Tensor, kind: str) -> Tensor:
+    """The centre [d] of rows x [rows, d]: their geometric_median, their mean or zero."""
+    if kind == "zero":
+        return torch.zeros(x.shape[1], device=x.device)
+    return x.double().mean(0).float() if kind == "mean" else geometric_median(x)
+
+
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """The point with the smallest sum of distances to the rows of x [rows, d]; Weiszfeld's iteration, float64.
+
+    Outliers move it far less than the mean. b_dec begins there in Bricken et al. 2023 and Gao et al. 2024 (arXiv
+    2406.04093, appendix A).
+    """
+    x = x.double()
+    median = x.mean(0)
+    for _ in range(iterations):
+        weight = 1.0 / (x - median).norm(dim=1).clamp_min_(1e-8)
+        next_median = weight @ x / weight.sum()
+        change = (next_median - median).norm() / median.norm().clamp_min(1e-12)
+        median = next_median
+        if change < tolerance:
+            break
+    return median.float()
