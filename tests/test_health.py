@@ -60,11 +60,11 @@ def health(tmp_path: Path) -> Iterator[tuple[Trainer, Ask]]:
 
 
 def test_a_trainer_without_producers_is_alive_and_ready(health: tuple[Trainer, Ask]) -> None:
-    """It waits for the first rows: producers may connect, and find work."""
+    """It waits for the first activations: producers may connect, and find work."""
     _, ask = health
 
-    assert ask("/healthz") == (200, "waiting for the first rows")
-    assert ask("/readyz") == (200, "waiting for the first rows")
+    assert ask("/healthz") == (200, "waiting for the first activations")
+    assert ask("/readyz") == (200, "waiting for the first activations")
 
 
 def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask]) -> None:

@@ -92,7 +92,7 @@ def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: Test
         ("training", "The trainer is the bottleneck: producers wait 100%"),
         ("starved", "The trainer is the bottleneck"),
         ("paused", "The run is paused: nothing is trained until it is resumed."),
-        ("draining", "No further row will come"),
+        ("draining", "No further activation will come"),
         ("filling", "The buffer is being filled"),
     ],
 )

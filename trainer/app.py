@@ -68,7 +68,7 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         ledger = open_ledger(settings, saved)
         if snapshots := supersede_after(directory, ledger.tokens_trained):
             log.warning(
-                "%d snapshots are beyond the checkpoint, which has %s rows, and were moved to %s: %s",
+                "%d snapshots are beyond the checkpoint, which has %s tokens, and were moved to %s: %s",
                 len(snapshots), f"{ledger.tokens_trained:,}", snapshots[0].parent,
                 ", ".join(path.name for path in snapshots),
             )  # fmt: skip
@@ -133,11 +133,11 @@ def open_ledger(settings: TrainerSettings, saved: Checkpoint | None) -> Ledger:
         books, bits = saved.document.ledger, saved.tensors.shards
         if faults := ledger_faults(books, bits):
             raise CheckpointError(
-                f"the newest checkpoint of {settings.run.folder} does not balance: {'; '.join(faults)}. Rows would "
+                f"the newest checkpoint of {settings.run.folder} does not balance: {'; '.join(faults)}. Tokens would "
                 "be trained twice, or never: remove that checkpoint to resume from the one before it"
             )
         ledger.restore(books, bits)
-        log.info("resuming run %s at %s rows", ledger.run, f"{ledger.tokens_trained:,}")
+        log.info("resuming run %s at %s tokens", ledger.run, f"{ledger.tokens_trained:,}")
         if not ledger.phase.is_receiving and quarantine_fault(settings, ledger.quarantine):
             log.warning("the run had failed; %d quarantined shards are tried again", ledger.retry_quarantined())
     return ledger
@@ -173,7 +173,7 @@ def _train(
         kind = OrderedBuffer if settings.run.deterministic else ShuffleBuffer
         check_room(hello, settings.buffer.rows, free_memory())
         buffer = kind(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
-        log.info("buffer: %s rows, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
+        log.info("buffer: %s tokens, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
         return buffer
 
     buffer_state = buffer_of(saved, settings) if saved is not None else NEW_BUFFER
@@ -205,7 +205,7 @@ def _refuse_to_begin(settings: TrainerSettings, roster: Roster, intake: Intake) 
     if fault := quarantine_fault(settings, intake.quarantine()):
         raise IntakeError(fault)
     advice = "every SAE is finished" if roster.is_finished else "raise run.tokens to go on"
-    log.info("the run is complete with %s rows; %s", f"{intake.tokens_trained:,}", advice)
+    log.info("the run is complete with %s tokens; %s", f"{intake.tokens_trained:,}", advice)
 
 
 def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
@@ -214,7 +214,7 @@ def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
     if is_complete and reporter.last is None:
         intake.drain(finished=True)
         shards = "; ".join(f"{one.shard} of epoch {one.epoch}: {one.reason!r}" for one in quarantine.shards[:3])
-        raise IntakeError(f"not one row could be trained on; quarantined shards: {shards}")
+        raise IntakeError(f"not one token could be trained on; quarantined shards: {shards}")
     # The checkpoint comes last: it makes the run count as complete, and a complete run has a summary.
     fault = quarantine_fault(loop.settings, quarantine) if is_complete else None
     if is_complete and loop.run is not None and reporter.last is not None:
@@ -229,8 +229,8 @@ def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
     if fault is not None:
         raise IntakeError(fault)
     if is_complete:
-        log.info("finished: %s rows, snapshots in %s", tokens, home.path / "snapshots")
+        log.info("finished: %s tokens, snapshots in %s", tokens, home.path / "snapshots")
     elif not home.is_here:
         raise HomeError(home.fault())
     else:
-        log.info("stopped at %s rows; the same command goes on", tokens)
+        log.info("stopped at %s tokens; the same command goes on", tokens)

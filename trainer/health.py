@@ -14,9 +14,9 @@ HANG_SECONDS = 300.0
 
 SENTENCES = {
     RunPhase.FILLING: "filling the buffer",
-    RunPhase.STARVED: "starved: training waits for rows, the producers are too few or too slow",
+    RunPhase.STARVED: "starved: training waits for activations, the producers are too few or too slow",
     RunPhase.PAUSED: f"paused: `{shell_command('trainer', 'ctl', 'RUN_DIR', 'resume')}` goes on",
-    RunPhase.DRAINING: "draining: no further row will come",
+    RunPhase.DRAINING: "draining: no further activation will come",
 }
 """Phases whose names say too little."""
 
@@ -58,5 +58,5 @@ class TrainerHealth:
 
 def _sentence(report: StepReport | None) -> str:
     if report is None:
-        return "waiting for the first rows"
+        return "waiting for the first activations"
     return SENTENCES.get(report.state, report.state)

@@ -131,9 +131,9 @@ def what_waits(phase: str, stream: StreamReport) -> str:
         case RunPhase.PAUSED:
             return "the run is paused: nothing is trained until it is resumed"
         case RunPhase.DRAINING:
-            return "no further row will come: what is buffered is trained, then the run ends"
+            return "no further activation will come: what is buffered is trained, then the run ends"
         case RunPhase.FILLING:
             return "the buffer is being filled: training begins when it is"
         case RunPhase.STARVED if not sum(stream.producers.values()):
-            return "no producer is at work: training waits for rows"
+            return "no producer is at work: training waits for activations"
     return stream.bottleneck

@@ -58,7 +58,7 @@ class Reporter:
 
     def on_publish(self, tokens: int) -> None:
         self._metrics.set_snapshot(tokens, time.time())
-        log.info("snapshot of %s rows published", f"{tokens:,}")
+        log.info("published snapshot at %s tokens", f"{tokens:,}")
 
     def _log(self, report: StepReport, before: StepReport | None) -> None:
         """Logs at once what is wrong, and the progress every half minute."""
@@ -71,7 +71,7 @@ class Reporter:
         if time.monotonic() - self._logged_at >= PROGRESS_SECONDS:
             self._logged_at = time.monotonic()
             saes = " · ".join(f"{sae.name} fvu {sae.fvu:.4f} l0 {sae.l0:.1f}" for sae in report.saes)
-            log.info("%s rows · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
+            log.info("%s tokens · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
             log.info("%s", report.bottleneck)
 
     def on_save(self) -> None:

@@ -116,7 +116,7 @@ def snapshot(loop: Loop, _: Arguments) -> Answer:
     """Publishes the SAEs as they are at this moment."""
     run = _require_run(loop)
     if not loop.can_publish:
-        raise CommandError("no rows are here to make a snapshot with; try again when a producer is at work", 1)
+        raise CommandError("no activations are here to make a snapshot with; try again when a producer is at work", 1)
     loop.report()
     published = loop.publish()
     if not published:
@@ -140,7 +140,7 @@ def cooldown(loop: Loop, arguments: Arguments) -> Answer:
         raise CommandError(f"{name} has learned nothing yet; `detach` takes it away")
     tokens = sae_trainer.cool_down()
     _save(loop)
-    return {"said": f"{name} cools down over the next {tokens:,} rows and is finished then", "rows_left": tokens}
+    return {"said": f"{name} cools down over the next {tokens:,} tokens and is finished then", "rows_left": tokens}
 
 
 def attach(loop: Loop, arguments: Arguments) -> Answer:
@@ -164,7 +164,7 @@ def attach(loop: Loop, arguments: Arguments) -> Answer:
             raise CommandError(f"sae {sae.name!r} could not begin; the trainer's log says why", 1)
     loop.write_settings()
     _save(loop)
-    when = "learns from the next batch on" if sae_trainer.has_weights else "begins with the next rows"
+    when = "learns from the next batch on" if sae_trainer.has_weights else "begins with the next activations"
     return {"said": f"{sae.name} has joined at {loop.tokens:,} tokens and {when}", "joined_at": loop.tokens}
 
 
@@ -190,7 +190,7 @@ def detach(loop: Loop, arguments: Arguments) -> Answer:
     _save(loop)
     then = "is published and leaves"
     if tokens:
-        then = f"cools down over the next {tokens:,} rows, is published then and leaves"
+        then = f"cools down over the next {tokens:,} tokens, is published then and leaves"
     return {"said": f"{member.name} {then}", "rows_left": tokens}
 
 
@@ -217,12 +217,12 @@ def retry_quarantined(loop: Loop, _: Arguments) -> Answer:
     """Leases quarantined shards again, for the activations that they lack."""
     if loop.intake.is_winding_down:
         raise CommandError("the run is draining and leaves soon; start it again, then try")
-    count, left = loop.intake.retry_quarantined(), len(loop.intake.quarantine().shards)
-    if not count:
-        older = f"; an older release quarantined {left} shards, and kept nothing to try them again with" if left else ""
-        return {"said": f"no shard can be tried again{older}", "shards": 0}
+    if not (count := loop.intake.retry_quarantined()):
+        older = len(loop.intake.quarantine().shards)
+        reason = f"; an older release quarantined {older} shards, and kept nothing to try them again with"
+        return {"said": f"no shard can be tried again{reason if older else ''}", "shards": 0}
     _save(loop)
-    return {"said": f"{count} shards are leased again, for the rows that they lack", "shards": count}
+    return {"said": f"{count} shards are leased again, for the tokens that they lack", "shards": count}
 
 
 def drain(loop: Loop, _: Arguments) -> Answer:
@@ -232,7 +232,7 @@ def drain(loop: Loop, _: Arguments) -> Answer:
     if loop.roster.paused:
         raise CommandError("the run is paused: `resume` it first, or stop the trainer with SIGTERM")
     tokens = loop.intake.wind_down()
-    return {"said": f"draining: at most {tokens:,} rows are trained yet, then the trainer leaves", "rows": tokens}
+    return {"said": f"draining: at most {tokens:,} tokens are trained yet, then the trainer leaves", "rows": tokens}
 
 
 COMMANDS: dict[str, Callable[[Loop, Arguments], Answer]] = {

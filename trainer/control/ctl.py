@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     command("attach", "add an SAE to the live stream").add_argument(
         "sae", type=path_argument, metavar="SAE.toml", help="the keys of one [[sae]] table of a run file"
     )
-    detach = command("detach", "cool an SAE down, publish it and let it go")
+    detach = command("detach", "cool an SAE down, publish it and remove it")
     detach.add_argument("name")
     detach.add_argument("--now", action="store_true", help="without the cooldown")
     for name, purpose in (
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     command("pause", "hold training, also across restarts, until `resume`; producers wait")
     command("resume", "go on after `pause`")
     command("retry-quarantined", "give shards that failed another chance, after what was wrong with them is mended")
-    command("drain", "train on the rows that are under way, then stop; nothing has to be computed again")
+    command("drain", "train on the tokens that are on their way, then stop; nothing has to be computed again")
     return parser
 
 
@@ -184,7 +184,7 @@ def _show(status: Answer) -> None:
                   f"{status['tokens_per_second']:,.0f}/s")  # fmt: skip
     producers = sum(status["producers"].values())
     console.print(f"{producers} producer{'' if producers == 1 else 's'} · buffer {status['buffer_rows']:,} of "
-                  f"{status['buffer_capacity_rows']:,} rows · epoch {status['epoch']}")  # fmt: skip
+                  f"{status['buffer_capacity_rows']:,} tokens · epoch {status['epoch']}")  # fmt: skip
     _show_trouble(console, status)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     # Numbers are never cut; a hook's name may be long, and is shown only where there are several.

@@ -307,8 +307,8 @@ def _is_finished(run: Run, member: Member) -> bool:
 
 def next_batch_size(settings: TrainerSettings, tokens: int) -> int:
     """Tokens of the batch after `tokens` tokens: a whole batch, or what the budget leaves; 0 ends the run."""
-    left = settings.optimizer.batch if settings.run.tokens is None else settings.run.tokens - tokens
-    return max(0, min(settings.optimizer.batch, left))
+    batch, budget = settings.optimizer.batch, settings.run.tokens
+    return batch if budget is None else max(0, min(batch, budget - tokens))
 
 
 def try_to_write(kind: str, write: Callable[[], object]) -> bool:

@@ -101,7 +101,7 @@ def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str
 
 def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
     """Metadata of one SAE that SAELens and others read, and its provenance."""
-    provenance, hooks, measured = run.stream.provenance, sae_trainer.hooks, _of(report, sae_trainer)
+    provenance, hooks, numbers = run.stream.provenance, sae_trainer.hooks, _of(report, sae_trainer)
     modules = {hook.name: hook.module for hook in run.stream.hooks}
     metadata = {
         "model_name": provenance.get("model"),
@@ -120,9 +120,9 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
         "settings": sae_trainer.settings.model_dump(mode="json", exclude_none=True),
         "run": facts["id"],
         "stream": provenance,
-        "l0": finite(measured.l0),
-        "fvu": finite(measured.fvu),
-        "num_dead_features": measured.dead_latents,
+        "l0": finite(numbers.l0),
+        "fvu": finite(numbers.fvu),
+        "num_dead_features": numbers.dead_latents,
     }
     if hooks.is_crosscoder:
         metadata["hook_names"] = list(hooks.reads)
