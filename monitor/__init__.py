@@ -7,6 +7,7 @@
     run_directory   what a run directory holds
     snapshot_index  which snapshots it holds, from look to look
     summary         summary.json, completed with the evaluation
+    comparison      what differs between two snapshots
     history         the curves of a run
     metrics         its Prometheus metrics, and the list of all there are
     evaluation/     SAEs measured with the language model; latents

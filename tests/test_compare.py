@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import monitor.cli.compare
-from monitor.cli.compare import best_matches, compare, main
+from monitor.cli.compare import main
+from monitor.comparison import EDGES, best_matches, compare
 from tests.small_run import identity_sae, publish_snapshot
 from trainer.snapshot import Export
 from trainer.state.durable import replace_text
@@ -45,7 +46,7 @@ def unit(*entries: int) -> np.ndarray:
 
 def latents_of(tmp_path: Path, before: Export, after: Export) -> dict:
     a, b = publish_snapshot(tmp_path, 1000, [before]), publish_snapshot(tmp_path, 2000, [after])
-    return compare(a, b)["saes"]["small"]["latents"]
+    return compare(a, b).as_json()["saes"]["small"]["latents"]
 
 
 def test_what_is_the_same_has_not_changed(tmp_path: Path):
@@ -80,7 +81,7 @@ def test_latents_that_turned_are_told_with_their_best_match(tmp_path: Path):
     assert latents["cosine"]["matched"]["mean"] > latents["cosine"]["same_index"]["mean"]
 
 
-EDGE_OF_30_DEGREES = monitor.cli.compare.EDGES.index(0.8)
+EDGE_OF_30_DEGREES = EDGES.index(0.8)
 
 
 def test_saes_of_different_width_are_matched_in_both_directions(tmp_path: Path):
@@ -97,7 +98,7 @@ def test_different_spaces_are_not_compared(tmp_path: Path, capsys: pytest.Captur
     """Numbers stand side by side, and a sentence says why no latent is."""
     a = publish_snapshot(tmp_path, 1000, [identity_sae("small", d_in=4)])
     b = publish_snapshot(tmp_path, 2000, [identity_sae("small", d_in=8)])
-    assert "4 entries in A and 8 in B" in compare(a, b)["saes"]["small"]["latents"]["incomparable"]
+    assert "4 entries in A and 8 in B" in compare(a, b).as_json()["saes"]["small"]["latents"]["incomparable"]
     assert main([str(a), str(b)]) == 0
     assert "different spaces" in capsys.readouterr().out
 
@@ -118,7 +119,7 @@ def test_numbers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
     a, b = publish_snapshot(tmp_path, 1000), publish_snapshot(tmp_path, 2000)
     replace_text(a / "small" / "evaluation.json", '{"fvu": 0.5, "ce_delta": 0.125, "kl": null, "seconds": 3.0}')
     replace_text(b / "small" / "evaluation.json", '{"fvu": 0.375, "ce_delta": 0.0625, "snapshot": "x"}')
-    numbers = compare(a, b)["saes"]["small"]["numbers"]
+    numbers = compare(a, b).as_json()["saes"]["small"]["numbers"]
     assert numbers["fvu"] == [0.25, 0.25] and numbers["held-out fvu"] == [0.5, 0.375]
     assert not {"seconds", "snapshot", "kl"} & set(numbers)
     assert main([str(a), str(b)]) == 0
@@ -131,7 +132,7 @@ def test_one_sae_of_each_may_be_named(tmp_path: Path, capsys: pytest.CaptureFixt
     """By its folder, so that SAEs of different names compare; --json prints what scripts need."""
     a = publish_snapshot(tmp_path, 1000, [sae("topk"), sae("jump")])
     b = publish_snapshot(tmp_path, 2000, [sae("jump"), sae("other")])
-    told = compare(a, b)
+    told = compare(a, b).as_json()
     assert (list(told["saes"]), told["only_a"], told["only_b"]) == (["jump"], ["topk"], ["other"])
     assert main([str(a / "topk"), str(b / "other"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["saes"]) == ["topk → other"]

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console, RenderableType
 from starlette.testclient import TestClient
 
-from monitor.cli.compare import compare, show
+from monitor.cli.comparison_tables import show
 from monitor.cli.terminal import live, results
+from monitor.comparison import compare
 from monitor.evaluation.measures import MEASURES, Better, Chart, Column, Curve, Measure, Stage, as_markdown, measures
 from monitor.evaluation.results import Evaluation, write_evaluation
 from monitor.grafana.generate import training
@@ -98,7 +99,7 @@ def test_it_is_compared(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     a, b = run / "snapshots/000000001000", run / "snapshots/000000002000"
     monkeypatch.setenv("FORCE_COLOR", "1")
     comparison = compare(a, b)
-    assert comparison["saes"]["small"]["numbers"]["gini"] == [0.25, 0.375]
+    assert comparison.saes["small"].numbers["gini"] == (0.25, 0.375)
     show(comparison)
     line = next(line for line in capsys.readouterr().out.splitlines() if "gini" in line)
     assert "\x1b[32m+0.125" in line

@@ -2,13 +2,14 @@
 
     pull            the command that fetches snapshots
     top             the command that shows a run
-    compare         what changed between two snapshots
+    compare         the command that compares two snapshots
     arguments       arguments that commands have in common
     client          HTTP to a monitor
     errors          its errors
     download        snapshots over HTTP, checked and resumed
     run_view        a run, polled and drawn
-    terminal        tables
+    terminal        tables of a run
+    comparison_tables   tables of a comparison
 
 Imported by `__main__` and the demo.
 """

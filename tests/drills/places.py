@@ -76,7 +76,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "monitor.evaluation.births": ("monitor/evaluation/births.py", "test_explore", "test_evaluate"),
     "monitor.evaluation.follow": ("monitor/evaluation/follow.py", "test_explore", "test_evaluate"),
     "monitor.evaluation.latents.texts": ("monitor/evaluation/latents/texts.py", "test_explore"),
-    "monitor.cli.compare": ("monitor/cli/compare.py", "test_compare"),
+    "monitor.comparison": ("monitor/comparison.py", "test_compare"),
     "producer.common.metrics": ("producer/common/metrics.py", "test_metrics"),
     "trainer.metrics": ("trainer/metrics.py", "test_metrics"),
     "monitor.history": ("monitor/history.py", "test_history"),

@@ -1,0 +1,150 @@
+"""A comparison of two snapshots in the terminal, as tables and sentences or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from monitor.comparison import (
+    EDGES,
+    CompareError,
+    Comparison,
+    CosineDistribution,
+    DifferentWidths,
+    Incomparable,
+    SameWidth,
+    compare,
+)
+from monitor.evaluation.measures import MEASURES, Better
+
+EXAMPLES = 6
+"""Latents of each kind that are named; --json has all."""
+BAR_WIDTH = 16
+WAYS = {"same_index": "same index", "matched": "best match", "a_in_b": "of A in B", "b_in_a": "of B in A"}
+"""In which latents of A and B are matched, in words."""
+
+
+def run(a: Path, b: Path, as_json: bool) -> int:
+    """Compares two folders, and prints the result. Returns the exit code."""
+    try:
+        comparison = compare(a, b)
+    except CompareError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
+    else:
+        show(comparison)
+    return 0
+
+
+def show(comparison: Comparison) -> None:
+    """Prints tables for people."""
+    console = Console(highlight=False)
+    for name, sae in comparison.saes.items():
+        indent = " " * len(name)
+        console.print(f"\n[bold]{name}[/]   A {comparison.a}\n{indent}   B {comparison.b}", soft_wrap=True)
+        if sae.numbers:
+            console.print(_numbers_table(sae.numbers))
+        if isinstance(sae.latents, Incomparable):
+            console.print(f"No latent is compared: {sae.latents.reason}.")
+            continue
+        for line in _sentences(sae.latents):
+            console.print(line)
+        console.print(_histogram(sae.latents.cosines))
+    for side, names in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if names:
+            console.print(f"In {side} alone: {', '.join(names)}.")
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+
+
+def _numbers_table(numbers: dict[str, tuple[float | None, float | None]]) -> Table:
+    """Numbers that differ. Four digits, and not the measure's own format, so that a small change can be seen."""
+    table = _table()
+    table.add_column("")
+    for heading in ("A", "B", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, (a, b) in numbers.items():
+        if a != b:
+            change = "" if a is None or b is None else _colored(_number(b - a, "+"), b - a, _better(name))
+            table.add_row(name, _number(a), _number(b), change)
+    return table
+
+
+def _better(name: str) -> Better | None:
+    """Which direction of a number of the table is good; None where neither is, or no measure has the name."""
+    directions = (measure.better for measure in MEASURES if name in (measure.name, f"held-out {measure.name}"))
+    return next(directions, None)
+
+
+def _colored(text: str, change: float, better: Better | None) -> str:
+    """Green where the change is an improvement, red where it is not."""
+    if better is None:
+        return text
+    return f"[{'green' if (change > 0) == (better is Better.HIGHER) else 'red'}]{text}[/]"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return format(value, f"{sign},") if isinstance(value, int) else format(value, f"{sign}.4g")
+
+
+def _sentences(latents: SameWidth | DifferentWidths) -> list[str]:
+    a, b = latents.live
+    if isinstance(latents, DifferentWidths):
+        width_a, width_b = latents.latents
+        return [
+            f"{width_a:,} latents in A, {width_b:,} in B, of which {a:,} and {b:,} fire. Indices name nothing in "
+            "common: each latent is compared with its best match on the other side."
+        ]
+    both = sum(latents.same_index.counts)
+    turned = [f"{one.latent} ({one.cosine:.2f})" for one in latents.turned[:EXAMPLES]]
+    return [
+        f"{latents.latents:,} latents; {a:,} fire in A, {b:,} in B, {both:,} in both.",
+        f"born    {_count_and_examples(latents.born, len(latents.born))}",
+        f"died    {_count_and_examples(latents.died, len(latents.died))}",
+        f"turned  {_count_and_examples(turned, len(latents.turned), ' by more than 45°')}",
+        f"        {latents.elsewhere:,} of these are at another index of B",
+        f"rate    {latents.rate_changed_twofold:,} fire at least twice or at most half as often",
+    ]
+
+
+def _count_and_examples(examples: Sequence[int | str], count: int, words: str = "") -> str:
+    """`3 by more than 45°: 5 (0.10), 8 (0.20), 9 (0.30)`"""
+    text = f"{count:,}{words}"
+    if not count:
+        return text
+    return f"{text}: {', '.join(map(str, examples[:EXAMPLES]))}{', …' if count > EXAMPLES else ''}"
+
+
+def _histogram(cosines: dict[str, CosineDistribution]) -> Table:
+    """Latents per cosine of decoder rows, one column for each way to match."""
+    table = _table()
+    table.add_column("cosine", no_wrap=True)
+    for way in cosines:
+        table.add_column(WAYS[way], justify="right", no_wrap=True)
+        table.add_column("", width=BAR_WIDTH, no_wrap=True)
+    for index in reversed(range(len(EDGES) - 1)):
+        row = [f"{EDGES[index]:.2f} to {EDGES[index + 1]:.2f}"]
+        for cosine in cosines.values():
+            count, largest = cosine.counts[index], max(cosine.counts) or 1
+            row += [f"{count:,}", f"[cyan]{'█' * round(BAR_WIDTH * count / largest)}[/]"]
+        table.add_row(*row)
+    table.add_section()
+    for name in ("mean", "median"):
+        row = [name]
+        for cosine in cosines.values():
+            value = cosine.mean if name == "mean" else cosine.median
+            row += ["-" if value is None else f"{value:.3f}", ""]
+        table.add_row(*row)
+    return table
