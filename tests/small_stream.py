@@ -37,9 +37,11 @@ from producer.wire import (
 )
 from tests.drills.named_producer import NamedSource
 from trainer.stream.buffer import ShuffleBuffer
-from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.connections import ConnectionLimits
+from trainer.stream.intake import Intake
 from trainer.stream.ledger.credit import CreditPolicy
 from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.payload import TORCH_DTYPE
 
 SHARDS, WINDOWS, CONTEXT, D_IN = 6, 8, 8, 4
 CHUNK_ROWS = 2 * CONTEXT
@@ -111,13 +113,18 @@ def new_ledger(
 
 
 @contextmanager
-def trainer(settings: StreamSettings, ledger: Ledger | None = None, capacity: int = CAPACITY) -> Iterator[Intake]:
+def trainer(
+    settings: StreamSettings,
+    ledger: Ledger | None = None,
+    capacity: int = CAPACITY,
+    limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008 (frozen)
+) -> Iterator[Intake]:
     """The trainer's end of the stream, without SAEs."""
 
     def make_buffer(hello: Hello) -> ShuffleBuffer:
         return ShuffleBuffer(capacity, [hook.width for hook in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
 
-    with Intake(settings, ledger or new_ledger(settings, capacity), make_buffer) as intake:
+    with Intake(settings, ledger or new_ledger(settings, capacity), make_buffer, limits=limits) as intake:
         yield intake
 
 
@@ -128,7 +135,7 @@ def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seco
     timer.start()
     names: list[Name] = []
     while (rows is None or len(names) < rows) and (taken := intake.take(batch, stop)) is not None:
-        intake.trained(taken)
+        intake.mark_trained(taken)
         shard, window, position, one = (column.tolist() for column in taken.x[0][:, :4].int().T)
         assert set(one) == {1}
         assert taken.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]

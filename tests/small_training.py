@@ -31,7 +31,8 @@ from trainer.saes.settings import SaeSettings
 from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.snapshot import snapshot_names
 from trainer.stream.buffer import ShuffleBuffer
-from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.intake import Intake
+from trainer.stream.payload import TORCH_DTYPE
 from trainer.training.loop import Loop
 from trainer.training.roster import Member
 from trainer.training.run import Run

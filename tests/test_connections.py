@@ -33,10 +33,10 @@ from tests.small_stream import (
     wait_for,
 )
 from trainer.planning.machine import free_memory
-from trainer.stream import connections
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
-from trainer.stream.connections import SLACK_BYTES
-from trainer.stream.intake import Intake, NoRoomError, check_room
+from trainer.stream.connections import SLACK_BYTES, ConnectionLimits
+from trainer.stream.ingest import NoRoomError, check_room
+from trainer.stream.intake import Intake
 from trainer.stream.ledger.ledger import MAX_SESSIONS, Ledger
 
 TCP = stream_settings("tcp://127.0.0.1:*")
@@ -112,11 +112,11 @@ def test_what_is_held_is_known(tmp_path: Path, encrypted: bool) -> None:
     with trainer(stream_settings("tcp://127.0.0.1:*", keys=keys, heartbeat_seconds=60.0, dead_seconds=300.0)) as intake:
         with Peer(at(intake, keys=keys)) as peer:
             peer.join()
-            (connection,) = intake._connections._table.values()
+            (connection,) = intake._server._router.connections._connections.values()
 
             def unknown() -> int:
                 time.sleep(0.05)
-                return connection.read[0] - connection.delivered
+                return connection.reading.total - connection.delivered_bytes
 
             for _ in range(20):
                 peer.say(Heartbeat(progress=0))
@@ -128,7 +128,7 @@ def test_what_is_held_is_known(tmp_path: Path, encrypted: bool) -> None:
             assert 0 <= unknown() <= before < 100
             assert connection.peer.startswith("127.0.0.1:")
             peer.leave()
-        wait_for(lambda: not intake._connections._table)
+        wait_for(lambda: not intake._server._router.connections._connections)
         assert finish(intake, Producing(at(intake, keys=keys))) == every_name()
 
 
@@ -212,10 +212,9 @@ def test_a_message_of_many_frames_costs_its_connection() -> None:
 
 
 @pytest.mark.parametrize("says", [b"", b"\xff\x00", b"GET / HTTP/1.1\r\n\r\n", b"\x01\x00\x05hello", GREETING])
-def test_who_never_gets_a_session_is_shown_out(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_never_gets_a_session_is_shown_out(says: bytes) -> None:
     """Junk, half a greeting, an old protocol: in time the connection is closed, and the others are not."""
-    monkeypatch.setattr(connections, "HELLO_SECONDS", 0.5)
-    with trainer(TCP) as intake:
+    with trainer(TCP, limits=ConnectionLimits(pending_seconds=0.5)) as intake:
         producer = Producing(at(intake))
         wait_for(lambda: intake.ledger.identity.is_settled)
         with socket.create_connection(("127.0.0.1", int(intake.endpoint.rpartition(":")[2]))) as peer:
@@ -227,9 +226,8 @@ def test_who_never_gets_a_session_is_shown_out(says: bytes, monkeypatch: pytest.
         assert intake.ledger.sessions_lost == 0
 
 
-def test_an_ipc_connection_without_a_session_is_shown_out(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HELLO_SECONDS", 0.3)
-    with trainer(stream_settings(endpoint)) as intake:
+def test_an_ipc_connection_without_a_session_is_shown_out(endpoint: str) -> None:
+    with trainer(stream_settings(endpoint), limits=ConnectionLimits(pending_seconds=0.3)) as intake:
         with Peer(at(intake)) as peer:
             peer.join().chunk()
             time.sleep(0.6)
@@ -239,10 +237,9 @@ def test_an_ipc_connection_without_a_session_is_shown_out(endpoint: str, monkeyp
         assert finish(intake, Producing(at(intake))) == every_name()
 
 
-def test_the_oldest_of_a_crowd_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_of_a_crowd_makes_way() -> None:
     """More connections without a session than there may be: whoever brings a HELLO is let in nevertheless."""
-    monkeypatch.setattr(connections, "PENDING_CONNECTIONS", 20)
-    with trainer(TCP) as intake:
+    with trainer(TCP, limits=ConnectionLimits(pending=20)) as intake:
         crowd = [connect(intake.endpoint) for _ in range(30)]
         wait_for(lambda: intake.ledger.errors["closed_crowd"] >= 10)
         assert is_closed(crowd[0])
@@ -437,7 +434,7 @@ def test_a_fault_of_the_decoder_costs_the_message(endpoint: str, monkeypatch: py
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join()
         with monkeypatch.context() as patch:
-            patch.setattr("trainer.stream.intake.decode", raising)
+            patch.setattr("trainer.stream.handler.decode", raising)
             peer.say(Heartbeat(progress=1))
             assert peer.hear(Reject).code == "internal"
         assert finish(intake, Producing(settings)) == every_name()
@@ -447,7 +444,7 @@ def test_an_answer_that_cannot_be_encoded_costs_its_session(endpoint: str, monke
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
         with monkeypatch.context() as patch, Peer(settings) as peer:
-            patch.setattr("trainer.stream.intake.encode", raising)
+            patch.setattr("trainer.stream.server.encode", raising)
             peer.say(peer.hello)
             wait_for(lambda: intake.ledger.errors["internal"])
             wait_for(lambda: not intake.ledger.sessions)

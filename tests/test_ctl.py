@@ -48,8 +48,9 @@ from trainer.snapshot import is_pinned, read_manifest, snapshot_names
 from trainer.state import checkpoint
 from trainer.state.checkpoint import load_newest
 from trainer.stream.buffer import Batch, ShuffleBuffer
-from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.intake import Intake
 from trainer.stream.ledger.shards import FailureReport
+from trainer.stream.payload import TORCH_DTYPE
 from trainer.training.loop import STARVED_REPORT_SECONDS, Loop
 from trainer.training.roster import Roster
 from trainer.training.run import Run, roster_of

@@ -22,10 +22,10 @@ from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import CheckpointError
 from trainer.state.format import BufferState
 from trainer.stream.buffer import Batch, OrderedBuffer, pool_rows
-from trainer.stream.intake import IntakeError
 from trainer.stream.ledger.credit import OrderedCredit
 from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.shards import QuarantinedShard
+from trainer.stream.router import IntakeError
 from trainer.training.run import buffer_of
 
 CAPACITY = 16

@@ -270,7 +270,7 @@ def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: P
         (keys / "clients" / "second.key").unlink()
         assert len(intake.ledger.sessions) == 2
         began = time.monotonic()
-        intake.keys_changed()
+        intake.reload_keys()
         ended = goes.ended()
 
         assert time.monotonic() - began < TELLING_SECONDS

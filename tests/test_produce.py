@@ -47,7 +47,7 @@ from producer.wire import (
     unpack_bits,
 )
 from tests.small_stream import Producing, hello_of, named_source, stream_settings, trainer
-from trainer.stream.intake import TORCH_DTYPE
+from trainer.stream.payload import TORCH_DTYPE
 
 CONTEXT = 4
 
@@ -684,7 +684,7 @@ def test_shards_that_always_fail_do_not_hold_up_the_run(endpoint: str) -> None:
         producer = Producing(settings, source, hello_of(source, norm_bounds=[10.0, 10.0]))
         rows = 0
         while (batch := intake.take(4, threading.Event())) is not None:
-            intake.trained(batch)
+            intake.mark_trained(batch)
             rows += len(batch.serial)
         intake.drain(finished=True)
         assert producer.ended() is None

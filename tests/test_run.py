@@ -232,7 +232,7 @@ def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same
     """every_tokens = 1000, and a restart after every 300 rows: a snapshot at 1000 and one at 2000."""
     run = two_hooks(tmp_path)
     run.settings = run.settings.model_copy(update={"snapshots": SnapshotSettings(every_tokens=1000)})
-    intake = SimpleNamespace(tokens_trained=0, trained=lambda batch: setattr(intake, "tokens_trained", batch))
+    intake = SimpleNamespace(tokens_trained=0, mark_trained=lambda batch: setattr(intake, "tokens_trained", batch))
     run.train_step = lambda batch: None  # type: ignore[method-assign]
     published = []
     for _ in range(8):
@@ -291,7 +291,7 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     run.train_step = lambda batch: None  # type: ignore[method-assign]
     intake = SimpleNamespace(
         tokens_trained=0,
-        trained=lambda tokens: setattr(intake, "tokens_trained", intake.tokens_trained + tokens),
+        mark_trained=lambda tokens: setattr(intake, "tokens_trained", intake.tokens_trained + tokens),
         buffer_report=lambda: BufferReport(RunPhase.TRAINING, 7, 9, 0.5),
         stream_report=StreamReport,
     )

@@ -45,8 +45,9 @@ from tests.small_stream import (
     wait_for,
 )
 from trainer.report import StreamReport
-from trainer.stream.buffer import bits_of
-from trainer.stream.intake import GOODBYE_SECONDS, Intake, IntakeError, is_finite
+from trainer.stream.intake import DRAIN_SECONDS, Intake
+from trainer.stream.payload import bits_of, is_finite
+from trainer.stream.router import IntakeError
 
 
 @pytest.fixture
@@ -215,20 +216,20 @@ def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytes
     """Nobody takes rows: producers wait for room. Nobody brings any: training waits for rows."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
-        intake._waits[0] = (time.monotonic(), 0.0, 0.0)
+        intake._waits._samples[0] = (time.monotonic(), 0.0, 0.0)
         producer = Producing(settings)
         wait_for(lambda: intake.buffer_report().rows == CAPACITY)
         wait_for(lambda: intake.stream_report().credit_wait_ratio > 0.4)
         full = intake.stream_report()
         train(intake)
-        wait_for(lambda: not intake.wait_until_filled(1, threading.Event(), 0.2))
+        wait_for(lambda: not intake.wait_until_ready(1, threading.Event(), 0.2))
         intake.drain(finished=True)
         assert producer.ended() is None
     assert full.data_wait_ratio == 0 and "the trainer is the bottleneck" in full.bottleneck
 
     with trainer(stream_settings(f"{endpoint}2")) as alone:
         for _ in range(12):
-            alone.wait_until_filled(1, threading.Event(), 0.1)
+            alone.wait_until_ready(1, threading.Event(), 0.1)
         empty = alone.stream_report()
     assert empty.data_wait_ratio > 0.4 and "the producers are the bottleneck" in empty.bottleneck
     assert "neither" in StreamReport().bottleneck
@@ -241,9 +242,9 @@ def test_batches_are_drawn_from_a_buffer_that_is_half_full(endpoint: str) -> Non
         for chunks in (1, 2, 3):
             peer.chunk()
             wait_for(lambda chunks=chunks: intake.buffer_report().rows == chunks * CHUNK_ROWS)
-            assert not intake.filled(CHUNK_ROWS)
+            assert not intake.is_ready(CHUNK_ROWS)
         peer.chunk()
-        wait_for(lambda: intake.filled(CHUNK_ROWS))
+        wait_for(lambda: intake.is_ready(CHUNK_ROWS))
 
 
 def test_rows_that_the_ledger_knows_nothing_of_are_seen(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -467,7 +468,7 @@ def test_sessions_that_ended_leave_nothing_behind(endpoint: str) -> None:
                 assert stranger.hear(Reject).code == "mismatch"
         wait_for(lambda: not intake.ledger.sessions)
 
-        wait_for(lambda: not intake._route_of and not intake._session_of)
+        wait_for(lambda: not intake._server._routes._peers and not intake._server._routes._sessions)
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -611,7 +612,7 @@ def test_a_finished_run_is_told_to_everybody(endpoint: str) -> None:
 
         assert late.ended() is None
         goodbye.join()
-        assert time.monotonic() - began < GOODBYE_SECONDS
+        assert time.monotonic() - began < DRAIN_SECONDS
 
 
 def train_with(intake: Intake, producer: Producing) -> list:

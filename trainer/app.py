@@ -34,10 +34,13 @@ from trainer.state.durable import replace_text, sweep
 from trainer.state.format import NEW_BUFFER, Checkpoint
 from trainer.state.home import Home, HomeError
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer, pool_rows
-from trainer.stream.intake import TORCH_DTYPE, Intake, IntakeError, check_room
+from trainer.stream.ingest import check_room
+from trainer.stream.intake import Intake
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit, OrderedCredit
 from trainer.stream.ledger.ledger import Ledger, Limits
 from trainer.stream.ledger.shards import Quarantine
+from trainer.stream.payload import TORCH_DTYPE
+from trainer.stream.router import IntakeError
 from trainer.training.loop import Loop
 from trainer.training.publishing import summary, write_settings
 from trainer.training.roster import Roster
@@ -180,7 +183,7 @@ def _train(
     intake = Intake(settings.stream, ledger, make_buffer, buffer_state)
     with intake, Reporter(home.path, metrics) as reporter:
         if settings.stream.keys is not None:
-            signal.signal(signal.SIGHUP, lambda *_: intake.keys_changed())
+            signal.signal(signal.SIGHUP, lambda *_: intake.reload_keys())
         loop = Loop(settings, roster, intake, inbox, reporter, handle, saved)
         if loop.phase is RunPhase.FINISHED:
             _refuse_to_begin(settings, roster, intake)

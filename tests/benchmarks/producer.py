@@ -33,8 +33,9 @@ from producer.wire import held_out_shards
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result
 from trainer.settings import TrainerSettings
 from trainer.stream.buffer import ShuffleBuffer
-from trainer.stream.intake import TORCH_DTYPE, Intake
+from trainer.stream.intake import Intake
 from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.payload import TORCH_DTYPE
 
 RUN_FILE = "deploy/demo.toml"
 SECONDS, SETTLING_SECONDS = 2.5, 1.0
@@ -137,11 +138,11 @@ class RunningProducer:
         while began is None or time.monotonic() - began < seconds:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the producer ended with code {self._process.returncode}")
-            if self._intake.wait_until_filled(self._batch, self._stop, 0.2):
+            if self._intake.wait_until_ready(self._batch, self._stop, 0.2):
                 began = began or time.monotonic()
                 batch = self._intake.take(self._batch, self._stop)
                 assert batch is not None
-                self._intake.trained(batch)
+                self._intake.mark_trained(batch)
 
 
 def bare_forward(

@@ -165,11 +165,11 @@ class Taking(_End):
         return rate * self._row_bytes / 1e6
 
     def take(self) -> Batch:
-        while not self._intake.wait_until_filled(self.batch, self._stop, 1.0):
+        while not self._intake.wait_until_ready(self.batch, self._stop, 1.0):
             self.check()
         batch = self._intake.take(self.batch, self._stop)
         assert batch is not None
-        self._intake.trained(batch)
+        self._intake.mark_trained(batch)
         return batch
 
 

@@ -158,7 +158,7 @@ def attach(loop: Loop, arguments: Arguments) -> Answer:
         sae_trainer = run.attach(sae, loop.tokens)
     except RuntimeError as error:  # torch's type for no memory
         raise CommandError(f"sae {sae.name!r} finds no room: {error}", 1) from None
-    if run.scales is not None and loop.intake.filled(loop.settings.optimizer.batch):
+    if run.scales is not None and loop.intake.is_ready(loop.settings.optimizer.batch):
         loop.draw_weights(run)
         if sae_trainer not in run.sae_trainers:
             raise CommandError(f"sae {sae.name!r} could not begin; the trainer's log says why", 1)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from trainer.state.format import BufferState
+from trainer.stream.payload import bits_of
 
 
 @dataclass(frozen=True)
@@ -237,11 +238,6 @@ class OrderedBuffer(ShuffleBuffer):
 def pool_rows(capacity: int) -> int:
     """Of a buffer that hands rows out in deterministic mode: how many it draws from."""
     return capacity // 2
-
-
-def bits_of(x: torch.Tensor | np.ndarray) -> np.ndarray:
-    """The same memory as integers, since numpy does not know bfloat16; an array is taken to be that already."""
-    return x if isinstance(x, np.ndarray) else x.view({2: torch.int16, 4: torch.int32}[x.element_size()]).numpy()
 
 
 def same_context_mates(batch: Batch, context: int) -> float:

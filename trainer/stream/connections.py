@@ -1,17 +1,17 @@
-"""Who is connected to the stream, and how much ZeroMQ holds of what they sent: bounds that ZeroMQ itself has not.
+"""Connections to the stream, and bounds on what ZeroMQ holds of their messages, which ZeroMQ itself has not.
 
 ZeroMQ counts whole messages. Frames of a message whose last one never comes pile up without limit, a connection that
 says nothing is kept for ever, and there is no limit to connections. So a thread here keeps a second descriptor of each
 one, as the socket's monitor announces it, and looks at all of them every few milliseconds. Shutting such a descriptor
 down makes ZeroMQ drop the connection, and free what it held of it.
 
-    held   = bytes that ZeroMQ has read (TCP_INFO less what still waits in the kernel) - bytes of delivered messages
-    may be = SLACK_BYTES, and for a session also the chunks it has credit for: the memory of those is the buffer's
+    held    = bytes that ZeroMQ has read (TCP_INFO less what still waits in the kernel) - bytes of delivered messages
+    allowed = SLACK_BYTES, and for a session also the chunks it has credit for: the memory of those is the buffer's
 
 Both sides are kept as totals since the connection began, which only grow. Pings and handshakes are read and never
 delivered. They are forgiven with each delivered message: it proves that everything read before the socket was last
-found empty has been delivered too. A connection without a session has HELLO_SECONDS to get one, all of them together
-have PENDING_BYTES, and there are at most PENDING_CONNECTIONS: the oldest makes way.
+found empty has been delivered too. A connection without a session is *pending*. `ConnectionLimits` bounds how long one
+may be, how many may be, and all of them together have PENDING_BYTES: the oldest is closed first.
 
 Bytes are counted of TCP on Linux. Of ipc they cannot be: only processes that may write to the socket's file, by default
 those of the same user, can connect there. Time and number are bounded for them as well.
@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -42,17 +43,12 @@ from producer.wire import MAX_HEADER_BYTES
 
 log = logging.getLogger("sluice.trainer")
 
-HELLO_SECONDS = 10.0
-"""A connection without a session is closed after so long."""
-HELLOS_ALLOWED = 16
-"""In HELLO_SECONDS, of one connection; a producer says one for each session, and each session has its connection."""
 SLACK_BYTES = 2 * MAX_HEADER_BYTES
 """Of each connection, besides its chunks: a HELLO and other headers."""
 PENDING_BYTES = 8 * SLACK_BYTES
-"""Of all connections without a session. A frame of one byte takes 3 on the wire and 64 of memory."""
-PENDING_CONNECTIONS = 128
+"""Of all pending connections. A frame of one byte takes 3 on the wire and 64 of memory."""
 PENDING_SECONDS, SESSION_SECONDS = 0.002, 0.02
-"""Between two looks: while a connection has no session, and while each has one."""
+"""Between two looks: while a connection is pending, and while each has a session."""
 
 FRAME_BYTES, LONG_FRAME_BYTES, LONG_FRAME = 2, 9, 256
 """Of a frame's header on the wire, and the length from which it is the long one (ZMTP 3.1)."""
@@ -69,6 +65,29 @@ EVENTS = (
 )
 
 
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Bounds on connections without a session."""
+
+    pending_seconds: float = 10.0
+    """A connection without a session is closed after so long."""
+    pending: int = 128
+    """Connections without a session."""
+    hellos: int = 16
+    """In `pending_seconds`, of one connection; a producer says one per session, and each session has a connection."""
+
+
+class Reading(NamedTuple):
+    """One look at a connection. It is replaced as a whole, since two threads see it."""
+
+    total: int
+    """Bytes that ZeroMQ had read since the connection began."""
+    at: float
+
+
+UNREAD = Reading(0, float("-inf"))
+
+
 @dataclass(eq=False)
 class Connection:
     """One connection, as both threads see it: totals of bytes, and until when it may go without a session."""
@@ -78,24 +97,23 @@ class Connection:
     descriptor: socket.socket
     """A second one; what ZeroMQ does with its own is not touched but by shutting the connection down."""
     peer: str
-    counted: bool
+    has_byte_count: bool
     """Whether its bytes can be counted."""
     deadline: float | None
-    """None while it holds a session."""
-    delivered: int = 0
-    allowed: int = SLACK_BYTES
-    """As many bytes may have been read in all."""
-    read: tuple[int, float] = (0, float("-inf"))
-    """Bytes that ZeroMQ had read, and when that was looked at."""
-    hellos: list[float] = field(default_factory=list)
-    """When it said HELLO, within the last HELLO_SECONDS."""
-    closed: bool = False
+    """When it must have a session; None while it has one."""
+    delivered_bytes: int = 0
+    allowed_bytes: int = SLACK_BYTES
+    """As many may have been read in all."""
+    reading: Reading = UNREAD
+    hello_times: list[float] = field(default_factory=list)
+    """When it said HELLO, within the last `pending_seconds`."""
+    is_closed: bool = False
 
     @property
-    def held(self) -> int:
-        return max(0, self.read[0] - self.delivered)
+    def held_bytes(self) -> int:
+        return max(0, self.reading.total - self.delivered_bytes)
 
-    def brought(self, frame: zmq.Frame) -> bool:
+    def is_source_of(self, frame: zmq.Frame) -> bool:
         """Whether a frame came on this connection, or at least on none that there was beside it."""
         return _source(frame) == self.number
 
@@ -103,19 +121,20 @@ class Connection:
 class Connections:
     """See the module's docstring. `start` and `stop` bracket the thread; the socket's thread calls the others."""
 
-    def __init__(self, router: zmq.Socket, encrypted: bool) -> None:
-        """Before `router` binds: no connection may come unseen."""
-        self._encrypted = encrypted
+    def __init__(self, router: zmq.Socket, is_encrypted: bool, limits: ConnectionLimits) -> None:
+        """To be made before `router` binds: no connection may come unseen."""
+        self._is_encrypted = is_encrypted
+        self._limits = limits
         self._monitor = router.get_monitor_socket(EVENTS)
         self._address: int | str | bytes = b""
         """Of the socket: a port, a file, or a name."""
-        self._table: dict[int, Connection] = {}
-        """By ZeroMQ's descriptor."""
+        self._connections: dict[int, Connection] = {}
+        """By ZeroMQ's descriptor, in the order in which they came."""
         self._lock = threading.Lock()
-        """Of the monitor and the table: whichever thread needs the news first reads them."""
-        self._closed: Counter[str] = Counter()
+        """Of the monitor and the connections: whichever thread needs the events first reads them."""
+        self._closures: Counter[str] = Counter()
         self._failed_handshakes: Counter[int] = Counter()
-        self._outside = OutsideLog(log)
+        self._outside_log = OutsideLog(log)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
@@ -133,60 +152,64 @@ class Connections:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._outside.flush(everything=True)
+        self._outside_log.flush(everything=True)
         with self._lock:
             self._monitor.close(0)
-            for connection in self._table.values():
+            for connection in self._connections.values():
                 connection.descriptor.close()
-            self._table.clear()
+            self._connections.clear()
 
-    def of(self, frame: zmq.Frame) -> Connection | None:
-        """On which connection a frame came; None when that is gone by now. For those whose connection is not known."""
+    def find(self, frame: zmq.Frame) -> Connection | None:
+        """The connection that a frame came on; None when it is gone by now."""
         with self._lock:
             self._read_monitor()  # it was announced before it could bring anything
             number = _source(frame)
-            return None if number is None else self._table.get(number)
+            return None if number is None else self._connections.get(number)
 
-    def deliver(self, connection: Connection, frames: Sequence[zmq.Frame], emptied: float) -> None:
-        """A whole message was taken from the socket, which was last found empty at `emptied`."""
-        connection.delivered += sum(map(self._wire_bytes, frames))
-        read, looked = connection.read
-        if looked < emptied:
-            connection.delivered = max(connection.delivered, read)
+    def count_delivery(self, connection: Connection, frames: Sequence[zmq.Frame], empty_at: float) -> None:
+        """A whole message was taken from the socket, which was last found empty at `empty_at`."""
+        connection.delivered_bytes += sum(map(self._wire_bytes, frames))
+        reading = connection.reading
+        if reading.at < empty_at:
+            connection.delivered_bytes = max(connection.delivered_bytes, reading.total)
         self.allow(connection, 0)
 
     def allow(self, connection: Connection, chunk_bytes: int) -> None:
-        """So many bytes of chunks may come beyond what was delivered."""
-        connection.allowed = max(connection.allowed, connection.delivered + chunk_bytes + SLACK_BYTES)
+        """Lets so many bytes of chunks come beyond what was delivered."""
+        allowed = connection.delivered_bytes + chunk_bytes + SLACK_BYTES
+        connection.allowed_bytes = max(connection.allowed_bytes, allowed)
 
-    def hear_hello(self, connection: Connection, now: float) -> bool:
-        """A HELLO came; False, and the connection is closed, when that is one too many."""
-        connection.hellos = [one for one in connection.hellos if now - one < HELLO_SECONDS] + [now]
-        if len(connection.hellos) <= HELLOS_ALLOWED:
+    def admit_hello(self, connection: Connection, now: float) -> bool:
+        """Counts a HELLO; False, and the connection is closed, when that is one too many."""
+        limits = self._limits
+        recent = [at for at in connection.hello_times if now - at < limits.pending_seconds]
+        connection.hello_times = [*recent, now]
+        if len(connection.hello_times) <= limits.hellos:
             return True
-        with self._lock:
-            self._close(connection, "hellos", f"more than {HELLOS_ALLOWED} HELLOs within {HELLO_SECONDS:g} s")
+        reason = f"more than {limits.hellos} HELLOs within {limits.pending_seconds:g} s"
+        self.close(connection, "hellos", reason)
         return False
 
-    def close(self, connection: Connection, reason: str, sentence: str) -> None:
-        """Ends a connection whose messages are no use."""
+    def close(self, connection: Connection, code: str, reason: str) -> None:
+        """Ends a connection, and counts it under `code`."""
         with self._lock:
-            self._close(connection, reason, sentence)
+            self._close(connection, code, reason)
 
     def hold_session(self, connection: Connection) -> None:
+        """The connection has a session, and may last."""
         connection.deadline = None
 
     def end_session(self, connection: Connection) -> None:
-        """It may get another one; until then what it had credit for may still arrive."""
+        """The connection is pending again; what its session had credit for may still arrive."""
         if connection.deadline is None:
-            connection.deadline = time.monotonic() + HELLO_SECONDS
+            connection.deadline = time.monotonic() + self._limits.pending_seconds
 
-    def news(self) -> tuple[Counter[str], Counter[int]]:
-        """Since the last call: connections closed here, by reason, and failed handshakes, by ZeroMQ's event."""
+    def pop_events(self) -> tuple[Counter[str], Counter[int]]:
+        """Since the last call: connections closed here, by code, and failed handshakes, by ZeroMQ's event."""
         with self._lock:
-            told = self._closed, self._failed_handshakes
-            self._closed, self._failed_handshakes = Counter(), Counter()
-        return told
+            events = self._closures, self._failed_handshakes
+            self._closures, self._failed_handshakes = Counter(), Counter()
+        return events
 
     # The thread
 
@@ -196,10 +219,10 @@ class Connections:
             try:
                 with self._lock:
                     self._read_monitor()
-                    pause = PENDING_SECONDS if self._look(time.monotonic()) else SESSION_SECONDS
+                    pause = PENDING_SECONDS if self._enforce_limits(time.monotonic()) else SESSION_SECONDS
             except Exception:
-                self._outside.exception("connections could not be looked at")
-            self._outside.flush()
+                self._outside_log.exception("connections could not be looked at")
+            self._outside_log.flush()
 
     def _read_monitor(self) -> None:
         while self._monitor.poll(0):
@@ -208,7 +231,7 @@ class Connections:
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self._accept(number)
             elif event["event"] == zmq.EVENT_DISCONNECTED:
-                if (connection := self._table.pop(number, None)) is not None:
+                if (connection := self._connections.pop(number, None)) is not None:
                     connection.descriptor.close()
             else:
                 self._failed_handshakes[int(event["event"])] += 1
@@ -220,52 +243,53 @@ class Connections:
         except OSError:
             return
         try:
-            here, peer = descriptor.getsockname(), descriptor.getpeername()
+            own, other = descriptor.getsockname(), descriptor.getpeername()
         except OSError:
             descriptor.close()
             return
-        tcp = isinstance(here, tuple)
-        if (here[1] if tcp else here) != self._address:
+        is_tcp = isinstance(own, tuple)
+        if (own[1] if is_tcp else own) != self._address:
             descriptor.close()
             return
-        if (known := self._table.pop(number, None)) is not None:
-            known.descriptor.close()
-        told = f"{peer[0]}:{peer[1]}" if tcp else "a process of this machine"
-        counted = tcp and sys.platform == "linux"
-        self._table[number] = Connection(number, descriptor, told, counted, time.monotonic() + HELLO_SECONDS)
+        if (earlier := self._connections.pop(number, None)) is not None:
+            earlier.descriptor.close()
+        peer = f"{other[0]}:{other[1]}" if is_tcp else "a process of this machine"
+        has_byte_count = is_tcp and sys.platform == "linux"
+        deadline = time.monotonic() + self._limits.pending_seconds
+        self._connections[number] = Connection(number, descriptor, peer, has_byte_count, deadline)
 
-    def _look(self, now: float) -> bool:
-        """Closes what is beyond its bounds; whether any connection has no session."""
+    def _enforce_limits(self, now: float) -> bool:
+        """Closes connections that are beyond their bounds; whether any is pending."""
         pending = []
-        for connection in self._table.values():
-            if connection.closed:
+        for connection in self._connections.values():
+            if connection.is_closed:
                 continue
-            if connection.counted:
-                connection.read = (_bytes_read(connection.descriptor), now)
-            if connection.read[0] > connection.allowed:
-                self._close(connection, "bytes", f"{connection.held:,} bytes of it are no message yet")
+            if connection.has_byte_count:
+                connection.reading = Reading(_bytes_read(connection.descriptor), now)
+            if connection.reading.total > connection.allowed_bytes:
+                self._close(connection, "bytes", f"{connection.held_bytes:,} bytes of it are no message yet")
             elif connection.deadline is not None and now > connection.deadline:
-                self._close(connection, "no_session", f"no session within {HELLO_SECONDS:g} s")
+                self._close(connection, "no_session", f"no session within {self._limits.pending_seconds:g} s")
             elif connection.deadline is not None:
                 pending.append(connection)
-        for connection in pending[: max(0, len(pending) - PENDING_CONNECTIONS)]:
+        for connection in pending[: max(0, len(pending) - self._limits.pending)]:
             self._close(connection, "crowd", f"{len(pending)} connections have no session")
-        if (held := sum(connection.held for connection in pending)) > PENDING_BYTES:
-            largest = max(pending, key=lambda connection: connection.held)
+        if (held := sum(connection.held_bytes for connection in pending)) > PENDING_BYTES:
+            largest = max(pending, key=lambda connection: connection.held_bytes)
             self._close(largest, "bytes", f"{held:,} bytes without a session are no message yet")
         return bool(pending)
 
-    def _close(self, connection: Connection, reason: str, sentence: str) -> None:
-        if connection.closed:
+    def _close(self, connection: Connection, code: str, reason: str) -> None:
+        if connection.is_closed:
             return
-        connection.closed = True
-        self._closed[f"closed_{reason}"] += 1
-        self._outside.warning("connection of %s closed: %s", connection.peer, sentence)
+        connection.is_closed = True
+        self._closures[f"closed_{code}"] += 1
+        self._outside_log.warning("connection of %s closed: %s", connection.peer, reason)
         with suppress(OSError):  # the other side was quicker
             connection.descriptor.shutdown(socket.SHUT_RDWR)
 
     def _wire_bytes(self, frame: zmq.Frame) -> int:
-        length = len(frame) + (SEAL_BYTES if self._encrypted else 0)
+        length = len(frame) + (SEAL_BYTES if self._is_encrypted else 0)
         return length + (FRAME_BYTES if length < LONG_FRAME else LONG_FRAME_BYTES)
 
 

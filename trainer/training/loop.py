@@ -181,7 +181,7 @@ class Loop:
     def _next_batch(self, run: Run) -> Batch | None:
         """The next batch; None when it does not come soon, or when no SAE is left to train."""
         size = next_batch_size(self.settings, self.tokens)
-        if not self.intake.wait_until_filled(size, self._inbox, self._starved_report_seconds):
+        if not self.intake.wait_until_ready(size, self._inbox, self._starved_report_seconds):
             if self._meter.seconds >= self._starved_report_seconds:
                 self.report()
             return None
@@ -196,7 +196,7 @@ class Loop:
     def _step(self, run: Run, batch: Batch) -> None:
         start = time.monotonic()
         run.train_step(batch)
-        self.intake.trained(batch)
+        self.intake.mark_trained(batch)
         self._meter.count_step(time.monotonic() - start)
 
     def _report_and_publish(self) -> None:
