@@ -90,8 +90,8 @@ def test_activations_come_strongest_first(folder: Path, model: LanguageModel, wi
     assert (latents.of(0)[1] < 0).any()
 
 
-def test_an_sae_that_is_not_sparse_is_shown_less_text(folder: Path, model: LanguageModel, windows: Windows):
-    """Whole windows, until there are enough activations; what is told of density refers to what was shown."""
+def test_an_sae_that_is_not_sparse_reads_less_text(folder: Path, model: LanguageModel, windows: Windows):
+    """Whole windows, until there are enough activations; densities are shares of the tokens that it read."""
     subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
     latents = gather_latents(model, windows, subject, memory=MemoryLimits(logits=1, firings=1))
     assert len(latents.ids) < len(windows) and len(latents.values) >= 1
@@ -109,7 +109,8 @@ def test_positions_do_not_depend_on_passes(folder: Path, model: LanguageModel, w
     assert len(at_once.values) and in_parts.starts.tolist() == at_once.starts.tolist()
     for latent in range(at_once.d_sae):
         one, other = (
-            {p: round(float(v), 3) for p, v in zip(*it.of(latent), strict=True)} for it in (at_once, in_parts)
+            {position: round(float(value), 3) for position, value in zip(*latents.of(latent), strict=True)}
+            for latents in (at_once, in_parts)
         )
         assert one == other
 

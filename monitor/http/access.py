@@ -1,8 +1,8 @@
-"""Who may read: everybody who reaches the service, or, with `monitor.token_file`, who has the token in that file.
+"""Access to the service: free for everybody who reaches it or, with `monitor.token_file`, for holders of its token.
 
-Programs send `Authorization: Bearer TOKEN`. A browser is asked for the token once, or is given an address that ends in
-`?token=TOKEN`; from then on it shows a cookie that is derived from the token and is gone from the address. Whether the
-monitor lives may be asked without: /healthz. The token is compared in constant time and is in no log.
+Programs send `Authorization: Bearer TOKEN`. A browser asks for the token once, or opens an address that ends in
+`?token=TOKEN`: from then on it sends a cookie that is derived from the token, and the token is gone from the address.
+/healthz needs none. The token is compared in constant time and never logged.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN = ("/healthz",)
+PUBLIC_PATHS = ("/healthz",)
 COOKIE_SECONDS = 30 * 24 * 3600
 TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}")
-"""What a bearer token may consist of (RFC 6750), and long enough not to be guessed."""
+"""Characters of a bearer token (RFC 6750), enough of them that it cannot be guessed."""
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -50,47 +50,47 @@ def read_token(path: Path) -> str:
 
 
 class TokenGate:
-    """ASGI: lets through who has the token, and asks the others for it."""
+    """ASGI: passes requests with the token on, and asks the others for it."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
         self._token = token
-        # Cookies of one host are shown to all its ports: this one opens nothing but this monitor.
+        # Browsers send the cookies of a host to all its ports: this one opens nothing but this monitor.
         self._cookie = hmac.new(token.encode(), b"sluice monitor", "sha256").hexdigest()
         self._cookie_name = f"sluice-{hashlib.sha256(self._cookie.encode()).hexdigest()[:8]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
             return await self._app(scope, receive, send)
         request = Request(scope)
-        if _same(request.query_params.get("token", ""), self._token):
-            answer = self._welcome(request)
-        elif self._is_known(request):
+        if _is_equal(request.query_params.get("token", ""), self._token):
+            response = self._start_session(request)
+        elif self._is_authorized(request):
             return await self._app(scope, receive, send)
         else:
-            answer = _ask(request)
-        await answer(scope, receive, send)
+            response = _login(request)
+        await response(scope, receive, send)
 
-    def _is_known(self, request: Request) -> bool:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return (scheme.lower() == "bearer" and _same(given.strip(), self._token)) or _same(
+    def _is_authorized(self, request: Request) -> bool:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return (scheme.lower() == "bearer" and _is_equal(token.strip(), self._token)) or _is_equal(
             request.cookies.get(self._cookie_name, ""), self._cookie
         )
 
-    def _welcome(self, request: Request) -> Response:
-        """Gives the cookie and goes on to the same address without the token.
+    def _start_session(self, request: Request) -> Response:
+        """Sets the cookie and leads to the same address without the token.
 
-        A page, not a redirect: where a link of another site leads here, a strict cookie is not sent along a redirect.
+        By a page and not by a redirect, along which a strict cookie is not sent after a link of another site.
         """
-        rest = [
+        parameters = [
             (key, value) for key, value in QueryParams(request.scope["query_string"]).multi_items() if key != "token"
         ]
         # One slash: an address that begins with two would lead to another host.
-        address = "/" + quote(request.scope["path"].lstrip("/")) + (f"?{urlencode(rest)}" if rest else "")
-        answer = _page(
+        address = "/" + quote(request.scope["path"].lstrip("/")) + (f"?{urlencode(parameters)}" if parameters else "")
+        response = _page(
             f'<meta http-equiv="refresh" content="0;url={escape(address)}"><a href="{escape(address)}">on</a>'
         )
-        answer.set_cookie(
+        response.set_cookie(
             self._cookie_name,
             self._cookie,
             max_age=COOKIE_SECONDS,
@@ -98,14 +98,14 @@ class TokenGate:
             httponly=True,
             samesite="strict",
         )
-        return answer
+        return response
 
 
-def _same(given: str, expected: str) -> bool:
-    return hmac.compare_digest(given.encode(), expected.encode())
+def _is_equal(secret: str, expected: str) -> bool:
+    return hmac.compare_digest(secret.encode(), expected.encode())
 
 
-def _ask(request: Request) -> Response:
+def _login(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
         return _page(
             "<h1>Sluice</h1><p>This monitor asks for its token, which is in the file that its run file names as "
@@ -113,10 +113,10 @@ def _ask(request: Request) -> Response:
             "<button>Open</button></form>",
             401,
         )
-    told = (
+    message = (
         "this monitor asks for its token: send `Authorization: Bearer TOKEN`, or set SLUICE_TOKEN for Sluice's commands"
     )
-    return JSONResponse({"error": told}, 401, {"WWW-Authenticate": "Bearer", "Cache-Control": "no-store"})
+    return JSONResponse({"error": message}, 401, {"WWW-Authenticate": "Bearer", "Cache-Control": "no-store"})
 
 
 def _page(body: str, status: int = 200) -> Response:

@@ -247,7 +247,7 @@ def _progress(run: Run) -> list[Fact]:
     facts.append((f"{producers}", "producer" if producers == 1 else "producers"))
     if (capacity := report.get("buffer_capacity_rows")) and report.get("buffer_rows") is not None:
         facts.append(
-            (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {format_count(capacity)} rows filled")
+            (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {format_count(capacity)} activations filled")
         )
     return facts
 

@@ -1,15 +1,16 @@
-"""What every latent of one SAE did on held-out text: all its activations, stored by latent.
+"""All activations of one SAE's latents on held-out text, stored by latent.
 
     ids        uint32 [windows, context]  the text, as token ids
     shown      bool   [windows, context]  positions that are text, not padding
-    streamed   bool   [windows, context]  positions that the SAE was shown: no BOS, no special token, no outlier
+    streamed   bool   [windows, context]  positions that the SAE reads: no BOS, no special token, no outlier
     starts     int64  [d_sae + 1]         latent i's activations are starts[i]:starts[i + 1] of the next two:
-    positions  uint32 [activations]       where it fired, window · context + place, and
+    positions  uint32 [activations]       where it fires, window · context + place, and
     values     float32 [activations]      how strongly, in the units of the raw activations
     born       int64  [d_sae]             tokens trained when the latent was first seen with its present direction
 
-A sparse matrix in compressed columns, each column sorted, strongest first: tables, contexts, quantiles, histograms and
-explanations are read off it, and nothing else is kept. The monitor writes it beside the SAE as `latents.safetensors`.
+This is a sparse matrix in compressed columns, each column sorted, strongest first. Tables, examples, quantiles,
+histograms and explanations are computed from it, and nothing else is stored. The monitor writes it beside the SAE as
+`latents.safetensors`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from producer.lm.model import LanguageModel
 from trainer.state.durable import new_file
 
 SAME_DIRECTION = 0.9
-"""Cosine of a decoder row with the one before it from which on it counts as the same latent."""
+"""Cosine of a latent's decoder rows in two snapshots from which on it is the same latent."""
 TOP_TOKENS = 8
 GONE = (OSError, SafetensorError)
-"""What reading a snapshot raises that is retired meanwhile."""
+"""Errors of reading a snapshot that is retired meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -60,56 +61,56 @@ class LatentActivations:
 
     @cached_property
     def rows(self) -> int:
-        """Rows that the SAE was shown."""
+        """Number of tokens that the SAE reads."""
         return int(self.streamed.sum())
 
     @cached_property
     def firings(self) -> np.ndarray:
-        """How often each latent fired, int64 [d_sae]."""
+        """Number of firings of each latent, int64 [d_sae]."""
         return np.diff(self.starts)
 
     @cached_property
     def density(self) -> np.ndarray:
-        """Share of rows on which each latent fired, float64 [d_sae]."""
+        """Share of tokens on which each latent fires, float64 [d_sae]."""
         return self.firings / max(1, self.rows)
 
     @cached_property
     def strongest(self) -> np.ndarray:
-        """Each latent's strongest activation, float32 [d_sae]; 0 where it never fired."""
-        fired = self.firings > 0
-        found = np.zeros(self.d_sae, np.float32)
-        found[fired] = self.values[self.starts[:-1][fired]]
-        return found
+        """Each latent's activation farthest from zero, float32 [d_sae]; 0 for a silent latent."""
+        fires = self.firings > 0
+        strongest = np.zeros(self.d_sae, np.float32)
+        strongest[fires] = self.values[self.starts[:-1][fires]]
+        return strongest
 
     @cached_property
     def top_ids(self) -> np.ndarray:
-        """The tokens where each latent fired most strongly, int64 [d_sae, TOP_TOKENS]; −1 where there are fewer."""
-        places = self.starts[:-1, None] + np.arange(TOP_TOKENS)
-        there = places < self.starts[1:, None]
-        found = np.full(places.shape, -1, np.int64)
-        found[there] = self.ids.ravel()[self.positions[places[there]]]
-        return found
+        """The tokens where each latent fires most strongly, int64 [d_sae, TOP_TOKENS]; −1 where there are fewer."""
+        firings = self.starts[:-1, None] + np.arange(TOP_TOKENS)
+        exists = firings < self.starts[1:, None]
+        top_ids = np.full(firings.shape, -1, np.int64)
+        top_ids[exists] = self.ids.ravel()[self.positions[firings[exists]]]
+        return top_ids
 
     def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
         """(positions, values) of one latent, strongest first."""
-        chosen = slice(int(self.starts[latent]), int(self.starts[latent + 1]))
-        return self.positions[chosen], self.values[chosen]
+        column = slice(int(self.starts[latent]), int(self.starts[latent + 1]))
+        return self.positions[column], self.values[column]
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Writes the file, in full or not at all."""
         with new_file(path) as temporary:
             save_file({name: torch.from_numpy(getattr(self, name)) for name in self.__dataclass_fields__}, temporary)
             temporary.chmod(0o644)
 
 
 def load_decoder(folder: Path) -> Tensor:
-    """W_dec [d_sae, d_out] of the SAE in a folder of a snapshot, mapped. Raises OSError when it is gone."""
+    """W_dec [d_sae, d_out] of the SAE in a folder of a snapshot, mapped. Raises one of GONE."""
     with safe_open(folder / "sae_weights.safetensors", "pt") as file:
         return file.get_tensor("W_dec").float()
 
 
 def load_latents(path: Path) -> LatentActivations:
-    """Mapped, not read: a look at one latent touches a few pages of the file. Raises OSError when it is gone."""
+    """Maps the file: one latent needs a few pages of it. Raises one of GONE."""
     with safe_open(path, "pt") as file:
         return LatentActivations(**{name: file.get_tensor(name).numpy() for name in file.keys()})  # noqa: SIM118
 
@@ -119,52 +120,57 @@ def gather_latents(
     windows: Windows,
     subject: Subject,
     norm_bounds: NormBounds | None = None,
-    between: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], None] = lambda: None,
     memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> LatentActivations:
-    """Shows the SAE all `windows`, or as many as `memory.firings` allow; `born` is 0 throughout.
+    """Encodes `windows`, one pass of the language model after the other, until there are `memory.firings`.
 
-    Raises EvaluationError for a bound of a hook that the model lacks. `between` is called after each pass.
+    An SAE that is not sparse (yet) reads less text. `born` is 0 throughout. Raises EvaluationError for the bound of a
+    hook that the model lacks.
     """
     bounds = dict(norm_bounds or {})
     hooks = [hook.name for hook in model.hooks]
     refuse_unknown_bounds(hooks, bounds)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    activations: list[tuple[Tensor, Tensor, Tensor]] = []
     streamed: list[Tensor] = []
     context = windows.ids.shape[1]
-    count = seen_windows = 0
-    for tokens, kept, _ in passes(model, windows, memory):
+    count = windows_before = 0
+    for tokens, is_kept, _ in passes(model, windows, memory):
         if count >= memory.firings:
             break
-        seen = dict(zip(hooks, model.activations(tokens), strict=True))
-        shown = in_stream(seen, kept, bounds)
-        x = torch.cat([seen[hook][shown].float() for hook in subject.hooks.reads], 1)
-        places = shown.flatten().nonzero().squeeze(1) + seen_windows * context
-        row, latent, value = active(subject, x, memory)
-        found.append((latent, (places.cpu()[row]).int(), value))
+        outputs = dict(zip(hooks, model.activations(tokens), strict=True))
+        is_streamed = in_stream(outputs, is_kept, bounds)
+        x = torch.cat([outputs[hook][is_streamed].float() for hook in subject.hooks.reads], 1)
+        positions = is_streamed.flatten().nonzero().squeeze(1) + windows_before * context
+        row, latent, value = encode_sparse(subject, x, memory)
+        activations.append((latent, positions.cpu()[row].int(), value))
         count += len(value)
-        streamed.append(shown.cpu())
-        seen_windows += len(tokens)
-        between()
-    latent, position, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        streamed.append(is_streamed.cpu())
+        windows_before += len(tokens)
+        after_pass()
+    latent, position, value = (torch.cat(parts) for parts in zip(*activations, strict=True))
     return _by_latent(windows, torch.cat(streamed), latent, position, value, subject.sae.W_enc.shape[1])
 
 
-def active(subject: Subject, x: Tensor, memory: MemoryLimits = DEFAULT_MEMORY) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of everything that is active on rows x [rows, d_in], some rows of all latents at a time."""
-    found = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0))]
+def encode_sparse(subject: Subject, x: Tensor, memory: MemoryLimits = DEFAULT_MEMORY) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, latent, value) of all activations of latents on x [rows, d_in].
+
+    Dense latents are held for `memory.latents` elements at a time.
+    """
+    parts = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0))]
     step = memory.batch(subject.sae.W_enc.shape[1])
     for start in range(0, len(x), step):
         latents = subject.sae.encode(x[start : start + step])
         row, latent = latents.nonzero(as_tuple=True)
-        found.append((row.cpu() + start, latent.int().cpu(), latents[row, latent].cpu()))
-    row, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append((row.cpu() + start, latent.int().cpu(), latents[row, latent].cpu()))
+    row, latent, value = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return row, latent, value
 
 
 def _by_latent(
     windows: Windows, streamed: Tensor, latent: Tensor, position: Tensor, value: Tensor, d_sae: int
 ) -> LatentActivations:
+    """Sorts activations by latent, then by how far they are from zero."""
     order = value.abs().argsort(descending=True, stable=True)
     order = order[latent[order].argsort(stable=True)]
     starts = torch.zeros(d_sae + 1, dtype=torch.int64)
@@ -181,13 +187,12 @@ def _by_latent(
 
 
 def births(W_dec: Tensor, tokens: int, before: tuple[Tensor, np.ndarray] | None) -> np.ndarray:
-    """`born` of a snapshot taken at `tokens`, from W_dec [d_sae, d_out] and (W_dec, born) of the one before it.
+    """`born` of a snapshot at `tokens`, from its W_dec [d_sae, d_out] and (W_dec, born) of the one before it.
 
-    A latent whose decoder row has turned away from what it was is a new one. Without an earlier snapshot, and where
-    the sizes differ, all are new.
+    A latent whose decoder row has turned is a new latent. Without an earlier snapshot, or with another shape, all are.
     """
     born = np.full(len(W_dec), tokens, np.int64)
     if before is not None and before[0].shape == W_dec.shape:
-        same = torch.cosine_similarity(before[0], W_dec, dim=1) >= SAME_DIRECTION
-        born = np.where(same.cpu().numpy(), before[1], born)
+        is_same = torch.cosine_similarity(before[0], W_dec, dim=1) >= SAME_DIRECTION
+        born = np.where(is_same.cpu().numpy(), before[1], born)
     return born

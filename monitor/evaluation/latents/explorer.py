@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from monitor.evaluation.latents.activations import GONE, TOP_TOKENS, active, load_decoder
+from monitor.evaluation.latents.activations import GONE, TOP_TOKENS, encode_sparse, load_decoder
 from monitor.evaluation.latents.examples import distinct_examples, histogram, quantile_examples, strongest_example
 from monitor.evaluation.latents.explanation import explain
 from monitor.evaluation.latents.logit_lens import LogitLens, strongest_effects
@@ -134,7 +134,7 @@ class Explorer:
         """Everything on the page of one latent. Raises NotThere."""
         source, texts = self.open(sae, snapshot), self._texts
         if not 0 <= latent < source.latents.d_sae:
-            raise NotThere(f"sae {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
+            raise NotThere(f"SAE {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
         hooks = source.subject.hooks
         effect = self._lens.effect(hooks.writes[-1], source.decoder_row(latent))
         promoted, suppressed = (None, None) if effect is None else strongest_effects(effect, texts)
@@ -259,9 +259,9 @@ class Explorer:
         """(position, latent, value) of all activations; positions count the tokens that the SAE is shown."""
         hooks = [hook.name for hook in self._model.hooks]
         outputs = dict(zip(hooks, self._model.activations(torch.from_numpy(windows.ids)), strict=True))
-        kept = torch.from_numpy(windows.kept)
-        x = torch.cat([outputs[hook].cpu()[kept].float() for hook in source.subject.hooks.reads], 1)
-        position, latent, value = active(source.subject, x)
+        is_kept = torch.from_numpy(windows.kept)
+        x = torch.cat([outputs[hook].cpu()[is_kept].float() for hook in source.subject.hooks.reads], 1)
+        position, latent, value = encode_sparse(source.subject, x)
         return position.numpy(), latent.numpy(), value.numpy()
 
 

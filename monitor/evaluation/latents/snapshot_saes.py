@@ -84,9 +84,9 @@ class SnapshotSaes:
         newest = explained_in(self._directory, name)
         if newest is None:
             names = ", ".join(repr(sae["name"]) for sae in explained_saes(self._directory)) or "none yet"
-            raise NotThere(f"the latents of sae {name!r} have not been looked at yet; the run's SAEs are {names}")
+            raise NotThere(f"the latents of SAE {name!r} are not measured yet; the run's SAEs are {names}")
         if snapshot is not None and not is_explained(self._directory, snapshot, name):
-            raise NotThere(f"no latents of sae {name!r} in snapshot {snapshot!r}; the newest are in {newest}")
+            raise NotThere(f"no measured latents of SAE {name!r} in snapshot {snapshot!r}; the newest are in {newest}")
         snapshot = snapshot or newest
         try:
             return self.open_folder(self._directory / "snapshots" / snapshot / name)
