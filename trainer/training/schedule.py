@@ -59,10 +59,12 @@ class Schedule:
         """The operator's, or one at the end of whichever budget is used up first; None while no end is in sight."""
         if self.requested is not None:
             return self.requested
-        ends = [self.budget, None if self.run_tokens is None else self.run_tokens - self.joined_at]
-        end = min((end for end in ends if end is not None), default=None)
-        fraction = self.cooldown_fraction
-        return Cooldown(round((1 - fraction) * end), end) if end is not None and fraction else None
+        run_end = None if self.run_tokens is None else self.run_tokens - self.joined_at
+        ends = [end for end in (self.budget, run_end) if end is not None]
+        if not ends or not self.cooldown_fraction:
+            return None
+        end = min(ends)
+        return Cooldown(round((1 - self.cooldown_fraction) * end), end)
 
     def rate(self, tokens: int) -> float:
         """The learning rate of the step after `tokens` tokens."""
@@ -85,8 +87,9 @@ class Schedule:
 
     def phase(self, tokens: int) -> SaePhase:
         """The SAE's phase after `tokens` tokens."""
-        ends = (self.budget, None if self.requested is None else self.requested.end)
-        if any(end is not None and tokens >= end for end in ends):
+        if self.budget is not None and tokens >= self.budget:
+            return SaePhase.FINISHED
+        if self.requested is not None and tokens >= self.requested.end:
             return SaePhase.FINISHED
         if (cooldown := self.cooldown) is not None and tokens >= cooldown.start:
             return SaePhase.COOLING_DOWN
