@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
 
-.PHONY: demo test lint bench gpu peers proofs quality watch drills clean
+.PHONY: demo test lint bench gpu peers proofs quality watch slurm drills clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -q -m "not gpu and not peers and not proof and not watch"
+	$(BIN)/python -m pytest -q -m "not gpu and not peers and not proof and not watch and not slurm"
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -38,6 +38,9 @@ drills: $(VENV)/ready-dev
 
 watch: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m watch
+
+slurm: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m slurm tests/deploy
 
 quality: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m tests.benchmarks.quality
