@@ -62,7 +62,7 @@ def run(settings: ProducerSettings) -> int:
         dtype=settings.stream.dtype,
         chunk_rows=source.context * chunk_windows,
         norm_bounds=bounds,
-        provenance=source.facts | source.findings,
+        provenance=source.facts | source.measurements,
     )
     registry, table = new_registry(), settings.monitor
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from producer.common.formatting import format_duration
 from producer.link import Link
 
 
@@ -27,7 +28,8 @@ class ProducerHealth:
         if (idle_seconds := time.monotonic() - self._link.moved_at) > self._stall_seconds:
             return (
                 False,
-                f"the loop has not moved for {idle_seconds:.0f} s: one forward pass, or reading one shard, hangs",
+                f"the loop has not moved for {format_duration(idle_seconds)}: "
+                "one forward pass, or reading one shard, hangs",
             )
         return True, self._link.state
 

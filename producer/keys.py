@@ -38,8 +38,8 @@ def write_keys(folder: Path) -> None:
     """Writes a server's and a client's key pair; never overwrites one. Raises KeysError when it cannot."""
     pairs = [(folder / "server.key", folder / "server.key_secret")]
     pairs += [(folder / "clients" / "client.key", folder / "client.key_secret")]
-    if there := [path.name for pair in pairs for path in pair if path.exists()]:
-        raise KeysError(f"{folder} holds {', '.join(there)} already; choose another folder, or remove them first")
+    if names := [path.name for pair in pairs for path in pair if path.exists()]:
+        raise KeysError(f"{folder} holds {', '.join(names)} already; choose another folder, or remove them first")
     try:
         # A folder that was there already keeps its mode: it may be somebody's home.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def write_keys(folder: Path) -> None:
             public, secret = zmq.curve_keypair()
             _write(public_path, public, None, 0o644)
             _write(secret_path, public, secret, 0o600)
-        for written in (folder / "clients", folder):
-            _flush(written)
+        for directory in (folder / "clients", folder):
+            _flush(directory)
     except OSError as error:
         raise KeysError(f"keys cannot be written to {folder}: {error.strerror}; choose another folder") from None
 
@@ -66,7 +66,7 @@ def _write(path: Path, public: bytes, secret: bytes | None, mode: int) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """The names in a folder are on disk when this returns."""
+    """Flushes the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,41 +77,43 @@ def _flush(folder: Path) -> None:
 def serve_encrypted(context: zmq.Context, socket: zmq.Socket, folder: str) -> tuple[ThreadAuthenticator, Clients]:
     """Makes `socket`, before it binds, a CURVE server that lets in the keys in `folder`/clients and nobody else.
 
-    Returns the authenticator, which must be stopped before the context ends, and the keys that it asks.
+    Returns the authenticator, which must be stopped before the context ends, and the keys that it consults.
     """
     if not zmq.has("curve"):
         raise KeysError("this ZeroMQ was built without CURVE; install pyzmq from its wheel")
     public, secret = _load(Path(folder).absolute() / "server.key_secret")
-    clients = Path(folder).absolute() / "clients"
-    if not clients.is_dir():
-        raise KeysError(f"stream.keys: folder {clients} is missing: put the producers' public keys (*.key) there")
+    client_folder = Path(folder).absolute() / "clients"
+    if not client_folder.is_dir():
+        raise KeysError(f"stream.keys: folder {client_folder} is missing: put the producers' public keys (*.key) there")
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
-    known = Clients(clients)
-    authenticator.configure_curve_callback(DOMAIN, known)
+    clients = Clients(client_folder)
+    authenticator.configure_curve_callback(DOMAIN, clients)
     socket.curve_publickey, socket.curve_secretkey = public, secret
     socket.curve_server = True
     socket.zap_domain = DOMAIN.encode()
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-    return authenticator, known
+    return authenticator, clients
 
 
 class Clients:
-    """The public keys in a folder, as they are there at this moment."""
+    """The public keys in a folder, read anew each time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.outside = OutsideLog(log)
-        """What strangers cause; whoever asks for keys often calls its `flush`."""
+        """Lines that strangers cause; whoever calls `allows` often also calls its `flush`."""
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """What the authenticator asks: whether the producer with this key is let in."""
-        if not (known := self.know(key)):
-            told = "a producer was turned away: no file in %s holds its public key %s"
-            self.outside.warning(told, self._folder, key.decode())
-        return known
+        """Called by the authenticator: whether the producer with this key is let in."""
+        if self.allows(key):
+            return True
+        message = "a producer was turned away: no file in %s holds its public key %s"
+        self.outside.warning(message, self._folder, key.decode())
+        return False
 
-    def know(self, key: bytes) -> bool:
+    def allows(self, key: bytes) -> bool:
+        """Whether a file in the folder holds this public key."""
         return any(key == self._key_in(path) for path in self._folder.glob("*.key"))
 
     def _key_in(self, path: Path) -> bytes | None:
@@ -135,20 +137,20 @@ def _load(path: Path, secret_needed: bool = True) -> tuple[bytes, bytes]:
     try:
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
-        what = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
+        fault = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
         raise KeysError(
-            f"stream.keys: {path} {what}; write keys with `{shell_command('producer', 'keys', 'DIR')}`"
+            f"stream.keys: {path} {fault}; write keys with `{shell_command('producer', 'keys', 'DIR')}`"
         ) from None
     except ValueError as error:
         raise KeysError(f"stream.keys: {path} is not a key file: {error}") from None
     if secret is None and secret_needed:
         raise KeysError(f"stream.keys: {path} holds no secret key; copy the .key_secret file of this side")
-    if not _is_sound(public, secret):
+    if not _is_valid(public, secret):
         raise KeysError(f"stream.keys: {path} is damaged; copy it again, or write new keys")
     return public, secret or b""
 
 
-def _is_sound(public: bytes, secret: bytes | None) -> bool:
+def _is_valid(public: bytes, secret: bytes | None) -> bool:
     """A secret key must give the public one beside it; of a public key alone, length and alphabet can be checked."""
     try:
         return zmq.curve_public(secret or public) == public or secret is None

@@ -13,10 +13,11 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from producer.corpus import Corpus, open_corpus
@@ -50,7 +51,8 @@ class Source(Protocol):
     batch_windows: int
     concurrent_passes: int
     """How many forward passes run side by side."""
-    facts: dict[str, Any]
+    facts: dict[str, JsonValue]
+    """What decides the activations, and where they come from: for the stream's HELLO and the snapshots."""
     device: torch.device
 
     def choose_batch(self) -> None:
@@ -63,7 +65,7 @@ class Source(Protocol):
         ...
 
     @property
-    def findings(self) -> dict[str, Any]:
+    def measurements(self) -> dict[str, JsonValue]:
         """Measurements of the start, for the stream's HELLO and the snapshots; they decide no activation."""
         ...
 
@@ -106,7 +108,7 @@ class LanguageModelSource:
         self.concurrent_passes = 1 if on_gpu else min(MAX_CONCURRENT_PASSES, torch.get_num_threads())
         tokens = GPU_TOKENS if on_gpu else CPU_TOKENS // self.concurrent_passes
         self.batch_windows = settings.model.batch_windows or max(1, tokens // self.context)
-        self.facts = {
+        self.facts: dict[str, JsonValue] = {
             "model": settings.model.name,
             "model_revision": self.model.revision or settings.model.revision,
             "model_weights": self.model.fingerprint,
@@ -118,9 +120,9 @@ class LanguageModelSource:
             "prepend_bos": settings.corpus.prepend_bos,
             "exclude_special": settings.corpus.exclude_special,
             "outlier_factor": settings.corpus.outlier_factor,
-        } | (self._arithmetic() if settings.run.deterministic else {})
+        } | (self._arithmetic_facts() if settings.run.deterministic else {})
 
-    def _arithmetic(self) -> dict[str, Any]:
+    def _arithmetic_facts(self) -> dict[str, JsonValue]:
         """Returns what decides the last bits of an activation: the sizes of products, and what computes them."""
         on_gpu = self.device.type == "cuda"
         return {
@@ -189,7 +191,7 @@ class LanguageModelSource:
         return self.model.layers_run, self.model.layers_total
 
     @property
-    def findings(self) -> dict[str, Any]:
+    def measurements(self) -> dict[str, JsonValue]:
         check = self.model.self_check
         return {
             "layers_run": self.model.layers_run,
@@ -220,7 +222,7 @@ class SyntheticSource:
     device = torch.device("cpu")
     concurrent_passes = 1
     layers = (0, 0)
-    findings: ClassVar[dict[str, Any]] = {}
+    measurements: ClassVar[dict[str, JsonValue]] = {}
 
     def __init__(self, settings: ProducerSettings) -> None:
         self.data = SyntheticActivations(settings.corpus)
@@ -230,12 +232,14 @@ class SyntheticSource:
         self.shards = self.data.shards
         self.hooks = [Hook(name="synthetic", module="synthetic", width=self.data.d_in)]
         self.batch_windows = max(1, CPU_TOKENS // self.context)
-        self.facts = {
+        self.facts: dict[str, JsonValue] = {
             "corpus": self.data.description,
             "corpus_fingerprint": self.data.fingerprint,
             "context": self.context,
             "outlier_factor": settings.corpus.outlier_factor,
-        } | ({"deterministic": True} if settings.run.deterministic else {})
+        }
+        if settings.run.deterministic:
+            self.facts["deterministic"] = True
 
     def choose_batch(self) -> None:
         """There is nothing to choose: a pass is a copy."""
@@ -272,7 +276,7 @@ def open_source(settings: ProducerSettings) -> Source:
     return SyntheticSource(settings) if settings.corpus.kind == "synthetic" else LanguageModelSource(settings)
 
 
-def fingerprint(facts: dict[str, Any]) -> str:
+def fingerprint(facts: dict[str, JsonValue]) -> str:
     """Hashes what decides the activations: sha256, hex. Names and descriptions depend on the place and are left out."""
     decisive = {name: value for name, value in facts.items() if name not in ("model", "corpus")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -308,10 +312,10 @@ def _median_norm(source: Source, hook: str, norms: np.ndarray) -> float:
     """Returns the median. Raises ModelError where no bound can be made of it."""
     setting = f"model.hooks = {hook!r}"
     if not np.isfinite(norms).all():
-        facts = source.facts
-        raise ModelError(
-            f"{setting}: {non_finite_message(facts.get('model', 'the source'), facts.get('model_dtype', 'float32'))}"
+        name, dtype = (
+            source.facts.get(fact, default) for fact, default in (("model", "the source"), ("model_dtype", "float32"))
         )
+        raise ModelError(f"{setting}: {non_finite_message(str(name), str(dtype))}")
     median = float(torch.from_numpy(norms).median())
     if median == 0:
         zeros = int((norms == 0).sum())

@@ -187,7 +187,9 @@ def test_language_model_inside_a_multimodal_one_is_found(tmp_path):
     save_tokenizer(tmp_path)
     model = load(tmp_path, "blocks.1.hook_resid_post")
     assert model.hooks[0].module == "model.language_model.layers.1"
-    assert model.parameters_held == load(tiny("gemma3_text"), "blocks.1.hook_resid_post").parameters_held
+    assert (
+        model.network.parameter_count == load(tiny("gemma3_text"), "blocks.1.hook_resid_post").network.parameter_count
+    )
     assert load(tmp_path, "blocks.1.hook_resid_post", whole=True).logits(windows()).shape == (3, CONTEXT, 64)
 
 

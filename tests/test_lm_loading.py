@@ -51,7 +51,7 @@ def test_nothing_after_the_last_hook_runs_or_is_held(hook, runs, holds):
     folder = tiny("llama")
     model = load(folder, hook)
     kept = tuple(["model.embed_tokens.", "model.norm.", *holds])
-    assert model.parameters_held == sum(n for name, n in sizes_on_disk(folder).items() if name.startswith(kept))
+    assert model.network.parameter_count == sum(n for name, n in sizes_on_disk(folder).items() if name.startswith(kept))
 
     calls: Counter[str] = Counter()
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: calls.update([type(m).__name__]))
@@ -75,7 +75,7 @@ def test_nothing_of_the_whole_model_stays_behind():
     gc.collect()
     before = parameters()
     model = load(folder, "blocks.0.hook_resid_post")
-    assert sum(parameters().values()) - sum(before.values()) == model.parameters_held
+    assert sum(parameters().values()) - sum(before.values()) == model.network.parameter_count
 
 
 def test_layers_are_counted_anew_in_each_pass():

@@ -65,7 +65,7 @@ class Tensors:
     device: ClassVar[torch.device] = torch.device("cpu")
     concurrent_passes: ClassVar[int] = 1
     layers: ClassVar[tuple[int, int]] = (1, 2)
-    findings: ClassVar[dict[str, Any]] = {}
+    measurements: ClassVar[dict[str, Any]] = {}
     facts: ClassVar[dict[str, Any]] = {"corpus": "tensors"}
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from producer.common.formatting import format_bytes
 from producer.common.metrics import new_registry, start_metrics_server
 from producer.common.shell import shell_command
 from producer.keys import KeysError
@@ -176,7 +177,7 @@ def _train(
         kind = OrderedBuffer if settings.run.deterministic else ShuffleBuffer
         check_room(hello, settings.buffer.rows, free_memory())
         buffer = kind(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
-        log.info("buffer: %s tokens, %.1f MB", f"{buffer.capacity:,}", buffer.nbytes / 1e6)
+        log.info("buffer: %s tokens, %s", f"{buffer.capacity:,}", format_bytes(buffer.nbytes))
         return buffer
 
     buffer_state = buffer_of(saved, settings) if saved is not None else NEW_BUFFER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from producer.common.formatting import format_duration
 from producer.common.shell import shell_command
 from trainer.phases import RunPhase
 from trainer.report import StepReport
@@ -42,7 +43,7 @@ class TrainerHealth:
         if (failure := loop.intake.failure) is not None:
             return False, f"the stream's thread has died: {failure!r}"
         if (seconds := time.monotonic() - loop.moved_at) > self._hang_seconds:
-            return False, f"the loop has stood still for {seconds:.0f} s"
+            return False, f"the loop has stood still for {format_duration(seconds)}"
         return True, _sentence(loop.last_report)
 
     def ready(self) -> tuple[bool, str]:

@@ -103,8 +103,8 @@ def expand_endpoint(text: str) -> str:
     if not host:
         raise ValueError("names no host: write tcp://127.0.0.1:PORT for this machine, or tcp://HOST:PORT")
     if not port:
-        shown = host if host == rest.rstrip(":/") and (host[0] == "[" or ":" not in host) else "HOST"
-        raise ValueError(f"names no port: write tcp://{shown}:5710")
+        example = host if host == rest.rstrip(":/") and (host[0] == "[" or ":" not in host) else "HOST"
+        raise ValueError(f"names no port: write tcp://{example}:5710")
     if port != "*" and not (re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= LAST_PORT):
         raise ValueError(f"has {port} as its port; expected 1 to {LAST_PORT}, or 0 for any free one")
     if fault := _tcp_host_fault(host, port):

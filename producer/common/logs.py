@@ -1,7 +1,7 @@
-"""CONTRACT: what a process writes to its log: one line each, which nobody outside can forge or flood.
+"""CONTRACT: the log of a process: one line for each record, which nobody outside can forge or flood.
 
     set_up("trainer")            the log of a process: whatever a message holds, it cannot look like another line
-    OutsideLog(log)              for lines that somebody else can cause, as often as he likes
+    OutsideLog(log)              for lines that another process can cause, as often as it likes
 
 Names, errors and reasons come from the other side of a socket. Characters that do not print (line ends, escape
 sequences of terminals, marks that turn the direction of text) are written as their escapes. Of each kind of line that
@@ -68,7 +68,7 @@ class OutsideLog:
 
     def _write(self, level: int, message: str, arguments: tuple[object, ...], traceback: bool = False) -> None:
         now = self._clock()
-        shown = tuple(one if isinstance(one, int | float) else _shorten(escape(str(one))) for one in arguments)
+        texts = tuple(one if isinstance(one, int | float) else _shorten(escape(str(one))) for one in arguments)
         with self._lock:
             kind = self._kinds.get(message)
             if kind is None or now - kind.began >= WINDOW_SECONDS:
@@ -76,9 +76,9 @@ class OutsideLog:
                     self._count(kind, now)
                 self._kinds[message] = kind = _Kind(now, level, message)
             kind.lines += 1
-            kind.last = shown
+            kind.last = texts
             if kind.lines <= BURST:
-                self._log.log(level, message, *shown, exc_info=traceback)
+                self._log.log(level, message, *texts, exc_info=traceback)
 
     def _count(self, kind: _Kind, now: float) -> None:
         if (more := kind.lines - BURST) > 0:

@@ -1,4 +1,4 @@
-"""What the three daemons share as processes of an operating system: signals, and the limits that it sets.
+"""Signals and limits of the operating system, for the three daemons alike.
 
 `stop_on_signals`: whatever a shell, a batch system or a closed terminal sends to end a process ends it cleanly. SIGHUP
 is ignored where it was ignored at the start: that is what `nohup` means. `run_within_limits`: what the system refuses
@@ -37,9 +37,9 @@ def ignore_stopping() -> None:
 
 
 def run_within_limits(log: logging.Logger, work: Callable[[], int]) -> int:
-    """What `work` returns, or 1 with a sentence in `log` when the system has no files, memory or threads left for it.
+    """Returns what `work` returns, or 1 with a sentence in `log` when the system has no files, memory or threads left.
 
-    Too few files are told before anything begins: libzmq ends the process where it cannot open one.
+    Too few files are reported before anything begins: libzmq ends the process where it cannot open one.
     """
     if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_FILES:
         log.error(
@@ -49,13 +49,13 @@ def run_within_limits(log: logging.Logger, work: Callable[[], int]) -> int:
         return 1
     default = threading.excepthook
 
-    def tell(failed: threading.ExceptHookArgs) -> None:
+    def explain_shortage(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is not None and is_shortage(failed.exc_value):
             log.error("%s", _sentence(failed.exc_value))
         else:
             default(failed)
 
-    threading.excepthook = tell
+    threading.excepthook = explain_shortage
     try:
         return work()
     except Exception as error:
@@ -90,11 +90,11 @@ def _sentence(error: BaseException) -> str:
         "size of a file (ulimit -f)": resource.RLIMIT_FSIZE,
         "processes and threads (ulimit -u)": resource.RLIMIT_NPROC,
     }
-    told = [
+    limit_texts = [
         f"{name} {resource.getrlimit(kind)[0]:,}"
         for name, kind in limits.items()
         if resource.getrlimit(kind)[0] != resource.RLIM_INFINITY
     ]
     what = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    limited = ", ".join(told) or "none"
+    limited = ", ".join(limit_texts) or "none"
     return f"the system refuses a resource: {what}. Limits of this process: {limited}; raise what is short"

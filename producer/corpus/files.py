@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 
+from producer.common.formatting import format_bytes
 from producer.corpus.base import raise_faults, sha256
 from producer.settings import CorpusSettings
 
@@ -181,6 +182,6 @@ def edge_digest(head: bytes, tail: bytes) -> str:
 
 def describe_files(settings: CorpusSettings, files: Sequence[DataFile]) -> str:
     """Counts the files, their kind and size, and names the first and the last."""
-    size = sum(file.size for file in files) / 1e6
+    size = format_bytes(sum(file.size for file in files))
     names = " … ".join(file.name for file in (files[:1] if len(files) == 1 else (files[0], files[-1])))
-    return f"{len(files):,} {settings.kind} file{'s' * (len(files) > 1)}, {size:,.1f} MB: {names}"
+    return f"{len(files):,} {settings.kind} file{'s' * (len(files) > 1)}, {size}: {names}"

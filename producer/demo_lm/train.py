@@ -83,8 +83,8 @@ def batches(stream: np.ndarray, rows: int, generator: np.random.Generator) -> It
         windows = cut[: len(cut) // length * length].reshape(-1, length)
         order = generator.permutation(len(windows))
         for start in range(0, len(order) - rows + 1, rows):
-            chosen = windows[order[start : start + rows]]
-            yield torch.from_numpy(np.pad(chosen, ((0, 0), (1, 0)), constant_values=BOS))
+            batch = windows[order[start : start + rows]]
+            yield torch.from_numpy(np.pad(batch, ((0, 0), (1, 0)), constant_values=BOS))
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -161,9 +161,9 @@ def main() -> None:
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     held_out = documents(corpus, corpus.held_out_shards)
-    measured, nats = bits_per_byte(model.float(), tokenizer, held_out)
+    bits, nats = bits_per_byte(model.float(), tokenizer, held_out)
     report = {
-        "held_out_bits_per_byte": round(measured, 4),
+        "held_out_bits_per_byte": round(bits, 4),
         "held_out_nats_per_token": round(nats, 4),
         "held_out_files": len(held_out),
         "held_out_bytes": sum(len(text.encode()) for text in held_out),

@@ -8,6 +8,7 @@ import time
 
 import zmq
 
+from producer.common.formatting import format_duration
 from producer.common.logs import OutsideLog
 from producer.common.shell import shell_command
 from producer.link.connection import Connection, WakeUp
@@ -37,9 +38,9 @@ class Search:
     def check(self, now: float) -> None:
         """Warns from time to time. Raises NoTrainer once the patience is over."""
         if now >= self._give_up_at:
-            raise NoTrainer(f"{self._no_answer()}; gave up after {self._settings.patience_seconds:g} s")
+            raise NoTrainer(f"{self._no_answer()}; gave up after {format_duration(self._settings.patience_seconds)}")
         if now >= self._warn_at:
-            log.warning("%s; looking for %.0f s more", self._no_answer(), self._give_up_at - now)
+            log.warning("%s; looking for %s more", self._no_answer(), format_duration(self._give_up_at - now))
             self._warn_at = now + WARNING_SECONDS
 
     def _no_answer(self) -> str:
@@ -102,7 +103,8 @@ class SocketThread:
     def _check_times(self, session: Session, search: Search, now: float) -> None:
         """Ends a session in which the trainer is silent. Raises NoTrainer where the search takes too long."""
         if session.is_silent(now):
-            log.warning("trainer silent for %.0f s; starting a new session", now - session.received_at)
+            silence = format_duration(now - session.received_at)
+            log.warning("trainer silent for %s; starting a new session", silence)
             self._state.drop_session()
         elif session.welcome is None:
             search.check(now)

@@ -65,11 +65,6 @@ class LanguageModel:
         return self.network.layers_run
 
     @property
-    def parameters_held(self) -> int:
-        """Numbers in memory, after the cut."""
-        return self.network.parameter_count
-
-    @property
     def unknown_tokens(self) -> dict[int, str]:
         """Tokens of the tokenizer, by id, that the embedding does not have: a text must not contain them."""
         added_tokens = self.tokenizer.added_tokens_decoder

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from producer.common.formatting import format_bytes
 from producer.lm.errors import ModelError
 from producer.lm.hooks import HookFunction, HookLocation, StopForward, attach, register
 
@@ -49,10 +50,10 @@ class HookedNetwork:
         try:
             self.module.to(device)
         except torch.OutOfMemoryError:
-            size = self.parameter_count * self.dtype.itemsize / 2**30
+            size = format_bytes(self.parameter_count * self.dtype.itemsize)
             raise ModelError(
                 f"model.name = {self.name!r}: the {self.parameter_count:,} parameters that are needed "
-                f"({size:.1f} GiB) do not fit on {device}; free it, use another device, or hook an earlier layer"
+                f"({size}) do not fit on {device}; free it, use another device, or hook an earlier layer"
             ) from None
         self.device = device
 

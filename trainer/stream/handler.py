@@ -96,7 +96,7 @@ class MessageHandler:
             withdrawn = [
                 session
                 for session, key in self.routes.session_keys()
-                if session in sessions and self.clients is not None and not self.clients.know(key)
+                if session in sessions and self.clients is not None and not self.clients.allows(key)
             ]
             log.info("keys were read again: %d of %d sessions end", len(withdrawn), len(sessions))
             for session in withdrawn:
@@ -147,7 +147,7 @@ class MessageHandler:
             self.ledger.bye(earlier, Bye(), now)
         key = str(raw.frames[0].get("User-Id")).encode() if self.clients is not None else None
         self.routes.add(hello.session, Peer(raw.route, connection, key))
-        if self.clients is not None and key is not None and not self.clients.know(key):
+        if self.clients is not None and key is not None and not self.clients.allows(key):
             return [Send(hello.session, KEY_WITHDRAWN)]  # the connection is older than its key's withdrawal
         sends = self.ledger.hello(hello, now)
         if hello.session in self.ledger.sessions:
