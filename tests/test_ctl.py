@@ -40,7 +40,7 @@ from tests.small_stream import (
 from trainer.control import ctl
 from trainer.control.commands import handle
 from trainer.control.ctl import CtlError, ask
-from trainer.control.requests import Inbox, listening
+from trainer.control.requests import Inbox, serve_requests
 from trainer.phases import RunPhase, SaePhase
 from trainer.report import StepReport
 from trainer.settings import TrainerSettings
@@ -77,7 +77,7 @@ def echo(tmp_path: Path) -> Iterator[Path]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    with listening(tmp_path, inbox):
+    with serve_requests(tmp_path, inbox):
         yield tmp_path
     over.set()
     thread.join()
@@ -132,7 +132,7 @@ def test_a_run_directory_with_a_long_path_has_a_socket_too(tmp_path: Path) -> No
     deep = tmp_path / ("d" * 60) / ("e" * 60)
     deep.mkdir(parents=True)
     inbox = Inbox(threading.Event())
-    with listening(deep, inbox):
+    with serve_requests(deep, inbox):
         assert (deep / "ctl").exists()
         inbox.close()
         with pytest.raises(CtlError, match="the trainer is leaving"):
@@ -147,7 +147,7 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(CtlError, match="no trainer is at work"):
         ask(tmp_path, {"command": "status"})
     inbox = Inbox(threading.Event())
-    with listening(tmp_path, inbox):
+    with serve_requests(tmp_path, inbox):
         inbox.close()
         with pytest.raises(CtlError, match="leaving"):
             ask(tmp_path, {"command": "status"})
@@ -156,7 +156,7 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 def test_where_no_socket_can_be_made_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A file system without sockets costs `ctl`, not the run."""
     (tmp_path / "ctl").mkdir()
-    with listening(tmp_path, Inbox(threading.Event())):
+    with serve_requests(tmp_path, Inbox(threading.Event())):
         assert "cannot be opened, so there is no `ctl` for this run" in caplog.text
 
 
@@ -257,7 +257,7 @@ class Trainer:
         def make_buffer(hello: Hello) -> ShuffleBuffer:
             return ShuffleBuffer(CAPACITY, [hook.width for hook in hello.hooks], TORCH_DTYPE[hello.dtype], 0)
 
-        with Intake(self.settings.stream, ledger, make_buffer) as self.intake, listening(self.directory, inbox):
+        with Intake(self.settings.stream, ledger, make_buffer) as self.intake, serve_requests(self.directory, inbox):
             self.loop = Loop(
                 self.settings, roster, self.intake, inbox, self, handle, saved, self.starved_report_seconds
             )

@@ -337,7 +337,7 @@ def test_statistics_are_those_of_the_cpu(dense_above: float) -> None:
     same(there.firings, here.firings, rtol=1e-12)
     assert vars(there.summary()) == pytest.approx(vars(here.summary()), rel=1e-5)
     assert there.density() == here.density()
-    assert there.dead(1000) == here.dead(1000)
+    assert there.count_dead(1000) == here.count_dead(1000)
 
 
 # The producer

@@ -31,8 +31,7 @@ from trainer.stream.ledger.shards import Quarantine, QuarantinedShard
 from trainer.training.loop import Loop, next_batch_size, try_to_write
 from trainer.training.publishing import _exports as published
 from trainer.training.publishing import summary
-from trainer.training.roster import Roster
-from trainer.training.roster import resumed as resumed_roster
+from trainer.training.roster import Roster, restore_roster
 from trainer.training.run import NoVariance, Run, scale_of
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
@@ -114,8 +113,8 @@ def test_a_raised_budget_brings_a_finished_sae_back() -> None:
     roster = Roster.of([of(1000)])
     roster.members[0].ended = True
 
-    assert resumed_roster(roster.state(), [of(1000)], Path()).is_finished
-    assert not resumed_roster(roster.state(), [of(2000)], Path()).is_finished
+    assert restore_roster(roster.state(), [of(1000)], Path()).is_finished
+    assert not restore_roster(roster.state(), [of(2000)], Path()).is_finished
 
 
 @pytest.mark.parametrize(("trained", "rows"), [(0, 32), (64, 32), (96, 4), (100, 0), (128, 0)])

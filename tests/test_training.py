@@ -114,7 +114,7 @@ def test_bug_9_deadness_is_counted_in_tokens() -> None:
         for start in range(0, 600, size):
             part = slice(start, start + size)
             statistics.update(x[part], x[part], largest(pre_acts[part], 2))
-        counted.append(statistics.dead(300))
+        counted.append(statistics.count_dead(300))
 
     assert counted == [2, 2, 2]
 
@@ -124,8 +124,8 @@ def test_deadness_is_unknown_until_enough_was_seen() -> None:
     statistics = Statistics(3, torch.zeros(2))
     statistics.update(torch.zeros(10, 2), torch.zeros(10, 2), nothing_fired(10, 3))
 
-    assert statistics.dead(11) is None
-    assert statistics.dead(10) == 3
+    assert statistics.count_dead(11) is None
+    assert statistics.count_dead(10) == 3
 
 
 def test_bug_23_reports_change_nothing() -> None:
@@ -154,9 +154,9 @@ def test_bug_23_reading_statistics_changes_nothing() -> None:
     statistics, x = Statistics(3, torch.zeros(2)), torch.randn(10, 2)
     statistics.update(x, 0.9 * x, nothing_fired(10, 3))
     before = deepcopy(vars(statistics.state()))
-    first = statistics.summary(), statistics.density(), statistics.dead(5)
+    first = statistics.summary(), statistics.density(), statistics.count_dead(5)
 
-    assert first == (statistics.summary(), statistics.density(), statistics.dead(5))
+    assert first == (statistics.summary(), statistics.density(), statistics.count_dead(5))
     after = vars(statistics.state())
     assert before.pop("tokens") == after.pop("tokens")
     assert all(torch.equal(before[name], value) for name, value in after.items())
@@ -233,7 +233,7 @@ def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
     optimizer = RowAdam(parameters, OptimizerSettings(), unit_decoder=False)
     optimizer.step({name: torch.ones_like(value) for name, value in parameters.items()}, 0.1)
     before = deepcopy(optimizer.state())
-    optimizer.forget(torch.tensor([1]))
+    optimizer.reset_moments(torch.tensor([1]))
     state = optimizer.state()
 
     for after, earlier in ((state.exp_avg, before.exp_avg), (state.exp_avg_sq, before.exp_avg_sq)):

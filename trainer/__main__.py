@@ -22,7 +22,7 @@ from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
-from trainer.control.requests import Inbox, listening
+from trainer.control.requests import Inbox, serve_requests
 from trainer.settings import TrainerSettings
 from trainer.state.home import Home, HomeError
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             # Open from the first moment, so that clients wait for their answer and are not told that no trainer runs.
             inbox = Inbox(stop)
             home.watch(stop.set)
-            with listening(home.path, inbox):
+            with serve_requests(home.path, inbox):
                 from trainer.app import run  # imports torch, which `--help` and the commands do not wait for
 
                 return run_within_limits(log, lambda: run(settings, home, inbox))

@@ -94,7 +94,7 @@ class TrainerSettings(BaseModel):
     monitor: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
-    def _agree(self) -> TrainerSettings:
+    def _check_tables(self) -> TrainerSettings:
         if self.model is None and self.corpus.kind != "synthetic":
             raise ValueError('table [model] is missing: add it with name and hooks, such as name = "gpt2"')
         names = [sae.name for sae in self.sae]

@@ -101,7 +101,7 @@ class Inbox:
 
 
 @contextmanager
-def listening(directory: Path, inbox: Inbox) -> Iterator[None]:
+def serve_requests(directory: Path, inbox: Inbox) -> Iterator[None]:
     """Puts the requests of clients into `inbox`. Where no socket can be made, training goes on without one."""
     try:
         server = _Server(directory, inbox)

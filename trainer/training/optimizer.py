@@ -60,7 +60,7 @@ class RowAdam:
             )  # fmt: skip
         return length
 
-    def forget(self, latents: Tensor) -> None:
+    def reset_moments(self, latents: Tensor) -> None:
         """Zeroes the moments of `latents` (indices), whose weights were drawn anew."""
         for name, moments in self._moments.items():
             if name not in SHARED:

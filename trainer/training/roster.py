@@ -103,7 +103,7 @@ class Roster:
         self.gone += _names(member.settings) if keep_name else []
 
     def state(self) -> RosterState:
-        """A copy, from which `resumed` goes on."""
+        """A copy, from which `restore_roster` goes on."""
         members = [
             MemberState(
                 settings=member.settings.model_dump(mode="json", exclude_none=True),
@@ -118,7 +118,7 @@ class Roster:
         return RosterState(members, self.joined, list(self.gone), self.paused, self.threads)
 
 
-def resumed(state: RosterState, saes: Sequence[SaeSettings], directory: Path) -> Roster:
+def restore_roster(state: RosterState, saes: Sequence[SaeSettings], directory: Path) -> Roster:
     """The roster of a checkpoint, with what may change of the settings taken from the run file's `saes`.
 
     Raises RosterError when the file names other SAEs than the run has. It need not name those that were attached, and

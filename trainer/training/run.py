@@ -24,7 +24,7 @@ from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import CheckpointError
 from trainer.state.format import BufferState, Checkpoint, CheckpointDocument, RunState, SaeTensors
 from trainer.stream.buffer import Batch, pool_rows
-from trainer.training.roster import Member, Roster, RosterError, resumed
+from trainer.training.roster import Member, Roster, RosterError, restore_roster
 from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
@@ -241,7 +241,7 @@ class Run:
 def roster_of(document: CheckpointDocument, settings: TrainerSettings) -> Roster:
     """The roster of a checkpoint, checked against the run file. Raises CheckpointError, saying what to do."""
     try:
-        roster = resumed(document.roster, settings.sae, settings.run.folder)
+        roster = restore_roster(document.roster, settings.sae, settings.run.folder)
     except RosterError as error:
         raise CheckpointError(str(error)) from None
     for sae in settings.sae:

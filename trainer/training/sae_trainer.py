@@ -95,7 +95,7 @@ class SaeTrainer:
         if self.settings.whitening:
             self._whitening = whitening_of(x)
             x, y = self._whiten(x, y)
-            self._whitening = _moved(self._whitening, self.sae.b_dec.device)
+            self._whitening = _to_device(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
             self.sae.adopt(start_weights(start, self.sae, self.input_transform(scales)))
@@ -191,7 +191,7 @@ class SaeTrainer:
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.tokens) % 2**63)
         rows = torch.multinomial(loss.square() + 1e-30, len(latents), generator=generator).to(x.device)
         self.sae.reinitialise(latents, W_enc_rows[rows], W_dec_rows[rows])
-        self.optimizer.forget(latents)
+        self.optimizer.reset_moments(latents)
         self.statistics.tokens_since_fired[latents] = 0
         if self._average is not None:
             self._average.replace_latents(self.sae.parameters, latents)
@@ -215,7 +215,7 @@ class SaeTrainer:
     def report(self, scales: Mapping[str, float]) -> SaeReport:
         """The window's numbers; `scales` of every hook turn the error back into the units of raw activations."""
         summary = self.statistics.summary()
-        dead = self.statistics.dead(self.settings.dead_tokens)
+        dead = self.statistics.count_dead(self.settings.dead_tokens)
         return SaeReport(
             name=self.settings.name,
             l0=summary.l0,
@@ -280,5 +280,5 @@ class SaeTrainer:
         self.statistics.restore(tensors.statistics)
 
 
-def _moved(white: Whitening, device: torch.device) -> Whitening:
+def _to_device(white: Whitening, device: torch.device) -> Whitening:
     return Whitening(*(part.to(device) for part in (white.centre, white.matrix, white.inverse)))

@@ -66,7 +66,7 @@ class Statistics:
         """bool [d_sae]: latents that have not fired for `tokens` tokens; none until there were that many."""
         return self.tokens_since_fired >= tokens
 
-    def dead(self, tokens: int) -> int | None:
+    def count_dead(self, tokens: int) -> int | None:
         """Number of latents that have not fired for `tokens` tokens; None until there were that many."""
         return int(self.silent_for(tokens).sum()) if self.tokens >= tokens else None
 
