@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 
 from trainer.planning import cost
-from trainer.planning.cost import CUDA, Machine, Work
-from trainer.planning.estimate import blocks_parameters, main, threads_at_work, works_of
+from trainer.planning.cost import CUDA, Machine, StepCost
+from trainer.planning.estimate import main
+from trainer.planning.sharding import days_of, fewest_gpus, sharded_step
+from trainer.planning.workload import blocks_parameters, step_costs, training_threads
 from trainer.saes.encoder import BLOCK_BYTES, BLOCK_BYTES_ON_CPU
 from trainer.settings import TrainerSettings
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "deploy" / "demo.toml")
 GROWTH = str(ROOT / "tests" / "benchmarks" / "growth.toml")
-TINY = Work("tiny", "topk", d_in=4, d_out=4, d_sae=10, batch=3, active=2, chosen=2)
+TINY = StepCost("tiny", "topk", d_in=4, d_out=4, d_sae=10, batch=3, active=2, total_k=2)
 UNIT = Machine("unit", matmul_flops=1.0, bandwidth=1.0, memory=1e9)
 """One FLOP and one byte a second: seconds are counts."""
 
@@ -30,10 +32,10 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
-def works(*saes: dict[str, Any], width: int = 4, hooks: int = 1) -> list[Work]:
+def step_costs_of(*saes: dict[str, Any], width: int = 4, hooks: int = 1) -> list[StepCost]:
     model = {"name": "m", "hooks": [f"blocks.{number}.hook_resid_post" for number in range(hooks)]}
     settings = TrainerSettings.model_validate({"model": model, "optimizer": {"batch": 3}, "sae": list(saes)})
-    return works_of(settings, width, cost.HALF)
+    return step_costs(settings, width, cost.HALF)
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -65,8 +67,8 @@ def test_memory_is_four_bytes_a_parameter_and_eight_of_moments() -> None:
 
 def test_pre_activations_are_held_in_blocks() -> None:
     """So much at a time as the SAEs themselves hold, or 256 rows."""
-    (sae,) = works({"name": "a", "architecture": "topk", "d_sae": 2**15, "k": 2})
-    wide = Work("wide", "topk", 4, 4, 2**15, 4096, 2, 2)
+    (sae,) = step_costs_of({"name": "a", "architecture": "topk", "d_sae": 2**15, "k": 2})
+    wide = StepCost("wide", "topk", 4, 4, 2**15, 4096, 2, 2)
 
     assert cost.memory_parts(sae, cost.CPU)["pre-activations"] == 2 * 3 * 2**15
     assert cost.memory_parts(wide, cost.CPU)["pre-activations"] == 2**24
@@ -80,10 +82,10 @@ def test_what_is_written_to_disk_has_the_size_of_its_numbers() -> None:
     assert cost.buffer_bytes(100, [4, 4], 2) == 100 * (16 + 24)
 
 
-@pytest.mark.parametrize("field", ["d_sae", "d_in", "batch", "active", "chosen"])
+@pytest.mark.parametrize("field", ["d_sae", "d_in", "batch", "active", "total_k"])
 @pytest.mark.parametrize("machine", [UNIT, cost.MACHINES["h200"]])
 def test_more_of_anything_is_never_faster(field: str, machine: Machine) -> None:
-    sizes = [Work(**{**vars(TINY), field: getattr(TINY, field) * factor}) for factor in (1, 2, 4, 8)]
+    sizes = [StepCost(**{**vars(TINY), field: getattr(TINY, field) * factor}) for factor in (1, 2, 4, 8)]
     seconds = [cost.step_seconds(size, machine) for size in sizes]
 
     assert seconds == sorted(seconds)
@@ -92,7 +94,7 @@ def test_more_of_anything_is_never_faster(field: str, machine: Machine) -> None:
 def test_an_sae_costs_what_its_settings_ask_for() -> None:
     """A tied SAE has one matrix, a crosscoder reads two hooks, Multi-TopK has 5 k, a transcoder keeps no norms."""
     first, second = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
-    plain, tied, cross, multi, trans = works(
+    plain, tied, cross, multi, trans = step_costs_of(
         {"name": "plain", "architecture": "topk", "d_sae": 32, "k": 2, "hook": first},
         {"name": "tied", "architecture": "tied", "d_sae": 32, "sparsity_weight": 1.0, "hook": first},
         {"name": "cross", "architecture": "topk", "d_sae": 32, "k": 2, "hooks": [first, second]},
@@ -115,8 +117,8 @@ def test_an_sae_costs_what_its_settings_ask_for() -> None:
 def test_sharded_latents_divide_the_weights_and_not_the_rows() -> None:
     """On four GPUs: a quarter of product and Adam each; candidates of three; the reconstruction is summed whole."""
     machine = Machine("gpu", 1.0, 1.0, 1e9, CUDA, link=1.0, network=1.0)
-    work = Work("sae", "topk", 4, 4, 64, 3, 2, 2)
-    one, four = (cost.sharded([work], machine, gpus, row_bytes=8) for gpus in (1, 4))
+    sae = StepCost("sae", "topk", 4, 4, 64, 3, 2, 2)
+    one, four = (sharded_step([sae], machine, gpus, token_bytes=8) for gpus in (1, 4))
 
     for part in ("encoder product", "optimizer", "pre-activations"):
         assert four.seconds[part] == one.seconds[part] / 4
@@ -130,15 +132,15 @@ def test_sharded_latents_divide_the_weights_and_not_the_rows() -> None:
 def test_the_fewest_gpus_hold_the_weights_and_meet_the_days() -> None:
     """18 bytes a weight and 2²⁴ × 4096 × 2 of them are 2.5 TB: 8 GPUs of 141 GB are too few, 24 are enough."""
     machine = cost.MACHINES["h200"]
-    work = Work("sae", "topk", 4096, 4096, 2**24, 16384, 64, 64)
-    by_memory = cost.fewest([work], machine, 8192, None, None)
-    in_three_days = cost.fewest([work], machine, 8192, 40_000_000_000, 3.0)
+    sae = StepCost("sae", "topk", 4096, 4096, 2**24, 16384, 64, 64)
+    by_memory = fewest_gpus([sae], machine, 8192, None, None)
+    in_three_days = fewest_gpus([sae], machine, 8192, 40_000_000_000, 3.0)
 
     assert by_memory is not None and in_three_days is not None
-    assert not cost.sharded([work], machine, 8, 8192).fits
+    assert not sharded_step([sae], machine, 8, 8192).fits
     assert by_memory.gpus == 24
     assert in_three_days.gpus > by_memory.gpus
-    assert cost.days_of(40_000_000_000, [work], in_three_days.step_seconds) <= 3.0
+    assert days_of(40_000_000_000, [sae], in_three_days.step_seconds) <= 3.0
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -245,6 +247,6 @@ def test_threads_are_those_that_learn_side_by_side(monkeypatch: pytest.MonkeyPat
         tables = [{"name": f"s{n}", "architecture": "topk", "d_sae": 8, "k": 2} for n in range(saes)]
         run = {} if each is None else {"threads": each}
         model = {"name": "m", "hooks": ["h"]}
-        return threads_at_work(TrainerSettings.model_validate({"run": run, "model": model, "sae": tables}))
+        return training_threads(TrainerSettings.model_validate({"run": run, "model": model, "sae": tables}))
 
     assert (threads(1, 2), threads(4, 2), threads(3, None), threads(1, None)) == (2, 8, 6, 8)

@@ -18,9 +18,9 @@ from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.step import TITLES, stepping
 from tests.benchmarks.subject import Size, correlated_rows, sae_trainer, size_for
 from trainer.planning import cost
-from trainer.planning.cost import Machine, Work
-from trainer.planning.estimate import works_of
+from trainer.planning.cost import Machine, StepCost
 from trainer.planning.machine import measure_machine
+from trainer.planning.workload import step_costs
 from trainer.settings import TrainerSettings
 
 WIDEST, NARROWEST = 1.25, 0.75
@@ -91,14 +91,14 @@ def _steps(options: Options) -> Result:
     return result
 
 
-def work_of(architecture: str, size: Size) -> Work:
+def work_of(architecture: str, size: Size) -> StepCost:
     """What `subject.sae_trainer` makes of a size, as an estimate sees it."""
     sparsity = {"target_l0": float(size.k)} if architecture == "jumprelu" else {"k": size.k}
     sae = {"name": architecture, "architecture": architecture, "d_sae": size.d_sae, **sparsity}
     settings = TrainerSettings.model_validate(
         {"model": {"name": "m", "hooks": ["h"]}, "optimizer": {"batch": size.batch}, "sae": [sae]}
     )
-    return works_of(settings, size.d_in, cost.HALF)[0]
+    return step_costs(settings, size.d_in, cost.HALF)[0]
 
 
 def _memory(options: Options) -> Result:

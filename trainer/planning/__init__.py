@@ -1,8 +1,12 @@
 """What will a run cost, before it starts?
 
-    cost          time and bytes from two numbers of a machine
-    machine       these two numbers, measured
+    cost          time and bytes of a step, from two numbers of a machine
+    sharding      the same with latents sharded over GPUs, which Sluice's trainer does not do
+    machine       the two numbers of this machine, measured; its free memory
+    workload      the SAEs and the language model of a run file, as sizes
+    prediction    the estimate for a run
+    tables        an estimate in a terminal
     estimate      `python -m trainer estimate`
 
-Imported by `__main__`.
+Imported by `__main__`; `machine` by `app`, `cost` by stream/.
 """

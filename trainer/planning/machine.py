@@ -1,4 +1,4 @@
-"""Two numbers of this machine, measured in about two seconds, and the memory that is free; torch is imported late."""
+"""The two numbers of this machine that an estimate needs, measured in about two seconds, and its free memory."""
 
 from __future__ import annotations
 
@@ -8,98 +8,82 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
+import torch
+
+from producer.lm.precision import fastest_dtype
 from trainer.planning import cost
-from trainer.planning.cost import Machine, Work
-
-if TYPE_CHECKING:
-    import torch
+from trainer.planning.cost import Machine, StepCost
 
 COPY_BYTES = 3 * 2**28
-"""Moved by the copy that is measured, half of it read: more than a cache of half a gigabyte keeps."""
+"""Moved by the measured copy, half of them read: more than fits into a cache of half a gigabyte."""
 
 
-def measure_machine(work: Work, device_name: str, threads: int, matmul: str = "auto") -> Machine:
-    """Two numbers of this machine, in about two seconds: a product as `work` needs it, and a large copy."""
-    import torch
-
-    from producer.lm.precision import fastest_dtype
-
+def measure_machine(sae: StepCost, device_name: str, threads: int, matmul: str = "auto") -> Machine:
+    """Measures a product of the shape that `sae` needs, and a large copy."""
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device_name)
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         kernels = cost.CPU if device.type == "cpu" else cost.CUDA
-        dtype = fastest_dtype(work.batch, work.d_in, work.d_sae, device) if matmul == "auto" else getattr(torch, matmul)
-        rows = min(work.batch, max(256, kernels.block_bytes // (work.d_sae * dtype.itemsize)))
-        flops = 2 * rows * work.d_in * work.d_sae / _seconds(_product(rows, work, dtype, device), device)
+        dtype = fastest_dtype(sae.batch, sae.d_in, sae.d_sae, device) if matmul == "auto" else getattr(torch, matmul)
+        rows = min(sae.batch, max(256, kernels.block_bytes // (sae.d_sae * dtype.itemsize)))
+        flops = 2 * rows * sae.d_in * sae.d_sae / _seconds(_product(rows, sae, dtype, device), device)
         bandwidth = COPY_BYTES / _seconds(_copy(device), device)
     finally:
-        torch.set_num_threads(before)
-    what = f"this machine, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else _gpu_name(device)
-    name = f"{what}, products in {dtype}".replace("torch.", "")
+        torch.set_num_threads(threads_before)
+    hardware = f"this machine, {threads} thread{'s' * (threads > 1)}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    name = f"{hardware}, products in {dtype}".replace("torch.", "")
     return Machine(name, flops, bandwidth, _memory(device), kernels, dtype.itemsize)
 
 
-def _product(rows: int, work: Work, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    """The encoder product of one block of rows, into memory that is there."""
-    import torch
-
-    x, W = (torch.randn(size, work.d_in, device=device).to(dtype) for size in (rows, work.d_sae))
-    out = torch.zeros(rows, work.d_sae, dtype=dtype, device=device)
+def _product(rows: int, sae: StepCost, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """The encoder product of one block of activations, into memory that is allocated already."""
+    x, W = (torch.randn(size, sae.d_in, device=device).to(dtype) for size in (rows, sae.d_sae))
+    out = torch.zeros(rows, sae.d_sae, dtype=dtype, device=device)
     return lambda: torch.mm(x, W.T, out=out)
 
 
 def _copy(device: torch.device) -> Callable[[], object]:
-    import torch
-
     source, sink = (torch.ones(COPY_BYTES // 8, device=device) for _ in range(2))
     return lambda: sink.copy_(source)
 
 
-def _seconds(act: Callable[[], object], device: torch.device, at_least: float = 0.4) -> float:
-    """Median seconds of one call, of as many as fit into `at_least` seconds, and of five."""
-    import torch
+def _seconds(function: Callable[[], object], device: torch.device, at_least: float = 0.4) -> float:
+    """Median seconds of a call, of as many calls as fill `at_least` seconds, and of five at least."""
 
-    def once() -> float:
+    def timed() -> float:
         began = time.perf_counter()
-        act()
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once()
+    timed()
     times: list[float] = []
     while sum(times) < at_least or len(times) < 5:
-        times.append(once())
+        times.append(timed())
     return median(times)
 
 
 def _memory(device: torch.device) -> float:
-    import torch
-
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def free_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process can still be given, of the machine and of its control group; infinity when unknown."""
+    """Bytes that this process can still allocate, in the machine and in its control group; infinite when unknown."""
     free = float("inf")
     with suppress(OSError, ValueError, StopIteration):
         line = next(line for line in proc.read_text().splitlines() if line.startswith("MemAvailable:"))
         free = 1024.0 * int(line.split()[1])
-    with suppress(OSError, ValueError):  # there is no limit where it reads "max"
+    with suppress(OSError, ValueError):  # no limit where it reads "max"
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free = min(free, float(limit - used + int(cache.get("inactive_file", 0))))
     return free
-
-
-def _gpu_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device)

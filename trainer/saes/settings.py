@@ -36,7 +36,7 @@ class CostTerms:
 
     active: float
     """Latents per activation that the sparse products see."""
-    chosen: float = 0.0
+    total_k: float = 0.0
     """The sum of all k that are selected; 0 where a threshold decides."""
     decodings: int = 1
     """How often latents are decoded."""

@@ -82,7 +82,7 @@ class TopKSettings(FixedKSettings):
     def cost_terms(self) -> CostTerms:
         assert self.k is not None
         k = float(self.k * (5 if self.multi_topk else 1))
-        return CostTerms(active=k, chosen=k, losses=2 if self.multi_topk else 1)
+        return CostTerms(active=k, total_k=k, losses=2 if self.multi_topk else 1)
 
 
 class TopKActivation(Activation):

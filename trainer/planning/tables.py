@@ -1,0 +1,90 @@
+"""An estimate as tables in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from producer.common.formatting import format_bytes, format_duration
+from trainer.planning import cost
+from trainer.planning.prediction import Estimate
+from trainer.planning.sharding import ShardedStep
+
+
+def show(estimate: Estimate) -> None:
+    """Prints the tables, and the sentences below them."""
+    console, machine = Console(soft_wrap=False), estimate.machine
+    console.print(
+        f"{machine.name}: encoder product {machine.matmul_flops / 1e12:.3g} TFLOP/s, "
+        f"copy {machine.bandwidth / 1e9:,.3g} GB/s",
+        highlight=False,
+    )
+    console.print(_steps(estimate) if estimate.sharded is None else _sharded_steps(estimate.sharded))
+    console.print(_totals(estimate))
+    for sentence in estimate.sentences():
+        console.print(sentence, highlight=False)
+    if estimate.sharded is not None:
+        console.print("Sluice's trainer does not shard: this is what one that does would need.", style="bold")
+    if machine.kernels is cost.CUDA:
+        console.print("GPU figures are counted from the kernels and not measured.", style="dim")
+
+
+def _steps(estimate: Estimate) -> Table:
+    """A column for each SAE, a row for each part of its step."""
+    table = _table("One step, ms", *(sae.name for sae in estimate.saes), "all")
+    each = [cost.step_parts(sae, estimate.machine) for sae in estimate.saes]
+    for name, total in estimate.parts.items():
+        table.add_row(name, *(_ms(parts[name]) for parts in each), _ms(total))
+    table.add_section()
+    table.add_row("together", *(_ms(sum(parts.values())) for parts in each), _ms(estimate.step_seconds))
+    return table
+
+
+def _sharded_steps(step: ShardedStep) -> Table:
+    """Seconds and bytes of a step of sharded latents, a row for each part."""
+    table = _table(f"One step, latents sharded over {step.gpus} GPUs", "ms", "bytes to each GPU")
+    table.add_row("rows in, from producers", "", format_bytes(step.bytes["rows in"]))
+    for name, seconds in step.seconds.items():
+        table.add_row(name, _ms(seconds), format_bytes(step.bytes[name]) if name in step.bytes else "")
+    table.add_section()
+    table.add_row("together", _ms(step.step_seconds), "")
+    return table
+
+
+def _totals(estimate: Estimate) -> Table:
+    table = _table("The run", "")
+    table.add_row("tokens/s of the trainer", f"{estimate.rate:,.0f}")
+    if estimate.tokens is not None:
+        table.add_row(f"for {estimate.tokens:,} tokens", format_duration(estimate.tokens / estimate.rate))
+    table.add_row(
+        "on the wire",
+        f"{format_bytes(estimate.token_bytes)} per token, {format_bytes(estimate.token_bytes * estimate.rate)}/s",
+    )
+    if estimate.sharded is None:
+        memory = estimate.memory
+        table.add_row("memory", format_bytes(sum(memory.values())))
+        for name, size in memory.items():
+            table.add_row(f"  {name}", format_bytes(size))
+    else:
+        table.add_row("memory of each GPU", format_bytes(estimate.sharded.memory))
+    if estimate.machine.kernels is not cost.CPU:
+        table.add_row("buffer, on the host", format_bytes(estimate.buffer))
+    snapshot, checkpoint = (sum(map(size, estimate.saes)) for size in (cost.snapshot_bytes, cost.checkpoint_bytes))
+    table.add_row(
+        "a snapshot", f"{format_bytes(snapshot)} every {format_duration(estimate.snapshot_every / estimate.rate)}"
+    )
+    table.add_row("a checkpoint", f"{format_bytes(checkpoint)} every {format_duration(estimate.checkpoint_every)}")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _ms(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
