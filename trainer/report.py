@@ -114,18 +114,18 @@ class StepReport:
     @property
     def bottleneck(self) -> str:
         """A sentence on what holds up training."""
-        return what_waits(self.state, self.stream)
+        return describe_bottleneck(self.state, self.stream)
 
     def as_json(self) -> dict:
         """The line of metrics.jsonl."""
         return asdict(self)
 
 
-PROGRESSING = (RunPhase.TRAINING, RunPhase.STARVED)
+STEADY_PHASES = (RunPhase.TRAINING, RunPhase.STARVED)
 """Phases in which the rate tells how long the rest will take."""
 
 
-def what_waits(phase: str, stream: StreamReport) -> str:
+def describe_bottleneck(phase: str, stream: StreamReport) -> str:
     """A sentence on what holds up training: neither side is the bottleneck of a run that does not train."""
     match phase:
         case RunPhase.PAUSED:

@@ -16,7 +16,7 @@ from monitor.evaluation.measures import Stage, measures
 from monitor.evaluation.results import Evaluation, value_of
 from monitor.run_directory import hooks_of
 from producer.common.formatting import format_duration
-from trainer.report import PROGRESSING
+from trainer.report import STEADY_PHASES
 
 Report = Mapping[str, Any]
 BAR = 20
@@ -50,7 +50,7 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
     grid.add_column(width=length)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     told = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
-    if target and rate > 0 and report["state"] in PROGRESSING:
+    if target and rate > 0 and report["state"] in STEADY_PHASES:
         told.append(f"{format_duration((target - tokens) / rate)} left")
     bar = ProgressBar(total=target or 1, completed=tokens if target else 1, width=length, pulse=not target)
     grid.add_row("tokens", bar, " · ".join(told))

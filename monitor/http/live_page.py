@@ -20,7 +20,7 @@ from monitor.run_directory import SILENT_SECONDS, hooks_of
 from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
 from producer.common.shell import shell_command
-from trainer.report import PROGRESSING, StreamReport, what_waits
+from trainer.report import STEADY_PHASES, StreamReport, describe_bottleneck
 
 PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
 """One colour per SAE in charts and tables, distinct on light and dark backgrounds and for the colour-blind."""
@@ -241,7 +241,7 @@ def _progress(run: Run) -> list[Fact]:
         silence = format_duration(run["silent_seconds"])
         return [*facts, ("", f"no report for {silence}: the trainer is stopped, or waits for producers")]
     facts.append((f"{rate:,.0f}", "tokens/s"))
-    if target and rate > 0 and report.get("state") in PROGRESSING:
+    if target and rate > 0 and report.get("state") in STEADY_PHASES:
         facts.append((format_duration((target - tokens) / rate), "left"))
     producers = sum(((report.get("stream") or {}).get("producers") or {}).values())
     facts.append((f"{producers}", "producer" if producers == 1 else "producers"))
@@ -259,7 +259,7 @@ def _bottleneck(run: Run) -> str:
     stream = run["report"].get("stream") or {}
     data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
     reported = StreamReport(stream.get("producers") or {}, data_wait_ratio=data, credit_wait_ratio=credit)
-    sentence = what_waits(run["report"].get("state") or "training", reported)
+    sentence = describe_bottleneck(run["report"].get("state") or "training", reported)
     return f"{sentence[:1].upper()}{sentence[1:]}."
 
 

@@ -72,7 +72,7 @@ def _exports(
     x = side_by_side(raw, sae_trainer.hooks.reads)[:SELFTEST_CANDIDATES].float()
     transform, rate = sae_trainer.input_transform(run.scales), sae_trainer.statistics.firing_rate()
     metadata = _metadata(run, sae_trainer, report, facts)
-    numbers = numbers_of(run, sae_trainer, _of(report, sae_trainer))
+    numbers = numbers_of(sae_trainer, _of(report, sae_trainer))
     sae_trainer.calibrate(sae_trainer.sae, scaled)
     yield export(sae_trainer.sae, transform, sae_trainer.settings.name, rate, x, metadata, numbers)
     if (ema_sae := sae_trainer.ema_sae) is not None:
@@ -82,7 +82,7 @@ def _exports(
         yield export(ema_sae, transform, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
 
 
-def numbers_of(run: Run, sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
+def numbers_of(sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
     """Numbers of one SAE for manifest and summary."""
     return {
         "architecture": sae_trainer.settings.architecture,
@@ -166,7 +166,7 @@ def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> 
         "shards_set_aside": [asdict(shard) for shard in quarantine.shards],
         "quarantined_ratio": round(quarantine.ratio, 6),
         "saes": {
-            sae_trainer.settings.name: numbers_of(run, sae_trainer, _of(report, sae_trainer))
+            sae_trainer.settings.name: numbers_of(sae_trainer, _of(report, sae_trainer))
             for sae_trainer in run.publishable
         },
     }
