@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,31 @@ def test_secrets_are_those_that_the_script_writes(tmp_path: Path) -> None:
                          ("producer", {"server.key", "client.key_secret"})):  # fmt: skip
         targets = {use["target"].removeprefix("/run/secrets/keys/") for use in compose()["services"][role]["secrets"]}
         assert targets == needed
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_secrets_of_kubernetes(tmp_path: Path) -> None:
+    """create-secrets.sh is run, without a cluster: what pods mount is what it makes."""
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run(["sh", DEPLOY / "secrets.sh", tmp_path / "new"], env=environment, check=True, capture_output=True)
+    create = ["sh", DEPLOY / "kubernetes/create-secrets.sh", tmp_path / "new", "--dry-run=client", "--output=yaml"]
+    done = subprocess.run(create, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    made = {secret["metadata"]["name"]: set(secret["data"]) for secret in yaml.safe_load_all(done.stdout)}
+    volumes = [volume["secret"] for pod in pods().values() for volume in pod["spec"]["volumes"] if "secret" in volume]
+    assert {secret["secretName"] for secret in volumes} == set(made)
+    for secret in volumes:
+        assert {item["key"] for item in secret.get("items", [])} <= made[secret["secretName"]]
+    assert made["sluice-producer-keys"] == {"server.key", "client.key_secret"}
+
+
+def test_the_page_names_files_that_exist() -> None:
+    """In the commands of docs/deployment.md."""
+    commands = re.findall(r"(?m)^    .+", (ROOT / "docs/deployment.md").read_text())
+    paths = {path for command in commands for path in re.findall(r"(?<![\w/])deploy/[\w./@*-]+", command)}
+    assert len(paths) > 5
+    assert [
+        path for path in paths if not list(ROOT.glob(path)) and path not in ("deploy/secrets", "deploy/sluice-monitor")
+    ] == []
 
 
 @pytest.mark.parametrize(

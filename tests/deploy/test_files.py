@@ -30,6 +30,8 @@ TYPOS = [
     ("architectures.toml", "target_l0", "target_lo"),
     ("secrets.sh", "uid=${2:-}", "uid=${2:-"),
     ("secrets.sh", "$dir/keys\" ]; then", "$dri/keys\" ]; then"),
+    ("kubernetes/create-secrets.sh", "shift\n", "shfit() {\n"),
+    ("kubernetes/create-secrets.sh", "$dir/token", "$dri/token"),
     ("kubernetes/base/kustomization.yaml", "configMapGenerator", "configMapGenerater"),
     ("kubernetes/base/kustomization.yaml", "newName: registry", "newNmae: registry"),
     ("kubernetes/base/namespace.yaml", "kind: Namespace", "kind: Namepsace"),
