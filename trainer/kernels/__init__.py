@@ -1,6 +1,6 @@
 """How are sparse products and selections computed fast, on a CPU and on a GPU?
 
-    select        which latents of a batch are active
+    select        the active latents of a batch
     sparse        products with a sparse matrix of latents
     dense         the same on a full matrix
     operands      weight matrices in the number format of products

@@ -1,8 +1,12 @@
-"""The sparse kernels for a CPU, compiled by numba when first used and kept on disk.
+"""The sparse kernels for a CPU, compiled by numba at their first call and cached on disk.
 
-What torch's own operations lose here is memory traffic: temporaries of the size of the weights, and indices in 64 bit.
-Each function walks once over rows that it owns, so that any number of threads gives the same bits. Matrices are
-float32, float64 or bfloat16, which is read as float32; sums are at least float32. `cuda.py` has the same functions.
+Torch's own operations cost memory traffic here: temporaries of the size of the weights, and indices in 64 bit. Each
+kernel passes once over rows that no other thread writes, so that results do not depend on the number of threads.
+Matrices are float32, float64 or bfloat16, which is read as float32; sums are at least float32. `cuda.py` has the same
+functions.
+
+All kernels are in one file because of numba's cache: compiled code holds until the file of its function changes, not
+that of a function it calls.
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-_intrinsic: Any = intrinsic  # calls of what it makes lack the first argument; a type checker cannot know
+_intrinsic: Any = intrinsic  # calls have no first argument, which a type checker cannot know
 compiled = njit(
     nogil=True,
     cache=True,
     error_model="numpy",
-    # Sums may be vectorised; what is not a number stays one.
+    # Sums may be vectorised; NaN stays NaN.
     fastmath={"contract", "reassoc", "nsz"},
 )
 GROUPS = 384
-"""Groups that one row's latents are cut into by `topk`: their maxima are three cache lines times four."""
+"""Groups of one row's latents in `topk`: their maxima are three cache lines times four."""
 
 
 @cache
@@ -37,34 +41,34 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernel")
 
 
-def _over(count: int, kernel: Callable[..., None], *arguments: Any, at_least: int = 32) -> None:
-    """kernel(begin, end, *arguments) for pieces of 0 … count, on as many threads as torch uses here."""
+def _run(count: int, kernel: Callable[..., None], *arguments: Any, at_least: int = 32) -> None:
+    """Calls kernel(begin, end, *arguments) for slices of 0 … count, on as many threads as torch uses here."""
     threads = torch.get_num_threads()
     pieces = min(4 * threads, count // at_least) if threads > 1 else 1
     if pieces <= 1:
         kernel(0, count, *arguments)
         return
     bounds = [count * piece // pieces for piece in range(pieces + 1)]
-    work = [_pool().submit(kernel, *span, *arguments) for span in pairwise(bounds[1:])]
+    futures = [_pool().submit(kernel, *span, *arguments) for span in pairwise(bounds[1:])]
     kernel(bounds[0], bounds[1], *arguments)
-    for piece in work:
-        piece.result()
+    for future in futures:
+        future.result()
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """The tensor's numbers, row after row; bfloat16 as its bits."""
+    """The tensor's numbers as a contiguous array, copied if necessary; bfloat16 as its bits."""
     return _memory(tensor.contiguous())
 
 
 def _memory(tensor: Tensor) -> np.ndarray:
-    """What is written here is written to the tensor."""
+    """The tensor's own memory as an array, for results; bfloat16 as its bits."""
     assert tensor.is_contiguous()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
 
 @_intrinsic
 def load(typing_context: Any, number: Any) -> Any:
-    """A float as it is; 16 bits as the bfloat16 number that they stand for."""
+    """The value of a number in an array: a float itself, or the bfloat16 number with these 16 bits."""
     if number != types.int16:
         return number(number), lambda context, builder, signature, arguments: arguments[0]
 
@@ -78,7 +82,7 @@ def load(typing_context: Any, number: Any) -> Any:
 
 @_intrinsic
 def store(typing_context: Any, number: Any, place: Any) -> Any:
-    """A float in the format of `place`; for 16 bits those of the nearest bfloat16 number, of two the even one."""
+    """`number` in the type of `place`; for 16 bits those of the nearest bfloat16 number, ties to even."""
 
     def nearest(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to = context.get_value_type(types.uint32)
@@ -97,10 +101,10 @@ def store(typing_context: Any, number: Any, place: Any) -> Any:
 
 
 def multiply(start: Tensor, column: Tensor, value: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
-    """Row b: Σ value · W[column] over the entries of b. W [columns, d] → [rows, d], written to `out` if given."""
+    """Σ value · W[column] over the entries of each row: W [columns, d] → [rows, d], in `out` if there is one."""
     if out is None:
         out = torch.empty(len(start) - 1, W.shape[1], dtype=value.dtype)
-    _over(len(out), _multiply, _array(start), _array(column), _array(value), _array(W), _memory(out))
+    _run(len(out), _multiply, _array(start), _array(column), _array(value), _array(W), _memory(out))
     return out
 
 
@@ -117,7 +121,7 @@ def _multiply(begin, end, start, column, value, W, out):  # type: ignore[no-unty
 
 @compiled
 def _add_rows(total, begin, end, column, value, W):  # type: ignore[no-untyped-def]
-    """total += Σ value[e] · W[column[e]], four at a time: the sum is loaded and stored once for all of them."""
+    """total += Σ value[e] · W[column[e]], four entries at a time, for one load and store of the sum."""
     e = begin
     while e + 4 <= end:
         w0, w1, w2, w3 = W[column[e]], W[column[e + 1]], W[column[e + 2]], W[column[e + 3]]
@@ -135,7 +139,7 @@ def _add_rows(total, begin, end, column, value, W):  # type: ignore[no-untyped-d
 def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
     """A[row] · W[column] at each entry: A [rows, d], W [columns, d] → [entries]."""
     out = torch.empty(len(column), dtype=A.dtype)
-    _over(len(A), _sample, _array(start), _array(column), _array(A), _array(W), _array(out))
+    _run(len(A), _sample, _array(start), _array(column), _array(A), _array(W), _array(out))
     return out
 
 
@@ -147,7 +151,7 @@ def _sample(begin, end, start, column, A, W, out):  # type: ignore[no-untyped-de
 
 @compiled
 def _dots(a, begin, end, column, W, out):  # type: ignore[no-untyped-def]
-    """out[e] = a · W[column[e]], four at a time: `a` is loaded once for all of them."""
+    """out[e] = a · W[column[e]], four entries at a time, for one load of `a`."""
     zero, e = out.dtype.type(0), begin
     while e + 4 <= end:
         w0, w1, w2, w3 = W[column[e]], W[column[e + 1]], W[column[e + 2]], W[column[e + 3]]
@@ -170,16 +174,16 @@ def _dots(a, begin, end, column, W, out):  # type: ignore[no-untyped-def]
 def decode(
     start: Tensor, column: Tensor, value: Tensor, W: Tensor, b: Tensor, y: Tensor, weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
+    """(y_hat, g, |y − y_hat|², sampled): the reconstruction of y, and the gradient of weight · |y − y_hat|².
 
     y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
-    is [entries]. g is in the type of W, as products take it. A row of W that is read for y_hat is still in the cache
-    for the other.
+    is [entries]. g is in the type of W, for products. In one pass, since a row of W that was read for y_hat is still in
+    the cache for `sampled`.
     """
     y_hat, g, sampled = torch.empty_like(y), torch.empty_like(y, dtype=W.dtype), torch.empty_like(value)
     square, factor = y.new_empty(len(y)), y.new_tensor(2 * weight).numpy()[()]
     inputs = [_array(tensor) for tensor in (start, column, value, W, b, y)]
-    _over(len(y), _decode, *inputs, factor, *(_memory(tensor) for tensor in (y_hat, g, square, sampled)))
+    _run(len(y), _decode, *inputs, factor, *(_memory(tensor) for tensor in (y_hat, g, square, sampled)))
     return y_hat, g, square, sampled
 
 
@@ -187,11 +191,11 @@ def decode(
 def _decode(begin, end, start, column, value, W, b, y, factor, y_hat, g, square, sampled):  # type: ignore[no-untyped-def]
     wide = np.empty_like(b)
     for r in range(begin, end):
-        found, wanted, narrow, total = y_hat[r], y[r], g[r], square.dtype.type(0)
-        found[:] = b
-        _add_rows(found, start[r], start[r + 1], column, value, W)
+        output, target, narrow, total = y_hat[r], y[r], g[r], square.dtype.type(0)
+        output[:] = b
+        _add_rows(output, start[r], start[r + 1], column, value, W)
         for j in range(len(wide)):
-            error = found[j] - wanted[j]
+            error = output[j] - target[j]
             wide[j] = factor * error
             narrow[j] = store(factor * error, narrow[j])
             total += error * error
@@ -202,7 +206,7 @@ def _decode(begin, end, start, column, value, W, b, y, factor, y_hat, g, square,
 def centred(x: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """x − b in `dtype`, rounded once: x [rows, d], b [d]."""
     out = torch.empty_like(x, dtype=dtype)
-    _over(len(x), _centred, _array(x), _array(b), _memory(out))
+    _run(len(x), _centred, _array(x), _array(b), _memory(out))
     return out
 
 
@@ -241,7 +245,7 @@ def _transpose(start, column, first, row, order):  # type: ignore[no-untyped-def
 def sums(start: Tensor, value: Tensor) -> Tensor:
     """Σ value over the entries of each column, `value` in the order of columns: [columns]."""
     out = torch.empty(len(start) - 1, dtype=value.dtype)
-    _over(len(out), _sums, _array(start), _array(value), _array(out))
+    _run(len(out), _sums, _array(start), _array(value), _array(out))
     return out
 
 
@@ -255,7 +259,7 @@ def _sums(begin, end, start, value, out):  # type: ignore[no-untyped-def]
 
 
 ROWS_OF_MOMENTS = 64
-"""Rows that `moments` adds up at a time: the same however many threads there are."""
+"""Rows that `moments` adds up at a time, whatever the number of threads."""
 
 
 def moments(x: Tensor, y: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +268,7 @@ def moments(x: Tensor, y: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tenso
     sums_x, sums_y = (torch.zeros(pieces, x.shape[1], dtype=torch.float64) for _ in range(2))
     squares = torch.zeros(pieces, 4, dtype=torch.float64)
     arrays = [_array(tensor) for tensor in (x, y, centre)]
-    _over(pieces, _moments, *arrays, *(_memory(tensor) for tensor in (sums_x, sums_y, squares)), at_least=4)
+    _run(pieces, _moments, *arrays, *(_memory(tensor) for tensor in (sums_x, sums_y, squares)), at_least=4)
     return sums_x.sum(0), sums_y.sum(0), squares.sum(0)
 
 
@@ -284,7 +288,7 @@ def _moments(begin, end, x, y, centre, sums_x, sums_y, squares):  # type: ignore
             squares[piece] += np.array([xx, yy, xy, ee])
 
 
-# Choosing
+# Selection
 
 
 def _nan_is_largest(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -295,9 +299,9 @@ def _nan_is_largest(context: Any, builder: Any, signature: Any, arguments: Any) 
 
 @_intrinsic
 def key(typing_context: Any, number: Any) -> Any:
-    """A number with the same order; 16 bits of bfloat16 become an integer that is ordered as they are.
+    """A number of the same order as the value: a float itself, or an integer for the 16 bits of a bfloat16 number.
 
-    What is not a number comes after all others, as in torch, so that it is chosen and noticed.
+    NaN is the largest, as in torch, so that it is selected and noticed.
     """
 
     def ordered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -310,21 +314,21 @@ def key(typing_context: Any, number: Any) -> Any:
 
 @_intrinsic
 def size(typing_context: Any, number: Any) -> Any:
-    """As `key`, where only numbers from zero on are compared: their bits are ordered as they stand."""
-    as_it_is = lambda context, builder, signature, arguments: arguments[0]  # noqa: E731
-    return number(number), as_it_is if number == types.int16 else _nan_is_largest
+    """As `key` for comparisons of numbers from zero on only: their bits are in order already."""
+    identity = lambda context, builder, signature, arguments: arguments[0]  # noqa: E731
+    return number(number), identity if number == types.int16 else _nan_is_largest
 
 
 def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(value, index) of the k largest in each row of [rows, n], in no order; of equal ones the first. Exact.
 
-    A row is cut into groups. A floor that k of their maxima reach is found by halving; no element below it is among
-    the k largest, because k others are above. What reaches it, few more than k, is collected and chosen from.
+    A row is cut into groups. Bisection gives a floor that k of their maxima reach; no element below it is among the k
+    largest, because k others are above. The elements that reach it, few more than k, are the candidates.
     """
     rows, n = values.shape
     groups = max(GROUPS, 2 * k)
     index = torch.zeros(rows, k, dtype=torch.int64)
-    _over(rows, _topk, _array(values), k, groups if 8 * groups <= n else n, _array(index))
+    _run(rows, _topk, _array(values), k, groups if 8 * groups <= n else n, _array(index))
     return values.gather(1, index), index
 
 
@@ -332,7 +336,7 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _topk(begin, end, values, k, groups, index):  # type: ignore[no-untyped-def]
     n = values.shape[1]
     best, scratch = np.empty(groups, values.dtype), np.empty(n, values.dtype)
-    found, position = np.empty(n, values.dtype), np.empty(n, np.int64)
+    candidate, position = np.empty(n, values.dtype), np.empty(n, np.int64)
     for b in range(begin, end):
         row = values[b]
         # Group g holds g, g + groups, g + 2 groups, …: the maxima then run over contiguous memory.
@@ -348,23 +352,23 @@ def _topk(begin, end, values, k, groups, index):  # type: ignore[no-untyped-def]
             if best[g] >= floor:
                 for i in range(g, n, groups):
                     if key(row[i]) >= floor:
-                        found[count] = key(row[i])
+                        candidate[count] = key(row[i])
                         position[count] = i
                         count += 1
-        scratch[:count] = found[:count]
-        smallest = _kth_largest(scratch, count, k)
+        scratch[:count] = candidate[:count]
+        least = _kth_largest(scratch, count, k)
         place = 0
         for c in range(count):
-            if found[c] > smallest:
+            if candidate[c] > least:
                 index[b, place] = position[c]
                 place += 1
-        equal = np.sort(position[:count][found[:count] == smallest])
+        equal = np.sort(position[:count][candidate[:count] == least])
         index[b, place:] = equal[: k - place]
 
 
 @compiled
 def _floor(values, k):  # type: ignore[no-untyped-def]
-    """A number that at least k of `values` reach, and hardly more of them."""
+    """A number that at least k of `values`, and few more, reach."""
     low, high = values.min(), values.max()
     for _ in range(20):
         middle = values.dtype.type(low + 0.5 * (high - low))
@@ -388,8 +392,8 @@ def _reaching(values, floor):  # type: ignore[no-untyped-def]
 
 @compiled
 def _kth_largest(values, count, k):  # type: ignore[no-untyped-def]
-    """The k-th largest of values[:count], which are left in another order (Hoare's selection)."""
-    low, high, wanted = 0, count - 1, k - 1
+    """The k-th largest of values[:count], which change their order (Hoare's selection)."""
+    low, high, rank = 0, count - 1, k - 1
     while low < high:
         pivot, i, j = values[(low + high) // 2], low, high
         while i <= j:
@@ -401,37 +405,37 @@ def _kth_largest(values, count, k):  # type: ignore[no-untyped-def]
                 values[i], values[j] = values[j], values[i]
                 i += 1
                 j -= 1
-        if wanted <= j:
+        if rank <= j:
             high = j
-        elif wanted >= i:
+        elif rank >= i:
             low = i
         else:
             break
-    return values[wanted]
+    return values[rank]
 
 
 CHUNK = 64
-"""Elements that `above` looks at together before it looks at each."""
+"""Elements of which `above` first asks whether any exceeds the floor."""
 
 
 def count_above(values: Tensor, floor: float) -> Tensor:
-    """Where the elements of each row of [rows, n] above `floor` ≥ 0 begin, if listed row by row: [rows + 1]."""
+    """Starts [rows + 1] of each row's elements above `floor` ≥ 0 in a list of them all; values [rows, n]."""
     start = torch.zeros(len(values) + 1, dtype=torch.int64)
-    _over(len(values), _count_above, _array(values), _bound(values, floor), _array(start))
+    _run(len(values), _count_above, _array(values), _bound(values, floor), _array(start))
     return torch.cumsum(start, 0, out=start)
 
 
 def above(values: Tensor, floor: float, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(column, value) of the elements above `floor`, where `count_above` says; bfloat16 becomes float32."""
+    """(column, value) of the elements above `floor`, with `start` from `count_above`; bfloat16 becomes float32."""
     column = torch.empty(int(start[-1]), dtype=torch.int64)
     value = torch.empty(len(column), dtype=torch.promote_types(values.dtype, torch.float32))
     arrays = [_array(tensor) for tensor in (start, column, value)]
-    _over(len(values), _above, _array(values), _bound(values, floor), *arrays)
+    _run(len(values), _above, _array(values), _bound(values, floor), *arrays)
     return column, value
 
 
 def _bound(values: Tensor, floor: float) -> np.ndarray:
-    """The floor in the format of `values`, as compiled functions can have it in 16 bits."""
+    """`floor` in the type of `values`, as an array for compiled functions."""
     return _array(torch.tensor([floor]).to(values.dtype))
 
 
@@ -464,13 +468,13 @@ def _above(begin, end, values, floor, start, column, value):  # type: ignore[no-
                         e += 1
 
 
-# Learning
+# Optimizer
 
 
 def project(grad: Tensor, W: Tensor | None) -> Tensor:
-    """The squared norm of each row of `grad` [rows, d], after its part along the unit row of W was taken out of it."""
+    """The squared norm of each row of `grad` [rows, d], after its component along the unit row of W is removed."""
     out = torch.empty(len(grad), dtype=grad.dtype)
-    _over(len(grad), _project, _memory(grad), _array(grad if W is None else W), W is not None, _memory(out))
+    _run(len(grad), _project, _memory(grad), _array(grad if W is None else W), W is not None, _memory(out))
     return out
 
 
@@ -512,7 +516,7 @@ def adam_rows(
     )  # fmt: skip
     arrays = [_memory(tensor) for tensor in (W, grad, m, v)]
     bits = np.empty((0, 0), np.int16) if half is None else _memory(half)
-    _over(len(W), _adam_rows, *arrays, bits, *(number(constant) for constant in constants), unit)
+    _run(len(W), _adam_rows, *arrays, bits, *(number(constant) for constant in constants), unit)
 
 
 @compiled
@@ -540,7 +544,7 @@ def _adam_rows(begin, end, W, grad, m, v, half, rate, new_m, old_v, new_v, debia
 
 
 def warm_up() -> None:
-    """Compiles what a first step needs, or reads it from the disk: seconds that need not pass while rows wait."""
+    """Compiles the kernels of a first step, or loads them from disk: seconds better spent before activations arrive."""
     x, zeros = torch.ones(2, 2), torch.zeros(2, 2)
     start, column, value = torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2)
     first, row, _ = transpose(start, column, 2)

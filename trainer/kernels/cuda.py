@@ -1,13 +1,13 @@
-"""Sparse products as Triton kernels, plain functions over plain tensors of one GPU; and the module of all such kernels.
+"""Sparse products as Triton kernels, plain functions over tensors of one GPU; and the module that has all its kernels.
 
-What the methods of `sparse.Entries`, `select`, the optimizer and the statistics become on CUDA: `cuda_select.py`
-chooses latents, `cuda_rows.py` passes over full matrices, `cpu.py` has the same functions for processors. Every element
-of an output is written by one program that adds in a fixed order: there are no atomics, and block sizes follow from
-shapes alone, never from timing. The same input gives the same bits. The host waits in `above` only, for the number of
-entries.
+The methods of `sparse.Entries`, `select`, the optimizer and the statistics call these functions on CUDA:
+`cuda_select.py` selects latents, `cuda_rows.py` passes over full matrices; `cpu.py` has the same functions. Every
+element of an output is written by one program that adds in a fixed order: there are no atomics, and block sizes follow
+from shapes alone, never from timing. The same input gives the same bits. The host waits in `above` only, for the number
+of entries.
 
-Indices are int64, what torch indexes with (int32 is taken too; indices are a hundredth of the bytes a product moves).
-`value` is float32 or float64 and decides what sums are taken in; matrices may also be bfloat16.
+Indices are int64 as torch's (int32 works too; indices are a hundredth of the bytes that a product moves). `value` is
+float32 or float64, and so are its sums; matrices may also be bfloat16.
 
 A product reads rows of its operand at random. Programs are numbered such that all rows of the output see the operand's
 first slice of columns, then all of them its second: a slice stays in the L2 cache, and GPU memory is read once per
@@ -34,9 +34,9 @@ __all__ = [
 ]  # fmt: skip
 
 SLICE_BYTES = 24 * 2**20
-"""So much of an operand stays in the L2 cache of an H100 or H200 (50 MB in two halves)."""
+"""The part of an operand that stays in the L2 cache of an H100 or H200 (50 MB in two halves)."""
 CHUNK = 512
-"""A column's entries are shared out among programs in chunks of this size, so that dense latents do not take long."""
+"""A column's entries are split among programs in chunks of this size, so that dense latents do not take long."""
 PARTIAL_SUMS = 2**26
 """`sample` holds no more partial sums than this."""
 
@@ -52,10 +52,7 @@ def multiply(
     out: Tensor | None = None,
     slice_bytes: int = SLICE_BYTES,
 ) -> Tensor:
-    """For each row the weighted sum of the rows of W that its entries name, written to `out` if given.
-
-    W [columns, d] → [rows, d].
-    """
+    """Σ value · W[column] over the entries of each row: W [columns, d] → [rows, d], in `out` if there is one."""
     rows, d = len(start) - 1, W.shape[1]
     tile = _tile(W, slice_bytes)
     out = value.new_empty(rows, d) if out is None else out
@@ -143,10 +140,10 @@ def decode(
     partial_sums: int = PARTIAL_SUMS,
     slice_bytes: int = SLICE_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
+    """(y_hat, g, |y − y_hat|², sampled): the reconstruction of y, and the gradient of weight · |y − y_hat|².
 
     y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
-    is [entries]. `multiply` and `sample` at once: what is read of W for the one is still near for the other.
+    is [entries]. `multiply` and `sample` in one pass, while rows of W are in a cache.
     """
     (rows, d), entries = y.shape, len(column)
     tile = _tile(W, slice_bytes)
@@ -176,10 +173,10 @@ def _decode(
     begin, end = tl.load(start + row), tl.load(start + row + 1)
     total = tl.zeros((ENTRIES, BLOCK), y.dtype.element_ty)
     total = _gather(total, begin, end, column, value, W, at, d, ENTRIES)
-    found = tl.sum(total, 0) + tl.load(b + at, at < d, 0.0)
-    error = found - tl.load(y + row * d + at, at < d, 0.0)
+    output = tl.sum(total, 0) + tl.load(b + at, at < d, 0.0)
+    error = output - tl.load(y + row * d + at, at < d, 0.0)
     grad = error * tl.load(factor)
-    tl.store(y_hat + row * d + at, found, at < d)
+    tl.store(y_hat + row * d + at, output, at < d)
     tl.store(g + row * d + at, grad, at < d)
     tl.store(square + part * tl.num_programs(0) + row, tl.sum(error * error, 0))
     for first in range(begin, end, ENTRIES):
@@ -194,10 +191,10 @@ def _decode(
 
 
 def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries by column: (start [columns + 1], row [entries], order [entries]: where each entry stood before).
+    """The entries by column: (start [columns + 1], row [entries], order [entries]: position of each entry by row).
 
-    A stable sort, so rows ascend within a column. CUB's radix sort is a counting sort for each digit of 8 bits; a
-    kernel of our own would be as many launches.
+    A stable sort, so rows ascend within a column. CUB's radix sort is a counting sort for each digit of 8 bits; an own
+    kernel would need as many launches.
     """
     # Keys of 16 bits have half the digits.
     least, kind = (-(2**15), torch.int16) if columns <= 2**16 else (0, torch.int32)
@@ -210,9 +207,9 @@ def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tens
 def multiply_transposed(
     start: Tensor, row: Tensor, value: Tensor, X: Tensor, out: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """For each column the weighted sum of the rows of X that its entries name, written to `out` if given.
+    """Σ value · X[row] over the entries of each column: X [rows, d] → [columns, d], in `out` if there is one.
 
-    X [rows, d] → [columns, d]; `start` and `row` as from `transpose`, `value` in that order.
+    `start` and `row` as from `transpose`, `value` in that order.
     """
     columns, d = len(start) - 1, X.shape[1]
     tile = _tile(X)
@@ -251,7 +248,7 @@ def _multiply_column(
     start: tensor, row: tensor, value: tensor, X: tensor, of_chunks: tensor, out: tensor, d: int,
     CHUNK: constexpr, ENTRIES: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    """out[column, slice] = Σ_j value_j · X[row_j, slice] over the entries j of the column, whole chunks from before."""
+    """out[column, slice] = Σ_j value_j · X[row_j, slice] over the entries j of the column, given whole chunks' sums."""
     column = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(start + column), tl.load(start + column + 1)
@@ -296,7 +293,7 @@ def _sum_columns(
     start: tensor, value: tensor, of_chunks: tensor, out: tensor, columns: int,
     CHUNK: constexpr, COLUMNS: constexpr, ENTRIES: constexpr,
 ) -> None:  # fmt: skip
-    """out[column] = Σ_j value_j over the entries j of each of COLUMNS columns, whole chunks from before."""
+    """out[column] = Σ_j value_j over the entries j of COLUMNS columns, given sums of whole chunks."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     begin = tl.load(start + column, column < columns, 0)
     end = tl.load(start + column + 1, column < columns, 0)
@@ -311,17 +308,17 @@ def _sum_columns(
 @triton.jit
 def _add_runs(total: tensor, begin: tensor, end: tensor, value: tensor, ENTRIES: constexpr) -> tensor:
     """total + Σ_j value_j over begin ≤ j < end, for a run in each row, in ENTRIES sums side by side."""
-    for done in range(0, tl.max(end - begin), ENTRIES):
-        entry = begin[:, None] + done + tl.arange(0, ENTRIES)[None, :]
+    for offset in range(0, tl.max(end - begin), ENTRIES):
+        entry = begin[:, None] + offset + tl.arange(0, ENTRIES)[None, :]
         total += tl.load(value + entry, entry < end[:, None], 0.0)
     return total
 
 
 def _tile(X: Tensor, slice_bytes: int = SLICE_BYTES) -> dict[str, int]:
-    """How many entries × columns of X [rows, d] a program loads at once.
+    """Entries and columns of X [rows, d] that a program loads at once.
 
-    At most 512 columns; fewer where X has many rows, or d fits badly. A thread has 16 bytes of a row, of 8 entries in
-    float32, so that sums over entries stay in its registers.
+    At most 512 columns; fewer where X has many rows, or much of the last block would be empty. A thread has 16 bytes of
+    a row, of 8 entries in float32, so that sums over entries stay in its registers.
     """
     (rows, d), size = X.shape, X.element_size()
     block = min(512, max(64, power_of_two(d)))

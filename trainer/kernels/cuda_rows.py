@@ -24,7 +24,7 @@ def project(grad: Tensor, W: Tensor | None) -> Tensor:
     Returns the squared norm of each row afterwards, [rows].
     """
     rows, d = grad.shape
-    # Without W a long row, which a vector is, can be shared out.
+    # Without W a long row, such as a vector, can be split among programs.
     width = d if W is not None else min(d, FLAT)
     pieces = triton.cdiv(d, width)
     square = grad.new_empty(rows, pieces)
@@ -70,12 +70,12 @@ def adam_rows(
 ) -> None:
     """One step of Adam on W with the gradient grad · scale, in place; all float32, of one shape.
 
-    `step` counts this step too. `scale` is a 0-d tensor on the device, so that nobody waits for the norm it comes from;
-    one that is not finite changes nothing. With `unit`, rows of W [rows, d] are renormalised. `half`, bfloat16,
-    receives W rounded.
+    `step` counts this step too. `scale` is a 0-d tensor on the device, so that the host does not wait for the norm it
+    is computed from; one that is not finite changes nothing. With `unit`, rows of W [rows, d] are renormalised. `half`,
+    bfloat16, receives W rounded.
     """
     assert all(x.dtype == torch.float32 and x.shape == W.shape for x in (W, grad, m, v))
-    # Only `unit` knows rows; a vector would otherwise be the work of one program.
+    # Only `unit` needs whole rows; a vector would otherwise be the work of one program.
     width = W.shape[1] if unit else FLAT
     launch(
         _adam, (triton.cdiv(W.numel(), width),), W, grad, m, v, half, scale, W.numel(), width,
@@ -115,7 +115,7 @@ def _adam(
             elif half is not None:
                 tl.store(half + at, w, inside)
         if UNIT:
-            # What other threads of this program have stored is read again, from a cache.
+            # Reads what other threads of this program have stored, from a cache.
             tl.debug_barrier()
             norm = tl.maximum(tl.sqrt_rn(tl.sum(square, 0)), 1e-12)
             for block in range(0, width, BLOCK):

@@ -1,4 +1,4 @@
-"""The choice of latents as Triton kernels; see `cuda.py`, through which it is reached."""
+"""Selection of latents as Triton kernels; imported through `cuda.py`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from triton.language import constexpr, tensor
 from trainer.kernels.launch import launch, power_of_two
 
 DIRECT = 4096
-"""Rows of so many values are searched at once."""
-LANES = 8192
+"""Rows of up to this many values are searched at once."""
+MOST_GROUPS = 8192
 CANDIDATES = 16384
-"""What one program can hold at most, in registers."""
+"""Values that one program can hold in registers."""
 
 
 # The k largest
@@ -25,92 +25,92 @@ CANDIDATES = 16384
 def topk(values: Tensor, k: int, most_candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
     """(value, index int64) of the k largest in each row of [rows, n], by ascending index. Exact, of any float type.
 
-    Ties go to the lowest index; NaN counts as largest. Values are read once, whatever they are: column c belongs to
-    lane c mod `lanes`, and the k lanes with the largest maxima hold all k largest values, since a value elsewhere is
-    beaten by k maxima. Then only the members of these lanes are searched. Where these are too many to be held at once
-    (n = 2^17: k above 1,024), torch.topk does it, with ties as they come.
+    Ties go to the lowest index; NaN counts as largest. All values are read once: column c belongs to group c mod
+    `groups`, and the k groups with the largest maxima hold all k largest values, since a value elsewhere is below k
+    maxima. Then only the members of these groups are searched. Where these are too many for the registers (n = 2^17: k
+    above 1,024), torch.topk is used, whose ties are in no fixed order.
     """
     rows, n = values.shape
     width = power_of_two(k)
-    # The sum of lanes and candidates is least at √(k · n) lanes; candidates, read at random, count more.
-    lanes = min(LANES, power_of_two(2 * math.sqrt(k * n)))
-    candidates = width * power_of_two(n / lanes)
-    is_direct = n <= max(DIRECT, lanes)
+    # Groups and candidates together are fewest at √(k · n) groups; candidates, read at random, cost more each.
+    groups = min(MOST_GROUPS, power_of_two(2 * math.sqrt(k * n)))
+    candidates = width * power_of_two(n / groups)
+    is_direct = n <= max(DIRECT, groups)
     if is_direct:
-        width, lanes, candidates = 1, 1, power_of_two(n)
-    if not 0 < k <= n or candidates > most_candidates or width > lanes:
+        width, groups, candidates = 1, 1, power_of_two(n)
+    if not 0 < k <= n or candidates > most_candidates or width > groups:
         return torch.topk(values, k, sorted=False)
     values = values.contiguous()
     bits = 8 * values.element_size()
     integer = {16: tl.int16, 32: tl.int32, 64: tl.int64}[bits]
-    sizes = {"WIDTH": width, "LANES": lanes, "PLACES": n.bit_length(), "BITS": bits, "INT": integer}
-    chosen = None
+    sizes = {"WIDTH": width, "GROUPS": groups, "PLACES": n.bit_length(), "BITS": bits, "INT": integer}
+    selected = None
     if not is_direct:
-        chosen = torch.empty(rows, width, dtype=torch.int32, device=values.device)
-        launch(_choose_lanes, (rows,), values, chosen, n, k, **sizes, num_warps=_warps(lanes))
+        selected = torch.empty(rows, width, dtype=torch.int32, device=values.device)
+        launch(_select_groups, (rows,), values, selected, n, k, **sizes, num_warps=_warps(groups))
     value, index = values.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64, device=values.device)
     launch(
-        _choose_values, (rows,), values, chosen, value, index, n, k,
+        _select_values, (rows,), values, selected, value, index, n, k,
         CANDIDATES=candidates, **sizes, num_warps=_warps(candidates),
     )  # fmt: skip
     return value, index
 
 
 @triton.jit
-def _choose_lanes(
-    values: tensor, chosen: tensor, n: int, k: int,
-    WIDTH: constexpr, LANES: constexpr, PLACES: constexpr, BITS: constexpr, INT: constexpr,
+def _select_groups(
+    values: tensor, selected: tensor, n: int, k: int,
+    WIDTH: constexpr, GROUPS: constexpr, PLACES: constexpr, BITS: constexpr, INT: constexpr,
 ) -> None:  # fmt: skip
-    """chosen[row] = the k lanes with the largest maxima, ascending; of equal ones those whose maximum comes first.
+    """selected[row] = the k groups with the largest maxima, ascending; of equal ones those whose maximum comes first.
 
-    So lowest indices win in the end: a value equal to the k-th, in a lane left out, comes after one in each such lane
-    that was taken.
+    So that ties go to the lowest index: a value equal to the k-th, in a group that is not selected, comes after one in
+    each group that is.
     """
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    best = _key(tl.load(values + row * n + lane), BITS, INT)
-    place = lane
-    for first in range(LANES, n, LANES):
-        at = first + lane
+    group = tl.arange(0, GROUPS)
+    best = _key(tl.load(values + row * n + group), BITS, INT)
+    place = group
+    for first in range(GROUPS, n, GROUPS):
+        at = first + group
         key = _key(tl.load(values + row * n + at, at < n, float("-inf")), BITS, INT)
         place = tl.where(key > best, at, place)
         best = tl.maximum(key, best)
-    is_chosen = _are_largest(best, place, k, BITS, PLACES)
-    rank = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-    tl.store(chosen + row * WIDTH + rank, lane, is_chosen)
+    is_selected = _are_largest(best, place, k, BITS, PLACES)
+    rank = tl.cumsum(is_selected.to(tl.int32), 0) - 1
+    tl.store(selected + row * WIDTH + rank, group, is_selected)
 
 
 @triton.jit
-def _choose_values(
-    values: tensor, chosen: tensor, value: tensor, index: tensor, n: int, k: int,
-    WIDTH: constexpr, LANES: constexpr, CANDIDATES: constexpr, PLACES: constexpr, BITS: constexpr, INT: constexpr,
+def _select_values(
+    values: tensor, selected: tensor, value: tensor, index: tensor, n: int, k: int,
+    WIDTH: constexpr, GROUPS: constexpr, CANDIDATES: constexpr, PLACES: constexpr, BITS: constexpr, INT: constexpr,
 ) -> None:  # fmt: skip
-    """The k largest of the members of the chosen lanes, or of the whole row when there are none; by ascending index."""
+    """The k largest members of the selected groups, or of the whole row without groups; by ascending index."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, CANDIDATES)
     present = place < n
-    if chosen is not None:
+    if selected is not None:
         present = place % WIDTH < k
-        place = place // WIDTH * LANES + tl.load(chosen + row * WIDTH + place % WIDTH, present, 0)
+        place = place // WIDTH * GROUPS + tl.load(selected + row * WIDTH + place % WIDTH, present, 0)
         present &= place < n
     x = tl.load(values + row * n + place, present, 0.0)
     key = tl.where(present, _key(x, BITS, INT), -(2 ** (BITS - 1)))
-    is_chosen = _are_largest(key, place, k, BITS, PLACES)
-    rank = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-    tl.store(value + row * k + rank, x, is_chosen)
-    tl.store(index + row * k + rank, place.to(tl.int64), is_chosen)
+    is_selected = _are_largest(key, place, k, BITS, PLACES)
+    rank = tl.cumsum(is_selected.to(tl.int32), 0) - 1
+    tl.store(value + row * k + rank, x, is_selected)
+    tl.store(index + row * k + rank, place.to(tl.int64), is_selected)
 
 
 @triton.jit
 def _are_largest(key: tensor, place: tensor, k: tensor, BITS: constexpr, PLACES: constexpr) -> tensor:
     """Which keys are the k largest; of equal ones those with the lowest `place`."""
     least = _kth_largest(key, k, BITS)
-    is_chosen = key >= least
-    if tl.sum(is_chosen.to(tl.int32)) > k:
+    is_selected = key >= least
+    if tl.sum(is_selected.to(tl.int32)) > k:
         missing = k - tl.sum((key > least).to(tl.int32))
         last = -_kth_largest(tl.where(key == least, -place, -(2**PLACES)), missing, PLACES + 1)
-        is_chosen = (key > least) | ((key == least) & (place <= last))
-    return is_chosen
+        is_selected = (key > least) | ((key == least) & (place <= last))
+    return is_selected
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The methods of `sparse.Entries` on a full matrix: faster once enough of it is not zero.
 
-JumpReLU and ReLU begin with many active latents, and dead latents are few columns with many entries; products of
-matrices then beat any gather. A value of zero means that there is no entry. Products are taken in the type of the
-matrix that the latents meet, W or X, and are float32 afterwards.
+JumpReLU and ReLU begin with many active latents, and dead latents are few columns with many entries; dense products are
+then faster than any gather. A value of zero is no entry. Products are computed in the type of the matrix W or X that
+latents are multiplied with, and are float32 afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Dense:
     ends: tuple[int, ...]
 
     def with_value(self, value: Tensor) -> Dense:
-        """Other values [batch, columns]; whoever computes them leaves zeros where no entry was."""
+        """Other values [batch, columns], zero where no entry is."""
         return Dense(value, self.ends)
 
     def at(self, of_latents: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Dense:
         return self.value
 
     def firings(self) -> Tensor:
-        """On how many rows each latent has a value other than zero, int64 [columns]."""
+        """The number of rows where each latent is not zero, int64 [columns]."""
         return (self.value != 0).sum(0)
 
     def split(self, ends: Sequence[int]) -> Dense:
@@ -67,7 +67,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class TransposedDense:
-    """The twin of `sparse.Transposed`."""
+    """The methods of `sparse.Transposed` on a full matrix."""
 
     of: Dense
 
@@ -77,11 +77,11 @@ class TransposedDense:
         X is [segments × batch, d], or [batch, d] the same for all segments.
         """
         if len(X) == len(value):
-            found = product(value.T, X)
+            result = product(value.T, X)
         else:
             rows = X.view(len(self.of.ends), len(value), -1)
-            found = _below([product(value[:, part].T, rows[level]) for level, part in enumerate(self.of.segments())])
-        return found if out is None else out.copy_(found)
+            result = _below([product(value[:, part].T, rows[level]) for level, part in enumerate(self.of.segments())])
+        return result if out is None else out.copy_(result)
 
     def sums(self, value: Tensor) -> Tensor:
         """The sum of `value` over each column, [columns]."""

@@ -7,18 +7,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Operands:
-    """Copies of weight matrices in a narrower type, made once and used until the weights change.
+    """Cache of weight matrices in a narrower type, valid until the weights change.
 
-    Torch counts the operations that change a tensor in place; a copy that is of an older count is made anew. Kernels of
-    ours change weights without being counted: the optimizer's writes the copy along with the weights.
+    Torch counts operations that change a tensor in place (`_version`), and a copy of an older version is replaced. Our
+    own kernels change weights without being counted: the optimizer's writes the copy along with the weights.
     """
 
     def __init__(self) -> None:
         self._copies = WeakIdKeyDictionary()
-        """(count of changes, copy) of each matrix"""
+        """(version, copy) by matrix"""
 
     def of(self, W: Tensor, dtype: dtype) -> Tensor:
-        """`W` in `dtype`: itself, or a copy that is kept."""
+        """`W` in `dtype`: itself, or a copy from the cache."""
         if W.dtype == dtype:
             return W
         if (copy := self.writable(W)) is None or copy.dtype != dtype:
@@ -27,6 +27,6 @@ class Operands:
         return copy
 
     def writable(self, W: Tensor) -> Tensor | None:
-        """The copy of W that whoever changes W unnoticed has to change with it; None if there is none."""
-        count, copy = self._copies.get(W, (None, None))
-        return copy if count == W._version else None
+        """The valid copy of W, which a kernel that changes W has to change too; None without one."""
+        version, copy = self._copies.get(W, (None, None))
+        return copy if version == W._version else None

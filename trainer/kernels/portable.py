@@ -1,7 +1,7 @@
-"""The sparse kernels made of torch's own operations: for any device, and to test the others against.
+"""The sparse kernels in torch's own operations: for any device, and for tests of the others.
 
-All products cost what the entries cost, not batch × d_sae, and each output row is summed by one worker in a fixed
-order, so results repeat bit for bit.
+The cost of products grows with the entries, not with batch × d_sae, and each output row is summed by one worker in a
+fixed order, so that results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GROUP = 16
 
 
 def multiply(start: Tensor, column: Tensor, value: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
-    """Row b: Σ value · W[column] over the entries of b. W [columns, d] → [rows, d]."""
+    """Σ value · W[column] over the entries of each row: W [columns, d] → [rows, d]."""
     W = W.to(value.dtype)
     product = embedding_bag(column, W, start, per_sample_weights=value, mode="sum", include_last_offset=True)
     return product if out is None else out.copy_(product)
@@ -34,7 +34,7 @@ def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
     """A[row] · W[column] at each entry: A [rows, d], W [columns, d] → [entries]."""
     values = A.new_zeros(len(column))
     if not len(column):
-        return values  # cuSPARSE is not asked for nothing at all
+        return values  # cuSPARSE fails without entries
     pattern = torch.sparse_csr_tensor(start, column, values, (len(A), len(W)))
     return torch.sparse.sampled_addmm(pattern, A, W.to(A.dtype).T, beta=0.0).values()
 
@@ -42,7 +42,7 @@ def sample(start: Tensor, column: Tensor, A: Tensor, W: Tensor) -> Tensor:
 def decode(
     start: Tensor, column: Tensor, value: Tensor, W: Tensor, b: Tensor, y: Tensor, weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_hat, g, |y − y_hat|², sampled): what entries make of y, and the gradient of weight · |y − y_hat|².
+    """(y_hat, g, |y − y_hat|², sampled): the reconstruction of y, and the gradient of weight · |y − y_hat|².
 
     y_hat = entries @ W + b and g = 2 weight (y_hat − y) are [rows, d], the squares [rows], sampled = g[row] · W[column]
     is [entries].
@@ -60,7 +60,7 @@ def centred(x: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def transpose(start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """(start [columns + 1], row [entries], order [entries]): the entries by column, rows ascending within each."""
-    # A narrow key is sorted by radix, several times faster.
+    # Narrow keys are sorted by radix, several times faster.
     order = torch.argsort(column.to(torch.int16 if columns <= 2**15 else torch.int32), stable=True)
     first = torch.zeros(columns + 1, dtype=torch.int64, device=order.device)
     torch.cumsum(occurrences(column, columns), 0, out=first[1:])
@@ -83,9 +83,8 @@ def moments(x: Tensor, y: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tenso
 def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(value, index) of the k largest in each row of [rows, n], in no order. Exact.
 
-    Where n is large, the k groups with the largest maxima are found first; they hold all k largest values, because a
-    value outside them is beaten by k group maxima. One cheap pass and a search among 16 k candidates replace a search
-    among n.
+    Where n is large, the k groups with the largest maxima come first; they hold all k largest values, because a value
+    outside them is below k group maxima. One cheap pass and a search among 16 k candidates replace a search among n.
     """
     rows, n = values.shape
     groups = n // GROUP
@@ -100,20 +99,20 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def count_above(values: Tensor, floor: float) -> Tensor:
-    """Where the elements of each row of [rows, n] above `floor` begin, if listed row by row: [rows + 1]."""
+    """Starts [rows + 1] of each row's elements above `floor` in a list of them all; values [rows, n]."""
     start = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
     torch.cumsum((values > floor).sum(1), 0, out=start[1:])
     return start
 
 
 def above(values: Tensor, floor: float, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(column, value) of the elements above `floor`, where `count_above` says; bfloat16 becomes float32."""
+    """(column, value) of the elements above `floor`, with `start` from `count_above`; bfloat16 becomes float32."""
     place = (values > floor).view(-1).nonzero().squeeze(1)
     return place % values.shape[1], values.view(-1)[place].to(torch.promote_types(values.dtype, torch.float32))
 
 
 def project(grad: Tensor, W: Tensor | None) -> Tensor:
-    """The squared norm of each row of `grad` [rows, d], after its part along the unit row of W was taken out of it."""
+    """The squared norm of each row of `grad` [rows, d], after its component along the unit row of W is removed."""
     if W is not None:
         grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1.0)
     return grad.square().sum(1)
@@ -147,9 +146,9 @@ def adam_rows(
 
 
 def occurrences(index: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
-    """How often each of 0 … size − 1 stands in `index` (where `counted` is True), int64 [size].
+    """The number of times each of 0 … size − 1 is in `index` (where `counted` is True), int64 [size].
 
-    A bincount that does not look at the values first, for which the host would have to wait for the GPU.
+    Unlike torch.bincount it does not read the largest value first, for which the host would wait for the GPU.
     """
     ones = index.new_ones(()).expand_as(index) if counted is None else counted.to(index.dtype)
     return index.new_zeros(size).scatter_add_(0, index, ones)

@@ -1,6 +1,6 @@
-"""Which latents of a batch are active: pre_acts [batch, d_sae] in any float type → sparse `Entries`, or `Dense`.
+"""Selection of active latents: pre_acts [batch, d_sae] in any float type → sparse `Entries`, or `Dense`.
 
-Every choice is exact. Ties are broken by position, so that it also repeats.
+Every selection is exact. Ties are broken by position, so that results repeat.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def largest(pre_acts: Tensor, k: int, magnitude: bool = False, dense_above: floa
     value = widen(pre_acts.gather(1, column) if magnitude else value.relu())
     if k > dense_above * d_sae:
         return Dense(value.new_zeros(batch, d_sae).scatter_(1, column, value), (d_sae,))
-    # Zeros stay listed, so that every row has k entries.
+    # Zeros stay entries, so that every row has k of them.
     start = torch.arange(0, batch * k + 1, k, device=pre_acts.device)
     return Entries(start, column.reshape(-1), value.reshape(-1), d_sae)
 
@@ -43,7 +43,7 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def positive(pre_acts: Tensor, dense_above: float = DENSE_ABOVE) -> Latents:
-    """All that are above zero."""
+    """All latents above zero."""
     start = kernels(pre_acts.device).count_above(pre_acts, 0.0)
     if int(start[-1]) > dense_above * pre_acts.numel():
         return Dense(widen(pre_acts.relu()), (pre_acts.shape[1],))
@@ -51,7 +51,7 @@ def positive(pre_acts: Tensor, dense_above: float = DENSE_ABOVE) -> Latents:
 
 
 def exceeding(pre_acts: Tensor, floor: float, start: Tensor | None = None) -> Entries:
-    """All that are above `floor`, however many; `start` is where each row's begin, if that is known."""
+    """All latents above `floor`; `start` is the result of `count_above`, if the caller has it."""
     if start is None:
         start = kernels(pre_acts.device).count_above(pre_acts, floor)
     column, value = kernels(pre_acts.device).above(pre_acts, floor, start)
@@ -63,15 +63,15 @@ def largest_of(entries: Entries, count: int) -> Entries:
     surplus = len(entries.value) - count
     if surplus <= 0:
         return entries
-    smallest = entries.value.kthvalue(surplus + 1).values
-    keep = entries.value > smallest
-    ties = (entries.value == smallest).nonzero().squeeze(1)[: count - int(keep.sum())]
+    least = entries.value.kthvalue(surplus + 1).values
+    keep = entries.value > least
+    ties = (entries.value == least).nonzero().squeeze(1)[: count - int(keep.sum())]
     keep[ties] = True
     return entries.where(keep)
 
 
 def dense_if_many(entries: Entries, dense_above: float = DENSE_ABOVE) -> Latents:
-    """The same latents in the form in which products are faster."""
+    """The same latents as `Entries`, or as `Dense` where products are faster."""
     many = len(entries.value) > dense_above * entries.rows * entries.columns
     return Dense(entries.dense(), (entries.columns,)) if many else entries
 

@@ -1,9 +1,9 @@
-"""Products with a sparse [batch, d_sae] matrix: everything a step does after its one dense encoder product.
+"""Products with a sparse [batch, d_sae] matrix: the work of a step after its one dense encoder product.
 
-`Entries` is compressed by row: the latents of row b are `column[start[b] : start[b + 1]]`. All products cost what the
-entries cost, not batch × d_sae, and repeat bit for bit. Their kernels are chosen by device: `cpu.py`, `cuda.py`, or
-`portable.py` where neither fits. Formulas and their dense autograd twins: `reference.py`. Where too many latents are
-active for this to pay, `dense.py` has the same methods on a full matrix, and `select.py` chooses.
+`Entries` is compressed by row: the latents of row b are `column[start[b] : start[b + 1]]`. The cost of products grows
+with the entries, not with batch × d_sae, and results repeat bit for bit. Their kernels depend on the device: `cpu.py`,
+`cuda.py`, or `portable.py` for all others. Where too many latents are active for this to be fast, `dense.py` has the
+same methods on a full matrix; `select.py` decides between them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("sluice.trainer")
 
 
 def kernels(device: torch.device) -> ModuleType:
-    """The module with the kernels for a device; all of them have the same functions."""
+    """The module of kernels for a device; all such modules have the same functions."""
     return _kernels_of(device.type)
 
 
@@ -37,7 +37,7 @@ def _kernels_of(device_type: str) -> ModuleType:
             module = importlib.import_module("trainer.kernels.cuda")
             module.sums(torch.tensor([0, 1], device=device_type), torch.ones(1, device=device_type))
             return module
-        except Exception as error:  # whatever Triton says where it, or the C compiler that it calls, is missing
+        except Exception as error:  # of many types, where Triton or the C compiler that it calls is missing
             log.warning("the kernels for CUDA cannot be built, slower ones are used: %s", error)
     return importlib.import_module("trainer.kernels.portable")
 
@@ -63,25 +63,25 @@ class Entries:
         return torch.repeat_interleave(self.start.diff(), output_size=len(self.column))
 
     def with_value(self, value: Tensor) -> Entries:
-        """The same places with other values [entries]."""
+        """The same entries with other values [entries]."""
         return Entries(self.start, self.column, value, self.columns)
 
     def at(self, of_latents: Tensor) -> Tensor:
-        """What each entry's latent has in `of_latents` [columns]: [entries]."""
+        """`of_latents` [columns] at the latent of each entry: [entries]."""
         return of_latents[self.column]
 
     def dense(self) -> Tensor:
         return self.value.new_zeros(self.rows, self.columns).index_put_((self.row(), self.column), self.value)
 
     def firings(self) -> Tensor:
-        """On how many rows each latent has a value other than zero, int64 [columns]."""
+        """The number of rows where each latent is not zero, int64 [columns]."""
         return occurrences(self.column, self.columns, self.value != 0)
 
-    def where(self, kept: Tensor) -> Entries:
-        """Only the entries where `kept` [entries] is True."""
-        before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
-        torch.cumsum(kept, 0, out=before[1:])
-        return Entries(before[self.start], self.column[kept], self.value[kept], self.columns)
+    def where(self, mask: Tensor) -> Entries:
+        """The entries where `mask` [entries] is True."""
+        before = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
+        torch.cumsum(mask, 0, out=before[1:])
+        return Entries(before[self.start], self.column[mask], self.value[mask], self.columns)
 
     def split(self, ends: Sequence[int]) -> Entries:
         """The columns cut into segments that end at `ends`, below each other: [segments × rows, columns]."""
@@ -95,7 +95,7 @@ class Entries:
         return Entries(start, self.column[order], self.value[order], self.columns)
 
     def multiply(self, W: Tensor) -> Tensor:
-        """self @ W: for each row the weighted sum of the rows of W it names. W [columns, d] → [rows, d].
+        """self @ W, the weighted sum of rows of W for each row: W [columns, d] → [rows, d].
 
         W, like the matrices of the other products, may be bfloat16; sums are in float32 at least.
         """
@@ -124,13 +124,13 @@ class Transposed:
     row: Tensor
     """int64 [entries], ascending within a column"""
     order: Tensor
-    """int64 [entries]: where each entry stood in the row-compressed form"""
+    """int64 [entries]: position of each entry in the row-compressed form"""
     rows: int
 
     def multiply(self, value: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
         """entries.T @ X with other values, value [entries] in row order: [columns, d], written to `out` if given.
 
-        X is [rows, d], or [batch, d] for entries that were split into segments: these all see the same rows.
+        X is [rows, d], or [batch, d] for entries in segments, which all read the same rows.
         """
         row = self.row if self.rows == len(X) else self.row % len(X)
         return kernels(X.device).multiply_transposed(self.start, row, value[self.order], X, out)
