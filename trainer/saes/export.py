@@ -1,7 +1,7 @@
 """`python -m trainer export SNAPSHOT --format FORMAT --to DIR`: SAEs as other libraries load them.
 
-Arguments are read first, so that `--help` and faults answer at once; torch is imported after. DIR appears whole or not
-at all. Exit codes: 0 written, 1 the snapshot or the disk failed, 2 the arguments do not go together.
+Torch is imported after the arguments are parsed, so that `--help` and errors in them answer at once. DIR appears whole
+or not at all. Exit codes: 0 written, 1 the snapshot or the disk failed, 2 the arguments do not go together.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LOADED_BY = {
         'from dictionary_learning.utils import load_dictionary; sae, config = load_dictionary("{}", device="cpu")'
     ),
 }
-"""One line of Python per format, with the folder to fill in."""
-BESIDE = ("sparsity.safetensors", "selftest.safetensors", "evaluation.json")
-"""What a snapshot has beside the weights and a folder in SAELens' layout keeps."""
+"""Python that loads an SAE of each format; {} is its folder."""
+COPIED = ("sparsity.safetensors", "selftest.safetensors", "evaluation.json")
+"""Files of a snapshot that a folder in SAELens' layout has too."""
 
 PURPOSE = """Writes published SAEs in a format that other libraries load with their own loaders.
 
@@ -48,33 +48,33 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--sae", metavar="NAME", help="this SAE only, into DIR itself; without it, all of the snapshot")
     complete(parser, arguments)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        folders = sae_folders(given.snapshot, given.sae)
-        target = given.to.resolve()
+        folders = sae_folders(options.snapshot, options.sae)
+        target = options.to.resolve()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            return _fail(2, f"{given.to} exists and is not empty: choose another --to")
-        fault = write(folders, given.format, target)
+            return _fail(2, f"{options.to} exists and is not empty: choose another --to")
+        fault = write(folders, options.format, target)
     except (OSError, SnapshotError) as error:
         return _fail(1, str(error))
     if fault is not None:
         return _fail(2, fault)
     for name, source in folders.items():
-        folder = given.to / name
-        print(f"{source} → {folder}\n    {LOADED_BY[given.format].format(folder)}")
+        folder = options.to / name
+        print(f"{source} → {folder}\n    {LOADED_BY[options.format].format(folder)}")
     return 0
 
 
 def sae_folders(snapshot: Path, name: str | None) -> dict[str, Path]:
-    """Folders of published SAEs by where they go, `.` for one alone. Raises SnapshotError when there are none."""
+    """Folders of published SAEs by the name of their target in DIR, `.` for a single one. Raises SnapshotError."""
     if (snapshot / "cfg.json").is_file():
         if name is not None:
             raise SnapshotError(f"{snapshot} is one SAE already: remove --sae")
         return {".": snapshot}
     if not (snapshot / "manifest.json").is_file() and (snapshot / "snapshots").is_dir():
-        if not (complete := snapshot_names(snapshot)):
+        if not (names := snapshot_names(snapshot)):
             raise SnapshotError(f"{snapshot} has no complete snapshot yet")
-        snapshot = snapshot / "snapshots" / complete[-1]
+        snapshot = snapshot / "snapshots" / names[-1]
     if not (snapshot / "manifest.json").is_file():
         raise SnapshotError(
             f"{snapshot} is no snapshot (manifest.json), no run directory (snapshots/) and no SAE (cfg.json)"
@@ -89,17 +89,17 @@ def sae_folders(snapshot: Path, name: str | None) -> dict[str, Path]:
 
 
 def write(folders: dict[str, Path], format_name: str, target: Path) -> str | None:
-    """Writes each SAE into its folder in `target`; returns why the format has no words for one of them, or None.
+    """Writes each SAE into its folder in `target`; returns the reason if the format cannot express one of them.
 
-    Raises SnapshotError when one cannot be read or does not do what it did.
+    Raises SnapshotError when one cannot be read, or fails its self-test.
     """
     from trainer.saes import formats
     from trainer.saes.inference import check
 
     try:
-        with new_folder(target) as made:
+        with new_folder(target) as temporary:
             for name, source in folders.items():
-                folder = made / name
+                folder = temporary / name
                 folder.mkdir(exist_ok=True)
                 try:
                     formats.write(folder, formats.convert(formats.read_published(source), format_name))
@@ -109,7 +109,7 @@ def write(folders: dict[str, Path], format_name: str, target: Path) -> str | Non
                     others = "; or export the others one by one with --sae" if len(folders) > 1 else ""
                     raise formats.FormatError(f"{source}: {error}{others}") from None
                 if format_name in ("saelens", "jumprelu"):
-                    for path in (source / file for file in BESIDE):
+                    for path in (source / file for file in COPIED):
                         if path.is_file():
                             shutil.copyfile(path, folder / path.name)
                     if (folder / "selftest.safetensors").is_file():

@@ -1,14 +1,14 @@
-"""Between the rows an SAE learns from and the rows others have: scales and whitening folded into the weights.
+"""Input scales and whitening folded into published weights, which take raw activations.
 
 Training sees s_in ⊙ x and s_out ⊙ y (one scalar per hook), with whitening (s x − centre) P. A snapshot takes raw x:
 
     W_enc ← P W_enc s_in / u      b_enc, b_gate, b_mag, threshold ← / u      W_skip ← W_skip s_in / s_out
     W_dec ← W_dec P⁻¹ u / s_out   b_dec ← (b_dec P⁻¹ + centre) / s_out
 
-u is the unit of the latents, s_out of the first hook: with one scale W_enc and the unit rows of W_dec stay as they are
-and the latents come out in the units of y (ReLU is homogeneous: every latent scales by 1/u). The threshold is easily
-forgotten there (SAELens #763); the self-test in each snapshot would catch it. Decoder norms are folded into the
-encoder where that changes no choice of latents: everywhere but in top-k.
+u is the unit of the latents, s_out of the first hook: with one scale W_enc and the unit rows of W_dec do not change,
+and latents are in the units of y (ReLU is homogeneous: every latent scales by 1/u). A forgotten threshold (SAELens
+#763) would fail the self-test in each snapshot. Decoder norms are folded into the encoder where that does not change
+which latents are active: everywhere but in top-k.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from trainer.snapshot import SnapshotError
 IN_LATENT_UNITS = ("b_enc", "b_gate", "b_mag", "threshold")
 """Weights in the units of the latents."""
 WHITENING_FLOOR = 1e-2
-"""Directions with less than this times the mean variance are not blown up further: how little they vary is known badly
-from a sample, and later text may vary more there."""
-UNIT = 1e-6
-"""How far from 1 the norm of a decoder row may be to be a unit row."""
-ALMOST_UNIT = 1e-2
-"""How far it may be for top-k to choose as if it were: rounding to bfloat16, input scales of another sample."""
+"""Least variance that a direction counts with, as a share of the mean: a sample measures smaller ones badly, and later
+text may vary more there."""
+UNIT_TOLERANCE = 1e-6
+"""Difference from 1 up to which a norm makes a decoder row a unit row."""
+ALMOST_UNIT_TOLERANCE = 1e-2
+"""The same where top-k selects as if rows were unit rows: rounding to bfloat16, input scales of another sample."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Whitening:
 
 
 def whitening_of(x: Tensor) -> Whitening:
-    """From a sample of rows [rows, d], in float64."""
+    """The whitening of a sample x [rows, d], computed in float64."""
     x = x.double()
     centre = x.mean(0)
-    eigenvalue, vector = torch.linalg.eigh((x - centre).T @ (x - centre) / len(x))
-    spread = (eigenvalue.clamp_min(0) + WHITENING_FLOOR * eigenvalue.mean()).sqrt()
-    matrix, inverse = (vector / spread) @ vector.T, (vector * spread) @ vector.T
+    eigenvalues, eigenvectors = torch.linalg.eigh((x - centre).T @ (x - centre) / len(x))
+    deviation = (eigenvalues.clamp_min(0) + WHITENING_FLOOR * eigenvalues.mean()).sqrt()
+    matrix, inverse = (eigenvectors / deviation) @ eigenvectors.T, (eigenvectors * deviation) @ eigenvectors.T
     return Whitening(centre.float(), matrix.float(), inverse.float())
 
 
@@ -92,9 +92,9 @@ def side_by_side(rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
 
 
 def fold(weights: dict[str, Tensor], transform: InputTransform, unit_rows: bool) -> dict[str, Tensor]:
-    """Weights for raw activations, from `Sae.export`'s; `unit_rows` folds decoder norms into the encoder.
+    """float32 weights for raw activations, from those of `Sae.export`; computed in float64.
 
-    float64 on the way, float32 at the end.
+    With `unit_rows`, decoder norms are folded into the encoder.
     """
     w = {name: value.detach().double().cpu() for name, value in weights.items()}
     s_in, s_out, unit = transform.s_in.cpu(), transform.s_out.cpu(), float(transform.s_out[0])
@@ -114,7 +114,7 @@ def fold(weights: dict[str, Tensor], transform: InputTransform, unit_rows: bool)
 
 
 def unfold(weights: dict[str, Tensor], transform: InputTransform) -> dict[str, Tensor]:
-    """The other way: published weights for an SAE that learns from scaled rows, without whitening."""
+    """The inverse of `fold` without whitening: weights for scaled activations, from published ones."""
     w = dict(weights)
     s_in, s_out, unit = transform.s_in.cpu(), transform.s_out.cpu(), float(transform.s_out[0])
     w["W_enc"] = w["W_enc"] * (unit / s_in)
@@ -128,7 +128,7 @@ def unfold(weights: dict[str, Tensor], transform: InputTransform) -> dict[str, T
 
 
 def fold_norms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Unit decoder rows, each latent grown by what its row had; a row of zeros gives a latent that is always zero."""
+    """Weights with unit decoder rows, their norms moved into the latents; a row of zeros gives a latent of zeros."""
     norm = weights["W_dec"].norm(dim=1)
     w = grow(weights, norm)
     w["W_dec"] = weights["W_dec"] / norm.clamp_min(1e-12)[:, None]
@@ -146,27 +146,27 @@ def grow(weights: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
 
 
 def recentre(weights: dict[str, Tensor], was_centred: bool, centred: bool) -> dict[str, Tensor]:
-    """Moves b_dec out of, or into, what the encoder reads: (x − b_dec) W + b = x W + (b − b_dec W)."""
+    """Weights for an encoder that does subtract b_dec from x, or does not: (x − b_dec) W + b = x W + (b − b_dec W)."""
     if was_centred == centred:
         return weights
-    # b and b_dec W may be much larger than what is left of them.
+    # In float64: b and b_dec W may be much larger than their difference.
     shift = (weights["W_enc"].double() @ weights["b_dec"].double()) * (1.0 if centred else -1.0)
-    moved: dict[str, Tensor] = {}
-    for name in ("b_enc", "b_gate"):
-        if name in weights:
-            moved[name] = (weights[name] + shift).float()
+    biases: dict[str, Tensor] = {
+        name: (weights[name] + shift).float() for name in ("b_enc", "b_gate") if name in weights
+    }
     if "b_mag" in weights:
-        moved["b_mag"] = (weights["b_mag"] + weights["r_mag"].double().exp() * shift).float()
-    return weights | moved
+        biases["b_mag"] = (weights["b_mag"] + weights["r_mag"].double().exp() * shift).float()
+    return weights | biases
 
 
 def has_unit_rows(W_dec: Tensor) -> bool:
-    return not float((W_dec.norm(dim=1) - 1).abs().max()) > UNIT
+    """Every decoder row has unit norm, up to rounding."""
+    return not float((W_dec.norm(dim=1) - 1).abs().max()) > UNIT_TOLERANCE
 
 
 def require_almost_unit_rows(W_dec: Tensor) -> None:
-    """Raises SnapshotError unless every decoder row has unit norm, or so nearly that top-k does not notice."""
-    if float((W_dec.norm(dim=1) - 1).abs().max()) > ALMOST_UNIT:
+    """Raises SnapshotError unless every decoder row has unit norm, or nearly enough for top-k."""
+    if float((W_dec.norm(dim=1) - 1).abs().max()) > ALMOST_UNIT_TOLERANCE:
         raise SnapshotError(
             "its decoder rows have no unit norm, as after whitening, and to give them one would change which latents "
             "its top-k chooses: start from another"

@@ -1,14 +1,14 @@
 """Published SAEs in the formats of other libraries: read without running code, written as their own loaders expect.
 
-    saelens               cfg.json, sae_weights.safetensors    what each folder of a snapshot already is
-    jumprelu              the same, with whatever is a threshold at inference written as one
+    saelens               cfg.json, sae_weights.safetensors    the format of each folder of a snapshot
+    jumprelu              the same, SAEs that select by a threshold at inference as a JumpReLU
     sparsify              cfg.json, sae.safetensors            top-k SAEs and transcoders
     dictionary_learning   config.json, ae.pt                   autoencoders, and transcoders without a skip
 
 The first three are read too. Here weights have one row per latent: W_enc [d_sae, d_in], W_dec [d_sae, d_out].
 
-dictionary_learning's `ae.pt` is by its own definition a state dict written by torch.save: it is written here, tensors
-and nothing else, which loads with `weights_only`; it is never read.
+dictionary_learning's `ae.pt` is a state dict by torch.save: it is written here, with tensors only, which load with
+`weights_only`; it is never read.
 
 With θ = b_mag − exp(r_mag) b_gate a gated SAE is exactly a JumpReLU of W_enc exp(r_mag), b_mag and max(θ, 0), since
 
@@ -45,28 +45,28 @@ from trainer.saes.published import (
 from trainer.snapshot import SAELENS_LAYOUT, SnapshotError
 
 Files = dict[str, dict[str, Any]]
-"""Names of files and what is in them: a JSON document, or tensors."""
+"""Contents by the name of the file: a JSON document, or tensors."""
 
 
 # Reading
 
 
 def read_published(folder: Path) -> SaeWeights:
-    """The SAE in one folder of a snapshot, of SAELens or of sparsify. Raises SnapshotError saying what is wrong."""
+    """The SAE in one folder of a snapshot, of SAELens or of sparsify. Raises SnapshotError."""
     if (folder / "ae.pt").is_file():
         raise SnapshotError("its ae.pt is a pickle, which may run code when it is read, and stays unread")
     if not (folder / "cfg.json").is_file():
         raise SnapshotError("it holds no cfg.json; name the folder of one SAE, such as …/snapshots/000001000000/NAME")
     try:
-        told = read_object(folder / "cfg.json")
+        config = read_object(folder / "cfg.json")
     except (OSError, ParseError) as error:
         raise SnapshotError(f"its cfg.json cannot be read: {error}") from None
     sparsify = (folder / "sae.safetensors").is_file()
     tensors = _read_tensors(folder / ("sae.safetensors" if sparsify else "sae_weights.safetensors"))
-    sae = _from_sparsify(told, tensors) if sparsify else _from_saelens(told, tensors)
+    sae = _from_sparsify(config, tensors) if sparsify else _from_saelens(config, tensors)
     _require_shapes(sae)
     if sae.cfg.get("rescale_acts_by_decoder_norm") and not has_unit_rows(sae.weights["W_dec"]):
-        return replace(sae, weights=fold_norms(sae.weights))  # what SAELens does on the way, whatever the norms
+        return replace(sae, weights=fold_norms(sae.weights))  # as SAELens does when it loads them
     return sae
 
 
@@ -77,46 +77,46 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise SnapshotError(f"its {path.name} cannot be read: {error}") from None
 
 
-def _from_saelens(told: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
-    architecture = str(told.get("architecture"))
+def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
+    architecture = str(config.get("architecture"))
     if "topk_threshold" in tensors:
         raise SnapshotError("it is a checkpoint of SAELens' training; write it with save_inference_model")
     if (activation := activation_of(architecture)) is None:
         raise SnapshotError(f"its architecture is {architecture!r}; known are {', '.join(published_architectures())}")
-    # SAELens before 6 named top-k elsewhere, and scaled on the way.
-    if told.get("activation_fn_str", told.get("activation_fn", "relu")) not in ("relu", None, activation.name):
+    # SAELens before 6 had top-k under another key, and scaled its input.
+    if config.get("activation_fn_str", config.get("activation_fn", "relu")) not in ("relu", None, activation.name):
         raise SnapshotError("SAELens before 6 wrote it, with another activation; load and save it with a newer one")
-    if told.get("normalize_activations") not in ("none", None, False) or told.get("finetuning_scaling_factor"):
+    if config.get("normalize_activations") not in ("none", None, False) or config.get("finetuning_scaling_factor"):
         raise SnapshotError(
-            f"it normalises its input ({told.get('normalize_activations')}); fold that into its weights first"
+            f"it normalises its input ({config.get('normalize_activations')}); fold that into its weights first"
         )
     if "W_enc" in tensors and tensors["W_enc"].dim() == 2:
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-    cfg = told | {
-        "apply_b_dec_to_input": bool(told.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER))),
-        "metadata": told["metadata"] if isinstance(told.get("metadata"), dict) else {},
+    cfg = config | {
+        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER))),
+        "metadata": config["metadata"] if isinstance(config.get("metadata"), dict) else {},
     }
     return SaeWeights(cfg, tensors)
 
 
-def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
-    if told.get("activation", "topk") != "topk" or told.get("signed"):
-        raise SnapshotError(f"its activation is {told.get('activation')!r}, signed or grouped; only topk is known")
-    ours = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-    weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-    transcoder, skip = bool(told.get("transcode")), "W_skip" in weights
-    if skip and not transcoder:
+def _from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
+    if config.get("activation", "topk") != "topk" or config.get("signed"):
+        raise SnapshotError(f"its activation is {config.get('activation')!r}, signed or grouped; only topk is known")
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+    weights = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    is_transcoder, skip = bool(config.get("transcode")), "W_skip" in weights
+    if skip and not is_transcoder:
         raise SnapshotError("it has a skip connection and is no transcoder, which is not known")
     cfg = {
-        "architecture": transcoder_name("topk", skip) if transcoder else "topk",
-        "k": told.get("k"),
+        "architecture": transcoder_name("topk", skip) if is_transcoder else "topk",
+        "k": config.get("k"),
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": not transcoder,
+        "apply_b_dec_to_input": not is_transcoder,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
-        "metadata": {"sae_lens_version": SAELENS_LAYOUT, "sparsify": told},
+        "metadata": {"sae_lens_version": SAELENS_LAYOUT, "sparsify": config},
     }
     if (W_enc := weights.get("W_enc")) is not None and W_enc.dim() == 2:
         cfg |= {"d_in": W_enc.shape[1], "d_sae": W_enc.shape[0]}
@@ -124,7 +124,7 @@ def _from_sparsify(told: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeigh
 
 
 def _require_shapes(sae: SaeWeights) -> None:
-    """Raises SnapshotError unless every weight is there, has its shape, and is finite."""
+    """Raises SnapshotError unless all weights exist, have their shapes, and are finite."""
     weights, vectors = sae.weights, sae.activation.vectors
     if missing := {"W_enc", "W_dec", "b_dec", *vectors} - weights.keys():
         raise SnapshotError(f"its weights lack {', '.join(sorted(missing))}")
@@ -173,8 +173,8 @@ def to_sparsify(sae: SaeWeights) -> Files:
         "transcode": sae.is_transcoder,
         "d_in": sae.d_in,
     }
-    theirs = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
-    tensors = {theirs.get(name, name): value for name, value in w.items()}
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    tensors = {names.get(name, name): value for name, value in w.items()}
     return {"cfg.json": cfg, "sae.safetensors": tensors, "provenance.json": sae.cfg}
 
 
@@ -188,16 +188,16 @@ def to_dictionary_learning(sae: SaeWeights) -> Files:
         sae.activation.to_dictionary_learning if architecture is None else architecture.to_dictionary_learning
     )
     name, state = convert_state(sae)
-    told = sae.metadata
-    layer = re.search(r"\.(\d+)(\.|$)", str(told.get("hook_name")))
+    metadata = sae.metadata
+    layer = re.search(r"\.(\d+)(\.|$)", str(metadata.get("hook_name")))
     trainer = {
         "trainer_class": "sluice",
         "dict_class": name,
         "activation_dim": sae.d_in,
         "dict_size": sae.d_sae,
-        "lm_name": told.get("model_name"),
+        "lm_name": metadata.get("model_name"),
         "layer": int(layer[1]) if layer else None,
-        "submodule_name": told.get("hf_hook_name"),
+        "submodule_name": metadata.get("hf_hook_name"),
         "device": "cpu",
     }
     if "k" in state:
@@ -205,7 +205,7 @@ def to_dictionary_learning(sae: SaeWeights) -> Files:
     buffer = {
         "d_submodule": sae.d_in,
         "io": "in_and_out" if sae.is_transcoder else "out",
-        "ctx_len": told.get("context_size"),
+        "ctx_len": metadata.get("context_size"),
     }
     return {"config.json": {"trainer": trainer, "buffer": buffer}, "ae.pt": state, "provenance.json": sae.cfg}
 
@@ -237,16 +237,16 @@ FORMATS: dict[str, Callable[[SaeWeights], Files]] = {
 
 
 def convert(sae: SaeWeights, format_name: str) -> Files:
-    """The files of an SAE in a format. Raises FormatError when that has no words for it, naming formats that do."""
+    """The files of an SAE in a format. Raises FormatError, naming formats that can express it, when this one cannot."""
     try:
         return FORMATS[format_name](sae)
     except FormatError as error:
-        able = [name for name in FORMATS if _can(name, sae)]
-        use = f"use --format {' or '.join(able)}" if able else "no other format here has either"
+        formats = [name for name in FORMATS if _can_express(name, sae)]
+        use = f"use --format {' or '.join(formats)}" if formats else "no other format here has either"
         raise FormatError(f"architecture {sae.architecture}: {error}; {use}") from None
 
 
-def _can(format_name: str, sae: SaeWeights) -> bool:
+def _can_express(format_name: str, sae: SaeWeights) -> bool:
     try:
         FORMATS[format_name](sae)
     except FormatError:

@@ -1,4 +1,4 @@
-"""A published SAE: raw activations in, latents and a reconstruction out; written with a self-test, checked on disk."""
+"""Inference with a published SAE, and its self-test: raw activations → latents → reconstruction."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from trainer.snapshot import SAELENS_LAYOUT, Export, SnapshotError, read_sae, re
 
 SELFTEST_ROWS = 16
 TOLERANCE = 1e-5
+"""Relative difference up to which a self-test passes."""
 
 
 class InferenceSae:
-    """A published SAE: raw activations in, latents in the same units out. float32, no training code.
+    """A published SAE to run: raw activations → latents in the same units → reconstruction, all float32.
 
     `W_enc` [d_in, d_sae] and `W_dec` [d_sae, d_out], as on disk. x is the activations at `hooks.reads` side by side.
     """
@@ -77,23 +78,24 @@ def export(
     metadata: dict[str, Any],
     metrics: dict[str, Any],
 ) -> Export:
-    """An SAE ready to publish: folded, with its self-test on the raw activations x [rows, d_in].
+    """The files of an SAE: folded weights, and a self-test on some of the raw activations x [rows, d_in].
 
-    `metadata` is what SAELens keeps free-form; `metrics` go into the manifest.
+    `metadata` is free-form in SAELens' cfg.json; `metrics` go into the manifest. Raises SnapshotError when the folded
+    weights do not reconstruct as those in training.
     """
     architecture, scaled = sae.export()
     activation = activation_of(str(architecture["architecture"]))
     assert activation is not None
     weights = fold(scaled, transform, unit_rows=activation.unit_rows)
     if not activation.unit_rows and (transform.whitening is not None or len(sae.widths) > 1):
-        architecture["rescale_acts_by_decoder_norm"] = False  # its rows are no longer of unit norm
+        architecture["rescale_acts_by_decoder_norm"] = False  # rows no longer have unit norm
     if sae.is_transcoder:
         architecture["architecture"] = transcoder_name(str(architecture["architecture"]), "W_skip" in weights)
         architecture["d_out"] = sae.d_out
     cfg = _cfg(sae, architecture, metadata)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     published = InferenceSae(cfg, weights)
-    x = _clear_cut(published, x.float().cpu())
+    x = _widest_margins(published, x.float().cpu())
     latents = published.encode(x)
     y_hat = published.decode(latents, x)
     _agree("folded reconstruction", y_hat, _unfolded_reconstruction(cfg, scaled, transform, x))
@@ -127,23 +129,23 @@ def _cfg(sae: Sae, architecture: dict[str, object], metadata: dict[str, Any]) ->
 
 
 def margins(sae: InferenceSae, x: Tensor) -> Tensor:
-    """How close a call the closest latent of each row x [rows, d_in] is, [rows]; infinite where nothing jumps.
+    """The least change of a pre-activation that switches a latent, for each row of x [rows, d_in]; infinite if none.
 
-    A pre-activation within rounding of its threshold (or two that compete for the last place of a top-k) may fall
-    either way in another library's summation order.
+    A pre-activation within rounding of its threshold, or of another one at the last place of a top-k, may switch with
+    the order of summation in another library.
     """
     return sae.activation.margins(sae.pre_acts(x), sae.weights, sae.cfg)
 
 
-def _clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
-    """The SELFTEST_ROWS rows with the widest margins: others would test luck."""
+def _widest_margins(sae: InferenceSae, x: Tensor) -> Tensor:
+    """The SELFTEST_ROWS rows of x with the widest margins, whose latents do not depend on rounding."""
     return x[margins(sae, x).topk(min(SELFTEST_ROWS, len(x))).indices]
 
 
 def _unfolded_reconstruction(
     cfg: dict[str, Any], scaled: dict[str, Tensor], transform: InputTransform, x: Tensor
 ) -> Tensor:
-    """What the SAE in training gives for raw x, in float64: the other side of the folding."""
+    """The reconstruction of raw x by the weights of training, in float64: what folded weights must give too."""
     weights = {name: value.detach().double().cpu() for name, value in scaled.items()}
     training = InferenceSae(cfg, weights | {"W_enc": weights["W_enc"].T})
     x = x.double() * transform.s_in.cpu()

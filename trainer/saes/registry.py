@@ -1,7 +1,7 @@
-"""Which architectures there are. To add one, write its module and add its line to `ARCHITECTURES`.
+"""The registry of architectures. To add one, write its module and add its line to `ARCHITECTURES`.
 
-Nobody else lists architectures: settings, training, publishing, conversion and estimates ask here. A module is imported
-when its architecture is first asked for.
+Settings, training, publishing, conversion and estimates look architectures up here; none of them has a list of its own.
+A module is imported at the first look-up of its architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARCHITECTURES: dict[str, str | type] = {
     "gated": "trainer.saes.gated:Gated",
     "repair": "trainer.saes.repair:Repair",
 }
-"""Subclasses of `trainer.saes.base.Sae` by the name that `architecture` has in a run file; or MODULE:CLASS."""
+"""Subclasses of `trainer.saes.base.Sae`, or MODULE:CLASS, by the value of `architecture` in a run file."""
 
 
 def names() -> list[str]:
@@ -34,18 +34,18 @@ def get(name: str) -> Any:
 
 
 def find(name: Any) -> Any | None:
-    """The class of an architecture; None when there is none of that name."""
+    """The class of an architecture; None for an unknown name."""
     return get(name) if isinstance(name, str) and name in ARCHITECTURES else None
 
 
 def is_key(key: str) -> bool:
-    """Whether the settings of any architecture have this key."""
+    """The settings of some architecture have this key."""
     return any(key in get(name).Settings.model_fields for name in ARCHITECTURES)
 
 
 def activations() -> dict[str, Any]:
-    """The `Activation` of published autoencoders, by their architecture's name in cfg.json."""
-    return {one.architecture: one for name in ARCHITECTURES for one in get(name).activations}
+    """The `Activation` of published autoencoders, by their architecture in cfg.json."""
+    return {activation.architecture: activation for name in ARCHITECTURES for activation in get(name).activations}
 
 
 @cache

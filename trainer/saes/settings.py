@@ -1,8 +1,8 @@
-"""[[sae]] of the run file: the settings that every SAE has, and how those of an architecture are added to them.
+"""[[sae]] of the run file: the settings that every SAE has, resolved to those of its architecture.
 
-Each architecture's own settings are a subclass beside its equations, in `trainer.saes.NAME`. `SaeSettings` stands for
-all of them: validating a table returns an instance of the subclass that its `architecture` names, with the keys that
-apply to it and no others. Light, until a table is validated: an architecture's module imports torch.
+The settings of an architecture are a subclass beside its equations, in `trainer.saes.NAME`. Validating a table as
+`SaeSettings` returns an instance of the subclass that its `architecture` names, and refuses keys that do not apply to
+it. Light, until a table is validated: the module of an architecture imports torch.
 
     sae = SaeSettings.of(name="topk", architecture="topk", d_sae=4096, k=32)      # a TopKSettings
 """
@@ -32,20 +32,20 @@ Revival = Literal["auxk", "pre_act", "resample", "none"]
 
 @dataclass(frozen=True)
 class CostTerms:
-    """What the cost of a step depends on, beside the sizes of an SAE."""
+    """The terms of a step's cost that depend on the architecture, beside the sizes of an SAE."""
 
     active: float
-    """Latents per activation that the sparse products see."""
+    """Latents per activation in the sparse products."""
     total_k: float = 0.0
     """The sum of all k that are selected; 0 where a threshold decides."""
     decodings: int = 1
-    """How often latents are decoded."""
+    """Number of times that latents are decoded."""
     losses: int = 1
-    """How many losses write gradients of their own."""
+    """Number of losses that write gradients of their own."""
     tied: bool = False
-    """The decoder is the encoder too."""
+    """Encoder and decoder are one matrix."""
     l0_is_assumed: bool = False
-    """`active` is not known before training."""
+    """`active` is unknown before training."""
 
 
 class SaeSettings(Table):
@@ -60,11 +60,11 @@ class SaeSettings(Table):
         "k_aux": lambda sae: sae.revival == "auxk",
         "aux_weight": lambda sae: sae.revival == "auxk",
     }
-    """Keys that apply only with certain values of other keys, and with which."""
+    """Keys that apply only with certain values of others, and the test of these."""
     REVIVALS: ClassVar[frozenset[str]] = frozenset({"auxk", "resample", "none"})
-    """What `revive` may be."""
+    """Values that `revive` may have."""
     HAS_TRANSCODER: ClassVar[bool] = True
-    """It can reconstruct another hook than it reads."""
+    """The architecture can reconstruct another hook than it reads."""
 
     name: str = Field(min_length=1, max_length=64, examples=["topk"])
     """Its folder in a snapshot and its label in the metrics: letters, digits, dot, dash, underscore."""
@@ -129,17 +129,17 @@ class SaeSettings(Table):
     @model_validator(mode="wrap")
     @classmethod
     def _resolve(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
-        """An instance of the architecture's class, checked as a whole."""
+        """Returns a checked instance of the architecture's class."""
         if not isinstance(data, dict):
             return handler(data)
         if cls is SaeSettings:
             if (architecture := registry.find(data.get("architecture"))) is not None:
                 return architecture.Settings.model_validate(data)
             if isinstance(data.get("architecture"), str):
-                known, given = registry.names(), data["architecture"]
+                name, names = data["architecture"], registry.names()
                 raise ValueError(
-                    f"sae {show_value(data.get('name', '?'))}: architecture = {show_value(given)} is not one of "
-                    f"{', '.join(known)}{nearest(given, known)}"
+                    f"sae {show_value(data.get('name', '?'))}: architecture = {show_value(name)} is not one of "
+                    f"{', '.join(names)}{nearest(name, names)}"
                 )
             return handler({key: value for key, value in data.items() if key in cls.model_fields})
         foreign = [key for key in data if key not in cls.model_fields and registry.is_key(key)]
@@ -154,14 +154,14 @@ class SaeSettings(Table):
 
     @classmethod
     def model_of(cls, table: Mapping[str, Any]) -> type[SaeSettings]:
-        """The class whose keys the table may have: what error messages are written from."""
+        """The class whose keys the table may have, for error messages."""
         architecture = registry.find(table.get("architecture")) if cls is SaeSettings else None
         return cls if architecture is None else architecture.Settings
 
-    # What the rest of the trainer asks; architectures override these
+    # Facts of the architecture, which subclasses override
 
     def faults(self) -> Iterator[str]:
-        """What does not go together, each with what to change."""
+        """Settings that do not go together, in a sentence each, with what to change."""
         yield from self._faults_of_name()
         yield from self._faults_of_revival()
         yield from self._faults_of_hooks()
@@ -170,12 +170,12 @@ class SaeSettings(Table):
 
     @property
     def title(self) -> str:
-        """The architecture for messages, with what decides from which published SAEs training may start."""
+        """The architecture for messages, with the options on which possible starts depend."""
         return self.architecture
 
     @property
     def variant(self) -> str:
-        """The architecture for messages, with what decides which keys apply."""
+        """The architecture for messages, with the options on which the keys that apply depend."""
         return self.architecture
 
     @property
@@ -185,7 +185,7 @@ class SaeSettings(Table):
 
     @property
     def default_revival(self) -> Revival:
-        """How dead latents are revived where `revive` does not say."""
+        """`revival` without `revive`."""
         return "none"
 
     @property
@@ -195,7 +195,7 @@ class SaeSettings(Table):
 
     @property
     def centred(self) -> bool:
-        """b_dec is subtracted from what the encoder reads."""
+        """b_dec is subtracted from the encoder's input."""
         return self.target is None
 
     def sparsity_warmup(self, warmup_tokens: int) -> int:
@@ -203,26 +203,26 @@ class SaeSettings(Table):
         return 0
 
     def cost_terms(self) -> CostTerms:
-        """What a step costs, as far as the architecture decides it."""
+        """The terms of a step's cost that depend on the architecture."""
         return CostTerms(active=min(ASSUMED_L0, self.d_sae), l0_is_assumed=True)
 
     def start_fault(self, cfg: Mapping[str, Any]) -> str | None:
-        """Why training cannot go on from a published SAE with this cfg.json; None when it can."""
+        """The reason why training cannot start from a published SAE with this cfg.json; None when it can."""
         return None
 
-    # What follows from the settings
+    # Derived values
 
     @property
     def revival(self) -> Revival:
-        """How dead latents are revived."""
+        """The method that revives dead latents."""
         return self.revive or self.default_revival
 
     def applies(self, key: str) -> bool:
-        """Whether a key means anything for this SAE."""
+        """A key has a meaning for this SAE."""
         return key not in self.CONDITIONS or self.CONDITIONS[key](self)
 
     def shape(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
+        """The settings that must not change when a run is resumed."""
         return self.model_dump(mode="json", include=set(self.SHAPE), exclude_none=True)
 
     def _faults_of_name(self) -> Iterator[str]:
@@ -248,22 +248,22 @@ class SaeSettings(Table):
         if self.target is not None and self.target == self.hook:
             yield f"target is the hook it reads, {self.hook}: remove target, or name another hook"
         if self.target is not None and not self.HAS_TRANSCODER:
-            able = [name for name in registry.names() if registry.get(name).Settings.HAS_TRANSCODER]
-            yield f"target is not for {self.architecture}: use {', '.join(able[:-1])} or {able[-1]}"
+            names = [name for name in registry.names() if registry.get(name).Settings.HAS_TRANSCODER]
+            yield f"target is not for {self.architecture}: use {', '.join(names[:-1])} or {names[-1]}"
         if self.whitening and (self.target is not None or self.hooks is not None):
             yield "whitening is for autoencoders of one hook: remove whitening, or target and hooks"
         if self.skip and self.target is None:
             yield "skip needs target, the hook that a transcoder reconstructs: set target or remove skip"
 
     def _faults_of_keys(self, foreign: list[str]) -> Iterator[str]:
-        """Keys that mean nothing here: those of other architectures, and those whose condition does not hold."""
+        """Keys without a meaning: those of other architectures, and those whose condition does not hold."""
         idle = [key for key in self.CONDITIONS if key in self.model_fields_set and not self.applies(key)]
         if keys := [key for key in [*idle, *foreign] if key != "skip"]:
             yield f"{', '.join(keys)} {'mean' if len(keys) > 1 else 'means'} nothing for {self.variant}; remove"
 
 
 ASSUMED_L0 = 64.0
-"""Active latents per activation where a penalty decides and not the run file."""
+"""Active latents per activation where they depend on a penalty instead of a setting."""
 
 
 class NestedSettings(SaeSettings):
