@@ -1,4 +1,4 @@
-"""The producer as a process: the source is opened, the trainer told what it streams, and leases served."""
+"""The producer as a process: opens the source, says HELLO to the trainer, and serves leases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 
 import torch
+from prometheus_client import CollectorRegistry
 
 from producer.common.memory import keep_freed_memory
 from producer.common.metrics import new_registry, start_metrics_server
@@ -23,7 +24,7 @@ from producer.metrics import ProducerMetrics
 from producer.packing import chunk_windows_of
 from producer.produce import Producer
 from producer.settings import ProducerSettings
-from producer.source import fingerprint, norm_bounds, open_source
+from producer.source import Source, fingerprint, norm_bounds, open_source
 from producer.wire import Hello, held_out_shards
 
 log = logging.getLogger("sluice.producer")
@@ -34,23 +35,40 @@ REFUSED = 78
 
 def run(settings: ProducerSettings) -> int:
     """Streams until the run is over; returns the exit code."""
-
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if settings.run.deterministic:
         use_deterministic_algorithms()
     try:
-        source = open_source(settings)
-        keep_freed_memory()
-        source.choose_batch()
-        held_out = set(held_out_shards(source.shards, settings.corpus.held_out))
-        training = (shard for shard in range(source.shards) if shard not in held_out)
-        bounds = norm_bounds(source, training, settings.corpus.outlier_factor)
-    except (CorpusError, ModelError) as error:
+        source, bounds = _open(settings)
+        _serve(settings, source, bounds)
+    except RefusedByTrainer as error:
+        log.error("%s", error)
+        return REFUSED
+    except (CorpusError, ModelError, KeysError, NoTrainer, PortError) as error:
         log.error("%s", error)
         return 1
-    chunk_windows = chunk_windows_of(source, settings.stream.dtype)
-    hello = Hello(
+    log.info("the run is over")
+    return 0
+
+
+class PortError(Exception):
+    """The metrics port cannot be bound. The message says which and what to do."""
+
+
+def _open(settings: ProducerSettings) -> tuple[Source, list[float] | None]:
+    """(source, norm bound per hook), with the size of a forward pass chosen. Raises CorpusError or ModelError."""
+    source = open_source(settings)
+    keep_freed_memory()
+    source.choose_batch()
+    held_out = set(held_out_shards(source.shards, settings.corpus.held_out))
+    training_shards = (shard for shard in range(source.shards) if shard not in held_out)
+    return source, norm_bounds(source, training_shards, settings.corpus.outlier_factor)
+
+
+def _hello(settings: ProducerSettings, source: Source, bounds: list[float] | None, chunk_windows: int) -> Hello:
+    """What this producer would stream. The link names each session."""
+    return Hello(
         producer=uuid.uuid4().hex,
         session="-",
         name=f"{socket.gethostname()}:{os.getpid()}",
@@ -64,11 +82,31 @@ def run(settings: ProducerSettings) -> int:
         norm_bounds=bounds,
         provenance=source.facts | source.measurements,
     )
-    registry, table = new_registry(), settings.monitor
+
+
+def _serve(settings: ProducerSettings, source: Source, bounds: list[float] | None) -> None:
+    """Serves leases and metrics until the run is over."""
+    chunk_windows = chunk_windows_of(source, settings.stream.dtype)
+    link = Link(settings.stream, _hello(settings, source, bounds, chunk_windows))
+    registry = new_registry()
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})
-    health = ProducerHealth(settings.stream.stall_seconds)
+    close_metrics = _serve_metrics(settings, registry, ProducerHealth(link, settings.stream.stall_seconds))
     try:
-        port, close_metrics = start_metrics_server(
+        with link:
+            producer = Producer(source, link, settings.stream.dtype, chunk_windows, metrics.update)
+            with MetricsTimer(lambda: metrics.update(producer.report())):
+                producer.run()
+    finally:
+        close_metrics()
+
+
+def _serve_metrics(
+    settings: ProducerSettings, registry: CollectorRegistry, health: ProducerHealth
+) -> Callable[[], None]:
+    """Starts the metrics port; returns what closes it. Raises PortError."""
+    table = settings.monitor
+    try:
+        port, close = start_metrics_server(
             registry,
             table.host,
             table.producer_port,
@@ -79,25 +117,9 @@ def run(settings: ProducerSettings) -> int:
             allowed_hosts=table.allowed_hosts,
         )
     except OSError as error:
-        log.error("%s", error)
-        return 1
+        raise PortError(str(error)) from None
     log.info("metrics at http://%s:%d/metrics", table.host, port)
-    try:
-        with Link(settings.stream, hello) as link:
-            health.watch(link)
-            producer = Producer(source, link, settings.stream.dtype, chunk_windows, metrics.update)
-            with MetricsTimer(lambda: metrics.update(producer.report())):
-                producer.run()
-        log.info("the run is over")
-        return 0
-    except RefusedByTrainer as error:
-        log.error("%s", error)
-        return REFUSED
-    except (NoTrainer, KeysError) as error:
-        log.error("%s", error)
-        return 1
-    finally:
-        close_metrics()
+    return close
 
 
 class MetricsTimer:

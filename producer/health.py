@@ -15,16 +15,11 @@ class ProducerHealth:
     its lease to others by then.
     """
 
-    def __init__(self, stall_seconds: float) -> None:
-        self._stall_seconds = stall_seconds
-        self._link: Link | None = None
-
-    def watch(self, link: Link) -> None:
+    def __init__(self, link: Link, stall_seconds: float) -> None:
         self._link = link
+        self._stall_seconds = stall_seconds
 
     def alive(self) -> tuple[bool, str]:
-        if self._link is None:
-            return True, "starting"
         if (idle_seconds := time.monotonic() - self._link.moved_at) > self._stall_seconds:
             return (
                 False,
@@ -35,6 +30,6 @@ class ProducerHealth:
 
     def ready(self) -> tuple[bool, str]:
         alive, state = self.alive()
-        if alive and state in ("starting", "connecting"):
+        if alive and state == "connecting":
             return False, f"{state}: no trainer has welcomed this producer yet"
         return alive, state

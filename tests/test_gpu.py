@@ -442,6 +442,7 @@ def test_a_run_of_real_processes_on_the_gpu(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rows_trained"] == 150_000
     assert summary["rows_set_aside"] == 0
-    for name in ("topk", "jumprelu"):
-        assert summary["saes"][name]["fvu"] < 0.8
+    # The same run on a CPU ends at 0.126 and 0.168.
+    for name, most in {"topk": 0.16, "jumprelu": 0.21}.items():
+        assert summary["saes"][name]["fvu"] < most
         check(tmp_path / "run" / "snapshots" / snapshot_names(tmp_path / "run")[-1] / name)

@@ -149,23 +149,23 @@ def test_a_draining_trainer_is_alive_and_not_ready(health: tuple[Trainer, Ask]) 
 # A producer
 
 
-def test_a_producer_is_ready_once_a_trainer_has_welcomed_it() -> None:
+def test_a_producer_is_ready_once_a_trainer_has_welcomed_it(tmp_path: Path) -> None:
     """Alive while it looks for one; ready and working when it has a lease."""
-    verdicts = ProducerHealth(stall_seconds=5.0)
-    settings = stream_settings("tcp://127.0.0.1:*")
-    with asking(verdicts.alive, verdicts.ready) as ask, small_trainer(settings, new_ledger(settings)) as intake:
-        assert ask("/readyz") == (503, "starting: no trainer has welcomed this producer yet")
-        producer = Producing(stream_settings(intake.endpoint))
-        verdicts.watch(producer.link)
-        wait_for(lambda: ask("/readyz") == (200, "working"))
-        intake.drain(finished=True)
-        assert producer.ended() is None
+    settings = stream_settings(f"ipc://{tmp_path}/stream")
+    producer = Producing(settings)
+    health = ProducerHealth(producer.link, stall_seconds=5.0)
+    with asking(health.alive, health.ready) as ask:
+        assert ask("/healthz") == (200, "connecting")
+        assert ask("/readyz") == (503, "connecting: no trainer has welcomed this producer yet")
+        with small_trainer(settings, new_ledger(settings)) as intake:
+            wait_for(lambda: ask("/readyz") == (200, "working"))
+            intake.drain(finished=True)
+            assert producer.ended() is None
         assert ask("/healthz") == (200, "connecting")
 
 
 def test_a_producer_that_hangs_in_a_forward_pass_is_dead() -> None:
     """By the time the trainer gives its lease to others, it should be started again."""
-    verdicts = ProducerHealth(stall_seconds=0.3)
     source, hung, released = named_source(), threading.Event(), threading.Event()
     activations = source.activations
 
@@ -176,16 +176,17 @@ def test_a_producer_that_hangs_in_a_forward_pass_is_dead() -> None:
 
     source.activations = hang  # type: ignore[method-assign]
     settings = stream_settings("tcp://127.0.0.1:*")
-    with asking(verdicts.alive, verdicts.ready) as ask, small_trainer(settings, new_ledger(settings)) as intake:
+    with small_trainer(settings, new_ledger(settings)) as intake:
         producer = Producing(stream_settings(intake.endpoint), source)
-        verdicts.watch(producer.link)
-        assert hung.wait(10)
-        wait_for(lambda: ask("/healthz")[0] == 503)
-        assert "the loop has not moved for" in ask("/readyz")[1]
-        released.set()
-        wait_for(lambda: ask("/healthz")[0] == 200)
-        intake.drain(finished=True)
-        producer.ended()
+        health = ProducerHealth(producer.link, stall_seconds=0.3)
+        with asking(health.alive, health.ready) as ask:
+            assert hung.wait(10)
+            wait_for(lambda: ask("/healthz")[0] == 503)
+            assert "the loop has not moved for" in ask("/readyz")[1]
+            released.set()
+            wait_for(lambda: ask("/healthz")[0] == 200)
+            intake.drain(finished=True)
+            producer.ended()
 
 
 # The monitor
