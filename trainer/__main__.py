@@ -24,7 +24,7 @@ from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
 from trainer.control.requests import Inbox, serve_requests
 from trainer.settings import TrainerSettings
-from trainer.state.home import Home, HomeError
+from trainer.state.run_directory import RunDirectory, RunDirectoryError
 
 PURPOSE = f"""Trains sparse autoencoders from the activations that producers stream to it.
 
@@ -71,15 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
         log.warning("%s", warning)
     log.info("run directory %s", settings.run.folder)
     try:
-        with Home(settings.run.folder) as home:
+        with RunDirectory(settings.run.folder) as directory:
             # Open from the first moment, so that clients wait for their answer and are not told that no trainer runs.
             inbox = Inbox(stop)
-            home.watch(stop.set)
-            with serve_requests(home.path, inbox):
+            directory.watch(stop.set)
+            with serve_requests(directory.path, inbox):
                 from trainer.app import run  # imports torch, which `--help` and the commands do not wait for
 
-                return run_within_limits(log, lambda: run(settings, home, inbox))
-    except HomeError as error:
+                return run_within_limits(log, lambda: run(settings, directory, inbox))
+    except RunDirectoryError as error:
         log.error("%s", error)
         return 1
 

@@ -33,7 +33,7 @@ from trainer.state.audit import ledger_faults
 from trainer.state.checkpoint import CheckpointError, load_newest, start_fault
 from trainer.state.durable import replace_text, sweep
 from trainer.state.format import NEW_BUFFER, Checkpoint
-from trainer.state.home import Home, HomeError
+from trainer.state.run_directory import RunDirectory, RunDirectoryError
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer, pool_rows
 from trainer.stream.ingest import check_room
 from trainer.stream.intake import Intake
@@ -50,14 +50,14 @@ from trainer.training.run import DeviceError, NoVariance, buffer_of, pick_device
 log = logging.getLogger("sluice.trainer")
 
 
-def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
-    """Trains in the run directory that `home` holds; returns the exit code."""
+def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox) -> int:
+    """Trains in a run directory that is locked; returns the exit code."""
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if settings.run.deterministic:
         use_deterministic_algorithms()
     try:
-        directory = home.path
+        directory = run_directory.path
         sweep(directory)
         saved = load_newest(directory)
         if fault := start_fault(directory, saved):
@@ -91,7 +91,7 @@ def run(settings: TrainerSettings, home: Home, inbox: Inbox) -> int:
         )
         log.info("metrics at http://%s:%d/metrics", http.host, port)
         try:
-            _train(settings, home, inbox, ledger, roster, saved, metrics, health)
+            _train(settings, run_directory, inbox, ledger, roster, saved, metrics, health)
         finally:
             close_metrics()
         return 0
@@ -162,7 +162,7 @@ def quarantine_fault(settings: TrainerSettings, quarantine: Quarantine) -> str |
 
 def _train(
     settings: TrainerSettings,
-    home: Home,
+    run_directory: RunDirectory,
     inbox: Inbox,
     ledger: Ledger,
     roster: Roster,
@@ -182,17 +182,19 @@ def _train(
 
     buffer_state = buffer_of(saved, settings) if saved is not None else NEW_BUFFER
     intake = Intake(settings.stream, ledger, make_buffer, buffer_state)
-    with intake, Reporter(home.path, metrics) as reporter:
+    with intake, Reporter(run_directory.path, metrics) as reporter:
         if settings.stream.keys is not None:
             signal.signal(signal.SIGHUP, lambda *_: intake.reload_keys())
         loop = Loop(settings, roster, intake, inbox, reporter, handle, saved)
         if loop.phase is RunPhase.FINISHED:
             _refuse_to_begin(settings, roster, intake)
             return
-        (home.path / "summary.json").unlink(missing_ok=True)  # it is of an end that is no longer one
+        (run_directory.path / "summary.json").unlink(missing_ok=True)  # it is of an end that is no longer one
         log.info("waiting for producers at %s", intake.endpoint)
         if roster.paused:
-            log.info("the run is paused: `%s` goes on", shell_command("trainer", "ctl", str(home.path), "resume"))
+            log.info(
+                "the run is paused: `%s` goes on", shell_command("trainer", "ctl", str(run_directory.path), "resume")
+            )
         health.watch(loop)
         try:
             phase = loop.train()
@@ -200,7 +202,7 @@ def _train(
             intake.drain(finished=True)  # starting again would not help
             raise
         inbox.close()
-        _end(home, loop, reporter, is_complete=phase is RunPhase.FINISHED)
+        _end(run_directory, loop, reporter, is_complete=phase is RunPhase.FINISHED)
 
 
 def _refuse_to_begin(settings: TrainerSettings, roster: Roster, intake: Intake) -> None:
@@ -212,7 +214,7 @@ def _refuse_to_begin(settings: TrainerSettings, roster: Roster, intake: Intake) 
     log.info("the run is complete with %s tokens; %s", f"{intake.tokens_trained:,}", advice)
 
 
-def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
+def _end(run_directory: RunDirectory, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
     """Writes summary and checkpoint, and sends producers away. Raises IntakeError when the run has failed."""
     intake, quarantine, tokens = loop.intake, loop.intake.quarantine(), f"{loop.tokens:,}"
     if is_complete and reporter.last is None:
@@ -223,8 +225,8 @@ def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
     fault = quarantine_fault(loop.settings, quarantine) if is_complete else None
     if is_complete and loop.run is not None and reporter.last is not None:
         document = summary(loop.run, intake, reporter.last, fault)
-        replace_text(home.path / "summary.json", json.dumps(document, indent=1) + "\n")
-    if loop.run is not None and (directory := home.present_path) is not None:
+        replace_text(run_directory.path / "summary.json", json.dumps(document, indent=1) + "\n")
+    if loop.run is not None and (directory := run_directory.current_path) is not None:
         loop.save(directory)
     intake.drain(finished=is_complete)
     if quarantine.shards:
@@ -233,8 +235,8 @@ def _end(home: Home, loop: Loop, reporter: Reporter, is_complete: bool) -> None:
     if fault is not None:
         raise IntakeError(fault)
     if is_complete:
-        log.info("finished: %s tokens, snapshots in %s", tokens, home.path / "snapshots")
-    elif not home.is_here:
-        raise HomeError(home.fault())
+        log.info("finished: %s tokens, snapshots in %s", tokens, run_directory.path / "snapshots")
+    elif not run_directory.is_in_place:
+        raise RunDirectoryError(run_directory.fault())
     else:
         log.info("stopped at %s tokens; the same command goes on", tokens)

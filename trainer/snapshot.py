@@ -1,4 +1,4 @@
-"""CONTRACT: a published SAE on disk, in the layout SAELens reads. Light: numpy, safetensors, no torch.
+"""CONTRACT: published SAEs on disk, in the layout that SAELens reads. Light: numpy and safetensors, no torch.
 
     snapshots/000001234567/              named by tokens trained
         <sae name>/cfg.json                     architecture, sizes, provenance under `metadata`
@@ -7,14 +7,14 @@
         <sae name>/sparsity.safetensors         log10 firing rate of each latent
         <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
         <sae name>/evaluation.json              added later by the monitor: numbers on held-out text
-        <sae name>/latents.safetensors          added later by the monitor: what each latent does there
+        <sae name>/latents.safetensors          added later by the monitor: examples and statistics of each latent
         manifest.json                           written last: every file with its size and sha256
-        pinned                                  an empty file, there when a person wants it kept
+        pinned                                  an empty file, present while the snapshot is pinned
     snapshots/LATEST                     the newest complete snapshot's name
-    snapshots/superseded/                those beyond the checkpoint that a run was resumed from; no reader looks here
+    snapshots/superseded/                those beyond the checkpoint that a run was resumed from; readers ignore it
 
-A folder without a manifest does not exist for readers. What is published takes raw activations: input scale and
-whitening are folded in. Decoder rows have unit norm in float32, but for top-k SAEs whose choice that would change.
+Readers ignore a folder without a manifest. Published SAEs take raw activations: input scale and whitening are folded
+in. Decoder rows have unit norm in float32, except in top-k SAEs whose selection of latents that would change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ NAME = re.compile(r"\d{12,}")
 PINNED = "pinned"
 SUPERSEDED = "superseded"
 SAELENS_LAYOUT = "6.54.12"
-"""The SAELens release whose layout is written; without a version in the metadata it drops the provenance."""
+"""The SAELens release whose layout is written. SAELens drops provenance without a version in the metadata."""
 
 
 class SnapshotError(ValueError):
@@ -60,13 +60,14 @@ class Export:
     """SAELens' cfg.json, its `metadata` included."""
     weights: dict[str, np.ndarray]
     firing_rate: np.ndarray
-    """[d_sae], 0 where a latent never fired."""
+    """[d_sae], 0 for a latent that never fired."""
     selftest: dict[str, np.ndarray]
-    """x [rows, d_in], latents [rows, d_sae], x_hat [rows, d_out]."""
+    """x [n, d_in], latents [n, d_sae], x_hat [n, d_out]."""
     metrics: dict[str, Any]
 
 
 def snapshot_name(tokens: int) -> str:
+    """The name of a snapshot after so many tokens."""
     return f"{tokens:012d}"
 
 
@@ -77,10 +78,10 @@ def publish(
     run: dict[str, Any],
     check: Callable[[Path], None],
 ) -> Path:
-    """Writes one snapshot, lets `check` read it back, and only then makes it visible. Returns its folder.
+    """Writes one snapshot, checks it, and only then makes it visible. Returns its folder.
 
-    `run` is what the manifest tells of the run (id, settings, stream). `check` gets each SAE's folder and raises
-    SnapshotError when the weights on disk do not do what the weights in memory do.
+    `run` describes the run in the manifest (id, settings, stream). `check` is called with each SAE's folder and raises
+    SnapshotError when the weights on disk do not compute what those in memory do.
     """
     final = run_directory / "snapshots" / snapshot_name(tokens)
     if is_complete(final):
@@ -122,6 +123,7 @@ def _write_sae(folder: Path, export: Export) -> None:
 
 
 def _describe(folder: Path, path: Path) -> dict[str, Any]:
+    """The manifest's entry for one file."""
     return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
@@ -135,7 +137,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def snapshot_names(run_directory: Path) -> list[str]:
-    """The complete snapshots of a run, oldest first. A link is none, wherever it leads."""
+    """Names of the complete snapshots of a run, oldest first. Symbolic links are ignored."""
     folder = run_directory / "snapshots"
     if not folder.is_dir():
         return []
@@ -154,22 +156,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise SnapshotError(f"{folder}/manifest.json cannot be read: {error}") from None
     if manifest.get("format") != FORMAT:
         raise SnapshotError(f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
-    if lacking := _lacking(manifest):
-        raise SnapshotError(f"{folder}/manifest.json lacks {', '.join(lacking)}; fetch or publish the snapshot again")
+    if missing := _missing_parts(manifest):
+        raise SnapshotError(f"{folder}/manifest.json lacks {', '.join(missing)}; fetch or publish the snapshot again")
     return manifest
 
 
-def _lacking(manifest: dict[str, Any]) -> list[str]:
-    """The parts of a manifest that are missing, or are not what they should be."""
-    kinds = {"name": str, "tokens": int, "created": str, "saes": dict, "run": dict, "files": list}
-    lacking = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    if not lacking and not all(isinstance(metrics, dict) for metrics in manifest["saes"].values()):
-        lacking.append("an object for each of saes")
-    if not lacking and not all(
+def _missing_parts(manifest: dict[str, Any]) -> list[str]:
+    """The parts of a manifest that are missing or of another type."""
+    types = {"name": str, "tokens": int, "created": str, "saes": dict, "run": dict, "files": list}
+    missing = [key for key, kind in types.items() if not isinstance(manifest.get(key), kind)]
+    if not missing and not all(isinstance(metrics, dict) for metrics in manifest["saes"].values()):
+        missing.append("an object for each of saes")
+    if not missing and not all(
         isinstance(file, dict) and {"path", "bytes", "sha256"} <= file.keys() for file in manifest["files"]
     ):
-        lacking.append("path, bytes and sha256 of each of files")
-    return lacking
+        missing.append("path, bytes and sha256 of each of files")
+    return missing
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(cfg, weights) of one SAE's folder. Never runs code: JSON and safetensors only."""
+    """(cfg, weights) from one SAE's folder. Raises SnapshotError."""
     try:
         cfg = read_object(folder / "cfg.json")
         weights = load_file(folder / "sae_weights.safetensors")
@@ -197,13 +199,13 @@ def read_selftest(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_sparsity(folder: Path) -> np.ndarray:
-    """log10 firing rate of each latent [d_sae]; −10 stands for never."""
+    """log10 firing rate of each latent [d_sae]; −10 where it never fired."""
     with safe_open(folder / "sparsity.safetensors", "np") as file:
         return file.get_tensor("sparsity")
 
 
 def pin(run_directory: Path, name: str) -> None:
-    """Keeps a snapshot until it is unpinned, whatever the settings say. Raises SnapshotError when it is not there."""
+    """Exempts a snapshot from `retire` until it is unpinned. Raises SnapshotError when it does not exist."""
     folder = _snapshot(run_directory, name)
     try:
         (folder / PINNED).touch()
@@ -213,7 +215,7 @@ def pin(run_directory: Path, name: str) -> None:
 
 
 def unpin(run_directory: Path, name: str) -> None:
-    """Leaves a snapshot to the settings again. Raises SnapshotError when it is not there."""
+    """Undoes `pin`. Raises SnapshotError when the snapshot does not exist."""
     folder = _snapshot(run_directory, name)
     (folder / PINNED).unlink(missing_ok=True)
     flush(folder)
@@ -226,35 +228,33 @@ def is_pinned(folder: Path) -> bool:
 def _snapshot(run_directory: Path, name: str) -> Path:
     names = snapshot_names(run_directory)
     if name not in names:
-        raise SnapshotError(f"no snapshot {name!r} in {run_directory}; {which_there_are(names)}")
+        raise SnapshotError(f"no snapshot {name!r} in {run_directory}; {describe_names(names)}")
     return run_directory / "snapshots" / name
 
 
-def which_there_are(names: list[str]) -> str:
-    """For who has asked for another one."""
+def describe_names(names: list[str]) -> str:
+    """Which snapshots exist, for the message that a name is none of them."""
     return f"there are {len(names)}, {names[0]} to {names[-1]}" if names else "there is none yet"
 
 
 def retire(run_directory: Path, keep: int, keep_every_tokens: int | None = None) -> None:
-    """Removes snapshots that are not among the newest `keep`, each at one stroke: no reader sees half of one.
+    """Removes snapshots beyond the newest `keep`, and superseded ones beyond as many. No reader sees half of one.
 
-    As many of those that were superseded stay as well, the newest of them.
-
-    For good stay: the first at or after each multiple of `keep_every_tokens`, those that are pinned, which are not
-    counted, and the newest that holds an SAE, since of one that has left the run there is no other copy.
+    Three kinds of snapshots are never removed: the first at or after each multiple of `keep_every_tokens`; pinned ones,
+    which do not count towards `keep`; and the newest that has a given SAE, which may have left the run.
     """
     names = snapshot_names(run_directory)
     milestones = _milestones(names, keep_every_tokens) if keep_every_tokens else set()
-    seen: set[str] = set()
+    newer_saes: set[str] = set()
     newer = 0
     for name in reversed(names):
         folder = run_directory / "snapshots" / name
         saes = {path.name for path in folder.iterdir() if path.is_dir()}
         if not is_pinned(folder):
-            if newer >= keep and saes <= seen and name not in milestones:
+            if newer >= keep and saes <= newer_saes and name not in milestones:
                 remove_folder(folder)
             newer += 1
-        seen |= saes
+        newer_saes |= saes
     superseded = sorted(_superseded(run_directory), key=lambda folder: folder.stat().st_mtime_ns)
     for folder in superseded[:-keep]:
         remove_folder(folder)
@@ -265,7 +265,7 @@ def _superseded(run_directory: Path) -> list[Path]:
 
 
 def _milestones(names: list[str], every: int) -> set[str]:
-    """The first of `names` at or after each multiple of `every`. It stays the first when others are removed."""
+    """The first of `names` at or after each multiple of `every`: the same whatever else was removed."""
     first: dict[int, str] = {}
     for name in names:
         first.setdefault(int(name) // every, name)
@@ -273,32 +273,32 @@ def _milestones(names: list[str], every: int) -> set[str]:
 
 
 def supersede_after(run_directory: Path, tokens: int) -> list[Path]:
-    """Moves snapshots beyond `tokens` to `snapshots/superseded`: a trainer that resumes from an older checkpoint never
-    came from them. Returns where they are now.
+    """Moves snapshots beyond `tokens` to `snapshots/superseded`, and returns their new folders.
 
-    Published work is not deleted by a start, and what a person has pinned stays where it is.
+    A trainer that resumes from an older checkpoint does not descend from them. They are not deleted, and pinned ones
+    stay where they are.
     """
     names, folder = snapshot_names(run_directory), run_directory / "snapshots"
-    kept = [name for name in names if int(name) <= tokens or is_pinned(folder / name)]
+    current = [name for name in names if int(name) <= tokens or is_pinned(folder / name)]
     latest = folder / "LATEST"  # first: it never names one that has been moved already
-    if not kept:
+    if not current:
         latest.unlink(missing_ok=True)
-    elif not latest.exists() or latest.read_text() != kept[-1] + "\n":
-        replace_text(latest, kept[-1] + "\n")
-    moved: list[Path] = []
-    for name in (name for name in names if name not in kept):
-        moved.append(_free_name(folder / SUPERSEDED / name))
-        make_folder(moved[-1].parent)
-        move_folder(folder / name, moved[-1])
-    return moved
+    elif not latest.exists() or latest.read_text() != current[-1] + "\n":
+        replace_text(latest, current[-1] + "\n")
+    destinations: list[Path] = []
+    for name in (name for name in names if name not in current):
+        destinations.append(_free_name(folder / SUPERSEDED / name))
+        make_folder(destinations[-1].parent)
+        move_folder(folder / name, destinations[-1])
+    return destinations
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or the first of `path`-2, `path`-3, … that does not exist: a run may return more than once."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return path if not path.exists() else next(one for one in numbered if not one.exists())
+    """`path`, or the first of `path`-2, `path`-3, … that does not exist: a run may be resumed more than once."""
+    candidates = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no NaN or infinity: None stands for both."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None

@@ -48,7 +48,7 @@ from monitor.http.throttle import CpuThrottle
 from monitor.run_directory import read_page, read_run, why_not_ready
 from monitor.snapshot_index import index_of, manifest_of
 from producer.common.server import DEFAULT_LIMITS, ServerLimits, listen, serve
-from trainer.snapshot import NAME, SnapshotError, which_there_are
+from trainer.snapshot import NAME, SnapshotError, describe_names
 
 LONGEST_WAIT_SECONDS = 300.0
 POLL_SECONDS = 0.5
@@ -206,7 +206,7 @@ class _Routes:
         folder = self.run_directory / "snapshots" / name
         if index < len(names) and names[index] == name and (folder / "manifest.json").is_file():
             return folder
-        raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {which_there_are(names)}")
+        raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {describe_names(names)}")
 
     def _read_manifest(self, folder: Path) -> dict[str, Any]:
         try:

@@ -1,7 +1,7 @@
-"""The run directory as the trainer that works in it holds it: locked, and known by more than its path.
+"""The run directory of a trainer at work: locked, and identified by its inode beside its path.
 
-A folder can be moved or removed while its trainer lives. The trainer then stops with a checkpoint where the folder is
-now: whatever it made anew under the old path would be a second truth about the run.
+A folder can be moved or removed while its trainer works. The trainer then stops, with a checkpoint where the folder is
+now: files written anew under the old path would be a second record of the same run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ log = logging.getLogger("sluice.trainer")
 WATCH_SECONDS = 0.5
 
 
-class HomeError(Exception):
-    """The run directory cannot be used, or is no longer where it was. The message says what to do."""
+class RunDirectoryError(Exception):
+    """The run directory cannot be used, or has been moved. The message says what to do."""
 
 
-class Home:
-    """Holds the lock of `path`, which is made when it is missing; a context manager.
+class RunDirectory:
+    """Makes `path` where it is missing, and holds its lock; a context manager.
 
-    Raises HomeError when another trainer has it, or when it cannot be used.
+    Raises RunDirectoryError when another trainer holds the lock, or when the folder cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,12 +36,14 @@ class Home:
             make_folder(path)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise HomeError(f"run.directory = {path} cannot be used: {error.strerror}; choose another") from None
+            raise RunDirectoryError(
+                f"run.directory = {path} cannot be used: {error.strerror}; choose another"
+            ) from None
         try:
             self._lock = open(path / "lock", "a+")  # noqa: SIM115 (closed on exit)
         except OSError as error:
             os.close(self._folder)
-            raise HomeError(
+            raise RunDirectoryError(
                 f"{path / 'lock'}, the run's lock, cannot be opened: {error.strerror}; mend or remove it, or choose "
                 "another run.directory"
             ) from None
@@ -51,14 +53,14 @@ class Home:
         except OSError as error:
             self.__exit__()
             if isinstance(error, BlockingIOError):
-                raise HomeError(
+                raise RunDirectoryError(
                     f"run.directory = {path} belongs to a trainer that is running; stop it or choose another"
                 ) from None
-            raise HomeError(
+            raise RunDirectoryError(
                 f"{path / 'lock'} cannot be locked: {error.strerror}; choose a run.directory on another file system"
             ) from None
 
-    def __enter__(self) -> Home:
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,17 +69,17 @@ class Home:
         os.close(self._folder)
 
     @property
-    def is_here(self) -> bool:
-        """Whether the path still leads to the folder that is locked."""
+    def is_in_place(self) -> bool:
+        """Whether the path still leads to the locked folder."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._folder))
         except OSError:
             return False
 
     @property
-    def present_path(self) -> Path | None:
+    def current_path(self) -> Path | None:
         """Where the folder is now; None when it was removed, or where the system does not tell."""
-        if self.is_here:
+        if self.is_in_place:
             return self.path
         try:
             path = Path(os.readlink(f"/proc/self/fd/{self._folder}"))
@@ -85,21 +87,21 @@ class Home:
         except OSError:
             return None
 
-    def watch(self, moved: Callable[[], object]) -> None:
-        """Calls `moved`, once, as soon as the folder is no longer here."""
+    def watch(self, on_move: Callable[[], object]) -> None:
+        """Calls `on_move` once, as soon as the folder is no longer in place; from a thread of its own."""
 
-        def look() -> None:
+        def poll() -> None:
             while not self._stop.wait(WATCH_SECONDS):
-                if not self.is_here:
+                if not self.is_in_place:
                     log.error("%s", self.fault())
-                    moved()
+                    on_move()
                     return
 
-        threading.Thread(target=look, name="home", daemon=True).start()
+        threading.Thread(target=poll, name="run-directory", daemon=True).start()
 
     def fault(self) -> str:
-        """What has become of the folder, and what to do."""
-        if (path := self.present_path) is None:
+        """What happened to a folder that is not in place, and what to do."""
+        if (path := self.current_path) is None:
             return f"run.directory = {self.path} was removed while the trainer worked in it: what it held is lost"
         return (
             f"run.directory = {self.path} was moved to {path} while the trainer worked in it: training stops, and goes "

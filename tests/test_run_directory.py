@@ -14,7 +14,7 @@ from trainer.__main__ import main
 from trainer.snapshot import snapshot_names, verify
 from trainer.state.checkpoint import complete, load_newest
 from trainer.state.durable import replace_text, sweep
-from trainer.state.home import Home, HomeError
+from trainer.state.run_directory import RunDirectory, RunDirectoryError
 
 RUN = """
 [run]
@@ -141,16 +141,16 @@ def test_a_writer_survives_the_sweep_of_its_temporary_file(tmp_path: Path, monke
 def test_a_folder_is_known_by_more_than_its_path(tmp_path: Path) -> None:
     """Moved, removed, or replaced by another of the same name."""
     path = tmp_path / "run"
-    with Home(path) as home:
-        assert home.is_here and home.present_path == path
-        with pytest.raises(HomeError, match="belongs to a trainer that is running"):
-            Home(path)
+    with RunDirectory(path) as directory:
+        assert directory.is_in_place and directory.current_path == path
+        with pytest.raises(RunDirectoryError, match="belongs to a trainer that is running"):
+            RunDirectory(path)
         path.rename(tmp_path / "elsewhere")
         path.mkdir()
-        assert not home.is_here and home.present_path == tmp_path / "elsewhere"
-        assert f"was moved to {tmp_path / 'elsewhere'}" in home.fault()
+        assert not directory.is_in_place and directory.current_path == tmp_path / "elsewhere"
+        assert f"was moved to {tmp_path / 'elsewhere'}" in directory.fault()
         shutil.rmtree(tmp_path / "elsewhere")
-        assert home.present_path is None and "was removed" in home.fault()
+        assert directory.current_path is None and "was removed" in directory.fault()
 
 
 def test_a_run_directory_that_moves_ends_its_trainer_with_a_checkpoint_in_it(tmp_path: Path) -> None:
