@@ -230,7 +230,7 @@ def as_markdown() -> str:
     lines = [
         "# Measures of an SAE",
         "",
-        "Written by `python -m monitor.evaluation.measures`. Formulas and sources stand at the head of",
+        "Written by `monitor/evaluation/measures.py`. Formulas and sources stand at the head of",
         "[evaluator.py](../monitor/evaluation/evaluator.py), [ablation.py](../monitor/evaluation/ablation.py),",
         "[probing.py](../monitor/evaluation/probing.py) and",
         "[explanation.py](../monitor/evaluation/latents/explanation.py).",
