@@ -35,7 +35,7 @@ ASKED = {
     "the live page": "/",
     "the table, sorted by density": "/parts/latents?sae=wide&order=density",
     "the table, searched": "/parts/latents?sae=wide&search=import",
-    "one latent": "/latents/wide/77777",
+    "one latent": "/latents/wide/7777",
     "a sentence": "/parts/fires?sae=wide&text=for i in range(10): import this",
 }
 PATIENCE = 1.0
