@@ -1,4 +1,4 @@
-"""Explanations by n-grams: latents that fire by a rule, on random text, and what is found of the rule."""
+"""Explanations by n-grams: latents that fire by a rule, on random text, and the n-grams that explain them."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def test_no_token_stands_before_a_window():
     ids=["a word", "two words", "two words and a wildcard between", "any word after one"],
 )
 def test_a_planted_n_gram_is_found(rule: Rule, pattern: tuple[int | None, ...]):
-    """Exactly, and it holds on the half that it was not found on."""
-    found = explain(_latents(rule), 0)
-    assert found.pattern == pattern
-    assert (found.precision, found.recall, found.f1) == (1.0, 1.0, 1.0)
+    """Exactly, and it holds on the half that it was not chosen on."""
+    explanation = explain(_latents(rule), 0)
+    assert explanation.pattern == pattern
+    assert (explanation.precision, explanation.recall, explanation.f1) == (1.0, 1.0, 1.0)
 
 
 def test_precision_and_recall_are_those_of_the_other_half():
     """The latent fires on 6 in all windows, and in every second one, on which nothing is fitted, on 8 as well."""
     latents = _latents(lambda ids, place: ids[place] == 6, also=lambda ids, place: ids[place] == 8)
-    found = explain(latents, 0)
+    explanation = explain(latents, 0)
     rows = latents.ids[1::2, 1:]
     sixes, eights = int((rows == 6).sum()), int((rows == 8).sum())
     recall = sixes / (sixes + eights)
-    assert found.pattern == (6,)
-    assert (found.precision, found.recall) == (1.0, pytest.approx(recall))
-    assert found.f1 == pytest.approx(2 * recall / (1 + recall))
+    assert explanation.pattern == (6,)
+    assert (explanation.precision, explanation.recall) == (1.0, pytest.approx(recall))
+    assert explanation.f1 == pytest.approx(2 * recall / (1 + recall))
 
 
 def test_a_latent_without_a_rule_is_explained_badly():
@@ -74,8 +74,8 @@ def test_rows_that_the_sae_was_not_shown_do_not_count():
 
 def test_latents_that_never_fire_have_no_explanation():
     """An empty pattern and no numbers; the mean is over the others, and there may be none."""
-    found = explain(_latents(NEVER), 0)
-    assert (found.pattern, found.precision, found.f1) == ((), None, None)
+    explanation = explain(_latents(NEVER), 0)
+    assert (explanation.pattern, explanation.precision, explanation.f1) == ((), None, None)
     assert mean_f1(_latents(NEVER)) is None
     assert mean_f1(_latents(AFTER_34)) == 1.0
 

@@ -164,9 +164,9 @@ def test_manifest_that_leads_out_of_the_folder_is_refused(
     """The server is not trusted with paths on this machine."""
     monkeypatch.setattr("monitor.snapshot_index.is_within", lambda path, folder: True)  # ours would not serve it
     manifest = run_directory / "snapshots" / "000000001000" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["files"].append({"path": path, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
-    manifest.write_text(json.dumps(told))
+    document = json.loads(manifest.read_text())
+    document["files"].append({"path": path, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
+    manifest.write_text(json.dumps(document))
     with pytest.raises(MonitorError, match="refused"):
         pull(Monitor(url), tmp_path / "here")
     assert not (tmp_path / "here").exists()
@@ -222,41 +222,41 @@ def test_the_token_is_sent_and_never_shown(
 
 def test_the_token_is_not_carried_to_another_host(tmp_path: Path):
     """Where a server redirects to, it does not go."""
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def listen_in(client: socket.socket) -> None:
         with client:
-            asked.append(client.recv(65536))
+            requests.append(client.recv(65536))
             client.sendall(b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n")
 
     with _listening(listen_in) as other:
 
         def redirect(client: socket.socket) -> None:
             with client:
-                asked.append(client.recv(65536))
+                requests.append(client.recv(65536))
                 client.sendall(
                     b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:%d/\r\nConnection: close\r\n\r\n" % other
                 )
 
         with _listening(redirect) as port, pytest.raises(MonitorError):
             pull(Monitor(f"127.0.0.1:{port}", TOKEN), tmp_path)
-    assert len(asked) == 2 and TOKEN.encode() in asked[0] and TOKEN.encode() not in asked[1]
+    assert len(requests) == 2 and TOKEN.encode() in requests[0] and TOKEN.encode() not in requests[1]
 
 
 def test_following_brings_each_snapshot_in_turn(run_directory: Path, url: str, tmp_path: Path):
     """From the newest on, in order, those that came while another was fetched too; the end of the run ends it."""
     publish_snapshot(run_directory, 2000)
-    arrived: list[str] = []
+    names: list[str] = []
 
     def arrive(folder: Path) -> None:
-        arrived.append(folder.name)
-        if len(arrived) == 1:
+        names.append(folder.name)
+        if len(names) == 1:
             publish_snapshot(run_directory, 3000)
             publish_snapshot(run_directory, 4000)
             finish_run(run_directory, 4000)
 
     follow(Monitor(url), tmp_path / "here", _silent, arrive, print)
-    assert arrived == ["000000002000", "000000003000", "000000004000"]
+    assert names == ["000000002000", "000000003000", "000000004000"]
 
 
 def test_following_goes_on_after_what_is_there(run_directory: Path, url: str, tmp_path: Path):
@@ -265,15 +265,15 @@ def test_following_goes_on_after_what_is_there(run_directory: Path, url: str, tm
     for tokens in (2000, 3000):
         publish_snapshot(run_directory, tokens)
     finish_run(run_directory, 3000)
-    arrived: list[str] = []
+    names: list[str] = []
 
     def arrive(folder: Path) -> None:
-        arrived.append(folder.name)
+        names.append(folder.name)
         evaluation = run_directory / "snapshots" / folder.name / "small" / "evaluation.json"
         replace_text(evaluation, '{"ce_delta": 0.5}')
 
     follow(Monitor(url), tmp_path / "here", _silent, arrive, print)
-    assert arrived == ["000000002000", "000000003000"]
+    assert names == ["000000002000", "000000003000"]
     assert (tmp_path / "here" / "000000003000" / "small" / "evaluation.json").read_text() == '{"ce_delta": 0.5}'
 
 
@@ -297,17 +297,17 @@ def test_following_passes_over_what_is_retired_under_it(run_directory: Path, url
 
     @contextmanager
     def retiring() -> Iterator[OnProgress]:
-        def tell(path: str, done: int, size: int) -> None:
+        def on_progress(path: str, done: int, size: int) -> None:
             if not (run_directory / "snapshots" / "000000002000").exists():
                 publish_snapshot(run_directory, 2000)
                 retire(run_directory, keep=1)
                 finish_run(run_directory, 2000)
 
-        yield tell
+        yield on_progress
 
-    arrived: list[str] = []
-    follow(Monitor(url), tmp_path / "here", retiring, lambda folder: arrived.append(folder.name), print)
-    assert arrived == ["000000002000"]
+    names: list[str] = []
+    follow(Monitor(url), tmp_path / "here", retiring, lambda folder: names.append(folder.name), print)
+    assert names == ["000000002000"]
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["000000002000"]
 
 
@@ -366,11 +366,11 @@ def test_curl_is_led_nowhere_else(run_directory: Path, tmp_path: Path, old: str,
     """By a monitor whose manifest names files outside of the snapshot's folder: nothing is fetched, and it fails."""
     text = (run_directory / "snapshots" / "000000001000" / "manifest.json").read_text()
     assert old in text
-    asked: list[str] = []
+    requests: list[str] = []
 
     class Evil(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(text.replace(old, new).encode() if self.path.endswith("latest") else b"stolen")
@@ -383,7 +383,7 @@ def test_curl_is_led_nowhere_else(run_directory: Path, tmp_path: Path, old: str,
         (tmp_path / "deep" / "here").mkdir(parents=True)
         done = _recipe(f"http://127.0.0.1:{evil.server_port}", tmp_path / "deep" / "here")
         evil.shutdown()
-    assert done.returncode != 0 and asked == ["/v1/snapshots/latest"]
+    assert done.returncode != 0 and requests == ["/v1/snapshots/latest"]
     assert [path.name for path in (tmp_path / "deep").rglob("*")] == ["here", "manifest.json"]
 
 

@@ -57,22 +57,22 @@ def test_a_pipe_gets_one_frame(run_directory: Path, url: str, capsys: pytest.Cap
     replace_text(first / "small" / "evaluation.json", '{"ce_delta": 0.125, "ce_recovered": 0.75}')
     publish_snapshot(run_directory, 2000)
     assert main([url]) == 0
-    told = capsys.readouterr().out
-    assert "demo · tiny at blocks.0.hook_resid_post" in told and "5,000 of 10,000 · 100/s · 50 s left" in told
-    assert "0.2500" in told and "0.1250" in told and "2 snapshots, newest 000000002000" in told
+    output = capsys.readouterr().out
+    assert "demo · tiny at blocks.0.hook_resid_post" in output and "5,000 of 10,000 · 100/s · 50 s left" in output
+    assert "0.2500" in output and "0.1250" in output and "2 snapshots, newest 000000002000" in output
 
 
 @pytest.mark.parametrize(
-    ("age", "told", "hidden"), [(0, "training", "no report for"), (7200, "no report for 2.0 h", "left")]
+    ("age", "expected", "hidden"), [(0, "training", "no report for"), (7200, "no report for 2.0 h", "left")]
 )
 def test_a_silent_run_is_not_shown_as_training(
-    run_directory: Path, url: str, capsys: pytest.CaptureFixture[str], age: float, told: str, hidden: str
+    run_directory: Path, url: str, capsys: pytest.CaptureFixture[str], age: float, expected: str, hidden: str
 ):
     """The last report of a killed trainer says nothing about now, so there is no time left either."""
     report(run_directory, 5000, age)
     assert main([url]) == 0
     out = capsys.readouterr().out
-    assert told in out and hidden not in out
+    assert expected in out and hidden not in out
 
 
 def test_before_the_first_report_and_after_the_last(run_directory: Path, url: str, capsys: pytest.CaptureFixture[str]):
@@ -85,8 +85,8 @@ def test_before_the_first_report_and_after_the_last(run_directory: Path, url: st
     summary["saes"]["small"] |= {"d_sae": 8, "hook": "blocks.0.hook_resid_post", "ce_delta": 0.5}
     replace_text(run_directory / "summary.json", json.dumps(summary))
     assert main([url]) == 0
-    told = capsys.readouterr().out
-    assert "Results" in told and "0.5000" in told and "finished: 1,000 tokens" in told
+    output = capsys.readouterr().out
+    assert "Results" in output and "0.5000" in output and "finished: 1,000 tokens" in output
 
 
 def test_the_end_shows_numbers_before_the_last_snapshot_is_measured(
@@ -99,20 +99,26 @@ def test_the_end_shows_numbers_before_the_last_snapshot_is_measured(
     report(run_directory, 2000)
     finish_run(run_directory, 2000)
     assert main([url]) == 0
-    told = capsys.readouterr().out
-    assert "0.2500" in told and "0.1250" in told and " finished · 0 producers" in told and " left" not in told
-    assert "finished: 2,000 tokens" in told and "no numbers on held-out text so far" in told and "Results" not in told
+    output = capsys.readouterr().out
+    assert "0.2500" in output and "0.1250" in output and " finished · 0 producers" in output and " left" not in output
+    assert (
+        "finished: 2,000 tokens" in output
+        and "no numbers on held-out text so far" in output
+        and "Results" not in output
+    )
     replace_text(last / "small" / "evaluation.json", '{"ce_delta": 0.0625, "l0": 7.5, "fvu": 0.0312}')
     assert main([url]) == 0
-    told = capsys.readouterr().out
-    assert "Results" in told and "0.0625" in told and "7.5" in told and "0.0312" in told and "so far" not in told
+    output = capsys.readouterr().out
+    assert (
+        "Results" in output and "0.0625" in output and "7.5" in output and "0.0312" in output and "so far" not in output
+    )
 
 
 @pytest.mark.parametrize(
     ("state", "is_shown"),
     [("training", True), ("starved", True), ("paused", False), ("draining", False), ("filling", False)],
 )
-def test_the_time_left_is_told_of_a_run_that_goes_on(
+def test_the_time_left_is_shown_while_a_run_goes_on(
     run_directory: Path, url: str, capsys: pytest.CaptureFixture[str], state: str, is_shown: bool
 ):
     """Not of one that a person has paused, nor of one that ends before its target."""
@@ -163,10 +169,10 @@ def test_a_terminal_shows_the_run_move_and_q_leaves(run_directory: Path, url: st
     os.close(ours)
 
 
-def _until(terminal: int, wanted: str) -> str:
-    """What the terminal shows, without colours, until `wanted` is there."""
-    shown, deadline = "", time.monotonic() + 30
-    while wanted not in shown and time.monotonic() < deadline:
+def _until(terminal: int, expected: str) -> str:
+    """The terminal's output, without colours, until it holds `expected`."""
+    output, deadline = "", time.monotonic() + 30
+    while expected not in output and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.5)[0]:
-            shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(terminal, 65536).decode(errors="replace"))
-    return shown
+            output += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(terminal, 65536).decode(errors="replace"))
+    return output

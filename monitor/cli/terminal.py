@@ -28,9 +28,9 @@ LATENTS_FROM_WIDTH = 63
 def live(
     report: Report | None, evaluations: Mapping[str, Evaluation], elapsed: float | None, note: str, width: int = 80
 ) -> RenderableType:
-    """One frame. `evaluations` are the newest of each SAE; `note` says what is happening now.
+    """The picture of a run in training, with the newest evaluation of each SAE and a `note` below.
 
-    `elapsed` seconds are those since the start, where they are known.
+    `elapsed`: seconds since the start, where they are known.
     """
     if report is None:
         return Text(f"  {note}" + ("" if elapsed is None else f"  ({elapsed:.0f} s)"), style="dim")
@@ -49,17 +49,17 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
     grid.add_column(justify="right", style="dim", min_width=8, no_wrap=True)
     grid.add_column(width=length)
     grid.add_column(no_wrap=True, overflow="ellipsis")
-    told = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
+    progress = [f"[bold]{tokens:,}[/]" + (f" of {target:,}" if target else ""), f"{rate:,.0f}/s"]
     if target and rate > 0 and report["state"] in STEADY_PHASES:
-        told.append(f"{format_duration((target - tokens) / rate)} left")
+        progress.append(f"{format_duration((target - tokens) / rate)} left")
     bar = ProgressBar(total=target or 1, completed=tokens if target else 1, width=length, pulse=not target)
-    grid.add_row("tokens", bar, " · ".join(told))
-    rows, capacity = report["buffer_rows"], report["buffer_capacity_rows"]
-    told = [f"{rows:,} rows", escape(report["state"]), f"{producers} producer{'' if producers == 1 else 's'}"]
+    grid.add_row("tokens", bar, " · ".join(progress))
+    buffered, capacity = report["buffer_rows"], report["buffer_capacity_rows"]
+    state = [f"{buffered:,} tokens", escape(report["state"]), f"{producers} producer{'' if producers == 1 else 's'}"]
     if elapsed is not None:
-        told.append(format_duration(elapsed))
-    bar = ProgressBar(total=capacity, completed=rows, width=length, complete_style="cyan", finished_style="cyan")
-    grid.add_row("buffer", bar, " · ".join(told))
+        state.append(format_duration(elapsed))
+    bar = ProgressBar(total=capacity, completed=buffered, width=length, complete_style="cyan", finished_style="cyan")
+    grid.add_row("buffer", bar, " · ".join(state))
     return grid
 
 
