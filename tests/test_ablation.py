@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.ablation import POSITIONS, ablation_effects, effective_number
-from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.latents.activations import LatentActivations, gather_latents
+from monitor.evaluation.subject import Subject
 from producer.corpus.windows import Windows
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from trainer.saes.inference import InferenceSae
@@ -45,14 +45,14 @@ def test_a_latent_that_writes_to_n_logits_has_n_effects(reach: int):
     """All by the same amount, at its own position alone; the ratio is their share of all logits that could change."""
     W_dec = torch.zeros(1, WORDS)
     W_dec[0, :reach] = 0.7
-    found = ablation_effects(_Unembedding(), _subject(W_dec), _always(20), sampled=8)  # type: ignore[arg-type]
+    found = ablation_effects(_Unembedding(), _subject(W_dec), _always(20), count=8)  # type: ignore[arg-type]
     assert found["ablation_effects"] == pytest.approx(reach)
     assert found["ablation_effects_ratio"] == pytest.approx(reach / (POSITIONS * WORDS))
 
 
 def test_what_shifts_all_logits_has_no_effect():
     """Probabilities stay as they are: there is nothing to count."""
-    found = ablation_effects(_Unembedding(), _subject(torch.ones(1, WORDS)), _always(20), sampled=8)  # type: ignore[arg-type]
+    found = ablation_effects(_Unembedding(), _subject(torch.ones(1, WORDS)), _always(20), count=8)  # type: ignore[arg-type]
     assert found == {"ablation_effects": None, "ablation_effects_ratio": None}
 
 
@@ -79,7 +79,7 @@ def test_numbers_agree_with_ablation_by_hand(tmp_path: Path):
     W_dec = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     subject = _subject(W_dec)
     latents = gather_latents(model, Windows(ids, kept, np.zeros_like(kept)), subject)
-    found = ablation_effects(model, subject, latents, sampled=8)
+    found = ablation_effects(model, subject, latents, count=8)
     value = float(latents.values[0])
     assert latents.positions.tolist() == [3] and value > 0
 

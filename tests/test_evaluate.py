@@ -26,10 +26,11 @@ import torch
 import transformers
 from prometheus_client import CollectorRegistry
 
-from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
+from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.follow import Evaluator, Stopped
 from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, in_stream
+from monitor.evaluation.subject import load_subject
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from monitor.summary import complete_summary
@@ -369,7 +370,7 @@ def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, win
 def test_bounds_that_leave_no_row_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
     """Nothing would be replaced, and a ΔCE of 0 would look like a perfect SAE."""
     with pytest.raises(
-        EvaluationError, match=rf"none of the 33 held-out rows is in the stream, .* beyond 1e-09 at {HOOK}"
+        EvaluationError, match=rf"none of the 33 held-out activations is in the stream, .* beyond 1e-09 at {HOOK}"
     ):
         _evaluate(model, windows, tmp_path, gain=1.0, norm_bound=1e-9)
 
@@ -388,8 +389,8 @@ def test_held_out_text_is_spread_and_never_trained_on(model: LanguageModel, run_
     """Windows come from several held-out shards, with just enough rows, the same ones every time."""
     settings = _settings(run_file).corpus
     corpus = open_corpus(settings)
-    windows = held_out_windows(corpus, model.tokenizer, settings, rows=100)
-    again = held_out_windows(corpus, model.tokenizer, settings, rows=100)
+    windows = held_out_windows(corpus, model.tokenizer, settings, tokens=100)
+    again = held_out_windows(corpus, model.tokenizer, settings, tokens=100)
     assert np.array_equal(windows.ids, again.ids)
     assert 100 <= windows.kept.sum() < 100 + 8 * settings.context
     spread = {
@@ -405,7 +406,7 @@ def test_scarce_text_is_used_up(model: LanguageModel, run_file: Path):
     """More rows than there are: all that is held out is taken, and no more."""
     settings = _settings(run_file).corpus
     corpus = open_corpus(settings)
-    windows = held_out_windows(corpus, model.tokenizer, settings, rows=10**6)
+    windows = held_out_windows(corpus, model.tokenizer, settings, tokens=10**6)
     words = sum(len(str(text).split()) for shard in corpus.held_out_shards for text in corpus.documents(shard))
     assert windows.kept.sum() == words
 
@@ -424,7 +425,7 @@ def test_advice_without_held_out_text_is_what_mends_it(
     """A larger fraction of one shard is none: then shards must be smaller."""
     corpus: Any = SimpleNamespace(shards=shards, held_out_shards=held_out, documents=lambda shard: [])
     with pytest.raises(EvaluationError) as told:
-        held_out_windows(corpus, model.tokenizer, CorpusSettings(kind="text", paths=["a"]), rows=10)
+        held_out_windows(corpus, model.tokenizer, CorpusSettings(kind="text", paths=["a"]), tokens=10)
 
     assert str(told.value).startswith(advice)
 

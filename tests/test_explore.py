@@ -15,7 +15,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from monitor.evaluation.evaluator import load_subject
 from monitor.evaluation.follow import Evaluator
 from monitor.evaluation.held_out import held_out_windows
 from monitor.evaluation.latents.activations import LatentActivations, births, gather_latents, load_latents
@@ -25,6 +24,7 @@ from monitor.evaluation.latents.logit_lens import LogitLens
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import NGram
 from monitor.evaluation.passes import MemoryLimits
+from monitor.evaluation.subject import load_subject
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics

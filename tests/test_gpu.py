@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.ablation import ablation_effects
-from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
+from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.latents.activations import gather_latents
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy
+from monitor.evaluation.subject import load_subject
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from tests.small_model import HOOK, WIDTH, load_model, write_model
@@ -408,7 +409,7 @@ def _evaluation(model: LanguageModel, folder: Path) -> dict[str, Any]:
     texts = LabelledTexts(windows, np.array(["a", "b"] * 20))
     return {
         **evaluate(model, windows, [subject], Baseline())["half"].as_json(),
-        **ablation_effects(model, subject, latents, sampled=12),
+        **ablation_effects(model, subject, latents, count=12),
         "probe_accuracy": probe_accuracy(model, subject, texts),
     }
 

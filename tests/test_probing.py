@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 import monitor.evaluation.probing
-from monitor.evaluation.evaluator import Subject, load_subject
 from monitor.evaluation.held_out import EvaluationError
-from monitor.evaluation.probing import LabelledTexts, _sides, _tested, fit_logistic, probe_accuracy, read_labelled_texts
+from monitor.evaluation.probing import (
+    LabelledTexts,
+    accuracy_by_k,
+    fit_logistic,
+    fitted_accuracy,
+    probe_accuracy,
+    read_labelled_texts,
+    split_sides,
+)
+from monitor.evaluation.subject import Subject, load_subject
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
@@ -63,19 +71,15 @@ def test_labels_are_told_from_all_others(model: LanguageModel, tmp_path: Path):
     assert found["dense"] == 1.0 and found["5"] >= 0.9
 
 
-def test_latents_are_chosen_by_the_texts_that_are_fitted_to(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+def test_latents_are_chosen_by_the_texts_that_are_fitted_to():
     """One latent tells all labels faintly; another shouts them, but only in the texts that are kept for the test."""
     labels = np.array(["a", "b"] * 20)
     truth = torch.from_numpy(labels == "a").float()
-    test = np.intersect1d(*(_sides(labels == label)[1] for label in "ab"))
+    test = np.intersect1d(*(split_sides(labels == label)[1] for label in "ab"))
     shouts = torch.zeros(len(labels))
     shouts[test] = 100 * truth[test]
     latents = torch.stack([0.1 * truth, shouts, shouts, shouts, shouts, shouts], 1)
-    monkeypatch.setattr(
-        monitor.evaluation.probing, "_text_means", lambda *_: (list(latents), list(latents), np.ones(len(labels), bool))
-    )
-    found = probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), labels))
-    assert found["1"] == 1.0
+    assert accuracy_by_k(latents, latents, labels)["1"] == 1.0
 
 
 def test_texts_that_the_stream_drops_are_told(model: LanguageModel):
@@ -86,7 +90,7 @@ def test_texts_that_the_stream_drops_are_told(model: LanguageModel):
         probe_accuracy(model, subject, LabelledTexts(windows, labels), {HOOK: 1e-9})
 
 
-def test_a_probe_is_tested_on_the_other_texts(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+def test_a_probe_is_tested_on_the_other_texts(monkeypatch: pytest.MonkeyPatch):
     """A column that is the number of the text tells which texts a probe has seen: none of those it is tested on."""
     seen: list[tuple[set[float], set[float]]] = []
 
@@ -95,11 +99,8 @@ def test_a_probe_is_tested_on_the_other_texts(model: LanguageModel, monkeypatch:
         return 1.0
 
     numbers = torch.arange(40.0)[:, None].expand(40, 6)
-    monkeypatch.setattr(
-        monitor.evaluation.probing, "_text_means", lambda *_: ([*numbers], [*numbers], np.ones(40, bool))
-    )
-    monkeypatch.setattr(monitor.evaluation.probing, "_tested", look)
-    probe_accuracy(model, _reading(torch.ones(WIDTH)), LabelledTexts(_windows(40), np.array(["a", "b"] * 20)))
+    monkeypatch.setattr(monitor.evaluation.probing, "fitted_accuracy", look)
+    accuracy_by_k(numbers, numbers, np.array(["a", "b"] * 20))
     assert len(seen) == 2 * 4
     assert all(len(fit) == len(test) == 20 and fit.isdisjoint(test) for fit, test in seen)
 
@@ -107,13 +108,13 @@ def test_a_probe_is_tested_on_the_other_texts(model: LanguageModel, monkeypatch:
 def test_a_probe_measures_by_the_texts_that_it_was_fitted_to():
     """A column around 0, its sign the label. The texts of the test are all far above 0: all of them have the label."""
     fit, test = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), torch.tensor([[2.0], [3.0]])
-    assert _tested(fit, fit[:, 0] > 0, test, torch.tensor([True, True])) == 1.0
+    assert fitted_accuracy(fit, fit[:, 0] > 0, test, torch.tensor([True, True])) == 1.0
 
 
 def test_texts_that_are_tested_were_not_fitted_to():
     """Of 5 texts with the label and 9 without: two of each side to fit, two other ones to test."""
     is_label = np.arange(14) < 5
-    fit, test = _sides(is_label)
+    fit, test = split_sides(is_label)
     assert len(set(fit) | set(test)) == len(fit) + len(test) == 8
     assert is_label[fit].sum() == is_label[test].sum() == 2
 

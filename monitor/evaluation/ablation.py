@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.latents.activations import LatentActivations
-from monitor.evaluation.passes import windows_in_memory
+from monitor.evaluation.passes import Replacement, windows_in_memory
+from monitor.evaluation.subject import Subject
 from producer.lm.model import LanguageModel
 from trainer.snapshot import finite
 
@@ -33,12 +33,13 @@ POSITIONS = 16
 
 @dataclass(frozen=True)
 class _Cases:
-    """Activations to be ablated, each in a window of its own."""
+    """Activations of latents to be ablated, each in a window of its own."""
 
     latent: Tensor
     tokens: Tensor
     """[cases, context]"""
-    place: Tensor
+    position: Tensor
+    """Where in its window the latent is active."""
     value: Tensor
 
 
@@ -46,20 +47,20 @@ def ablation_effects(
     model: LanguageModel,
     subject: Subject,
     latents: LatentActivations,
-    sampled: int,
+    count: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
-    """The two numbers above over at most `sampled` latents; None when none of them changes anything.
+    """The two numbers above, over a sample of `count` latents; None where none of them changes anything.
 
     `between` is called after each pass.
     """
-    found = [
+    numbers = [
         effective_number(changes)
-        for cases in _cases(latents, sampled, windows_in_memory(model, latents.context), model.device)
+        for cases in _cases(latents, count, windows_in_memory(model, latents.context), model.device)
         for changes in _changes(model, subject, cases, between)
     ]
-    told = [number for number in found if number is not None]
-    effects = float(np.mean(told)) if told else None
+    effective = [number for number in numbers if number is not None]
+    effects = float(np.mean(effective)) if effective else None
     return {
         "ablation_effects": effects,
         "ablation_effects_ratio": None if effects is None else effects / (POSITIONS * model.vocabulary),
@@ -77,49 +78,49 @@ def effective_number(changes: Tensor) -> float | None:
     return finite(float(changes.abs().sum()) ** 2 / squares) if squares else None
 
 
-def _cases(latents: LatentActivations, sampled: int, at_a_time: int, device: torch.device) -> Iterator[_Cases]:
-    """Latents in a random order that is always the same, each at one of its positions with text enough behind it."""
+def _cases(latents: LatentActivations, count: int, batch: int, device: torch.device) -> Iterator[_Cases]:
+    """Latents in a random order that is always the same, each at one of its positions with enough text behind it."""
     random = np.random.default_rng(0)
-    enough = np.zeros_like(latents.shown)
-    enough[:, : -POSITIONS + 1] = latents.shown[:, POSITIONS - 1 :]
-    enough = enough.ravel()
-    chosen: list[tuple[int, int, float]] = []
+    has_text_behind = np.zeros_like(latents.shown)
+    has_text_behind[:, : -POSITIONS + 1] = latents.shown[:, POSITIONS - 1 :]
+    has_text_behind = has_text_behind.ravel()
+    sample: list[tuple[int, int, float]] = []
     for latent in random.permutation(np.flatnonzero(latents.firings)):
-        if len(chosen) == sampled:
+        if len(sample) == count:
             break
         positions, values = latents.of(int(latent))
-        there = np.flatnonzero(enough[positions])
-        if len(there):
-            pick = random.choice(there)
-            chosen.append((int(latent), int(positions[pick]), float(values[pick])))
-    for start in range(0, len(chosen), at_a_time):
-        latent, position, value = zip(*chosen[start : start + at_a_time], strict=True)
-        window, place = np.divmod(np.array(position), latents.context)
+        candidates = np.flatnonzero(has_text_behind[positions])
+        if len(candidates):
+            index = random.choice(candidates)
+            sample.append((int(latent), int(positions[index]), float(values[index])))
+    for start in range(0, len(sample), batch):
+        latent, flat_position, value = zip(*sample[start : start + batch], strict=True)
+        window, position = np.divmod(np.array(flat_position), latents.context)
         yield _Cases(
             torch.tensor(latent, device=device),
             torch.from_numpy(latents.ids[window].astype(np.int64)).to(device),
-            torch.from_numpy(place).to(device),
+            torch.from_numpy(position).to(device),
             torch.tensor(value, device=device),
         )
 
 
 def _changes(model: LanguageModel, subject: Subject, cases: _Cases, between: Callable[[], None]) -> Tensor:
     """Logits with the latent less logits without it, float32 [cases, POSITIONS, vocabulary]."""
-    row = torch.arange(len(cases.place), device=cases.place.device)
-    seen = cases.place[:, None] + torch.arange(POSITIONS, device=cases.place.device)
+    case = torch.arange(len(cases.position), device=cases.position.device)
+    positions = cases.position[:, None] + torch.arange(POSITIONS, device=cases.position.device)
 
-    def forward(replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        logits = model.logits(cases.tokens, replace)[row[:, None], seen].float()
+    def forward(replacements: Mapping[str, Replacement]) -> Tensor:
+        logits = model.logits(cases.tokens, replacements)[case[:, None], positions].float()
         between()
         return logits
 
-    def without(written: Tensor, activation: Tensor) -> Tensor:
-        changed = activation.clone()
-        changed[row, cases.place] -= written.to(activation.dtype)
-        return changed
+    def without(contribution: Tensor, activations: Tensor) -> Tensor:
+        result = activations.clone()
+        result[case, cases.position] -= contribution.to(activations.dtype)
+        return result
 
     widths = {hook.name: hook.width for hook in model.hooks}
-    written = cases.value[:, None] * subject.sae.W_dec[cases.latent]
-    parts = written.split([widths[hook] for hook in subject.hooks.writes], 1)
+    contributions = cases.value[:, None] * subject.sae.W_dec[cases.latent]
+    parts = contributions.split([widths[hook] for hook in subject.hooks.writes], 1)
     ablated = {hook: partial(without, part) for hook, part in zip(subject.hooks.writes, parts, strict=True)}
     return forward({}) - forward(ablated)

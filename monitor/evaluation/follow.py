@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.births import BirthTracker
-from monitor.evaluation.evaluator import Subject, evaluate, load_subject, misfit
+from monitor.evaluation.evaluator import evaluate
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.inputs import EvaluationInputs, PublishedSnapshot, load_inputs
 from monitor.evaluation.latents.activations import gather_latents, load_latents
@@ -23,6 +23,7 @@ from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.measures import Stage, measures
 from monitor.evaluation.probing import probe_accuracy
 from monitor.evaluation.results import Evaluation, read_evaluation, write_evaluation
+from monitor.evaluation.subject import Subject, load_subject, why_incompatible
 from monitor.history import append_evaluation
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
@@ -184,7 +185,7 @@ class Evaluator:
         compatible = []
         for sae in saes:
             subject = load_subject(snapshot.folder / sae, inputs.model.device)
-            if reason := misfit(inputs.model, subject):
+            if reason := why_incompatible(inputs.model, subject):
                 self._handle.incompatible_saes[sae] = reason
                 self._fail(snapshot.name, f"{sae} of {snapshot.name} is not evaluated: {reason}")
             else:
@@ -202,7 +203,7 @@ class Evaluator:
         began = time.monotonic()
         folder = snapshot.folder / sae
         subject = load_subject(folder, inputs.model.device)
-        if misfit(inputs.model, subject):
+        if why_incompatible(inputs.model, subject):
             return
         latents = gather_latents(inputs.model, inputs.latent_windows, subject, snapshot.norm_bounds, self._between)
         latents = replace(latents, born=self._births.births(snapshot.folder, sae))

@@ -1,10 +1,11 @@
-"""Passes of the language model over held-out text: what is seen at its hooks, what is put there, which rows count."""
+"""Passes of the language model over held-out text: activations recorded and replaced at its hooks, and which count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,21 @@ from monitor.evaluation.held_out import EvaluationError
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 
-Rows = Mapping[str, Tensor]
-"""Activations by hook, each [rows, width]."""
 NormBounds = Mapping[str, float]
-"""By hook, the longest norm of a row that the stream takes; longer ones no SAE of the run has seen."""
-Act = Callable[[Tensor], Tensor]
-"""Is shown an activation [windows, context, width] and returns what takes its place."""
+"""By hook, the largest norm of an activation that the stream takes; no SAE of the run was trained on larger ones."""
+Replacement = Callable[[Tensor], Tensor]
+"""Takes the activations [windows, context, width] of a hook and returns those to continue with."""
+
+
+class Batch(NamedTuple):
+    """Some windows of text, on the model's device."""
+
+    tokens: Tensor
+    """Ids, int64 [windows, context]."""
+    kept: Tensor
+    """Positions that producers send unless their norm is beyond a bound, bool [windows, context]."""
+    predicted: Tensor
+    """Positions where a token that is no padding follows one that is none, bool [windows, context − 1]."""
 
 
 @dataclass(frozen=True)
@@ -45,58 +55,53 @@ def windows_in_memory(model: LanguageModel, context: int, memory: MemoryLimits =
     return max(1, memory.logits // (context * model.vocabulary))
 
 
-def passes(
-    model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAULT_MEMORY
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(tokens, kept, predicted) of as many windows as their logits fit into memory, on the model's device.
-
-    `predicted` [windows, context − 1] is True where a token that is no padding follows one that is none.
-    """
+def passes(model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAULT_MEMORY) -> Iterator[Batch]:
+    """Batches of as many windows as their logits fit into memory."""
     count = windows_in_memory(model, windows.ids.shape[1], memory)
     for start in range(0, len(windows.ids), count):
-        chosen = slice(start, start + count)
-        real = ~windows.padded[chosen]
-        parts = (windows.ids[chosen], windows.kept[chosen], real[:, :-1] & real[:, 1:])
-        tokens, kept, predicted = (torch.from_numpy(part).to(model.device) for part in parts)
-        yield tokens, kept, predicted
+        batch = slice(start, start + count)
+        real = ~windows.padded[batch]
+        parts = (windows.ids[batch], windows.kept[batch], real[:, :-1] & real[:, 1:])
+        yield Batch(*(torch.from_numpy(part).to(model.device) for part in parts))
 
 
-def recording(hooks: Sequence[str], seen: dict[str, Tensor]) -> dict[str, Act]:
-    """Changes nothing and puts each activation into `seen`, in the order in which the model computes them."""
+def recording(hooks: Sequence[str], recorded: dict[str, Tensor]) -> dict[str, Replacement]:
+    """Changes nothing and puts the activations into `recorded`, in the order in which the model computes them."""
 
-    def record(hook: str, activation: Tensor) -> Tensor:
-        seen[hook] = activation.clone()  # models may write into a tensor after the hook has seen it
-        return activation
+    def record(hook: str, activations: Tensor) -> Tensor:
+        recorded[hook] = activations.clone()  # models may write into a tensor after the hook was called with it
+        return activations
 
     return {hook: partial(record, hook) for hook in hooks}
 
 
-def splicing(streamed: Tensor, rows: Rows) -> dict[str, Act]:
-    """Puts `rows` where `streamed` [windows, context] is True, at the hooks they are named for."""
+def splicing(streamed: Tensor, new: Mapping[str, Tensor]) -> dict[str, Replacement]:
+    """Puts the `new` activations of each hook, [n, width] or [width], where `streamed` [windows, context] is True."""
 
-    def splice(new: Tensor, activation: Tensor) -> Tensor:
-        replaced = activation.clone()
-        replaced[streamed] = new.to(activation.dtype)
-        return replaced
+    def splice(values: Tensor, activations: Tensor) -> Tensor:
+        result = activations.clone()
+        result[streamed] = values.to(activations.dtype)
+        return result
 
-    return {hook: partial(splice, new) for hook, new in rows.items()}
+    return {hook: partial(splice, values) for hook, values in new.items()}
 
 
-def in_stream(seen: Rows, kept: Tensor, bounds: NormBounds) -> Tensor:
-    """Which positions [windows, context] the stream has: one hook's norm beyond its bound drops the row at all hooks.
+def in_stream(activations: Mapping[str, Tensor], kept: Tensor, bounds: NormBounds) -> Tensor:
+    """Positions [windows, context] that the stream has: a norm beyond the bound of one hook drops them at all hooks.
 
-    As the producer does it, a row that is not finite is no outlier.
+    As in the producer, an activation that is not finite is no outlier.
     """
     streamed = kept
     for hook, bound in bounds.items():
-        norm = torch.linalg.vector_norm(seen[hook], dim=-1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(activations[hook], dim=-1, dtype=torch.float32)
         streamed = streamed & ((norm <= bound) | ~norm.isfinite())
     return streamed
 
 
 def refuse_unknown_bounds(hooks: Sequence[str], bounds: NormBounds) -> None:
+    """Raises EvaluationError when a bound is of a hook that the model has not."""
     if unknown := sorted(bounds.keys() - set(hooks)):
         raise EvaluationError(
-            f"the stream drops rows by their norm at {', '.join(unknown)}, which the run file's model.hooks lacks; "
-            "give the monitor the run file that the producers have"
+            f"the stream drops activations by their norm at {', '.join(unknown)}, which the run file's model.hooks "
+            "lacks; give the monitor the run file that the producers have"
         )

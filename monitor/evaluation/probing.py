@@ -1,4 +1,4 @@
-"""What a few latents tell of labels that a person gave: k-sparse probing.
+"""How well a few latents predict labels that a person gave: k-sparse probing.
 
 After Gurnee et al. (2305.01610) as SAEBench does it for SAEs ("sparse probing", 2503.09532). Each text becomes the mean
 of its latents over its tokens. Each label stands against all others, with as many texts on either side, so that a guess
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, in_stream, passes
+from monitor.evaluation.subject import Subject
 from producer.corpus import CorpusError
 from producer.corpus.jsonl import read_records
 from producer.corpus.windows import Windows, windows_of
@@ -32,8 +32,8 @@ from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 
 SPARSITIES = (1, 2, 5)
-FEWEST_TEXTS = 8
-"""Of a label; with fewer a test says nothing."""
+MIN_TEXTS = 8
+"""Texts of a label; with fewer a test says nothing."""
 PENALTY = 1e-2
 """On half the squares of the weights, beside the mean loss of a text."""
 STEPS = 200
@@ -41,7 +41,7 @@ STEPS = 200
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """One window of each text, and what a person says of it."""
+    """One window of each text, and the label that a person gave it."""
 
     windows: Windows
     labels: np.ndarray
@@ -56,7 +56,7 @@ def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) ->
     texts, labels = [], []
     try:
         for place, record in read_records(path, settings):
-            text, label = _parsed(record, place)
+            text, label = _parse(record, place)
             windows = windows_of([text], tokenizer, settings)
             if len(windows) and windows.kept[0].any():
                 texts.append((windows.ids[:1], windows.kept[:1], windows.padded[:1]))
@@ -64,15 +64,15 @@ def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) ->
     except (OSError, CorpusError) as error:
         raise EvaluationError(f"monitor.probe_file = {str(path)!r} cannot be read: {error}") from None
     counts = Counter(labels)
-    if len(counts) < 2 or min(counts.values()) < FEWEST_TEXTS:
-        told = ", ".join(f"{label!r} {count}" for label, count in sorted(counts.items())) or "none"
+    if len(counts) < 2 or min(counts.values()) < MIN_TEXTS:
+        found_labels = ", ".join(f"{label!r} {count}" for label, count in sorted(counts.items())) or "none"
         raise EvaluationError(
-            f"{path} must have two labels or more with {FEWEST_TEXTS} texts or more each; it has: {told}"
+            f"{path} must have two labels or more with {MIN_TEXTS} texts or more each; it has: {found_labels}"
         )
     return LabelledTexts(Windows(*map(np.concatenate, zip(*texts, strict=True))), np.array(labels))
 
 
-def _parsed(record: dict[str, Any], place: str) -> tuple[str, str]:
+def _parse(record: dict[str, Any], place: str) -> tuple[str, str]:
     text, label = record.get("text"), record.get("label")
     if not isinstance(text, str) or not isinstance(label, str | int):
         raise EvaluationError(f'{place}: expected {{"text": "…", "label": "…"}}, found {str(record)[:60]}')
@@ -90,8 +90,8 @@ def probe_accuracy(
 
     Holds d_sae numbers for each text. `between` is called after each pass and each probe.
     """
-    x_means, latent_means, used = _text_means(model, subject, texts.windows, dict(norm_bounds or {}), between)
-    labels = texts.labels[used]
+    x, latents, is_used = _text_means(model, subject, texts.windows, dict(norm_bounds or {}), between)
+    labels = texts.labels[is_used]
     for label in np.unique(texts.labels):
         if (count := int((labels == label).sum())) < 2:
             raise EvaluationError(
@@ -99,42 +99,51 @@ def probe_accuracy(
                 "norm bounds drop the others; expected two or more: give the monitor the model and hooks that the "
                 "producers have"
             )
-    x, latents = torch.stack(x_means), torch.stack(latent_means)
-    found: dict[str, list[float]] = {}
+    return accuracy_by_k(x, latents, labels, between)
+
+
+def accuracy_by_k(
+    x: Tensor, latents: Tensor, labels: np.ndarray, between: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """The same from x [texts, d_in], latents [texts, d_sae] and labels [texts]."""
+    accuracies: dict[str, list[float]] = {}
     for label in np.unique(labels):
-        fit, test = _sides(labels == label)
+        fit, test = split_sides(labels == label)
         truth = torch.from_numpy(labels == label).to(x.device)
         difference = (latents[fit][truth[fit]].mean(0) - latents[fit][~truth[fit]].mean(0)).abs()
         best = difference.topk(min(max(SPARSITIES), latents.shape[1])).indices
         inputs = {str(k): latents[:, best[:k]] for k in SPARSITIES} | {"dense": x}
         for name, columns in inputs.items():
-            found.setdefault(name, []).append(_tested(columns[fit], truth[fit], columns[test], truth[test]))
+            accuracy = fitted_accuracy(columns[fit], truth[fit], columns[test], truth[test])
+            accuracies.setdefault(name, []).append(accuracy)
             between()
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    return {name: float(np.mean(values)) for name, values in accuracies.items()}
 
 
 def _text_means(
     model: LanguageModel, subject: Subject, windows: Windows, bounds: NormBounds, between: Callable[[], None]
-) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
-    """(x, latents, used): means over each text's rows, float32 [d]; texts without a row are not used."""
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """(x, latents, is_used): means over each text's tokens, float32 [texts, d]; texts without a token are not used."""
     hooks = [hook.name for hook in model.hooks]
-    x_means, latent_means, used = [], [], []
-    for tokens, kept, _ in passes(model, windows):
-        seen = dict(zip(hooks, model.activations(tokens), strict=True))
-        streamed = in_stream(seen, kept, bounds)
-        for text, rows in enumerate(streamed):
-            used.append(bool(rows.any()))
-            if used[-1]:
-                x = torch.cat([seen[hook][text][rows].float() for hook in subject.hooks.reads], 1)
-                pieces = x.split(DEFAULT_MEMORY.batch(subject.sae.W_enc.shape[1]))
-                latents = torch.stack([subject.sae.encode(piece).sum(0) for piece in pieces]).sum(0)
+    x_means, latent_means, is_used = [], [], []
+    for batch in passes(model, windows):
+        activations = dict(zip(hooks, model.activations(batch.tokens), strict=True))
+        streamed = in_stream(activations, batch.kept, bounds)
+        for text, positions in enumerate(streamed):
+            is_used.append(bool(positions.any()))
+            if is_used[-1]:
+                x = subject.input({hook: activations[hook][text][positions].float() for hook in subject.hooks.reads})
+                parts = x.split(DEFAULT_MEMORY.batch(subject.d_sae))
+                latents = torch.stack([subject.sae.encode(part).sum(0) for part in parts]).sum(0)
                 latent_means.append(latents / len(x))
                 x_means.append(x.mean(0))
         between()
-    return x_means, latent_means, np.array(used, bool)
+    if not x_means:
+        return torch.zeros(0), torch.zeros(0), np.array(is_used, bool)
+    return torch.stack(x_means), torch.stack(latent_means), np.array(is_used, bool)
 
 
-def _sides(is_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split_sides(is_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(fit, test): as many texts with the label as without, half of both in each; always the same ones."""
     random = np.random.default_rng(0)
     sides = [random.permutation(np.flatnonzero(side)) for side in (is_label, ~is_label)]
@@ -145,7 +154,7 @@ def _sides(is_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _tested(fit: Tensor, fit_truth: Tensor, test: Tensor, test_truth: Tensor) -> float:
+def fitted_accuracy(fit: Tensor, fit_truth: Tensor, test: Tensor, test_truth: Tensor) -> float:
     """Accuracy on `test` of a logistic regression fitted to `fit`, both [texts, columns]."""
     centre, scale = fit.mean(0), fit.std(0)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -159,15 +168,15 @@ def fit_logistic(x: Tensor, truth: Tensor) -> Tensor:
     None is needed: each side has half of the texts.
     """
     weights = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")
     target = truth.to(x.dtype)
 
     def loss() -> Tensor:
-        optimiser.zero_grad()
-        of_texts = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, target)
-        total = of_texts + PENALTY / 2 * weights.square().sum()
+        optimizer.zero_grad()
+        error = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, target)
+        total = error + PENALTY / 2 * weights.square().sum()
         total.backward()
         return total
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     return weights.detach()

@@ -66,6 +66,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.saes.inference": ("trainer/saes/inference.py", "test_folding", "test_export"),
     "trainer.saes.start": ("trainer/saes/start.py", "test_export", "test_folding"),
     "monitor.evaluation.passes": ("monitor/evaluation/passes.py", "test_evaluate"),
+    "monitor.evaluation.tallies": ("monitor/evaluation/tallies.py", "test_evaluate"),
     "monitor.evaluation.evaluator": ("monitor/evaluation/evaluator.py", "test_evaluate"),
     "monitor.evaluation.results": ("monitor/evaluation/results.py", "test_metrics", "test_evaluate"),
     "monitor.evaluation.held_out": ("monitor/evaluation/held_out.py", "test_evaluate"),

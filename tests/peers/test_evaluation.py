@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Baseline, evaluate, load_subject
+from monitor.evaluation.evaluator import Baseline, evaluate
+from monitor.evaluation.subject import load_subject
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows, windows_of
 from producer.lm.loading import load_language_model

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, NormBounds, in_stream, passes, refuse_unknown_bounds
+from monitor.evaluation.subject import Subject
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.state.durable import new_file

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Subject
 from monitor.evaluation.latents.activations import GONE, LatentActivations, load_latents
 from monitor.evaluation.latents.views import Order
+from monitor.evaluation.subject import Subject
 from monitor.files import is_within
 from monitor.run_directory import LATENTS, NotThere, explained_in, explained_saes, is_explained, read_json
 from trainer.saes.inference import InferenceSae

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from monitor.evaluation.evaluator import Baseline, Subject, evaluate
+from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.held_out import held_out_windows
+from monitor.evaluation.subject import Subject
 from producer.corpus import open_corpus
 from producer.lm.loading import load_language_model
 from tests.benchmarks.quality import activations
