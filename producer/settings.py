@@ -37,7 +37,7 @@ class RunSettings(Table):
     directory: PathText = "runs/run"
     """Folder of the run: checkpoint, snapshots, metrics.jsonl, summary.json. Created when missing."""
     tokens: Positive | None = Field(default=None, examples=[1_000_000])
-    """Rows to train on before the run ends; without it, the run ends with the data."""
+    """Tokens to train on before the run ends; without it, the run ends with the data."""
     seed: Annotated[Whole, Field(ge=0, le=2**53)] = 0
     """Seeds the order of shards, the draw from the buffer and the initial weights."""
     threads: Positive | None = None
@@ -65,9 +65,9 @@ class StreamSettings(Table):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of activations on the wire and in the buffer."""
     heartbeat_seconds: SocketSeconds = 1.0
-    """Both sides say that they live this often."""
+    """Each side sends a heartbeat this often."""
     dead_seconds: SocketSeconds = 10.0
-    """A side silent for this long is taken for dead; its leases return."""
+    """A side silent for this long counts as dead; its leases return."""
     stall_seconds: SecondsOrNever = 120.0
     """A producer that lives, has credit and makes no progress on its shard for this long loses the lease."""
     patience_seconds: SecondsOrNever = 300.0
@@ -116,7 +116,7 @@ class ModelSettings(Table):
 
 
 class CorpusSettings(Table):
-    """[corpus]: which text, how it becomes windows of tokens, and which rows are kept."""
+    """[corpus]: which text, how it becomes windows of tokens, and which positions are streamed."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "synthetic"] = "stdlib"
     """stdlib: Python's own sources. text, jsonl, parquet: files. huggingface: a dataset by name (extra `hf`).
@@ -139,7 +139,7 @@ class CorpusSettings(Table):
     """Number format of files without a header, for kind tokens."""
     shard_bytes: Positive = 1_000_000
     """About how much text one shard holds (text, jsonl, tokens); a shard is what one producer works on at a time. Where
-    shards are unlike, several should fit into buffer.rows: a row is about four bytes of text, or one token."""
+    shards are unlike, several should fit into buffer.rows: one token is about four bytes of text."""
     max_document_bytes: Positive = 16_000_000
     """The longest document: a line of jsonl, a text.gz file, a row of parquet or of a dataset. A longer one fails its
     shard. Tokenizing takes about 200 bytes of memory for each."""
@@ -152,10 +152,10 @@ class CorpusSettings(Table):
     prepend_bos: bool = True
     """Start each window with the tokenizer's BOS token, where it has one."""
     exclude_special: bool = True
-    """Keep no row of a BOS, EOS, padding or other special token."""
+    """Stream no activation of a BOS, EOS, padding or other special token."""
     outlier_factor: float = Field(default=10.0, ge=0.0)
-    """Drop rows whose norm exceeds this many times the median of the corpus' first windows (attention sinks); 0 keeps
-    all."""
+    """Drop activations whose norm exceeds this many times the median of the corpus' first windows (attention sinks); 0
+    keeps all."""
     synthetic: SyntheticSettings | None = None
     """[corpus.synthetic], for kind synthetic."""
 
@@ -175,14 +175,14 @@ class CorpusSettings(Table):
 
 
 class SyntheticSettings(Table):
-    """[corpus.synthetic]: rows that are sparse sums of known unit directions (Sharkey et al. 2022)."""
+    """[corpus.synthetic]: activations that are sparse sums of known unit directions (Sharkey et al. 2022)."""
 
     d_in: Positive = Field(examples=[64])
-    """Width of a row."""
+    """Width of an activation."""
     features: Positive = Field(examples=[128])
     """How many true directions there are."""
     active: float = Field(default=5.0, gt=0.0)
-    """Mean number of true features in a row."""
+    """Mean number of true features in an activation."""
     decay: float = Field(default=1.0, gt=0.0, le=1.0)
     """Feature i is decay**i as frequent as feature 0; 1 makes all equally frequent."""
     correlated: bool = False
@@ -202,7 +202,7 @@ class SyntheticSettings(Table):
 
 
 def deterministic_fault(run: RunSettings, model: ModelSettings | None) -> str | None:
-    """What is left to measurements that differ from time to time, and what to set; None when nothing is."""
+    """Names a setting that leaves a deterministic run to measurements, and what to set; None when none does."""
     if run.deterministic and model is not None and model.dtype == "auto":
         return 'run.deterministic needs model.dtype = "float32" or "bfloat16": "auto" is measured at each start'
     return None
@@ -229,7 +229,7 @@ class MetricsSettings(BaseModel):
 
 
 class ProducerSettings(BaseModel):
-    """What a producer reads of the run file."""
+    """The tables of the run file that a producer reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -3,16 +3,17 @@
 A message is a msgpack map (`v`, `kind` and the fields below), followed for CHUNK and LEASE by one raw frame:
 
     CHUNK payload    for each hook in HELLO's order: rows × width numbers, row-major, little-endian
-    LEASE payload    one bit per position of the shard (window × context + offset), set when the row is already had
+    LEASE payload    one bit per position of the shard (window × context + offset), set where the trainer has it already
 
-Everything from the other side is checked here, field by field, before anyone looks at it: a fault raises WireError
-with a kind that can be counted. Unknown fields are ignored, so that a newer peer may say more. No pickle, no torch.
+Everything from the other side is checked here, field by field, before any other code uses it: a fault raises
+WireError with a kind that can be counted. Unknown fields are ignored, so that a newer peer may say more. No pickle, no
+torch.
 
 A connection holds one session: a second HELLO on it ends the first. One that has no session, because no HELLO came or
 was accepted, is closed after ten seconds, and so is one on which more bytes came of a message without an end than its
-credit allows. What a run streams (the fingerprint and all that goes with it) is settled by the first rows that are
-taken. Until then a producer that differs from those at work is told to come again, and when they have left, its own
-facts count.
+credit allows. What a run streams (the fingerprint and all that goes with it) is settled by the first activations
+that the trainer accepts. Until then a producer that differs from those at work is told to come again, and when they
+have left, its own facts count.
 
 REVOKE of the protocol's first draft is not needed: a producer that stalls loses its whole session, because the
 credit it holds must return together with its leases.
@@ -34,7 +35,7 @@ MAX_CHUNK_BYTES = 64 * 1024 * 1024
 MAX_CHUNK_POSITIONS = 8 * 30 * 1024
 """windows × context of one chunk: two masks of so many bits and the other fields fit into a header."""
 TARGET_CHUNK_BYTES = 2 * 1024 * 1024
-"""What a producer aims at: large enough to be fast, small enough that a heartbeat never waits long behind one."""
+"""The size that producers aim at: fast, and small enough that a heartbeat never waits long behind a chunk."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -71,26 +72,26 @@ class Hook(BaseModel):
 
 
 class Hello(Message):
-    """producer → trainer: who I am and what I would stream. Answered by WELCOME or REJECT."""
+    """producer → trainer: who the producer is and what it would stream. Answered by WELCOME or REJECT."""
 
     kind = "HELLO"
     producer: Word
-    """Random, constant over a process' life: a new session of the same producer ends its old one."""
+    """Random, constant over the life of a process: a new session of the same producer ends its old one."""
     session: Word
     """Random for each session."""
     name: Text
     """For people: host and process."""
     fingerprint: Word
-    """Over all that decides the rows: files, tokenizer, windows, exclusions, hooks, model and revision."""
+    """Over all that decides the activations: files, tokenizer, windows, exclusions, hooks, model and revision."""
     shards: Annotated[int, Field(gt=0, le=2**24)]
     held_out: Annotated[float, Field(ge=0, lt=1)]
     context: Annotated[int, Field(gt=0, le=2**17)]
     hooks: Annotated[list[Hook], Field(min_length=1, max_length=256)]
     dtype: Literal["bfloat16", "float32"]
     chunk_rows: Annotated[int, Field(gt=0, lt=2**24)]
-    """No chunk of mine has more rows than this; the unit of credit."""
+    """Most activations in one chunk of this producer; the unit of credit."""
     norm_bounds: list[Annotated[float, Field(gt=0)]] | None
-    """Proposed bound per hook above which a row is an outlier; that of the HELLO which settles the run holds for it."""
+    """Per hook, the norm above which an activation is an outlier; the HELLO that settles the run decides for all."""
     provenance: dict[Word, JsonValue]
     """Facts for the snapshot: model, revision, corpus, exclusions, self-check."""
 
@@ -128,7 +129,7 @@ class Reject(Message):
 
 
 class Lease(Message):
-    """trainer → producer: work on this shard. The payload frame masks the rows that are already had."""
+    """trainer → producer: work on this shard. The payload frame masks the activations that the trainer has already."""
 
     kind = "LEASE"
     shard: Count
@@ -144,7 +145,7 @@ class Credit(Message):
 
 
 class Chunk(Message):
-    """producer → trainer: the rows of a few windows. The payload frame holds their activations."""
+    """producer → trainer: a few windows of a shard. The payload frame holds their activations."""
 
     kind = "CHUNK"
     number: Count
@@ -157,20 +158,20 @@ class Chunk(Message):
     windows: Annotated[int, Field(gt=0, le=2**20)]
     rows: Count
     kept: Bits
-    """One bit per position of these windows: the rows in the payload, in order."""
+    """One bit per position of these windows: the activations in the payload, in order."""
     outliers: Bits
-    """Empty, or one bit per position: rows named as discarded because of their norm."""
+    """Empty, or one bit per position: activations that are dropped because of their norm."""
 
 
 class ShardEnd(Message):
-    """producer → trainer: every row of the shard was sent, named as an outlier, or masked."""
+    """producer → trainer: every activation of the shard was sent, named as an outlier, or masked."""
 
     kind = "SHARD_END"
     shard: Count
     epoch: Count
     attempt: Count
     rows: Count
-    """All rows of the shard, those masked by the lease included."""
+    """All activations of the shard, those masked by the lease included."""
 
 
 class ShardFail(Message):
@@ -185,7 +186,7 @@ class ShardFail(Message):
 
 
 class Heartbeat(Message):
-    """Both directions: I live, and this far I have come (windows done by a producer, steps by a trainer)."""
+    """Both directions: the sender lives, and its progress (a producer's passes and chunks, a trainer's steps)."""
 
     kind = "HEARTBEAT"
     progress: Count
@@ -199,7 +200,7 @@ class Drain(Message):
 
 
 class Bye(Message):
-    """producer → trainer: I leave; my leases are free."""
+    """producer → trainer: the producer leaves; its leases are free."""
 
     kind = "BYE"
 
@@ -228,10 +229,10 @@ def decode(header: bytes | memoryview) -> Message:
         raise WireError("garbage", f"header is a {type(fields).__name__}, not a map")
     version, kind = fields.get("v"), fields.get("kind")
     if type(version) is not int or version != VERSION:
-        raise WireError("version", f"protocol version {_shown(version)}; this side speaks {VERSION}")
+        raise WireError("version", f"protocol version {_excerpt(version)}; this side speaks {VERSION}")
     message = KINDS.get(kind) if isinstance(kind, str) else None
     if message is None:
-        raise WireError("kind", f"unknown kind {_shown(kind)}")
+        raise WireError("kind", f"unknown kind {_excerpt(kind)}")
     try:
         return message.model_validate(fields)
     except ValidationError as error:
@@ -245,26 +246,26 @@ def _check_size(header: bytes | memoryview) -> None:
         raise WireError("size", f"header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed")
 
 
-def _shown(value: Any) -> str:
-    """A value from the other side, fit for an error; one that nests a thousand deep cannot even be printed."""
+def _excerpt(value: Any) -> str:
+    """A value from the other side, short enough for an error; one that nests a thousand deep cannot be printed."""
     return repr(value)[:80] if isinstance(value, str | int | float) else type(value).__name__
 
 
 def pack_bits(mask: np.ndarray) -> bytes:
-    """A bool array as bytes, first position in the lowest bit; trailing zero bytes are kept."""
+    """Packs a bool array into bytes, first position in the lowest bit; trailing zero bytes stay."""
     return np.packbits(mask.ravel(), bitorder="little").tobytes()
 
 
 def unpack_bits(bits: bytes | memoryview, count: int) -> np.ndarray:
-    """The first `count` bits as a bool array; bits beyond the end of `bits` are False."""
-    there = min(count, 8 * len(bits))
+    """Returns the first `count` bits as a bool array; bits beyond the end of `bits` are False."""
+    available = min(count, 8 * len(bits))
     mask = np.zeros(count, bool)
-    mask[:there] = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=there, bitorder="little")
+    mask[:available] = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=available, bitorder="little")
     return mask
 
 
 def held_out_shards(shards: int, fraction: float) -> list[int]:
-    """The shards never trained on: the `fraction` of them whose hashes come first, at least one if there are two.
+    """Returns the shards never trained on: the `fraction` whose hashes come first, at least one if there are two.
 
     A function of the number of shards alone, so that producer, trainer and evaluation agree without talking. The
     embedded language model was trained on the shards that this leaves, so the hash must never change.

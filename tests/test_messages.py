@@ -46,7 +46,7 @@ PORT = "is no port; expected 1 to 65535, or 0 for any free one"
 
 OVERRIDES: list[tuple[str, str]] = [
     # [run]: whole numbers, booleans, paths
-    ("run.tokens=1.5", f"run.tokens = 1.5: {WHOLE}, such as run.tokens = 1000000. Rows to train on"),
+    ("run.tokens=1.5", f"run.tokens = 1.5: {WHOLE}, such as run.tokens = 1000000. Tokens to train on"),
     ("run.tokens=1,000,000", f'run.tokens = "1,000,000": {WHOLE}, without quotes and units: 1_000_000.'),
     ("run.tokens=10M", f'run.tokens = "10M": {WHOLE}, without quotes and units: 10_000_000.'),
     ('run.tokens="1_000"', f'run.tokens = "1_000": {WHOLE}, without quotes and units: 1_000.'),
