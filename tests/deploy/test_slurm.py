@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.synthetic_run import RUN_FILE, free_ports
+
 SCRIPTS = Path(__file__).parents[2] / "deploy" / "slurm"
 BIN = Path(sys.executable).parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
@@ -60,40 +62,6 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMe
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=8000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
-
-RUN_FILE = """\
-[run]
-directory = "run"
-threads = 1
-[corpus]
-kind = "synthetic"
-epochs = 0
-context = 64
-[corpus.synthetic]
-d_in = 32
-features = 64
-[buffer]
-rows = 16_384
-[optimizer]
-batch = 1024
-warmup_tokens = 5_000
-[[sae]]
-name = "topk"
-architecture = "topk"
-d_sae = 128
-k = 8
-[monitor]
-trainer_port = 0
-producer_port = 0
-"""
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def wait_until(holds: Callable[[], object], seconds: float, what: str) -> None:
