@@ -33,7 +33,7 @@ class LeasedShard:
 
     shard: int
     windows: Windows
-    wanted: np.ndarray
+    missing: np.ndarray
     """bool [windows, context]: the activations to send."""
     norm_bounds: list[float] | None
     """Per hook; an activation of a larger norm is an outlier. None: nothing is."""
@@ -86,23 +86,25 @@ class Packer:
         chunks: list[PackedChunk] = []
         for part in chunk_slices(indices, self._chunk_windows, self._context):
             chunk_indices = indices[part]
-            wanted = leased.wanted[chunk_indices]
-            if not wanted.any():
+            missing = leased.missing[chunk_indices]
+            if not missing.any():
                 continue
-            kept, payload = self._pack_activations([x[part] for x in activations], wanted, leased.norm_bounds, pass_end)
-            # The windows of a chunk are a range; those in between that had nothing wanted hold no bits.
+            packed, payload = self._pack_activations(
+                [x[part] for x in activations], missing, leased.norm_bounds, pass_end
+            )
+            # The windows of a chunk are a range; those in between with nothing missing have no bits.
             first, count = int(chunk_indices[0]), int(chunk_indices[-1] - chunk_indices[0]) + 1
-            kept_bits, outlier_bits = np.zeros((2, count, self._context), bool)
-            kept_bits[chunk_indices - first] = kept
-            outlier_bits[chunk_indices - first] = wanted & ~kept
+            packed_bits, outlier_bits = np.zeros((2, count, self._context), bool)
+            packed_bits[chunk_indices - first] = packed
+            outlier_bits[chunk_indices - first] = missing & ~packed
             outliers = int(outlier_bits.sum())
             chunks.append(
                 PackedChunk(
                     first_window=first,
                     windows=count,
-                    rows=int(kept.sum()),
-                    kept=pack_bits(kept_bits),
-                    outliers=pack_bits(outlier_bits) if outliers else b"",
+                    rows=int(packed.sum()),
+                    kept_bits=pack_bits(packed_bits),
+                    outlier_bits=pack_bits(outlier_bits) if outliers else b"",
                     outlier_count=outliers,
                     payload=payload,
                 )
@@ -112,28 +114,28 @@ class Packer:
     def _pack_activations(
         self,
         activations: list[Tensor],
-        wanted: np.ndarray,
+        missing: np.ndarray,
         bounds: list[float] | None,
         pass_end: torch.cuda.Event | None,
     ) -> tuple[np.ndarray, memoryview]:
         """As `pack_activations`; on a GPU on a stream of its own, so that it waits for its own pass alone."""
         if self._copy_stream is None or pass_end is None:
-            return pack_activations(activations, wanted, bounds, self._dtype)
+            return pack_activations(activations, missing, bounds, self._dtype)
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(pass_end)
             for x in activations:
                 x.record_stream(self._copy_stream)
-            return pack_activations(activations, wanted, bounds, self._dtype)
+            return pack_activations(activations, missing, bounds, self._dtype)
 
 
 def pack_activations(
-    activations: list[Tensor], wanted: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
+    activations: list[Tensor], missing: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
 ) -> tuple[np.ndarray, memoryview]:
-    """(kept [windows, context], payload): the wanted activations within the bounds, hook after hook, as bytes."""
+    """(packed [windows, context], payload): the missing activations within the bounds, as bytes, hook after hook."""
     if activations[0].device.type == "cpu":
-        return _pack_on_cpu(activations, wanted, bounds, dtype)
+        return _pack_on_cpu(activations, missing, bounds, dtype)
     device = activations[0].device
-    keep = torch.from_numpy(wanted).to(device)
+    keep = torch.from_numpy(missing).to(device)
     if bounds is not None:
         for x, bound in zip(activations, bounds, strict=True):
             keep = keep & ~_is_outlier(x, bound)
@@ -142,16 +144,16 @@ def pack_activations(
     payload = torch.empty(sum(sizes), dtype=dtype, pin_memory=True)
     for block, x in zip(payload.split(sizes), activations, strict=True):
         block.view(rows, x.shape[-1]).copy_(x[keep], non_blocking=True)
-    kept = keep.cpu().numpy()
+    packed = keep.cpu().numpy()
     torch.cuda.current_stream(device).synchronize()
-    return kept, payload.view(torch.uint8).numpy().data
+    return packed, payload.view(torch.uint8).numpy().data
 
 
 def _pack_on_cpu(
-    activations: list[Tensor], wanted: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
+    activations: list[Tensor], missing: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
 ) -> tuple[np.ndarray, memoryview]:
     """The same in a fifth of the time: a norm is exact only near its bound, and each activation is copied once."""
-    kept = wanted
+    packed = missing
     flat = [x.reshape(-1, x.shape[-1]) for x in activations]
     for x, bound in zip(flat, bounds or [], strict=bounds is not None):
         norm = torch.linalg.vector_norm(x, dim=-1)
@@ -159,8 +161,8 @@ def _pack_on_cpu(
         if len(uncertain):
             outlier = np.zeros(len(x), bool)
             outlier[uncertain.numpy()] = _is_outlier(x[uncertain], bound).numpy()
-            kept = kept & ~outlier.reshape(kept.shape)
-    index = torch.from_numpy(np.flatnonzero(kept))
+            packed = packed & ~outlier.reshape(packed.shape)
+    index = torch.from_numpy(np.flatnonzero(packed))
     payload = torch.empty(len(index) * sum(x.shape[-1] for x in flat), dtype=dtype)
     for block, x in zip(payload.split([len(index) * x.shape[-1] for x in flat]), flat, strict=True):
         rows = block.view(len(index), x.shape[-1])
@@ -168,7 +170,7 @@ def _pack_on_cpu(
             torch.index_select(x, 0, index, out=rows)
         else:
             rows.copy_(x.index_select(0, index))
-    return kept, payload.view(torch.uint8).numpy().data
+    return packed, payload.view(torch.uint8).numpy().data
 
 
 def _is_outlier(x: Tensor, bound: float) -> Tensor:

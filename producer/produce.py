@@ -1,6 +1,6 @@
 """The loop: lease → windows → activations → chunks.
 
-    for each lease:   wanted = the shard's activations that the trainer does not have yet
+    for each lease:   missing = the shard's activations that the trainer does not have yet
         for each forward pass:   activations, then chunks of them (producer.packing), then send
 
 The language model is all that should take time. The text of the next lease is tokenized in a thread meanwhile. On a CPU
@@ -121,9 +121,9 @@ class Producer:
 
     def _passes(self, leased: LeasedShard) -> Iterator[np.ndarray]:
         """Yields the window indices of each forward pass."""
-        positions = leased.windows.kept if self._is_deterministic else leased.wanted
+        positions = leased.windows.kept if self._is_deterministic else leased.missing
         for indices in batches(leased.windows, positions, self._source.batch_windows):
-            if not leased.wanted[indices].any():
+            if not leased.missing[indices].any():
                 continue
             if (next_shard := self._link.next_shard) is not None:
                 self._text.prefetch(next_shard)

@@ -10,7 +10,7 @@ did not receive whole is leased again, to this producer or to another.
 In reading order:
 
     link            Link: what the loop calls
-    session         Session: terms, leases and credit of one session; PackedChunk
+    session         ProducerSession: terms, leases and credit of one session; PackedChunk
     shared          what the loop's thread and the socket's thread share
     socket_thread   the sessions one after the other: messages, silence, patience
     connection      one socket, and what wakes the thread that waits on it

@@ -44,7 +44,7 @@ class WakeUp:
         self._writer.close()
 
 
-class Connection:
+class TrainerConnection:
     """A socket to the trainer, from construction to `close`. For one thread."""
 
     def __init__(self, context: zmq.Context, settings: StreamSettings, wake_up: WakeUp) -> None:
@@ -79,7 +79,7 @@ class Connection:
                 f"stream.endpoint = {show_value(settings.endpoint)} is no address: {error.strerror}"
             ) from None
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> TrainerConnection:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,15 +12,15 @@ Payload = bytes | memoryview
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """The activations of a few windows of one shard, ready to be sent; the fields are those of the message CHUNK."""
+    """The activations of a few windows of one shard, ready to be sent as a CHUNK message."""
 
     first_window: int
     windows: int
     rows: int
     """Activations in the payload."""
-    kept: bytes
+    kept_bits: bytes
     """One bit per position: which activations the payload holds."""
-    outliers: bytes
+    outlier_bits: bytes
     """Empty, or one bit per position: which activations are dropped for their norm."""
     outlier_count: int
     payload: Payload
@@ -28,7 +28,7 @@ class PackedChunk:
 
 
 @dataclass(eq=False)
-class Session:
+class ProducerSession:
     """The producer's view of one session. Times are seconds of `time.monotonic`."""
 
     name: str
@@ -70,8 +70,8 @@ class Session:
             first_window=chunk.first_window,
             windows=chunk.windows,
             rows=chunk.rows,
-            kept=chunk.kept,
-            outliers=chunk.outliers,
+            kept=chunk.kept_bits,
+            outliers=chunk.outlier_bits,
         )
 
     def is_heartbeat_due(self, now: float) -> bool:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import deque
 
-from producer.link.session import Payload, Session
+from producer.link.session import Payload, ProducerSession
 from producer.wire import Hello, Message
 
 
@@ -17,7 +17,7 @@ class SharedState:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         """Notified whenever a thread that waits may go on."""
-        self.session = Session("", time.monotonic())
+        self.session = ProducerSession("", time.monotonic())
         self.outbox: deque[tuple[Message, Payload | None]] = deque()
         """Messages that the socket has not taken yet, each with its payload."""
         self.ending: Exception | None = None
@@ -29,10 +29,10 @@ class SharedState:
         self.sessions = 0
         """Sessions that a trainer has accepted."""
 
-    def open_session(self, hello: Hello) -> Session:
+    def open_session(self, hello: Hello) -> ProducerSession:
         """Begins a session with its HELLO in the outbox; what waited there was for the last session."""
         with self.changed:
-            self.session = session = Session(uuid.uuid4().hex, time.monotonic())
+            self.session = session = ProducerSession(uuid.uuid4().hex, time.monotonic())
             self.outbox.clear()
             self.outbox.append((hello.model_copy(update={"session": session.name}), None))
             self.changed.notify_all()
@@ -41,7 +41,7 @@ class SharedState:
     def drop_session(self) -> None:
         """Ends the current session: its leases are lost."""
         with self.changed:
-            self.session = Session("", time.monotonic())
+            self.session = ProducerSession("", time.monotonic())
             self.changed.notify_all()
 
     def end(self, reason: Exception) -> None:
@@ -50,5 +50,5 @@ class SharedState:
             self.ending = self.ending or reason
             self.changed.notify_all()
 
-    def is_current(self, session: Session) -> bool:
+    def is_current(self, session: ProducerSession) -> bool:
         return self.ending is None and self.session is session

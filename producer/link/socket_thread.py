@@ -11,10 +11,10 @@ import zmq
 from producer.common.formatting import format_duration
 from producer.common.logs import OutsideLog
 from producer.common.shell import shell_command
-from producer.link.connection import Connection, WakeUp
+from producer.link.connection import TrainerConnection, WakeUp
 from producer.link.errors import Finished, NoTrainer, RefusedByTrainer
 from producer.link.handshakes import HandshakeFailures
-from producer.link.session import Session
+from producer.link.session import ProducerSession
 from producer.link.shared import SharedState
 from producer.settings import StreamSettings
 from producer.wire import Credit, Drain, Heartbeat, Hello, Lease, Message, Reject, Welcome, WireError, decode
@@ -86,7 +86,7 @@ class SocketThread:
     def _run_session(self, search: Search) -> bool:
         """One session from HELLO to its end; True when a trainer accepted it."""
         state = self._state
-        with Connection(self._context, self.settings, self._wake_up) as connection:
+        with TrainerConnection(self._context, self.settings, self._wake_up) as connection:
             session = state.open_session(self.hello)
             while state.is_current(session):
                 self._receive(connection, session)
@@ -100,7 +100,7 @@ class SocketThread:
                 self._check_times(session, search, time.monotonic())
         return session.welcome is not None
 
-    def _check_times(self, session: Session, search: Search, now: float) -> None:
+    def _check_times(self, session: ProducerSession, search: Search, now: float) -> None:
         """Ends a session in which the trainer is silent. Raises NoTrainer where the search takes too long."""
         if session.is_silent(now):
             silence = format_duration(now - session.received_at)
@@ -112,7 +112,7 @@ class SocketThread:
                 # The trainer that took our HELLO died before it answered: the next one knows nothing of us.
                 self._state.drop_session()
 
-    def _receive(self, connection: Connection, session: Session) -> None:
+    def _receive(self, connection: TrainerConnection, session: ProducerSession) -> None:
         """Waits for the trainer or for something to send, and handles one message."""
         frames = connection.receive()
         if frames is None:
@@ -133,7 +133,9 @@ class SocketThread:
             self._handle(connection, session, message, frames[1] if len(frames) > 1 else b"")
             self._state.changed.notify_all()
 
-    def _handle(self, connection: Connection, session: Session, message: Message, payload: bytes) -> None:
+    def _handle(
+        self, connection: TrainerConnection, session: ProducerSession, message: Message, payload: bytes
+    ) -> None:
         """Acts on one message; the lock is held."""
         if isinstance(message, Welcome) and message.session == session.name:
             session.welcome = message
@@ -149,7 +151,7 @@ class SocketThread:
         elif isinstance(message, Drain):
             self._handle_drain(connection, message)
 
-    def _handle_reject(self, session: Session, reject: Reject) -> None:
+    def _handle_reject(self, session: ProducerSession, reject: Reject) -> None:
         if not reject.retry:
             self._state.end(RefusedByTrainer(f"refused by the trainer: {reject.reason}"))
             return
@@ -158,7 +160,7 @@ class SocketThread:
         if session.welcome is None:
             self._state.changed.wait(timeout=RETRY_SECONDS)
 
-    def _handle_drain(self, connection: Connection, drain: Drain) -> None:
+    def _handle_drain(self, connection: TrainerConnection, drain: Drain) -> None:
         connection.close_with_bye()
         if drain.finished:
             self._state.end(Finished())
@@ -168,7 +170,7 @@ class SocketThread:
         # It closes its socket in a moment: a new session now would talk to the old process.
         self._state.changed.wait(timeout=RETRY_SECONDS)
 
-    def _send(self, connection: Connection, session: Session) -> None:
+    def _send(self, connection: TrainerConnection, session: ProducerSession) -> None:
         """Sends a heartbeat when one is due, and what waits in the outbox while the socket takes it."""
         now = time.monotonic()
         if session.is_heartbeat_due(now):

@@ -47,7 +47,7 @@ def chunk_of(width: int, number: int, payload: memoryview) -> PackedChunk:
     rows = chunk_rows(width)
     windows = rows // CONTEXT
     kept = pack_bits(np.ones(rows, bool))
-    return PackedChunk(number * windows, windows, rows, kept, outliers=b"", outlier_count=0, payload=payload)
+    return PackedChunk(number * windows, windows, rows, kept, outlier_bits=b"", outlier_count=0, payload=payload)
 
 
 def through_link(endpoint: str, keys: str | None, width: int) -> None:
@@ -72,8 +72,11 @@ def through_link(endpoint: str, keys: str | None, width: int) -> None:
 def bare(endpoint: str, keys: str | None, width: int) -> None:
     payload = payload_of(width)
     chunk = chunk_of(width, 0, payload)
-    fields = {name: getattr(chunk, name) for name in ("first_window", "windows", "rows", "kept", "outliers")}
-    header = encode(Chunk(number=1, incarnation="i", shard=0, epoch=0, attempt=1, **fields))
+    message = Chunk(
+        number=1, incarnation="i", shard=0, epoch=0, attempt=1, first_window=chunk.first_window,
+        windows=chunk.windows, rows=chunk.rows, kept=chunk.kept_bits, outliers=chunk.outlier_bits,
+    )  # fmt: skip
+    header = encode(message)
     socket = zmq.Context().socket(zmq.DEALER)
     socket.sndhwm = 8
     if keys is not None:
