@@ -51,10 +51,10 @@ from torch import Tensor
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import (
     DEFAULT_MEMORY,
-    Batch,
     MemoryLimits,
     NormBounds,
     Replacement,
+    WindowBatch,
     in_stream,
     passes,
     recording,
@@ -116,7 +116,7 @@ def evaluate(
     for batch in passes(model, windows, memory):
         targets = batch.tokens[:, 1:][batch.predicted]
 
-        def log_probabilities(replacements: dict[str, Replacement], batch: Batch = batch) -> Tensor:
+        def log_probabilities(replacements: dict[str, Replacement], batch: WindowBatch = batch) -> Tensor:
             logits = model.logits(batch.tokens, replacements)[:, :-1][batch.predicted]
             between()
             return torch.log_softmax(logits.float(), -1)

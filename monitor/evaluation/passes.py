@@ -20,7 +20,7 @@ Replacement = Callable[[Tensor], Tensor]
 """Takes the activations [windows, context, width] of a hook and returns those to continue with."""
 
 
-class Batch(NamedTuple):
+class WindowBatch(NamedTuple):
     """Some windows of text, on the model's device."""
 
     tokens: Tensor
@@ -55,14 +55,14 @@ def windows_in_memory(model: LanguageModel, context: int, memory: MemoryLimits =
     return max(1, memory.logits // (context * model.vocabulary))
 
 
-def passes(model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAULT_MEMORY) -> Iterator[Batch]:
+def passes(model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAULT_MEMORY) -> Iterator[WindowBatch]:
     """Batches of as many windows as their logits fit into memory."""
     count = windows_in_memory(model, windows.ids.shape[1], memory)
     for start in range(0, len(windows.ids), count):
         batch = slice(start, start + count)
         real = ~windows.padded[batch]
         parts = (windows.ids[batch], windows.kept[batch], real[:, :-1] & real[:, 1:])
-        yield Batch(*(torch.from_numpy(part).to(model.device) for part in parts))
+        yield WindowBatch(*(torch.from_numpy(part).to(model.device) for part in parts))
 
 
 def recording(hooks: Sequence[str], recorded: dict[str, Tensor]) -> dict[str, Replacement]:
