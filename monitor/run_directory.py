@@ -1,7 +1,7 @@
-"""What a run directory tells, read while the trainer writes to it. Light: JSON, TOML and the snapshots' contract.
+"""The contents of a run directory, read while the trainer writes to it. Light: JSON, TOML and the snapshots' contract.
 
-Every file may be missing, and a snapshot may be retired between two lines of code; what is absent is None, never an
-error. What a link leads to outside of the run directory, or of a snapshot, counts as absent.
+Every file may be missing, and a snapshot may be retired at any moment; what is absent is None, never an error. The
+target of a link that leads out of the run directory, or of a snapshot, counts as absent.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from trainer.saes.hooks import SaeHooks
 from trainer.snapshot import SnapshotError, is_pinned
 
 SILENT_SECONDS = 120.0
-"""A report older than this tells how it was, not how it is."""
+"""A report older than this says nothing about the present."""
 LATENTS = "latents.safetensors"
 """Activations of an SAE's latents on held-out text (`monitor.evaluation.latents`), beside it in its snapshot."""
 
 
-class NotThere(LookupError):
-    """What was asked for does not exist (yet); `str(error)` says what does."""
+class NotFoundError(LookupError):
+    """The snapshot, SAE or latent does not exist (yet); `str(error)` says what does."""
 
 
 def why_not_ready(run_directory: Path) -> str | None:
@@ -41,9 +41,9 @@ def why_not_ready(run_directory: Path) -> str | None:
 
 
 def read_run(run_directory: Path) -> dict[str, Any]:
-    """The run as it stands: state (waiting, running, finished), settings, newest report, summary, newest snapshot.
+    """The JSON of /v1/run: state (waiting, running, finished), settings, newest report, summary, newest snapshot.
 
-    `silent_seconds` is the newest report's age: a trainer that was killed says nothing, nor does one that waits.
+    `silent_seconds` is the newest report's age: a trainer that was killed, or waits, reports nothing.
     """
     # The summary comes after the last snapshot: asked in this order, a finished run shows it.
     state = "finished" if is_finished(run_directory) else "waiting" if why_not_ready(run_directory) else "running"
@@ -61,48 +61,49 @@ def read_run(run_directory: Path) -> dict[str, Any]:
 
 
 def is_finished(run_directory: Path) -> bool:
-    """True once the summary is there; a run that was extended keeps the old one, so later reports overrule it."""
+    """Whether the summary is there; a run that was extended keeps the old one, so later reports overrule it."""
     summary, report = read_json(run_directory / "summary.json", run_directory), last_report(run_directory)
     return summary is not None and (report is None or report.get("tokens", 0) <= summary.get("tokens", 0))
 
 
 def is_training(run_directory: Path) -> bool:
-    """True while a trainer reports, and for a while after it has fallen silent."""
+    """Whether a trainer reports, or has done so in the last SILENT_SECONDS."""
     report = last_report(run_directory)
-    recent = report is not None and time.time() - report.get("time", 0.0) < SILENT_SECONDS
-    return recent and not is_finished(run_directory)
+    is_recent = report is not None and time.time() - report.get("time", 0.0) < SILENT_SECONDS
+    return is_recent and not is_finished(run_directory)
 
 
 @dataclass(frozen=True)
 class SnapshotPage:
-    """Some of a run's snapshots: `entries`, oldest first, as the service lists them."""
+    """Some of a run's snapshots."""
 
     entries: list[dict[str, Any]]
+    """In the JSON of /v1/snapshots, oldest first."""
     count: int
-    """Of all snapshots of the run."""
+    """Number of all snapshots of the run."""
     older: str | None
-    """The name before which the next page ends; None when this page has the oldest."""
+    """The name before which the next page ends; None when this page has the oldest snapshot."""
 
 
 def read_page(run_directory: Path, limit: int, before: str | None = None) -> SnapshotPage:
     """The newest `limit` snapshots, or the newest of those that are older than `before`.
 
     An entry has the SAEs' metrics and evaluations but not the settings. One that has not changed is the same object as
-    last time, and is not to be changed by who gets it.
+    last time: the caller must not modify it.
     """
     names = index_of(run_directory).names()
     end = len(names) if before is None else bisect_left(names, before)
-    shown = names[max(0, end - limit) : end]
-    entries = [entry for name in shown if (entry := read_entry(run_directory, name)) is not None]
-    return SnapshotPage(entries, len(names), shown[0] if shown and end > limit else None)
+    page = names[max(0, end - limit) : end]
+    entries = [entry for name in page if (entry := read_entry(run_directory, name)) is not None]
+    return SnapshotPage(entries, len(names), page[0] if page and end > limit else None)
 
 
 def read_entry(run_directory: Path, name: str) -> dict[str, Any] | None:
-    """One snapshot of the list; None when it is gone or cannot be read."""
+    """One snapshot in the JSON of /v1/snapshots; None when it is gone or cannot be read."""
     folder = run_directory / "snapshots" / name
     try:
-        evaluated = [written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder)["saes"]]
-        return _entry(folder, written_ns(folder / "manifest.json"), tuple(evaluated), is_pinned(folder))
+        evaluation_times = [written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder)["saes"]]
+        return _entry(folder, written_ns(folder / "manifest.json"), tuple(evaluation_times), is_pinned(folder))
     except SnapshotError:
         return None
 
@@ -119,48 +120,40 @@ def newest_evaluations(run_directory: Path) -> dict[str, Evaluation]:
 
 
 def snapshots_with(run_directory: Path, sae: str, after: str = "") -> list[str]:
-    """The snapshots beyond `after` that hold this SAE, oldest first.
-
-    What no manifest names is in none, whatever its path leads to.
-    """
+    """The snapshots beyond `after` whose manifest names this SAE, oldest first."""
     names = index_of(run_directory).names()
-    found = []
-    for name in names[bisect_right(names, after) :]:
-        with suppress(SnapshotError):  # retired a moment ago
-            if sae in manifest_of(run_directory / "snapshots" / name)["saes"]:
-                found.append(name)
-    return found
+    return [name for name in names[bisect_right(names, after) :] if _holds(run_directory, name, sae)]
 
 
-def first_to(run_directory: Path, sae: str, last: str) -> list[str]:
+def snapshots_until(run_directory: Path, sae: str, last: str) -> list[str]:
     """The snapshots from the first that holds this SAE to the one called `last`, which does.
 
-    An SAE is in all snapshots from its first to its last, so that a few manifests tell which is the first.
+    An SAE is in all snapshots from its first to its last, so a binary search over the manifests finds the first.
     """
     names = index_of(run_directory).names()
     names = names[: bisect_right(names, last)]
-
-    def holds(name: str) -> bool:
-        with suppress(SnapshotError):
-            return sae in manifest_of(run_directory / "snapshots" / name)["saes"]
-        return False  # retired a moment ago, as the oldest are
-
-    return names[bisect_left(names, True, key=holds) :]
+    return names[bisect_left(names, True, key=lambda name: _holds(run_directory, name, sae)) :]
 
 
-def explained_in(run_directory: Path, sae: str) -> str | None:
-    """The newest snapshot in which this SAE's latents have been looked at."""
+def _holds(run_directory: Path, name: str, sae: str) -> bool:
+    with suppress(SnapshotError):
+        return sae in manifest_of(run_directory / "snapshots" / name)["saes"]
+    return False  # retired a moment ago
+
+
+def newest_with_latents(run_directory: Path, sae: str) -> str | None:
+    """The newest snapshot that has the activations of this SAE's latents."""
     return index_of(run_directory).newest_with(sae, LATENTS)
 
 
-def is_explained(run_directory: Path, name: str, sae: str) -> bool:
-    """Whether they have been in the snapshot called `name`."""
+def has_latents(run_directory: Path, name: str, sae: str) -> bool:
+    """Whether the snapshot called `name` has the activations of this SAE's latents."""
     return name in index_of(run_directory).names() and index_of(run_directory).has(name, sae, LATENTS)
 
 
-def explained_saes(run_directory: Path) -> list[dict[str, Any]]:
-    """The SAEs of the newest snapshot, each with the `snapshot` in which its latents can be read, None without one."""
-    return [{"name": sae, "snapshot": explained_in(run_directory, sae)} for sae in _newest_saes(run_directory)]
+def saes_with_latents(run_directory: Path) -> list[dict[str, Any]]:
+    """The JSON of /v1/latents: each SAE of the newest snapshot, and the newest `snapshot` with its latents."""
+    return [{"name": sae, "snapshot": newest_with_latents(run_directory, sae)} for sae in _newest_saes(run_directory)]
 
 
 def _newest_saes(run_directory: Path) -> list[str]:
@@ -172,8 +165,8 @@ def _newest_saes(run_directory: Path) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _entry(folder: Path, written_ns: int, evaluated_ns: tuple[int, ...], pinned: bool) -> dict[str, Any]:
-    """One snapshot of the list, made once for as long as none of its files changes."""
+def _entry(folder: Path, written_ns: int, evaluations_ns: tuple[int, ...], pinned: bool) -> dict[str, Any]:
+    """One snapshot of the list, cached for as long as none of its files changes."""
     manifest = manifest_of(folder)
     saes = {
         sae: {"metrics": metrics, "evaluation": read_json(folder / sae / EVALUATION, folder)}

@@ -1,8 +1,7 @@
-"""Which snapshots a run directory holds, remembered from look to look: a look costs what has changed, not the history.
+"""The snapshots in a run directory, cached: a look costs what has changed since the last one, not the history.
 
-A snapshot is a folder of its own in the run directory, and so are the files in it: a link that leads out of it is not
-followed, wherever it stands. Only the folder `snapshots` itself may be a link, to another disk. What belongs to nobody
-on the outside is not read, so none of it can be served.
+A snapshot is a real folder in the run directory, with real files in it: a link that leads out of it is not followed, so
+that nothing outside can be served. Only the folder `snapshots` itself may be a link, to another disk.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from monitor.files import is_within
 from trainer.snapshot import NAME, SnapshotError, read_manifest
 
 CLOCK_TICK_NS = 1_000_000_000
-"""Safely more than that of any file system's clock."""
-LOOKED_BACK = 50
-"""Snapshots in which a file that was not there may have come later: what evaluates them begins with the newest."""
+"""More than a tick of any file system's clock."""
+RECHECKED_SNAPSHOTS = 50
+"""The newest snapshots, in which a missing file may have been added since: they are evaluated from the newest on."""
 
 
 def index_of(run_directory: Path) -> SnapshotIndex:
-    """The index of one run directory, the same one for all who ask."""
+    """The index of a run directory, which all callers share."""
     return _index_at(Path(os.path.abspath(run_directory)))
 
 
@@ -34,7 +33,7 @@ def _index_at(run_directory: Path) -> SnapshotIndex:
 
 
 class SnapshotIndex:
-    """The complete snapshots of one run directory, which need not exist yet. Any thread may ask."""
+    """The complete snapshots of one run directory, which need not exist yet. Safe to use from several threads."""
 
     def __init__(self, run_directory: Path) -> None:
         self._folder = run_directory / "snapshots"
@@ -42,14 +41,14 @@ class SnapshotIndex:
         self._names: list[str] = []
         self._complete: frozenset[str] = frozenset()
         self._incomplete: list[str] = []
-        """Folders without a manifest, which may come."""
+        """Folders that have no manifest yet."""
         self._stamp: tuple[int, int] | None = None
         """Inode and time of change of the folder when it was listed; None when it is to be listed again."""
         self._newest: dict[tuple[str, str], tuple[str | None, str]] = {}
-        """By SAE and file: the newest snapshot that has it, and the newest snapshot of that look."""
+        """By SAE and file: the newest snapshot that has it, and the newest snapshot when that was found."""
 
     def names(self) -> list[str]:
-        """Oldest first; not to be changed. The folder is listed only when something has come or gone."""
+        """Oldest first; the caller must not modify the list. The folder is listed only when it has changed."""
         with self._lock:
             self._refresh()
             return self._names
@@ -58,21 +57,20 @@ class SnapshotIndex:
         """The newest snapshot in which this SAE has this file beside it, None without one."""
         with self._lock:
             self._refresh()
-            known, looked_at = self._newest.get((sae, file), (None, ""))
-            if known is not None and known not in self._complete:
-                known, looked_at = None, ""  # retired: an older one may have it
-            found = known
-            for place, name in enumerate(reversed(self._names)):
-                if name == known or (place >= LOOKED_BACK and name <= looked_at):
+            newest, searched_to = self._newest.get((sae, file), (None, ""))
+            if newest is not None and newest not in self._complete:
+                newest, searched_to = None, ""  # retired: an older one may have it
+            for index, name in enumerate(reversed(self._names)):
+                if name == newest or (index >= RECHECKED_SNAPSHOTS and name <= searched_to):
                     break
                 if self.has(name, sae, file):
-                    found = name
+                    newest = name
                     break
-            self._newest[sae, file] = (found, self._names[-1] if self._names else "")
-            return found
+            self._newest[sae, file] = (newest, self._names[-1] if self._names else "")
+            return newest
 
     def has(self, name: str, sae: str, file: str) -> bool:
-        """Whether an SAE of a snapshot has a file beside it. What no manifest names is no SAE, wherever it leads."""
+        """Whether an SAE that the manifest names has a file beside it."""
         if not os.path.isfile(f"{self._folder}/{name}/{sae}/{file}"):
             return False
         folder = self._folder / name
@@ -83,18 +81,20 @@ class SnapshotIndex:
 
     def _refresh(self) -> None:
         try:
-            found = os.stat(self._folder)
+            status = os.stat(self._folder)
         except OSError:
             self._names, self._complete, self._incomplete, self._stamp = [], frozenset(), [], None
             return
-        stamp = (found.st_ino, found.st_mtime_ns)
+        stamp = (status.st_ino, status.st_mtime_ns)
         if stamp == self._stamp and not any(map(self._is_complete, self._incomplete)):
             return
         with os.scandir(self._folder) as entries:
-            folders = {one.name for one in entries if NAME.fullmatch(one.name) and one.is_dir(follow_symlinks=False)}
-        same_folder = self._stamp is not None and self._stamp[0] == stamp[0]
-        known = self._complete if same_folder or self._stamp is None else frozenset()
-        complete = {name for name in folders if name in known or self._is_complete(name)}
+            folders = {
+                entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            }
+        is_same_folder = self._stamp is None or self._stamp[0] == stamp[0]
+        cached = self._complete if is_same_folder else frozenset()
+        complete = {name for name in folders if name in cached or self._is_complete(name)}
         if complete != self._complete:
             self._names, self._complete = sorted(complete), frozenset(complete)
         self._incomplete = sorted(folders - complete)
@@ -106,7 +106,7 @@ class SnapshotIndex:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of a snapshot, parsed once. Raises SnapshotError when it is gone, cannot be read, or leads out."""
+    """The manifest of a snapshot, parsed once. Raises SnapshotError when it is gone, unreadable or elsewhere."""
     try:
         return _parsed_manifest(folder, (folder / "manifest.json").stat().st_mtime_ns)
     except FileNotFoundError:

@@ -28,7 +28,7 @@ from monitor.evaluation.subject import load_subject
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
-from monitor.run_directory import LATENTS, NotThere
+from monitor.run_directory import LATENTS, NotFoundError
 from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
 from producer.common.run_file import read_run_file
@@ -317,7 +317,7 @@ def test_special_tokens_alone_are_no_text(explorer: Explorer, model: LanguageMod
 )
 def test_a_name_is_no_path(folder: Path, explorer: Explorer, sae: str):
     """Only what a manifest names is opened, whatever the name leads to."""
-    with pytest.raises(NotThere):
+    with pytest.raises(NotFoundError):
         explorer.table(f"{folder}/run{sae}" if sae.startswith("/") else sae)
 
 
@@ -330,7 +330,7 @@ def test_a_snapshot_may_be_retired_while_many_ask(folder: Path, model: LanguageM
     def asks(number: int) -> None:
         try:
             for _ in range(20):
-                with suppress(NotThere):
+                with suppress(NotFoundError):
                     explorer.latent("planted", number % 7)
                     explorer.table("planted")
         except BaseException as error:
@@ -417,11 +417,11 @@ def test_negative_latents_are_strong_too(folder: Path, explorer: Explorer, model
 
 def test_what_is_not_there_is_named(explorer: Explorer):
     """Another SAE, another snapshot, a latent beyond the last."""
-    with pytest.raises(NotThere, match=r"'other'.*'planted'"):
+    with pytest.raises(NotFoundError, match=r"'other'.*'planted'"):
         explorer.table("other")
-    with pytest.raises(NotThere, match="the newest are in 000000002000"):
+    with pytest.raises(NotFoundError, match="the newest are in 000000002000"):
         explorer.table("planted", snapshot="000000009999")
-    with pytest.raises(NotThere, match="latents 0 to 6, not 7"):
+    with pytest.raises(NotFoundError, match="latents 0 to 6, not 7"):
         explorer.latent("planted", 7)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from monitor.run_directory import LATENTS, first_to, snapshots_with
-from monitor.snapshot_index import LOOKED_BACK, SnapshotIndex, index_of
+from monitor.run_directory import LATENTS, snapshots_until, snapshots_with
+from monitor.snapshot_index import RECHECKED_SNAPSHOTS, SnapshotIndex, index_of
 from tests.small_run import identity_sae, publish_snapshot, start_run
 from trainer.snapshot import retire
 
@@ -110,7 +110,7 @@ def test_a_search_in_vain_does_not_go_through_the_history_again(
 ):
     """All of it once; then only the newest, where a file may have come."""
     first = publish_snapshot(run_directory, 1000)
-    for number in range(2, 3 * LOOKED_BACK):
+    for number in range(2, 3 * RECHECKED_SNAPSHOTS):
         folder = first.parent / names(number)[0]
         folder.mkdir()
         os.link(first / "manifest.json", folder / "manifest.json")
@@ -119,7 +119,7 @@ def test_a_search_in_vain_does_not_go_through_the_history_again(
     is_file = os.path.isfile
     monkeypatch.setattr(os.path, "isfile", lambda path: looked_at.append(str(path)) or is_file(path))
     assert index.newest_with("small", LATENTS) is None
-    assert sum(path.endswith(LATENTS) for path in looked_at) == LOOKED_BACK
+    assert sum(path.endswith(LATENTS) for path in looked_at) == RECHECKED_SNAPSHOTS
 
 
 def test_the_snapshots_of_an_sae_are_those_from_its_first_to_its_last(run_directory: Path):
@@ -130,5 +130,5 @@ def test_the_snapshots_of_an_sae_are_those_from_its_first_to_its_last(run_direct
     assert snapshots_with(run_directory, "b") == names(2, 3, 4)
     assert snapshots_with(run_directory, "b", after=names(2)[0]) == names(3, 4)
     assert snapshots_with(run_directory, "c") == []
-    assert first_to(run_directory, "b", names(3)[0]) == names(2, 3)
-    assert first_to(run_directory, "a", names(3)[0]) == names(1, 2, 3)
+    assert snapshots_until(run_directory, "b", names(3)[0]) == names(2, 3)
+    assert snapshots_until(run_directory, "a", names(3)[0]) == names(1, 2, 3)

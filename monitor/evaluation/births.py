@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from monitor.evaluation.latents.activations import GONE, births, load_decoder, load_latents
-from monitor.run_directory import LATENTS, explained_in, snapshots_with
+from monitor.run_directory import LATENTS, newest_with_latents, snapshots_with
 from trainer.snapshot import SnapshotError
 
 
@@ -57,7 +57,7 @@ class BirthTracker:
 
     def _read_stored(self, snapshot: Path, sae: str) -> _Directions | None:
         """Directions and births that an earlier snapshot has on disk."""
-        name = explained_in(self._directory, sae)
+        name = newest_with_latents(self._directory, sae)
         if name is None or name >= snapshot.name:
             return None
         folder = snapshot.parent / name / sae

@@ -110,7 +110,7 @@ def range_text(start: float, end: float, text: str, color: str) -> models.RangeM
 
 def value_texts(texts: Mapping[str, tuple[str, str]]) -> models.ValueMap:
     """Shows each of these values as a word: {value: (word, colour)}."""
-    return models.ValueMap({value: models.ValueMappingResult(*shown) for value, shown in texts.items()})
+    return models.ValueMap({value: models.ValueMappingResult(*result) for value, result in texts.items()})
 
 
 def number(

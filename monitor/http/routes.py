@@ -33,7 +33,7 @@ from monitor.http.html import STATIC, render
 from monitor.http.latent_pages import latent_page, latent_table, text_firings
 from monitor.http.live_page import SNAPSHOTS_SHOWN, LatentSection, RunSnapshots, parts, run_page
 from monitor.http.responses import MUTABLE, tagged_json
-from monitor.run_directory import NotThere, explained_saes, newest_evaluations, read_page, read_run
+from monitor.run_directory import NotFoundError, newest_evaluations, read_page, read_run, saes_with_latents
 
 if TYPE_CHECKING:
     from monitor.evaluation.latents.explorer import Explorer
@@ -99,7 +99,7 @@ class _Pages:
         is_ready = self._handle.explorer is not None
         content = {
             **parts(read_run(self._directory), self._snapshots()),
-            "latents": explained_saes(self._directory),
+            "latents": saes_with_latents(self._directory),
             "ready": is_ready,
         }
         # The page asks every two seconds, and mostly nothing has changed.
@@ -120,7 +120,7 @@ class _Pages:
 
     def saes(self, request: Request) -> Response:
         reason = None if self._handle.explorer is not None else self._handle.reason
-        content = {"saes": explained_saes(self._directory), "why_not": reason}
+        content = {"saes": saes_with_latents(self._directory), "why_not": reason}
         return JSONResponse(content, headers={"Cache-Control": MUTABLE})
 
     def table(self, request: Request) -> Response:
@@ -139,7 +139,7 @@ class _Pages:
         return RunSnapshots(page.entries, page.count, newest_evaluations(self._directory))
 
     def _latent_section(self, request: Request) -> LatentSection:
-        names = [sae["name"] for sae in explained_saes(self._directory)]
+        names = [sae["name"] for sae in saes_with_latents(self._directory)]
         requested = request.query_params.get("sae")
         selected = requested if requested in names else names[0] if names else None
         search = request.query_params.get("search", "")
@@ -153,10 +153,10 @@ class _Pages:
             return _empty("Not yet" if self._handle.is_expected else "Not here", self._handle.reason)
         try:
             return latent_table(self._table(request, sae))
-        except NotThere as error:
+        except NotFoundError as error:
             if sae in self._handle.incompatible_saes:
                 return _empty("Not here", f"{self._handle.incompatible_saes[sae]}.")
-            if sae not in [known_sae["name"] for known_sae in explained_saes(self._directory)]:
+            if sae not in [known_sae["name"] for known_sae in saes_with_latents(self._directory)]:
                 return _empty("No such SAE", f"{error}.")
             text = "The language model reads held-out text with this SAE, which mostly takes a minute."
             return _empty("Being computed", text)
@@ -195,7 +195,7 @@ def _with_status(answer: Callable[[], View]) -> View:
     """The explorer's answer; its errors with the status of a response."""
     try:
         return answer()
-    except NotThere as error:
+    except NotFoundError as error:
         raise HTTPException(404, str(error)) from None
     except ValueError as error:
         raise HTTPException(400, str(error)) from None

@@ -32,7 +32,7 @@ from monitor.evaluation.latents.views import (
     Order,
     TextFirings,
 )
-from monitor.run_directory import NotThere, first_to
+from monitor.run_directory import NotFoundError, snapshots_until
 from monitor.snapshot_index import manifest_of
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
@@ -65,7 +65,7 @@ class Explorer:
         """Held while a text is encoded: that takes memory for all latents of some tokens."""
 
     def open(self, sae: str, snapshot: str | None = None) -> SnapshotSae:
-        """Opens one SAE of the newest snapshot, or of the one named. Raises NotThere."""
+        """Opens one SAE of the newest snapshot, or of the one named. Raises NotFoundError."""
         return self._saes.open(sae, snapshot)
 
     # The table
@@ -74,10 +74,10 @@ class Explorer:
         self, sae: str, order: Order = "strongest", descending: bool = True, search: str = "", offset: int = 0,
         limit: int = 50, snapshot: str | None = None,
     ) -> LatentTable:  # fmt: skip
-        """A page of the table: latents whose top tokens contain `search`, or the one of that number. Raises NotThere.
+        """A page of the table: latents whose top tokens contain `search`, or the one of that number.
 
-        A `search` in quotes is always a token. Silent latents come last, whatever the order, but by index. An `offset`
-        beyond the end is the last page.
+        Raises NotFoundError. A `search` in quotes is always a token. Silent latents come last, whatever the order, but
+        by index. An `offset` beyond the end is the last page.
         """
         source = self.open(sae, snapshot)
         matching = self._matching(source, search.strip())
@@ -131,10 +131,10 @@ class Explorer:
     # One latent
 
     def latent(self, sae: str, latent: int, snapshot: str | None = None) -> Latent:
-        """Everything on the page of one latent. Raises NotThere."""
+        """Everything on the page of one latent. Raises NotFoundError."""
         source, texts = self.open(sae, snapshot), self._texts
         if not 0 <= latent < source.latents.d_sae:
-            raise NotThere(f"SAE {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
+            raise NotFoundError(f"SAE {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
         hooks = source.subject.hooks
         effect = self._lens.effect(hooks.writes[-1], source.decoder_row(latent))
         promoted, suppressed = (None, None) if effect is None else strongest_effects(effect, texts)
@@ -184,7 +184,7 @@ class Explorer:
 
     def _past(self, source: SnapshotSae, latent: int) -> list[LatentInSnapshot]:
         """The latent in the run's snapshots up to this one, oldest first."""
-        names = first_to(self._directory, source.name, source.snapshot)
+        names = snapshots_until(self._directory, source.name, source.snapshot)
         step = max(1, -(-len(names) // self._snapshots_shown))
         past = []
         for name in reversed(names[::-1][::step]):  # the newest always
@@ -213,8 +213,8 @@ class Explorer:
     def fires(self, sae: str, text: str, at: int | None = None) -> TextFirings:
         """The latents that fire on a text, or with `at` on that one of its tokens.
 
-        They are sorted by their activation here as a share of their strongest one on held-out text. Raises NotThere,
-        and ValueError for a text without tokens, one that is too long, or a token that it does not have.
+        They are sorted by their activation here as a share of their strongest one on held-out text. Raises
+        NotFoundError, and ValueError for a text without tokens, one that is too long, or a token that it does not have.
         """
         source = self.open(sae)
         windows = self._windows(text)

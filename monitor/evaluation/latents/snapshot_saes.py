@@ -17,7 +17,7 @@ from monitor.evaluation.latents.activations import GONE, LatentActivations, load
 from monitor.evaluation.latents.views import Order
 from monitor.evaluation.subject import Subject
 from monitor.files import is_within
-from monitor.run_directory import LATENTS, NotThere, explained_in, explained_saes, is_explained, read_json
+from monitor.run_directory import LATENTS, NotFoundError, has_latents, newest_with_latents, read_json, saes_with_latents
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import SnapshotError
 
@@ -80,18 +80,20 @@ class SnapshotSaes:
         """By folder, when its activations were written, and the SAE."""
 
     def open(self, name: str, snapshot: str | None = None) -> SnapshotSae:
-        """Opens one SAE of the newest snapshot that has its latents' activations, or of `snapshot`. Raises NotThere."""
-        newest = explained_in(self._directory, name)
+        """Opens one SAE of the newest snapshot that has its latents, or of `snapshot`. Raises NotFoundError."""
+        newest = newest_with_latents(self._directory, name)
         if newest is None:
-            names = ", ".join(repr(sae["name"]) for sae in explained_saes(self._directory)) or "none yet"
-            raise NotThere(f"the latents of SAE {name!r} are not measured yet; the run's SAEs are {names}")
-        if snapshot is not None and not is_explained(self._directory, snapshot, name):
-            raise NotThere(f"no measured latents of SAE {name!r} in snapshot {snapshot!r}; the newest are in {newest}")
+            names = ", ".join(repr(sae["name"]) for sae in saes_with_latents(self._directory)) or "none yet"
+            raise NotFoundError(f"the latents of SAE {name!r} are not measured yet; the run's SAEs are {names}")
+        if snapshot is not None and not has_latents(self._directory, snapshot, name):
+            raise NotFoundError(
+                f"no measured latents of SAE {name!r} in snapshot {snapshot!r}; the newest are in {newest}"
+            )
         snapshot = snapshot or newest
         try:
             return self.open_folder(self._directory / "snapshots" / snapshot / name)
         except (*GONE, SnapshotError):
-            raise NotThere(f"snapshot {snapshot} has just been retired; ask again") from None
+            raise NotFoundError(f"snapshot {snapshot} has just been retired; ask again") from None
 
     def open_folder(self, folder: Path) -> SnapshotSae:
         """Maps the files of `snapshots/SNAPSHOT/SAE`, unless they are mapped already. Raises SnapshotError or GONE.
