@@ -58,8 +58,8 @@ def planted_sae(model: LanguageModel, name: str = "planted", turned: tuple[int, 
         E = model.network.module.get_input_embeddings().weight[tokens_of(model)].float()
         unembedding = model.unembedding()
         W_enc = VALUE * E / E.square().sum(1, keepdim=True)
-        seen = [index for index, word in enumerate(WORDS) if word != " socket"]
-        W_enc = torch.cat([W_enc, torch.linalg.pinv(E[seen]).sum(1, keepdim=True).T * VALUE])
+        in_text = [index for index, word in enumerate(WORDS) if word != " socket"]
+        W_enc = torch.cat([W_enc, torch.linalg.pinv(E[in_text]).sum(1, keepdim=True).T * VALUE])
         W_dec = torch.nn.functional.normalize(unembedding.W_U[tokens_of(model)].float() / unembedding.gain, dim=1)
         W_dec = torch.cat([W_dec, torch.nn.functional.normalize(W_dec[0] + 0.1 * W_dec[1], dim=0)[None]])
         W_dec[list(turned)] *= -1

@@ -162,9 +162,9 @@ def test_numbers_are_short_and_never_zero_when_unknown():
 
 def test_tokens_are_shaded_by_their_activation():
     """Half as strong, half as deep; a negative one on another ground; what is silent has none."""
-    shown = shaded(["a", "<b", "c\n", "d"], [0.0, 2.0, -4.0, 0.0], 4.0, at=3)
-    assert shown.startswith("a<span") and "&lt;b" in shown
-    assert re.findall(r'class="([^"]*)" style="--a:([^"]*)"', shown) == [
+    html = shaded(["a", "<b", "c\n", "d"], [0.0, 2.0, -4.0, 0.0], 4.0, at=3)
+    assert html.startswith("a<span") and "&lt;b" in html
+    assert re.findall(r'class="([^"]*)" style="--a:([^"]*)"', html) == [
         ("t", "0.50"),
         ("t neg", "1.00"),
         ("t at", "0.00"),

@@ -75,7 +75,7 @@ def test_run_is_finished_until_it_goes_on(run_directory: Path, client: TestClien
 
 def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: TestClient):
     """A killed trainer leaves its last report behind, which soon says nothing about now."""
-    for age, shown, hidden in (
+    for age, expected, hidden in (
         (1, ">training<", "no report for"),
         (600, "no report for 10 min", "<b>9</b> tokens/s"),
     ):
@@ -83,11 +83,11 @@ def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: Test
         (run_directory / "metrics.jsonl").write_text(json.dumps(report) + "\n")
         assert client.get("/v1/run").json()["silent_seconds"] == pytest.approx(age, abs=60)
         page = client.get("/").text
-        assert shown in page and hidden not in page
+        assert expected in page and hidden not in page
 
 
 @pytest.mark.parametrize(
-    ("state", "shown"),
+    ("state", "expected"),
     [
         ("training", "The trainer is the bottleneck: producers wait 100%"),
         ("starved", "The trainer is the bottleneck"),
@@ -97,14 +97,14 @@ def test_a_silent_run_is_not_shown_as_training(run_directory: Path, client: Test
     ],
 )
 def test_the_bottleneck_is_named_only_while_there_is_one(
-    run_directory: Path, client: TestClient, state: str, shown: str
+    run_directory: Path, client: TestClient, state: str, expected: str
 ):
     """A person pauses it, and producers wait, but not for the trainer; nor is the time left known then."""
     stream = {"producers": {"working": 1}, "data_wait_ratio": 0.0, "credit_wait_ratio": 1.0}
     report = {"time": time.time(), "tokens": 5, "target_tokens": 9, "state": state, "tokens_per_second": 1.0}
     (run_directory / "metrics.jsonl").write_text(json.dumps(report | {"stream": stream}) + "\n")
     page = client.get("/").text
-    assert shown in page
+    assert expected in page
     assert ("is the bottleneck" in page) == (state in ("training", "starved")) == ("</b> left" in page)
 
 
@@ -439,15 +439,15 @@ def test_a_token_file_that_is_none_is_refused(tmp_path: Path, content: str | Non
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [(["monitor.host=0.0.0.0"], "monitor.token_file is not set"), (["monitor.token_file=nowhere"], "openssl rand")],
 )
-def test_off_loopback_it_does_not_start_without_a_token(tmp_path: Path, overrides: list[str], told: str):
+def test_off_loopback_it_does_not_start_without_a_token(tmp_path: Path, overrides: list[str], message: str):
     """Exit code 2 and what to do, from the real command."""
     (tmp_path / "run.toml").write_text(f'[run]\ndirectory = "{tmp_path}/run"\n[monitor]\nport = 0\nservice_port = 0\n')
     command = [sys.executable, "-m", "monitor", str(tmp_path / "run.toml"), *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_is_light_and_names_what_there_is():
@@ -456,8 +456,8 @@ def test_help_is_light_and_names_what_there_is():
         "import sys; from monitor.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: print([*sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    told, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.splitlines()[-1]
-    assert all(f"-m monitor {command}" in told for command in ("pull", "top", "compare"))
+    help_text, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.splitlines()[-1]
+    assert all(f"-m monitor {command}" in help_text for command in ("pull", "top", "compare"))
     assert not [name for name in ("torch", "numpy", "uvicorn", "rich") if f"'{name}'" in modules]
     for command in ("pull", "top", "compare"):
         with pytest.raises(SystemExit, match="0"):

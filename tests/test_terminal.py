@@ -84,6 +84,6 @@ def test_the_results_fit_any_terminal(width: int):
     sae |= {"held_out_fvu": 0.0406, "ce_delta": 0.0364, "ce_recovered": 0.9951, "kl": 0.0412}
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(results({"saes": {"jumprelu": sae}}, width))
-    told = console.export_text()
-    assert "…" not in told and "0.0364" in told and "0.0406" in told
-    assert ("0.0412" in told) == (width >= 79)
+    output = console.export_text()
+    assert "…" not in output and "0.0364" in output and "0.0406" in output
+    assert ("0.0412" in output) == (width >= 79)

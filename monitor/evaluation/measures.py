@@ -129,7 +129,7 @@ MEASURES: list[Measure] = [
     Measure("dead_latents_ratio", TRAINING, "dead latents, share", ".2%", *_reported("dead_latents_ratio"), LOWER,
             metric="sluice_dead_latents_ratio", summary_name="dead_latents_ratio", in_history=True,
             page_heading="dead", live_column=Column("dead", 49), results_column=Column("dead", 54),
-            chart=Chart("Dead latents", "silent for dead_tokens", tick_format=".1~%")),
+            chart=Chart("Dead latents", "silent for dead_tokens", tick_format=".2~p")),
     Measure("shrinkage", TRAINING, "shrinkage", ".3f", *_reported("shrinkage"),
             metric="sluice_shrinkage", summary_name="shrinkage", in_history=True, page_heading="shrinkage",
             live_column=Column("shrink", 67), results_column=Column("shrink", 71), curves=(Curve("Shrinkage"),)),
