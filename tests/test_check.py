@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.drills.scene import Scene
 from trainer.__main__ import main
 from trainer.snapshot import snapshot_names
-from trainer.state.checkpoint import complete
+from trainer.state.checkpoint import complete_folders
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def checked(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 
 
 def newest(directory: Path) -> Path:
-    return complete(directory / "checkpoint")[-1]
+    return complete_folders(directory / "checkpoint")[-1]
 
 
 def snapshot(directory: Path) -> Path:

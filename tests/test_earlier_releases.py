@@ -29,7 +29,7 @@ from trainer.saes.inference import check, load_sae
 from trainer.settings import TrainerSettings
 from trainer.snapshot import read_selftest, snapshot_names, verify
 from trainer.state import check as check_command
-from trainer.state.checkpoint import complete, load_newest
+from trainer.state.checkpoint import complete_folders, load_newest
 from trainer.state.format import CheckpointDocument, CheckpointTensors, encode_document, encode_tensors
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
 from trainer.training.run import Run, buffer_of, roster_of
@@ -51,7 +51,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", RUNS)
 def test_its_checkpoint_is_read_and_written_again_as_it_was(release: Path, name: str) -> None:
     """Every key and every bit: through the typed parts, and through the objects that take them."""
-    (folder,) = complete(release / "runs" / name / "checkpoint")
+    (folder,) = complete_folders(release / "runs" / name / "checkpoint")
     document, tensors = json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors")
     settings = read_run_file(TrainerSettings, release / RUNS[name], [])
     checkpoint = load_newest(release / "runs" / name)

@@ -12,7 +12,7 @@ from tests.drills.scene import Scene
 from tests.small_run import finish_run, publish_snapshot
 from trainer.__main__ import main
 from trainer.snapshot import snapshot_names, verify
-from trainer.state.checkpoint import complete, load_newest
+from trainer.state.checkpoint import complete_folders, load_newest
 from trainer.state.durable import replace_text, sweep
 from trainer.state.run_directory import RunDirectory, RunDirectoryError
 
@@ -171,7 +171,7 @@ def test_a_run_directory_that_moves_ends_its_trainer_with_a_checkpoint_in_it(tmp
         assert (elsewhere / "metrics.jsonl").read_text().count('"tokens": 512,') == 0
         assert f"was moved to {elsewhere}" in scene.log() and "Traceback" not in scene.log()
         trained = scene.trained
-        newest = complete(elsewhere / "checkpoint")[-1]
+        newest = complete_folders(elsewhere / "checkpoint")[-1]
         assert int(newest.name.split("-")[0]) == trained > 6000
         assert all(int(name) <= trained for name in snapshot_names(elsewhere))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.drills.scene import Outcome, Scene, small_disk
 from trainer.snapshot import snapshot_names
-from trainer.state.checkpoint import complete, read
+from trainer.state.checkpoint import complete_folders, read
 
 PARTS = ("run/checkpoint", "run/snapshots")
 
@@ -67,22 +67,24 @@ def _without_disk(folder: Path, quick: bool, harm: Callable[[Path], None], mend:
         ) as scene,
     ):
         scene.run = disk / "run"
+        checkpoints = scene.run / "checkpoint"
         trainer = scene.trainer(SECONDS_PER_STEP=0.02)
         scene.producer()
         for number in range(rounds):
             scene.wait(
-                lambda: complete(scene.run / "checkpoint") and snapshot_names(scene.run), what="for the first files"
+                lambda: complete_folders(checkpoints) and snapshot_names(scene.run),
+                what="for the first files",
             )
             harm(disk)
             for what in ("checkpoint", "snapshot"):
                 told = f"{what} not written"
                 scene.wait(lambda told=told, number=number: scene.log().count(told) > number, 30.0, f"for {told!r}")
             before = scene.trained
-            read(complete(scene.run / "checkpoint")[-1])  # the one from before is whole
+            read(complete_folders(checkpoints)[-1])  # the one from before is whole
             scene.wait(lambda before=before: scene.trained > before + 1000, 20.0, "for training to go on")
             assert trainer.poll() is None
             mend(disk)
-            newest = complete(scene.run / "checkpoint")[-1]
-            scene.wait(lambda newest=newest: complete(scene.run / "checkpoint")[-1] != newest, 20.0, "for the next one")
+            newest = complete_folders(checkpoints)[-1]
+            scene.wait(lambda newest=newest: complete_folders(checkpoints)[-1] != newest, 20.0, "for the next one")
         assert trainer.wait(300) == 0
         return scene.outcome(rounds, epochs)

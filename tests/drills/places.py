@@ -22,7 +22,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "producer.lm.anatomy": ("producer/lm/anatomy.py", "test_lm_hooks"),
     "producer.lm.unembedding": ("producer/lm/unembedding.py", "test_lm_model"),
     "trainer.state.durable": ("trainer/state/durable.py", "test_durable", "test_checkpoint"),
-    "trainer.state.format": ("trainer/state/format.py", "test_checkpoint"),
+    "trainer.state.format": ("trainer/state/format.py", "test_checkpoint", "test_training", "test_ledger"),
     "trainer.state.checkpoint": ("trainer/state/checkpoint.py", "test_checkpoint", "test_durable"),
     "trainer.snapshot": ("trainer/snapshot.py", "test_checkpoint", "test_durable", "test_service"),
     "trainer.stream.buffer": ("trainer/stream/buffer.py", "test_buffer", "test_deterministic"),

@@ -43,7 +43,7 @@ class CheckpointError(ValueError):
 def save(run_directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes a checkpoint and removes the oldest beyond `keep`. Returns its folder."""
     folder = run_directory / "checkpoint"
-    number = 1 + max((int(path.name.split("-")[1]) for path in complete(folder)), default=0)
+    number = 1 + max((int(path.name.split("-")[1]) for path in complete_folders(folder)), default=0)
     final = folder / f"{checkpoint.tokens:012d}-{number:06d}"
     tensors = {
         key: (torch.from_numpy(value) if isinstance(value, np.ndarray) else value).contiguous()
@@ -57,7 +57,7 @@ def save(run_directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
             for path in sorted(temporary.iterdir())
         }
         (temporary / "complete.json").write_text(json.dumps(files))
-    for old in complete(folder)[:-keep]:
+    for old in complete_folders(folder)[:-keep]:
         remove_folder(old)
     return final
 
@@ -69,14 +69,14 @@ def load_newest(run_directory: Path) -> Checkpoint | None:
     """
     folder = run_directory / "checkpoint"
     sweep(folder)
-    folders = complete(folder)
+    folders = complete_folders(folder)
     return read(folders[-1]) if folders else None
 
 
 def read(folder: Path) -> Checkpoint:
     """One complete checkpoint. Raises CheckpointError when it is damaged or of a format this version does not read."""
     if damage := _damage(folder):
-        raise CheckpointError(f"{damage}: {_way_out(folder)}")
+        raise CheckpointError(f"{damage}: {_remedy(folder)}")
     try:
         document = decode_document(read_object(folder / DOCUMENT))
         return Checkpoint(document, decode_tensors(load_file(folder / TENSORS), document))
@@ -85,19 +85,19 @@ def read(folder: Path) -> Checkpoint:
             f"{folder} {error}: resume with the version that wrote it, or start a new run directory"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): {_way_out(folder)}") from None
+        raise CheckpointError(f"{folder} cannot be read ({error}): {_remedy(folder)}") from None
 
 
-def _way_out(folder: Path) -> str:
-    """What to do about a checkpoint that cannot be used."""
-    earlier = complete(folder.parent)
+def _remedy(folder: Path) -> str:
+    """Advice about a checkpoint that cannot be used."""
+    earlier = complete_folders(folder.parent)
     if len(earlier) > 1 and earlier[0] != folder:
         return f"remove {folder} to resume from the checkpoint before it"
     return "there is none before it: bring it back from a backup, or use a new run.directory"
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+    """Why the files of a checkpoint are not those that were written, or None."""
     try:
         files = read_object(folder / "complete.json")
         for name in FILES:
@@ -111,8 +111,8 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
+def complete_folders(folder: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first, by their number: tokens may fall back when a run is resumed."""
     folders = [path for path in folder.glob("*-*") if NAME.fullmatch(path.name) and (path / "complete.json").is_file()]
     return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 

@@ -1,8 +1,9 @@
 """Folders and files that are either whole or absent, whatever is killed and when.
 
-A folder is written under a temporary name on the same file system, every file and the folder itself are flushed to
-disk, and only then renamed into place; the parent is flushed last, so that the rename survives a power cut. So are the
-folders above it that had to be made, and a folder that is removed has left its name on disk before its files go.
+A folder is written under a temporary name on the same file system. Every file and the folder itself are flushed to disk
+before it is renamed into place. The parent is flushed last, so that the rename survives a power cut, and so are the
+parents of folders that had to be made above it. A folder is removed by renaming it first: its name is gone on disk
+before its files are.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ TEMPORARY = ".tmp-"
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; it appears as `final` when the block ends well, and vanishes when it fails.
+    """Yields an empty folder to fill, which is renamed to `final` when the block succeeds and removed when it fails.
 
-    Raises OSError when the disk is full, also where safetensors calls that by another name, and when the run directory,
-    the folder above `final.parent`, is not there: one that was moved away is never made a second time.
+    Raises OSError when the disk is full, even where safetensors raises an error of its own, and when the run directory,
+    the folder above `final.parent`, does not exist: one that was moved away is not made a second time.
     """
     if not final.parent.parent.is_dir():
         raise FileNotFoundError(f"{final.parent.parent} is not there any more")
     make_folder(final.parent)
-    temporary = _aside(final)
+    temporary = _temporary_path(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -45,7 +46,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it that are missing, each of which survives a power cut."""
+    """Makes a folder and its missing parents. Each of them survives a power cut."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -54,7 +55,7 @@ def make_folder(path: Path) -> None:
 
 
 def move_folder(source: Path, final: Path) -> None:
-    """Gives a folder its final name on the same file system, once all that it holds is on disk."""
+    """Renames a folder on the same file system, after flushing its contents to disk."""
     for path in sorted(source.rglob("*"), reverse=True):
         flush(path)
     flush(source)
@@ -65,16 +66,16 @@ def move_folder(source: Path, final: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder at one stroke: readers see all of it or nothing, and what a kill leaves over is swept."""
-    doomed = _aside(path)
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    flush(path.parent)  # or a power cut could bring the name back to a folder that is half empty
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Removes a folder atomically: readers see all of it or nothing. `sweep` removes what a kill leaves over."""
+    temporary = _temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.rename(path, temporary)
+    flush(path.parent)  # or after a power cut the name could belong to a folder that is half empty
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces the whole file; a reader sees the old text or the new one, never a part."""
+    """Replaces the contents of a file. Readers see the old text or the new one, never a part."""
     while True:
         try:
             with new_file(path) as temporary:
@@ -83,13 +84,13 @@ def replace_text(path: Path, text: str) -> None:
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
-            # A trainer that has just started has swept the temporary file away: write it again.
+            # A trainer that has just started has swept the temporary file: write it again.
 
 
 @contextmanager
 def new_file(final: Path) -> Iterator[Path]:
-    """Yields the path of a file to write; it takes the place of `final` when the block ends well."""
-    temporary = _aside(final)
+    """Yields the path of a file to write, which replaces `final` when the block succeeds."""
+    temporary = _temporary_path(final)
     try:
         yield temporary
         flush(temporary)
@@ -101,17 +102,18 @@ def new_file(final: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed writers left half done, at any depth of `folder`."""
+    """Removes temporary files and folders of writers that were killed, at any depth of `folder`."""
     for path in list(folder.rglob(f"{TEMPORARY}*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _aside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
+    """A path beside `path` that is of this process alone."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
 
 
 def flush(path: Path) -> None:
-    """What a file holds, or which names a folder has, is on disk when this returns."""
+    """Waits until the contents of a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -361,6 +361,7 @@ def _bits_of(serial: int, tensors: Mapping[str, Tensor]) -> Iterator[ShardBits]:
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose keys begin with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

@@ -17,7 +17,7 @@ from trainer.saes.inference import check
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, snapshot_names, verify
 from trainer.state.audit import ledger_faults, tensor_faults, violations
-from trainer.state.checkpoint import CheckpointError, complete, read, start_fault
+from trainer.state.checkpoint import CheckpointError, complete_folders, read, start_fault
 from trainer.state.format import Checkpoint, CheckpointDocument, LedgerState, QuarantinedShardState
 from trainer.training.run import roster_of
 
@@ -71,7 +71,7 @@ class Inspection:
         """(the newest checkpoint, why a resume would refuse it): one of the two at most, None twice for a new run."""
         newest: Checkpoint | None = None
         refusal: str | None = None
-        for folder in complete(self.directory / "checkpoint"):
+        for folder in complete_folders(self.directory / "checkpoint"):
             try:
                 newest, refusal = read(folder), None
             except CheckpointError as error:

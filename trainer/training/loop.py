@@ -270,7 +270,7 @@ class Loop:
         """Publishes a snapshot of this moment; returns the SAEs in it, none when it failed, as the log says."""
         if (run := self.run) is None or not (activations := calibration_activations(run, self.intake)):
             return []
-        if not checkpoint.complete(self.settings.run.folder / "checkpoint"):
+        if not checkpoint.complete_folders(self.settings.run.folder / "checkpoint"):
             self.save()  # a start takes snapshots without a checkpoint for those of a run that has lost it
         report, facts = measure(run, self.intake, self._meter), run_facts(run, self.intake)
         names: list[str] = []
