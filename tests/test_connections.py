@@ -423,7 +423,7 @@ def test_a_fault_in_a_handler_costs_one_session(
         assert (told.code, told.retry) == ("internal", True)
         with intake.lock:
             assert intake.buffer is not None
-            assert intake.buffer.held == intake.ledger.tokens_buffered
+            assert intake.buffer.used_slots == intake.ledger.tokens_buffered
         assert other.hello.session in intake.ledger.sessions
         other.leave()
         assert finish(intake, Producing(settings)) == every_name()
@@ -475,6 +475,6 @@ def test_an_ordered_buffer_that_fails_has_taken_nothing(monkeypatch: pytest.Monk
         patch.setattr(OrderedBuffer, "_put", raising)
         with pytest.raises(Fault):
             buffer.insert([torch.ones(8, 2)], 0, np.arange(8))
-    assert buffer.held == 0
+    assert buffer.used_slots == 0
     buffer.insert([torch.ones(8, 2)], 0, np.arange(8))
-    assert buffer.held == 8
+    assert buffer.used_slots == 8

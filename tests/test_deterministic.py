@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused() -> None:
     """Waiting rows take room as all others do."""
     full = buffer()
     insert(full, *SEQUENCE[4:])
-    assert full.held == CAPACITY
+    assert full.used_slots == CAPACITY
     with pytest.raises(OverflowError, match="16 of 16 are taken"):
         insert(full, SEQUENCE[0])
 

@@ -43,7 +43,8 @@ from tests.small_run import ledger_through_json
 from trainer.state.format import QuarantinedShardState
 from trainer.stream.ledger.credit import CHUNKS_IN_FLIGHT
 from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF, STUCK_SECONDS
-from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, Limits, StreamPhase
+from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, Limits
+from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.sessions import Send
 from trainer.stream.ledger.shards import MAX_POSITIONS, SUSPECT_DEATHS, QuarantinedShard, ShardState
 
@@ -553,14 +554,14 @@ def test_books_that_do_not_balance_are_counted_and_told() -> None:
     first = leases(join(ledger))[0]
     send_windows(ledger, first, 1, [0, 1])
     train(ledger, (0, 1), (0, 2))
-    assert ledger.audit(rows_in_buffer=4) == []
+    assert ledger.audit(in_buffer=4) == []
     assert sum(ledger.report().breaches.values()) == 0
 
     train(ledger, (0, 2))
-    told = ledger.audit(rows_in_buffer=5)
+    told = ledger.audit(in_buffer=5)
 
     assert len(told) == 2 and "trained twice" in told[0] and "the buffer holds 5 rows, the ledger 3" in told[1]
-    assert ledger.audit(rows_in_buffer=3) == []
+    assert ledger.audit(in_buffer=3) == []
     assert restart(ledger).report().breaches == {"trained_once": 1, "rows_accounted": 1, "memory_bound": 0}
 
 

@@ -426,9 +426,9 @@ class Stream(RuleBasedStateMachine):
             kept=pack_bits(kept),
             outliers=b"",
         )
-        before = self.buffer.held
+        before = self.buffer.used_slots
         self.receive(Pipe(sender), chunk, activations(shard, np.array(at)))
-        assert self.buffer.held == before, f"a chunk with a wrong {fault} was taken"
+        assert self.buffer.used_slots == before, f"a chunk with a wrong {fault} was taken"
 
     # The adversary's moves: time and the trainer
 
@@ -827,7 +827,7 @@ class Stream(RuleBasedStateMachine):
         assert all(self.now - self.heard[session] <= DEAD_SECONDS for session in self.told)
 
     def in_memory(self) -> int:
-        return self.buffer.held + (len(self.hand.serial) if self.hand else 0)
+        return self.buffer.used_slots + (len(self.hand.serial) if self.hand else 0)
 
     def add_producer(self, chunk_windows: int = 2, chatty: bool = False, fingerprint: str = "ours") -> None:
         self.born += 1

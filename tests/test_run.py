@@ -26,7 +26,8 @@ from trainer.settings import BufferSettings, OptimizerSettings, SnapshotSettings
 from trainer.snapshot import snapshot_names, supersede_after
 from trainer.stream.buffer import Batch
 from trainer.stream.intake import BufferReport
-from trainer.stream.ledger.ledger import Ledger, Limits, StreamPhase
+from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.shards import Quarantine, QuarantinedShard
 from trainer.training.loop import Loop, next_batch_size, try_to_write
 from trainer.training.publishing import _exports as published

@@ -1,7 +1,7 @@
 """CONTRACT: the lifecycles of a run and of an SAE. Whoever asks whether one of them is over asks these enums.
 
 The values are those of metrics, metrics.jsonl and `ctl status`. What may still come from the producers is
-`StreamPhase` in `trainer.stream.ledger.ledger`.
+`StreamPhase` in `trainer.stream.ledger.phase`.
 """
 
 from __future__ import annotations

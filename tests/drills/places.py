@@ -31,6 +31,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.stream.ledger.shards": ("trainer/stream/ledger/shards.py", "test_ledger"),
     "trainer.stream.ledger.failures": ("trainer/stream/ledger/failures.py", "test_ledger"),
     "trainer.stream.ledger.credit": ("trainer/stream/ledger/credit.py", "test_ledger"),
+    "trainer.stream.ledger.resume": ("trainer/stream/ledger/resume.py", "test_ledger"),
     "trainer.stream.ledger.ledger": ("trainer/stream/ledger/ledger.py", "test_ledger"),
     "trainer.stream.intake": ("trainer/stream/intake.py", "test_stream", "test_connections"),
     "trainer.stream.handler": ("trainer/stream/handler.py", "test_stream", "test_connections"),

@@ -1,16 +1,16 @@
-"""The shuffling buffer: rows in, batches out, each row exactly once.
+"""The shuffling buffer: activations in, batches out, each activation exactly once.
 
 One preallocated tensor per hook and one permutation of its slots: the first `rows` entries of `_order` name filled
 slots, the rest free ones. A batch is drawn without replacement from all filled slots; what was drawn is swapped
 behind the border and its slots are free at once. Nothing is ever concatenated, copied twice or reshuffled, so the
-memory is capacity × row bytes plus 24 bytes of bookkeeping per slot, from the start.
+memory is capacity × bytes of an activation plus 24 bytes of bookkeeping per slot, from the start.
 
-Rows of several hooks share a slot: one draw gives the same tokens for every hook.
+Activations of one token at several hooks share a slot: one draw gives the same tokens for every hook.
 
-Rows are brought in by the socket's thread, with numpy: one thread, which leaves the interpreter and torch's threads to
-the training, and copies a row at once where torch goes element by element.
+The socket's thread inserts with numpy: in one thread, which leaves the interpreter and torch's threads to the training,
+and copies an activation at once where torch goes element by element.
 
-`OrderedBuffer` is the buffer of deterministic mode: what it hands out does not depend on when rows arrive.
+`OrderedBuffer` is the buffer of deterministic mode: its batches do not depend on when activations arrive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.stream.payload import bits_of
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows drawn together. `serial` and `position` are the rows' names in the ledger, both int64 [batch]."""
+    """Activations drawn together. `serial` and `position` are their names in the ledger, both int64 [batch]."""
 
     x: list[torch.Tensor]
     """One [batch, width] per hook, in the buffer's dtype."""
@@ -37,11 +37,12 @@ class Batch:
 
 
 class ShuffleBuffer:
-    """A buffer of `capacity` rows. Not thread-safe: the owner locks around each call."""
+    """A buffer of `capacity` slots. Not thread-safe: the owner locks around each call."""
 
     def __init__(self, capacity: int, widths: list[int], dtype: torch.dtype, seed: int) -> None:
         self.capacity = capacity
         self.rows = 0
+        """Activations that can be drawn."""
         self._x = [torch.empty(capacity, width, dtype=dtype) for width in widths]
         self._bits = [bits_of(x) for x in self._x]
         self._serial = np.zeros(capacity, np.int64)
@@ -52,11 +53,11 @@ class ShuffleBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes held, bookkeeping included."""
-        books = self._serial.nbytes + self._position.nbytes + self._order.nbytes
-        return books + sum(x.nbytes for x in self._x)
+        bookkeeping = self._serial.nbytes + self._position.nbytes + self._order.nbytes
+        return bookkeeping + sum(x.nbytes for x in self._x)
 
     def insert(self, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray) -> None:
-        """Copies rows in, once: x[hook] is [rows, width], `position` [rows] their places in shard `serial`.
+        """Copies activations in, once: x[hook] is [rows, width], `position` [rows] their positions in shard `serial`.
 
         An array holds the numbers' bits, as integers. Raises OverflowError when they do not fit; credit makes that
         impossible.
@@ -75,23 +76,23 @@ class ShuffleBuffer:
         return self.rows >= max(count, self.capacity // 2)
 
     def draw(self, count: int) -> Batch:
-        """Takes `count` rows out, uniformly without replacement. Raises ValueError when there are fewer."""
+        """Takes `count` activations out, uniformly without replacement. Raises ValueError when there are fewer."""
         if count > self.rows:
             raise ValueError(f"asked for {count} rows, the buffer holds {self.rows}")
-        picked = self._random.choice(self.rows, count, replace=False)
-        slots = self._order[picked]
+        entries = self._random.choice(self.rows, count, replace=False)
+        slots = self._order[entries]
         batch = self._gather(slots)
-        self._free(picked, slots)
+        self._free(entries, slots)
         return batch
 
     def peek(self, count: int) -> list[torch.Tensor]:
-        """A copy of `count` random rows per hook, which stay in the buffer (for estimating scale and centre)."""
-        rows = self._rows_to_peek_at
-        picked = np.random.default_rng(0).choice(rows, min(count, rows), replace=False)
-        return self._gather(self._order[picked]).x
+        """A copy of `count` random activations per hook, which stay (for estimating scale and centre)."""
+        rows = self._peekable_rows
+        entries = np.random.default_rng(0).choice(rows, min(count, rows), replace=False)
+        return self._gather(self._order[entries]).x
 
     @property
-    def _rows_to_peek_at(self) -> int:
+    def _peekable_rows(self) -> int:
         return self.rows
 
     def _put(
@@ -106,19 +107,19 @@ class ShuffleBuffer:
         index = torch.from_numpy(slots)
         return Batch([store.index_select(0, index) for store in self._x], self._serial[slots], self._position[slots])
 
-    def _free(self, picked: np.ndarray, slots: np.ndarray) -> None:
-        """Moves the picked entries behind the new border; those of the tail that stay fill the holes."""
-        border = self.rows - len(picked)
-        stays = np.ones(len(picked), bool)
-        stays[picked[picked >= border] - border] = False
-        holes = picked[picked < border]
+    def _free(self, entries: np.ndarray, slots: np.ndarray) -> None:
+        """Moves these entries of the order behind the new border; those of the tail that stay fill the holes."""
+        border = self.rows - len(entries)
+        stays = np.ones(len(entries), bool)
+        stays[entries[entries >= border] - border] = False
+        holes = entries[entries < border]
         self._order[holes] = self._order[border : self.rows][stays]
         self._order[border : self.rows] = slots
         self.rows = border
 
     @property
-    def held(self) -> int:
-        """Rows in memory, those included that may not be drawn yet."""
+    def used_slots(self) -> int:
+        """Activations in memory, those included that may not be drawn yet."""
         return self.rows
 
     def state(self) -> BufferState:
@@ -132,116 +133,117 @@ class ShuffleBuffer:
 
 
 class OrderedBuffer(ShuffleBuffer):
-    """A buffer whose batches are a function of the run alone, whoever brings the rows and when.
+    """A buffer whose batches are a function of the run alone, whoever brings the activations and when.
 
-    Batches are drawn from the *pool*, half of the slots. Rows enter it in the corpus' order, serial after serial and
-    position after position, and a batch is drawn only when it is full: after each step exactly as many rows enter as
-    were drawn, and which index of the pool a row has follows from the step. Rows that come before their turn wait in
-    the other half. At the end of the data the pool runs empty.
+    Batches are drawn from the *pool*, half of the slots. Activations enter it in the corpus' order, serial after serial
+    and position after position, and a batch is drawn only when it is full: after each step exactly as many enter as
+    were drawn, and which index of the pool an activation has follows from the step. Those that come before their turn
+    wait in the other half. At the end of the data the pool runs empty.
 
-    Rows that enter after a draw take their places behind those that it left, the *settled* ones. So these are the
-    same at each step, however far the refill has come: they are what `peek` looks at, and their names, in the pool's
-    order, are what a checkpoint keeps. After a restart rows of these names go back to their places, and the refill
-    begins when all of them are there.
+    Activations that enter after a draw take their places behind those that it left, the *settled* ones. So these are
+    the same at each step, however far the refill has come: `peek` looks at them, and a checkpoint keeps their names, in
+    the pool's order. After a restart the activations of these names go back to their places, and the refill begins when
+    all of them are there.
     """
 
     def __init__(self, capacity: int, widths: list[int], dtype: torch.dtype, seed: int) -> None:
         super().__init__(capacity, widths, dtype, seed)
         self.pool = pool_rows(capacity)
-        self._spare = np.arange(capacity)
-        self._spares = capacity
-        """The first so many entries of `_spare` are the free slots."""
+        self._free_slots = np.arange(capacity)
+        self._free_count = capacity
+        """The first so many entries of `_free_slots` are free."""
         self._waiting: dict[int, deque[np.ndarray]] = {}
-        """By serial, the slots of rows whose turn has not come, in order of position."""
-        self._settled = 0
-        self._named = np.zeros((2, 0), np.int64)
-        """Serials and positions that a checkpoint named, in the pool's order."""
-        self._missing = 0
+        """By serial, the slots of activations whose turn has not come, in order of position."""
+        self._settled_rows = 0
+        """The first so many of the pool were there at the last draw."""
+        self._saved_names = np.zeros((2, 0), np.int64)
+        """Serials and positions of the settled ones in a checkpoint, in the pool's order."""
+        self._missing_rows = 0
         """How many of these have not come back yet."""
 
     @property
-    def held(self) -> int:
-        return self.capacity - self._spares
+    def used_slots(self) -> int:
+        return self.capacity - self._free_count
 
     def insert(self, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray) -> None:
-        """As `ShuffleBuffer.insert`; rows of one serial come in ascending order of position."""
-        if len(position) > self._spares:
-            raise OverflowError(f"{len(position)} rows do not fit: {self.held} of {self.capacity} are taken")
-        spares = self._spares - len(position)
-        slots = self._spare[spares : self._spares].copy()
+        """As `ShuffleBuffer.insert`; activations of one serial come in ascending order of position."""
+        if len(position) > self._free_count:
+            raise OverflowError(f"{len(position)} rows do not fit: {self.used_slots} of {self.capacity} are taken")
+        free_count = self._free_count - len(position)
+        slots = self._free_slots[free_count : self._free_count].copy()
         self._put(slots, x, serial, position)
-        self._spares = spares
-        if self._missing:
-            slots = self._put_back(serial, position, slots)
+        self._free_count = free_count
+        if self._missing_rows:
+            slots = self._restore_places(serial, position, slots)
         self._waiting.setdefault(serial, deque()).append(slots)
 
     def is_full_enough(self, count: int, oldest: int) -> bool:
-        """Lets rows into the pool whose turn has come, and says whether it is full."""
+        """Whether the pool is full, once those whose turn has come are in it."""
         return self.fill(oldest)
 
     def fill(self, oldest: int) -> bool:
-        """Lets rows into the pool whose turn has come, and says whether it is full.
+        """Lets activations into the pool whose turn has come, and returns whether it is full.
 
-        Every row of the serials below `oldest` is here, and of `oldest` a first part.
+        All of the serials below `oldest` are here, and of `oldest` a first part.
         """
-        if self._missing:
+        if self._missing_rows:
             return False
         for serial in sorted(serial for serial in self._waiting if serial <= oldest):
             queue = self._waiting[serial]
             while queue and self.rows < self.pool:
                 slots = queue.popleft()
-                enter, later = np.split(slots, [self.pool - self.rows])
+                now, later = np.split(slots, [self.pool - self.rows])
                 if len(later):
                     queue.appendleft(later)
-                self._order[self.rows : self.rows + len(enter)] = enter
-                self.rows += len(enter)
+                self._order[self.rows : self.rows + len(now)] = now
+                self.rows += len(now)
             if not queue:
                 del self._waiting[serial]
         return self.rows == self.pool
 
     @property
-    def _rows_to_peek_at(self) -> int:
+    def _peekable_rows(self) -> int:
         """The settled ones; before the first draw, the whole pool."""
-        return self._settled or self.rows
+        return self._settled_rows or self.rows
 
-    def _free(self, picked: np.ndarray, slots: np.ndarray) -> None:
-        super()._free(picked, slots)
-        self._spare[self._spares : self._spares + len(slots)] = slots
-        self._spares += len(slots)
-        self._settled = self.rows
+    def _free(self, entries: np.ndarray, slots: np.ndarray) -> None:
+        super()._free(entries, slots)
+        self._free_slots[self._free_count : self._free_count + len(slots)] = slots
+        self._free_count += len(slots)
+        self._settled_rows = self.rows
 
-    def _put_back(self, serial: int, position: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Takes those rows to their places that a checkpoint names there; the slots of the others."""
-        places = np.flatnonzero(self._named[0] == serial)
-        places = places[np.argsort(self._named[1, places])]
-        names = self._named[1, places]
-        known = np.isin(position, names)
-        self._order[places[np.searchsorted(names, position[known])]] = slots[known]
-        self._missing -= int(known.sum())
-        if not self._missing:
-            self.rows = self._settled = self._named.shape[1]
-        return slots[~known]
+    def _restore_places(self, serial: int, position: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Takes the activations that a checkpoint names to their places; returns the slots of the others."""
+        places = np.flatnonzero(self._saved_names[0] == serial)
+        places = places[np.argsort(self._saved_names[1, places])]
+        names = self._saved_names[1, places]
+        is_saved = np.isin(position, names)
+        self._order[places[np.searchsorted(names, position[is_saved])]] = slots[is_saved]
+        self._missing_rows -= int(is_saved.sum())
+        if not self._missing_rows:
+            self.rows = self._settled_rows = self._saved_names.shape[1]
+        return slots[~is_saved]
 
     def state(self) -> BufferState:
-        """No row, but the settled ones' names, int64 serials and positions in the pool's order."""
-        slots = self._order[: self._settled]
-        names = self._named if self._missing else np.stack([self._serial[slots], self._position[slots]])
+        """The state of the draw, and the settled ones' names: int64 serials and positions in the pool's order."""
+        slots = self._order[: self._settled_rows]
+        names = self._saved_names if self._missing_rows else np.stack([self._serial[slots], self._position[slots]])
         return BufferState(super().state().random, names)
 
     def restore(self, state: BufferState) -> None:
         super().restore(state)
         if state.names is not None:
-            self._named = state.names
-            self._missing = self._named.shape[1]
+            self._saved_names = state.names
+            self._missing_rows = self._saved_names.shape[1]
 
 
 def pool_rows(capacity: int) -> int:
-    """Of a buffer that hands rows out in deterministic mode: how many it draws from."""
+    """Slots of the pool in a buffer of deterministic mode."""
     return capacity // 2
 
 
 def same_context_mates(batch: Batch, context: int) -> float:
-    """How many other rows of its own window a row finds in its batch, on average; 0 is perfect mixing.
+    """How many other activations of its window an activation finds in its batch, on average; 0 is perfect mixing.
 
     Effective batch ≈ batch / (1 + mates × correlation within a context). Source: the design effect of clustered
     samples (Kish 1965).

@@ -19,11 +19,12 @@ from producer.settings import StreamSettings
 from producer.wire import Hello
 from trainer.phases import RunPhase
 from trainer.report import StreamReport
-from trainer.state.format import NEW_BUFFER, BufferState
+from trainer.state.format import NEW_BUFFER, BufferState, LedgerState, ShardBits
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.connections import ConnectionLimits
 from trainer.stream.ingest import Ingest
-from trainer.stream.ledger.ledger import Ledger, StreamPhase
+from trainer.stream.ledger.ledger import Ledger
+from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.shards import Quarantine, SuspectShard
 from trainer.stream.router import IntakeError
 from trainer.stream.server import StreamServer
@@ -219,10 +220,10 @@ class Intake:
 
     # Reports
 
-    def buffer_state(self) -> BufferState:
-        """What a checkpoint keeps of the buffer."""
+    def state(self) -> tuple[LedgerState, dict[int, ShardBits], BufferState]:
+        """What a checkpoint keeps of this moment: the ledger, the bits of open shards by serial, the buffer's draw."""
         with self.lock:
-            return self._ingest.state()
+            return *self.ledger.state(), self._ingest.state()
 
     def stream_report(self) -> StreamReport:
         """The numbers of the stream."""
@@ -233,7 +234,7 @@ class Intake:
     def buffer_report(self) -> BufferReport:
         """The numbers of the buffer."""
         with self.lock:
-            rows = self.buffer.held if self.buffer else 0
+            rows = self.buffer.used_slots if self.buffer else 0
             capacity = self.ledger.limits.capacity
             if self.ledger.phase is not StreamPhase.OPEN:
                 phase = RunPhase.DRAINING
@@ -268,7 +269,7 @@ class Intake:
     def _on_tick(self) -> None:
         """After each tick, with the lock held: wakes the training thread, and every second checks the invariants."""
         if self._waits.update(self.ledger.sessions.values()):
-            for fault in self.ledger.audit(self.buffer.held if self.buffer is not None else 0):
+            for fault in self.ledger.audit(self.buffer.used_slots if self.buffer is not None else 0):
                 log.error("an invariant is broken, please report it: %s", fault)
             for notice in self.ledger.failures.pop_notices():
                 self._server.outside_log.warning("%s", notice)

@@ -24,7 +24,7 @@ from trainer.state import checkpoint
 from trainer.state.format import Checkpoint, CheckpointDocument, CheckpointTensors, RunState, SaeTensors
 from trainer.stream.buffer import Batch
 from trainer.stream.intake import Intake
-from trainer.stream.ledger.ledger import StreamPhase
+from trainer.stream.ledger.phase import StreamPhase
 from trainer.training.meter import Meter, measure
 from trainer.training.publishing import calibration_activations, publish_snapshot, run_facts, write_settings
 from trainer.training.roster import Member, Roster
@@ -289,9 +289,7 @@ class Loop:
     def _save(self, directory: Path) -> None:
         # Before there is a run, what an earlier trainer left is passed on.
         run, saes = self._saved if self.run is None else self.run.state()
-        with self.intake.lock:
-            ledger, shards = self.intake.ledger.state()
-            buffer = self.intake.buffer_state()
+        ledger, shards, buffer = self.intake.state()
         document = CheckpointDocument(run, self.roster.state(), ledger, buffer.random)
         tensors = CheckpointTensors(saes, shards, buffer.names)
         checkpoint.save(directory, Checkpoint(document, tensors), self.settings.checkpoint.keep)

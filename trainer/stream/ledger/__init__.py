@@ -1,12 +1,15 @@
 """Which shard is leased to whom, and which activations are trained? The truth of a run, as a pure state machine.
 
     ledger       the machine: events go in, messages to send come out
+    phase        how much is still to come
     identity     which stream the run has, and whether a producer's is the same
     sessions     one producer's conversation with this trainer
     shards       the queue of shards, and the states that a shard goes through
     failures     when a shard is tried again, and when it is quarantined
     credit       who is leased which shard and may send how much: fairly, or in the corpus' order
+    invariants   what must hold, checked while the trainer runs
+    resume       what a checkpoint keeps
 
 From outside it is one machine, `ledger.Ledger`. It has no sockets, threads or torch, and the clock is an argument.
-Imported by stream.intake and by the trainer's app.
+Imported by the modules beside this folder, training/ and the trainer's app.
 """

@@ -75,17 +75,18 @@ class Failures:
 
     def notice_if_stuck(self) -> None:
         """Says again and again that the run waits for shards in trouble."""
-        left = list(self._shards.pending())
-        if not left or self._shards.has_fresh or not all(shard.is_in_trouble for shard in left):
+        pending = list(self._shards.pending())
+        if not pending or self._shards.has_fresh or not all(shard.is_in_trouble for shard in pending):
             self._notice_at = None
         elif self._notice_at is None:
             self._notice_at = self.now
         elif self.now - self._notice_at >= STUCK_SECONDS:
             self._notice_at = self.now
-            suspects = sum(shard.is_suspect for shard in left)
+            suspects = sum(shard.is_suspect for shard in pending)
+            first = pending[0]
             self._notices.append(
-                f"the run waits for its last {len(left)} shards: producers were lost on {suspects} of them, and "
-                f"{len(left) - suspects} were reported as broken; the first is {left[0]}, tried {left[0].attempt} "
+                f"the run waits for its last {len(pending)} shards: producers were lost on {suspects} of them, and "
+                f"{len(pending) - suspects} were reported as broken; the first is {first}, tried {first.attempt} "
                 f"times; {len(self._sessions)} producers are here"
             )
 

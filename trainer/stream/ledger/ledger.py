@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -39,48 +38,18 @@ from producer.wire import (
     unpack_bits,
 )
 from trainer.report import StreamReport
-from trainer.state.format import LedgerState, OpenShardState, QuarantinedShardState, ShardBits
+from trainer.state.format import LedgerState, ShardBits
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit
 from trainer.stream.ledger.failures import Failures
 from trainer.stream.ledger.identity import StreamIdentity
+from trainer.stream.ledger.invariants import Invariants
+from trainer.stream.ledger.phase import StreamPhase
+from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.sessions import Send, Session, chunk_size_fault
-from trainer.stream.ledger.shards import (
-    FailureReport,
-    OpenShard,
-    Quarantine,
-    QuarantinedShard,
-    ShardQueue,
-    ShardState,
-    count_bits,
-)
+from trainer.stream.ledger.shards import FailureReport, OpenShard, Quarantine, ShardQueue, ShardState, count_bits
 
 MAX_SESSIONS = 256
 """A tick looks at each of them; further producers are asked to come again."""
-
-
-class StreamPhase(Enum):
-    """How much is still to come from the stream. A run goes down this list; `retry_quarantined` takes it up again."""
-
-    OPEN = "open"
-    """Shards are leased and credit is granted."""
-    WINDING_DOWN = "winding down"
-    """Nothing is leased or granted any more; chunks under the credit granted before still arrive."""
-    DRAINING = "draining"
-    """No further activation arrives; the buffered ones are being trained."""
-    WOUND_DOWN = "wound down"
-    """The trainer was asked to leave: all that arrived is trained, and data is left."""
-    EXHAUSTED = "exhausted"
-    """Every activation of the data is trained, quarantined or dropped."""
-
-    @property
-    def is_receiving(self) -> bool:
-        """Further activations may arrive."""
-        return self in (StreamPhase.OPEN, StreamPhase.WINDING_DOWN)
-
-    @property
-    def is_over(self) -> bool:
-        """Nothing is left to train on, here or on its way."""
-        return self in (StreamPhase.WOUND_DOWN, StreamPhase.EXHAUSTED)
 
 
 @dataclass(frozen=True)
@@ -136,10 +105,8 @@ class Ledger:
         self.errors: Counter[str] = Counter()
         """Messages that could not be used, by kind of fault."""
         self.auth_failures = 0
-        self.violations: Counter[str] = Counter()
-        """Times that an invariant did not hold, by its name."""
+        self.invariants = Invariants()
         self.is_winding_down = False
-        self._violation_texts: list[str] = []
         self._steps = 0
         self._drain: Drain | None = None
         """What producers were told of this trainer's end."""
@@ -198,7 +165,7 @@ class Ledger:
             rows_discarded=self.tokens_dropped,
             protocol_errors=dict(self.errors),
             auth_failures=self.auth_failures,
-            breaches={"trained_once": 0, "rows_accounted": 0, "memory_bound": 0} | self.violations,
+            breaches=self.invariants.counts(),
             credit_rows_outstanding=self.tokens_credited,
             sessions_lost=self.sessions_lost,
         )
@@ -256,21 +223,14 @@ class Ledger:
             return None, []
         start, count = chunk.first_window * sender.hello.context, chunk.windows * sender.hello.context
         rows, outliers = unpack_bits(chunk.kept, count), unpack_bits(chunk.outliers, count)
-        shard.reach(start + count)
-        mask = shard.mask[start : start + count]
-        if (mask & (rows | outliers)).any() or (rows & outliers).any():
+        if shard.has_any(start, rows, outliers):
             return None, self.reject(session, "duplicate", "chunk brings rows that were already had", rows=chunk.rows)
         if fault := self.policy.order_fault(sender, shard, chunk, self.shards):
             return None, self.reject(session, fault.code, fault.reason, rows=chunk.rows)
         accepted = AcceptedChunk(shard.serial, start + np.flatnonzero(rows))
         insert(accepted)
-        shard.prefix_end = max(shard.prefix_end, start + count)
-        mask |= rows | outliers
-        shard.dropped[start : start + count] |= outliers
-        dropped = count_bits(outliers)
-        shard.has_progress |= chunk.rows + dropped > 0
-        shard.buffered += chunk.rows
-        self.tokens_dropped += dropped
+        shard.receive(start, rows, outliers)
+        self.tokens_dropped += count_bits(outliers)
         self.tokens_received += chunk.rows
         self.identity.is_settled |= shard.has_progress
         return accepted, []
@@ -345,30 +305,18 @@ class Ledger:
         """A step has consumed these activations, named by int64 [batch] each."""
         for one in np.unique(serial):
             shard = self.shards.open[int(one)]
-            positions = position[serial == one]
-            if shard.trained[positions].any() or not shard.mask[positions].all():
-                text = f"rows of shard {shard.shard} are trained twice, or were never received"
-                self._record_violation("trained_once", text)
-            shard.trained[positions] = True
-            shard.buffered -= len(positions)
+            if not shard.mark_trained(position[serial == one]):
+                sentence = f"rows of shard {shard.shard} are trained twice, or were never received"
+                self.invariants.violate("trained_once", sentence)
             self.shards.close_if_trained(shard)
         self.tokens_trained += len(serial)
         self._steps += 1
 
-    def audit(self, rows_in_buffer: int) -> list[str]:
-        """Invariants that do not hold, in sentences: now, and in the steps since the last audit. None, or a bug.
-
-        These are the checks that cost nothing; that each activation is in exactly one place is for the tests to show.
-        """
-        rows = self.tokens_buffered + self.tokens_credited
-        if rows > self.limits.capacity:
-            room = f"room for {self.limits.capacity}"
-            self._record_violation("memory_bound", f"{rows} rows are here or may still come, and there is {room}")
-        if not 0 <= rows_in_buffer <= self.tokens_buffered:
-            text = f"the buffer holds {rows_in_buffer} rows, the ledger {self.tokens_buffered}"
-            self._record_violation("rows_accounted", text)
-        texts, self._violation_texts = self._violation_texts, []
-        return texts
+    def audit(self, in_buffer: int) -> list[str]:
+        """Violations of invariants since the last audit, in sentences; `in_buffer` tokens are in the real buffer."""
+        self.invariants.check_memory(self.tokens_buffered, self.tokens_credited, self.limits.capacity)
+        self.invariants.check_buffer(in_buffer, self.tokens_buffered)
+        return self.invariants.pop_sentences()
 
     def retry_quarantined(self) -> int:
         """Leases quarantined shards again, for the activations that they lack; how many these are."""
@@ -403,86 +351,13 @@ class Ledger:
 
     def state(self) -> tuple[LedgerState, dict[int, ShardBits]]:
         """A copy of the books, and of the bits of open shards by serial, from which `restore` goes on."""
-        shards, quarantined = list(self.shards.open.values()), self.shards.quarantined
-        state = LedgerState(
-            run=self.run,
-            seed=self.shards.seed,
-            stream=self.identity.hello,
-            norm_bounds=self.identity.norm_bounds,
-            epoch=self.shards.epoch,
-            cursor=self.shards.cursor,
-            next_serial=self.shards.next_serial,
-            finished_in_epoch=self.shards.trained_in_epoch,
-            rows_trained=self.tokens_trained,
-            rows_discarded=self.tokens_dropped,
-            rows_set_aside=sum(shard.rows or 0 for shard in quarantined),
-            set_aside=[QuarantinedShardState(**vars(shard)) for shard in quarantined],
-            sessions_lost=self.sessions_lost,
-            rejected=dict(self.rejected),
-            errors=dict(self.errors),
-            auth_failures=self.auth_failures,
-            breaches=dict(self.violations),
-            open=[
-                OpenShardState(
-                    serial=shard.serial,
-                    epoch=shard.epoch,
-                    shard=shard.shard,
-                    positions=len(shard.mask),
-                    attempt=shard.attempt,
-                    rows=shard.rows,
-                    failures=shard.failures,
-                    deaths=shard.deaths,
-                    given_up=shard.state is ShardState.QUARANTINED,
-                )
-                for shard in shards
-            ],
-        )
-        return state, {shard.serial: ShardBits.pack(shard.trained, shard.dropped) for shard in shards}
+        return ledger_state(self)
 
     def restore(self, state: LedgerState, bits: dict[int, ShardBits]) -> None:
         """Goes on from what `state` returned; activations that were buffered then are missing again."""
-        self.run = state.run
-        self.identity.hello = state.stream
-        self.identity.is_settled = state.stream is not None
-        self.identity.norm_bounds = state.norm_bounds
-        self.tokens_trained = self.tokens_received = state.rows_trained
-        self.tokens_dropped = state.rows_discarded
-        self.sessions_lost, self.auth_failures = state.sessions_lost, state.auth_failures
-        self.rejected, self.errors = Counter(state.rejected), Counter(state.errors)
-        self.violations = Counter(state.breaches)
-        self.shards.seed = state.seed  # the cursor is one into that seed's order
-        if state.stream is not None:
-            self.shards.go_on(state.stream, state.epoch, state.cursor)
-        self.shards.trained_in_epoch = state.finished_in_epoch
-        self.shards.next_serial = state.next_serial
-        self.shards.quarantined = [QuarantinedShard(**vars(shard)) for shard in state.set_aside]
-        for entry in state.open:
-            shard = OpenShard(
-                serial=entry.serial,
-                epoch=entry.epoch,
-                shard=entry.shard,
-                attempt=entry.attempt,
-                rows=entry.rows,
-                failures=entry.failures,
-                deaths=entry.deaths,
-            )
-            shard.trained, shard.dropped = bits[entry.serial].unpack(entry.positions)
-            shard.mask = shard.trained | shard.dropped
-            if entry.given_up:
-                shard.state = ShardState.QUARANTINED
-                self.shards.forget_buffered(shard)
-            elif count_bits(shard.mask) == shard.rows:
-                shard.state = ShardState.RECEIVED
-            self.shards.open[shard.serial] = shard
-            self.shards.close_if_trained(shard)
-        if self.policy.quarantine_ends_run:
-            self.retry_quarantined()  # the run had ended for them
+        restore_ledger(self, state, bits)
 
     # Inside
-
-    def _record_violation(self, invariant: str, text: str) -> None:
-        self.violations[invariant] += 1
-        self._violation_texts.append(text)
 
     def _admission_fault(self, hello: Hello) -> Reject | None:
         """The refusal of a producer that cannot serve this run."""

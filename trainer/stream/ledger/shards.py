@@ -156,6 +156,29 @@ class OpenShard:
         if self.has_progress:
             self.deaths = self.setbacks = 0
 
+    def has_any(self, start: int, rows: np.ndarray, outliers: np.ndarray) -> bool:
+        """Whether a position from `start` on is named twice, or is here already; bool arrays of the same length."""
+        self.reach(start + len(rows))
+        mask = self.mask[start : start + len(rows)]
+        return bool((mask & (rows | outliers)).any() or (rows & outliers).any())
+
+    def receive(self, start: int, rows: np.ndarray, outliers: np.ndarray) -> None:
+        """Activations are in the buffer, and outliers are dropped; after `has_any`."""
+        end = start + len(rows)
+        positions = rows | outliers
+        self.mask[start:end] |= positions
+        self.dropped[start:end] |= outliers
+        self.prefix_end = max(self.prefix_end, end)
+        self.has_progress |= bool(positions.any())
+        self.buffered += count_bits(rows)
+
+    def mark_trained(self, positions: np.ndarray) -> bool:
+        """A step has consumed these; False when one was trained before, or never received."""
+        is_right = bool(self.mask[positions].all() and not self.trained[positions].any())
+        self.trained[positions] = True
+        self.buffered -= len(positions)
+        return is_right
+
     def reach(self, positions: int) -> None:
         """Lengthens the bit arrays to at least `positions`; memory is used only where bits are set."""
         old = len(self.mask)
