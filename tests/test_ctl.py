@@ -49,6 +49,7 @@ from trainer.state import checkpoint
 from trainer.state.checkpoint import load_newest
 from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.intake import Intake
+from trainer.stream.ledger.resume import restore_ledger
 from trainer.stream.ledger.shards import FailureReport
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.training.loop import STARVED_REPORT_SECONDS, Loop
@@ -251,7 +252,7 @@ class Trainer:
         ledger = new_ledger(self.settings.stream, epochs=None)
         roster = Roster.of(self.settings.sae)
         if saved is not None:
-            ledger.restore(saved.document.ledger, saved.tensors.shards)
+            restore_ledger(ledger, saved.document.ledger, saved.tensors.shards)
             roster = roster_of(saved.document, self.settings)
 
         def make_buffer(hello: Hello) -> ShuffleBuffer:

@@ -32,6 +32,7 @@ from trainer.state import check as check_command
 from trainer.state.checkpoint import complete_folders, load_newest
 from trainer.state.format import CheckpointDocument, CheckpointTensors, encode_document, encode_tensors
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
+from trainer.stream.ledger.resume import ledger_state
 from trainer.training.run import Run, buffer_of, roster_of
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def test_its_checkpoint_is_read_and_written_again_as_it_was(release: Path, name:
     buffer.restore(buffer_of(checkpoint, settings))
 
     counters, saes = run.state()
-    books, bits = ledger.state()
+    books, bits = ledger_state(ledger)
     restored = CheckpointDocument(counters, roster.state(), books, buffer.state().random)
     assert encode_document(restored) == document
     again = encode_tensors(CheckpointTensors(saes, bits, buffer.state().names))

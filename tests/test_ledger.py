@@ -45,6 +45,7 @@ from trainer.stream.ledger.credit import CHUNKS_IN_FLIGHT
 from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF, STUCK_SECONDS
 from trainer.stream.ledger.ledger import AcceptedChunk, Ledger, Limits
 from trainer.stream.ledger.phase import StreamPhase
+from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.sessions import Send
 from trainer.stream.ledger.shards import MAX_POSITIONS, SUSPECT_DEATHS, QuarantinedShard, ShardState
 
@@ -135,9 +136,9 @@ def train(ledger: Ledger, *rows: tuple[int, int]) -> None:
 
 def restart(ledger: Ledger, **changes: Any) -> Ledger:
     """The trainer crashes and comes back with a checkpoint of this moment."""
-    document, bits = ledger.state()
+    document, bits = ledger_state(ledger)
     successor = make_ledger(**({"capacity": ledger.limits.capacity, "incarnation": "second"} | changes))
-    successor.restore(ledger_through_json(document), bits)
+    restore_ledger(successor, ledger_through_json(document), bits)
     return successor
 
 
@@ -705,11 +706,11 @@ def test_what_an_older_release_set_aside_stays_listed() -> None:
     """Its checkpoints keep no bits of closed shards: another try could train rows twice."""
     ledger = make_ledger()
     join(ledger)
-    document, bits = ledger.state()
+    document, bits = ledger_state(ledger)
     entry = {"epoch": 0, "shard": 9, "rows": 4, "reason": "3 producers in a row ended on it without sending a row"}
     document = replace(document, set_aside=[QuarantinedShardState(**entry)], rows_set_aside=4)
     successor = make_ledger(incarnation="second")
-    successor.restore(document, bits)
+    restore_ledger(successor, document, bits)
     assert successor.retry_quarantined() == 0 and successor.shards.quarantined == [QuarantinedShard(**entry)]
     assert successor.quarantine.tokens == 4
 
@@ -1093,13 +1094,13 @@ def test_restart_loses_nothing_of_a_shard_that_is_quarantined() -> None:
 def test_state_is_one_instant() -> None:
     """What happens after `state` does not reach into the document, and restoring does not use it up."""
     ledger, lease = half_done()
-    document, bits = ledger.state()
+    document, bits = ledger_state(ledger)
     before = deepcopy(document)
     ledger.shard_fail("ada-1", ShardFail(**named(lease), error="late", retry=False), now=0.0)
-    make_ledger().restore(document, bits)
+    restore_ledger(make_ledger(), document, bits)
     successor = make_ledger()
-    successor.restore(document, bits)
-    assert document == before == successor.state()[0]
+    restore_ledger(successor, document, bits)
+    assert document == before == ledger_state(successor)[0]
 
 
 def test_fresh_ledger_can_be_saved() -> None:

@@ -54,6 +54,7 @@ from trainer.stream.buffer import Batch, ShuffleBuffer
 from trainer.stream.ledger.credit import LEASES_PER_PRODUCER, CreditPolicy, FairCredit
 from trainer.stream.ledger.failures import FAILURES_ALLOWED, MAX_BACKOFF
 from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.sessions import Send
 from trainer.stream.ledger.shards import ShardState
 
@@ -314,7 +315,7 @@ class Stream(RuleBasedStateMachine):
         self.books = Books()
         if self.checkpoint is not None:
             state, bits, books = self.checkpoint
-            self.ledger.restore(state, bits)
+            restore_ledger(self.ledger, state, bits)
             self.books = books.restored()
         self.hand: Batch | None = None
         self.serials: dict[int, Name] = {}
@@ -492,7 +493,7 @@ class Stream(RuleBasedStateMachine):
 
     def write_checkpoint(self) -> None:
         self.step()
-        state, bits = self.ledger.state()
+        state, bits = ledger_state(self.ledger)
         self.checkpoint = (ledger_through_json(state), deepcopy(bits), deepcopy(self.books))
 
     # What must hold after each move

@@ -46,6 +46,7 @@ from tests.small_stream import (
 )
 from trainer.report import StreamReport
 from trainer.stream.intake import DRAIN_SECONDS, Intake
+from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.payload import bits_of, is_finite
 from trainer.stream.router import IntakeError
 
@@ -569,9 +570,9 @@ def test_a_trainer_that_crashes_is_found_again(endpoint: str) -> None:
         producers = [Producing(settings) for _ in range(2)]
         first = train(intake, 5 * CHUNK_ROWS)
         with intake.lock:
-            document, bits = intake.ledger.state()
+            document, bits = ledger_state(intake.ledger)
     ledger = new_ledger(settings)
-    ledger.restore(document, bits)
+    restore_ledger(ledger, document, bits)
     with trainer(settings, ledger) as intake:
         second = finish(intake, *producers)
 
@@ -589,10 +590,10 @@ def test_a_trainer_that_leaves_is_waited_for(endpoint: str) -> None:
         intake.drain(finished=False)
         assert not intake.ledger.sessions
         assert time.monotonic() - began < 0.9
-        document, bits = intake.ledger.state()
+        document, bits = ledger_state(intake.ledger)
         assert producer.link.state == "connecting"
     ledger = new_ledger(settings)
-    ledger.restore(document, bits)
+    restore_ledger(ledger, document, bits)
     with trainer(settings, ledger) as intake:
         second = finish(intake, producer)
 

@@ -39,6 +39,7 @@ from trainer.stream.ingest import check_room
 from trainer.stream.intake import Intake
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit, OrderedCredit
 from trainer.stream.ledger.ledger import Ledger, Limits
+from trainer.stream.ledger.resume import restore_ledger
 from trainer.stream.ledger.shards import Quarantine
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.stream.router import IntakeError
@@ -140,7 +141,7 @@ def open_ledger(settings: TrainerSettings, saved: Checkpoint | None) -> Ledger:
                 f"the newest checkpoint of {settings.run.folder} does not balance: {'; '.join(faults)}. Tokens would "
                 "be trained twice, or never: remove that checkpoint to resume from the one before it"
             )
-        ledger.restore(books, bits)
+        restore_ledger(ledger, books, bits)
         log.info("resuming run %s at %s tokens", ledger.run, f"{ledger.tokens_trained:,}")
         if not ledger.phase.is_receiving and quarantine_fault(settings, ledger.quarantine):
             log.warning("the run had failed; %d quarantined shards are tried again", ledger.retry_quarantined())

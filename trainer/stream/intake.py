@@ -25,6 +25,7 @@ from trainer.stream.connections import ConnectionLimits
 from trainer.stream.ingest import Ingest
 from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.phase import StreamPhase
+from trainer.stream.ledger.resume import ledger_state
 from trainer.stream.ledger.shards import Quarantine, SuspectShard
 from trainer.stream.router import IntakeError
 from trainer.stream.server import StreamServer
@@ -223,7 +224,7 @@ class Intake:
     def state(self) -> tuple[LedgerState, dict[int, ShardBits], BufferState]:
         """What a checkpoint keeps of this moment: the ledger, the bits of open shards by serial, the buffer's draw."""
         with self.lock:
-            return *self.ledger.state(), self._ingest.state()
+            return *ledger_state(self.ledger), self._ingest.state()
 
     def stream_report(self) -> StreamReport:
         """The numbers of the stream."""

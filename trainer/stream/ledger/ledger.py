@@ -11,8 +11,8 @@ Four counters fence what is late: a lease's `attempt`, a session's chunk `number
 absolute `credit`; all only grow. Memory is bounded by one rule: tokens buffered plus tokens that producers may still
 send never exceed the buffer's capacity.
 
-What a checkpoint keeps is `state()`: per open shard one bit per position for *trained* and one for *dropped*.
-Activations that were buffered and not trained are leased again after a restart.
+A checkpoint keeps, per open shard, one bit per position for *trained* and one for *dropped*; see `resume`. Activations
+that were buffered and not trained are leased again after a restart.
 """
 
 from __future__ import annotations
@@ -38,13 +38,11 @@ from producer.wire import (
     unpack_bits,
 )
 from trainer.report import StreamReport
-from trainer.state.format import LedgerState, ShardBits
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit
 from trainer.stream.ledger.failures import Failures
 from trainer.stream.ledger.identity import StreamIdentity
 from trainer.stream.ledger.invariants import Invariants
 from trainer.stream.ledger.phase import StreamPhase
-from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.sessions import Send, Session, chunk_size_fault
 from trainer.stream.ledger.shards import FailureReport, OpenShard, Quarantine, ShardQueue, ShardState, count_bits
 
@@ -346,16 +344,6 @@ class Ledger:
                 session.last_heartbeat = now
                 sends.append(Send(name, Heartbeat(progress=self._steps)))
         return sends
-
-    # What a checkpoint keeps
-
-    def state(self) -> tuple[LedgerState, dict[int, ShardBits]]:
-        """A copy of the books, and of the bits of open shards by serial, from which `restore` goes on."""
-        return ledger_state(self)
-
-    def restore(self, state: LedgerState, bits: dict[int, ShardBits]) -> None:
-        """Goes on from what `state` returned; activations that were buffered then are missing again."""
-        restore_ledger(self, state, bits)
 
     # Inside
 

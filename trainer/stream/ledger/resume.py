@@ -7,13 +7,10 @@ leased again.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from trainer.state.format import LedgerState, OpenShardState, QuarantinedShardState, ShardBits
+from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.shards import OpenShard, QuarantinedShard, ShardState, count_bits
-
-if TYPE_CHECKING:
-    from trainer.stream.ledger.ledger import Ledger
 
 
 def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
