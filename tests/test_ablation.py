@@ -14,7 +14,6 @@ from torch import Tensor
 
 from monitor.evaluation.ablation import POSITIONS, ablation_effects, effective_number
 from monitor.evaluation.latents.activations import LatentActivations, gather_latents
-from monitor.evaluation.subject import Subject
 from producer.corpus.windows import Windows
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from trainer.saes.inference import InferenceSae
@@ -45,20 +44,20 @@ def test_a_latent_that_writes_to_n_logits_has_n_effects(reach: int):
     """All by the same amount, at its own position alone; the ratio is their share of all logits that could change."""
     W_dec = torch.zeros(1, WORDS)
     W_dec[0, :reach] = 0.7
-    found = ablation_effects(_Unembedding(), _subject(W_dec), _always(20), count=8)  # type: ignore[arg-type]
+    found = ablation_effects(_Unembedding(), _writing(W_dec), _always(20), count=8)  # type: ignore[arg-type]
     assert found["ablation_effects"] == pytest.approx(reach)
     assert found["ablation_effects_ratio"] == pytest.approx(reach / (POSITIONS * WORDS))
 
 
 def test_what_shifts_all_logits_has_no_effect():
     """Probabilities stay as they are: there is nothing to count."""
-    found = ablation_effects(_Unembedding(), _subject(torch.ones(1, WORDS)), _always(20), count=8)  # type: ignore[arg-type]
+    found = ablation_effects(_Unembedding(), _writing(torch.ones(1, WORDS)), _always(20), count=8)  # type: ignore[arg-type]
     assert found == {"ablation_effects": None, "ablation_effects_ratio": None}
 
 
 def test_an_activation_at_the_end_of_its_window_is_not_chosen():
     """There is no room for the positions that it may change."""
-    found = ablation_effects(_Unembedding(), _subject(torch.eye(1, WORDS)), _always(POSITIONS - 1), 8)  # type: ignore[arg-type]
+    found = ablation_effects(_Unembedding(), _writing(torch.eye(1, WORDS)), _always(POSITIONS - 1), 8)  # type: ignore[arg-type]
     assert found["ablation_effects"] is None
 
 
@@ -77,9 +76,9 @@ def test_numbers_agree_with_ablation_by_hand(tmp_path: Path):
     kept = np.zeros((1, 20), bool)
     kept[0, 3] = True
     W_dec = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
-    subject = _subject(W_dec)
-    latents = gather_latents(model, Windows(ids, kept, np.zeros_like(kept)), subject)
-    found = ablation_effects(model, subject, latents, count=8)
+    sae = _writing(W_dec)
+    latents = gather_latents(model, Windows(ids, kept, np.zeros_like(kept)), sae)
+    found = ablation_effects(model, sae, latents, count=8)
     value = float(latents.values[0])
     assert latents.positions.tolist() == [3] and value > 0
 
@@ -93,12 +92,12 @@ def test_numbers_agree_with_ablation_by_hand(tmp_path: Path):
     assert expected > model.vocabulary  # attention carries it on
 
 
-def _subject(W_dec: Tensor) -> Subject:
+def _writing(W_dec: Tensor) -> InferenceSae:
     """One latent that is always active, at 1, and writes W_dec."""
     d_sae, width = W_dec.shape
     weights = {"W_enc": torch.zeros(width, d_sae), "b_enc": torch.ones(d_sae), "W_dec": W_dec}
     weights |= {"b_dec": torch.zeros(width)}
-    return Subject("s", InferenceSae({"architecture": "standard", "metadata": {"hook_name": HOOK}}, weights))
+    return InferenceSae({"architecture": "standard", "metadata": {"hook_name": HOOK}}, weights, "s")
 
 
 def _always(context: int) -> LatentActivations:

@@ -30,7 +30,6 @@ from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.follow import Evaluator, Stopped
 from monitor.evaluation.held_out import EvaluationError, held_out_windows
 from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, in_stream
-from monitor.evaluation.subject import load_subject
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from monitor.summary import complete_summary
@@ -43,6 +42,7 @@ from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
 from trainer.report import DENSITY_EDGES
+from trainer.saes.inference import load_sae
 from trainer.snapshot import Export, retire
 
 MLP_OUT = "blocks.1.hook_mlp_out"
@@ -745,8 +745,8 @@ def _evaluate_folder(
     memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> dict[str, Any]:
     """The numbers of the SAE in one folder of a snapshot, as evaluation.json has them."""
-    subject = load_subject(folder, model.device)
-    return evaluate(model, windows, [subject], Baseline(), norm_bounds, memory=memory)[subject.name].as_json()
+    sae = load_sae(folder, model.device)
+    return evaluate(model, windows, [sae], Baseline(), norm_bounds, memory=memory)[sae.name].as_json()
 
 
 def _evaluate_one(model: LanguageModel, windows: Windows, tmp_path: Path, sae: Export) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from monitor.evaluation.latents.logit_lens import LogitLens
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import NGram
 from monitor.evaluation.passes import MemoryLimits
-from monitor.evaluation.subject import load_subject
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
@@ -38,6 +37,7 @@ from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from tests.small_reading import DENSE, HOOK, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot
+from trainer.saes.inference import load_sae
 from trainer.snapshot import retire, supersede_after
 from trainer.state.durable import remove_folder
 
@@ -82,9 +82,9 @@ def test_a_latent_is_stored_wherever_its_word_stands(explorer: Explorer, model: 
 
 def test_activations_come_strongest_first(folder: Path, model: LanguageModel, windows: Windows):
     """Each latent's, also where some are negative: strong means far from zero."""
-    subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
-    subject.sae.encode = lambda x: torch.stack([x[:, 0], (x[:, 1] - 1).relu()], 1)  # type: ignore[method-assign]
-    latents = gather_latents(model, windows, subject)
+    sae = load_sae(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
+    sae.encode = lambda x: torch.stack([x[:, 0], (x[:, 1] - 1).relu()], 1)  # type: ignore[method-assign]
+    latents = gather_latents(model, windows, sae)
     for latent in range(2):
         assert (np.diff(np.abs(latents.of(latent)[1])) <= 0).all()
     assert (latents.of(0)[1] < 0).any()
@@ -92,19 +92,19 @@ def test_activations_come_strongest_first(folder: Path, model: LanguageModel, wi
 
 def test_an_sae_that_is_not_sparse_reads_less_text(folder: Path, model: LanguageModel, windows: Windows):
     """Whole windows, until there are enough activations; densities are shares of the tokens that it read."""
-    subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
-    latents = gather_latents(model, windows, subject, memory=MemoryLimits(logits=1, firings=1))
+    sae = load_sae(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
+    latents = gather_latents(model, windows, sae, memory=MemoryLimits(logits=1, firings=1))
     assert len(latents.ids) < len(windows) and len(latents.values) >= 1
     assert latents.rows == windows.kept[: len(latents.ids)].sum()
 
 
 def test_positions_do_not_depend_on_passes(folder: Path, model: LanguageModel, windows: Windows):
     """One window at a time, and three rows of all latents at a time, is what all at once is."""
-    subject = load_subject(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
+    sae = load_sae(folder / "run" / "snapshots" / "000000002000" / "planted", model.device)
     some = Windows(windows.ids[:4], windows.kept[:4], windows.padded[:4])
-    at_once = gather_latents(model, some, subject)
+    at_once = gather_latents(model, some, sae)
     little = MemoryLimits(logits=1, latents=3 * len(planted_sae(model).weights["threshold"]))
-    in_parts = gather_latents(model, some, subject, memory=little)
+    in_parts = gather_latents(model, some, sae, memory=little)
     assert in_parts.streamed.tolist() == at_once.streamed.tolist()
     assert len(at_once.values) and in_parts.starts.tolist() == at_once.starts.tolist()
     for latent in range(at_once.d_sae):

@@ -23,7 +23,6 @@ from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.latents.activations import gather_latents
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy
-from monitor.evaluation.subject import load_subject
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from tests.small_model import HOOK, WIDTH, load_model, write_model
@@ -46,7 +45,7 @@ from tests.test_produce import Sent, Tensors, Trainer, finish, tensors
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.inference import check, export
+from trainer.saes.inference import check, export, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import publish, snapshot_names, verify
@@ -404,13 +403,13 @@ def test_an_evaluation_on_the_gpu_is_that_of_the_cpu(tmp_path: Path) -> None:
 def _evaluation(model: LanguageModel, folder: Path) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(2, 42, (40, 24))
     windows = Windows(ids, kept=ids > 4, padded=np.zeros_like(ids, bool))
-    subject = load_subject(folder, model.device)
-    latents = gather_latents(model, windows, subject)
+    sae = load_sae(folder, model.device)
+    latents = gather_latents(model, windows, sae)
     texts = LabelledTexts(windows, np.array(["a", "b"] * 20))
     return {
-        **evaluate(model, windows, [subject], Baseline())["half"].as_json(),
-        **ablation_effects(model, subject, latents, count=12),
-        "probe_accuracy": probe_accuracy(model, subject, texts),
+        **evaluate(model, windows, [sae], Baseline())["half"].as_json(),
+        **ablation_effects(model, sae, latents, count=12),
+        "probe_accuracy": probe_accuracy(model, sae, texts),
     }
 
 

@@ -22,13 +22,12 @@ from monitor.evaluation.probing import (
     read_labelled_texts,
     split_sides,
 )
-from monitor.evaluation.subject import Subject, load_subject
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import identity_sae, publish_snapshot
-from trainer.saes.inference import InferenceSae
+from trainer.saes.inference import InferenceSae, load_sae
 
 TEXTS, CONTEXT = 80, 8
 
@@ -54,20 +53,20 @@ def test_a_planted_feature_is_found_by_one_latent(model: LanguageModel):
 
 def test_labels_that_the_text_does_not_tell_are_guessed(model: LanguageModel, tmp_path: Path):
     """Half of the answers are right; texts that were fitted to do not count, or the dense probe would know them."""
-    subject = load_subject(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
+    sae = load_sae(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
     windows = _windows(400)
-    found = probe_accuracy(model, subject, LabelledTexts(windows, np.array(["a", "b"] * 200)))
+    found = probe_accuracy(model, sae, LabelledTexts(windows, np.array(["a", "b"] * 200)))
     assert all(0.35 < value < 0.65 for value in found.values()), found
 
 
 def test_labels_are_told_from_all_others(model: LanguageModel, tmp_path: Path):
     """Three labels, the rarest with 8 texts of a word of its own: as many others stand against it."""
-    subject = load_subject(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
+    sae = load_sae(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
     windows = _windows()
     labels = np.array(["a"] * 8 + ["b"] * 30 + ["c"] * 42)
     for label, token in (("a", 2), ("b", 9), ("c", 17)):
         windows.ids[labels == label, 1:] = token
-    found = probe_accuracy(model, subject, LabelledTexts(windows, labels))
+    found = probe_accuracy(model, sae, LabelledTexts(windows, labels))
     assert found["dense"] == 1.0 and found["5"] >= 0.9
 
 
@@ -85,9 +84,9 @@ def test_latents_are_chosen_by_the_texts_that_are_fitted_to():
 def test_texts_that_the_stream_drops_are_told(model: LanguageModel):
     """Where norm bounds leave a label without texts, it is named, and no accuracy made up."""
     windows, labels = _windows(), np.array(["a", "b"] * (TEXTS // 2))
-    subject = _reading(torch.ones(WIDTH))
+    sae = _reading(torch.ones(WIDTH))
     with pytest.raises(EvaluationError, match=r"monitor.probe_file: 0 texts labelled 'a' have a token that is in the"):
-        probe_accuracy(model, subject, LabelledTexts(windows, labels), {HOOK: 1e-9})
+        probe_accuracy(model, sae, LabelledTexts(windows, labels), {HOOK: 1e-9})
 
 
 def test_a_probe_is_tested_on_the_other_texts(monkeypatch: pytest.MonkeyPatch):
@@ -193,13 +192,13 @@ def _windows(texts: int = TEXTS) -> Windows:
     return Windows(ids, kept=ids != 0, padded=np.zeros_like(ids, bool))
 
 
-def _reading(direction: Tensor) -> Subject:
+def _reading(direction: Tensor) -> InferenceSae:
     """Three latents of which the second reads one direction of x, far from its threshold, and the others nothing."""
     W_enc = torch.zeros(WIDTH, 3)
     W_enc[:, 1] = direction
     weights = {"W_enc": W_enc, "b_enc": torch.tensor([0.0, 100.0, 0.0]), "W_dec": W_enc.T, "b_dec": torch.zeros(WIDTH)}
     cfg = {"architecture": "standard", "metadata": {"hook_name": HOOK}}
-    return Subject("s", InferenceSae(cfg, weights))
+    return InferenceSae(cfg, weights, "s")
 
 
 def _file(folder: Path, lines: list[dict[str, object]]) -> Path:

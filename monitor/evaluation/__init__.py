@@ -6,7 +6,7 @@
     inputs          the language model and texts that it is evaluated with
     births          since when each latent has its direction
     evaluator       the language model's loss with x_hat for x, and reconstruction on held-out text
-    subject         an SAE to be evaluated
+    compatibility   the test of whether an SAE fits the language model
     tallies         sums that the measures are computed from
     held_out        the text that no producer streams
     passes          passes of the language model over it

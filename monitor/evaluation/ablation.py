@@ -24,8 +24,8 @@ from torch import Tensor
 
 from monitor.evaluation.latents.activations import LatentActivations
 from monitor.evaluation.passes import Replacement, windows_in_memory
-from monitor.evaluation.subject import Subject
 from producer.lm.model import LanguageModel
+from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite
 
 POSITIONS = 16
@@ -45,7 +45,7 @@ class _Cases:
 
 def ablation_effects(
     model: LanguageModel,
-    subject: Subject,
+    sae: InferenceSae,
     latents: LatentActivations,
     count: int,
     between: Callable[[], None] = lambda: None,
@@ -57,7 +57,7 @@ def ablation_effects(
     numbers = [
         effective_number(changes)
         for cases in _cases(latents, count, windows_in_memory(model, latents.context), model.device)
-        for changes in _changes(model, subject, cases, between)
+        for changes in _changes(model, sae, cases, between)
     ]
     effective = [number for number in numbers if number is not None]
     effects = float(np.mean(effective)) if effective else None
@@ -104,7 +104,7 @@ def _cases(latents: LatentActivations, count: int, batch: int, device: torch.dev
         )
 
 
-def _changes(model: LanguageModel, subject: Subject, cases: _Cases, between: Callable[[], None]) -> Tensor:
+def _changes(model: LanguageModel, sae: InferenceSae, cases: _Cases, between: Callable[[], None]) -> Tensor:
     """Logits with the latent less logits without it, float32 [cases, POSITIONS, vocabulary]."""
     case = torch.arange(len(cases.position), device=cases.position.device)
     positions = cases.position[:, None] + torch.arange(POSITIONS, device=cases.position.device)
@@ -120,7 +120,7 @@ def _changes(model: LanguageModel, subject: Subject, cases: _Cases, between: Cal
         return result
 
     widths = {hook.name: hook.width for hook in model.hooks}
-    contributions = cases.value[:, None] * subject.sae.W_dec[cases.latent]
-    parts = contributions.split([widths[hook] for hook in subject.hooks.writes], 1)
-    ablated = {hook: partial(without, part) for hook, part in zip(subject.hooks.writes, parts, strict=True)}
+    contributions = cases.value[:, None] * sae.W_dec[cases.latent]
+    parts = contributions.split([widths[hook] for hook in sae.hooks.writes], 1)
+    ablated = {hook: partial(without, part) for hook, part in zip(sae.hooks.writes, parts, strict=True)}
     return forward({}) - forward(ablated)

@@ -48,6 +48,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from monitor.evaluation.compatibility import why_incompatible
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import (
     DEFAULT_MEMORY,
@@ -62,10 +63,10 @@ from monitor.evaluation.passes import (
     splicing,
 )
 from monitor.evaluation.results import Evaluation, Value
-from monitor.evaluation.subject import Subject, why_incompatible
 from monitor.evaluation.tallies import Mean, Tally
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
+from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite
 
 BoundsKey = tuple[tuple[str, float], ...]
@@ -86,23 +87,23 @@ class Baseline:
 def evaluate(
     model: LanguageModel,
     windows: Windows,
-    subjects: Sequence[Subject],
+    saes: Sequence[InferenceSae],
     baseline: Baseline,
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
     memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> dict[str, Evaluation]:
-    """Measures all `subjects` over one pass of the clean model; returns their evaluations by name.
+    """Measures all `saes` over one pass of the clean model; returns their evaluations by name.
 
     `between` is called after each forward pass and may raise. Values that are not finite, and ratios without a
-    denominator, are None. Raises EvaluationError for a subject that does not fit the model, a bound of a hook that is
+    denominator, are None. Raises EvaluationError for a sae that does not fit the model, a bound of a hook that is
     not here, or bounds that no activation is within.
     """
     bounds = dict(norm_bounds or {})
     hooks = [hook.name for hook in model.hooks]
     refuse_unknown_bounds(hooks, bounds)
-    for subject in subjects:
-        if reason := why_incompatible(model, subject):
+    for sae in saes:
+        if reason := why_incompatible(model, sae):
             raise EvaluationError(reason)
     key = tuple(sorted(bounds.items()))
     if key not in baseline.means:
@@ -110,8 +111,8 @@ def evaluate(
     means = baseline.means[key]
     zeros = {hook: torch.zeros_like(mean) for hook, mean in means.items()}
     clean_ce = Mean()
-    tallies = {subject.name: Tally(subject, means) for subject in subjects}
-    ablations: set[Ablation] = {(kind, subject.hooks.writes, key) for subject in subjects for kind in ("zero", "mean")}
+    tallies = {sae.name: Tally(sae, means) for sae in saes}
+    ablations: set[Ablation] = {(kind, sae.hooks.writes, key) for sae in saes for kind in ("zero", "mean")}
     ablation_ce = {ablation: Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
     for batch in passes(model, windows, memory):
         targets = batch.tokens[:, 1:][batch.predicted]
@@ -129,9 +130,9 @@ def evaluate(
         for (kind, ablated_hooks, _), ce in ablation_ce.items():
             constants = {hook: means[hook] if kind == "mean" else zeros[hook] for hook in ablated_hooks}
             ce.add(_cross_entropy(log_probabilities(splicing(streamed, constants)), targets))
-        for subject in subjects:
-            tally = tallies[subject.name]
-            log_sae = log_probabilities(splicing(streamed, _reconstruct(subject, activations, tally, memory)))
+        for sae in saes:
+            tally = tallies[sae.name]
+            log_sae = log_probabilities(splicing(streamed, _reconstruct(sae, activations, tally, memory)))
             tally.ce.add(_cross_entropy(log_sae, targets))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
     if windows.kept.any() and not all(tally.activations for tally in tallies.values()):
@@ -143,14 +144,14 @@ def evaluate(
         )
     baseline.ce |= {ablation: ce.value for ablation, ce in ablation_ce.items()}
     return {
-        subject.name: _evaluation(
-            subject,
+        sae.name: _evaluation(
+            sae,
             clean_ce,
-            baseline.ce["zero", subject.hooks.writes, key],
-            baseline.ce["mean", subject.hooks.writes, key],
-            tallies[subject.name],
+            baseline.ce["zero", sae.hooks.writes, key],
+            baseline.ce["mean", sae.hooks.writes, key],
+            tallies[sae.name],
         )
-        for subject in subjects
+        for sae in saes
     }
 
 
@@ -172,18 +173,18 @@ def _mean_activations(
 
 
 def _reconstruct(
-    subject: Subject, activations: dict[str, Tensor], tally: Tally, memory: MemoryLimits
+    sae: InferenceSae, activations: dict[str, Tensor], tally: Tally, memory: MemoryLimits
 ) -> dict[str, Tensor]:
     """The SAE's reconstructions [n, width] by the hooks it writes; `tally` compares them with the activations."""
-    x = subject.input(activations)
+    x = sae.input(activations)
     parts = []
-    for part in x.split(memory.batch(subject.d_sae)):
-        latents = subject.sae.encode(part)
-        parts.append(subject.sae.decode(latents, part))
+    for part in x.split(memory.batch(sae.d_sae)):
+        latents = sae.encode(part)
+        parts.append(sae.decode(latents, part))
         tally.firings += (latents != 0).sum(0)
     tally.activations += len(x)
-    widths = [activations[hook].shape[1] for hook in subject.hooks.writes]
-    reconstructions = dict(zip(subject.hooks.writes, torch.cat(parts).split(widths, 1), strict=True))
+    widths = [activations[hook].shape[1] for hook in sae.hooks.writes]
+    reconstructions = dict(zip(sae.hooks.writes, torch.cat(parts).split(widths, 1), strict=True))
     for hook, y_hat in reconstructions.items():
         tally.fits[hook].add(activations[hook], y_hat)
     return reconstructions
@@ -194,7 +195,7 @@ def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
 
 
-def _evaluation(subject: Subject, clean: Mean, ce_zero: float, ce_mean: float, tally: Tally) -> Evaluation:
+def _evaluation(sae: InferenceSae, clean: Mean, ce_zero: float, ce_mean: float, tally: Tally) -> Evaluation:
     ce_clean, ce_sae = clean.value, tally.ce.value
     numbers = {
         "ce_clean": ce_clean,
@@ -209,12 +210,12 @@ def _evaluation(subject: Subject, clean: Mean, ce_zero: float, ce_mean: float, t
         "l0": tally.l0,
     }
     values: dict[str, Value] = {name: finite(value) for name, value in numbers.items()}
-    if len(subject.hooks.writes) > 1:
+    if len(sae.hooks.writes) > 1:
         values["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
     values["dense_latents"], values["dead_latents"] = tally.dense_latents, tally.dead_latents
     return Evaluation(
         values=values,
-        hooks=subject.hooks,
+        hooks=sae.hooks,
         density=tuple(tally.density()),
         rows=tally.activations,
         predictions=clean.count,

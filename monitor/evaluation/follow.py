@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.births import BirthTracker
+from monitor.evaluation.compatibility import why_incompatible
 from monitor.evaluation.evaluator import evaluate
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.inputs import EvaluationInputs, PublishedSnapshot, load_inputs
@@ -23,7 +24,6 @@ from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.measures import Stage, measures
 from monitor.evaluation.probing import probe_accuracy
 from monitor.evaluation.results import Evaluation, read_evaluation, write_evaluation
-from monitor.evaluation.subject import Subject, load_subject, why_incompatible
 from monitor.history import append_evaluation
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
@@ -32,6 +32,7 @@ from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
 from producer.corpus import CorpusError
 from producer.lm.errors import ModelError
+from trainer.saes.inference import InferenceSae, load_sae
 from trainer.snapshot import SnapshotError, is_complete
 
 log = logging.getLogger("sluice.monitor")
@@ -170,26 +171,30 @@ class Evaluator:
         """Measures SAEs with the language model, all in the same passes."""
         inputs.check_stream(snapshot)
         began = time.monotonic()
-        subjects = self._load_compatible(inputs, snapshot, saes)
-        if not subjects:
+        compatible = self._load_compatible(inputs, snapshot, saes)
+        if not compatible:
             return
-        results = evaluate(inputs.model, inputs.windows, subjects, inputs.baseline, snapshot.norm_bounds, self._between)
+        results = evaluate(
+            inputs.model, inputs.windows, compatible, inputs.baseline, snapshot.norm_bounds, self._between
+        )
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():
             evaluation = replace(result, snapshot=snapshot.name, snapshot_tokens=snapshot.tokens, seconds=seconds)
             self._publish(snapshot, sae, evaluation)
             log.info("%s of %s: %s (%.1f s)", sae, snapshot.name, _in_words(evaluation), seconds)
 
-    def _load_compatible(self, inputs: EvaluationInputs, snapshot: PublishedSnapshot, saes: list[str]) -> list[Subject]:
+    def _load_compatible(
+        self, inputs: EvaluationInputs, snapshot: PublishedSnapshot, saes: list[str]
+    ) -> list[InferenceSae]:
         """The SAEs that fit the language model; the others are reported, and do not hold up the rest."""
         compatible = []
-        for sae in saes:
-            subject = load_subject(snapshot.folder / sae, inputs.model.device)
-            if reason := why_incompatible(inputs.model, subject):
-                self._handle.incompatible_saes[sae] = reason
-                self._fail(snapshot.name, f"{sae} of {snapshot.name} is not evaluated: {reason}")
+        for name in saes:
+            sae = load_sae(snapshot.folder / name, inputs.model.device)
+            if reason := why_incompatible(inputs.model, sae):
+                self._handle.incompatible_saes[name] = reason
+                self._fail(snapshot.name, f"{name} of {snapshot.name} is not evaluated: {reason}")
             else:
-                compatible.append(subject)
+                compatible.append(sae)
         return compatible
 
     def _publish(self, snapshot: PublishedSnapshot, sae: str, evaluation: Evaluation) -> None:
@@ -202,10 +207,10 @@ class Evaluator:
         inputs.check_stream(snapshot)
         began = time.monotonic()
         folder = snapshot.folder / sae
-        subject = load_subject(folder, inputs.model.device)
-        if why_incompatible(inputs.model, subject):
+        weights = load_sae(folder, inputs.model.device)
+        if why_incompatible(inputs.model, weights):
             return
-        latents = gather_latents(inputs.model, inputs.latent_windows, subject, snapshot.norm_bounds, self._between)
+        latents = gather_latents(inputs.model, inputs.latent_windows, weights, snapshot.norm_bounds, self._between)
         latents = replace(latents, born=self._births.births(snapshot.folder, sae))
         latents.save(folder / LATENTS)
         log.info(
@@ -221,12 +226,12 @@ class Evaluator:
         began = time.monotonic()
         folder, model = snapshot.folder / sae, inputs.model
         evaluation = read_evaluation(snapshot.folder, sae) or Evaluation()
-        subject, latents = load_subject(folder, model.device), load_latents(folder / LATENTS)
+        weights, latents = load_sae(folder, model.device), load_latents(folder / LATENTS)
         values = {**evaluation.values, "explanation_f1": mean_f1(latents, self._between)}
         if count := self._settings.monitor.ablated_latents:
-            values |= ablation_effects(model, subject, latents, count, self._between)
+            values |= ablation_effects(model, weights, latents, count, self._between)
         if (texts := inputs.labelled_texts) is not None:
-            values["probe_accuracy"] = probe_accuracy(model, subject, texts, snapshot.norm_bounds, self._between)
+            values["probe_accuracy"] = probe_accuracy(model, weights, texts, snapshot.norm_bounds, self._between)
         self._publish(snapshot, sae, replace(evaluation, values=values))
         log.info("%s of %s: latents measured (%.1f s)", sae, snapshot.name, time.monotonic() - began)
 

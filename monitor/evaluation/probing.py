@@ -24,12 +24,12 @@ from torch import Tensor
 
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, in_stream, passes
-from monitor.evaluation.subject import Subject
 from producer.corpus import CorpusError
 from producer.corpus.jsonl import read_records
 from producer.corpus.windows import Windows, windows_of
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
+from trainer.saes.inference import InferenceSae
 
 SPARSITIES = (1, 2, 5)
 MIN_TEXTS = 8
@@ -81,7 +81,7 @@ def _parse(record: dict[str, Any], place: str) -> tuple[str, str]:
 
 def probe_accuracy(
     model: LanguageModel,
-    subject: Subject,
+    sae: InferenceSae,
     texts: LabelledTexts,
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
@@ -90,7 +90,7 @@ def probe_accuracy(
 
     Holds d_sae numbers for each text. `between` is called after each pass and each probe.
     """
-    x, latents, is_used = _text_means(model, subject, texts.windows, dict(norm_bounds or {}), between)
+    x, latents, is_used = _text_means(model, sae, texts.windows, dict(norm_bounds or {}), between)
     labels = texts.labels[is_used]
     for label in np.unique(texts.labels):
         if (count := int((labels == label).sum())) < 2:
@@ -121,7 +121,7 @@ def accuracy_by_k(
 
 
 def _text_means(
-    model: LanguageModel, subject: Subject, windows: Windows, bounds: NormBounds, between: Callable[[], None]
+    model: LanguageModel, sae: InferenceSae, windows: Windows, bounds: NormBounds, between: Callable[[], None]
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """(x, latents, is_used): means over each text's tokens, float32 [texts, d]; texts without a token are not used."""
     hooks = [hook.name for hook in model.hooks]
@@ -132,9 +132,9 @@ def _text_means(
         for text, positions in enumerate(streamed):
             is_used.append(bool(positions.any()))
             if is_used[-1]:
-                x = subject.input({hook: activations[hook][text][positions].float() for hook in subject.hooks.reads})
-                parts = x.split(DEFAULT_MEMORY.batch(subject.d_sae))
-                latents = torch.stack([subject.sae.encode(part).sum(0) for part in parts]).sum(0)
+                x = sae.input({hook: activations[hook][text][positions].float() for hook in sae.hooks.reads})
+                parts = x.split(DEFAULT_MEMORY.batch(sae.d_sae))
+                latents = torch.stack([sae.encode(part).sum(0) for part in parts]).sum(0)
                 latent_means.append(latents / len(x))
                 x_means.append(x.mean(0))
         between()

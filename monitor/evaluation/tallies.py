@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from monitor.evaluation.subject import Subject
 from trainer.report import DENSITY_EDGES
+from trainer.saes.inference import InferenceSae
 
 DENSE_RATE = 0.1
 """A latent is dense that fires on more than this share of the activations."""
@@ -63,13 +63,13 @@ class Fit:
 class Tally:
     """The sums of one SAE."""
 
-    def __init__(self, subject: Subject, means: Mapping[str, Tensor]) -> None:
+    def __init__(self, sae: InferenceSae, means: Mapping[str, Tensor]) -> None:
         """`means` [width] are those of all activations, by hook."""
         self.ce, self.kl = Mean(), Mean()
         self.activations = 0
-        self.firings = torch.zeros(subject.d_sae, dtype=torch.int64, device=subject.sae.W_enc.device)
+        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
         """Of each latent."""
-        self.fits = {hook: Fit(means[hook]) for hook in subject.hooks.writes}
+        self.fits = {hook: Fit(means[hook]) for hook in sae.hooks.writes}
         """By the hooks it writes."""
 
     def fit(self) -> dict[str, float | None]:

@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from monitor.evaluation.evaluator import Baseline, evaluate
-from monitor.evaluation.subject import load_subject
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows, windows_of
 from producer.lm.loading import load_language_model
@@ -39,6 +38,7 @@ from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings
 from tests.peers.compare import Peers
 from tests.peers.family import READ, ROOT, Zoo
+from trainer.saes.inference import load_sae
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(900)]
 
@@ -100,8 +100,8 @@ def theirs(
 def ours(model: LanguageModel, zoo: Zoo, plain: Windows, special: Windows) -> dict[tuple[str, bool], dict[str, Any]]:
     found = {}
     for has_special, windows in ((False, plain), (True, special)):
-        subjects = [load_subject(zoo.folder(name), model.device) for name in NAMES]
-        results = evaluate(model, windows, subjects, Baseline())
+        saes = [load_sae(zoo.folder(name), model.device) for name in NAMES]
+        results = evaluate(model, windows, saes, Baseline())
         found |= {(name, has_special): result.as_json() for name, result in results.items()}
     return found
 

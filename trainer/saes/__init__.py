@@ -19,8 +19,9 @@
 Four types stand for an SAE here. `SaeSettings` is its table in the run file. `Sae` is the SAE in training: parameters
 in float32, one row per latent, for scaled activations. `SaeWeights` is a published SAE to convert: weights of the same
 layout, for raw activations, with the cfg.json of whatever library wrote it. `InferenceSae` is a published SAE to run,
-with weights as a snapshot has them on disk. Elsewhere, a `training.SaeTrainer` adds optimizer and statistics to an
-`Sae`, a `training.Member` is its entry in a run, and a `snapshot.Export` holds the files it is published as.
+with weights as a snapshot has them on disk; the monitor evaluates it. Elsewhere, a `training.SaeTrainer` adds optimizer
+and statistics to an `Sae`, a `training.Member` is its entry in a run, and a `snapshot.Export` holds the files of a
+published one.
 
 Imported by training/ and planning/; `settings` by `trainer.settings`; `hooks` and `inference` by the monitor.
 """

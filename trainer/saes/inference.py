@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class InferenceSae:
     `W_enc` [d_in, d_sae] and `W_dec` [d_sae, d_out], as on disk. x is the activations at `hooks.reads` side by side.
     """
 
-    def __init__(self, cfg: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def __init__(self, cfg: dict[str, Any], weights: dict[str, Tensor], name: str = "sae") -> None:
+        self.name = name
         self.cfg = cfg
         self.weights = weights
         architecture = cfg["architecture"]
@@ -40,6 +42,14 @@ class InferenceSae:
         self.W_enc, self.W_dec, self.b_dec = weights["W_enc"], weights["W_dec"], weights["b_dec"]
         self.b_enc = weights[activation.vectors[0]]
         self.threshold, self.W_skip = weights.get("threshold"), weights.get("W_skip")
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    def input(self, activations: Mapping[str, Tensor]) -> Tensor:
+        """x [n, d_in] from the activations [n, width] of each hook."""
+        return torch.cat([activations[hook] for hook in self.hooks.reads], 1)
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """[..., d_in] → [..., d_sae]; of a gated SAE, those of the gate."""
@@ -63,10 +73,11 @@ class InferenceSae:
         return self.decode(self.encode(x), x)
 
 
-def load_sae(folder: Path) -> InferenceSae:
-    """The SAE in one folder of a snapshot. Raises SnapshotError when it is not one this version knows."""
-    cfg, weights = read_sae(folder)
-    return InferenceSae(cfg, {name: torch.from_numpy(array) for name, array in weights.items()})
+def load_sae(folder: Path, device: torch.device | str = "cpu") -> InferenceSae:
+    """The SAE in one folder of a snapshot, in float32. Raises SnapshotError when it is not one this version knows."""
+    cfg, arrays = read_sae(folder)
+    weights = {name: torch.from_numpy(array).float().to(device) for name, array in arrays.items()}
+    return InferenceSae(cfg, weights, folder.name)
 
 
 def export(

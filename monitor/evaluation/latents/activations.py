@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, NormBounds, in_stream, passes, refuse_unknown_bounds
-from monitor.evaluation.subject import Subject
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
+from trainer.saes.inference import InferenceSae
 from trainer.state.durable import new_file
 
 SAME_DIRECTION = 0.9
@@ -118,7 +118,7 @@ def load_latents(path: Path) -> LatentActivations:
 def gather_latents(
     model: LanguageModel,
     windows: Windows,
-    subject: Subject,
+    sae: InferenceSae,
     norm_bounds: NormBounds | None = None,
     after_pass: Callable[[], None] = lambda: None,
     memory: MemoryLimits = DEFAULT_MEMORY,
@@ -140,27 +140,27 @@ def gather_latents(
             break
         outputs = dict(zip(hooks, model.activations(tokens), strict=True))
         is_streamed = in_stream(outputs, is_kept, bounds)
-        x = torch.cat([outputs[hook][is_streamed].float() for hook in subject.hooks.reads], 1)
+        x = torch.cat([outputs[hook][is_streamed].float() for hook in sae.hooks.reads], 1)
         positions = is_streamed.flatten().nonzero().squeeze(1) + windows_before * context
-        row, latent, value = encode_sparse(subject, x, memory)
+        row, latent, value = encode_sparse(sae, x, memory)
         activations.append((latent, positions.cpu()[row].int(), value))
         count += len(value)
         streamed.append(is_streamed.cpu())
         windows_before += len(tokens)
         after_pass()
     latent, position, value = (torch.cat(parts) for parts in zip(*activations, strict=True))
-    return _by_latent(windows, torch.cat(streamed), latent, position, value, subject.sae.W_enc.shape[1])
+    return _by_latent(windows, torch.cat(streamed), latent, position, value, sae.W_enc.shape[1])
 
 
-def encode_sparse(subject: Subject, x: Tensor, memory: MemoryLimits = DEFAULT_MEMORY) -> tuple[Tensor, Tensor, Tensor]:
+def encode_sparse(sae: InferenceSae, x: Tensor, memory: MemoryLimits = DEFAULT_MEMORY) -> tuple[Tensor, Tensor, Tensor]:
     """(row, latent, value) of all activations of latents on x [rows, d_in].
 
     Dense latents are held for `memory.latents` elements at a time.
     """
     parts = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0))]
-    step = memory.batch(subject.sae.W_enc.shape[1])
+    step = memory.batch(sae.W_enc.shape[1])
     for start in range(0, len(x), step):
-        latents = subject.sae.encode(x[start : start + step])
+        latents = sae.encode(x[start : start + step])
         row, latent = latents.nonzero(as_tuple=True)
         parts.append((row.cpu() + start, latent.int().cpu(), latents[row, latent].cpu()))
     row, latent, value = (torch.cat(columns) for columns in zip(*parts, strict=True))

@@ -135,7 +135,7 @@ class Explorer:
         source, texts = self.open(sae, snapshot), self._texts
         if not 0 <= latent < source.latents.d_sae:
             raise NotFoundError(f"SAE {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
-        hooks = source.subject.hooks
+        hooks = source.inference.hooks
         effect = self._lens.effect(hooks.writes[-1], source.decoder_row(latent))
         promoted, suppressed = (None, None) if effect is None else strongest_effects(effect, texts)
         return Latent(
@@ -260,8 +260,8 @@ class Explorer:
         hooks = [hook.name for hook in self._model.hooks]
         outputs = dict(zip(hooks, self._model.activations(torch.from_numpy(windows.ids)), strict=True))
         is_kept = torch.from_numpy(windows.kept)
-        x = torch.cat([outputs[hook].cpu()[is_kept].float() for hook in source.subject.hooks.reads], 1)
-        position, latent, value = encode_sparse(source.subject, x)
+        x = torch.cat([outputs[hook].cpu()[is_kept].float() for hook in source.inference.hooks.reads], 1)
+        position, latent, value = encode_sparse(source.inference, x)
         return position.numpy(), latent.numpy(), value.numpy()
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from monitor.evaluation.latents.activations import GONE, LatentActivations, load_latents
 from monitor.evaluation.latents.views import Order
-from monitor.evaluation.subject import Subject
 from monitor.files import is_within
 from monitor.run_directory import LATENTS, NotFoundError, has_latents, newest_with_latents, read_json, saes_with_latents
 from trainer.saes.inference import InferenceSae
@@ -47,9 +46,9 @@ class SnapshotSae:
         return torch.linalg.vector_norm(self.weights["W_dec"].float(), dim=1).numpy()
 
     @cached_property
-    def subject(self) -> Subject:
-        sae = InferenceSae(self.cfg, {name: weight.float() for name, weight in self.weights.items()})
-        return Subject(self.name, sae)
+    def inference(self) -> InferenceSae:
+        """The SAE to run, whose weights are a copy in memory."""
+        return InferenceSae(self.cfg, {name: weight.float() for name, weight in self.weights.items()}, self.name)
 
     def decoder_row(self, latent: int) -> Tensor:
         """float32 [d_out]"""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.held_out import held_out_windows
-from monitor.evaluation.subject import Subject
 from producer.corpus import open_corpus
 from producer.lm.loading import load_language_model
 from tests.benchmarks.quality import activations
@@ -67,7 +66,7 @@ class Examiner:
         """The numbers of the module's docstring."""
         sae = load(folder)
         model, text = self._model_and_text
-        evaluation = evaluate(model, text, [Subject("sae", sae)], self._baseline)["sae"]
+        evaluation = evaluate(model, text, [sae], self._baseline)["sae"]
         language = {name: evaluation.values[name] for name in ("ce_clean", "ce_delta", "ce_recovered", "kl")}
         return self.reconstruction(sae) | language
 
