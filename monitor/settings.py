@@ -1,4 +1,4 @@
-"""What the monitor reads of the run file: the run, the model and text it evaluates with, and all of [monitor].
+"""The part of the run file that the monitor reads: the run, the model and text it evaluates with, and all of [monitor].
 
 The other processes read only the addresses in [monitor] and ignore the rest; here an unknown key is refused. The
 service only reads, but it hands out the SAEs and the run's settings: other machines reach it with a token, or not at
@@ -27,26 +27,26 @@ class MonitorTable(MetricsSettings):
     token_file: PathText | None = Field(default=None, examples=["token"])
     """A file that holds the token which the HTTP service asks for; needed off loopback."""
     poll_seconds: Seconds = 2.0
-    """How often the run directory is looked at for a new snapshot."""
+    """How often the run directory is checked for a new snapshot."""
     evaluate: bool = True
     """Measure each new snapshot with the language model (ΔCE, CE recovered, KL), on text never trained on."""
     evaluation_tokens: Positive = 16384
-    """Held-out rows of one evaluation; the same ones for every snapshot, so that numbers compare."""
+    """Held-out tokens of one evaluation; the same ones for every snapshot, so that numbers compare."""
     evaluation_threads: Positive = 1
     """CPU threads of the evaluation, at low priority; few, since it runs beside the training."""
     evaluation_share: Annotated[float, Field(ge=0.01, le=1.0)] = 0.5
     """Share of the time in which the evaluation may compute while the run trains; it sleeps the rest. Low priority
     alone does not keep it from slowing the training: they share memory, caches and the GPU."""
     latents_tokens: Natural = 65_536
-    """Held-out rows on which each SAE's latents are looked at, for the pages about them; 0 leaves these out, and the
-    numbers that need them: explanation_f1, ablation_effects, probe_accuracy."""
+    """Held-out tokens on which the activations of each SAE's latents are gathered, for their pages; 0 leaves these out,
+    and the measures that need them: explanation_f1, ablation_effects, probe_accuracy."""
     ablated_latents: Natural = 32
     """Latents of each SAE that are ablated, one at a time, to see how many logits change; 0 leaves it out."""
     probe_file: PathText | None = Field(default=None, examples=["probes.jsonl"])
-    """JSON lines {"text": …, "label": …}: how well a few latents tell the labels is measured, if given."""
+    """JSON lines {"text": …, "label": …}: if set, how well a few latents predict the labels is measured."""
 
     @model_validator(mode="after")
-    def _closed_to_strangers(self) -> MonitorTable:
+    def _check_access(self) -> MonitorTable:
         if self.port and self.port == self.service_port:
             raise ValueError(
                 f"monitor.port and monitor.service_port are both {self.port}: metrics and service need a port each"
@@ -62,7 +62,7 @@ class MonitorTable(MetricsSettings):
 
 
 class MonitorSettings(BaseModel):
-    """What the monitor reads of the run file."""
+    """The part of the run file that the monitor reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -72,7 +72,7 @@ class MonitorSettings(BaseModel):
     monitor: MonitorTable = MonitorTable()
 
     def why_not_evaluated(self) -> str | None:
-        """What keeps this run's snapshots from being evaluated; None when nothing does."""
+        """Why this run's snapshots are not evaluated; None when they are."""
         if not self.monitor.evaluate:
             return "monitor.evaluate is false"
         if self.corpus.kind == "synthetic":

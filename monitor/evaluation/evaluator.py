@@ -136,12 +136,7 @@ def evaluate(
             tally.ce.add(_cross_entropy(log_sae, targets))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
     if windows.kept.any() and not all(tally.activations for tally in tallies.values()):
-        # Nothing was replaced: a ce_delta of 0 would look like a perfect SAE.
-        limits = ", ".join(f"{bound:.3g} at {hook}" for hook, bound in key)
-        raise EvaluationError(
-            f"none of the {int(windows.kept.sum()):,} held-out activations is in the stream, which drops norms beyond "
-            f"{limits}; give the monitor the model, hooks and text that the producers have"
-        )
+        raise EvaluationError(_nothing_within(windows, bounds))  # a ce_delta of 0 would look like a perfect SAE
     baseline.ce |= {ablation: ce.value for ablation, ce in ablation_ce.items()}
     return {
         sae.name: _evaluation(
@@ -153,6 +148,14 @@ def evaluate(
         )
         for sae in saes
     }
+
+
+def _nothing_within(windows: Windows, bounds: NormBounds) -> str:
+    limits = ", ".join(f"{bound:.3g} at {hook}" for hook, bound in sorted(bounds.items()))
+    return (
+        f"none of the {int(windows.kept.sum()):,} held-out activations is in the stream, which drops norms beyond "
+        f"{limits}; give the monitor the model, hooks and text that the producers have"
+    )
 
 
 def _mean_activations(

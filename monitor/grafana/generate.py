@@ -1,13 +1,13 @@
 """The three dashboards: `python -m monitor.grafana.generate` writes their JSON into dashboards/ beside it.
 
-Each answers a person's questions in the order in which they come, on one screen of 1080 lines:
+Each answers questions in the order in which they arise, on one screen of 1080 lines:
 
     training     does it learn, and what: numbers now, curves by tokens, then by time
     stream       who waits for whom, and what went wrong between producers and trainer
     resources    what each process uses of its machine
 
-A dashboard is rows of panels from left to right, 24 units wide and 24 high; `panels` says what a panel of each kind is.
-Queries work without the recording rules.
+A dashboard is 24 units wide and 24 high, in rows of panels; `panels` defines the kinds of panel. The measures say in
+which panels they have curves (`monitor.evaluation.measures`). Queries work without the recording rules.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FOLDER = Path(__file__).parent / "dashboards"
 
 
 def training() -> Dashboard:
-    """Does it learn?"""
+    """Builds the dashboard `training`: does it learn, and what?"""
     trained = "max(sluice_tokens_trained_total{RUN})"
     evaluated = "max(sluice_evaluated_snapshot_tokens{SAE})"
     now = [
@@ -87,7 +87,7 @@ def training() -> Dashboard:
 
 
 def stream() -> Dashboard:
-    """Who waits for whom?"""
+    """Builds the dashboard `stream`: who waits for whom, and what went wrong?"""
     faults_are_odd = thresholds((None, GREEN), (1, ORANGE))
     now = [
         number("Bottleneck", "sluice_data_wait_ratio{RUN} - sluice_credit_wait_ratio{RUN}",
@@ -108,7 +108,7 @@ def stream() -> Dashboard:
                limits=thresholds((None, GREEN), (1, RED))),
     ]  # fmt: skip
     flow = [
-        over_time("Who waits", query("sluice_data_wait_ratio{RUN}", "trainer, for rows"),
+        over_time("Who waits", query("sluice_data_wait_ratio{RUN}", "trainer, for activations"),
                   query("sluice_credit_wait_ratio{RUN}", "producers, for room"), unit="percentunit", top=1),
         over_time("Tokens per second", query("rate(sluice_tokens_trained_total{RUN}[RATE])", "trained"),
                   query("rate(sluice_producer_tokens_total{RUN}[RATE])", "sent by {{instance}}")),
@@ -118,15 +118,16 @@ def stream() -> Dashboard:
     ]  # fmt: skip
     inside = [
         over_time("Producers", query("sluice_producers{RUN}", "{{state}}"), stacked=True),
-        over_time("Buffer and credit", query("sluice_buffer_rows{RUN}", "rows"),
+        over_time("Buffer and credit", query("sluice_buffer_rows{RUN}", "buffered"),
                   query("sluice_credit_rows_outstanding{RUN}", "may still come"),
                   query("sluice_buffer_capacity_rows{RUN}", "capacity")),
-        over_time("Mixing: mates of a row in its batch", query("sluice_buffer_same_context_mates{RUN}", "mates")),
+        over_time("Mixing: others from a window in a batch",
+                  query("sluice_buffer_same_context_mates{RUN}", "expected number")),
         over_time("Shards of this pass", query("sluice_leases{RUN}", "{{state}}"),
                   query("sluice_suspect_shards{RUN} > 0", "on which producers are lost"), stacked=True),
     ]  # fmt: skip
     faults = [
-        over_time("Rows rejected", query("sum by (reason) (increase(sluice_rows_rejected_total{RUN}[RATE]))",
+        over_time("Tokens rejected", query("sum by (reason) (increase(sluice_rows_rejected_total{RUN}[RATE]))",
                                          "{{reason}}"),
                   query("sluice_tokens_quarantined{RUN} > 0", "quarantined, in all"),
                   note="Empty when all is well."),
@@ -136,7 +137,7 @@ def stream() -> Dashboard:
         over_time("Positions not sent",
                   query("sum by (reason) (rate(sluice_producer_rows_dropped_total{RUN}[RATE]))",
                         "{{reason}} per second"),
-                  query("rate(sluice_tokens_discarded_total{RUN}[RATE])", "outliers, as told")),
+                  query("rate(sluice_tokens_discarded_total{RUN}[RATE])", "outliers, as reported")),
         over_time("A forward pass",
                   query("rate(sluice_producer_forward_seconds_sum{RUN}[RATE]) / "
                         "rate(sluice_producer_forward_seconds_count{RUN}[RATE])", "{{instance}}"), unit="s"),
@@ -145,7 +146,7 @@ def stream() -> Dashboard:
 
 
 def resources() -> Dashboard:
-    """What does it cost?"""
+    """Builds the dashboard `resources`: what does each process use of its machine?"""
     process = "{{job}} {{instance}}"
     since_checkpoint = "time() - sluice_checkpoint_last_success_timestamp_seconds{RUN}"
     now = [
