@@ -67,7 +67,7 @@ def _open(settings: ProducerSettings) -> tuple[Source, list[float] | None]:
 
 
 def _hello(settings: ProducerSettings, source: Source, bounds: list[float] | None, chunk_windows: int) -> Hello:
-    """What this producer would stream. The link names each session."""
+    """The HELLO of this producer; the link names each session."""
     return Hello(
         producer=uuid.uuid4().hex,
         session="-",

@@ -1,4 +1,4 @@
-"""Metrics of a producer: each one's name, unit and meaning, and where its value stands in a report."""
+"""Metrics of a producer: name, unit and meaning of each, and the field of the report that it shows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PRODUCER_STATES = ("starting", "connecting", "working", "idle", "leaving")
 PRODUCER = (
     Metric("sluice_producer_state", "gauge", "0 or 1", "1 for the state the producer is in, 0 for the others.",
            lambda r: one_of(PRODUCER_STATES, r.state), "state"),
-    Metric("sluice_producer_tokens_total", "counter", "tokens", "Rows sent.", lambda r: r.tokens),
+    Metric("sluice_producer_tokens_total", "counter", "tokens", "Activations sent.", lambda r: r.tokens),
     Metric("sluice_producer_rows_dropped_total", "counter", "rows", "Positions not sent, by reason.",
            lambda r: r.rows_dropped, "reason"),
     Metric("sluice_producer_rows_dropped_ratio", "gauge", "ratio", "Share of all positions seen that were not sent.",
            lambda r: _dropped_ratio(r)),
-    Metric("sluice_producer_chunks_total", "counter", "chunks", "Chunks of rows sent.", lambda r: r.chunks),
+    Metric("sluice_producer_chunks_total", "counter", "chunks", "Chunks of activations sent.", lambda r: r.chunks),
     Metric("sluice_producer_shards_total", "counter", "shards", "Shards finished.", lambda r: r.shards),
     Metric("sluice_producer_forward_seconds", "summary", "seconds",
            "Forward passes of the language model, and the seconds they took.",
@@ -43,7 +43,7 @@ PRODUCER_INFO = (Metric("sluice_producer_info", "info", "text", "What this produ
 
 
 class ProducerMetrics(Collector):
-    """What a producer shows."""
+    """Collects the metrics of one producer from its latest report."""
 
     def __init__(self, registry: CollectorRegistry, info: dict[str, str]) -> None:
         self._info = info

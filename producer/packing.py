@@ -29,7 +29,7 @@ EXACT_ABOVE = 0.98
 
 @dataclass(frozen=True)
 class LeasedShard:
-    """What of a leased shard the trainer still lacks."""
+    """A leased shard, and the activations of it that the trainer still lacks."""
 
     shard: int
     windows: Windows

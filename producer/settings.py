@@ -71,7 +71,7 @@ class StreamSettings(Table):
     stall_seconds: SecondsOrNever = 120.0
     """A producer that lives, has credit and makes no progress on its shard for this long loses the lease."""
     patience_seconds: SecondsOrNever = 300.0
-    """How long a producer looks for a trainer before it gives up with exit code 1."""
+    """A producer that finds no trainer for this long gives up, with exit code 1."""
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> StreamSettings:
@@ -97,7 +97,7 @@ class ModelSettings(Table):
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
     hooks: list[str] = Field(min_length=1, examples=[["blocks.6.hook_resid_post"]])
-    """Where to read: `blocks.6.hook_resid_post` (also resid_pre, resid_mid, mlp_out), or a module path of the model."""
+    """Hooks to read: `blocks.6.hook_resid_post` (also resid_pre, resid_mid, mlp_out), or a module path of the model."""
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -180,7 +180,7 @@ class SyntheticSettings(Table):
     d_in: Positive = Field(examples=[64])
     """Width of an activation."""
     features: Positive = Field(examples=[128])
-    """How many true directions there are."""
+    """Number of true directions."""
     active: float = Field(default=5.0, gt=0.0)
     """Mean number of true features in an activation."""
     decay: float = Field(default=1.0, gt=0.0, le=1.0)

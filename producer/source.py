@@ -1,4 +1,4 @@
-"""Where activations come from: a shard number becomes windows, windows become activations.
+"""Sources of activations: a shard number → windows → activations.
 
 Two sources share one shape: a language model reading text, and synthetic vectors of known ground truth. Everything
 that decides which activations a shard has is in `facts`; their hash is the stream's fingerprint, so that two producers
@@ -50,9 +50,9 @@ class Source(Protocol):
     shards: int
     batch_windows: int
     concurrent_passes: int
-    """How many forward passes run side by side."""
+    """Number of forward passes that run side by side."""
     facts: dict[str, JsonValue]
-    """What decides the activations, and where they come from: for the stream's HELLO and the snapshots."""
+    """Facts that decide the activations, and names of their origin, for the stream's HELLO and the snapshots."""
     device: torch.device
 
     def choose_batch(self) -> None:

@@ -111,7 +111,7 @@ class Welcome(Message):
     incarnation: Word
     """Random for each start of the trainer."""
     endpoints: Annotated[list[Text], Field(min_length=1, max_length=256)]
-    """Where to stream to; one today, one per rank when the trainer is spread."""
+    """The addresses to stream to: one, or one per rank when the trainer is spread."""
     heartbeat_seconds: Annotated[float, Field(gt=0)]
     dead_seconds: Annotated[float, Field(gt=0)]
     max_chunk_bytes: Count

@@ -11,7 +11,7 @@ import pytest
 from tests.drills import ledger, mutants, processes, strangers
 from tests.drills.__main__ import DRILLS, Drill
 from tests.drills.places import PLACES
-from tests.drills.planting import Bug, Misfit, find, plant
+from tests.drills.planting import Bug, PatternError, find, plant
 from tests.drills.scene import ROOT
 
 
@@ -28,13 +28,13 @@ def test_a_drill_at_its_smallest(drill: Drill, tmp_path: Path) -> None:
 def test_each_bug_has_its_place(drill: ModuleType) -> None:
     """Exactly one in the code as it is; `make drills` shows that it is caught there."""
     trees = {module: ast.parse((ROOT / path).read_text("utf-8")) for module, (path, *_) in PLACES.items()}
-    misfits = []
+    faults = []
     for name, bug in drill.BUGS.items():
         try:
             find(trees[bug.module], bug)
-        except Misfit as misfit:
-            misfits.append(f"{name}: {misfit}")
-    assert not misfits, "\n".join(misfits)
+        except PatternError as error:
+            faults.append(f"{name}: {error}")
+    assert not faults, "\n".join(faults)
 
 
 SOURCE = """
@@ -67,7 +67,7 @@ def test_a_bug_finds_its_place_by_what_the_code_does(old: str, new: str, line: s
 )
 def test_a_bug_without_its_place_is_told(function: str, old: str) -> None:
     """No such function, no such pattern, or several places: a person has to write it anew."""
-    with pytest.raises(Misfit, match="anew"):
+    with pytest.raises(PatternError, match="anew"):
         plant(SOURCE, Bug("m", function, old, "False"))
 
 

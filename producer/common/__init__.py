@@ -1,4 +1,4 @@
-"""What every process of Sluice needs: reading of settings, log, HTTP, metrics. Any package may import it.
+"""The needs of every process: settings, log, HTTP, metrics. Any package may import it.
 
     process     signals, limits and exits that all processes treat alike
     parsing     JSON and TOML from outside, every fault as one error

@@ -31,7 +31,7 @@ HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 def expand_path(text: str) -> str:
-    """`text` by the rule of paths; a relative one stays relative. Raises ValueError with what to do."""
+    """Expands `text` by the rule of paths; a relative path stays relative. Raises ValueError with what to do."""
     if not text.strip():
         raise ValueError("is empty; name a file or folder")
     if re.search(r"[\x00-\x1f\x7f]", text):
@@ -63,7 +63,7 @@ def _variable(match: re.Match[str]) -> str:
 
 
 def expand_hub_name(text: str) -> str:
-    """A folder or a name on the hub, as the rule of models says. Raises ValueError with what to do."""
+    """Expands a folder, or returns a name on the hub, by the rule of models. Raises ValueError with what to do."""
     if hub := re.match(r"https?://[^/]+/(?:datasets/)?([^/?#]+/[^/?#]+|[^/?#]+)", text):
         raise ValueError(f'is an address; write the name on the hub alone, such as "{hub[1]}"')
     path = expand_path(text)
@@ -91,7 +91,7 @@ def model_directory(name: str) -> Path:
 
 
 def expand_endpoint(text: str) -> str:
-    """`text`, when it is an endpoint; the path of an ipc:// one by the rule of paths. Raises ValueError."""
+    """Checks an endpoint, and expands the path of an ipc:// one by the rule of paths. Raises ValueError."""
     scheme, separator, rest = text.partition("://")
     if not separator or scheme not in ("tcp", "ipc"):
         host = rest if separator else text
@@ -158,7 +158,7 @@ def _socket_file(rest: str) -> str:
 
 
 def unreachable(endpoint: str) -> str | None:
-    """Why nobody can connect to `endpoint`, which may be bound all the same; None when one can."""
+    """Says why nobody can connect to `endpoint`, which may be bound all the same; None when somebody can."""
     if endpoint == "ipc://*":
         return "stands for any free file; name the one that the trainer's log shows"
     if endpoint.startswith("ipc://"):
@@ -172,7 +172,7 @@ def unreachable(endpoint: str) -> str | None:
 
 
 def is_ipv6(endpoint: str) -> bool:
-    """Whether a socket for `endpoint` must be told to speak IPv6."""
+    """Whether a socket for `endpoint` must have its IPv6 option set."""
     return endpoint.startswith("tcp://[")
 
 
@@ -190,7 +190,7 @@ def is_loopback(endpoint: str) -> bool:
 
 
 def check_host(text: str) -> str:
-    """`text`, when it is an address to listen on: an IP address or a host's name. Raises ValueError."""
+    """Checks an address to listen on: an IP address or a host's name. Raises ValueError."""
     if text == "*" or not text.strip():
         raise ValueError("names no address; write 127.0.0.1 for this machine alone, or 0.0.0.0 for every address")
     if _is_ip(text, 6) or _is_ip(text, 4):
@@ -205,14 +205,14 @@ def check_host(text: str) -> str:
 
 
 def check_host_name(text: str) -> str:
-    """`text`, when it is a host's name or IPv4 address without scheme and port. Raises ValueError."""
+    """Checks a host's name or IPv4 address without scheme and port. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
         raise ValueError("is no host's name; write it without scheme and port, such as monitor.example.org")
     return text
 
 
 def check_port(number: int) -> int:
-    """`number`, when it is a port. Raises ValueError."""
+    """Checks a port. Raises ValueError."""
     if not 0 <= number <= LAST_PORT:
         raise ValueError(f"is no port; expected 1 to {LAST_PORT}, or 0 for any free one")
     return number

@@ -31,7 +31,7 @@ def stop_on_signals(stop: Callable[[], object]) -> None:
 
 
 def ignore_stopping() -> None:
-    """A process that is leaving is not interrupted again."""
+    """Ignores further signals, so that nothing interrupts the leaving."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 

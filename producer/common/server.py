@@ -45,7 +45,7 @@ BACKLOG = 128
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What clients may take of a server."""
+    """Time and connections that clients may take of a server."""
 
     head_seconds: float = 10.0
     """For a request to arrive whole."""

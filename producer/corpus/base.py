@@ -1,4 +1,4 @@
-"""What every kind of corpus promises, and the words for faults that several kinds share."""
+"""The interface of every kind of corpus, and messages for faults that several kinds share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Corpus(ABC):
     """Numbered shards of documents. The same settings and the same data give the same object anywhere."""
 
     shards: int
-    """How many there are; they are numbered from 0."""
+    """Number of shards; they are numbered from 0."""
     description: str
     """One line for logs and for the metadata of a snapshot."""
     fingerprint: str

@@ -1,4 +1,4 @@
-"""Which files corpus.paths names, and what identifies each: its name, its size and a digest of its edges.
+"""The files that corpus.paths names, each identified by its name, its size and a digest of its edges.
 
 - Links are followed. A folder's files are listed once, whatever links lead to them.
 - A file's name is its path below the folder or glob that led to it: two machines may mount the data in different
@@ -24,7 +24,7 @@ from producer.settings import CorpusSettings
 log = logging.getLogger(__name__)
 
 EDGE_BYTES = 64 * 1024
-"""How much of a file's beginning and end its digest covers."""
+"""Bytes at the beginning and at the end of a file that its digest covers."""
 
 
 @dataclass(frozen=True, slots=True)

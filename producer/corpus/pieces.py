@@ -41,7 +41,7 @@ class FileCorpus(Corpus):
     """Files cut into pieces of about `shard_bytes`; small ones share a shard."""
 
     suffixes: ClassVar[tuple[str, ...]]
-    """How the files end that count in a folder; `""` is every file."""
+    """Endings of the files that count in a folder; `""` is every file."""
 
     def __init__(self, settings: CorpusSettings, *more_identity: object, align: int = 1) -> None:
         """`more_identity`: further settings that decide the documents. `align`: bytes that pieces are multiples of."""

@@ -17,7 +17,7 @@ from producer.corpus.base import CorpusError
 from producer.corpus.files import DataFile
 
 HEAD_BYTES = 64 * 1024
-"""How much of a file's beginning is checked at the start."""
+"""Bytes at the beginning of a file that are checked when the corpus is opened."""
 CONTAINERS = (
     (b"\x1f\x8b\x08", "gzip data", "end its name with .gz"),
     (b"\x28\xb5\x2f\xfd", "zstd data, which is not read", "unpack it (zstd -d), or pack it with gzip"),
@@ -32,7 +32,7 @@ CONTAINERS = (
     (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", "a pickle of torch.save, which is never read", "save a plain array"),
     *((b"\x80%c\x95" % level, "a pickle, which is never read", "write plain text or numbers") for level in (4, 5)),
 )
-"""How files begin that hold their contents in another form: (bytes, name, remedy)."""
+"""First bytes of files that hold their contents in another form: (bytes, name, remedy)."""
 
 
 @contextmanager

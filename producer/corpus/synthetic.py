@@ -56,7 +56,7 @@ class SyntheticActivations:
         self.directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
         frequency = truth.decay ** np.arange(truth.features)
         self.probabilities = np.minimum(frequency * (truth.active / frequency.sum()), 1.0).astype(np.float32)
-        """How often each feature is active, float32 [features]; `correlated` draws around them."""
+        """Probability that each feature is active, float32 [features]; the means, with `correlated`."""
         self.loadings = _random_loadings(truth.features) if truth.correlated else None
         """z = normal [CORRELATION_RANK] @ loadings, with unit columns: the correlation matrix is loadingsᵀ loadings."""
 

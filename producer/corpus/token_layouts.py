@@ -53,13 +53,13 @@ WITHOUT_HEADER = {"<u2": "uint16", "<u4": "uint32", "<i8": "int64", ">u2": "", "
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the ids of a file begin, and as which numbers."""
+    """The offset and the number format of the ids in a file."""
 
     dtype: np.dtype
     start: int = 0
     """Bytes before the first id."""
     count: int | None = None
-    """How many ids the header promises."""
+    """Number of ids that the header promises."""
 
 
 def read_layout(path: Path, size: int, expected: np.dtype) -> Layout | str:

@@ -104,7 +104,7 @@ def check_packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings, 
 
 @dataclass(frozen=True)
 class _Packing:
-    """What packing needs to know of a tokenizer and the settings."""
+    """The facts about a tokenizer and the settings that packing needs."""
 
     context: int
     text: int

@@ -1,4 +1,4 @@
-"""How a session or the whole run ends for a producer."""
+"""The ways in which a session or the whole run ends for a producer."""
 
 from __future__ import annotations
 

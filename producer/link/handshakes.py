@@ -1,4 +1,4 @@
-"""What failed handshakes mean: ZeroMQ repeats them for ever, and says nothing of it."""
+"""Failed handshakes: ZeroMQ repeats them for ever in silence; here they become messages and endings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop's thread and the socket's thread share. Everything in it is changed under the lock `changed`."""
+"""The state that the loop's thread and the socket's thread share, changed only under the lock `changed`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SharedState:
         self.outbox: deque[tuple[Message, Payload | None]] = deque()
         """Messages that the socket has not taken yet, each with its payload."""
         self.ending: Exception | None = None
-        """What `next_lease` raises once no leases are left; None while the link goes on."""
+        """The exception that `next_lease` raises once no leases are left; None while the link goes on."""
         self.is_closing = False
         """The process leaves: send BYE and stop."""
         self.progress = 0

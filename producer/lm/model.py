@@ -51,7 +51,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where passes run and activations lie."""
+        """The device of passes and activations."""
         return self.network.device
 
     @property
@@ -109,7 +109,7 @@ class LanguageModel:
         )
 
     def unembedding(self) -> Unembedding:
-        """How the model turns its last residual stream into logits. Raises ModelError for a model without a head."""
+        """The map from the last residual stream to logits. Raises ModelError for a model without a head."""
         unembedding = find_unembedding(self.network) if self.whole else None
         if unembedding is None:
             raise ModelError(f"model.name = {self.settings.name!r} has no unembedding; use a whole, causal model")

@@ -23,7 +23,7 @@ from producer.lm.network import HookedNetwork
 from producer.lm.pretrained import PretrainedModel
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""How far an activation may lie from the whole model's, relative to its own size plus the rms. Usually it is 0."""
+"""Largest difference from the whole model's activation, relative to its size plus the rms. Usually it is 0."""
 
 
 @dataclass(frozen=True, eq=False)

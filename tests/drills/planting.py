@@ -7,8 +7,8 @@ stand for any expression, the same name for the same one:
     "held-out shards are rounded down" = ["round(ANY)", "int(ANY)"]
 
 A third element says which of several places is meant, counted from 0. A pattern is an expression, or statements one
-after the other. One that fits nowhere, or at more places than were expected, is a Misfit: the code has changed, and the
-bug has to be written anew for the code as it is now.
+after the other. One that fits nowhere, or at more places than expected, raises PatternError: the code has changed, and
+the bug has to be written anew for the code as it is now.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ IGNORED = {"ctx", "type_comment", "kind"}
 Bindings = dict[str, ast.expr]
 
 
-class Misfit(Exception):
-    """The code has changed, and the bug has no place in it any more. The message says which and why."""
+class PatternError(Exception):
+    """The code has changed, and a bug has no place in it any more. The message says which and why."""
 
 
 @dataclass(frozen=True)
 class Bug:
-    """What is to be changed, and where."""
+    """One change of the code, and its place."""
 
     module: str
     """Dotted, such as trainer.state.durable."""
@@ -48,13 +48,13 @@ class Bug:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a pattern fits: node `index` of a list of statements, or a field, of `parent`."""
+class _Match:
+    """A match of a pattern: node `index` of a list of statements, or a field, of `parent`."""
 
     parent: ast.AST
     field: str
     index: int | None
-    bound: Bindings
+    bindings: Bindings
 
 
 def read_bugs(path: Path) -> dict[str, Bug]:
@@ -68,11 +68,11 @@ def read_bugs(path: Path) -> dict[str, Bug]:
 
 
 def plant(source: str, bug: Bug) -> str:
-    """The source of a module with the bug in it. Raises Misfit."""
+    """The source of a module with the bug in it. Raises PatternError."""
     tree = ast.parse(source)
     place = find(tree, bug)
     old, new = _patterns(bug)
-    new = [_filled(one, place.bound) for one in new]
+    new = [_substitute(one, place.bindings) for one in new]
     if place.index is None:
         setattr(place.parent, place.field, new[0])
     else:
@@ -80,15 +80,17 @@ def plant(source: str, bug: Bug) -> str:
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
 
 
-def find(tree: ast.Module, bug: Bug) -> _Place:
-    """The one place of the bug. Raises Misfit."""
+def find(tree: ast.Module, bug: Bug) -> _Match:
+    """The one place of the bug. Raises PatternError."""
     scope = _function(tree, bug.function)
     if scope is None:
-        raise Misfit(f"{bug.module} has no {bug.function}: write the bug {bug.old!r} anew")
+        raise PatternError(f"{bug.module} has no {bug.function}: write the bug {bug.old!r} anew")
     old, _ = _patterns(bug)
     places = list(_places(scope, old))
     if (bug.nth is None and len(places) != 1) or (bug.nth is not None and len(places) <= bug.nth):
-        raise Misfit(f"{bug.module}, {bug.function}: {bug.old!r} fits at {len(places)} places: write the bug anew")
+        raise PatternError(
+            f"{bug.module}, {bug.function}: {bug.old!r} fits at {len(places)} places: write the bug anew"
+        )
     return places[bug.nth or 0]
 
 
@@ -107,57 +109,57 @@ def _function(scope: ast.AST, name: str) -> ast.AST | None:
     first, _, rest = name.partition(".")
     for child in ast.iter_child_nodes(scope):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found = _function(child, rest) if child.name == first else None
+            result = _function(child, rest) if child.name == first else None
         else:
-            found = _function(child, name)
-        if found is not None:
-            return found
+            result = _function(child, name)
+        if result is not None:
+            return result
     return None
 
 
-def _places(scope: ast.AST, pattern: list[ast.AST]) -> Iterator[_Place]:
-    """Where the pattern fits, in the order of the text."""
+def _places(scope: ast.AST, pattern: list[ast.AST]) -> Iterator[_Match]:
+    """Yields the matches of the pattern, in the order of the text."""
     is_expression = isinstance(pattern[0], ast.expr)
     for field, value in ast.iter_fields(scope):
         if not isinstance(value, list):
             if isinstance(value, ast.AST):
-                if is_expression and _fits(pattern[0], value, bound := {}):
-                    yield _Place(scope, field, None, bound)
+                if is_expression and _matches(pattern[0], value, bindings := {}):
+                    yield _Match(scope, field, None, bindings)
                 yield from _places(value, pattern)
             continue
         for index, node in enumerate(value):
-            bound = {}
+            bindings = {}
             if is_expression or isinstance(node, ast.stmt):
                 run = value[index : index + len(pattern)]
-                if len(run) == len(pattern) and all(map(_fits, pattern, run, [bound] * len(run))):
-                    yield _Place(scope, field, index, bound)
+                if len(run) == len(pattern) and all(map(_matches, pattern, run, [bindings] * len(run))):
+                    yield _Match(scope, field, index, bindings)
             if isinstance(node, ast.AST):
                 yield from _places(node, pattern)
 
 
-def _fits(pattern: Any, node: Any, bound: Bindings) -> bool:
+def _matches(pattern: Any, node: Any, bindings: Bindings) -> bool:
     if isinstance(pattern, ast.Name) and WILDCARD.fullmatch(pattern.id) and isinstance(node, ast.expr):
-        return ast.dump(bound.setdefault(pattern.id, node)) == ast.dump(node)
+        return ast.dump(bindings.setdefault(pattern.id, node)) == ast.dump(node)
     if isinstance(pattern, list):
         return (
             isinstance(node, list)
             and len(pattern) == len(node)
-            and all(_fits(one, other, bound) for one, other in zip(pattern, node, strict=True))
+            and all(_matches(one, other, bindings) for one, other in zip(pattern, node, strict=True))
         )
     if not isinstance(pattern, ast.AST):
         return type(pattern) is type(node) and pattern == node
     return type(pattern) is type(node) and all(
-        _fits(value, getattr(node, field, None), bound)
+        _matches(value, getattr(node, field, None), bindings)
         for field, value in ast.iter_fields(pattern)
         if field not in IGNORED
     )
 
 
-def _filled(new: ast.AST, bound: Bindings) -> ast.AST:
-    """`new` with what its wildcards stand for."""
+def _substitute(new: ast.AST, bindings: Bindings) -> ast.AST:
+    """Replaces the wildcards of `new` by what they stand for."""
 
     class Fill(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.expr:
-            return copy.deepcopy(bound[node.id]) if node.id in bound else node
+            return copy.deepcopy(bindings[node.id]) if node.id in bindings else node
 
     return Fill().visit(new)
