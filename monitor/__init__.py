@@ -3,13 +3,13 @@
     __main__        `python -m monitor RUN.toml`
     app             the monitor as a process
     settings        [monitor] of the run file
-    files           files that other processes write
-    run_directory   what a run directory holds
-    snapshot_index  which snapshots it holds, from look to look
+    files           JSON and TOML that other processes write
+    run_directory   a run directory: state, reports, snapshots
+    snapshot_index  the snapshots in it, cached
     summary         summary.json, completed with the evaluation
-    comparison      what differs between two snapshots
+    comparison      the differences of two snapshots
     history         the curves of a run
-    metrics         its Prometheus metrics, and the list of all there are
+    metrics         Prometheus metrics of the monitor, and the list of all
     evaluation/     SAEs measured with the language model; latents
     http/           the HTTP service and its pages
     cli/            pull, top, compare

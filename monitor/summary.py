@@ -1,4 +1,4 @@
-"""summary.json, which the trainer writes at the end of a run, and to which the monitor adds the evaluation."""
+"""summary.json: the trainer writes it at the end of a run, and the monitor adds the evaluation."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How good is an SAE, and what do its latents mean?
 
-    measures        every number of an SAE, and where it is shown
-    results         what evaluation.json holds
-    follow          each new snapshot, evaluated as it appears
+    measures        the table of all numbers of an SAE, and where each is shown
+    results         the contents of evaluation.json
+    follow          evaluation of each new snapshot as it appears
     inputs          the language model and texts that it is evaluated with
     births          since when each latent has its direction
     evaluator       the language model's loss with x_hat for x, and reconstruction on held-out text
@@ -10,7 +10,7 @@
     tallies         sums that the measures are computed from
     held_out        the text that no producer streams
     passes          passes of the language model over it
-    ablation        how many logits a latent changes
+    ablation        the number of logits that a latent changes
     probing         k-sparse probes of labelled texts
     latents/        what each latent of an SAE does, and latents for a person to read
 
