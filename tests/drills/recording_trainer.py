@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+import trainer.app
 import trainer.training.loop
 from trainer.__main__ import main
 from trainer.state.format import LedgerState, RunState, SaeTensors, ShardBits
@@ -64,14 +65,14 @@ class RecordingRun(Run):
 
 def cut_on_resume() -> None:
     """Cuts ROWS_FILE to the rows that the ledger of a checkpoint counts as trained."""
-    restore = Ledger.restore
+    restore = trainer.app.restore_ledger
 
-    def cut(self: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:
-        restore(self, state, bits)
+    def cut(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:
+        restore(ledger, state, bits)
         if ROWS_FILE.exists():
             os.truncate(ROWS_FILE, ROW_BYTES * state.rows_trained)
 
-    Ledger.restore = cut  # type: ignore[method-assign]
+    trainer.app.restore_ledger = cut
 
 
 def audit_every_tick() -> None:
