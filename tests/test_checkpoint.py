@@ -248,13 +248,17 @@ from trainer.state.checkpoint import load_newest, save
 
 torch.set_num_threads(1)
 directory, number = Path(sys.argv[1]), 0
+(directory / "other").mkdir()
+began = time.monotonic()
+save(directory / "other", small_checkpoint(parameters={"x": torch.zeros(50_000)}), 1)
+two_saves = 2 * (time.monotonic() - began)  # on a busy machine each takes long
 for _ in range(25):
     child = os.fork()
     if not child:
         while True:
             number += 1
             save(directory, small_checkpoint(number, number, {"x": torch.full((50_000,), float(number))}), 1)
-    time.sleep(random.uniform(0.0, 0.06))
+    time.sleep(random.uniform(0.0, two_saves))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     saved = load_newest(directory)
