@@ -1,0 +1,135 @@
+"""The ranks that share a set of SAEs: who holds which latents, and every collective between them.
+
+Rank r of P holds the latents [cut_r, cut_{r+1}) of every per-latent tensor; parameters that belong to no single latent
+are on all ranks, with the same values. `Ranks` is the only place that imports torch.distributed. One process is
+`ALONE`: its collectives return what they were given, so that no caller asks how many ranks there are.
+
+Every collective counts the bytes that this rank receives, by purpose, as the usual ring algorithms move them:
+
+    sum        2 · (P − 1) / P · size          gather      (P − 1) · size of one piece
+    exchange   (P − 1) / P · size              broadcast   size, on all but the source
+
+Two properties decide what may be compared between runs of different P. Sums of float numbers over ranks depend on
+their order, which a collective chooses; `sum_in_order` fixes it, and costs more bytes. Everything else is exact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LATENTS_PER_UNIT = 1024
+"""Ranks hold whole units of so many latents, so that no two of them write to one page of a snapshot's file."""
+
+
+@dataclass
+class Traffic:
+    """What a rank has received since the start, and how long it took, by purpose."""
+
+    received_bytes: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Time on the host. Work on a GPU runs later: there it is the time to enqueue it."""
+
+
+class Ranks:
+    """The ranks of one placement group, as one of them sees them. Collectives must be called by all, in one order."""
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        self.rank = rank
+        self.size = size
+        self.traffic = Traffic()
+        self._group = group
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    def latents(self, d_sae: int, unit: int = LATENTS_PER_UNIT) -> range:
+        """The latents that this rank holds."""
+        cuts = latent_cuts(d_sae, self.size, unit)
+        return range(cuts[self.rank], cuts[self.rank + 1])
+
+    # Collectives
+
+    def sum(self, tensor: Tensor, purpose: str) -> Tensor:
+        """The sum of `tensor` over all ranks, in place: the same bits on all ranks, in an order that the backend picks."""
+        if not self.is_alone:
+            with self._counted(purpose, 2 * (self.size - 1) * tensor.nbytes // self.size):
+                dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def gather(self, piece: Tensor, purpose: str) -> Tensor:
+        """The pieces of all ranks, [P, *piece.shape]; they have one shape."""
+        if self.is_alone:
+            return piece[None]
+        pieces = piece.new_empty(self.size, *piece.shape)
+        with self._counted(purpose, (self.size - 1) * piece.nbytes):
+            dist.all_gather_into_tensor(pieces.view(-1), piece.reshape(-1), group=self._group)
+        return pieces
+
+    def exchange(self, pieces: Tensor, purpose: str) -> Tensor:
+        """Sends pieces[r] to rank r; returns the piece from every rank, [P, …] like `pieces`."""
+        if self.is_alone:
+            return pieces
+        received = torch.empty_like(pieces)
+        with self._counted(purpose, (self.size - 1) * pieces.nbytes // self.size):
+            dist.all_to_all_single(received, pieces.contiguous(), group=self._group)
+        return received
+
+    def broadcast(self, tensor: Tensor, purpose: str) -> Tensor:
+        """Gives all ranks rank 0's `tensor`, in place."""
+        if not self.is_alone:
+            with self._counted(purpose, tensor.nbytes if self.rank else 0):
+                dist.broadcast(tensor, group_src=0, group=self._group)
+        return tensor
+
+    def sum_in_order(self, parts: Tensor, purpose: str) -> Tensor:
+        """Sum over the parts of all ranks, added one by one from the first part of rank 0 to the last of the last.
+
+        `parts` is [parts of this rank, rows, …]; the ranks have equally many. The result [rows, …] has the same bits
+        for every number of ranks that divides the number of all parts. Each rank adds up its share of the rows.
+        """
+        if self.is_alone:
+            return _added(parts)
+        count, rows = parts.shape[:2]
+        share = -(-rows // self.size)
+        padded = torch.nn.functional.pad(parts, [0, 0] * (parts.dim() - 2) + [0, share * self.size - rows])
+        by_rank = padded.view(count, self.size, share, *parts.shape[2:]).transpose(0, 1)
+        received = self.exchange(by_rank.contiguous(), purpose)
+        own = _added(received.flatten(0, 1))
+        return self.gather(own, purpose).flatten(0, 1)[:rows]
+
+    @contextmanager
+    def _counted(self, purpose: str, received_bytes: int) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.traffic.seconds[purpose] += time.perf_counter() - begin
+        self.traffic.received_bytes[purpose] += received_bytes
+
+
+ALONE = Ranks(0, 1, None)
+"""A process that trains by itself."""
+
+
+def _added(parts: Tensor) -> Tensor:
+    """parts[0] + parts[1] + …, in this order, in a tensor of its own."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def latent_cuts(d_sae: int, parts: int, unit: int = LATENTS_PER_UNIT) -> list[int]:
+    """Where latents are cut into `parts` ranges, at multiples of `unit`: [parts + 1] from 0 to d_sae.
+
+    When `parts` divides a larger number of parts, its cuts are among the cuts of that number.
+    """
+    units = -(-d_sae // unit)
+    return [min(d_sae, unit * (units * part // parts)) for part in range(parts + 1)]
