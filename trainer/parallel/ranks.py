@@ -59,7 +59,7 @@ class Ranks:
     # Collectives
 
     def sum(self, tensor: Tensor, purpose: str) -> Tensor:
-        """The sum of `tensor` over all ranks, in place: the same bits on all ranks, in an order that the backend picks."""
+        """The sum of `tensor` over all ranks, in place; all ranks get the same bits, in an order of the backend."""
         if not self.is_alone:
             with self._counted(purpose, 2 * (self.size - 1) * tensor.nbytes // self.size):
                 dist.all_reduce(tensor, group=self._group)
