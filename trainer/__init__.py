@@ -6,6 +6,7 @@
     stream/       activations in: ledger, intake, buffer
     saes/         one module per architecture, with its settings, and how SAEs are published
     kernels/      sparse products and selection
+    parallel/     latents spread over ranks: collectives, exact selection
     training/     the loop, SAEs with optimizer and statistics, publishing
     state/        checkpoints and the run directory
     control/      requests of a person to a running trainer
