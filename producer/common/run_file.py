@@ -10,11 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from producer.common.explain import explain, explain_unknown_table, nearest
 from producer.common.parsing import ParseError, parse_toml
-from producer.common.toml import SettingsError, read_toml, show_value, toml_value
+from producer.common.toml import SettingsError, read_toml, show_value
 
 TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
 
@@ -51,24 +52,7 @@ def settings_from(kind: type[S], document: dict[str, Any]) -> S:
 
 def show_settings(settings: BaseModel) -> str:
     """Writes the resolved settings as TOML that `read_run_file` reads back equal; unset options are left out."""
-    tables = settings.model_dump(exclude_none=True)
-    return "\n".join(_toml_table(name, table) for name, table in tables.items())
-
-
-def _toml_table(name: str, table: Any) -> str:
-    if isinstance(table, list):
-        return "\n".join(_toml_lines(f"[[{name}]]", entry, name) for entry in table)
-    return _toml_lines(f"[{name}]", table, name)
-
-
-def _toml_lines(heading: str, table: dict[str, Any], name: str) -> str:
-    plain = [f"{key} = {toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    nested = [
-        _toml_lines(f"[{name}.{key}]", value, f"{name}.{key}")
-        for key, value in table.items()
-        if isinstance(value, dict)
-    ]
-    return "\n".join([heading, *plain, "", *nested])
+    return tomli_w.dumps(settings.model_dump(exclude_none=True))
 
 
 def _apply_override(document: dict[str, Any], override: str) -> str | None:

@@ -1,4 +1,5 @@
-"""TOML as an operator writes and reads it. CONTRACT: files are read, and values are shown in messages, only here.
+"""TOML as an operator writes and reads it. CONTRACT: files are read, and values are shown in messages, only here
+(`run_file.show_settings` writes whole files).
 
 A file is UTF-8, with or without a byte order mark. A fault names the file, the line and the column. A value in a
 message stands as it would in the file: `true`, `"text"`, `["a", "b"]`; never as Python would write it. Light.
@@ -105,7 +106,7 @@ def _likely_cause(line: str, text: str) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """`value` as TOML, in one line; exact, so that a file written with it is read back."""
+    """`value` as TOML in one line, for a message or a line to copy; exact."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
