@@ -457,6 +457,7 @@ def test_sessions_that_ended_leave_nothing_behind(endpoint: str) -> None:
     with trainer(settings) as intake:
         with Peer(settings) as first:
             first.join().chunk()
+            wait_for(lambda: intake.ledger.identity.is_settled)
             first.leave()
         for _ in range(5):
             with Peer(settings) as polite, Peer(settings) as stranger:

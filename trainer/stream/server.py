@@ -62,6 +62,8 @@ class StreamServer:
         self._on_tick = on_tick
         self._dead_seconds = settings.dead_seconds
         self._routes = Routes(self._router.connections)
+        self._unreachable: dict[str, float] = {}
+        """Sessions that a message could not be sent to, and since when. What they sent may still wait in the socket."""
         self._handler = MessageHandler(
             ledger, ingest, self._routes, self._router.connections, self._router.clients, lock, self.outside_log
         )
@@ -123,6 +125,7 @@ class StreamServer:
             self.keys_changed.clear()
             self._send(self._handler.end_withdrawn())
         with self._lock:
+            self._disconnect_unreachable()
             sends, self.outbox = self.outbox + self._ledger.tick(time.monotonic()), []
             self._on_tick()
         self._send(sends)
@@ -130,6 +133,13 @@ class StreamServer:
         self.outside_log.flush()
         if self._router.clients is not None:
             self._router.clients.outside.flush()
+
+    def _disconnect_unreachable(self) -> None:
+        """Ends the sessions that cannot be reached, once all that they sent is handled: it may end with a BYE."""
+        for session, since in list(self._unreachable.items()):
+            if since < self._router.empty_at:
+                del self._unreachable[session]
+                self._ledger.disconnect(session)
 
     def _count_connection_events(self) -> None:
         """Counts the connections that were closed, and those that were turned away for their keys."""
@@ -154,7 +164,7 @@ class StreamServer:
             )  # fmt: skip
 
     def _send(self, sends: list[Send]) -> None:
-        """Sends messages; the sessions of those that cannot be sent are lost."""
+        """Sends messages; sessions that cannot be reached are lost, see `_disconnect_unreachable`."""
         for send in sends:
             if (peer := self._routes.peer(send.session)) is None:
                 continue
@@ -166,8 +176,7 @@ class StreamServer:
                 self._handler.fail("an answer")
                 is_sent = False
             if not is_sent:
-                with self._lock:
-                    self._ledger.disconnect(send.session)
+                self._unreachable.setdefault(send.session, time.monotonic())
 
     def _allow_chunks(self, name: str) -> None:
         """The connection of a session may hold the chunks that the session has credit for."""
