@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +354,21 @@ def test_a_producer_that_sends_nothing_but_nan_costs_no_shard(endpoint: str) -> 
 
 
 # The network
+
+
+def test_a_goodbye_is_read_although_its_producer_cannot_be_reached_any_more(endpoint: str) -> None:
+    """The trainer has a message for a producer that has left before its last one was read: nobody was lost."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, ExitStack() as stack:
+        peer = stack.enter_context(Peer(settings)).join()
+        with intake.lock:
+            time.sleep(0.1)  # the stream's thread now waits for the lock, in a tick
+            peer.leave()
+            time.sleep(0.1)
+            stack.close()
+            time.sleep(settings.heartbeat_seconds)  # the tick has a heartbeat to send
+        wait_for(lambda: not intake.ledger.sessions)
+        assert intake.ledger.sessions_lost == 0
 
 
 def test_connections_that_break_cost_no_row(endpoint: str) -> None:
