@@ -45,7 +45,11 @@ class Ingest:
         self.buffer, self._stream = buffer, stream
 
     def take_in(self, session: str, chunk: Chunk, data: memoryview, now: float) -> list[Send]:
-        """Copies the payload of a chunk into the buffer, if the ledger accepts it."""
+        """Copies the payload of a chunk into the buffer, if the ledger accepts it.
+
+        A chunk with NaN or infinity is rejected whole: the producer's session ends with a message that says so, its
+        leases return, and the shard counts as reported broken (`failures`).
+        """
         buffer = self.buffer
         assert buffer is not None
         hello = self._ledger.sessions[session].hello

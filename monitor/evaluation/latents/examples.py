@@ -1,6 +1,7 @@
 """Firings of a latent in their text: the strongest, some around lower quantiles, and their number by activation.
 
-A firing is a place in `LatentActivations.of(latent)`: 0 is the strongest.
+The text is held-out text, and its activations are those that `activations` stored for the snapshot. A firing is a place
+in `LatentActivations.of(latent)`: 0 is the strongest.
 """
 
 from __future__ import annotations
