@@ -37,7 +37,8 @@ from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
 from trainer.stream.connections import SLACK_BYTES, ConnectionLimits
 from trainer.stream.ingest import NoRoomError, check_room
 from trainer.stream.intake import Intake
-from trainer.stream.ledger.ledger import MAX_SESSIONS, Ledger
+from trainer.stream.ledger.admission import MAX_SESSIONS
+from trainer.stream.ledger.ledger import Ledger
 
 TCP = stream_settings("tcp://127.0.0.1:*")
 

@@ -48,6 +48,7 @@ from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.sessions import Send
 from trainer.stream.ledger.shards import MAX_POSITIONS, SUSPECT_DEATHS, QuarantinedShard, ShardState
+from trainer.stream.ledger.totals import stream_report
 
 CONTEXT, WINDOWS, WIDTH = 4, 3, 2
 ROW_BYTES = WIDTH * 4
@@ -185,7 +186,7 @@ def test_nothing_is_settled_before_the_first_row() -> None:
     ledger.bye("ada-1", Bye(), 0.0)
     sends = join(ledger, "bob", **other)
     assert (ledger.identity.hello.shards, ledger.identity.norm_bounds) == (3, [99.0])
-    assert len(leases(sends)) == 2 and ledger.report().leases["free"] == 1
+    assert len(leases(sends)) == 2 and stream_report(ledger).leases["free"] == 1
     send_windows(ledger, leases(sends)[0], 1, [0], session="bob-1")
     ledger.bye("bob-1", Bye(), 0.0)
     (reject,) = rejects(ledger.hello(hello("ada"), now=0.0))
@@ -276,7 +277,7 @@ def test_producer_gets_one_shard_to_work_on_and_one_to_wait() -> None:
     """Two leases each, so that nobody waits for the next; a third shard stays free."""
     ledger = make_ledger()
     assert len(leases(join(ledger, shards=3))) == 2
-    assert ledger.report().leases == {"free": 1, "leased": 2, "received": 0, "trained": 0, "set_aside": 0}
+    assert stream_report(ledger).leases == {"free": 1, "leased": 2, "received": 0, "trained": 0, "set_aside": 0}
 
 
 def test_shards_are_spread_evenly() -> None:
@@ -409,7 +410,7 @@ def test_outliers_are_discarded_by_name() -> None:
     assert accepted is not None and accepted.position.tolist() == [1, 3]
     assert (ledger.tokens_received, ledger.tokens_dropped) == (2, 1)
     ledger.shard_end("ada-1", end_of(lease, rows=3), now=0.0)
-    assert ledger.report().leases["received"] == 1
+    assert stream_report(ledger).leases["received"] == 1
 
 
 def test_chunk_of_outliers_alone_is_taken() -> None:
@@ -451,7 +452,7 @@ def test_faulty_chunk_ends_the_session(changes: dict[str, Any], code: str) -> No
     assert accepted is None and (reject.code, reject.retry) == (code, True)
     assert ledger.rejected[code] == chunk.rows and ledger.errors[code] == 1
     assert not ledger.sessions and ledger.tokens_credited == 0 and ledger.tokens_received == 0
-    assert ledger.report().leases["free"] == 2
+    assert stream_report(ledger).leases["free"] == 2
 
 
 def test_payload_of_another_size_ends_the_session() -> None:
@@ -543,10 +544,10 @@ def test_shard_is_closed_when_its_last_row_is_trained() -> None:
     send_windows(ledger, lease, 1, [0, 1, 2])
     ledger.shard_end("ada-1", end_of(lease), now=0.0)
     train(ledger, *((0, at) for at in (1, 2, 3, 5, 6, 7, 9, 10)))
-    assert ledger.report().leases["received"] == 1
+    assert stream_report(ledger).leases["received"] == 1
     train(ledger, (0, 11))
     assert 0 not in ledger.shards.open
-    assert (ledger.tokens_trained, ledger.tokens_buffered, ledger.report().leases["trained"]) == (9, 0, 1)
+    assert (ledger.tokens_trained, ledger.tokens_buffered, stream_report(ledger).leases["trained"]) == (9, 0, 1)
 
 
 def test_books_that_do_not_balance_are_counted_and_told() -> None:
@@ -556,14 +557,14 @@ def test_books_that_do_not_balance_are_counted_and_told() -> None:
     send_windows(ledger, first, 1, [0, 1])
     train(ledger, (0, 1), (0, 2))
     assert ledger.audit(in_buffer=4) == []
-    assert sum(ledger.report().breaches.values()) == 0
+    assert sum(stream_report(ledger).breaches.values()) == 0
 
     train(ledger, (0, 2))
     told = ledger.audit(in_buffer=5)
 
     assert len(told) == 2 and "trained twice" in told[0] and "the buffer holds 5 rows, the ledger 3" in told[1]
     assert ledger.audit(in_buffer=3) == []
-    assert restart(ledger).report().breaches == {"trained_once": 1, "rows_accounted": 1, "memory_bound": 0}
+    assert stream_report(restart(ledger)).breaches == {"trained_once": 1, "rows_accounted": 1, "memory_bound": 0}
 
 
 def test_shard_that_came_short_is_leased_again_without_what_is_here() -> None:
@@ -578,7 +579,7 @@ def test_shard_that_came_short_is_leased_again_without_what_is_here() -> None:
     assert np.flatnonzero(unpack_bits(send.payload, 12)).tolist() == [1, 2, 3, 9, 10, 11]
     send_windows(ledger, send.message, 3, [1])
     ledger.shard_end("ada-1", end_of(send.message), now=0.0)
-    assert ledger.report().leases["received"] == 1
+    assert stream_report(ledger).leases["received"] == 1
 
 
 def test_end_of_an_old_attempt_ends_nothing() -> None:
@@ -588,7 +589,7 @@ def test_end_of_an_old_attempt_ends_nothing() -> None:
     ledger.shard_fail("ada-1", ShardFail(**named(old), error="disk", retry=True), now=0.0)
     ledger.tick(0.0)
     ledger.shard_end("ada-1", end_of(old, rows=0), now=0.0)
-    assert ledger.report().leases["leased"] == 2
+    assert stream_report(ledger).leases["leased"] == 2
 
 
 def test_an_empty_shard_is_believed_when_its_producer_serves_others() -> None:
@@ -598,14 +599,14 @@ def test_an_empty_shard_is_believed_when_its_producer_serves_others() -> None:
     empty = leases(sends)[0].shard
     for turn in range(FAILURES_ALLOWED):
         given = {lease.shard: lease for lease in leases(sends)}
-        assert empty in given and ledger.report().leases["trained"] == turn
+        assert empty in given and stream_report(ledger).leases["trained"] == turn
         ledger.shard_end("ada-1", end_of(given.pop(empty), rows=0), now)
         serve(ledger, *given.values())
         now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         sends = ledger.tick(now)
     assert ledger.errors["empty_shard"] == FAILURES_ALLOWED
-    assert ledger.report().leases["trained"] == FAILURES_ALLOWED + 1 and not ledger.shards.quarantined
+    assert stream_report(ledger).leases["trained"] == FAILURES_ALLOWED + 1 and not ledger.shards.quarantined
 
 
 def test_a_producer_that_calls_every_shard_empty_ends_none() -> None:
@@ -659,8 +660,8 @@ def test_shard_that_fails_while_others_are_served_is_quarantined_and_listed() ->
     send_windows(ledger, leases(sends)[0], 1, [0])
     bad, _ = quarantine_first(ledger, sends)
     assert ledger.shards.quarantined == [QuarantinedShard(0, bad.shard, rows=None, reason="bad page")]
-    assert ledger.quarantine.tokens is None and ledger.report().tokens_quarantined is None
-    assert ledger.report().leases == {"free": 0, "leased": 2, "received": 0, "trained": 3, "set_aside": 1}
+    assert ledger.quarantine.tokens is None and stream_report(ledger).tokens_quarantined is None
+    assert stream_report(ledger).leases == {"free": 0, "leased": 2, "received": 0, "trained": 3, "set_aside": 1}
     assert ledger.quarantine.ratio == 1 / 6
     (notice,) = ledger.failures.pop_notices()
     assert notice.startswith(f"shard {bad.shard} of epoch 0 is quarantined, an unknown number of tokens of it")
@@ -790,7 +791,7 @@ def test_deaths_of_producers_quarantine_nothing() -> None:
     """Fifty die right after they were welcomed: every shard is still there, and a healthy one serves them all."""
     ledger = make_ledger(capacity=64)
     die_on_it(ledger, 50)
-    assert not ledger.shards.quarantined and ledger.sessions_lost == 50 and ledger.report().suspect_shards == 2
+    assert not ledger.shards.quarantined and ledger.sessions_lost == 50 and stream_report(ledger).suspect_shards == 2
     told = [
         int(one.split()[0]) for one in ledger.failures.pop_notices() if "producers in a row were lost on shard" in one
     ]
@@ -799,7 +800,7 @@ def test_deaths_of_producers_quarantine_nothing() -> None:
     ledger.tick(99_000.0)
     for lease in leases(join(ledger, now=99_999.0)):
         serve(ledger, lease)
-    assert ledger.shards.is_exhausted and not ledger.shards.suspects() and ledger.report().suspect_shards == 0
+    assert ledger.shards.is_exhausted and not ledger.shards.suspects() and stream_report(ledger).suspect_shards == 0
 
 
 def test_a_suspect_is_leased_last() -> None:
@@ -866,7 +867,7 @@ def test_leaving_politely_is_not_dying() -> None:
     join(ledger)
     ledger.bye("ada-1", Bye(), now=0.0)
     assert not ledger.sessions and ledger.tokens_credited == 0 and ledger.sessions_lost == 0
-    assert ledger.report().leases["free"] == 2
+    assert stream_report(ledger).leases["free"] == 2
     assert all(shard.deaths == 0 for shard in ledger.shards.open.values())
 
 
@@ -949,7 +950,7 @@ def test_session_name_of_another_producer_ends_that_one_cleanly() -> None:
     join(ledger)
     sends = join(ledger, "eve", session="ada-1")
     assert [lease.attempt for lease in leases(sends)] == [2, 2]
-    assert ledger.tokens_credited == 24 and ledger.report().leases["leased"] == 2
+    assert ledger.tokens_credited == 24 and stream_report(ledger).leases["leased"] == 2
 
 
 def test_unknown_peer_may_go() -> None:
@@ -1036,12 +1037,12 @@ def test_crash_after_the_end_of_a_shard_reopens_it() -> None:
     ledger.shard_end("ada-1", end_of(lease), now=0.0)
     train(ledger, (0, 1), (0, 2), (0, 3))
     successor = restart(ledger)
-    assert not successor.shards.is_exhausted and successor.report().leases["free"] == 2
+    assert not successor.shards.is_exhausted and stream_report(successor).leases["free"] == 2
     again, _ = leases(join(successor, session="ada-2"))
     send_windows(successor, again, 1, [1, 2], session="ada-2")
     successor.shard_end("ada-2", end_of(again), now=0.0)
     train(successor, *((0, at) for at in (5, 6, 7, 9, 10, 11)))
-    assert (successor.tokens_trained, successor.report().leases["trained"]) == (9, 1)
+    assert (successor.tokens_trained, stream_report(successor).leases["trained"]) == (9, 1)
 
 
 def test_old_start_of_the_trainer_is_fenced_off() -> None:
@@ -1138,7 +1139,7 @@ def test_chunk_and_report_are_cheap() -> None:
     queue = iter(chunks)
     assert best_of(len(chunks), lambda: receive(ledger, "p0-1", next(queue))) < 1e-3
     assert ledger.tokens_received == 4096 * len(chunks)
-    assert best_of(5, ledger.report) < 1e-3
+    assert best_of(5, lambda: stream_report(ledger)) < 1e-3
 
 
 def test_step_of_a_large_shard_is_cheap() -> None:

@@ -57,6 +57,7 @@ from trainer.stream.ledger.ledger import Ledger, Limits
 from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.sessions import Send
 from trainer.stream.ledger.shards import ShardState
+from trainer.stream.ledger.totals import stream_report
 
 SHARDS, HELD_OUT, CONTEXT, WIDTH = 5, 0.2, 4, 2
 DEAD_SECONDS, STALL_SECONDS = 10.0, 5.0
@@ -563,7 +564,7 @@ class Stream(RuleBasedStateMachine):
         assert listed == self.books.aside and len(listed) == len(self.ledger.shards.quarantined)
 
     def report_agrees(self) -> None:
-        report = self.ledger.report()
+        report = stream_report(self.ledger)
         assert report.credit_rows_outstanding == self.ledger.tokens_credited
         assert sum(report.producers.values()) == len(self.told)
         assert report.leases["leased"] == len(self.holder)

@@ -27,6 +27,7 @@ from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.resume import ledger_state
 from trainer.stream.ledger.shards import Quarantine, SuspectShard
+from trainer.stream.ledger.totals import stream_report
 from trainer.stream.router import IntakeError
 from trainer.stream.server import StreamServer
 from trainer.stream.wait_times import WaitTimes
@@ -230,7 +231,7 @@ class Intake:
         """The numbers of the stream."""
         with self.lock:
             data, credit = self._waits.ratios()
-            return replace(self.ledger.report(), data_wait_ratio=data, credit_wait_ratio=credit)
+            return replace(stream_report(self.ledger), data_wait_ratio=data, credit_wait_ratio=credit)
 
     def buffer_report(self) -> BufferReport:
         """The numbers of the buffer."""

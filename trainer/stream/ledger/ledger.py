@@ -37,17 +37,14 @@ from producer.wire import (
     Welcome,
     unpack_bits,
 )
-from trainer.report import StreamReport
+from trainer.stream.ledger.admission import admission_fault
 from trainer.stream.ledger.credit import CreditPolicy, FairCredit
 from trainer.stream.ledger.failures import Failures
 from trainer.stream.ledger.identity import StreamIdentity
 from trainer.stream.ledger.invariants import Invariants
 from trainer.stream.ledger.phase import StreamPhase
-from trainer.stream.ledger.sessions import Send, Session, chunk_size_fault
-from trainer.stream.ledger.shards import FailureReport, OpenShard, Quarantine, ShardQueue, ShardState, count_bits
-
-MAX_SESSIONS = 256
-"""A tick looks at each of them; further producers are asked to come again."""
+from trainer.stream.ledger.sessions import Send, Session
+from trainer.stream.ledger.shards import FailureReport, Quarantine, ShardQueue, count_bits
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,10 @@ class AcceptedChunk:
     """Of each activation, int64 [rows], in payload order."""
 
 
+Insert = Callable[[AcceptedChunk], None]
+"""Puts the activations of an accepted chunk into the buffer."""
+
+
 class Ledger:
     """See the module's docstring. Every method is called with a lock held by the owner.
 
@@ -94,20 +95,17 @@ class Ledger:
         self.sessions: dict[str, Session] = {}
         self.shards = ShardQueue(limits.seed, limits.epochs)
         self.failures = Failures(self.shards, self.sessions, limits.dead_seconds, self.policy.counts_reports_at_once)
-        self.tokens_trained = 0
-        self.tokens_dropped = 0
-        self.tokens_received = 0
-        self.sessions_lost = 0
+        self.tokens_received = self.tokens_trained = self.tokens_dropped = 0
+        self.sessions_lost = self.auth_failures = 0
         self.rejected: Counter[str] = Counter()
         """Tokens that arrived and were not taken, by reason."""
         self.errors: Counter[str] = Counter()
         """Messages that could not be used, by kind of fault."""
-        self.auth_failures = 0
         self.invariants = Invariants()
         self.is_winding_down = False
         self._steps = 0
         self._drain: Drain | None = None
-        """What producers were told of this trainer's end."""
+        """The message of this trainer's end, once it is sent; producers that come later get it too."""
 
     # What the owner asks
 
@@ -140,34 +138,6 @@ class Ledger:
     def quarantine(self) -> Quarantine:
         return self.shards.quarantine
 
-    def report(self) -> StreamReport:
-        """The numbers of the stream, without those of waiting."""
-        counts = self.shards.counts()
-        return StreamReport(
-            producers={
-                "working": sum(bool(session.leases) for session in self.sessions.values()),
-                "idle": sum(not session.leases for session in self.sessions.values()),
-            },
-            leases={
-                "free": counts[ShardState.FREE],
-                "leased": counts[ShardState.LEASED],
-                "received": counts[ShardState.RECEIVED],
-                "trained": counts[ShardState.TRAINED],
-                "set_aside": counts[ShardState.QUARANTINED],
-            },
-            epoch=self.shards.epoch,
-            tokens_received=self.tokens_received,
-            tokens_quarantined=self.quarantine.tokens,
-            suspect_shards=len(self.shards.suspects()),
-            rows_rejected=dict(self.rejected),
-            rows_discarded=self.tokens_dropped,
-            protocol_errors=dict(self.errors),
-            auth_failures=self.auth_failures,
-            breaches=self.invariants.counts(),
-            credit_rows_outstanding=self.tokens_credited,
-            sessions_lost=self.sessions_lost,
-        )
-
     # Events: each returns the messages to send
 
     def hello(self, hello: Hello, now: float) -> list[Send]:
@@ -175,7 +145,7 @@ class Ledger:
         for name, session in list(self.sessions.items()):
             if session.hello.producer == hello.producer or name == hello.session:
                 self._end(name, died=False)
-        if reject := self._admission_fault(hello):
+        if reject := admission_fault(hello, self.identity, self.sessions, self.limits.capacity):
             self.errors[f"refused_{reject.code}"] += 1
             return [Send(hello.session, reject)]
         if self.identity.is_new(hello):
@@ -199,12 +169,7 @@ class Ledger:
         return [Send(hello.session, welcome), *drain]
 
     def chunk(
-        self,
-        session: str,
-        chunk: Chunk,
-        payload_bytes: int,
-        now: float,
-        insert: Callable[[AcceptedChunk], None] = lambda accepted: None,
+        self, session: str, chunk: Chunk, payload_bytes: int, now: float, insert: Insert = lambda accepted: None
     ) -> tuple[AcceptedChunk | None, list[Send]]:
         """A chunk arrived. If it is accepted, `insert` has put its activations into the buffer.
 
@@ -222,7 +187,7 @@ class Ledger:
         start, count = chunk.first_window * sender.hello.context, chunk.windows * sender.hello.context
         rows, outliers = unpack_bits(chunk.kept, count), unpack_bits(chunk.outliers, count)
         if shard.has_any(start, rows, outliers):
-            return None, self.reject(session, "duplicate", "chunk brings rows that were already had", rows=chunk.rows)
+            return None, self.reject(session, "duplicate", "chunk repeats activations", rows=chunk.rows)
         if fault := self.policy.order_fault(sender, shard, chunk, self.shards):
             return None, self.reject(session, fault.code, fault.reason, rows=chunk.rows)
         accepted = AcceptedChunk(shard.serial, start + np.flatnonzero(rows))
@@ -240,19 +205,19 @@ class Ledger:
         shard = sender.lease_of(end)
         if shard is None:
             return []
-        self._release(sender, shard)
+        sender.release(shard)
         received, producer = count_bits(shard.mask), sender.hello.producer
         if received != end.rows:
-            self.errors["short_shard"] += 1
-            reason = f"{received} rows arrived, the producer counts {end.rows}"
-            self.failures.record_report(shard, producer, FailureReport(reason, end.rows))
+            code, reason = "short_shard", f"{received} activations arrived, the producer counts {end.rows}"
         elif not received:
             # Text of which nothing is kept is rare, and a producer that skips its work looks the same.
-            self.errors["empty_shard"] += 1
-            self.failures.record_report(shard, producer, FailureReport("not one row of it is kept", 0))
+            code, reason = "empty_shard", "no activation of it is kept"
         else:
             self.shards.complete(shard, end.rows)
             self.failures.confirm_reports(producer)
+            return []
+        self.errors[code] += 1
+        self.failures.record_report(shard, producer, FailureReport(reason, end.rows))
         return []
 
     def shard_fail(self, session: str, fail: ShardFail, now: float) -> list[Send]:
@@ -260,17 +225,14 @@ class Ledger:
         sender = self.sessions[session]
         sender.last_heard = sender.last_progress = now
         if shard := sender.lease_of(fail):
-            self._release(sender, shard)
+            sender.release(shard)
             report = FailureReport(fail.error, is_final=not fail.retry)
             self.failures.record_report(shard, sender.hello.producer, report)
         return []
 
     def heartbeat(self, session: str, beat: Heartbeat, now: float) -> list[Send]:
         """A producer lives, and says how far it is."""
-        sender = self.sessions[session]
-        sender.last_heard = now
-        if beat.progress > sender.progress:
-            sender.progress, sender.last_progress = beat.progress, now
+        self.sessions[session].hear_heartbeat(beat.progress, now)
         return []
 
     def bye(self, session: str, bye: Bye, now: float) -> list[Send]:
@@ -279,7 +241,7 @@ class Ledger:
         return []
 
     def disconnect(self, session: str) -> None:
-        """The socket says that this peer is no longer there."""
+        """The connection of a producer is gone."""
         if session in self.sessions:
             self.sessions_lost += 1
             self._end(session, died=True)
@@ -301,12 +263,8 @@ class Ledger:
 
     def mark_trained(self, serial: np.ndarray, position: np.ndarray) -> None:
         """A step has consumed these activations, named by int64 [batch] each."""
-        for one in np.unique(serial):
-            shard = self.shards.open[int(one)]
-            if not shard.mark_trained(position[serial == one]):
-                sentence = f"rows of shard {shard.shard} are trained twice, or were never received"
-                self.invariants.violate("trained_once", sentence)
-            self.shards.close_if_trained(shard)
+        for shard in self.shards.mark_trained(serial, position):
+            self.invariants.violate("trained_once", f"tokens of {shard} are trained twice, or were never received")
         self.tokens_trained += len(serial)
         self._steps += 1
 
@@ -347,25 +305,12 @@ class Ledger:
 
     # Inside
 
-    def _admission_fault(self, hello: Hello) -> Reject | None:
-        """The refusal of a producer that cannot serve this run."""
-        if reject := self.identity.mismatch(hello, has_sessions=bool(self.sessions)):
-            return reject
-        if reject := chunk_size_fault(hello, self.limits.capacity):
-            return reject
-        if len(self.sessions) >= MAX_SESSIONS:
-            reason = f"{len(self.sessions)} producers are at work, and there is room for no more"
-            return Reject(code="full", reason=reason, retry=True)
-        return None
-
     def _reject_silent(self, now: float) -> list[Send]:
-        sends: list[Send] = []
+        sends = []
         for name, session in list(self.sessions.items()):
             if now - session.last_heard > self.limits.dead_seconds:
                 sends += self.reject(name, "silent", f"nothing heard for {self.limits.dead_seconds:g} s")
-            elif (
-                session.leases and session.chunks_in_flight and now - session.last_progress > self.limits.stall_seconds
-            ):
+            elif session.has_stalled(now, self.limits.stall_seconds):
                 reason = f"no progress for {self.limits.stall_seconds:g} s in spite of credit"
                 sends += self.reject(name, "stalled", reason, blames_shard=True)
         return sends
@@ -377,14 +322,7 @@ class Ledger:
         return sends
 
     def _end(self, session: str, died: bool) -> None:
-        """Forgets a session: its leases and its credit return."""
-        ended = self.sessions.pop(session)
-        for index, shard in enumerate(list(ended.leases)):
-            self._release(ended, shard)
-            if died and index == 0 and not shard.has_progress:
-                self.failures.record_death(shard)
-
-    @staticmethod
-    def _release(session: Session, shard: OpenShard) -> None:
-        session.leases.remove(shard)
-        shard.release()
+        """Forgets a session: its leases and its credit return. `died`: its producer was lost, maybe for its shard."""
+        shard = self.sessions.pop(session).release_all()
+        if died and shard is not None and not shard.has_progress:
+            self.failures.record_death(shard)

@@ -1,4 +1,4 @@
-"""Sessions: one producer's conversation with this trainer, and the checks of what it announces and sends."""
+"""Sessions: one producer's conversation with this trainer, and the checks of what it sends."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 
 from producer.wire import (
     DTYPE_BYTES,
-    MAX_CHUNK_BYTES,
-    TARGET_CHUNK_BYTES,
     Chunk,
     Hello,
     Message,
-    Reject,
     ShardEnd,
     ShardFail,
     unpack_bits,
@@ -70,6 +67,28 @@ class Session:
         """The lease under which a message was sent; None when it is not, or no longer, this session's."""
         return next((shard for shard in self.leases if shard.is_meant_by(message)), None)
 
+    def release(self, shard: OpenShard) -> None:
+        """Gives a lease back."""
+        self.leases.remove(shard)
+        shard.release()
+
+    def release_all(self) -> OpenShard | None:
+        """Gives every lease back; returns the shard being worked on."""
+        current = self.leases[0] if self.leases else None
+        for shard in list(self.leases):
+            self.release(shard)
+        return current
+
+    def hear_heartbeat(self, progress: int, now: float) -> None:
+        """The producer lives; its own count of progress is `progress`."""
+        self.last_heard = now
+        if progress > self.progress:
+            self.progress, self.last_progress = progress, now
+
+    def has_stalled(self, now: float, stall_seconds: float) -> bool:
+        """Whether it has had work and credit for `stall_seconds`, and made no progress."""
+        return bool(self.leases) and self.chunks_in_flight > 0 and now - self.last_progress > stall_seconds
+
     def chunk_fault(self, chunk: Chunk, payload_bytes: int, incarnation: str) -> Fault | None:
         """What is wrong with a chunk, whatever its lease."""
         positions = chunk.windows * self.hello.context
@@ -99,23 +118,3 @@ class Session:
 def activation_bytes(hello: Hello) -> int:
     """Bytes of one token on the wire: its activations at every hook."""
     return DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
-
-
-def chunk_size_fault(hello: Hello, capacity: int) -> Reject | None:
-    """The refusal of a producer whose chunks are too large for a message, or for a buffer of `capacity` tokens."""
-    width = activation_bytes(hello)
-    if hello.chunk_rows * width > MAX_CHUNK_BYTES:
-        reason = (
-            f"chunks of {hello.chunk_rows} rows × {width} bytes exceed {MAX_CHUNK_BYTES} bytes; "
-            "lower corpus.context, or stream fewer hooks"
-        )
-        return Reject(code="chunk", reason=reason, retry=False)
-    if 4 * hello.chunk_rows > capacity:
-        # A shorter context makes a chunk smaller only where the chunk is one long window.
-        would_help = hello.chunk_rows == hello.context and 4 * (TARGET_CHUNK_BYTES // width) <= capacity
-        reason = (
-            f"buffer.rows = {capacity} holds fewer than four chunks of {hello.chunk_rows} rows; "
-            f"raise buffer.rows to {4 * hello.chunk_rows}{', or lower corpus.context' if would_help else ''}"
-        )
-        return Reject(code="buffer", reason=reason, retry=False)
-    return None

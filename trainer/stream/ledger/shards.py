@@ -293,6 +293,16 @@ class ShardQueue:
         shard.reporters.clear()
         self.close_if_trained(shard)
 
+    def mark_trained(self, serial: np.ndarray, position: np.ndarray) -> list[OpenShard]:
+        """A step has consumed these activations; returns shards of which some were trained before or never received."""
+        wrong = []
+        for number in np.unique(serial).tolist():
+            shard = self.open[number]
+            if not shard.mark_trained(position[serial == number]):
+                wrong.append(shard)
+            self.close_if_trained(shard)
+        return wrong
+
     def close_if_trained(self, shard: OpenShard) -> None:
         """Forgets a shard after its last step. The bits of quarantined ones are kept, for `retry_quarantined`."""
         if shard.is_trained:
