@@ -158,7 +158,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, version: Any)
     """With both formats and what to do."""
     rewrite(save(tmp_path, small_checkpoint(), keep=2), format=version)
 
-    with pytest.raises(CheckpointError, match=rf"has format {version!r}, this version reads 3: resume with"):
+    with pytest.raises(CheckpointError, match=rf"has format {version!r}, this version reads 4: resume with"):
         load_newest(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_the_first_releases_is_migrated(tmp_path: Path) -> None:
     folder = save(tmp_path, small_checkpoint(), keep=2)
     ledger = json.loads((folder / "state.json").read_text())["ledger"]
     del ledger["breaches"]
-    rewrite(folder, ledger=ledger)
+    rewrite(folder, format=3, ledger=ledger)
 
     assert load_newest(tmp_path).document.ledger.breaches == {}  # type: ignore[union-attr]
 

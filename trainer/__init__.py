@@ -2,11 +2,11 @@
 
     __main__      `python -m trainer RUN.toml`
     app           the trainer as a process
-    settings      [buffer] [optimizer] [snapshots] [checkpoint] of the run file, and all of it together
+    settings      [buffer] [optimizer] [parallel] [snapshots] [checkpoint] of the run file, and all of it together
     stream/       activations in: ledger, intake, buffer
     saes/         one module per architecture, with its settings, and how SAEs are published
     kernels/      sparse products and selection
-    parallel/     latents spread over ranks: collectives, exact selection
+    parallel/     many ranks that share the latents of each SAE: collectives, exact selection, commands
     training/     the loop, SAEs with optimizer and statistics, publishing
     state/        checkpoints and the run directory
     control/      requests of a person to a running trainer

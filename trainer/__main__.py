@@ -4,7 +4,8 @@
 `python -m trainer export …` converts a snapshot, `python -m trainer estimate …` predicts the cost of a run. `--help`
 answers at once; torch is imported by the settings of the first SAE. On SIGTERM, Ctrl-C, a closed terminal and the
 signals of batch systems (SIGUSR1, SIGUSR2) the trainer writes a checkpoint and leaves; the same command resumes from
-it. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
+it. `torchrun … -m trainer RUN.toml` trains on many ranks: this module is each of them, and rank 0 does all of the
+above, while the others follow it. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
 from trainer.control.requests import Inbox, serve_requests
+from trainer.parallel.environment import read_launch
+from trainer.parallel.placement import world_fault
 from trainer.settings import TrainerSettings
 from trainer.state.run_directory import RunDirectory, RunDirectoryError
 
@@ -61,8 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     # Read when torch is loaded, by the settings of the first SAE: its threads, waiting for the next product, would
     # otherwise spin on the cores of the kernels' threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    launch = read_launch(os.environ)
+    if launch.rank:  # has no run file: rank 0 sends it the settings
+        set_up(f"trainer [rank {launch.rank}]", logging.WARNING)
+        from trainer.training.follower import follow
+
+        return run_within_limits(log, lambda: follow(launch))
     settings = parse_command_line(shell_command("trainer"), PURPOSE, TrainerSettings, arguments, COMMANDS)
     set_up("trainer")
+    if fault := world_fault(settings, launch.world_size):
+        log.error("%s", fault)
+        return 2
     stop = threading.Event()
     stop_on_signals(stop.set)
     if settings.stream.keys is not None:
@@ -78,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             with serve_requests(directory.path, inbox):
                 from trainer.app import run  # imports torch, which `--help` and the commands do not wait for
 
-                return run_within_limits(log, lambda: run(settings, directory, inbox))
+                return run_within_limits(log, lambda: run(settings, directory, inbox, launch))
     except RunDirectoryError as error:
         log.error("%s", error)
         return 1

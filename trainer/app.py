@@ -7,6 +7,9 @@ import logging
 import signal
 import threading
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from trainer.control.requests import Inbox
 from trainer.health import TrainerHealth
 from trainer.kernels.cpu import warm_up
 from trainer.metrics import TrainerMetrics
+from trainer.parallel.environment import ONE_PROCESS, Launch
+from trainer.parallel.ranks import ALONE, RankLostError, World
 from trainer.phases import RunPhase
 from trainer.planning.machine import free_memory
 from trainer.reporting import Reporter
@@ -30,7 +35,7 @@ from trainer.saes.start import check_starts
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, supersede_after
 from trainer.state.audit import ledger_faults
-from trainer.state.checkpoint import CheckpointError, load_newest, start_fault
+from trainer.state.checkpoint import CheckpointError, complete_folders, load_newest, start_fault
 from trainer.state.durable import replace_text, sweep
 from trainer.state.format import NEW_BUFFER, Checkpoint
 from trainer.state.run_directory import RunDirectory, RunDirectoryError
@@ -43,16 +48,24 @@ from trainer.stream.ledger.resume import restore_ledger
 from trainer.stream.ledger.shards import Quarantine
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.stream.router import IntakeError
-from trainer.training.loop import Loop
+from trainer.training.leader import Leader, LeaderRun
+from trainer.training.loop import Loop, MakeRun
 from trainer.training.publishing import summary, write_settings
 from trainer.training.roster import Roster
-from trainer.training.run import DeviceError, NoVariance, buffer_of, pick_device, roster_of
+from trainer.training.run import DeviceError, NoVariance, Run, buffer_of, pick_device, roster_of
 
 log = logging.getLogger("sluice.trainer")
 
+FAILURES = (
+    CheckpointError, DeviceError, IntakeError, KeysError, NoVariance, RankLostError, RunDirectoryError, SnapshotError,
+    OSError,
+)  # fmt: skip
+"""Errors whose messages say what to do."""
 
-def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox) -> int:
-    """Trains in a run directory that is locked; returns the exit code."""
+
+def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox, launch: Launch = ONE_PROCESS) -> int:
+    """Trains in a run directory that is locked, as rank 0 of the ranks that were launched; returns the exit code."""
+    leader: Leader | None = None
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     if settings.run.deterministic:
@@ -60,8 +73,13 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox) ->
     try:
         directory = run_directory.path
         sweep(directory)
-        saved = load_newest(directory)
-        if fault := start_fault(directory, saved):
+        ranks = ALONE
+        if launch.world_size > 1:
+            leader = Leader(World())
+            ranks = leader.open(settings, directory)
+            log.info("%d ranks share the latents of each SAE", ranks.size)
+        saved = load_newest(directory, range if ranks.is_alone else ranks.latents)
+        if fault := start_fault(directory, saved) or blocks_fault(settings, saved):
             raise CheckpointError(fault)
         if pick_device(settings.optimizer.device).type == "cpu":
             threading.Thread(target=warm_up, name="warm-up").start()
@@ -92,13 +110,33 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox) ->
         )
         log.info("metrics at http://%s:%d/metrics", http.host, port)
         try:
-            _train(settings, run_directory, inbox, ledger, roster, saved, metrics, health)
+            make_run: MakeRun = Run
+            if leader is not None:
+                folder = None if saved is None else complete_folders(directory / "checkpoint")[-1]
+                make_run = partial(LeaderRun, leader=leader, ranks=ranks, checkpoint=folder)
+            keep_alive = leader.keep_alive if leader is not None else lambda: None
+            _train(settings, run_directory, inbox, ledger, roster, saved, metrics, health, make_run, keep_alive)
         finally:
             close_metrics()
         return 0
-    except (CheckpointError, DeviceError, IntakeError, KeysError, NoVariance, SnapshotError, OSError) as error:
+    except FAILURES as error:
         log.error("%s", error)
         return 1
+    finally:
+        if leader is not None:
+            with suppress(RankLostError):
+                leader.end()
+
+
+def blocks_fault(settings: TrainerSettings, saved: Checkpoint | None) -> str | None:
+    """Why the run in the checkpoint cannot go on with these blocks of latents; None when it can."""
+    blocks = settings.parallel.blocks
+    if saved is None or not saved.tokens or saved.document.blocks == blocks:
+        return None
+    return (
+        f"parallel.blocks = {blocks}, and the run in {settings.run.folder} began with {saved.document.blocks}, which "
+        "is fixed for a run: set it to what it was, or use a new run.directory"
+    )
 
 
 def _rename_old_reports(directory: Path) -> None:
@@ -170,6 +208,8 @@ def _train(
     saved: Checkpoint | None,
     metrics: TrainerMetrics,
     health: TrainerHealth,
+    make_run: MakeRun,
+    keep_alive: Callable[[], None],
 ) -> None:
     """Opens the stream, trains until the end or until the trainer is asked to stop, and saves everything."""
 
@@ -186,7 +226,7 @@ def _train(
     with intake, Reporter(run_directory.path, metrics) as reporter:
         if settings.stream.keys is not None:
             signal.signal(signal.SIGHUP, lambda *_: intake.reload_keys())
-        loop = Loop(settings, roster, intake, inbox, reporter, handle, saved)
+        loop = Loop(settings, roster, intake, inbox, reporter, handle, saved, make_run=make_run, keep_alive=keep_alive)
         if loop.phase is RunPhase.FINISHED:
             _refuse_to_begin(settings, roster, intake)
             return

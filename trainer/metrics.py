@@ -107,6 +107,17 @@ STEP = (
            lambda r: r.stream.breaches, "invariant"),
 )
 
+RANKS = (
+    Metric("sluice_ranks", "gauge", "ranks", "Ranks that share the latents of each SAE; 1 without torchrun.",
+           lambda r: r.count),
+    Metric("sluice_exchange_bytes_total", "counter", "bytes",
+           "Bytes that the ranks have received from each other since they started, all ranks together, by purpose.",
+           lambda r: r.exchanged_bytes, "purpose"),
+    Metric("sluice_exchange_seconds_total", "counter", "seconds",
+           "Seconds that rank 0 has spent in exchanges on the host since it started, by purpose.",
+           lambda r: r.exchange_seconds, "purpose"),
+)
+
 SAE = (
     Metric("sluice_l0", "gauge", "latents", "Mean number of latents active on an activation.", lambda s: s.l0),
     Metric("sluice_mse", "gauge", "squared activation",
@@ -161,7 +172,8 @@ class TrainerMetrics(Collector):
         saes: tuple[SaeReport, ...] = report.saes if report else ()
         yield from families(MILESTONES, [((), self._milestones)])
         yield from families(STEP, [((), report)] if report else [])
+        yield from families(RANKS, [((), report.ranks)] if report else [])
         yield from families(SAE, [((sae.name,), sae) for sae in saes], ("sae",))
 
     def describe(self) -> Iterator[Family]:
-        return metric_names(MILESTONES + STEP + SAE)
+        return metric_names(MILESTONES + STEP + RANKS + SAE)

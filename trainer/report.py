@@ -42,6 +42,17 @@ class SaeReport:
 
 
 @dataclass(frozen=True)
+class RanksReport:
+    """What the ranks of a run have exchanged since they started, by purpose; a trainer alone exchanges nothing."""
+
+    count: int = 1
+    exchanged_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes received, of all ranks together."""
+    exchange_seconds: dict[str, float] = field(default_factory=dict)
+    """Of rank 0, on the host. On a GPU collectives run later: there it is the time to enqueue them."""
+
+
+@dataclass(frozen=True)
 class StreamReport:
     """Numbers of the stream. Counts are since the run began, restarts included."""
 
@@ -110,6 +121,7 @@ class StepReport:
     """Expected number of others from the same window in an activation's batch; NaN before the first batch."""
     stream: StreamReport
     saes: tuple[SaeReport, ...]
+    ranks: RanksReport = RanksReport()
 
     @property
     def bottleneck(self) -> str:

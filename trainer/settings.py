@@ -55,6 +55,40 @@ class OptimizerSettings(Table):
     cooldown` and `detach` take the same fraction of the tokens trained so far."""
 
 
+class ParallelSettings(Table):
+    """[parallel]: how the ranks that torchrun starts share the SAEs; `python -m trainer` alone is one rank."""
+
+    latents: Literal["auto"] | Positive = "auto"
+    """Ranks that share the latents of each SAE; auto takes all ranks of a placement group."""
+    groups: Positive = 1
+    """Placement groups of ranks that train different SAEs; 1 is the only value so far."""
+    data: Positive = 1
+    """Ranks that train one shard of latents on different activations; 1 is the only value."""
+    blocks: Positive = 1
+    """Parts of the latents whose sums over latents are added in a fixed order. 8 gives the same bits on 1, 2, 4 and 8
+    ranks; with 1 the last digits depend on the number of ranks. Fixed for the run."""
+    exchange: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the gradients that ranks exchange; float32 is the only value so far."""
+    intakes: Positive = 1
+    """Ranks that receive activations from producers; 1 is the only value so far."""
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_built(self) -> ParallelSettings:
+        if self.data > 1:
+            raise ValueError(
+                f"data = {self.data} is not offered: the gradients of a shard of latents would cross the ranks in each "
+                "step, which costs more than it saves until a batch has more activations than the SAE has latents; "
+                "remove it, and share the latents over more ranks"
+            )
+        if self.groups > 1:
+            raise ValueError(f"groups = {self.groups} is not built yet: all ranks share every SAE; remove it")
+        if self.intakes > 1:
+            raise ValueError(f"intakes = {self.intakes} is not built yet: rank 0 receives everything; remove it")
+        if self.exchange != "float32":
+            raise ValueError('exchange = "bfloat16" is not built yet; remove it, or set it to "float32"')
+        return self
+
+
 class SnapshotSettings(Table):
     """[snapshots]: SAEs published for others to load."""
 
@@ -88,6 +122,7 @@ class TrainerSettings(BaseModel):
     corpus: CorpusSettings = CorpusSettings()
     buffer: BufferSettings = BufferSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    parallel: ParallelSettings = ParallelSettings()
     sae: list[SerializeAsAny[SaeSettings]] = Field(min_length=1)
     snapshots: SnapshotSettings = SnapshotSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

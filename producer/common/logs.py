@@ -24,11 +24,11 @@ TEXT_LENGTH = 500
 INDENT = "    "
 
 
-def set_up(process: str) -> None:
+def set_up(process: str, level: int = logging.INFO) -> None:
     """Sends the log of this process to stderr, every line with the time, the name of the process and the level."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter(f"%(asctime)s {process} %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 class LineFormatter(logging.Formatter):

@@ -17,7 +17,9 @@ from producer.common.explain import explain, explain_unknown_table, nearest
 from producer.common.parsing import ParseError, parse_toml
 from producer.common.toml import SettingsError, read_toml, show_value
 
-TABLES = ("run", "stream", "model", "corpus", "buffer", "optimizer", "sae", "snapshots", "checkpoint", "monitor")
+TABLES = (
+    "run", "stream", "model", "corpus", "buffer", "optimizer", "parallel", "sae", "snapshots", "checkpoint", "monitor",
+)  # fmt: skip
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -28,12 +28,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import trainer.app
-import trainer.training.loop
 from trainer.__main__ import main
 from trainer.state.format import LedgerState, RunState, SaeTensors, ShardBits
 from trainer.stream.buffer import Batch
 from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.sessions import Send
+from trainer.training.leader import LeaderRun
 from trainer.training.run import Run
 
 ROWS_FILE = Path(sys.argv[1])
@@ -41,11 +41,11 @@ ROW_BYTES = 12
 PACE = float(os.environ.get("SECONDS_PER_STEP", "0"))
 
 
-class RecordingRun(Run):
+class Recording(Run):
     """Every batch's first three numbers (shard, window, position) go into ROWS_FILE as int32."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self._file = open(ROWS_FILE, "ab")  # noqa: SIM115 (open as long as the process)
 
     def train_step(self, batch: Batch) -> None:
@@ -61,6 +61,10 @@ class RecordingRun(Run):
         super().restore(state, tensors)
         if not state.step:
             self._file.truncate(0)
+
+
+class RecordingLeaderRun(Recording, LeaderRun):
+    """The same for rank 0 of many."""
 
 
 def cut_on_resume() -> None:
@@ -132,5 +136,5 @@ if __name__ == "__main__":
         Points(watched, int(os.environ.get("DIE_AT", "0")))
     if "CLOCK_JUMPS" in os.environ:
         jumping_clock()
-    trainer.training.loop.Run = RecordingRun  # type: ignore[misc]
+    trainer.app.Run, trainer.app.LeaderRun = Recording, RecordingLeaderRun  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

@@ -14,7 +14,9 @@ from typing import Any
 from producer.common.run_file import settings_from
 from producer.common.toml import SettingsError
 from trainer.control.requests import Answer, Request, refusal
+from trainer.parallel.placement import sae_fault
 from trainer.phases import SaePhase
+from trainer.report import RanksReport, SaeReport
 from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError, finite, snapshot_name
 from trainer.training.loop import Loop
@@ -60,6 +62,8 @@ def handle(loop: Loop, request: Request) -> None:
 def status(loop: Loop, _: Arguments) -> Answer:
     """The run, its stream and its SAEs, in numbers."""
     buffer, stream, run = loop.intake.buffer_report(), loop.intake.stream_report(), loop.run
+    reports = {} if run is None else {report.name: report for report in run.reports()}
+    ranks = RanksReport() if run is None else run.ranks_report()
     return {
         "run": loop.intake.run_id,
         "state": loop.phase,
@@ -72,7 +76,8 @@ def status(loop: Loop, _: Arguments) -> Answer:
         "buffer_rows": buffer.rows,
         "buffer_capacity_rows": buffer.capacity,
         **_shards_in_trouble(loop),
-        "saes": [_sae_status(loop, member) for member in loop.roster.members],
+        "ranks": asdict(ranks),
+        "saes": [_sae_status(loop, member, reports.get(member.name)) for member in loop.roster.members],
     }
 
 
@@ -90,7 +95,7 @@ def _shards_in_trouble(loop: Loop) -> Answer:
     }
 
 
-def _sae_status(loop: Loop, member: Member) -> Answer:
+def _sae_status(loop: Loop, member: Member, report: SaeReport | None) -> Answer:
     """One SAE: a row of the client's table."""
     sae, run = member.settings, loop.run
     sae_trainer = None if run is None else run.sae_trainer(member)
@@ -105,10 +110,8 @@ def _sae_status(loop: Loop, member: Member) -> Answer:
         "rows_left": None if sae_trainer is None else sae_trainer.schedule.tokens_left(sae_trainer.tokens),
     }
     names = ("learning_rate", "fvu", "l0", "dead_latents", "dead_latents_ratio")
-    if run is None or sae_trainer is None or not sae_trainer.tokens:
+    if report is None:
         return answer | dict.fromkeys(names)
-    assert run.scales is not None
-    report = sae_trainer.report(run.scales)
     return answer | {name: finite(getattr(report, name)) for name in names}
 
 
@@ -132,13 +135,14 @@ def snapshot(loop: Loop, _: Arguments) -> Answer:
 def cooldown(loop: Loop, arguments: Arguments) -> Answer:
     """Lets an SAE's learning rate fall to zero; the SAE stays, finished."""
     run = _require_run(loop)
-    sae_trainer = run.sae_trainer(loop.roster.find(_text(arguments, "name")))
+    member = loop.roster.find(_text(arguments, "name"))
+    sae_trainer = run.sae_trainer(member)
     name = sae_trainer.settings.name
     if sae_trainer.phase is SaePhase.FINISHED:
         return {"said": f"{name} is finished already", "rows_left": 0}
     if not sae_trainer.tokens:
         raise CommandError(f"{name} has learned nothing yet; `detach` takes it away")
-    tokens = sae_trainer.cool_down()
+    tokens = run.cool_down(member)
     _save(loop)
     return {"said": f"{name} cools down over the next {tokens:,} tokens and is finished then", "rows_left": tokens}
 
@@ -154,6 +158,8 @@ def attach(loop: Loop, arguments: Arguments) -> Answer:
     sae = settings_from(SaeSettings, table)
     if fault := loop.settings.hook_fault(sae):
         raise CommandError(f"sae {sae.name!r}: {fault}")
+    if fault := sae_fault(sae, loop.settings.parallel, run.ranks.size):
+        raise CommandError(fault)
     try:
         sae_trainer = run.attach(sae, loop.tokens)
     except RuntimeError as error:  # torch's type for no memory
@@ -186,7 +192,7 @@ def detach(loop: Loop, arguments: Arguments) -> Answer:
         _save(loop)
         return {"said": f"{member.name} has left; it had learned nothing, so nothing is published", "rows_left": 0}
     member.leaving, member.ended = True, False
-    tokens = 0 if sae_trainer.phase is SaePhase.FINISHED else sae_trainer.cool_down(now)
+    tokens = 0 if sae_trainer.phase is SaePhase.FINISHED else run.cool_down(member, now)
     _save(loop)
     then = "is published and leaves"
     if tokens:

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,8 @@ class Ranks:
     @contextmanager
     def _counted(self, purpose: str, received_bytes: int) -> Iterator[None]:
         begin = time.perf_counter()
-        yield
+        with _peers():
+            yield
         self.traffic.seconds[purpose] += time.perf_counter() - begin
         self.traffic.received_bytes[purpose] += received_bytes
 
@@ -133,3 +135,99 @@ def latent_cuts(d_sae: int, parts: int, unit: int = LATENTS_PER_UNIT) -> list[in
     """
     units = -(-d_sae // unit)
     return [min(d_sae, unit * (units * part // parts)) for part in range(parts + 1)]
+
+
+class RankLostError(Exception):
+    """Another rank has ended, or does not answer any more: this one cannot go on by itself."""
+
+
+CONTROL_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others. Rank 0 sends something every few seconds, also while it waits itself."""
+SHORT_MESSAGE_BYTES = 1016
+ANSWER_BYTES = 4096
+
+
+class World:
+    """All ranks that torchrun has started, and what they say to each other on the host: texts, never pickled objects.
+
+    Waiting happens here, over gloo: a rank that dies closes its connections, which the others notice at once.
+    """
+
+    def __init__(self, timeout: timedelta = CONTROL_TIMEOUT) -> None:
+        """Meets the other ranks at the address in torchrun's environment variables."""
+        self._timeout = timeout
+        dist.init_process_group("gloo", timeout=timeout)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        with _peers():
+            dist.barrier()  # gloo connects at the first collective, which can hang when a rank dies before it
+
+    def ranks(self, device: torch.device) -> Ranks:
+        """The placement group of all ranks, for tensors on `device`. To be called by all ranks."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=self._timeout)
+        ranks = Ranks(self.rank, self.size, group)
+        with _peers():
+            ranks.sum(torch.zeros(1, device=device), "start")
+        return ranks
+
+    def send(self, message: bytes) -> None:
+        """Sends a message from rank 0 to all others."""
+        short = torch.zeros(8 + SHORT_MESSAGE_BYTES, dtype=torch.uint8)
+        short[:8].view(torch.int64)[0] = len(message)
+        data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        first = data[:SHORT_MESSAGE_BYTES]
+        short[8 : 8 + len(first)] = first
+        with _peers():
+            dist.broadcast(short, 0)
+            if len(message) > SHORT_MESSAGE_BYTES:
+                dist.broadcast(data, 0)
+
+    def receive(self) -> bytes:
+        """Waits for the next message from rank 0."""
+        short = torch.zeros(8 + SHORT_MESSAGE_BYTES, dtype=torch.uint8)
+        with _peers():
+            dist.broadcast(short, 0)
+            length = int(short[:8].view(torch.int64))
+            if length <= SHORT_MESSAGE_BYTES:
+                return short[8 : 8 + length].numpy().tobytes()
+            data = torch.zeros(length, dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        return data.numpy().tobytes()
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks, each cut off after ANSWER_BYTES."""
+        own = torch.zeros(ANSWER_BYTES, dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(text.encode()[:ANSWER_BYTES] or b"\0"), dtype=torch.uint8)
+        own[: len(encoded)] = encoded
+        texts = torch.zeros(self.size, ANSWER_BYTES, dtype=torch.uint8)
+        with _peers():
+            dist.all_gather_into_tensor(texts.view(-1), own)
+        return [one.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for one in texts]
+
+    def collect_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor | None:
+        """The rows that the ranks hold, one after another, on rank 0's host; None on the others. `counts` by rank."""
+        rows = rows.detach().cpu().contiguous()
+        with _peers():
+            if self.rank:
+                if len(rows):
+                    dist.send(rows.view(-1).view(torch.uint8), 0)
+                return None
+            pieces = [rows, *(rows.new_empty(count, *rows.shape[1:]) for count in counts[1:])]
+            for rank, piece in enumerate(pieces):
+                if rank and len(piece):
+                    dist.recv(piece.view(-1).view(torch.uint8), rank)
+        return torch.cat(pieces)
+
+    def close(self) -> None:
+        """Leaves the groups, at an end that all ranks know of."""
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Turns the errors of a backend, whose type is RuntimeError, into RankLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(f"another rank has ended or does not answer: {str(error).splitlines()[0]}") from error

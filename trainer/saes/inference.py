@@ -88,13 +88,15 @@ def export(
     x: Tensor,
     metadata: dict[str, Any],
     metrics: dict[str, Any],
+    exported: tuple[dict[str, object], dict[str, Tensor]] | None = None,
 ) -> Export:
     """The files of an SAE: folded weights, and a self-test on some of the raw activations x [rows, d_in].
 
-    `metadata` is free-form in SAELens' cfg.json; `metrics` go into the manifest. Raises SnapshotError when the folded
-    weights do not reconstruct as those in training.
+    `metadata` is free-form in SAELens' cfg.json; `metrics` go into the manifest. `exported` replaces `sae.export()`, of
+    an SAE that has a rank's share of the latents. Raises SnapshotError when the folded weights do not reconstruct as
+    those in training.
     """
-    architecture, scaled = sae.export()
+    architecture, scaled = exported or sae.export()
     activation = activation_of(str(architecture["architecture"]))
     assert activation is not None
     weights = fold(scaled, transform, unit_rows=activation.unit_rows)
@@ -125,7 +127,7 @@ def _cfg(sae: Sae, architecture: dict[str, object], metadata: dict[str, Any]) ->
     return {
         **architecture,
         "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
+        "d_sae": sae.settings.d_sae,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": sae.centred,

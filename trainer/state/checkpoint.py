@@ -2,33 +2,44 @@
 
     checkpoint/000001234567-000042/      tokens trained, number of the checkpoint
         state.safetensors                       every tensor: weights, moments, statistics, trained bits
+        latents-00001-of-00004.safetensors      of a run on many ranks: the rows of rank 1's latents; rank 0's are above
         state.json                              everything else: ledger, counters, random states, scales
-        complete.json                           written last: sizes and sha256 of the two
+        complete.json                           written last: sizes and sha256 of the others
 
-The contents of the two files are defined in `format`.
+The contents of the files are defined in `format`. Any number of ranks reads what any other number has written: each
+rank takes the rows of its latents from the files that have them.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from producer.common.parsing import read_object
 from trainer.snapshot import SnapshotError, file_sha256, is_pinned, read_manifest, snapshot_names
-from trainer.state.durable import new_folder, remove_folder, sweep
+from trainer.state.durable import flush, new_folder, remove_folder, sweep
 from trainer.state.format import (
     Checkpoint,
+    CheckpointDocument,
+    CheckpointFormatError,
+    LatentRange,
+    SaeTensors,
     UnknownVersion,
     decode_document,
     decode_tensors,
     encode_document,
     encode_tensors,
+    has_latent_rows,
 )
 
 NAME = re.compile(r"\d{12,}-\d{6,}")
@@ -40,7 +51,42 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used for this run. The message says what to do."""
 
 
-def save(run_directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
+@dataclass(frozen=True)
+class FileRecord:
+    """An entry of complete.json."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        return cls(path.stat().st_size, file_sha256(path))
+
+
+WriteShards = Callable[[Path], AbstractContextManager[dict[str, FileRecord]]]
+"""Lets other ranks write their rows into a folder while the block runs; the dict has their files at its end."""
+
+
+@contextmanager
+def _no_shards(_: Path) -> Iterator[dict[str, FileRecord]]:
+    yield {}
+
+
+def shard_name(rank: int, ranks: int) -> str:
+    """The file with the rows of a rank's latents."""
+    return TENSORS if rank == 0 else f"latents-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def save_shard(path: Path, saes: Mapping[str, SaeTensors]) -> FileRecord:
+    """Writes the rows of latents that a rank other than 0 holds."""
+    rows = {f"sae/{name}/{key}": tensor for name, sae in saes.items() for key, tensor in sae.rows_by_key().items()}
+    save_file({key: tensor.contiguous() for key, tensor in rows.items()}, path)
+    path.chmod(0o644)
+    flush(path)
+    return FileRecord.of(path)
+
+
+def save(run_directory: Path, checkpoint: Checkpoint, keep: int, write_shards: WriteShards = _no_shards) -> Path:
     """Writes a checkpoint and removes the oldest beyond `keep`. Returns its folder."""
     folder = run_directory / "checkpoint"
     number = 1 + max((int(path.name.split("-")[1]) for path in complete_folders(folder)), default=0)
@@ -50,42 +96,88 @@ def save(run_directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for key, value in encode_tensors(checkpoint.tensors).items()
     }
     with new_folder(final) as temporary:
-        save_file(tensors, temporary / TENSORS)
-        (temporary / DOCUMENT).write_text(json.dumps(encode_document(checkpoint.document)))
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(temporary.iterdir())
-        }
+        with write_shards(temporary) as records:
+            save_file(tensors, temporary / TENSORS)
+            (temporary / DOCUMENT).write_text(json.dumps(encode_document(checkpoint.document)))
+            own = {name: FileRecord.of(temporary / name) for name in FILES}
+        files = {name: vars(record) for name, record in sorted((own | records).items())}
         (temporary / "complete.json").write_text(json.dumps(files))
     for old in complete_folders(folder)[:-keep]:
         remove_folder(old)
     return final
 
 
-def load_newest(run_directory: Path) -> Checkpoint | None:
-    """The newest complete checkpoint, or None for a new run.
+Share = Callable[[int], range]
+"""The latents that a rank holds, of so many."""
+
+
+def load_newest(run_directory: Path, share: Share = range) -> Checkpoint | None:
+    """The newest complete checkpoint, with the rows of a `share` of its latents; None for a new run.
 
     Raises CheckpointError when it is damaged or of a format that this version does not read.
     """
     folder = run_directory / "checkpoint"
     sweep(folder)
     folders = complete_folders(folder)
-    return read(folders[-1]) if folders else None
+    return read(folders[-1], share) if folders else None
 
 
-def read(folder: Path) -> Checkpoint:
-    """One complete checkpoint. Raises CheckpointError when it is damaged or of a format this version does not read."""
-    if damage := _damage(folder):
+def read(folder: Path, share: Share = range, verified: bool = False) -> Checkpoint:
+    """One complete checkpoint, with the rows of a `share` of its latents.
+
+    Raises CheckpointError when it is damaged or of a format this version does not read. `verified`: another rank has
+    compared the files with their hashes.
+    """
+    if not verified and (damage := _damage(folder)):
         raise CheckpointError(f"{damage}: {_remedy(folder)}")
     try:
         document = decode_document(read_object(folder / DOCUMENT))
-        return Checkpoint(document, decode_tensors(load_file(folder / TENSORS), document))
+        if share is range and not document.latents:
+            tensors = load_file(folder / TENSORS)  # mapped, not copied
+        else:
+            tensors = _tensors_of_share(folder, document, share)
+        return Checkpoint(document, decode_tensors(tensors, document))
     except UnknownVersion as error:
         raise CheckpointError(
             f"{folder} {error}: resume with the version that wrote it, or start a new run directory"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): {_remedy(folder)}") from None
+
+
+def _tensors_of_share(folder: Path, document: CheckpointDocument, share: Share) -> dict[str, Tensor]:
+    """Tensors by key; those with a row per latent have the rows of a share. Raises CheckpointFormatError."""
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        ranges = [one for ranges in document.latents.values() for one in ranges]
+        files = {
+            name: stack.enter_context(safe_open(folder / name, "pt"))
+            for name in dict.fromkeys([TENSORS, *(one.file for one in ranges)])
+        }
+        for key in files[TENSORS].keys():  # noqa: SIM118 (no mapping)
+            if not has_latent_rows(key):
+                tensors[key] = files[TENSORS].get_tensor(key)
+                continue
+            sae = key.removeprefix("sae/").partition("/")[0]
+            whole = [LatentRange(TENSORS, 0, files[TENSORS].get_slice(key).get_shape()[0])]
+            ranges = document.latents.get(sae, whole)
+            _require_cover(sae, ranges)
+            wanted = share(ranges[-1].end)
+            pieces = [
+                files[one.file].get_slice(key)[max(wanted.start, one.first) - one.first : wanted.stop - one.first]
+                for one in ranges
+                if one.first < wanted.stop and wanted.start < one.end
+            ]
+            tensors[key] = torch.cat(pieces)
+    return tensors
+
+
+def _require_cover(sae: str, ranges: list[LatentRange]) -> None:
+    """Raises CheckpointFormatError unless the ranges go from 0 to the end without a gap."""
+    ends = [0, *(one.end for one in ranges)]
+    if any(one.first != end or one.end <= end for one, end in zip(ranges, ends, strict=False)):
+        text = ", ".join(f"{one.first} to {one.end} in {one.file}" for one in ranges)
+        raise CheckpointFormatError(f"the latents of sae {sae} are not each in one file: {text}")
 
 
 def _remedy(folder: Path) -> str:
@@ -100,7 +192,7 @@ def _damage(folder: Path) -> str | None:
     """Why the files of a checkpoint are not those that were written, or None."""
     try:
         files = read_object(folder / "complete.json")
-        for name in FILES:
+        for name in {*FILES, *files}:
             path, expected = folder / name, files[name]
             if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
                 return f"{path} is damaged (its sha256 differs)"

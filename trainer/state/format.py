@@ -14,6 +14,9 @@ tensors' keys are
     ledger/SERIAL.trained, .discarded
     buffer/names
 
+The tensors with one row per latent may be spread over files by ranges of latents: `CheckpointDocument.latents` lists
+them. Where it lists none, one file has all rows, as in version 3.
+
 No other module names a key. Whoever owns a part makes it in `state()` and takes it in `restore()`. The format changes
 with VERSION, and with an entry of MIGRATIONS that brings older documents to it. Light: no torch.
 """
@@ -32,7 +35,7 @@ from producer.wire import Hello, unpack_bits
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 3
+VERSION = 4
 OLDEST_VERSION = 3
 """The oldest version that the migrations begin with."""
 
@@ -152,6 +155,15 @@ class LedgerState:
 
 
 @dataclass(frozen=True)
+class LatentRange:
+    """A range of an SAE's latents, whose rows are in one file of the checkpoint."""
+
+    file: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
 class CheckpointDocument:
     """All of a checkpoint that is no tensor."""
 
@@ -160,9 +172,17 @@ class CheckpointDocument:
     ledger: LedgerState
     buffer_random: Json | None
     """State of the buffer's random numbers, as numpy gives it; None before there is a buffer."""
+    blocks: int = 1
+    """parallel.blocks of the run."""
+    latents: dict[str, list[LatentRange]] = field(default_factory=dict)
+    """Ranges from 0 to d_sae by the SAE's name; an SAE that is not in it is in one file."""
 
 
 # The tensors ----------------------------------------------------------------------------------------------------------
+
+
+SHARED_PARAMETERS = ("b_dec", "W_skip")
+"""Parameters that belong to no single latent; all others have one row per latent."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +242,10 @@ class SaeTensors:
             tensors |= {f"whitening/{name}": value for name, value in vars(self.whitening).items()}
         return tensors
 
+    def rows_by_key(self) -> dict[str, Tensor]:
+        """The part of `by_key` with one row per latent."""
+        return {key: tensor for key, tensor in self.by_key().items() if has_latent_rows(key)}
+
     @classmethod
     def from_keys(cls, tensors: Mapping[str, Tensor]) -> SaeTensors:
         """The inverse of `by_key`. Raises KeyError."""
@@ -242,6 +266,15 @@ class SaeTensors:
             if _below("whitening/", tensors)
             else None,
         )
+
+
+def has_latent_rows(key: str) -> bool:
+    """Whether the tensor of this key, without or with the SAE's name in front, has one row per latent."""
+    part, _, name = key.rpartition("/")
+    if part.endswith("statistics"):
+        return name in ("tokens_since_fired", "firings")
+    parameter, _, moment = name.partition(".")
+    return part.endswith(("parameters", "ema", "adam")) and moment != "step" and parameter not in SHARED_PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -374,7 +407,12 @@ def _add_breaches(document: Json) -> Json:
     return document | {"ledger": {"breaches": {}} | ledger} if isinstance(ledger, dict) else document
 
 
-MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [(3, _add_breaches)]
+def _keep_latents_together(document: Json) -> Json:
+    """Version 3 knew one rank: no blocks, and all rows of latents in one file."""
+    return document | {"blocks": 1, "latents": {}}
+
+
+MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [(3, _add_breaches), (3, _keep_latents_together)]
 """In order: the newest version whose documents need the change, and the change. It leaves its argument alone."""
 
 

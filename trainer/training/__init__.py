@@ -3,6 +3,8 @@
     loop          take a batch, step, report, publish, save, handle a request
     meter         rates between two reports
     run           the SAEs of a run, and what they share
+    leader        the run of rank 0, which announces its changes to the other ranks
+    follower      a rank that does what rank 0 announces
     sae_trainer   one SAE with optimizer, schedule and statistics
     optimizer     Adam for latents
     schedule      learning rates and phases, in tokens

@@ -15,6 +15,7 @@ from typing import Protocol
 from safetensors import SafetensorError
 
 from producer.common.shell import shell_command
+from producer.wire import Hello
 from trainer.control.requests import Inbox, Request
 from trainer.phases import RunPhase, SaePhase
 from trainer.report import StepReport
@@ -45,6 +46,9 @@ RETRY_SECONDS = 30.0
 NEW_RUN = RunState(step=0, seconds=0.0, scales=None, saes={})
 
 
+MakeRun = Callable[[TrainerSettings, Hello, Roster], Run]
+
+
 class Listener(Protocol):
     """Receives the loop's events."""
 
@@ -69,10 +73,14 @@ class Loop:
         handle_request: Callable[[Loop, Request], None],
         saved: Checkpoint | None = None,
         starved_report_seconds: float = STARVED_REPORT_SECONDS,
+        make_run: MakeRun = Run,
+        keep_alive: Callable[[], None] = lambda: None,
     ) -> None:
         """`handle_request` carries out and answers what the `inbox` brings; `saved` is the checkpoint to resume from.
 
-        Its tensors are cleared once the run has them: the caller may keep a reference as long as the run lasts.
+        Its tensors are cleared once the run has them: the caller may keep a reference as long as the run lasts. On many
+        ranks `make_run` makes the run of all of them, and `keep_alive`, called every few seconds, tells that this one
+        is alive.
         """
         self.settings = settings
         self.roster = roster
@@ -85,6 +93,8 @@ class Loop:
         self._listener = listener
         self._handle_request = handle_request
         self._saved = (NEW_RUN, dict[str, SaeTensors]()) if saved is None else (saved.document.run, saved.tensors.saes)
+        self._make_run = make_run
+        self._keep_alive = keep_alive
         self._starved_report_seconds = starved_report_seconds
         self._meter = Meter(self.tokens)
         self._reminded_at = time.monotonic()
@@ -102,6 +112,7 @@ class Loop:
         self._begin_run()
         while not (self.phase.is_over or self._inbox.is_stopping):
             self.moved_at = time.monotonic()
+            self._keep_alive()
             if (request := self._inbox.next()) is not None:  # one in a turn: a flood of them must not stop the training
                 self._handle_request(self, request)
             if self.run is None:
@@ -159,7 +170,7 @@ class Loop:
     def _begin_run(self) -> None:
         """Restores the run that was saved, or makes a new one, once the shape of the stream is known."""
         if self.run is None and (stream := self.intake.stream) is not None:
-            run = Run(self.settings, stream, self.roster)
+            run = self._make_run(self.settings, stream, self.roster)
             state, tensors = self._saved
             run.restore(state, tensors)
             tensors.clear()
@@ -290,9 +301,14 @@ class Loop:
         # Before there is a run, what an earlier trainer left is passed on.
         run, saes = self._saved if self.run is None else self.run.state()
         ledger, shards, buffer = self.intake.state()
-        document = CheckpointDocument(run, self.roster.state(), ledger, buffer.random)
-        tensors = CheckpointTensors(saes, shards, buffer.names)
-        checkpoint.save(directory, Checkpoint(document, tensors), self.settings.checkpoint.keep)
+        blocks, keep = self.settings.parallel.blocks, self.settings.checkpoint.keep
+        latents = {} if self.run is None else self.run.latent_ranges()
+        document = CheckpointDocument(run, self.roster.state(), ledger, buffer.random, blocks, latents)
+        saved = Checkpoint(document, CheckpointTensors(saes, shards, buffer.names))
+        if self.run is None:
+            checkpoint.save(directory, saved, keep)
+        else:
+            checkpoint.save(directory, saved, keep, self.run.write_shards)
 
     def write_settings(self) -> None:
         """Writes settings.toml with the SAEs of this moment."""

@@ -54,7 +54,6 @@ class Meter:
 def measure(run: Run, intake: Intake, meter: Meter) -> StepReport:
     """The state of the run, with rates since the meter's last restart. Changes nothing."""
     buffer, tokens, batch = intake.buffer_report(), intake.tokens_trained, run.last_batch
-    scales = run.scales or run.by_hook([1.0] * len(run.stream.hooks))
     return StepReport(
         time=time.time(),
         tokens=tokens,
@@ -68,5 +67,6 @@ def measure(run: Run, intake: Intake, meter: Meter) -> StepReport:
         buffer_capacity_rows=buffer.capacity,
         same_context_mates=float("nan") if batch is None else same_context_mates(batch, run.stream.context),
         stream=intake.stream_report(),
-        saes=tuple(sae_trainer.report(scales) for sae_trainer in run.publishable),
+        saes=run.reports(),
+        ranks=run.ranks_report(),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +17,7 @@ from trainer.snapshot import Export, SnapshotError, finite, publish, retire
 from trainer.state.durable import replace_text
 from trainer.stream.intake import Intake
 from trainer.training.roster import Roster
-from trainer.training.run import Run
+from trainer.training.run import CalibratedSae, Run
 from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
@@ -50,11 +49,11 @@ def publish_snapshot(run: Run, report: StepReport, activations: list[Tensor], fa
     """
     directory = run.settings.run.folder
     exports: list[Export] = []
-    for sae_trainer in run.publishable:
+    for calibrated in run.calibrated(activations):
         try:
-            exports += _exports(run, sae_trainer, report, activations, facts)
+            exports.append(_export(run, calibrated, report, activations, facts))
         except SnapshotError as error:
-            log.error("sae %s is left out of this snapshot: %s", sae_trainer.settings.name, error)
+            log.error("sae %s is left out of this snapshot: %s", _name(calibrated), error)
     if not exports:
         raise SnapshotError("there is no SAE to publish")
     publish(directory, report.tokens, exports, facts, check)
@@ -62,24 +61,32 @@ def publish_snapshot(run: Run, report: StepReport, activations: list[Tensor], fa
     return [export.name for export in exports]
 
 
-def _exports(
-    run: Run, sae_trainer: SaeTrainer, report: StepReport, activations: list[Tensor], facts: dict[str, Any]
-) -> Iterator[Export]:
-    """Exports the SAE, and its EMA copy when there is one."""
+def _name(calibrated: CalibratedSae) -> str:
+    name = calibrated.sae_trainer.settings.name
+    return f"{name}-ema" if calibrated.is_average else name
+
+
+def _export(
+    run: Run, calibrated: CalibratedSae, report: StepReport, activations: list[Tensor], facts: dict[str, Any]
+) -> Export:
+    """The files of one SAE, or of its EMA copy."""
     assert run.scales is not None
-    raw = run.by_hook(activations)
-    scaled = {hook: x.float() * run.scales[hook] for hook, x in raw.items()}
-    x = side_by_side(raw, sae_trainer.hooks.reads)[:SELFTEST_CANDIDATES].float()
-    transform, rate = sae_trainer.input_transform(run.scales), sae_trainer.statistics.firing_rate()
-    metadata = _metadata(run, sae_trainer, report, facts)
+    sae_trainer = calibrated.sae_trainer
+    x = side_by_side(run.by_hook(activations), sae_trainer.hooks.reads)[:SELFTEST_CANDIDATES].float()
     numbers = numbers_of(sae_trainer, _of(report, sae_trainer))
-    sae_trainer.calibrate(sae_trainer.sae, scaled)
-    yield export(sae_trainer.sae, transform, sae_trainer.settings.name, rate, x, metadata, numbers)
-    if (ema_sae := sae_trainer.ema_sae) is not None:
-        sae_trainer.calibrate(ema_sae, scaled)
+    if calibrated.is_average:
         # The numbers of training were measured on the other weights.
-        unmeasured = dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
-        yield export(ema_sae, transform, f"{sae_trainer.settings.name}-ema", rate, x, metadata, numbers | unmeasured)
+        numbers |= dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
+    return export(
+        calibrated.sae,
+        sae_trainer.input_transform(run.scales),
+        _name(calibrated),
+        calibrated.firing_rate,
+        x,
+        _metadata(run, sae_trainer, report, facts),
+        numbers,
+        calibrated.exported,
+    )
 
 
 def numbers_of(sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def numbers_of(sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
     return {
         "architecture": sae_trainer.settings.architecture,
         "d_in": sae_trainer.sae.d_in,
-        "d_sae": sae_trainer.sae.d_sae,
+        "d_sae": sae_trainer.settings.d_sae,
         **sae_trainer.hooks.record(),
         "tokens": sae_trainer.tokens,
         "l0": finite(report.l0),

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,12 +21,15 @@ from torch import Tensor
 
 from producer.lm.precision import fastest_dtype
 from producer.wire import Hello
+from trainer.parallel.ranks import ALONE, Ranks, latent_cuts
 from trainer.phases import SaePhase
+from trainer.report import RanksReport, SaeReport
+from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start, require_widths, start_weights
 from trainer.settings import TrainerSettings
-from trainer.state.checkpoint import CheckpointError
-from trainer.state.format import BufferState, Checkpoint, CheckpointDocument, RunState, SaeTensors
+from trainer.state.checkpoint import CheckpointError, FileRecord, shard_name
+from trainer.state.format import BufferState, Checkpoint, CheckpointDocument, LatentRange, RunState, SaeTensors
 from trainer.stream.buffer import Batch, pool_rows
 from trainer.training.roster import Member, Roster, RosterError, restore_roster
 from trainer.training.sae_trainer import SaeTrainer
@@ -70,11 +77,37 @@ def _scale(x: Tensor, hook: str) -> float:
         raise NoVariance(f"model.hooks = {hook!r}: {error}") from None
 
 
-class Run:
-    """See the module's docstring. `stream` is the frozen HELLO of the first producer."""
+@dataclass(frozen=True)
+class CalibratedSae:
+    """An SAE, or its EMA copy, ready to be published."""
 
-    def __init__(self, settings: TrainerSettings, stream: Hello, roster: Roster | None = None) -> None:
+    sae_trainer: SaeTrainer
+    sae: Sae
+    is_average: bool
+    exported: tuple[dict[str, object], dict[str, Tensor]]
+    """What `Sae.export` returns, with the rows of all latents."""
+    firing_rate: Tensor
+    """[d_sae]"""
+
+
+class Run:
+    """See the module's docstring. `stream` is the frozen HELLO of the first producer.
+
+    On many ranks each has a run with its share of the latents, and all methods that change it are called by all.
+    """
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        stream: Hello,
+        roster: Roster | None = None,
+        ranks: Ranks = ALONE,
+        matmul: Mapping[str, torch.dtype] | None = None,
+        local_rank: int = 0,
+    ) -> None:
+        """`matmul` has the dtype of each SAE's products by its name; without it, it is chosen here."""
         self.settings = settings
+        self.ranks = ranks
         self.stream = stream
         self.roster = roster or Roster.of(settings.sae)
         self.step = 0
@@ -84,8 +117,10 @@ class Run:
         self.scales: dict[str, float] | None = None
         """By the name of the hook: its activations are multiplied by it, so that an element's variance is 1. Frozen."""
         self.last_batch: Batch | None = None
-        self.device = pick_device(settings.optimizer.device)
-        self.sae_trainers = [self._make_sae_trainer(member) for member in self.roster.members]
+        self.device = pick_device(settings.optimizer.device, local_rank)
+        self.sae_trainers = [
+            self._make_sae_trainer(each, (matmul or {}).get(each.name)) for each in self.roster.members
+        ]
         self._pool = self._make_thread_pool()
 
     def _make_thread_pool(self) -> ThreadPoolExecutor | None:
@@ -100,17 +135,21 @@ class Run:
         if self.settings.run.threads is not None:
             self.roster.threads = self.settings.run.threads
         elif self.roster.threads is None:
-            count = len(self.sae_trainers)
+            count = len(self.sae_trainers) if self.ranks.is_alone else 1
             self.roster.threads = torch.get_num_threads() if count == 1 else max(1, cores // count)
         threads = min(self.roster.threads, cores)
         torch.set_num_threads(threads)
+        if not self.ranks.is_alone:
+            return None  # collectives must come in one order
         return ThreadPoolExecutor(cores // threads, thread_name_prefix="sae")
 
-    def _make_sae_trainer(self, member: Member) -> SaeTrainer:
+    def _make_sae_trainer(self, member: Member, matmul: torch.dtype | None = None) -> SaeTrainer:
         sae, optimizer = member.settings, self.settings.optimizer
         hooks, widths = self.settings.hooks_of(sae), {hook.name: hook.width for hook in self.stream.hooks}
         d_in = sum(widths[hook] for hook in hooks.reads)
-        if optimizer.matmul == "auto":
+        if matmul is not None:
+            dtype = matmul
+        elif optimizer.matmul == "auto":
             dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
         else:
             dtype = getattr(torch, optimizer.matmul)
@@ -147,7 +186,7 @@ class Run:
             return SaePhase.LEAVING
         return phase
 
-    def attach(self, sae: SaeSettings, joined_at: int) -> SaeTrainer:
+    def attach(self, sae: SaeSettings, joined_at: int, matmul: torch.dtype | None = None) -> SaeTrainer:
         """Adds an SAE, whose weights are still to be drawn. Raises RosterError or SnapshotError, and changes nothing.
 
         `joined_at`: tokens that the run has trained on.
@@ -155,7 +194,7 @@ class Run:
         start = read_start(sae)
         member = self.roster.join(sae, joined_at)
         try:
-            sae_trainer = self._make_sae_trainer(member)
+            sae_trainer = self._make_sae_trainer(member, matmul)
             if start is not None:
                 require_widths(start, sae_trainer.sae)
                 if self.scales is not None:
@@ -172,6 +211,10 @@ class Run:
         self.sae_trainers.remove(sae_trainer)
         self.roster.leave(member, keep_name=sae_trainer.tokens > 0)
 
+    def cool_down(self, member: Member, now: bool = False) -> int:
+        """Begins the cooldown of an SAE; returns its length in tokens."""
+        return self.sae_trainer(member).cool_down(now)
+
     # Training
 
     def initialise(self, sample: list[Tensor]) -> list[Member]:
@@ -179,10 +222,18 @@ class Run:
 
         An attached SAE that cannot begin is removed again, so that the others train on; returns those removed.
         """
-        activations = {hook: x.float() for hook, x in self.by_hook(sample).items()}
+        self._estimate_scales(sample)
+        return self.draw_weights(sample)
+
+    def _estimate_scales(self, sample: list[Tensor]) -> dict[str, float]:
+        """The scales by hook, those of `sample` when there are none yet."""
         if self.scales is None:
-            self.scales = {hook: _scale(x, hook) for hook, x in activations.items()}
-        scaled = {hook: x * self.scales[hook] for hook, x in activations.items()}
+            self.scales = {hook: _scale(x.float(), hook) for hook, x in self.by_hook(sample).items()}
+        return self.scales
+
+    def draw_weights(self, sample: list[Tensor]) -> list[Member]:
+        assert self.scales is not None
+        scaled = {hook: x.float() * self.scales[hook] for hook, x in self.by_hook(sample).items()}
         removed: list[Member] = []
         for sae_trainer in self.lacking_weights:
             try:
@@ -202,14 +253,18 @@ class Run:
 
     def train_step(self, batch: Batch) -> None:
         """One step of every SAE on the same activations; each hook is scaled once."""
+        hooks = self.hooks_in_training()
+        self.step_on({hook: x.to(self.device) for hook, x in self.by_hook(batch.x).items() if hook in hooks})
+        self.last_batch = batch
+
+    def hooks_in_training(self) -> frozenset[str]:
+        return frozenset[str]().union(*(sae_trainer.hooks.names for sae_trainer in self.in_training))
+
+    def step_on(self, raw: Mapping[str, Tensor]) -> None:
+        """One step on raw activations of the hooks in training, on this run's device."""
         assert self.scales is not None
         in_training = self.in_training
-        hooks = frozenset[str]().union(*(sae_trainer.hooks.names for sae_trainer in in_training))
-        scaled = {
-            hook: x.to(self.device).float() * self.scales[hook]
-            for hook, x in self.by_hook(batch.x).items()
-            if hook in hooks
-        }
+        scaled = {hook: x.float() * self.scales[hook] for hook, x in raw.items()}
 
         def step(sae_trainer: SaeTrainer) -> None:
             sae_trainer.step(scaled)
@@ -217,7 +272,32 @@ class Run:
         for _ in self._pool.map(step, in_training) if self._pool else map(step, in_training):
             pass
         self.step += 1
-        self.last_batch = batch
+
+    # Reports and snapshots; none of them changes anything but what inference needs
+
+    def reports(self) -> tuple[SaeReport, ...]:
+        """Numbers of every SAE that has trained."""
+        scales = self.scales or self.by_hook([1.0] * len(self.stream.hooks))
+        return tuple(sae_trainer.report(scales) for sae_trainer in self.publishable)
+
+    def ranks_report(self) -> RanksReport:
+        """The number of ranks, and what they have exchanged."""
+        return RanksReport()
+
+    def calibrated(self, activations: list[Tensor]) -> Iterator[CalibratedSae]:
+        """Every SAE that has trained, with what inference needs fitted to raw activations of every hook."""
+        assert self.scales is not None
+        scaled = {hook: x.float() * self.scales[hook] for hook, x in self.by_hook(activations).items()}
+        for sae_trainer in self.publishable:
+            for sae in filter(None, (sae_trainer.sae, sae_trainer.ema_sae)):
+                sae_trainer.calibrate(sae, scaled)
+                is_average = sae is not sae_trainer.sae
+                rate = sae_trainer.statistics.firing_rate()
+                yield self._collected(CalibratedSae(sae_trainer, sae, is_average, sae.export(), rate))
+
+    def _collected(self, calibrated: CalibratedSae) -> CalibratedSae:
+        """`calibrated` with the rows of all latents, from this rank's."""
+        return calibrated
 
     # Checkpoints
 
@@ -227,6 +307,28 @@ class Run:
         scales = None if self.scales is None else list(self.scales.values())
         counters = RunState(self.step, self.seconds, scales, {name: state for name, (state, _) in states.items()})
         return counters, {name: tensors for name, (_, tensors) in states.items()}
+
+    def latent_ranges(self) -> dict[str, list[LatentRange]]:
+        """Which file of a checkpoint has which latents, by the SAE's name; none for one rank, whose file has all."""
+        if self.ranks.is_alone:
+            return {}
+        ranges: dict[str, list[LatentRange]] = {}
+        for sae_trainer in self.sae_trainers:
+            if sae_trainer.has_weights:
+                cuts = self.latent_cuts(sae_trainer)
+                files = [shard_name(rank, self.ranks.size) for rank in range(self.ranks.size)]
+                ranges[sae_trainer.settings.name] = [
+                    LatentRange(file, first, end) for file, (first, end) in zip(files, pairwise(cuts), strict=True)
+                ]
+        return ranges
+
+    def latent_cuts(self, sae_trainer: SaeTrainer) -> list[int]:
+        """Where the latents are cut into those of the ranks."""
+        return latent_cuts(sae_trainer.settings.d_sae, self.ranks.size)
+
+    def write_shards(self, folder: Path) -> AbstractContextManager[dict[str, FileRecord]]:
+        """Lets the other ranks write their rows into a folder while the block runs; the dict has their files then."""
+        return nullcontext({})
 
     def restore(self, state: RunState, tensors: dict[str, SaeTensors]) -> None:
         """Goes on from what `state` returned; the roster was handed in before, from `roster_of`."""
@@ -274,10 +376,15 @@ class DeviceError(ValueError):
     """The device asked for is not here."""
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of optimizer.device; auto takes a GPU when there is one."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of optimizer.device; auto takes a GPU when there is one. Each rank of a machine has a GPU of its own.
+
+    Raises DeviceError.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(

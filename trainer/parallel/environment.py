@@ -1,0 +1,30 @@
+"""What torchrun tells a process: its rank, and how many there are. Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Number of this rank among those of its machine: also the number of its GPU."""
+    local_world_size: int = 1
+
+
+ONE_PROCESS = Launch()
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """The launch that torchrun's environment variables describe; that of one process without them."""
+    if any(name not in environment for name in NAMES):
+        return ONE_PROCESS
+    rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in NAMES[:4])
+    return Launch(rank, world_size, local_rank, local_world_size)

@@ -1,0 +1,53 @@
+"""Whether the SAEs of a run can be shared by the ranks that were started. Light: no torch."""
+
+from __future__ import annotations
+
+from producer.common.toml import show_value
+from trainer.saes.settings import SaeSettings
+from trainer.settings import ParallelSettings, TrainerSettings
+
+LATENTS_PER_UNIT = 1024
+"""Ranks hold whole units of so many latents, so that no two of them write to one page of a snapshot's file."""
+
+
+def world_fault(settings: TrainerSettings, world_size: int) -> str | None:
+    """Why so many ranks cannot train this run, and what to change; None when they can."""
+    parallel = settings.parallel
+    if world_size > 1:
+        return f"{world_size} ranks were started; more than one is not built yet: use --nproc-per-node 1"
+    latents = world_size // parallel.groups if parallel.latents == "auto" else parallel.latents
+    if world_size != latents * parallel.groups:
+        return (
+            f"parallel.latents = {show_value(parallel.latents)} and parallel.groups = {parallel.groups} make "
+            f"{latents * parallel.groups} ranks, and {world_size} were started: start torchrun with "
+            f'--nproc-per-node {latents * parallel.groups}, or set parallel.latents = "auto"'
+        )
+    if parallel.blocks % latents and parallel.blocks > 1:
+        return (
+            f"parallel.blocks = {parallel.blocks} is no multiple of the {latents} ranks that share an SAE: start 1, 2, "
+            f"4 or 8 ranks with parallel.blocks = 8, or set it to a multiple of {latents} in a new run"
+        )
+    if settings.run.deterministic and latents > 1 and parallel.blocks == 1:
+        return (
+            f"run.deterministic on {latents} ranks needs parallel.blocks, such as 8: without it the last digits "
+            "depend on the order in which ranks add"
+        )
+    if latents > 1 and settings.optimizer.device.startswith("cuda:"):
+        return (
+            f"optimizer.device = {show_value(settings.optimizer.device)} names one GPU, and {latents} ranks were "
+            'started: set it to "cuda", which gives each rank its own'
+        )
+    faults = (sae_fault(sae, parallel, latents) for sae in settings.sae)
+    return next((fault for fault in faults if fault), None)
+
+
+def sae_fault(sae: SaeSettings, parallel: ParallelSettings, ranks: int) -> str | None:
+    """Why `ranks` ranks cannot share this SAE, and what to change; None when they can."""
+    parts = max(ranks, parallel.blocks)
+    if parts == 1 or sae.d_sae >= LATENTS_PER_UNIT * parts:
+        return None
+    why = f"{ranks} ranks" if ranks >= parallel.blocks else f"parallel.blocks = {parallel.blocks}"
+    return (
+        f"sae {show_value(sae.name)}: d_sae = {sae.d_sae} is too small for {why}, which take {LATENTS_PER_UNIT} "
+        f"latents each at least; raise it to {LATENTS_PER_UNIT * parts}, or lower the number"
+    )

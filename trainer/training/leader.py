@@ -1,0 +1,238 @@
+"""Rank 0's side of a run on many ranks: each change is announced to the others, then done by all.
+
+The loop, the stream, the ledger and the files are rank 0's alone. The other ranks do what they are told (`follower`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from producer.common.parsing import parse_object
+from producer.common.run_file import show_settings
+from producer.wire import Hello
+from trainer.parallel.commands import (
+    Attach,
+    Begin,
+    Collect,
+    Command,
+    CoolDown,
+    Detach,
+    End,
+    Idle,
+    Initialise,
+    Open,
+    Report,
+    Restore,
+    SaveShard,
+    TrainStep,
+    encode_command,
+)
+from trainer.parallel.ranks import Ranks, World
+from trainer.report import RanksReport, SaeReport
+from trainer.saes.settings import SaeSettings
+from trainer.settings import TrainerSettings
+from trainer.state.checkpoint import FileRecord
+from trainer.state.format import SHARED_PARAMETERS, RunState, SaeTensors
+from trainer.state.run_directory import RunDirectoryError
+from trainer.stream.buffer import Batch
+from trainer.stream.payload import TORCH_DTYPE
+from trainer.training.roster import Member, Roster
+from trainer.training.run import CalibratedSae, Run, pick_device
+from trainer.training.sae_trainer import SaeTrainer
+
+log = logging.getLogger("sluice.trainer")
+
+IDLE_SECONDS = 5.0
+"""A rank that hears nothing for so long is told that rank 0 is alive."""
+
+
+class SharedRun(Run):
+    """A run of which each rank has a share of the latents."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        stream: Hello,
+        roster: Roster,
+        world: World,
+        ranks: Ranks,
+        matmul: Mapping[str, torch.dtype] | None = None,
+        local_rank: int = 0,
+    ) -> None:
+        super().__init__(settings, stream, roster, ranks, matmul, local_rank)
+        self.world = world
+
+    def share_activations(self, hooks: Collection[str], tokens: int, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raw activations [tokens, width] of these hooks from rank 0, which has them in `x`, on each rank's device."""
+        dtype = TORCH_DTYPE[self.stream.dtype]
+        activations: dict[str, Tensor] = {}
+        for hook in self.stream.hooks:
+            if hook.name in hooks:
+                if self.world.rank:
+                    value = torch.empty(tokens, hook.width, dtype=dtype, device=self.device)
+                else:
+                    value = x[hook.name].to(self.device).contiguous()
+                self.ranks.broadcast(value.view(torch.uint8), "activations")
+                activations[hook.name] = value
+        return activations
+
+    def share_sample(self, tokens: int, x: list[Tensor]) -> list[Tensor]:
+        """Raw activations of every hook from rank 0, on the host."""
+        hooks = [hook.name for hook in self.stream.hooks]
+        activations = self.share_activations(hooks, tokens, self.by_hook(x) if x else {})
+        return [value.cpu() for value in activations.values()]
+
+    def _collected(self, calibrated: CalibratedSae) -> CalibratedSae:
+        """On rank 0 with the rows of all ranks; on the others with their own."""
+        cuts = self.latent_cuts(calibrated.sae_trainer)
+        counts = [end - first for first, end in pairwise(cuts)]
+        config, weights = calibrated.exported
+        collected: dict[str, Tensor] = {}
+        for name, value in weights.items():
+            is_shared = name in SHARED_PARAMETERS
+            collected[name] = value if is_shared else self._collect_rows(value, counts)
+        rate = self._collect_rows(calibrated.firing_rate, counts)
+        sae_trainer, sae = calibrated.sae_trainer, calibrated.sae
+        return CalibratedSae(sae_trainer, sae, calibrated.is_average, (config, collected), rate)
+
+    def _collect_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
+        collected = self.world.collect_rows(rows, counts)
+        return rows if collected is None else collected
+
+
+class Leader:
+    """Announces commands to the other ranks."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._announced_at = time.monotonic()
+
+    def announce(self, command: Command) -> None:
+        self.world.send(encode_command(command))
+        self._announced_at = time.monotonic()
+
+    def keep_alive(self) -> None:
+        """Tells the others that this rank is alive, when they have not heard of it for IDLE_SECONDS."""
+        if time.monotonic() - self._announced_at >= IDLE_SECONDS:
+            self.announce(Idle())
+
+    def open(self, settings: TrainerSettings, directory: Path) -> Ranks:
+        """Gives the other ranks their settings, and forms the placement group.
+
+        Raises RunDirectoryError or DeviceError with what is wrong on some rank.
+        """
+        nonce = directory / f".ranks-{uuid.uuid4().hex}"
+        nonce.write_text(nonce.name)
+        try:
+            self.announce(Open(settings=show_settings(settings), directory=str(directory), nonce=nonce.name))
+            faults = [text for text in self.world.gather_texts("") if text]
+        finally:
+            nonce.unlink(missing_ok=True)
+        if faults:
+            raise RunDirectoryError("; ".join(faults))
+        return self.world.ranks(pick_device(settings.optimizer.device))
+
+    def end(self) -> None:
+        """Lets the other ranks leave, and leaves the groups."""
+        self.announce(End())
+        self.world.close()
+
+
+class LeaderRun(SharedRun):
+    """The run of rank 0. What changes the run is announced first, and done by all ranks."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        stream: Hello,
+        roster: Roster,
+        leader: Leader,
+        ranks: Ranks,
+        checkpoint: Path | None,
+    ) -> None:
+        """`checkpoint` is the folder from which `restore` is called, if it is."""
+        super().__init__(settings, stream, roster, leader.world, ranks)
+        self._leader = leader
+        self._checkpoint = checkpoint
+        self._traffic: list[dict[str, int]] = []
+        matmul = {each.settings.name: _dtype_name(each) for each in self.sae_trainers}
+        leader.announce(Begin(stream=stream, roster=self.roster.state(), matmul=matmul))
+
+    def restore(self, state: RunState, tensors: dict[str, SaeTensors]) -> None:
+        if self._checkpoint is not None:
+            self._leader.announce(Restore(folder=str(self._checkpoint)))
+        super().restore(state, tensors)
+
+    def attach(self, sae: SaeSettings, joined_at: int, matmul: torch.dtype | None = None) -> SaeTrainer:
+        sae_trainer = super().attach(sae, joined_at, matmul)
+        table = sae.model_dump(mode="json", exclude_none=True)
+        self._leader.announce(Attach(sae=table, joined_at=joined_at, matmul=_dtype_name(sae_trainer)))
+        return sae_trainer
+
+    def detach(self, member: Member) -> None:
+        self._leader.announce(Detach(sae=member.name))
+        super().detach(member)
+
+    def cool_down(self, member: Member, now: bool = False) -> int:
+        self._leader.announce(CoolDown(sae=member.name, now=now))
+        return super().cool_down(member, now)
+
+    def initialise(self, sample: list[Tensor]) -> list[Member]:
+        scales = list(self._estimate_scales(sample).values())
+        tokens = len(sample[0])
+        self._leader.announce(Initialise(tokens=tokens, scales=scales))
+        return self.draw_weights(self.share_sample(tokens, sample))
+
+    def train_step(self, batch: Batch) -> None:
+        tokens, hooks = len(batch.x[0]), self.hooks_in_training()
+        self._leader.announce(TrainStep(tokens=tokens))
+        self.step_on(self.share_activations(hooks, tokens, self.by_hook(batch.x)))
+        self.last_batch = batch
+
+    def reports(self) -> tuple[SaeReport, ...]:
+        self._leader.announce(Report())
+        reports = super().reports()
+        texts = self.world.gather_texts(json.dumps(self.ranks.traffic.received_bytes))
+        self._traffic = [parse_object(text) for text in texts]
+        return reports
+
+    def ranks_report(self) -> RanksReport:
+        """As of the last `reports`."""
+        purposes = sorted({purpose for traffic in self._traffic for purpose in traffic})
+        return RanksReport(
+            count=self.ranks.size,
+            exchanged_bytes={each: sum(traffic.get(each, 0) for traffic in self._traffic) for each in purposes},
+            exchange_seconds=dict(self.ranks.traffic.seconds),
+        )
+
+    def calibrated(self, activations: list[Tensor]) -> Iterator[CalibratedSae]:
+        tokens = len(activations[0])
+        self._leader.announce(Collect(tokens=tokens))
+        return super().calibrated(self.share_sample(tokens, activations))
+
+    @contextmanager
+    def write_shards(self, folder: Path) -> Iterator[dict[str, FileRecord]]:
+        """Raises OSError with what other ranks could not write."""
+        self._leader.announce(SaveShard(folder=str(folder)))
+        records: dict[str, FileRecord] = {}
+        try:
+            yield records
+        finally:
+            answers = [parse_object(text) for text in self.world.gather_texts("{}")]
+        if errors := [answer["error"] for answer in answers if "error" in answer]:
+            raise OSError("; ".join(errors))
+        records |= {answer["file"]: FileRecord(answer["bytes"], answer["sha256"]) for answer in answers if answer}
+
+
+def _dtype_name(sae_trainer: SaeTrainer) -> str:
+    return str(sae_trainer.sae.matmul_dtype).removeprefix("torch.")
