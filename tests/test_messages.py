@@ -106,10 +106,10 @@ OVERRIDES: list[tuple[str, str]] = [
     ("model.name=", 'model.name = "" is empty; name a file or folder. Hugging Face name, or path of a folder'),
     ("model.name=12", f'model.name = 12: {TEXT}: "12". Hugging Face name'),
     ("model.name=https://huggingface.co/a/b", 'is an address; write the name on the hub alone, such as "a/b"'),
-    ("model.hooks=h", 'model.hooks = "h": expected a list, such as model.hooks = ["blocks.6.hook_resid_post"]. Where'),
+    ("model.hooks=h", 'model.hooks = "h": expected a list, such as model.hooks = ["blocks.6.hook_resid_post"]. Hooks'),
     ("model.hooks=[]", "model.hooks = []: expected a list of at least 1 entry, such as model.hooks = ["),
-    ("model.hooks=[1]", f'model.hooks.0 = 1: {TEXT}: "1". Where to read'),
-    ('model.hooks=["a", "a"]', 'model.hooks = ["a", "a"] names a more than once; name each hook once. Where to read'),
+    ("model.hooks=[1]", f'model.hooks.0 = 1: {TEXT}: "1". Hooks to read'),
+    ('model.hooks=["a", "a"]', 'model.hooks = ["a", "a"] names a more than once; name each hook once. Hooks to read'),
     (
         "model.device=cuda:x",
         'model.device = "cuda:x" is no device; expected "auto", "cpu", "cuda", or one GPU by number',
