@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _copy_files(folder: Path) -> int:
-    """Run files to start from, and all that docs/deployment.md speaks of."""
+    """Copies run files to start from, and everything that docs/deployment.md describes. Returns the exit code."""
     if folder.exists():
         print(f"{folder} exists; name a new folder", file=sys.stderr)
         return 2
@@ -84,7 +84,7 @@ def _copy_files(folder: Path) -> int:
 
 
 def _shortest(path: Path) -> str:
-    """As it is reached from the working directory."""
+    """The path from the working directory where it lies below it, else the whole path."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -99,13 +99,13 @@ def _run(run_file: str, overrides: list[str]) -> int:
     if directory.exists():
         if not _is_an_old_run(directory):
             console.print(
-                f"{directory} holds something else than a finished or stopped run; choose another run.directory"
+                f"{directory} is not the directory of a finished or stopped run; choose another run.directory"
             )
             return 2
         console.print(f"starting afresh: removing {directory}", style="dim")
         shutil.rmtree(directory)
     (directory / "logs").mkdir(parents=True)
-    # Remembered, not raised: an exception in the midst of a Popen would leave a process that nobody knows of.
+    # Remembered, not raised: an exception in the midst of a Popen would leave a process that nothing would stop.
     interrupted = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: interrupted.set())
@@ -136,7 +136,7 @@ def _run(run_file: str, overrides: list[str]) -> int:
 
 
 def _is_an_old_run(directory: Path) -> bool:
-    """A run directory that no trainer works in."""
+    """Whether the folder is a run directory that no trainer works in."""
     try:
         with open(directory / "lock", "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +151,7 @@ def _watch(
     console: Console, directory: Path, processes: dict[str, subprocess.Popen[bytes]], began: float,
     interrupted: threading.Event, page: str,
 ) -> str | None:  # fmt: skip
-    """Shows the run until all three are through; the name of the first that failed, or None.
+    """Shows the run until all three processes have ended; returns the name of the first that failed, or None.
 
     Raises KeyboardInterrupt soon after `interrupted` was set.
     """
@@ -177,7 +177,7 @@ def _watch(
 
 
 def _page(run_file: str, overrides: list[str]) -> str:
-    """Where the monitor shows the run."""
+    """The address of the monitor's page."""
     table = read_run_file(MonitorSettings, run_file, overrides).monitor
     return f"http://{table.host}:{table.service_port}/" if table.service_port else "the port that its log names"
 

@@ -118,7 +118,7 @@ class RunFollower:
         return 0
 
     def unhealthy(self) -> str | None:
-        """What is wrong with the evaluation; None when nothing is."""
+        """The fault of the evaluation; None when there is none."""
         moved_at = self._evaluator.moved_at if self._evaluator else None
         if moved_at is not None and time.monotonic() - moved_at > self._hang_seconds:
             return f"the evaluation has not moved for {time.monotonic() - moved_at:.0f} s"

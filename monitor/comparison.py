@@ -1,4 +1,4 @@
-"""What differs between two snapshots of a run, or between any two SAEs on the same activations.
+"""Differences between two snapshots of a run, or between any two SAEs on the same activations.
 
 Numbers that differ, side by side, then the latents. A latent lives when it fires at least once in 1 / DEAD_RATE
 activations, by the firing rates in sparsity.safetensors: one that lives in B alone was *born*, one that lives in A
@@ -33,7 +33,7 @@ TURNED_COSINE = math.cos(math.radians(45))
 EDGES = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 """Edges of the bins of cosines; the last bin includes 1."""
 DIGITS = 6
-"""Of a cosine in the result."""
+"""Digits of a cosine in the result."""
 BLOCK_BYTES = 64 << 20
 """Size of the cosines that are held at a time."""
 
@@ -81,11 +81,11 @@ class CosineDistribution:
 
 @dataclass(frozen=True)
 class TurnedLatent:
-    """A latent whose direction in B is another one."""
+    """A latent that has another direction in B."""
 
     latent: int
     cosine: float
-    """Of its decoder rows in A and in B."""
+    """Cosine of its decoder rows in A and in B."""
     match: int
     """The latent of B that is nearest to it as it was in A."""
     match_cosine: float
@@ -111,7 +111,7 @@ class SameWidth:
 
     @property
     def cosines(self) -> dict[str, CosineDistribution]:
-        """By the way in which latents of A and B are matched."""
+        """Cosines by the way in which latents of A and B are matched."""
         return {"same_index": self.same_index, "matched": self.matched}
 
     def as_json(self) -> dict[str, Any]:
@@ -125,14 +125,14 @@ class DifferentWidths:
     """Latents of two SAEs whose indices have nothing in common: the best match of each on the other side."""
 
     latents: list[int]
-    """In A, and in B."""
+    """Number of latents in A, and in B."""
     live: list[int]
     a_in_b: CosineDistribution
     b_in_a: CosineDistribution
 
     @property
     def cosines(self) -> dict[str, CosineDistribution]:
-        """By the way in which latents of A and B are matched."""
+        """Cosines by the way in which latents of A and B are matched."""
         return {"a_in_b": self.a_in_b, "b_in_a": self.b_in_a}
 
     def as_json(self) -> dict[str, Any]:
@@ -155,10 +155,10 @@ LatentComparison = SameWidth | DifferentWidths | Incomparable
 
 @dataclass(frozen=True)
 class SaeComparison:
-    """Two SAEs."""
+    """The comparison of two SAEs."""
 
     numbers: dict[str, tuple[float | None, float | None]]
-    """By name, in A and in B."""
+    """Numbers by name, in A and in B."""
     latents: LatentComparison
 
     def as_json(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class SaeComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two snapshots, or two SAEs."""
+    """The comparison of two snapshots, or of two SAEs."""
 
     a: str
     b: str
@@ -178,7 +178,7 @@ class Comparison:
     saes: dict[str, SaeComparison]
 
     def as_json(self) -> dict[str, Any]:
-        """What `compare --json` prints."""
+        """The output of `compare --json`."""
         saes = {name: sae.as_json() for name, sae in self.saes.items()}
         return {"a": self.a, "b": self.b, "only_a": self.only_a, "only_b": self.only_b, "saes": saes}
 
@@ -319,7 +319,7 @@ def _firing_rates(sae: ComparedSae, d_sae: int) -> np.ndarray:
 
 
 def _by_rate(latents: np.ndarray, rate: np.ndarray) -> list[int]:
-    """The most frequent first."""
+    """Latents by firing rate, the most frequent first."""
     return [int(latent) for latent in latents[(-rate[latents]).argsort(kind="stable")]]
 
 

@@ -23,11 +23,11 @@ Columns = dict[str, dict[str, list[Any]]]
 """Values by SAE and by name of a measure."""
 FILE = "evaluations.jsonl"
 MAX_POINTS = 3_000
-"""With as many points of training, every second one goes. Of each SAE's evaluations no more are handed out."""
+"""With so many points of training, every second one is dropped; of an SAE's evaluations, no more are returned."""
 RUN_KEYS = ("time", "tokens", "tokens_per_second", "buffer_rows", "step_seconds")
 """Columns of the run, as reports name them."""
 MAX_READ_BYTES = 64 << 20
-"""Of one look at a file; the rest is read at the next ones."""
+"""Bytes read at a time; the rest is read at later looks."""
 
 
 @dataclass(frozen=True)

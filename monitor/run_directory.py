@@ -32,7 +32,7 @@ class NotFoundError(LookupError):
 
 
 def why_not_ready(run_directory: Path) -> str | None:
-    """What is missing before there is a run to show; None when nothing is."""
+    """The part that is missing before there is a run to show; None when nothing is."""
     if not run_directory.is_dir():
         return f"run directory {run_directory} does not exist yet; the trainer creates it"
     if not (run_directory / "settings.toml").is_file():
@@ -78,7 +78,7 @@ class SnapshotPage:
     """Some of a run's snapshots."""
 
     entries: list[dict[str, Any]]
-    """In the JSON of /v1/snapshots, oldest first."""
+    """Entries of the JSON of /v1/snapshots, oldest first."""
     count: int
     """Number of all snapshots of the run."""
     older: str | None

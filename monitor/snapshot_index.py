@@ -45,7 +45,7 @@ class SnapshotIndex:
         self._stamp: tuple[int, int] | None = None
         """Inode and time of change of the folder when it was listed; None when it is to be listed again."""
         self._newest: dict[tuple[str, str], tuple[str | None, str]] = {}
-        """By SAE and file: the newest snapshot that has it, and the newest snapshot when that was found."""
+        """For each SAE and file: the newest snapshot that has it, and the newest snapshot when that was looked up."""
 
     def names(self) -> list[str]:
         """Oldest first; the caller must not modify the list. The folder is listed only when it has changed."""

@@ -102,7 +102,7 @@ class Clients:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.outside = OutsideLog(log)
-        """Lines that strangers cause; whoever calls `allows` often also calls its `flush`."""
+        """Log of lines that unknown peers cause; a caller that calls `allows` often also calls its `flush`."""
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Called by the authenticator: whether the producer with this key is let in."""

@@ -118,7 +118,7 @@ class Packer:
         bounds: list[float] | None,
         pass_end: torch.cuda.Event | None,
     ) -> tuple[np.ndarray, memoryview]:
-        """As `pack_activations`; on a GPU on a stream of its own, so that it waits for its own pass alone."""
+        """Calls `pack_activations`; on a GPU in a CUDA stream of its own, so that it waits for its own pass alone."""
         if self._copy_stream is None or pass_end is None:
             return pack_activations(activations, missing, bounds, self._dtype)
         with torch.cuda.stream(self._copy_stream):

@@ -186,7 +186,7 @@ class Producer:
 class TextPrefetcher:
     """Reads shards with `read`, the next one while the loop works on the present one.
 
-    Always in the same thread: a tokenizer does not bear two.
+    All shards are read in one thread: a tokenizer is not thread-safe.
     """
 
     def __init__(self, read: Callable[[int], Windows]) -> None:

@@ -74,7 +74,7 @@ class StreamSettings(Table):
     """A producer that finds no trainer for this long gives up, with exit code 1."""
 
     @model_validator(mode="after")
-    def _closed_to_strangers(self) -> StreamSettings:
+    def _closed_to_other_machines(self) -> StreamSettings:
         if not is_loopback(self.endpoint) and self.keys is None:
             raise ValueError(
                 f"stream.endpoint = {show_value(self.endpoint)} is reachable from other machines and "

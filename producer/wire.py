@@ -12,11 +12,11 @@ torch.
 A connection holds one session: a second HELLO on it ends the first. One that has no session, because no HELLO came or
 was accepted, is closed after ten seconds, and so is one on which more bytes came of a message without an end than its
 credit allows. What a run streams (the fingerprint and all that goes with it) is settled by the first activations
-that the trainer accepts. Until then a producer that differs from those at work is told to come again, and when they
+that the trainer accepts. Until then a producer that differs from those at work is refused for the moment, and when they
 have left, its own facts count.
 
-REVOKE of the protocol's first draft is not needed: a producer that stalls loses its whole session, because the
-credit it holds must return together with its leases.
+No message revokes a single lease: a producer that stalls loses its whole session, because the credit it holds must
+return together with its leases.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Hello(Message):
     session: Word
     """Random for each session."""
     name: Text
-    """For people: host and process."""
+    """Host and process, for messages to people."""
     fingerprint: Word
     """Over all that decides the activations: files, tokenizer, windows, exclusions, hooks, model and revision."""
     shards: Annotated[int, Field(gt=0, le=2**24)]

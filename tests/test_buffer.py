@@ -115,7 +115,7 @@ def test_full_buffer_refuses_and_stays_as_it_was() -> None:
     """Overrunning it would overwrite rows; credit makes that impossible, and this says so if it ever happens."""
     buffer = filled(8)
     buffer.draw(3)
-    with pytest.raises(OverflowError, match="4 rows do not fit: 5 of 8"):
+    with pytest.raises(OverflowError, match="4 activations do not fit: 5 of 8"):
         insert(buffer, 9, np.arange(4))
     assert buffer.rows == 5
     assert all(serial == 7 for serial, _ in names(buffer.draw(5)))
@@ -123,7 +123,7 @@ def test_full_buffer_refuses_and_stays_as_it_was() -> None:
 
 def test_more_than_there_is_cannot_be_drawn() -> None:
     """The caller waits instead."""
-    with pytest.raises(ValueError, match="asked for 9 rows, the buffer holds 8"):
+    with pytest.raises(ValueError, match="a batch of 9 activations was requested, the buffer holds 8"):
         filled(8).draw(9)
 
 

@@ -546,7 +546,7 @@ def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path
             "line at byte 1: an integer of 5,000 digits at line 1 column 26",
         ),
         ('{"text": "one", "tree": ' + "[" * 5000, "line at byte 1: nested more than 500 deep"),
-        ('{"txt": "one", "id": 3}', "corpus.column = 'text' is not there (did you mean txt?); known here: txt, id"),
+        ('{"txt": "one", "id": 3}', "corpus.column = 'text' is not there (did you mean txt?); there are txt, id"),
         ('{"text": ["one"]}', "corpus.column = 'text' holds list; expected text; name another column"),
     ],
 )
@@ -598,7 +598,7 @@ def test_wrong_parquet_is_told_at_the_start(tmp_path: Path) -> None:
     pq.write_table(pa.table({"Text": ["one"], "id": [1]}), tmp_path / "a.parquet")
     written(tmp_path / "b.parquet", "PAR1, or is it?")
     first, second = refusal(tmp_path, kind="parquet").splitlines()
-    known = "is not there (did you mean Text?); known here: Text, id"
+    known = "is not there (did you mean Text?); there are Text, id"
     assert first == f"{tmp_path}/a.parquet: corpus.column = 'text' {known}"
     assert second.startswith(f"{tmp_path}/b.parquet: not a readable parquet file (")
     message = refusal(tmp_path / "a.parquet", kind="parquet", column="id")
@@ -731,7 +731,7 @@ def test_wrong_dataset_settings_are_told_at_the_start(dataset: str, streaming: b
     """A wrong column, a column of numbers and a split that does not exist."""
     how: dict[str, Any] = {"kind": "huggingface", "dataset": dataset, "streaming": streaming}
     place = f"corpus.dataset = '{dataset}', split 'train': "
-    known = "is not there (did you mean text?); known here: id, text"
+    known = "is not there (did you mean text?); there are id, text"
     assert refusal(**how, column="txt") == f"{place}corpus.column = 'txt' {known}"
     assert refusal(**how, column="id") == f"{place}corpus.column = 'id' holds int; expected text; name another column"
     message = refusal(**how, split="nowhere")

@@ -562,7 +562,7 @@ def test_books_that_do_not_balance_are_counted_and_told() -> None:
     train(ledger, (0, 2))
     told = ledger.audit(in_buffer=5)
 
-    assert len(told) == 2 and "trained twice" in told[0] and "the buffer holds 5 rows, the ledger 3" in told[1]
+    assert len(told) == 2 and "trained twice" in told[0] and "the buffer holds 5 tokens, the ledger 3" in told[1]
     assert ledger.audit(in_buffer=3) == []
     assert stream_report(restart(ledger)).breaches == {"trained_once": 1, "rows_accounted": 1, "memory_bound": 0}
 

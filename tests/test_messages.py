@@ -72,9 +72,9 @@ OVERRIDES: list[tuple[str, str]] = [
     ),
     (
         "run.dir=x",
-        'run.dir = "x": no such key; known here: directory, tokens, seed, threads, max_quarantined_ratio, ',
+        'run.dir = "x": no such key; there are directory, tokens, seed, threads, max_quarantined_ratio, ',
     ),
-    ("run.x.y=5", "run.x = { y = 5 }: no such key; known here: directory"),
+    ("run.x.y=5", "run.x = { y = 5 }: no such key; there are directory"),
     ("run.tokens.x=5", f"run.tokens = {{ x = 5 }}: {WHOLE}"),
     # [stream]: endpoints, choices, seconds
     (
@@ -143,8 +143,8 @@ OVERRIDES: list[tuple[str, str]] = [
         "optimizer.clip = nan: expected a finite number, such as optimizer.clip = 1.0. Largest norm",
     ),
     ("optimizer.cooldown=20%", 'optimizer.cooldown = "20%": expected a number, such as optimizer.cooldown = 0.2. The'),
-    ("optimizer.learning_rat=1", "optimizer.learning_rat = 1: no such key (did you mean learning_rate?); known here:"),
-    ("optimizer.tokens=5", "optimizer.tokens = 5: no such key (did you mean run.tokens or sae.tokens?); known here:"),
+    ("optimizer.learning_rat=1", "optimizer.learning_rat = 1: no such key (did you mean learning_rate?); there are"),
+    ("optimizer.tokens=5", "optimizer.tokens = 5: no such key (did you mean run.tokens or sae.tokens?); there are"),
     ("optimiser.batch=1", "[optimiser]: no such table (did you mean optimizer?); the tables are run, stream, model"),
     # [[sae]]
     ("sae.0.d_sae=0", "sae.0.d_sae = 0: expected a number above 0. How many latents."),
@@ -188,7 +188,7 @@ MONITOR: list[tuple[str, str]] = [
     ),
     ('monitor.allowed_hosts=["http://a"]', 'monitor.allowed_hosts.0 = "http://a" is no host\'s name; write it without'),
     ("monitor.poll_seconds=inf", "monitor.poll_seconds = inf: expected a finite number, such as monitor.poll_seconds"),
-    ("monitor.servic_port=1", "monitor.servic_port = 1: no such key (did you mean service_port?); known here:"),
+    ("monitor.servic_port=1", "monitor.servic_port = 1: no such key (did you mean service_port?); there are"),
 ]
 
 PRODUCER: list[tuple[str, str]] = [

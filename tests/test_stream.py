@@ -258,7 +258,7 @@ def test_rows_that_the_ledger_knows_nothing_of_are_seen(endpoint: str, caplog: p
             intake.buffer.insert([torch.zeros(2, D_IN)], serial=0, position=np.arange(2))
         wait_for(lambda: "an invariant is broken" in caplog.text)
         assert intake.stream_report().breaches["rows_accounted"] >= 1
-    assert "the buffer holds 2 rows, the ledger 0" in caplog.text
+    assert "the buffer holds 2 tokens, the ledger 0" in caplog.text
 
 
 def nan_in_the_middle(value: float) -> bytes:

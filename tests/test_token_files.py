@@ -165,7 +165,7 @@ def test_files_of_llm_c_say_their_format(tmp_path: Path) -> None:
     llama = llm_c(20240801, 7, 2, np.array([128_000, 1], "<u4").tobytes())
     assert layout_of(path, llama) == Layout(np.dtype("<u4"), 1024, 2)
     assert "promises 3 ids of uint16, and 4 bytes follow" in str(layout_of(path, gpt2[:-2]))
-    assert "llm.c, version 9, which is not known" in str(layout_of(path, llm_c(20240520, 9, 0, b"")))
+    assert "llm.c, version 9, which Sluice cannot read" in str(layout_of(path, llm_c(20240520, 9, 0, b"")))
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8")])

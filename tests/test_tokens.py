@@ -241,7 +241,7 @@ def test_rows_of_a_token_file_come_back_row_for_row(tokenizer: PreTrainedTokeniz
 @pytest.mark.parametrize("wrong", [29, -1])
 def test_ids_that_the_tokenizer_lacks_are_refused(tokenizer: PreTrainedTokenizerFast, wrong: int) -> None:
     """A wrong token_dtype or model is told before an embedding fails on a GPU."""
-    with pytest.raises(CorpusError, match=f"id {wrong}, but the tokenizer knows 29 ids, from 0; name the"):
+    with pytest.raises(CorpusError, match=f"id {wrong}, but the tokenizer has 29 ids, from 0; name the"):
         windows_of([np.array([3, wrong])], tokenizer, packing())
 
 

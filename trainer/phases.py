@@ -1,4 +1,4 @@
-"""CONTRACT: the lifecycles of a run and of an SAE. Whoever asks whether one of them is over asks these enums.
+"""CONTRACT: the lifecycles of a run and of an SAE. They are the one answer to whether either is over.
 
 The values are those of metrics, metrics.jsonl and `ctl status`. What may still come from the producers is
 `StreamPhase` in `trainer.stream.ledger.phase`.
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class RunPhase(StrEnum):
-    """What a run does at this moment."""
+    """The phase of a run at this moment."""
 
     WAITING = "waiting"
     """No producer has sent anything, so the shape of the stream is not known."""
@@ -39,7 +39,7 @@ REPORTED_PHASES = (RunPhase.FILLING, RunPhase.TRAINING, RunPhase.STARVED, RunPha
 
 
 class SaePhase(StrEnum):
-    """What an SAE does at this moment, by the tokens that it has trained on."""
+    """The phase of an SAE at this moment, by the tokens that it has trained on."""
 
     JOINING = "waiting"
     """It has not trained on a single token."""

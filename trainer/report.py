@@ -92,7 +92,7 @@ class StreamReport:
         if max(data, credit) < 0.05:
             return "neither side waits for the other"
         if data > credit:
-            return f"the producers are the bottleneck: training waits {data:.0%} of the time for rows"
+            return f"the producers are the bottleneck: training waits {data:.0%} of the time for activations"
         return f"the trainer is the bottleneck: producers wait {credit:.0%} of the time for room in the buffer"
 
 
@@ -108,7 +108,7 @@ class StepReport:
     target_tokens: int | None
     """Tokens after which the run ends; None when it has no end."""
     tokens_per_second: float
-    """Since the previous report."""
+    """Rate since the previous report."""
     step_seconds: float
     """Mean duration of a step since the previous report, waiting excluded."""
     data_wait_seconds: float

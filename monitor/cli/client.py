@@ -1,4 +1,4 @@
-"""A running monitor, as `pull` and `top` ask it over HTTP."""
+"""Client of a running monitor's HTTP service, for `pull` and `top`."""
 
 from __future__ import annotations
 

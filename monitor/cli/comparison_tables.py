@@ -27,7 +27,7 @@ EXAMPLES = 6
 """Latents of each kind that are named; --json has all."""
 BAR_WIDTH = 16
 WAYS = {"same_index": "same index", "matched": "best match", "a_in_b": "of A in B", "b_in_a": "of B in A"}
-"""In which latents of A and B are matched, in words."""
+"""Names of the ways in which latents of A and B are matched."""
 
 
 def run(a: Path, b: Path, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""Downloads snapshots from a running monitor and checks all of it.
+"""Downloads snapshots from a running monitor and checks every file.
 
     python -m monitor pull http://127.0.0.1:8710 --to snapshots
     python -m monitor pull http://127.0.0.1:8710 --to snapshots --follow
@@ -61,7 +61,7 @@ class _Manifest:
     files: list[_File]
     saes: list[str]
     text: str
-    """As the server has it."""
+    """The manifest's text on the server."""
 
 
 @dataclass(frozen=True)

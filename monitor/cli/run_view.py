@@ -40,7 +40,7 @@ NO_REPORT = "no report yet: the trainer is not started, waits for its first prod
 Run = dict[str, Any]
 """The JSON of /v1/run."""
 Evaluations = dict[str, Evaluation]
-"""By SAE."""
+"""The newest evaluation of each SAE."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class _Cases:
     tokens: Tensor
     """[cases, context]"""
     position: Tensor
-    """Where in its window the latent is active."""
+    """Position in its window at which the latent is active."""
     value: Tensor
 
 

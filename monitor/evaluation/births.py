@@ -1,4 +1,4 @@
-"""Since when each latent of an SAE has its direction, followed through the snapshots of a run."""
+"""The birth of each latent of an SAE: the token count since which it has its direction, over a run's snapshots."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class BirthTracker:
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
         self._directions: dict[str, _Directions] = {}
-        """By SAE."""
+        """Decoder rows by SAE."""
 
     def births(self, snapshot: Path, sae: str) -> np.ndarray:
-        """For each latent, the tokens since which it has its direction, from all earlier snapshots that are there.
+        """The token count since which each latent has its direction, from all earlier snapshots that are there.
 
         Raises SnapshotError when the snapshot is gone.
         """

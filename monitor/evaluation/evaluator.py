@@ -72,15 +72,15 @@ from trainer.snapshot import finite
 BoundsKey = tuple[tuple[str, float], ...]
 """Norm bounds as (hook, bound), sorted."""
 Ablation = tuple[Literal["zero", "mean"], tuple[str, ...], BoundsKey]
-"""What the activations of these hooks, within these norm bounds, are replaced by."""
+"""An ablation: the replacement of the activations of these hooks within these norm bounds."""
 
 
 @dataclass
 class Baseline:
-    """What does not depend on the SAE, once measured."""
+    """Measurements that do not depend on the SAE."""
 
     means: dict[BoundsKey, dict[str, Tensor]] = field(default_factory=dict)
-    """By norm bounds and hook: the mean activation, float64 [width]."""
+    """Mean activations, float64 [width], by norm bounds and hook."""
     ce: dict[Ablation, float] = field(default_factory=dict)
 
 
@@ -161,7 +161,7 @@ def _nothing_within(windows: Windows, bounds: NormBounds) -> str:
 def _mean_activations(
     model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None], memory: MemoryLimits
 ) -> dict[str, Tensor]:
-    """By hook, the mean of its activations in float64 [width]; NaN where there are none."""
+    """The mean activation of each hook, float64 [width]; NaN where there are none."""
     hooks = [hook.name for hook in model.hooks]
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in model.hooks}
     count = 0
@@ -194,7 +194,7 @@ def _reconstruct(
 
 
 def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Of each predicted token."""
+    """Cross-entropy of each predicted token, in nats."""
     return -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""What every evaluation of a run uses: the language model and the texts, loaded once, and the snapshot to evaluate."""
+"""Inputs of every evaluation of a run: the language model and the texts, loaded once, and the snapshot."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PublishedSnapshot:
 
     @property
     def norm_bounds(self) -> NormBounds | None:
-        """By hook, the norm beyond which that stream drops an activation."""
+        """For each hook, the norm beyond which that stream drops an activation."""
         return self.stream.get("norm_bounds")
 
 
@@ -70,7 +70,7 @@ class EvaluationInputs:
     latent_windows: Windows
     """Text on which the activations of their latents are gathered."""
     stream_facts: dict[str, Any]
-    """What the stream of a snapshot must agree with."""
+    """Facts that the stream of a snapshot must agree with."""
     labelled_texts: LabelledTexts | None
     """Texts of monitor.probe_file."""
     baseline: Baseline = field(default_factory=Baseline)
@@ -88,7 +88,7 @@ class EvaluationInputs:
 
 def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
     """Loads them, which takes a while. Raises ModelError, CorpusError or EvaluationError."""
-    assert settings.model is not None, "why_not_evaluated() is asked first"
+    assert settings.model is not None, "why_not_evaluated() comes first"
     corpus_settings, monitor = settings.corpus, settings.monitor
     torch.set_num_threads(monitor.evaluation_threads)
     log.info("loading %s and held-out text, to evaluate with", settings.model.name)

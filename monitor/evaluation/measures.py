@@ -50,7 +50,7 @@ class Chart:
     caption: str
     is_log: bool = False
     tick_format: str = ""
-    """In d3's notation; empty for what Plotly chooses."""
+    """Format of the axis in d3's notation; empty for Plotly's choice."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Curve:
     panel: str
     """Title of the panel."""
     legend: str = ""
-    """What stands behind the name of the SAE."""
+    """Text behind the name of the SAE."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Measure:
     """Its key in evaluation.json or, in training, in the lines of metrics.jsonl and in manifest.json."""
     stage: Stage
     title: str
-    """As tables for people call it."""
+    """Name in tables for people."""
     format: str
-    """As `format(value, …)` takes it."""
+    """Format specification for `format(value, …)`."""
     unit: str
-    """What one counts; a `ratio` is a share of 1."""
+    """The unit of the value; a `ratio` is a share of 1."""
     help: str
-    """What it means, in a sentence."""
+    """Its meaning, in a sentence."""
     better: Better | None = None
     """None where neither direction is good in itself."""
     label: str | None = None
@@ -96,11 +96,11 @@ class Measure:
     chart: Chart | None = None
     """On the live page; needs `in_history`."""
     live_column: Column | None = None
-    """In the table of `monitor top` and of the demo while a run trains."""
+    """Its column in the table of `monitor top` and of the demo while a run trains."""
     results_column: Column | None = None
-    """In the table of a finished run; needs `summary_name`."""
+    """Its column in the table of a finished run; needs `summary_name`."""
     curves: tuple[Curve, ...] = ()
-    """In Grafana; need `metric`."""
+    """Its curves in Grafana; need `metric`."""
 
 
 def _reported(name: str) -> tuple[str, str]:
@@ -209,7 +209,7 @@ MEASURES: list[Measure] = [
             label="probe", metric="sluice_probe_accuracy", summary_name="probe_accuracy"),
 ]
 # fmt: on
-"""In the order in which tables show them."""
+"""All measures, in the order in which tables show them."""
 
 
 def measures(stage: Stage) -> list[Measure]:

@@ -15,7 +15,7 @@ from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 
 NormBounds = Mapping[str, float]
-"""By hook, the largest norm of an activation that the stream takes; no SAE of the run was trained on larger ones."""
+"""The largest norm of an activation in the stream, by hook; no SAE of the run was trained on larger ones."""
 Replacement = Callable[[Tensor], Tensor]
 """Takes the activations [windows, context, width] of a hook and returns those to continue with."""
 
@@ -36,9 +36,9 @@ class MemoryLimits:
     """Elements of the largest tensors that one pass holds; 2^24 are 64 MB in float32."""
 
     logits: int = 1 << 24
-    """Of one logits tensor; a pass holds about six."""
+    """Elements of one logits tensor; a pass holds about six."""
     latents: int = 1 << 24
-    """Of the latents of one SAE, all of them of some activations."""
+    """Elements of the latents of one SAE, all of them of some activations."""
     firings: int = 1 << 24
     """Activations of latents gathered for their pages, 8 bytes each: an SAE that is not yet sparse reads less text."""
 

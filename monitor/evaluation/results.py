@@ -1,4 +1,4 @@
-"""What evaluation.json holds: how good one SAE of one snapshot is on held-out text."""
+"""Contents of evaluation.json: the measures of one SAE of one snapshot on held-out text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALUATION = "evaluation.json"
 NO_HOOKS = SaeHooks((), ())
 
 Value = float | None | Mapping[str, float | None]
-"""Of a measure; None where it could not be computed."""
+"""Value of a measure; None where it could not be computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Evaluation:
     """One SAE of one snapshot on held-out text. What an older version did not write is None, empty or missing."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
-    """By name of the measure (`monitor.evaluation.measures`)."""
+    """Values by name of the measure (`monitor.evaluation.measures`)."""
     snapshot: str | None = None
     snapshot_tokens: int | None = None
     """Tokens trained when the snapshot was published."""

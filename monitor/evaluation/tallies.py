@@ -68,9 +68,9 @@ class Tally:
         self.ce, self.kl = Mean(), Mean()
         self.activations = 0
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        """Of each latent."""
+        """Number of firings of each latent."""
         self.fits = {hook: Fit(means[hook]) for hook in sae.hooks.writes}
-        """By the hooks it writes."""
+        """Sums for each hook that the SAE writes."""
 
     def fit(self) -> dict[str, float | None]:
         """Measures of the reconstruction over all hooks.

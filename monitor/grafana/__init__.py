@@ -1,4 +1,4 @@
-"""Grafana's dashboards as code. Needs the extra `dev`: only who edits the dashboards runs it, no process imports it.
+"""Grafana's dashboards as code. Needs the extra `dev`; no process imports it.
 
     panels      the kinds of panel and what all dashboards share, with Grafana's own SDK
     generate    the three dashboards, written as JSON into dashboards/

@@ -6,8 +6,8 @@
     heat_map      a histogram's buckets over time
     dashboard     rows of panels, with Sluice's variables, its link and the snapshots as annotations
 
-What a panel shows is said by the help texts of the metrics that its queries name, so that there is one explanation of
-each. Queries are abbreviated as ABBREVIATIONS says. They name `$run` and `$sae`, never a scrape job.
+A panel is explained by the help texts of the metrics in its queries, so that there is one explanation of each.
+Queries are abbreviated as ABBREVIATIONS says. They name `$run` and `$sae`, never a scrape job.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from monitor.evaluation.measures import MEASURES, Measure
 from monitor.metrics import all_metrics
 
 SCHEMA_VERSION = 39
-"""Of Grafana 10.4; later ones migrate it when they load it."""
+"""Dashboard schema of Grafana 10.4; later versions migrate it when they load it."""
 COLUMNS = 24
 
 SOURCE = models.DataSourceRef("prometheus", "${datasource}")

@@ -102,7 +102,7 @@ def _shaded_token(token: Markup, value: float, strongest: float, is_at: bool) ->
 # --- Histograms ------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 360, 120
-"""Of the picture of a histogram."""
+"""Size of the picture of a histogram."""
 
 
 @dataclass(frozen=True)

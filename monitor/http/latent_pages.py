@@ -18,7 +18,7 @@ COLUMNS: dict[Order, tuple[str, str]] = {
     "norm": ("norm", "length of its decoder row"),
     "age": ("age", "tokens trained since its decoder row was first seen with this direction; at least"),
 }
-"""What the table can be sorted by: heading and meaning."""
+"""Keys that the table can be sorted by: heading and meaning."""
 
 
 @dataclass(frozen=True)

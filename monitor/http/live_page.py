@@ -42,7 +42,7 @@ class RunSnapshots:
     count: int
     """Number of all snapshots."""
     evaluations: dict[str, Evaluation]
-    """By SAE, its newest evaluation."""
+    """The newest evaluation of each SAE."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Headline:
     """Share of the run's tokens that are trained; 0 where it has no end."""
     facts: list[Fact]
     bottleneck: str
-    """What training waits for, in a sentence; empty where nothing is known."""
+    """A sentence on what training waits for; empty where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SaeRow:
     colour: str
     architecture: str | None
     hooks: str | None
-    """What it reads and writes."""
+    """The hooks that it reads and writes."""
     latents: int | None
     cells: list[str]
     """Its numbers, in the order of the headings."""
@@ -253,7 +253,7 @@ def _progress(run: Run) -> list[Fact]:
 
 
 def _bottleneck(run: Run) -> str:
-    """What training waits for, in the words of the trainer's log; nothing for a run that does not train."""
+    """A sentence on what training waits for, as in the trainer's log; empty for a run that does not train."""
     if run["state"] != "running" or _is_silent(run) or not run["report"]:
         return ""
     stream = run["report"].get("stream") or {}

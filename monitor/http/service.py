@@ -55,7 +55,7 @@ POLL_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
 NICE = 19
 CHUNK_BYTES = 1 << 18
-"""Of a file, read and sent at a time: each chunk costs a call into another thread."""
+"""Bytes of a file that are read and sent at a time: each chunk costs a call into another thread."""
 PATHS = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
 
 

@@ -1,6 +1,6 @@
 """Limits the CPU time of the HTTP service, so that a flood of requests does not slow the training beside it.
 
-What it has to hold: beside 50 clients that fetch pages and weights in a loop, the 99th percentile of the demo's step is
+The requirement: beside 50 clients that fetch pages and weights in a loop, the 99th percentile of the demo's step is
 at most 1.05 times the one without them. `python -m tests.benchmarks --only flood` measures it, docs/benchmarks.md has
 the figures.
 
@@ -36,7 +36,7 @@ import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SHARE = 0.02
-"""Of all cores together."""
+"""Share of the CPU time of all cores together."""
 BURST_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 2.0
 WORKERS = 8
@@ -127,7 +127,7 @@ class ServiceClock:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        """By native id of a worker thread."""
+        """CPU seconds of each worker thread, by native id."""
         self._seconds_of_ended = 0.0
 
     def read(self) -> float:

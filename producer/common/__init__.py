@@ -1,4 +1,4 @@
-"""The needs of every process: settings, log, HTTP, metrics. Any package may import it.
+"""Modules that every process needs: settings, log, HTTP, metrics. Any package may import them.
 
     process     signals, limits and exits that all processes treat alike
     parsing     JSON and TOML from outside, every fault as one error
@@ -13,7 +13,7 @@
     version     the version of Sluice
     installation  whether packages of the same names are in the way
     formatting  sizes, counts and durations as people read them
-    logs        log lines: escaped, and counted where strangers could flood them
+    logs        log lines: escaped, and counted where other processes could flood them
     memory      how the C library treats freed memory
     server      an HTTP server in a thread
     metrics     tables of metrics → Prometheus, and the port that serves them

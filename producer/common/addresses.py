@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 
 IPC_PATH_BYTES = 107
-"""Of a socket file's path: what Linux has room for."""
+"""The longest path of a socket file on Linux."""
 LAST_PORT = 65535
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 """A host's or an interface's name, or an IPv4 address."""

@@ -142,7 +142,7 @@ def _explain_unknown_key(location: Location, value: Any) -> str:
     key, keys = location.path[-1], list(location.table.model_fields) if location.table else []
     owners = [f"{table}.{key}" for table in location.kind.model_fields if key in fields_at(location.kind, table)]
     close = f" (did you mean {' or '.join(owners)}?)" if owners else nearest(key, keys)
-    return f"{location.name} = {show_value(value)}: no such key{close}; known here: {', '.join(keys)}"
+    return f"{location.name} = {show_value(value)}: no such key{close}; there are {', '.join(keys)}"
 
 
 def _explain_not_a_table(location: Location, value: Any) -> str:

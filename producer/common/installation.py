@@ -49,7 +49,7 @@ def _recorded_hashes() -> dict[str, str]:
 
 
 def _hash_of(path: Path) -> str:
-    """In the alphabet of a wheel's RECORD."""
+    """sha256 of a file in base64url, as in a wheel's RECORD."""
     return base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
 
 

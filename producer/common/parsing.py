@@ -139,5 +139,5 @@ def _number_fault(text: str) -> str | None:
 
 
 def _place(text: str, index: int) -> str:
-    """As JSONDecodeError says it."""
+    """Line and column of an index, in the words of JSONDecodeError."""
     return f"line {text.count(chr(10), 0, index) + 1} column {index - text.rfind(chr(10), 0, index)} (char {index})"

@@ -20,7 +20,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 FEWEST_FILES = 128
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG, errno.EAGAIN}
 WORDS = ("can't start new thread", "cannot allocate memory", "can't allocate memory", "failed to map", "libllvm")
-"""In the messages of libraries that raise something of their own for want of memory."""
+"""Parts of the messages of libraries that raise errors of their own when memory or threads run out."""
 
 
 def stop_on_signals(stop: Callable[[], object]) -> None:

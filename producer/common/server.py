@@ -1,6 +1,6 @@
 """HTTP for one ASGI app, from a thread of its own: the snapshot service and every metrics port are served by this.
 
-`ServerLimits` bound what strangers may take, whatever they send or leave unsent:
+`ServerLimits` bound what unknown clients may take, whatever they send or leave unsent:
 
 - A request must arrive within `head_seconds`, counted from the start of the connection; on a connection that goes on,
   from the first byte after a response. uvicorn alone waits for ever for the rest of a request.
@@ -48,9 +48,9 @@ class ServerLimits:
     """Time and connections that clients may take of a server."""
 
     head_seconds: float = 10.0
-    """For a request to arrive whole."""
+    """Time for a request to arrive whole."""
     stall_seconds: float = 30.0
-    """For a client to take at least something of its response."""
+    """Time in which a client must take at least something of its response."""
     connections: int = 256
 
 
@@ -91,7 +91,7 @@ def serve(
         http=cast("type[asyncio.Protocol]", partial(_Connection, limits)),
         headers=[("X-Content-Type-Options", "nosniff")],
         log_config=None,
-        log_level="error",  # its warnings are about what strangers send, as often as they like
+        log_level="error",  # its warnings are about what unknown clients send, as often as they like
         access_log=False,
         lifespan="off",
         backlog=BACKLOG,

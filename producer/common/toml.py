@@ -28,7 +28,7 @@ OTHER_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""By their byte order marks, longest first."""
+"""Encodings by their byte order marks, longest first."""
 
 
 class SettingsError(ValueError):

@@ -105,7 +105,7 @@ def column_missing(column: str, columns: Iterable[str]) -> str:
     names = list(columns)
     close = difflib.get_close_matches(column, names, n=1)
     nearest = f" (did you mean {close[0]}?)" if close else ""
-    return f"corpus.column = {column!r} is not there{nearest}; known here: {', '.join(names)}"
+    return f"corpus.column = {column!r} is not there{nearest}; there are {', '.join(names)}"
 
 
 def column_not_text(column: str, type_name: object) -> str:

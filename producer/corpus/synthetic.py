@@ -20,7 +20,7 @@ from producer.wire import held_out_shards
 
 SEED = 20221213
 CORRELATION_RANK = 8
-"""Of the random correlation matrix of features: correlations have a standard deviation of 0.35."""
+"""Rank of the random correlation matrix of features: correlations have a standard deviation of 0.35."""
 NORMAL_STEPS, NORMAL_REACH = 512, 4
 """The normal distribution function is read from a table with this many steps per unit, up to ± this many units."""
 NORMAL_DISTRIBUTION = np.array(
@@ -104,7 +104,7 @@ def _random_loadings(features: int) -> np.ndarray:
 def _contents(truth: SyntheticSettings) -> str:
     correlated = "correlated " if truth.correlated else ""
     features = f"{truth.features:,} {correlated}true features"
-    return f"synthetic rows of width {truth.d_in}, {features}, {truth.active:g} active"
+    return f"synthetic activations of width {truth.d_in}, {features}, {truth.active:g} active"
 
 
 def _identity(context: int, truth: SyntheticSettings) -> list[object]:

@@ -32,7 +32,7 @@ BLOCKS, BLOCK_BYTES = 64, 4096
 MIN_GROUPS = 32
 """Pairs of ids below which a file is not judged."""
 HIGHEST = 4
-"""Of an id, the number above the lower 16 bits: vocabularies end below 5 · 65,536."""
+"""The largest upper half (the bits above the lower 16) of a token id: vocabularies end below 5 · 65,536."""
 LARGEST_ID = 2**24
 MANY_IDS, MANY_DISTINCT = 16_384, 1_000
 """Ids, and distinct ones, below which the order of bytes is not judged."""
@@ -45,7 +45,7 @@ MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 LIT_GPT = b"LITPKDS"
 LIT_GPT_BYTES = 24
 LLM_C = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
-"""By magic number and version: GPT-2, Llama 3."""
+"""Number formats by magic number and version: GPT-2, Llama 3."""
 LLM_C_BYTES = 1024
 WITHOUT_HEADER = {"<u2": "uint16", "<u4": "uint32", "<i8": "int64", ">u2": "", ">u4": "", ">i8": ""}
 """Formats that a file without a header may have, and what corpus.token_dtype calls those that are read."""
@@ -97,7 +97,7 @@ def _from_header(path: Path, head: bytes) -> Layout | str | None:
     if magic not in {number for number, _ in LLM_C}:
         return None
     if (dtype := LLM_C.get((magic, version))) is None:
-        return f"a token file of llm.c, version {version}, which is not known; write the ids with numpy.save"
+        return f"a token file of llm.c, version {version}, which Sluice cannot read; write the ids with numpy.save"
     return Layout(np.dtype(dtype), LLM_C_BYTES, count)
 
 

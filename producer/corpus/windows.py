@@ -98,7 +98,7 @@ def check_packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings, 
             raise CorpusError(
                 f"the tokenizer's {tokenizer.convert_ids_to_tokens(number)!r} (id {number}) serves as {role}, and the "
                 f"model's embedding has ids 0 to {vocabulary - 1}; {advice}give that role to a token that the model "
-                "knows, in the tokenizer's files, or use a model whose embedding was resized for this tokenizer"
+                "has, in the tokenizer's files, or use a model whose embedding was resized for this tokenizer"
             )
 
 
@@ -230,7 +230,7 @@ def _check_ids(ids: np.ndarray, packing: _Packing) -> np.ndarray:
     if len(ids) and not 0 <= ids.min() <= ids.max() < packing.vocabulary:
         wrong_id = int(ids.max() if ids.max() >= packing.vocabulary else ids.min())
         raise CorpusError(
-            f"a token file holds id {wrong_id}, but the tokenizer knows {packing.vocabulary} ids, from 0; "
+            f"a token file holds id {wrong_id}, but the tokenizer has {packing.vocabulary} ids, from 0; "
             "name the model whose tokenizer wrote the file, or correct corpus.token_dtype where the file has no header"
         )
     return ids.astype(np.int64, copy=False)

@@ -22,7 +22,7 @@ from producer.wire import Credit, Drain, Heartbeat, Hello, Lease, Message, Rejec
 log = logging.getLogger("sluice.producer")
 
 FIRST_WARNING_SECONDS, WARNING_SECONDS = 3.0, 30.0
-"""Of a search for a trainer: the time to the first warning, and between the next ones."""
+"""Time from the start of a search for a trainer to the first warning, and between later ones."""
 RETRY_SECONDS = 1.0
 """Before the next HELLO, where the last one was refused or the trainer is about to close its socket."""
 

@@ -32,7 +32,7 @@ class HookPoint:
     """One place where activations are read."""
 
     name: str
-    """As the user wrote it: `blocks.2.hook_resid_post`, or a module path."""
+    """The name in the settings: `blocks.2.hook_resid_post`, or a module path."""
     module: str
     """Path of the module in the loaded, whole Hugging Face model: `model.layers.2`, `transformer.h.2`."""
     layer: int

@@ -82,7 +82,7 @@ class _EmbeddingLookups(TorchFunctionMode):
 
 
 def _position_table_sizes(network: Any, blocks: nn.ModuleList) -> list[int]:
-    """For each table that is looked up by position, how many positions it has: OPT's and RoBERTa's begin at row 2.
+    """Number of positions of each table that is looked up by position; OPT's and RoBERTa's begin at row 2.
 
     For windows that repeat one token, the indices into such a table still count upwards, the same in every window.
     """

@@ -166,7 +166,7 @@ class LanguageModel:
         self.check_ids(tokens)
 
     def _activations_of_text(self, tokens: Tensor, padding: Tensor) -> list[Tensor]:
-        """As `activations`, each window alone and without the padding at its end, where activations are 0."""
+        """Like `activations`, but each window alone and without the padding at its end, where activations are 0."""
         shape = [*tokens.shape]
         activations = [torch.zeros(*shape, hook.width, device=self.device, dtype=self.dtype) for hook in self.hooks]
         for window, length in enumerate((~padding).sum(1).tolist()):

@@ -39,7 +39,7 @@ class HookedNetwork:
         self.layers_run = 0
         """Blocks that executed in the last pass, counted."""
         self._pass = threading.local()
-        """Of the pass that a thread is in: the activations so far, and the number of blocks that ran."""
+        """State of each thread's pass: the activations so far, and the number of blocks that ran."""
         for block in blocks:
             block.register_forward_pre_hook(self._count_block)
         for index, location in enumerate(self.locations):

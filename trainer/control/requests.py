@@ -32,7 +32,7 @@ MAX_REQUEST_BYTES = 1 << 16
 REQUEST_SECONDS = 10.0
 """How long the trainer waits for a client's line."""
 MAX_ADDRESS_BYTES = 100
-"""Of a socket's path; the system's limit is 104 or 108, a terminating zero included."""
+"""The longest path of a socket; the system's limit is 104 or 108, a terminating zero included."""
 
 Answer = dict[str, Any]
 

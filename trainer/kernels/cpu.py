@@ -314,7 +314,7 @@ def key(typing_context: Any, number: Any) -> Any:
 
 @_intrinsic
 def size(typing_context: Any, number: Any) -> Any:
-    """As `key` for comparisons of numbers from zero on only: their bits are in order already."""
+    """Like `key`, for comparisons of numbers from zero on only: their bits are in order already."""
     identity = lambda context, builder, signature, arguments: arguments[0]  # noqa: E731
     return number(number), identity if number == types.int16 else _nan_is_largest
 

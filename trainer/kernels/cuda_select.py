@@ -148,7 +148,7 @@ def _warps(elements: int) -> int:
 
 
 def count_above(values: Tensor, floor: float) -> Tensor:
-    """Where the elements of each row of [rows, n] above `floor` begin, if listed row by row: [rows + 1].
+    """Starts [rows + 1] of each row's elements above `floor` in a list of them all; values [rows, n].
 
     `floor` is rounded to the type of `values`. What is not a number is above: nobody shall overlook it.
     """

@@ -69,7 +69,7 @@ class Kernels:
     element_bytes: float
     """Per element of the batch: centring, casts, errors, statistics, allocation."""
     step_seconds: float
-    """Of the interpreter and the start of threads, per step."""
+    """Seconds per step of the interpreter and of starting threads."""
     block_bytes: int
     """Pre-activations that are held at a time."""
     process_bytes: float
@@ -85,18 +85,18 @@ CUDA = Kernels("cuda", 1.0, 0.0, 4.0, 1.0, 100.0, 60.0, 1e-3, 2**30, 2e9)
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a trainer runs."""
+    """The machine that a trainer runs on."""
 
     name: str
     matmul_flops: float
-    """Of the encoder product, FLOP/s."""
+    """Rate of the encoder product, FLOP/s."""
     bandwidth: float
-    """Of a copy larger than all caches, bytes/s; bytes read and bytes written both count."""
+    """Bandwidth of a copy larger than all caches, bytes/s; bytes read and bytes written both count."""
     memory: float
     """Bytes; infinite when unknown."""
     kernels: Kernels = CPU
     number_bytes: int = HALF
-    """Of a number in its encoder product."""
+    """Bytes of a number in its encoder product."""
     link: float = math.inf
     """Between GPUs of one machine, bytes/s in one direction."""
     network: float = math.inf
@@ -124,7 +124,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one SAE's share of a step depends on."""
+    """The sizes that the cost of one SAE's share of a step depends on."""
 
     name: str
     architecture: str
@@ -149,7 +149,7 @@ class StepCost:
     whitening: bool = False
     ema: bool = False
     number_bytes: int = HALF
-    """Of a number in products: 2 in bfloat16, 4 in float32."""
+    """Bytes of a number in products: 2 in bfloat16, 4 in float32."""
     l0_is_assumed: bool = False
 
     @property

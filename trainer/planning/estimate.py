@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--days", type=_positive, metavar="D", help="the fewest GPUs that end run.tokens in so long")
     parser.add_argument(
-        "--width", type=_count, metavar="D", help="of a row of each hook, when the model is not on this disk"
+        "--width", type=_count, metavar="D", help="of the activations of each hook, when the model is not on this disk"
     )
     parser.add_argument(
         "--model-parameters", type=_positive, metavar="P", help="weights of the model's blocks up to the last hook"

@@ -19,14 +19,14 @@ HINTS = {
     "pre-activations": "they are batch × d_sae numbers: a smaller d_sae, or a wider model hides them",
     "choice of latents": "it reads every pre-activation: a smaller d_sae or, with topk, a smaller k",
     "sparse products": "they grow with batch × k × d_in: a smaller k",
-    "optimizer": "its bytes are the same for every batch: a larger optimizer.batch spreads them over more rows",
+    "optimizer": "its bytes are the same for every batch: a larger optimizer.batch spreads them over more activations",
     "rows and entries": "they are passes over the batch: little but the width of the model decides",
     "overhead": "the steps are tiny: a larger optimizer.batch",
-    "x to all": "rows reach every GPU: a faster network between machines",
-    "candidates": "each GPU sends k of them per row to all others: fewer GPUs, or fewer candidates than k from each",
+    "x to all": "activations reach every GPU: a faster network between machines",
+    "candidates": "each GPU sends k per activation to all others: fewer GPUs, or fewer candidates than k from each",
     "reconstruction summed": "it is batch × d_out numbers: fewer machines, or a faster network between them",
 }
-"""By part of a step: what it grows with, and what makes it smaller."""
+"""For each part of a step: what it grows with, and what makes it smaller."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Estimate:
     shares_machine: bool
     """The run file puts the language model and the SAEs on the same device."""
     sharded: ShardedStep | None
-    """With the number of GPUs that was asked for."""
+    """The step on the number of GPUs given by `--gpus` or `--days`; None without them."""
     warnings: list[str]
     """Warnings about the settings."""
 
@@ -151,7 +151,7 @@ class Estimate:
         }
 
     def sentences(self) -> list[str]:
-        """What bounds the run, and what to change."""
+        """Sentences on what bounds the run, and what to change."""
         parts = self.parts
         largest = max(parts, key=lambda name: parts[name])
         share = parts[largest] / sum(parts.values())
@@ -169,7 +169,7 @@ class Estimate:
         return sentences + [f"{warning}." for warning in self.warnings]
 
     def _memory_sentences(self) -> list[str]:
-        """That the run does not fit, when it does not."""
+        """A sentence for a run that does not fit into memory."""
         if self.sharded is None:
             size = sum(self.memory.values())
             if size <= USABLE * self.machine.memory:

@@ -1,4 +1,4 @@
-"""What a run asks of a machine: its SAEs as costs of a step, the size of its language model, its threads."""
+"""The workload of a run: its SAEs as costs of a step, the size of its language model, its threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LanguageModelSize:
     """The size of a language model, as far as an estimate depends on it."""
 
     width: int
-    """Of its hidden states."""
+    """Width of its hidden states."""
     parameters: float | None
     """Weights in the blocks up to the last hook; None when unknown."""
 
@@ -72,8 +72,8 @@ def language_model_size(settings: TrainerSettings, width: int | None, parameters
         parameters = parameters or blocks_parameters(folder, [_block(hook) for hook in settings.model.hooks])
     if width is None:
         raise EstimateError(
-            f"model.name = {show_value(settings.model.name)} is not on this disk, so the width of its rows is not "
-            "known: add --width, such as --width 768"
+            f"model.name = {show_value(settings.model.name)} is not on this disk, so the width of its activations is "
+            "unknown: add --width, such as --width 768"
         )
     return LanguageModelSize(width, parameters)
 

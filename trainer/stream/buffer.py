@@ -64,7 +64,7 @@ class ShuffleBuffer:
         """
         end = self.rows + len(position)
         if end > self.capacity:
-            raise OverflowError(f"{len(position)} rows do not fit: {self.rows} of {self.capacity} are taken")
+            raise OverflowError(f"{len(position)} activations do not fit: {self.rows} of {self.capacity} slots full")
         self._put(self._order[self.rows : end], x, serial, position)
         self.rows = end
 
@@ -78,7 +78,7 @@ class ShuffleBuffer:
     def draw(self, count: int) -> Batch:
         """Takes `count` activations out, uniformly without replacement. Raises ValueError when there are fewer."""
         if count > self.rows:
-            raise ValueError(f"asked for {count} rows, the buffer holds {self.rows}")
+            raise ValueError(f"a batch of {count} activations was requested, the buffer holds {self.rows}")
         entries = self._random.choice(self.rows, count, replace=False)
         slots = self._order[entries]
         batch = self._gather(slots)
@@ -153,7 +153,7 @@ class OrderedBuffer(ShuffleBuffer):
         self._free_count = capacity
         """The first so many entries of `_free_slots` are free."""
         self._waiting: dict[int, deque[np.ndarray]] = {}
-        """By serial, the slots of activations whose turn has not come, in order of position."""
+        """Slots of activations whose turn has not come, by serial, in order of position."""
         self._settled_rows = 0
         """The first so many of the pool were there at the last draw."""
         self._saved_names = np.zeros((2, 0), np.int64)
@@ -166,9 +166,11 @@ class OrderedBuffer(ShuffleBuffer):
         return self.capacity - self._free_count
 
     def insert(self, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray) -> None:
-        """As `ShuffleBuffer.insert`; activations of one serial come in ascending order of position."""
+        """Like `ShuffleBuffer.insert`; activations of one serial come in ascending order of position."""
         if len(position) > self._free_count:
-            raise OverflowError(f"{len(position)} rows do not fit: {self.used_slots} of {self.capacity} are taken")
+            raise OverflowError(
+                f"{len(position)} activations do not fit: {self.used_slots} of {self.capacity} slots full"
+            )
         free_count = self._free_count - len(position)
         slots = self._free_slots[free_count : self._free_count].copy()
         self._put(slots, x, serial, position)

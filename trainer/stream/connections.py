@@ -44,18 +44,18 @@ from producer.wire import MAX_HEADER_BYTES
 log = logging.getLogger("sluice.trainer")
 
 SLACK_BYTES = 2 * MAX_HEADER_BYTES
-"""Of each connection, besides its chunks: a HELLO and other headers."""
+"""Bytes that each connection may hold besides its chunks: a HELLO and other headers."""
 PENDING_BYTES = 8 * SLACK_BYTES
-"""Of all pending connections. A frame of one byte takes 3 on the wire and 64 of memory."""
+"""Bytes that all pending connections may hold together. A frame of one byte takes 3 on the wire and 64 of memory."""
 PENDING_SECONDS, SESSION_SECONDS = 0.002, 0.02
 """Between two looks: while a connection is pending, and while each has a session."""
 
 FRAME_BYTES, LONG_FRAME_BYTES, LONG_FRAME = 2, 9, 256
-"""Of a frame's header on the wire, and the length from which it is the long one (ZMTP 3.1)."""
+"""Bytes of a short and a long frame header on the wire, and the frame length from which it is long (ZMTP 3.1)."""
 SEAL_BYTES = 33
-"""What CURVE adds to each frame: command name, nonce, authenticator and flags."""
+"""Bytes that CURVE adds to each frame: command name, nonce, authenticator and flags."""
 TCP_INFO_BYTES, RECEIVED_AT = 192, 128
-"""Of Linux' struct tcp_info, and where tcpi_bytes_received stands in it."""
+"""Size of Linux' struct tcp_info, and the offset of tcpi_bytes_received in it."""
 EVENTS = (
     zmq.EVENT_ACCEPTED
     | zmq.EVENT_DISCONNECTED
@@ -74,7 +74,7 @@ class ConnectionLimits:
     pending: int = 128
     """Connections without a session."""
     hellos: int = 16
-    """In `pending_seconds`, of one connection; a producer says one per session, and each session has a connection."""
+    """HELLOs of one connection in `pending_seconds`; a producer sends one per session, on a connection of its own."""
 
 
 class Reading(NamedTuple):
@@ -103,7 +103,7 @@ class Connection:
     """When it must have a session; None while it has one."""
     delivered_bytes: int = 0
     allowed_bytes: int = SLACK_BYTES
-    """As many may have been read in all."""
+    """Total of bytes that may have been read."""
     reading: Reading = UNREAD
     hello_times: list[float] = field(default_factory=list)
     """When it said HELLO, within the last `pending_seconds`."""
@@ -127,11 +127,11 @@ class Connections:
         self._limits = limits
         self._monitor = router.get_monitor_socket(EVENTS)
         self._address: int | str | bytes = b""
-        """Of the socket: a port, a file, or a name."""
+        """Address of the socket: a port, a file, or a name."""
         self._connections: dict[int, Connection] = {}
-        """By ZeroMQ's descriptor, in the order in which they came."""
+        """Connections by ZeroMQ's descriptor, in the order in which they came."""
         self._lock = threading.Lock()
-        """Of the monitor and the connections: whichever thread needs the events first reads them."""
+        """Guards the socket's monitor and the connections: whichever thread needs the events first reads them."""
         self._closures: Counter[str] = Counter()
         self._failed_handshakes: Counter[int] = Counter()
         self._outside_log = OutsideLog(log)
@@ -205,7 +205,7 @@ class Connections:
             connection.deadline = time.monotonic() + self._limits.pending_seconds
 
     def pop_events(self) -> tuple[Counter[str], Counter[int]]:
-        """Since the last call: connections closed here, by code, and failed handshakes, by ZeroMQ's event."""
+        """Events since the last call: connections closed here, by code, and failed handshakes, by ZeroMQ's event."""
         with self._lock:
             events = self._closures, self._failed_handshakes
             self._closures, self._failed_handshakes = Counter(), Counter()

@@ -1,4 +1,4 @@
-"""What each message from the socket does: who sent it, what the ledger makes of it, and what is answered.
+"""Handles each message from the socket: identifies its sender, passes it to the ledger, and returns the answers.
 
 A connection holds one session. No message may raise out of here for a fault of its sender; a fault of ours ends the
 session that the message came from.
@@ -67,7 +67,7 @@ class MessageHandler:
                 self.ledger.errors[error.kind] += 1
                 if error.kind == "version" and session is None:
                     reason = f"{error}; run one release on both sides"
-                    return self._reject_stranger(raw.route, "version", reason, retry=False)
+                    return self._reject_unknown_peer(raw.route, "version", reason, retry=False)
             return []
         now = time.monotonic()
         with self.lock:
@@ -87,7 +87,7 @@ class MessageHandler:
             if session in self.ledger.sessions:
                 return self.ledger.reject(session, "internal", INTERNAL)
             self.ledger.errors["internal"] += 1
-            return [] if route is None else self._reject_stranger(route, "internal", INTERNAL, retry=True)
+            return [] if route is None else self._reject_unknown_peer(route, "internal", INTERNAL, retry=True)
 
     def end_withdrawn(self) -> list[Send]:
         """Ends the sessions whose key is no longer in the clients folder."""
@@ -166,13 +166,13 @@ class MessageHandler:
         return sends
 
     def _unknown_session(self, route: bytes, message: Message) -> list[Send]:
-        """The answer to a zombie, or to a producer of an earlier start."""
+        """The answer to a session that has ended, or that began under an earlier start of this trainer."""
         self.ledger.errors["unknown_session"] += 1
         if isinstance(message, Chunk):
             self.ledger.rejected["unknown_session"] += message.rows
         reason = "this session has ended; start a new one"
-        return self._reject_stranger(route, "unknown_session", reason, retry=True)
+        return self._reject_unknown_peer(route, "unknown_session", reason, retry=True)
 
-    def _reject_stranger(self, route: bytes, code: str, reason: str, retry: bool) -> list[Send]:
+    def _reject_unknown_peer(self, route: bytes, code: str, reason: str, retry: bool) -> list[Send]:
         """A REJECT for a peer without a session."""
-        return [Send(self.routes.add_stranger(route), Reject(code=code, reason=reason, retry=retry))]
+        return [Send(self.routes.add_unknown_peer(route), Reject(code=code, reason=reason, retry=retry))]

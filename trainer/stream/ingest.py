@@ -67,7 +67,7 @@ class Ingest:
         return self._ledger.chunk(session, chunk, len(data), now, insert)[1]
 
     def state(self) -> BufferState:
-        """What a checkpoint keeps of the buffer."""
+        """The buffer's state for a checkpoint."""
         return self._saved if self.buffer is None else self.buffer.state()
 
 

@@ -50,7 +50,7 @@ class BufferReport:
 
 
 class Interrupt(Protocol):
-    """What ends a wait early: an event, or something else that can be set."""
+    """A flag that ends a wait early: an event, or anything else that can be set."""
 
     def is_set(self) -> bool: ...
 
@@ -109,7 +109,7 @@ class Intake:
 
     @property
     def tokens_trained(self) -> int:
-        """Since the run began, restarts included."""
+        """Tokens trained since the run began, restarts included."""
         return self.ledger.tokens_trained
 
     @property
@@ -119,18 +119,18 @@ class Intake:
 
     @property
     def stream(self) -> Hello | None:
-        """What the run streams; None until the first activations have arrived, which decide it for good."""
+        """The HELLO of the run's stream; None until the first activations have arrived, which decide it for good."""
         with self.lock:
             return self.ledger.identity.hello if self.ledger.identity.is_settled else None
 
     @property
     def norm_bounds(self) -> list[float] | None:
-        """Of each hook, the norm beyond which producers drop an activation."""
+        """For each hook, the norm beyond which producers drop an activation."""
         return self.ledger.identity.norm_bounds
 
     @property
     def failure(self) -> BaseException | None:
-        """What has ended the socket's thread, if anything has."""
+        """The exception that has ended the socket's thread, if any."""
         return self._server.failure
 
     def quarantine(self) -> Quarantine:
@@ -223,7 +223,7 @@ class Intake:
     # Reports
 
     def state(self) -> tuple[LedgerState, dict[int, ShardBits], BufferState]:
-        """What a checkpoint keeps of this moment: the ledger, the bits of open shards by serial, the buffer's draw."""
+        """The state for a checkpoint: the ledger, the bits of open shards by serial, and the buffer's draw."""
         with self.lock:
             return *ledger_state(self.ledger), self._ingest.state()
 
@@ -259,8 +259,8 @@ class Intake:
         if self.ledger.policy.quarantine_ends_run and self.ledger.shards.quarantined:
             shard = self.ledger.shards.quarantined[0]
             raise IntakeError(
-                f"shard {shard.shard} failed ({shard.reason}), and run.deterministic trains on all rows or none: "
-                "mend what is wrong with it, then start the trainer again; it goes on from its checkpoint"
+                f"shard {shard.shard} failed ({shard.reason}), and run.deterministic trains on all activations or "
+                "none: mend what is wrong with it, then start the trainer again; it goes on from its checkpoint"
             )
 
     def _wait(self) -> None:

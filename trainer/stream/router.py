@@ -17,7 +17,7 @@ from producer.wire import MAX_CHUNK_BYTES
 from trainer.stream.connections import ConnectionLimits, Connections
 
 MOST_FRAMES = 2
-"""Of a message: its header, and for some kinds one frame of data."""
+"""Frames of the longest message: its header, and for some kinds one frame of data."""
 
 
 class IntakeError(RuntimeError):

@@ -15,7 +15,7 @@ class Peer:
     route: bytes
     """ZeroMQ's identity of it."""
     connection: Connection | None = None
-    """None for a stranger, or when the connection is gone."""
+    """None for a peer without a session, or when the connection is gone."""
     key: bytes | None = None
     """Its public key, where the stream is encrypted."""
 
@@ -45,9 +45,9 @@ class Routes:
             self.remove(session)
         self._peers[session], self._sessions[peer.route] = peer, session
 
-    def add_stranger(self, route: bytes) -> str:
-        """A name for whoever is at a route without a session."""
-        session = self._sessions.setdefault(route, f"stranger-{route.hex()}")
+    def add_unknown_peer(self, route: bytes) -> str:
+        """A name for the peer at a route without a session."""
+        session = self._sessions.setdefault(route, f"unknown-{route.hex()}")
         self._peers.setdefault(session, Peer(route))
         return session
 
@@ -62,6 +62,6 @@ class Routes:
             self._connections.end_session(connection)
 
     def keep_only(self, sessions: Set[str]) -> None:
-        """Removes the sessions that are over; whoever still speaks at their routes is a stranger."""
+        """Removes the sessions that are over; peers that still send on their routes have no session."""
         for session in self._peers.keys() - sessions:
             self.remove(session)

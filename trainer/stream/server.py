@@ -50,7 +50,7 @@ class StreamServer:
         """`on_tick` is called, with the lock held, after each tick of the ledger."""
         self.outside_log = OutsideLog(log)
         self.failure: BaseException | None = None
-        """What has ended the thread."""
+        """The exception that has ended the thread."""
         self.outbox: list[Send] = []
         """Messages of other threads, to be sent with the next tick."""
         self.keys_changed = threading.Event()
@@ -119,7 +119,7 @@ class StreamServer:
                 return
 
     def _tick(self) -> None:
-        """What is done whether or not a message came."""
+        """The regular work of the thread, whether or not a message came."""
         self._count_connection_events()
         if self.keys_changed.is_set():
             self.keys_changed.clear()

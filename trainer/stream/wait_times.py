@@ -1,4 +1,4 @@
-"""How long training waits for activations, and producers for room in the buffer."""
+"""The time that training waits for activations, and producers for room in the buffer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class WaitTimes:
 
     def __init__(self) -> None:
         self.data_seconds = 0.0
-        """In which training waited for activations."""
+        """Seconds in which training waited for activations."""
         self._credit_seconds = 0.0
-        """In which every producer with a lease lacked credit."""
+        """Seconds in which every producer with a lease lacked credit."""
         self._updated_at = time.monotonic()
         self._samples = deque([(self._updated_at, 0.0, 0.0)], maxlen=WINDOW + 1)
         """(when, data seconds, credit seconds until then), a second apart."""
 
     def add_data_wait(self, seconds: float) -> None:
-        """Training has waited so long for activations."""
+        """Adds a wait of training for activations."""
         self.data_seconds += seconds
 
     def update(self, sessions: Iterable[Session]) -> bool:

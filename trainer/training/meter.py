@@ -1,4 +1,4 @@
-"""What is measured between two reports: seconds, steps, rates."""
+"""Measurements between two reports: seconds, steps, rates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Meter:
         return (tokens - self._tokens) / max(self.seconds, 1e-9)
 
     def recent_rate(self, tokens: int) -> float:
-        """As `rate`; just after a report, the rate that the report told."""
+        """Like `rate`; just after a report, the rate in that report."""
         return self.rate(tokens) if self.seconds > SHORTEST_INTERVAL_SECONDS else self._last_rate
 
     def restart(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""The SAEs of a run, and an operator's orders: plain data, and part of every checkpoint.
+"""The SAEs of a run, and an operator's requests: plain data, and part of every checkpoint.
 
 The run file names the SAEs that a run begins with. `ctl` attaches others and detaches any while the run trains; the
 roster keeps that, and has precedence over the file when the run is resumed. Light: settings only.

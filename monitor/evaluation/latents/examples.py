@@ -20,7 +20,7 @@ EXAMPLES = 16
 STRONGEST_FIRINGS = 32
 """Firings among which examples are chosen; weaker ones are shown by quantile."""
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.05)
-"""Of a latent's activations, around which further examples are shown."""
+"""Quantiles of a latent's activations around which further examples are shown."""
 EXAMPLES_AT_QUANTILE = 4
 BINS = 40
 

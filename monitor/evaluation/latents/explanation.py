@@ -100,7 +100,7 @@ def _half(latents: LatentActivations, latent: int, which: int) -> _Half:
 
 
 def _matches(half: _Half, pattern: _Pattern) -> np.ndarray:
-    """Where the pattern ends, bool [positions]."""
+    """Positions at which the pattern ends, bool [positions]."""
     matches = np.ones(len(half.fires), bool)
     for offset, token in pattern:
         matches &= half.tokens[:, offset] == token

@@ -1,4 +1,4 @@
-"""What the direction of a latent adds to the logits: the logit lens (nostalgebraist, 2020; Belrose et al., 2303.08112).
+"""The effect of a latent's direction on the logits: the logit lens (nostalgebraist, 2020; Belrose et al., 2303.08112).
 
     effect = W_U (gain ⊙ d)  −  its mean over the vocabulary        d: the latent's row of W_dec
 

@@ -76,7 +76,7 @@ class SnapshotSaes:
         self._directory = run_directory
         self._lock = threading.Lock()
         self._cache: dict[Path, tuple[int, SnapshotSae]] = {}
-        """By folder, when its activations were written, and the SAE."""
+        """For each folder, the time at which its activations were written, and the SAE."""
 
     def open(self, name: str, snapshot: str | None = None) -> SnapshotSae:
         """Opens one SAE of the newest snapshot that has its latents, or of `snapshot`. Raises NotFoundError."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Order = Literal["index", "density", "strongest", "norm", "age"]
-"""What a table of latents can be sorted by."""
+"""Keys by which a table of latents can be sorted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class LatentExample:
     at: int
     """Index in `tokens` of the firing."""
     cut_before: bool
-    """Whether the text goes on before `tokens`;"""
+    """Whether the text goes on before `tokens`."""
     cut_after: bool
-    """and after them."""
+    """Whether the text goes on after `tokens`."""
     tokens: list[str]
     values: list[float]
     """The latent's activation on each of `tokens`."""
@@ -40,7 +40,7 @@ class LatentSummary:
     density: float
     """Share of held-out tokens on which the latent fires."""
     firings: int
-    """Number of them."""
+    """Number of held-out tokens on which the latent fires."""
     strongest: float
     """The activation farthest from zero, in the units of the raw activations; 0 for a silent latent."""
     norm: float
@@ -130,7 +130,7 @@ class LatentInSnapshot:
     snapshot: str
     tokens: int
     cosine: float
-    """Of the decoder row in this snapshot with the one in the snapshot of the page."""
+    """Cosine of the decoder row in this snapshot with the one in the snapshot of the page."""
     density: float | None = None
     """None, as `strongest`, where the monitor has not gathered the activations of this snapshot's latents."""
     strongest: float | None = None
@@ -159,9 +159,9 @@ class Latent(LatentSummary):
     written_at: str
     """The hook from which `promoted` and `suppressed` are computed."""
     promoted: list[TokenLogit] | None
-    """None where the latent writes to no residual stream;"""
+    """None where the latent writes to no residual stream."""
     suppressed: list[TokenLogit] | None
-    """likewise."""
+    """None where the latent writes to no residual stream."""
     nearest: list[NearLatent]
     past: list[LatentInSnapshot]
     """Oldest first."""

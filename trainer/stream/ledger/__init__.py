@@ -1,4 +1,4 @@
-"""Which shard is leased to whom, and which activations are trained? The truth of a run, as a pure state machine.
+"""Which shard is leased to whom, and which activations are trained? A pure state machine.
 
     ledger       the machine: events go in, messages to send come out
     phase        how much is still to come

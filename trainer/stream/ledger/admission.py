@@ -29,7 +29,7 @@ def _chunk_size_fault(hello: Hello, capacity: int) -> Reject | None:
     width = activation_bytes(hello)
     if hello.chunk_rows * width > MAX_CHUNK_BYTES:
         reason = (
-            f"chunks of {hello.chunk_rows} rows × {width} bytes exceed {MAX_CHUNK_BYTES} bytes; "
+            f"chunks of {hello.chunk_rows} activations × {width} bytes exceed {MAX_CHUNK_BYTES} bytes; "
             "lower corpus.context, or stream fewer hooks"
         )
         return Reject(code="chunk", reason=reason, retry=False)
@@ -37,7 +37,7 @@ def _chunk_size_fault(hello: Hello, capacity: int) -> Reject | None:
         # A shorter context makes a chunk smaller only where the chunk is one long window.
         would_help = hello.chunk_rows == hello.context and 4 * (TARGET_CHUNK_BYTES // width) <= capacity
         reason = (
-            f"buffer.rows = {capacity} holds fewer than four chunks of {hello.chunk_rows} rows; "
+            f"buffer.rows = {capacity} holds fewer than four chunks of {hello.chunk_rows} activations; "
             f"raise buffer.rows to {4 * hello.chunk_rows}{', or lower corpus.context' if would_help else ''}"
         )
         return Reject(code="buffer", reason=reason, retry=False)

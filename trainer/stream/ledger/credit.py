@@ -139,7 +139,7 @@ class FairCredit(CreditPolicy):
     def _choose(
         self, session: Session, free: list[OpenShard], shards: ShardQueue, sessions: Sessions, now: float
     ) -> OpenShard | None:
-        """What was given back, then the epoch's next shard, then what is in trouble, then the next epoch."""
+        """The first of: a shard that was given back, the epoch's next one, one in trouble, one of the next epoch."""
         producer = session.hello.producer
         ready = [shard for shard in free if shard.retry_at <= now]
         for shard in ready:
@@ -191,7 +191,7 @@ class OrderedCredit(CreditPolicy):
             return Fault("order", f"chunk of position {start} comes after one that ends at {shard.prefix_end}")
         room = self._waiting_room - session.hello.chunk_rows
         if shard.serial > shards.oldest and shards.early_tokens + chunk.rows > room:
-            return Fault("early", "no room for rows whose turn comes much later")
+            return Fault("early", "no room for activations whose turn comes much later")
         return None
 
     def make_way(self, room: int, shards: ShardQueue, sessions: Sessions, now: float) -> list[Send]:

@@ -31,7 +31,7 @@ class Failures:
     ) -> None:
         """`counts_at_once`: a report counts though its producer has served no other shard."""
         self.now = 0.0
-        """Of the ledger's last tick."""
+        """Time of the ledger's last tick."""
         self._shards = shards
         self._sessions = sessions
         self._dead_seconds = dead_seconds
@@ -41,7 +41,7 @@ class Failures:
         """While only shards in trouble are left: when that was noticed, or said, last."""
 
     def pop_notices(self) -> list[str]:
-        """What a person should know of since the last call, in sentences."""
+        """Notices for the operator since the last call, in sentences."""
         notices, self._notices = self._notices, []
         return notices
 
@@ -69,12 +69,12 @@ class Failures:
         # At 3, 6, 12, 24 … deaths.
         if shard.deaths % SUSPECT_DEATHS == 0 and (shard.deaths // SUSPECT_DEATHS).bit_count() == 1:
             self._notices.append(
-                f"{shard.deaths} producers in a row were lost on {shard} before they sent a row of it; it is leased "
+                f"{shard.deaths} producers in a row were lost on {shard} before they sent any of it; it is leased "
                 "last, and not given up: do they lack memory, or end at once for another reason? Their logs tell"
             )
 
     def notice_if_stuck(self) -> None:
-        """Says again and again that the run waits for shards in trouble."""
+        """Adds a notice every STUCK_SECONDS while the run waits for nothing but shards in trouble."""
         pending = list(self._shards.pending())
         if not pending or self._shards.has_fresh or not all(shard.is_in_trouble for shard in pending):
             self._notice_at = None
@@ -91,7 +91,7 @@ class Failures:
             )
 
     def _back_off(self, shard: OpenShard) -> None:
-        """Nobody is leased this shard for a while, each time a longer one; the first retry comes at once."""
+        """Delays the next lease of this shard, each time for longer; the first retry comes at once."""
         shard.retry_at = self.now + min(shard.setbacks, MAX_BACKOFF) * self._dead_seconds
         shard.setbacks += 1
 

@@ -23,12 +23,12 @@ class StreamIdentity:
     """The run's stream, and the comparison of others with it."""
 
     def __init__(self, expected: dict[str, Any], fixed_chunks: bool) -> None:
-        """`expected` are facts from the trainer's run file; `fixed_chunks`: producers must agree on rows per chunk."""
+        """`expected`: facts from the trainer's run file; `fixed_chunks`: producers must agree on the size of chunks."""
         self.hello: Hello | None = None
         self.is_settled = False
         """Activations of it have arrived: it is the run's for good."""
         self.norm_bounds: list[float] | None = None
-        """Of each hook, the norm beyond which every producer drops an activation."""
+        """For each hook, the norm beyond which every producer drops an activation."""
         self._expected = expected
         self._fixed_chunks = fixed_chunks
 
@@ -51,7 +51,7 @@ class StreamIdentity:
         if from_file or self.is_settled:
             advice, retry = "Start it with the run's own file, or start a new run directory", False
         else:
-            advice, retry = "No row was received so far: the first ones decide", True
+            advice, retry = "No activation was received so far: the first ones decide", True
         return Reject(code="mismatch", reason=f"{differences}. {advice}", retry=retry)
 
     def _file_facts(self, hello: Hello) -> list[Fact]:
@@ -69,7 +69,7 @@ class StreamIdentity:
         names = [name for name in STREAM_FACTS if name != "fingerprint"]
         facts = [(name, getattr(self.hello, name), getattr(hello, name)) for name in names]
         if self._fixed_chunks:
-            facts.append(("rows per chunk", self.hello.chunk_rows, hello.chunk_rows))
+            facts.append(("activations per chunk", self.hello.chunk_rows, hello.chunk_rows))
         if self.hello.fingerprint != hello.fingerprint:
             facts += _fingerprint_facts(self.hello, hello)
         return facts

@@ -15,7 +15,7 @@ class Invariants:
 
     def __init__(self) -> None:
         self.violations: Counter[str] = Counter()
-        """Since the run began, by invariant."""
+        """Number of violations since the run began, by invariant."""
         self._sentences: list[str] = []
 
     def counts(self) -> dict[str, int]:
@@ -29,13 +29,13 @@ class Invariants:
     def check_memory(self, buffered: int, credited: int, capacity: int) -> None:
         """Tokens here and tokens that may still come fit into the buffer."""
         if (tokens := buffered + credited) > capacity:
-            sentence = f"{tokens} rows are here or may still come, and there is room for {capacity}"
+            sentence = f"{tokens} tokens are here or may still come, and there is room for {capacity}"
             self.violate("memory_bound", sentence)
 
     def check_buffer(self, in_buffer: int, buffered: int) -> None:
         """The buffer holds no more than the ledger counts; a batch that is being trained is in no buffer."""
         if not 0 <= in_buffer <= buffered:
-            self.violate("rows_accounted", f"the buffer holds {in_buffer} rows, the ledger {buffered}")
+            self.violate("rows_accounted", f"the buffer holds {in_buffer} tokens, the ledger {buffered}")
 
     def pop_sentences(self) -> list[str]:
         """The violations since the last call."""

@@ -67,9 +67,9 @@ class AcceptedChunk:
     """A chunk whose activations go into the buffer."""
 
     serial: int
-    """Of its shard."""
+    """Serial of its shard."""
     position: np.ndarray
-    """Of each activation, int64 [rows], in payload order."""
+    """Position of each activation, int64 [activations], in payload order."""
 
 
 Insert = Callable[[AcceptedChunk], None]
@@ -79,7 +79,7 @@ Insert = Callable[[AcceptedChunk], None]
 class Ledger:
     """See the module's docstring. Every method is called with a lock held by the owner.
 
-    The owner lets in only events of sessions that are in `sessions`, and turns strangers away itself.
+    The owner lets in only events of sessions that are in `sessions`, and turns unknown peers away itself.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Ledger:
             self.identity.adopt(hello)
             self.shards.begin(hello)
         elif not self.identity.is_settled and not self.sessions:
-            # Bounds and provenance of a producer that has left without a row decide nothing.
+            # Bounds and provenance of a producer that has left without an activation decide nothing.
             self.identity.adopt(hello)
         self.sessions[hello.session] = Session(hello, last_heard=now, last_progress=now)
         welcome = Welcome(

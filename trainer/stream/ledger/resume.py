@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the ledger: its books, and one bit per position of an open shard for trained and dropped.
+"""The ledger in a checkpoint: its counters, and one bit per position of an open shard for trained and dropped.
 
 Sessions, leases, credit and buffered activations are not kept: producers start new sessions, and what was buffered is
 leased again.
@@ -14,7 +14,7 @@ from trainer.stream.ledger.shards import OpenShard, QuarantinedShard, ShardState
 
 
 def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
-    """A copy of the books, and of the bits of open shards by serial."""
+    """Copies of the ledger's counters, and of the bits of open shards by serial."""
     shards, quarantined = list(ledger.shards.open.values()), ledger.shards.quarantined
     state = LedgerState(
         run=ledger.run,
@@ -53,7 +53,7 @@ def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
 
 
 def restore_ledger(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:
-    """Makes a new ledger what it was; activations that were buffered then are missing again."""
+    """Restores the counters and shards of a new ledger; activations that were buffered are missing again."""
     ledger.run = state.run
     ledger.identity.hello = state.stream
     ledger.identity.is_settled = state.stream is not None

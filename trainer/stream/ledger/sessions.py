@@ -46,7 +46,7 @@ class Session:
     """Number of the last chunk that it may send."""
     received: int = 0
     announced_credit: int = 0
-    """What it knows of `granted`."""
+    """The last value of `granted` that was sent to it."""
     last_grant: int = 0
     """Number of its newest grant among the grants of all sessions; the smallest is served first."""
     last_heartbeat: float = float("-inf")
@@ -90,7 +90,7 @@ class Session:
         return bool(self.leases) and self.chunks_in_flight > 0 and now - self.last_progress > stall_seconds
 
     def chunk_fault(self, chunk: Chunk, payload_bytes: int, incarnation: str) -> Fault | None:
-        """What is wrong with a chunk, whatever its lease."""
+        """The fault of a chunk, checked without its lease; None for a sound one."""
         positions = chunk.windows * self.hello.context
         width = activation_bytes(self.hello)
         if chunk.incarnation != incarnation:
@@ -100,7 +100,7 @@ class Session:
         if chunk.number > self.granted:
             return Fault("credit", f"chunk {chunk.number} is beyond the credit of {self.granted}")
         if chunk.rows > self.hello.chunk_rows:
-            return Fault("shape", f"chunk of {chunk.rows} rows where HELLO announced {self.hello.chunk_rows} at most")
+            return Fault("shape", f"chunk of {chunk.rows} activations; HELLO announced {self.hello.chunk_rows} at most")
         if chunk.first_window * self.hello.context + positions > MAX_POSITIONS:
             return Fault(
                 "shape", f"window {chunk.first_window} lies beyond the {MAX_POSITIONS} positions a shard may have"
@@ -109,9 +109,9 @@ class Session:
             sizes = f"{len(chunk.kept)} and {len(chunk.outliers)}"
             return Fault("shape", f"masks of {sizes} bytes for {positions} positions")
         if (rows := count_bits(unpack_bits(chunk.kept, positions))) != chunk.rows:
-            return Fault("shape", f"chunk names {rows} rows and announces {chunk.rows}")
+            return Fault("shape", f"chunk names {rows} activations and announces {chunk.rows}")
         if payload_bytes != chunk.rows * width:
-            return Fault("shape", f"payload of {payload_bytes} bytes where {chunk.rows} rows × {width} were due")
+            return Fault("shape", f"payload of {payload_bytes} bytes where {chunk.rows} activations × {width} were due")
         return None
 
 

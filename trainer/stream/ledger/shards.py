@@ -24,7 +24,7 @@ SUSPECT_DEATHS = 3
 
 
 class ShardState(Enum):
-    """Where a shard is in its life."""
+    """The lifecycle of a shard."""
 
     FREE = "free"
     """It can be leased."""
@@ -34,12 +34,12 @@ class ShardState(Enum):
     """All of its activations have arrived or were dropped; some are not trained yet."""
     TRAINED = "trained"
     QUARANTINED = "quarantined"
-    """What arrived of it is still trained; the rest is not asked for until a person says so."""
+    """What arrived of it is still trained; the rest is not leased until an operator retries it."""
 
 
 @dataclass(frozen=True)
 class FailureReport:
-    """What a producer says is wrong with its shard."""
+    """A producer's report that its shard is broken."""
 
     reason: str
     rows: int | None = None
@@ -196,7 +196,7 @@ class ShardQueue:
     def __init__(self, seed: int, epochs: int | None) -> None:
         self.seed = seed
         self.open: dict[int, OpenShard] = {}
-        """By serial, in the order of serials."""
+        """Open shards by serial, in the order of serials."""
         self.quarantined: list[QuarantinedShard] = []
         self.epoch = 0
         self.trained_in_epoch = 0
@@ -245,7 +245,7 @@ class ShardQueue:
         return shard
 
     def _may_begin_epoch(self) -> bool:
-        """There is another epoch, and this one has shown that shards can be served: or epochs would fly past."""
+        """There is another epoch, and this one shows that shards can be served: else all epochs would pass at once."""
         return (
             self._stream is not None
             and (self._epochs is None or self.epoch + 1 < self._epochs)
