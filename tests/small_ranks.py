@@ -17,7 +17,10 @@ SIZES = (2, 4)
 
 
 class SmallRanks(AbstractContextManager["SmallRanks"]):
-    """Four processes with one thread each, which act as 2 or as 4 ranks; `run` gives a function to all of them."""
+    """Four processes with one thread each, which act as 2 or as 4 ranks; `run` gives a function to all of them.
+
+    Latents are cut at any place, not only at multiples of 1,024.
+    """
 
     def __init__(self, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -31,10 +34,10 @@ class SmallRanks(AbstractContextManager["SmallRanks"]):
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], size: int, *args: Any, blocks: int = 1) -> list[Any]:
         """function(ranks, *args) on each of `size` ranks; returns what each returned. An exception is raised here."""
         for pipe in self._pipes[:size]:
-            pipe.send((function, size, args))
+            pipe.send((function, size, blocks, args))
         answers = []
         for rank, pipe in enumerate(self._pipes[:size]):
             if not pipe.poll(LIMIT.total_seconds()):
@@ -66,10 +69,11 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     groups = {each: dist.new_group(list(range(each)), timeout=LIMIT) for each in SIZES}
     while True:
         try:
-            function, ranks_used, args = pipe.recv()
+            function, ranks_used, blocks, args = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((function(Ranks(rank, ranks_used, groups[ranks_used]), *args), None))
+            ranks = Ranks(rank, ranks_used, groups[ranks_used], blocks, latents_per_unit=1)
+            pipe.send((function(ranks, *args), None))
         except Exception:
             pipe.send((None, f"rank {rank} of {ranks_used}:\n{traceback.format_exc()}"))

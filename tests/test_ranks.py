@@ -55,13 +55,13 @@ def one_process(pre_acts: Tensor, k: int, magnitude: bool) -> Tensor:
 
 
 def local_largest(ranks: Ranks, pre_acts: Tensor, k: int, magnitude: bool) -> tuple[Tensor, Tensor, int]:
-    held = ranks.latents(pre_acts.shape[1], unit=1)
+    held = ranks.latents(pre_acts.shape[1])
     own = pre_acts[:, held.start : held.stop]
     count = min(k, own.shape[1])
     order = (own.abs() if magnitude else own).sort(dim=1, descending=True, stable=True).indices[:, :count]
     start = torch.arange(0, own.numel() and count * len(own) + 1, max(1, count))[: len(own) + 1]
     candidates = Entries(start, order.flatten(), own.gather(1, order).flatten(), own.shape[1])
-    chosen = selection.largest(ranks, candidates, k, held.start, magnitude)
+    chosen = selection.largest(ranks, candidates, k, candidates.column + held.start, magnitude)
     places = torch.zeros_like(own, dtype=torch.bool)
     places[chosen.row(), chosen.column] = True
     return places, chosen.value, sum(ranks.traffic.received_bytes.values())
@@ -102,9 +102,9 @@ def values_of(kind: str, rows: int, d_sae: int, seed: int) -> Tensor:
 
 
 def local_largest_of(ranks: Ranks, pre_acts: Tensor, count: int) -> Tensor:
-    held = ranks.latents(pre_acts.shape[1], unit=1)
+    held = ranks.latents(pre_acts.shape[1])
     own = pre_acts[:, held.start : held.stop]
-    chosen = selection.largest_of(ranks, select.exceeding(own, 0.0), count, held.start)
+    chosen, _ = selection.largest_of(ranks, select.exceeding(own, 0.0), count, held.start)
     return chosen.dense()
 
 
@@ -130,6 +130,30 @@ def test_batch_top_k_over_ranks_is_the_set_of_one_process(
     parts = small_ranks.run(local_largest_of, size, pre_acts, count)
 
     assert torch.equal(torch.cat(parts, 1), expected.dense())
+
+
+def local_nth_largest(ranks: Ranks, values: Tensor, n: int) -> float:
+    return selection.nth_largest(ranks, values[ranks.rank :: ranks.size], n)
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 2**16),
+    size=st.sampled_from(SIZES),
+    count=st.integers(1, 40),
+    fraction=st.floats(0.0, 1.3),
+    kind=st.sampled_from(["normal", "few values", "equal", "zeros of both signs", "minus infinity"]),
+)
+def test_the_nth_largest_over_ranks_is_that_of_one_process(
+    small_ranks: SmallRanks, seed: int, size: int, count: int, fraction: float, kind: str
+) -> None:
+    """The very value; the least of all where there are fewer than n, and a rank may have none."""
+    values = values_of(kind, 1, count, seed)[0]
+    n = max(1, round(fraction * count))
+
+    answers = small_ranks.run(local_nth_largest, size, values, n)
+
+    assert answers == [float(values.sort(descending=True).values[min(n, count) - 1])] * size
 
 
 def test_nan_is_the_largest_of_a_row() -> None:

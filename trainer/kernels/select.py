@@ -37,6 +37,15 @@ def largest(pre_acts: Tensor, k: int, magnitude: bool = False, dense_above: floa
     return Entries(start, column.reshape(-1), value.reshape(-1), d_sae)
 
 
+def candidates(pre_acts: Tensor, k: int, magnitude: bool = False) -> Entries:
+    """The k largest of each row by value or |value|, as they are; columns ascend within a row."""
+    batch, d_sae = pre_acts.shape
+    column = topk(pre_acts.abs() if magnitude else pre_acts, k)[1].sort(1).values if k else pre_acts.new_empty(batch, 0)
+    column = column.to(torch.int64)
+    start = torch.arange(batch + 1, device=pre_acts.device) * k
+    return Entries(start, column.reshape(-1), widen(pre_acts.gather(1, column)).reshape(-1), d_sae)
+
+
 def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(value, index) of the k largest in each row of [rows, n], in no order. Exact."""
     return kernels(values.device).topk(values, k)

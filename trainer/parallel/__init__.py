@@ -4,6 +4,7 @@
     placement    whether the ranks that were started can share the SAEs of a run
     ranks        the process group: collectives, counted by purpose, and the latents that each rank holds; messages
     commands     what rank 0 tells the other ranks to do
+    blocks       over which latents sums are formed before they are exchanged
     selection    top-k and batch-top-k over latents that are spread over ranks, exact
 
 Only `ranks` imports torch.distributed. Imported by saes/, training/, control/, `app` and `__main__`.

@@ -10,7 +10,9 @@ Every collective counts the bytes that this rank receives, by purpose, as the us
     exchange   (P − 1) / P · size              broadcast   size, on all but the source
 
 Two properties decide what may be compared between runs of different P. Sums of float numbers over ranks depend on
-their order, which a collective chooses; `sum_in_order` fixes it, and costs more bytes. Everything else is exact.
+their order, which a collective chooses. Where latents form a fixed number of blocks, sums are formed for each block and
+added in the order of blocks (`sum_in_order`): the same bits for every P that divides the number of blocks, for more
+bytes. Everything else is exact.
 """
 
 from __future__ import annotations
@@ -42,20 +44,52 @@ class Traffic:
 class Ranks:
     """The ranks of one placement group, as one of them sees them. Collectives must be called by all, in one order."""
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        blocks: int = 1,
+        latents_per_unit: int = LATENTS_PER_UNIT,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """`blocks` is the number of blocks of latents whose sums are added in order, a multiple of `size`.
+
+        1: each rank sums over its latents as it likes, and a collective over ranks. `device` is that of the tensors
+        in collectives.
+        """
+        if blocks != 1 and blocks % size:
+            raise ValueError(f"{blocks} blocks of latents cannot be spread evenly over {size} ranks")
         self.rank = rank
         self.size = size
+        self.blocks = blocks
+        self.device = torch.device(device)
         self.traffic = Traffic()
         self._group = group
+        self._latents_per_unit = latents_per_unit
 
     @property
     def is_alone(self) -> bool:
+        """This process is the only one."""
         return self.size == 1
 
-    def latents(self, d_sae: int, unit: int = LATENTS_PER_UNIT) -> range:
+    @property
+    def is_whole(self) -> bool:
+        """This process holds all latents, and sums over them in any order."""
+        return self.size == 1 and self.blocks == 1
+
+    def latents(self, d_sae: int) -> range:
         """The latents that this rank holds."""
-        cuts = latent_cuts(d_sae, self.size, unit)
+        cuts = latent_cuts(d_sae, self.size, self._latents_per_unit)
         return range(cuts[self.rank], cuts[self.rank + 1])
+
+    def latent_blocks(self, d_sae: int) -> list[range]:
+        """The blocks of latents that this rank holds, one without fixed blocks."""
+        if self.blocks == 1:
+            return [self.latents(d_sae)]
+        cuts, held = latent_cuts(d_sae, self.blocks, self._latents_per_unit), self.blocks // self.size
+        first = self.rank * held
+        return [range(cuts[block], cuts[block + 1]) for block in range(first, first + held)]
 
     # Collectives
 
@@ -106,6 +140,21 @@ class Ranks:
         received = self.exchange(by_rank.contiguous(), purpose)
         own = _added(received.flatten(0, 1))
         return self.gather(own, purpose).flatten(0, 1)[:rows]
+
+    def total(self, parts: Tensor, purpose: str) -> Tensor:
+        """Sum over the blocks of latents of all ranks: parts [blocks of this rank, rows, …] → [rows, …]."""
+        return self.sum(parts[0], purpose) if self.blocks == 1 else self.sum_in_order(parts, purpose)
+
+    def count(self, number: int, purpose: str = "scalars") -> int:
+        """The sum of a number over all ranks."""
+        return number if self.is_alone else int(self.sum(self._scalar(number), purpose))
+
+    def counts(self, number: int, purpose: str = "scalars") -> list[int]:
+        """The numbers of all ranks."""
+        return [number] if self.is_alone else self.gather(self._scalar(number), purpose).tolist()
+
+    def _scalar(self, number: int) -> Tensor:
+        return torch.tensor(number, device=self.device)
 
     @contextmanager
     def _counted(self, purpose: str, received_bytes: int) -> Iterator[None]:

@@ -8,6 +8,9 @@ of one process. NaN sorts above infinity: its row keeps it, and the step is skip
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,22 +29,29 @@ def ordered_bits(value: Tensor) -> Tensor:
     return ordered.where(~value.isnan(), 0x7FFFFFFF)
 
 
+def value_of(bits: int) -> float:
+    """The float32 value whose `ordered_bits`, moved to begin at zero, are `bits`; infinity for NaN."""
+    ordered = bits - 2**31
+    value = torch.tensor(ordered if ordered >= 0 else ordered ^ 0x7FFFFFFF).to(torch.int32).view(torch.float32)
+    return math.inf if value.isnan() else float(value)
+
+
 def selection_keys(value: Tensor, latent: Tensor) -> Tensor:
     """Unique int64 keys of candidates: by value, of equal ones the first latent above."""
     return (ordered_bits(value) << 32) | (0xFFFFFFFF - latent)
 
 
-def largest(ranks: Ranks, candidates: Entries, k: int, first: int, magnitude: bool = False) -> Entries:
+def largest(ranks: Ranks, candidates: Entries, k: int, latent: Tensor, magnitude: bool = False) -> Entries:
     """Of each row's candidates on all ranks the k largest; returns those that this rank holds.
 
     `candidates` are this rank's own k largest of each row (all of its latents, where it holds fewer than k), equally
-    many in every row; `first` is the latent that its column 0 stands for. With `magnitude` |value| decides.
+    many in every row; `latent` [entries] numbers them among the latents of all ranks. With `magnitude` |value| decides.
     """
     if ranks.is_alone:
         return candidates
     rows = candidates.rows
     value = candidates.value.abs() if magnitude else candidates.value
-    keys = selection_keys(value, candidates.column + first).view(rows, -1)
+    keys = selection_keys(value, latent).view(rows, -1)
     share = -(-rows // ranks.size)
     # Rows are padded to equal shares, and ranks with few latents to k candidates; no padding is ever chosen.
     padded = keys.new_full((share * ranks.size, k), LOWEST)
@@ -53,25 +63,49 @@ def largest(ranks: Ranks, candidates: Entries, k: int, first: int, magnitude: bo
     return candidates.where((keys >= threshold[:, None]).flatten())
 
 
-def largest_of(ranks: Ranks, candidates: Entries, count: int, first: int) -> Entries:
-    """The `count` largest candidates of all rows and ranks together; returns those that this rank holds.
+def largest_of(ranks: Ranks, candidates: Entries, count: int, first: int) -> tuple[Entries, float]:
+    """The `count` largest candidates of all rows and ranks together, and the least of them.
 
-    All candidates when there are fewer. Of equal values those of earlier rows, then of earlier latents are chosen.
-    Candidates stand row by row with ascending columns; `first` is the latent that column 0 stands for.
+    Returns those that this rank holds; all candidates when there are fewer. Of equal values those of earlier rows, then
+    of earlier latents are chosen. Candidates stand row by row with ascending columns; `first` is the latent that
+    column 0 stands for.
     """
     bits = ordered_bits(candidates.value) + 2**31
+    place = _place_of(ranks, bits, count)
+    if place.surplus <= 0:
+        return candidates, value_of(place.bits)
+    is_tie = bits == place.bits
+    chosen = bits > place.bits
+    chosen |= is_tie & _first_ties(ranks, candidates, is_tie, count - place.above, first)
+    return candidates.where(chosen), value_of(place.bits)
+
+
+def nth_largest(ranks: Ranks, value: Tensor, n: int) -> float:
+    """The n-th largest of the values of all ranks, counted from 1; the least when there are fewer."""
+    return value_of(_place_of(ranks, ordered_bits(value) + 2**31, n).bits)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the n-th largest value of all ranks is."""
+
+    bits: int
+    """Of that value, or of the least when there are fewer than n: `ordered_bits`, moved to begin at zero."""
+    above: int
+    """Values above it."""
+    surplus: int
+    """Values beyond n, of all ranks; negative when there are fewer."""
+
+
+def _place_of(ranks: Ranks, bits: Tensor, n: int) -> Place:
+    """Finds the n-th largest of all ranks by counting upper halves, then the lower halves of those in its bin."""
     upper = bits // BINS
     upper_counts = ranks.sum(torch.bincount(upper, minlength=BINS), "thresholds")
-    if int(upper_counts.sum()) <= count:
-        return candidates
-    upper_bin, above = _bin_of(upper_counts, count)
+    total = int(upper_counts.sum())
+    upper_bin, above = _bin_of(upper_counts, min(n, total))
     lower_counts = ranks.sum(torch.bincount(bits[upper == upper_bin] % BINS, minlength=BINS), "thresholds")
-    lower_bin, above_in_bin = _bin_of(lower_counts, count - above)
-    threshold = upper_bin * BINS + lower_bin
-    is_tie = bits == threshold
-    chosen = bits > threshold
-    chosen |= is_tie & _first_ties(ranks, candidates, is_tie, count - above - above_in_bin, first)
-    return candidates.where(chosen)
+    lower_bin, above_in_bin = _bin_of(lower_counts, min(n, total) - above)
+    return Place(upper_bin * BINS + lower_bin, above + above_in_bin, total - n)
 
 
 def _bin_of(counts: Tensor, count: int) -> tuple[int, int]:

@@ -18,12 +18,18 @@ so that a latent of segment g receives the sum of the gradients of levels ≥ g.
 
 Gradients are written out by hand, as sparse products (Gao et al. 2024, arXiv 2406.04093, appendix D), and are tested
 against dense autograd.
+
+Several ranks may share an SAE. Each holds the rows of some latents in every per-latent parameter, and all of b_dec and
+W_skip; every rank sees the whole batch. What is summed over latents is summed over ranks: the products latents W_dec,
+so that y_hat, the loss and its gradient by y_hat are known to all of them, with the same bits; and b_dec's gradient
+through the encoder, −Σ_i db_enc,i W_enc,i. Its gradient as a term of y_hat is the same on all ranks, and counts once.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -32,10 +38,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from trainer.kernels.operands import Operands
-from trainer.kernels.select import DENSE_ABOVE, Latents
-from trainer.kernels.sparse import kernels
+from trainer.kernels.select import DENSE_ABOVE, Latents, dense_if_many
+from trainer.kernels.sparse import Entries, kernels
+from trainer.parallel import selection
+from trainer.parallel.blocks import LatentBlock, blocks_of, blocks_of_subset, by_block, segment_ends
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.encoder import BlockwiseEncoder, Encoded
-from trainer.saes.gradients import Gradients, Reconstruction
+from trainer.saes.gradients import SHARED, THROUGH_ENCODER, Gradients, Reconstruction
 from trainer.saes.initial import initial_bias, initial_directions, normalise_rows
 from trainer.saes.published import Activation, SaeWeights
 from trainer.saes.settings import SaeSettings
@@ -67,9 +76,15 @@ class Sae(ABC):
     trainable: frozenset[str] | None = None
     """Names of the parameters that the optimizer changes; None for all."""
 
-    def __init__(self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        """`widths` of the hooks it reads; `d_out` is the width of a transcoder's target, None for all others."""
+    def __init__(
+        self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        """`widths` of the hooks it reads; `d_out` is the width of a transcoder's target, None for all others.
+
+        `ranks` share its latents.
+        """
         self.settings = settings
+        self.ranks = ranks
         self.widths = widths
         self.d_in = sum(widths)
         self.d_out = self.d_in if d_out is None else d_out
@@ -81,14 +96,19 @@ class Sae(ABC):
         """Decoder rows are kept at unit norm; otherwise their norm is learned and folded into the encoder on export."""
         self.by_magnitude = False
         """Latents may be negative, and are selected by their magnitude."""
-        self.ends = tuple(settings.levels)
-        """Ends of the segments of latents, one per level."""
+        self.latents = ranks.latents(self.d_sae)
+        """The latents that this rank holds; d_sae is the number of all."""
+        self.blocks = blocks_of(ranks.latent_blocks(self.d_sae), settings.levels)
+        self.ends = segment_ends(self.blocks)
+        """Ends of the segments of this rank's latents: without other ranks one per level."""
+        if ranks.blocks > 1:
+            self.dense_above = math.inf  # the bits of a dense product would depend on how many latents a rank holds
         self.variance = 1.0
         """Frozen total variance of scaled y: the unit of the reconstruction loss."""
         self.parameters: dict[str, Tensor] = {
-            "W_enc": torch.zeros(self.d_sae, self.d_in),
-            "W_dec": torch.zeros(self.d_sae, self.d_out),
-            "b_enc": torch.zeros(self.d_sae),
+            "W_enc": torch.zeros(len(self.latents), self.d_in),
+            "W_dec": torch.zeros(len(self.latents), self.d_out),
+            "b_enc": torch.zeros(len(self.latents)),
             "b_dec": torch.zeros(self.d_out),
         }
         if settings.skip:
@@ -120,12 +140,13 @@ class Sae(ABC):
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """Sets the parameters from a sample of scaled activations x [rows, d_in], y [rows, d_out]."""
         self.variance = float((y - y.mean(0)).double().square().sum(1).mean())
-        directions = initial_directions(self.settings, x, generator)
+        directions = initial_directions(self.settings, x, generator, self.latents)
         self.b_dec.copy_(initial_bias(y, self.settings.initial_bias))
         self.W_enc.copy_(directions)
         if self.is_transcoder:
             # y_hat begins as the mean of the target, and pre_acts about zero, as in sparsify.
-            self.b_enc.copy_(-(directions @ initial_bias(x, self.settings.initial_bias)))
+            centre = initial_bias(x, self.settings.initial_bias)
+            self.b_enc.copy_(torch.cat([-(directions[block.latents] @ centre) for block in self.blocks]))
         else:
             self.W_dec.copy_(directions)
 
@@ -136,7 +157,8 @@ class Sae(ABC):
         """
         sample = self._encoder_input(x[:RATE_ROWS].to(self.W_enc.device))
         rank = min(len(sample), max(1, round((1 - rate) * len(sample))))
-        quantiles = [(sample @ W.T).kthvalue(rank, dim=0).values for W in self.W_enc.split(LATENTS_AT_ONCE)]
+        weights = [W for block in self.blocks for W in self.W_enc[block.latents].split(LATENTS_AT_ONCE)]
+        quantiles = [(sample @ W.T).kthvalue(rank, dim=0).values for W in weights]
         self.b_enc.copy_(level - torch.cat(quantiles))
 
     @classmethod
@@ -149,20 +171,36 @@ class Sae(ABC):
         return weights
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
-        """Sets the parameters that `weights`, in this SAE's layout and scale, contain."""
+        """Sets the parameters that `weights`, in this SAE's layout and scale, contain; those of this rank's latents."""
         for name in self.parameters.keys() & weights.keys():
             self.parameters[name].copy_(weights[name])
         if self.unit_decoder:
             normalise_rows(self.W_dec)
 
+    def held(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of this rank's latents, and those that belong to no latent, of weights of all latents."""
+        rows = slice(self.latents.start, self.latents.stop)
+        return {name: value if name in SHARED else value[rows] for name, value in weights.items()}
+
     # Training
 
     @abstractmethod
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        """The loss of a batch and its gradient.
+        """The loss of a batch and its gradient. Collective; `complete` adds what ranks still have apart.
 
-        x [batch, d_in], y [batch, d_out] scaled; dead [d_sae]: latents to revive; `sparsity`: share of the penalty.
+        x [batch, d_in], y [batch, d_out] scaled; dead [latents of this rank]: those to revive; `sparsity`: share of the
+        penalty.
         """
+
+    def complete(self, grads: dict[str, Tensor]) -> None:
+        """Adds b_dec's gradient through the encoder of all ranks, once. Collective."""
+        if (parts := grads.pop(THROUGH_ENCODER, None)) is not None:
+            grads["b_dec"] += self.ranks.total(parts, "sums")
+
+    @property
+    def partial_losses(self) -> tuple[str, ...]:
+        """Names of the losses that are sums over latents: each rank has the part of its own."""
+        return ()
 
     def after_step(self) -> None:
         """Restores constraints on parameters after an optimizer step; it keeps unit decoder rows itself."""
@@ -171,24 +209,50 @@ class Sae(ABC):
     def encode(
         self, x: Tensor, aux_latents: Tensor, *selections: Callable[[Tensor], Latents], offset: Tensor | float = 0.0
     ) -> Encoded:
-        """The one dense product of a step; `selections` are applied to pre_acts − `offset`, [rows, d_sae].
+        """The one dense product of a step; `selections` are applied to pre_acts − `offset`, [rows, n] of this rank.
 
-        Pre_acts of `aux_latents`, indices [n], are kept.
+        They are split into segments. Pre_acts of `aux_latents`, indices [n], are kept.
         """
+        encoded = self.encode_unsplit(x, aux_latents, *selections, offset=offset)
+        return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
+
+    def encode_unsplit(
+        self, x: Tensor, aux_latents: Tensor, *selections: Callable[[Tensor], Latents], offset: Tensor | float = 0.0
+    ) -> Encoded:
+        """As `encode`, for latents of which ranks choose before they are split."""
         if self.centred:  # before rounding: in bfloat16 the subtraction would cost the digits that matter
             inputs = kernels(x.device).centred(x, self.b_dec, self.matmul_dtype)
         else:
             inputs = x.to(self.matmul_dtype)
         bias = (self.b_enc - offset).to(self.matmul_dtype)
-        return self._encoder(inputs, self.operand("W_enc"), bias, selections, aux_latents)
+        parts = [block.latents for block in self.blocks]
+        row_latents = self.d_sae if self.ranks.blocks > 1 else None  # as many rows for any number of ranks
+        return self._encoder(inputs, self.operand("W_enc"), bias, selections, aux_latents, parts, row_latents)
+
+    def padded(self, encoded: Encoded, fill: float) -> tuple[Tensor, Tensor]:
+        """`Encoded.padded` where products are dense; not where blocks of latents have sparse ones of their own."""
+        return encoded.padded(fill) if self.ranks.blocks == 1 else (encoded.aux_latents, encoded.aux_pre_acts)
+
+    def choose_largest(self, candidates: Entries, k: int, latent: Tensor) -> Latents:
+        """The k largest latents of each row, of those of all ranks, with ReLU unless signs are kept. Collective.
+
+        `candidates` are the k largest that this rank has; `latent` [entries] numbers them among all latents.
+        """
+        chosen = selection.largest(self.ranks, candidates, k, latent, self.by_magnitude)
+        if not self.by_magnitude:
+            chosen = chosen.with_value(chosen.value.relu())
+        return dense_if_many(chosen, self.dense_above)
 
     def aux_latents(self, dead: Tensor) -> Tensor:
         """Indices [n] of the latents in an auxiliary loss that revives them; dead [d_sae] bool."""
         return dead.nonzero().squeeze(1) if self.settings.revival == "auxk" else dead.new_empty(0, dtype=torch.int64)
 
     def pre_acts(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
-        """pre_acts [batch, n] in float32, as in inference; `latents` are indices [n]."""
-        return linear(self._encoder_input(x), self.W_enc[latents], self.b_enc[latents])
+        """pre_acts [batch, n] in float32, as in inference; `latents` are indices [n] among those of this rank."""
+        inputs, W_enc, b_enc = self._encoder_input(x), self.W_enc[latents], self.b_enc[latents]
+        blocks = self.blocks if isinstance(latents, slice) else blocks_of_subset(self.blocks, latents)
+        products = [linear(inputs, W_enc[block.latents], b_enc[block.latents]) for block in blocks]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.centred else x
@@ -202,22 +266,53 @@ class Sae(ABC):
         self._spare_gradients = {name: gradients[name] for name in ("W_enc", "W_dec") if name in gradients}
 
     def reconstruct(self, latents: Latents, x: Tensor, y: Tensor) -> Reconstruction:
-        """y_hat and its loss; `latents` are split at `ends`, and the latents up to each end must reconstruct y."""
+        """y_hat and its loss; `latents` are split at `ends`, and those up to the end of each level must reconstruct y.
+
+        Collective.
+        """
         W_dec, skipped = self.operand("W_dec"), x @ self.parameters["W_skip"].T if self.settings.skip else None
         y = y if skipped is None else y - skipped
-        levels = len(self.ends)
+        levels = len(self.settings.levels)
         weight = 1.0 / (levels * len(y) * self.variance)
-        if levels == 1:
+        if levels == 1 and self.ranks.is_whole:
             y_hat, g, square, sampled = latents.decode(W_dec, self.b_dec, y, weight)
             result = Reconstruction(y_hat, weight * square.sum(), g, g, sampled)
         else:
-            y_hats = latents.multiply(W_dec).view(levels, len(y), -1).cumsum(0) + self.b_dec
+            y_hats = self.multiply(latents, W_dec, self.blocks, len(y), levels)
+            y_hats = (y_hats.cumsum(0) if levels > 1 else y_hats) + self.b_dec
             errors = y_hats - y
             g = 2 * weight * errors
-            dlevels = g.flip(0).cumsum(0).flip(0).flatten(0, 1)
-            sampled = latents.sample(dlevels, W_dec)
+            dlevels = (g.flip(0).cumsum(0).flip(0) if levels > 1 else g).flatten(0, 1)
+            sampled = self.sample(latents, dlevels, W_dec, self.blocks, len(y))
             result = Reconstruction(y_hats[-1], weight * errors.square().sum(), dlevels, g.sum(0), sampled)
         return result if skipped is None else replace(result, y_hat=result.y_hat + skipped)
+
+    def multiply(
+        self, latents: Latents, W_dec: Tensor, blocks: Sequence[LatentBlock], batch: int, levels: int = 1
+    ) -> Tensor:
+        """latents W_dec, the sum over the latents of all ranks: [levels, batch, d_out]. Collective.
+
+        The rows of W_dec stand for the latents of `blocks`.
+        """
+        if len(blocks) == 1 and blocks[0].levels == slice(0, levels):
+            parts = latents.multiply(W_dec)[None]
+        else:
+            parts = latents.value.new_zeros(len(blocks), levels * batch, W_dec.shape[1])
+            for part, (block, own, _) in zip(parts, by_block(latents, blocks), strict=True):
+                if len(block):
+                    block.rows_of(part, batch).copy_(own.multiply(W_dec[block.latents]))
+        return self.ranks.total(parts, "reconstructions").view(levels, batch, -1)
+
+    def sample(
+        self, latents: Latents, dlevels: Tensor, W_dec: Tensor, blocks: Sequence[LatentBlock], batch: int
+    ) -> Tensor:
+        """dlevels W_decᵀ at the entries: [entries] or as `latents.value`, with dlevels [levels × batch, d_out]."""
+        products = [
+            own.sample(block.rows_of(dlevels, batch), W_dec[block.latents])
+            for block, own, _ in by_block(latents, blocks)
+            if len(block)
+        ]
+        return products[0] if len(products) == 1 else torch.cat([latents.value.new_empty(0), *products])
 
     def backward(
         self,
@@ -234,19 +329,54 @@ class Sae(ABC):
         that of the pre_acts at the entries. `subset`: indices of the latents that the columns stand for, None for all.
         `sums`: gradients at the entries of other parameters with one number per latent.
         """
-        by_latent = latents.transpose()
-        db_enc = by_latent.sums(dz)
+        blocks = self.blocks if subset is None else blocks_of_subset(self.blocks, subset)
         spare = self._spare_gradients if subset is None else {}
-        grads = {
-            "W_enc": by_latent.multiply(dz, inputs, spare.pop("W_enc", None)),
-            "W_dec": by_latent.multiply(latents.value, dlevels.to(self.matmul_dtype), spare.pop("W_dec", None)),
-            self.encoder_bias: db_enc,
-            **{name: by_latent.sums(value) for name, value in sums.items()},
-        }
-        if self.centred:
-            # Σ_b −W_encᵀ g_b needs only the sum of g over the batch: two vectors instead of a dense product.
-            grads["b_dec"] = -(db_enc @ (self.W_enc if subset is None else self.W_enc[subset]))
-        return grads
+        W_enc, W_dec = spare.pop("W_enc", None), spare.pop("W_dec", None)
+        if len(blocks) > 1:  # each block writes its rows
+            latents_in_all = blocks[-1].latents.stop
+            W_enc = dz.new_empty(latents_in_all, self.d_in) if W_enc is None else W_enc
+            W_dec = dz.new_empty(latents_in_all, self.d_out) if W_dec is None else W_dec
+        narrow = dlevels.to(self.matmul_dtype)
+        of_blocks: list[dict[str, Tensor]] = []
+        for block, own, entries in by_block(latents, blocks):
+            if not len(block):
+                continue
+            by_latent, rows = own.transpose(), block.rows_of(narrow, len(inputs))
+            of_blocks.append(
+                {
+                    "db_enc": by_latent.sums(dz[entries]),
+                    "W_enc": by_latent.multiply(dz[entries], inputs, None if W_enc is None else W_enc[block.latents]),
+                    "W_dec": by_latent.multiply(own.value, rows, None if W_dec is None else W_dec[block.latents]),
+                    **{name: by_latent.sums(value[entries]) for name, value in sums.items()},
+                }
+            )
+        if len(of_blocks) == 1:
+            grads = of_blocks[0]
+        else:
+            vectors = {name: torch.cat([of_block[name] for of_block in of_blocks]) for name in ("db_enc", *sums)}
+            assert W_enc is not None and W_dec is not None
+            grads = vectors | {"W_enc": W_enc, "W_dec": W_dec}
+        db_enc = grads.pop("db_enc")
+        return {self.encoder_bias: db_enc} | grads | self.through_encoder(db_enc, subset)
+
+    def through_encoder(self, db_enc: Tensor, subset: Tensor | None = None) -> dict[str, Tensor]:
+        """b_dec's gradient through the encoder, from ∂L/∂b_enc of all latents of this rank or of some (indices [n]).
+
+        Without other ranks it is that of b_dec; else the part of each block, for `complete`.
+        """
+        if not self.centred:
+            return {}
+        # Σ_b −W_encᵀ g_b needs only the sum of g over the batch: two vectors instead of a dense product.
+        W_enc = self.W_enc if subset is None else self.W_enc[subset]
+        if self.ranks.is_whole:
+            return {"b_dec": -(db_enc @ W_enc)}
+        blocks = self.blocks if subset is None else blocks_of_subset(self.blocks, subset)
+        return {THROUGH_ENCODER: torch.stack([-(db_enc[block.latents] @ W_enc[block.latents]) for block in blocks])}
+
+    def sums(self, latents: Latents, value: Tensor) -> Tensor:
+        """The sum of `value` at the entries of each latent of this rank, split as `latents` are."""
+        parts = [own.transpose().sums(value[entries]) for _, own, entries in by_block(latents, self.blocks)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def output_gradients(self, x: Tensor, dy_hat: Tensor) -> dict[str, Tensor]:
         """Gradients of b_dec and W_skip as terms of y_hat, from ∂L/∂y_hat [batch, d_out]."""
@@ -259,25 +389,39 @@ class Sae(ABC):
         """Points `latents` (indices [n]) at the directions x [n, d_in] and y [n, d_out] (Bricken et al. 2023).
 
         Encoder rows get a fifth of the mean norm of the other latents' (of all, when there are no others), so that
-        they begin with small activations.
+        they begin with small activations. Collective; `latents` are those of this rank, perhaps none.
         """
-        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
+        others = torch.ones(len(self.latents), dtype=torch.bool, device=latents.device)
         others[latents] = False
-        if not others.any():
+        if not self.ranks.count(int(others.sum())):
             others[latents] = True
         W_enc_rows, W_dec_rows = x.clone(), y.clone()
         normalise_rows(W_enc_rows)
         normalise_rows(W_dec_rows)
+        encoder_norm, decoder_norm = self._mean_norms(others)
         if not self.unit_decoder:
-            W_dec_rows *= self.W_dec[others].norm(dim=1).mean()
-        self.W_enc[latents] = 0.2 * self.W_enc[others].norm(dim=1).mean() * W_enc_rows
+            W_dec_rows *= decoder_norm
+        self.W_enc[latents] = 0.2 * encoder_norm * W_enc_rows
         self.b_enc[latents] = 0.0
         self.W_dec[latents] = W_dec_rows
+
+    def _mean_norms(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean norms of the rows of W_enc and W_dec of some latents of all ranks; bool [latents of this rank]."""
+        parts = []
+        for block in self.blocks:
+            chosen = latents[block.latents]
+            norms = [W[block.latents][chosen].norm(dim=1).sum().double() for W in (self.W_enc, self.W_dec)]
+            parts.append(torch.stack([*norms, chosen.sum().double()]))
+        encoder, decoder, count = self.ranks.total(torch.stack(parts), "scalars")
+        return (encoder / count).to(self.W_enc.dtype), (decoder / count).to(self.W_dec.dtype)
 
     # Publishing
 
     def calibrate(self, x: Tensor) -> None:
-        """Estimates from scaled activations what inference needs and training does not; most need nothing."""
+        """Estimates from scaled activations what inference needs and training does not; most need nothing.
+
+        Collective.
+        """
         return
 
     @classmethod
@@ -287,7 +431,7 @@ class Sae(ABC):
 
     @abstractmethod
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """(keys of SAELens' cfg.json, float32 weights for scaled activations with one row per latent)."""
+        """(keys of SAELens' cfg.json, float32 weights for scaled activations with a row per latent of this rank)."""
 
     def common_weights(self) -> dict[str, Tensor]:
         """Copies of W_enc, W_dec, b_enc, b_dec and W_skip, decoder rows of unit norm where they are kept so."""

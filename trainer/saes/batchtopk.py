@@ -10,6 +10,7 @@ snapshot, from activations that the present weights encode; a running average wo
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from trainer.kernels.select import dense_if_many, exceeding, largest_of, topk
 from trainer.kernels.sparse import Entries
+from trainer.parallel import selection
 from trainer.saes.encoder import Encoded
 from trainer.saes.folding import grow
 from trainer.saes.jumprelu import JUMPRELU
@@ -85,30 +87,45 @@ class BatchTopK(FixedK):
         """The k · batch largest, among candidates above most of what the last batch left out; of all, if too few."""
         floor = FLOOR_SHARE * (self._least or self._estimate(x, max(ks)))
         encoded, candidates = self._candidates(x, aux_latents, floor)
-        if len(candidates.value) < max(ks) * len(x):
+        if self.ranks.count(len(candidates.value)) < max(ks) * len(x):
             encoded, candidates = self._candidates(x, aux_latents, 0.0)
-        selections = [largest_of(candidates, k * len(x)) for k in ks]
-        self._least = float(selections[-1].value.min()) if len(selections[-1].value) else 0.0
+        selections = [self._largest_of(candidates, k * len(x)) for k in ks]
         latents = [dense_if_many(entries, self.dense_above).split(self.ends) for entries in selections]
         return replace(encoded, latents=latents)
 
+    def _largest_of(self, candidates: Entries, count: int) -> Entries:
+        """This rank's entries of the `count` largest of all ranks; remembers the least of them all."""
+        if self.ranks.is_whole:
+            entries = largest_of(candidates, count)
+            self._least = float(entries.value.min()) if len(entries.value) else 0.0
+            return entries
+        entries, least = selection.largest_of(self.ranks, candidates, count, self.latents.start)
+        self._least = least if math.isfinite(least) else 0.0
+        return entries
+
     def _candidates(self, x: Tensor, aux_latents: Tensor, floor: float) -> tuple[Encoded, Entries]:
-        encoded = self.encode(x, aux_latents, partial(exceeding, floor=max(0.0, floor)))
+        encoded = self.encode_unsplit(x, aux_latents, partial(exceeding, floor=max(0.0, floor)))
         (candidates,) = encoded.latents
         assert isinstance(candidates, Entries)
         return encoded, candidates
 
     def _estimate(self, x: Tensor, k: int) -> float:
-        """The least value that a batch will select, roughly, from a few of its rows."""
+        """The least value that a batch will select, roughly, from a few of its rows; the same on all ranks."""
         pre_acts = self.pre_acts(x[:ESTIMATE_ROWS]).flatten()
-        return float(pre_acts.kthvalue(max(1, len(pre_acts) - k * len(x[:ESTIMATE_ROWS]))).values)
+        count = k * len(x[:ESTIMATE_ROWS])
+        if not self.ranks.is_whole:
+            return selection.nth_largest(self.ranks, pre_acts, count)
+        return float(pre_acts.kthvalue(max(1, len(pre_acts) - count)).values)
 
     def calibrate(self, x: Tensor) -> None:
         """Sets `threshold` such that k latents per row exceed it on scaled activations x [rows, d_in]."""
-        candidates = min(self.d_sae, CALIBRATION_FACTOR * self.k)  # no row has more above the threshold in practice
+        candidates = min(len(self.latents), CALIBRATION_FACTOR * self.k)  # no row has more above it in practice
         blocks = x.to(self.W_enc.device).split(ROWS_AT_ONCE)
         value = torch.cat([topk(self.pre_acts(block), candidates)[0].flatten() for block in blocks]).relu_()
-        self.threshold = float(value.kthvalue(max(1, len(value) - self.k * len(x))).values)
+        if self.ranks.is_whole:
+            self.threshold = float(value.kthvalue(max(1, len(value) - self.k * len(x))).values)
+        else:
+            self.threshold = selection.nth_largest(self.ranks, value, self.k * len(x) + 1)
 
     @classmethod
     def to_dictionary_learning(cls, sae: SaeWeights) -> tuple[str, dict[str, Tensor]]:

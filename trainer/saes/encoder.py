@@ -55,20 +55,28 @@ class BlockwiseEncoder:
         bias: Tensor,
         selections: Sequence[Callable[[Tensor], Latents]],
         aux_latents: Tensor,
+        parts: Sequence[slice] = (slice(None),),
+        row_latents: int | None = None,
     ) -> Encoded:
-        """Applies `selections` to inputs W_encᵀ + bias [batch, d_sae]; all of one type, which pre_acts have too."""
-        d_sae, block_bytes = len(W_enc), BLOCK_BYTES_ON_CPU if inputs.device.type == "cpu" else BLOCK_BYTES
-        rows = max(LEAST_ROWS, block_bytes // (d_sae * W_enc.element_size()))
-        shape = (min(rows, len(inputs)), d_sae)
+        """Applies `selections` to inputs W_encᵀ + bias [batch, latents]; all of one type, which pre_acts have too.
+
+        `parts` of the latents get products of their own. The rows of a block follow from `row_latents`, the number of
+        latents of a row of it; all latents of W_enc without.
+        """
+        block_bytes = BLOCK_BYTES_ON_CPU if inputs.device.type == "cpu" else BLOCK_BYTES
+        rows = max(LEAST_ROWS, block_bytes // ((row_latents or len(W_enc)) * W_enc.element_size()))
+        shape = (min(rows, len(inputs)), len(W_enc))
         if self._buffer.shape != shape or self._buffer.dtype != W_enc.dtype:
             self._buffer = inputs.new_empty(shape)
-        parts: list[list[Latents]] = [[] for _ in selections]
+        selected: list[list[Latents]] = [[] for _ in selections]
         aux_pre_acts = inputs.new_empty(len(inputs), len(aux_latents))
         for begin in range(0, len(inputs), rows):
             block = inputs[begin : begin + rows]
-            pre_acts = torch.addmm(bias, block, W_enc.T, out=self._buffer[: len(block)])
-            for part, select in zip(parts, selections, strict=True):
-                part.append(select(pre_acts))
+            pre_acts = self._buffer[: len(block)]
+            for part in parts:
+                torch.addmm(bias[part], block, W_enc[part].T, out=pre_acts[:, part])
+            for of_selection, select in zip(selected, selections, strict=True):
+                of_selection.append(select(pre_acts))
             if len(aux_latents):
                 aux_pre_acts[begin : begin + rows] = pre_acts[:, aux_latents]
-        return Encoded(inputs, [joined(part) for part in parts], aux_latents, aux_pre_acts)
+        return Encoded(inputs, [joined(of_selection) for of_selection in selected], aux_latents, aux_pre_acts)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.select import positive
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.gradients import Gradients, add
@@ -91,11 +92,13 @@ class Gated(Sae):
     settings: GatedSettings
     encoder_bias = "b_gate"
 
-    def __init__(self, settings: GatedSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        super().__init__(settings, widths, d_out)
+    def __init__(
+        self, settings: GatedSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(settings, widths, d_out, ranks)
         self.parameters["b_gate"] = self.parameters.pop("b_enc")
-        self.parameters["b_mag"] = torch.zeros(self.d_sae)
-        self.parameters["r_mag"] = torch.zeros(self.d_sae)
+        self.parameters["b_mag"] = torch.zeros(len(self.latents))
+        self.parameters["r_mag"] = torch.zeros(len(self.latents))
 
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
         assert self.settings.sparsity_weight is not None
@@ -119,6 +122,10 @@ class Gated(Sae):
         # A latent whose gate never opens is dead; AuxK works on the gate's pre-activations.
         add_auxk(self, grads, losses, encoded, y, main.y_hat)
         return Gradients(grads, losses, main.y_hat, latents)
+
+    @property
+    def partial_losses(self) -> tuple[str, ...]:
+        return ("sparsity",)
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
         super().reinitialise(latents, x, y)

@@ -10,6 +10,9 @@ from trainer.kernels.select import Latents
 
 SHARED = ("b_dec", "W_skip")
 """Parameters that belong to no single latent; all others have one row per latent."""
+THROUGH_ENCODER = "b_dec through the encoder"
+"""Beside gradients while several ranks share an SAE: the part of b_dec's from each block of a rank's latents, [blocks,
+d]. `Sae.complete` sums it over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,14 @@ class Gradients:
     """The gradients of one batch, with what statistics need of its forward pass."""
 
     of: dict[str, Tensor]
-    """By the name of the parameter."""
+    """By the name of the parameter; of per-latent parameters the rows of this rank."""
     loss: dict[str, Tensor]
     """Parts of the loss, scalars."""
     y_hat: Tensor
     """[batch, d_out], in the scale of y."""
     fired: Latents
-    """Latents of the batch, in segments when there are several levels; those other than zero have fired."""
+    """Active latents of the batch that this rank holds, in segments when there are several levels; those other than
+    zero have fired."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def add(grads: dict[str, Tensor], more: dict[str, Tensor], latents: Tensor | Non
     for name, value in more.items():
         if name not in grads:
             grads[name] = value
-        elif latents is None or name in SHARED:
+        elif latents is None or name in SHARED or name == THROUGH_ENCODER:
             grads[name] += value
         else:
             grads[name].index_add_(0, latents, value)

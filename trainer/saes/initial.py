@@ -10,19 +10,42 @@ from trainer.saes.settings import SaeSettings
 DATA_SHARE, RANDOM_SHARE = 0.8, 0.2
 """Weights of an activation and of a random direction in an initial direction "data"."""
 
+ROWS_AT_ONCE, LEAST_DRAWN = 4096, 16
+"""Rows that are drawn at a time, and fewest of the last time."""
 
-def initial_directions(settings: SaeSettings, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit rows [d_sae, d_in]: random, or with initial_directions = "data" towards random rows of the centred x."""
-    directions = torch.randn(settings.d_sae, x.shape[1], generator=generator)
+
+def initial_directions(settings: SaeSettings, x: Tensor, generator: torch.Generator, latents: range) -> Tensor:
+    """Unit rows [latents, d_in]: random, or with initial_directions = "data" towards random rows of the centred x.
+
+    They are those rows of a matrix for all latents, whichever latents are asked for.
+    """
+    directions = random_rows(settings.d_sae, x.shape[1], generator, latents)
     normalise_rows(directions)
     if settings.initial_directions == "data":
         # Each row of x is used once before any is used again: with enough rows no two latents begin alike.
         order = torch.randperm(len(x), generator=generator)
-        towards = (x - x.mean(0))[order.repeat(-(-settings.d_sae // len(x)))[: settings.d_sae]]
+        towards = (x - x.mean(0))[order.repeat(-(-settings.d_sae // len(x)))[latents.start : latents.stop]]
         normalise_rows(towards)
         directions = DATA_SHARE * towards + RANDOM_SHARE * directions
         normalise_rows(directions)
     return directions
+
+
+def random_rows(rows: int, width: int, generator: torch.Generator, held: range) -> Tensor:
+    """The rows `held` of torch.randn(rows, width), of which never more are in memory than these and a chunk.
+
+    Torch draws in groups of 16 numbers: cut at multiples of 16, with 16 or more at the end, the stream is the same.
+    """
+    drawn = torch.empty(len(held), width)
+    begin = 0
+    while begin < rows:
+        end = begin + ROWS_AT_ONCE if begin + ROWS_AT_ONCE + LEAST_DRAWN <= rows else rows
+        chunk = torch.randn(end - begin, width, generator=generator)
+        first, last = max(begin, held.start), min(end, held.stop)
+        if first < last:
+            drawn[first - held.start : last - held.start] = chunk[first - begin : last - begin]
+        begin = end
+    return drawn
 
 
 def normalise_rows(W: Tensor) -> None:

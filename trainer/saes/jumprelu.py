@@ -31,6 +31,8 @@ from torch import Tensor
 
 from trainer.kernels.dense import product
 from trainer.kernels.select import positive, widen
+from trainer.parallel.blocks import blocks_of_subset
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
@@ -147,16 +149,18 @@ class JumpReLU(Sae):
     activations = (JUMPRELU,)
     settings: JumpReLUSettings
 
-    def __init__(self, settings: JumpReLUSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        super().__init__(settings, widths, d_out)
+    def __init__(
+        self, settings: JumpReLUSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(settings, widths, d_out, ranks)
         self._log = settings.threshold == "log"
         self._parameter = "log_threshold" if self._log else "threshold"
         """Name of the parameter that stores θ."""
-        self.parameters[self._parameter] = torch.zeros(self.d_sae)
+        self.parameters[self._parameter] = torch.zeros(len(self.latents))
 
     @property
     def threshold(self) -> Tensor:
-        """θ [d_sae]"""
+        """θ of this rank's latents"""
         parameter = self.parameters[self._parameter]
         return parameter.exp() if self._log else parameter
 
@@ -166,7 +170,7 @@ class JumpReLU(Sae):
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """As the base; with equal rates, the latents together have an L0 of INITIAL_L0 × target_l0."""
         super().initialise(x, y, generator)
-        self._set_threshold(torch.full((self.d_sae,), self.settings.initial_threshold))
+        self._set_threshold(torch.full((len(self.latents),), self.settings.initial_threshold))
         l0 = INITIAL_L0 * self.settings.target_l0 if self.settings.target_l0 else INITIAL_L0_WITHOUT_TARGET
         if self.settings.initial_rates == "equal":
             self.equalise_rates(x, min(0.5, l0 / self.d_sae), self.settings.initial_threshold)
@@ -179,7 +183,7 @@ class JumpReLU(Sae):
         theta, bandwidth = self.threshold, self.settings.bandwidth
         select = partial(positive, dense_above=self.dense_above)
         encoded = self.encode(x, self.aux_latents(dead), select, offset=theta - bandwidth / 2)
-        near = encoded.latents[0].split(self.ends)
+        near = encoded.latents[0]
         above = near.value - bandwidth / 2  # z − θ
         on = (above > 0).to(above.dtype)
         kernel = ((near.value > 0) & (near.value < bandwidth)).to(above.dtype) / bandwidth
@@ -204,12 +208,14 @@ class JumpReLU(Sae):
     def _penalty(
         self, latents: Tensor, on: Tensor, rows: int, sparsity: float
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """(loss, ∂L/∂H, ∂L/∂latents) of the penalty."""
+        """(loss, ∂L/∂H, ∂L/∂latents) of the penalty; all but target_l0 is that of this rank's latents."""
         settings = self.settings
         if settings.sparsity == "target_l0":
             assert settings.target_l0 is not None
             weight = sparsity * settings.l0_weight
-            excess = on.sum() / (rows * settings.target_l0) - 1
+            # Whole numbers: exact in any order, up to 2⁵³.
+            active = self.ranks.sum(on.sum(dtype=torch.float64), "scalars").to(on.dtype)
+            excess = active / (rows * settings.target_l0) - 1
             return weight * excess.square(), 2 * weight * excess / (rows * settings.target_l0), 0.0
         assert settings.sparsity_weight is not None
         weight = sparsity * settings.sparsity_weight / (rows * self.variance)
@@ -229,17 +235,22 @@ class JumpReLU(Sae):
         settings, inputs = self.settings, encoded.inputs
         if settings.revival != "pre_act" or not len(encoded.aux_latents):
             return
-        indices, pre_acts = encoded.padded(math.inf)  # above every threshold
+        indices, pre_acts = self.padded(encoded, math.inf)  # above every threshold
         weight = settings.pre_act_weight / len(inputs)
         distance = (settings.bandwidth / 2 - widen(pre_acts)).relu_()
         is_below = distance > 0
         count = weight * is_below.sum(0, dtype=distance.dtype)
-        more = {"W_enc": product(is_below.T.to(inputs.dtype), inputs).mul_(-weight), "b_enc": -count}
-        if self.centred:
-            more["b_dec"] = count @ self.W_enc[indices]
+        blocks = blocks_of_subset(self.blocks, indices)
+        products = [product(is_below[:, block.latents].T.to(inputs.dtype), inputs) for block in blocks]
+        dW_enc = (products[0] if len(products) == 1 else torch.cat(products)).mul_(-weight)
+        more = {"W_enc": dW_enc, "b_enc": -count, **self.through_encoder(-count, indices)}
         more[self._parameter] = count * self.threshold[indices] if self._log else count
         add(grads, more, indices)
         losses["pre_act"] = weight * distance.sum()
+
+    @property
+    def partial_losses(self) -> tuple[str, ...]:
+        return ("pre_act",) if self.settings.sparsity == "target_l0" else ("sparsity", "pre_act")
 
     def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
         """As the base, with a threshold that the activation x of a latent exceeds, and most others do not.

@@ -142,13 +142,17 @@ class ReLU(Sae):
         norms, directions = self._decoder_norms()
         size = latents.value * latents.at(norms)
         if self.settings.sparsity == "l1_norm":
-            dnorms = latents.transpose().sums(latents.value)
+            dnorms = self.sums(latents, latents.value)
             return weight * size.sum(), weight * latents.at(norms), weight * dnorms[:, None] * directions
         c = self.settings.tanh_scale
         tanh = (c * size).tanh()
         slope = c * (1 - tanh.square())
-        dnorms = latents.transpose().sums(latents.value * slope)
+        dnorms = self.sums(latents, latents.value * slope)
         return weight * tanh.sum(), weight * slope * latents.at(norms), weight * dnorms[:, None] * directions
+
+    @property
+    def partial_losses(self) -> tuple[str, ...]:
+        return ("sparsity",)
 
     def _decoder_norms(self) -> tuple[Tensor, Tensor]:
         """(|W_dec,i| summed over hooks [d_sae], its derivative by W_dec [d_sae, d_out])."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.select import positive
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.base import Sae
 from trainer.saes.gradients import Gradients, add
 from trainer.saes.relu import RELU
@@ -62,9 +63,11 @@ class Repair(Sae):
     activations = (RELU,)
     settings: RepairSettings
 
-    def __init__(self, settings: RepairSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        super().__init__(settings, widths, d_out)
-        self.parameters["scale"] = torch.ones(self.d_sae)
+    def __init__(
+        self, settings: RepairSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(settings, widths, d_out, ranks)
+        self.parameters["scale"] = torch.ones(len(self.latents))
         self.trainable = frozenset(TRAINABLE[settings.train])
 
     def adopt(self, weights: dict[str, Tensor]) -> None:

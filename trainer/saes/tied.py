@@ -17,7 +17,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from trainer.saes.gradients import Gradients
+from trainer.parallel.ranks import ALONE, Ranks
+from trainer.saes.gradients import THROUGH_ENCODER, Gradients
 from trainer.saes.relu import ReLU
 from trainer.saes.settings import CostTerms, PenalisedSettings
 
@@ -44,8 +45,10 @@ class Tied(ReLU):
 
     Settings = TiedSettings
 
-    def __init__(self, settings: TiedSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        super().__init__(settings, widths, d_out)
+    def __init__(
+        self, settings: TiedSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(settings, widths, d_out, ranks)
         del self.parameters["W_enc"], self.parameters["b_dec"]
 
     @property
@@ -61,6 +64,7 @@ class Tied(ReLU):
         gradients = super().gradients(x, y, dead, sparsity)
         gradients.of["W_dec"] += gradients.of.pop("W_enc")
         del gradients.of["b_dec"]
+        gradients.of.pop(THROUGH_ENCODER, None)
         return gradients
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:

@@ -20,7 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.kernels.select import largest
+from trainer.kernels.select import candidates, largest
+from trainer.kernels.sparse import Entries
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
@@ -197,8 +199,10 @@ class TopK(FixedK):
     activations = (TOPK, ABSTOPK)
     settings: TopKSettings
 
-    def __init__(self, settings: TopKSettings, widths: tuple[int, ...], d_out: int | None = None) -> None:
-        super().__init__(settings, widths, d_out)
+    def __init__(
+        self, settings: TopKSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(settings, widths, d_out, ranks)
         self.by_magnitude = settings.abs
         self.multi_topk = settings.multi_topk
 
@@ -208,9 +212,17 @@ class TopK(FixedK):
         return frozenset({ABSTOPK.name if settings.abs else TOPK.name})
 
     def select(self, x: Tensor, aux_latents: Tensor, ks: list[int]) -> Encoded:
-        select = partial(largest, magnitude=self.by_magnitude, dense_above=self.dense_above)
-        encoded = self.encode(x, aux_latents, *(partial(select, k=k) for k in ks))
-        return replace(encoded, latents=[latents.split(self.ends) for latents in encoded.latents])
+        if self.ranks.is_whole:
+            select = partial(largest, magnitude=self.by_magnitude, dense_above=self.dense_above)
+            return self.encode(x, aux_latents, *(partial(select, k=k) for k in ks))
+        own = [partial(candidates, k=min(k, len(self.latents)), magnitude=self.by_magnitude) for k in ks]
+        encoded = self.encode_unsplit(x, aux_latents, *own)
+        latents = []
+        for k, entries in zip(ks, encoded.latents, strict=True):
+            assert isinstance(entries, Entries)
+            chosen = self.choose_largest(entries, k, entries.column + self.latents.start)
+            latents.append(chosen.split(self.ends))
+        return replace(encoded, latents=latents)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         # SAELens' fold_W_dec_norm needs the flag; with unit rows it changes nothing.

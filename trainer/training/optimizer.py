@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from trainer.kernels.operands import Operands
 from trainer.kernels.sparse import kernels
+from trainer.parallel.blocks import LatentBlock
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.gradients import SHARED
 from trainer.settings import OptimizerSettings
 from trainer.state.format import AdamState
@@ -27,12 +30,17 @@ class RowAdam:
         settings: OptimizerSettings,
         unit_decoder: bool = True,
         operands: Operands | None = None,
+        ranks: Ranks = ALONE,
+        blocks: Sequence[LatentBlock] = (),
     ) -> None:
+        """`ranks` share the latents, of which this one holds `blocks`; alone it needs none."""
         self.parameters = parameters
         self.clip = settings.clip
         self._betas, self._eps = (settings.betas[0], settings.betas[1]), settings.eps
         self._operands = operands or Operands()
         self._unit = {"W_dec"} if unit_decoder else set()
+        self._ranks = ranks
+        self._blocks = [block.latents for block in blocks] or [slice(None)]
         self._steps = 0
         self._moments = {name: (torch.zeros_like(W), torch.zeros_like(W)) for name, W in parameters.items()}
 
@@ -40,13 +48,9 @@ class RowAdam:
         """Updates the parameters in place; returns the gradient's norm before clipping.
 
         `grads` of parameters that are not trained are ignored. A gradient that is not finite changes nothing; the norm
-        returned is not finite then.
+        returned is not finite then. Collective: the norm is that of the latents of all ranks.
         """
-        squares = []
-        for name, W in self.parameters.items():
-            tangent_to = _rows(W) if name in self._unit else None
-            squares.append(kernels(W.device).project(_rows(grads[name]), tangent_to).double().sum())
-        norm = torch.stack(squares).sum().sqrt()
+        norm = self._squares(grads).sum().sqrt()
         length = float(norm)  # read once: on a GPU each read waits for everything in flight
         if not math.isfinite(length):
             return length
@@ -59,6 +63,21 @@ class RowAdam:
                 learning_rate, self._betas, self._eps, self._steps, scale.to(W.dtype), name in self._unit,
             )  # fmt: skip
         return length
+
+    def _squares(self, grads: dict[str, Tensor]) -> Tensor:
+        """|gradient|² of each parameter, float64 [parameters], after projection; shared parameters count once."""
+        parts: dict[str, list[Tensor]] = {}
+        for name, W in self.parameters.items():
+            parts[name] = []
+            for block in [slice(None)] if name in SHARED else self._blocks:
+                tangent_to = _rows(W[block]) if name in self._unit else None
+                parts[name].append(kernels(W.device).project(_rows(grads[name][block]), tangent_to).double().sum())
+        of_latents = [name for name in parts if name not in SHARED]
+        if of_latents and not self._ranks.is_whole:
+            by_block = torch.stack([torch.stack(parts[name]) for name in of_latents], 1)
+            for name, total in zip(of_latents, self._ranks.total(by_block, "scalars"), strict=True):
+                parts[name] = [total]
+        return torch.stack([part for (part,) in parts.values()])
 
     def reset_moments(self, latents: Tensor) -> None:
         """Zeroes the moments of `latents` (indices), whose weights were drawn anew."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.phases import SaePhase
 from trainer.report import SaeReport
 from trainer.saes import registry
@@ -43,10 +44,12 @@ class SaeTrainer:
         seed: int = 0,
         joined_at: int = 0,
         run_tokens: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """An SAE at `hooks`; `widths` are by the name of the hook, those of the whole stream or of `hooks`.
 
-        `joined_at`: tokens that the run has trained on so far; `run_tokens`: those after which it ends.
+        `joined_at`: tokens that the run has trained on so far; `run_tokens`: those after which it ends. `ranks` share
+        its latents.
         """
         self.settings = settings
         self.hooks = hooks
@@ -57,7 +60,7 @@ class SaeTrainer:
         self._widths = widths
         d_out = widths[hooks.writes[0]] if hooks.is_transcoder else None
         widths_in = tuple(widths[hook] for hook in hooks.reads)
-        self.sae: Sae = registry.get(settings.architecture)(settings, widths_in, d_out)
+        self.sae: Sae = registry.get(settings.architecture)(settings, widths_in, d_out, ranks)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
         self.schedule = Schedule(
@@ -83,13 +86,19 @@ class SaeTrainer:
         """Begins optimizer and statistics for the present parameters; `centre` [d_out] is near the mean of y."""
         names = self.sae.trainable or self.sae.parameters.keys()
         parameters = {name: value for name, value in self.sae.parameters.items() if name in names}
-        self.optimizer = RowAdam(parameters, self._optimizer_settings, self.sae.unit_decoder, self.sae.operands)
-        self.statistics = Statistics(self.settings.d_sae, centre)
+        sae = self.sae
+        self.optimizer = RowAdam(
+            parameters, self._optimizer_settings, sae.unit_decoder, sae.operands, sae.ranks, sae.blocks
+        )
+        self.statistics = Statistics(len(sae.latents), centre, sae.ranks)
 
     def initialise(
         self, sample: Mapping[str, Tensor], scales: Mapping[str, float], start: SaeWeights | None = None
     ) -> None:
-        """Draws the first weights from scaled activations of every hook, on the CPU; `start` replaces the weights."""
+        """Draws the first weights from scaled activations of every hook, on the CPU; `start` replaces the weights.
+
+        All ranks are given the same activations, and draw from the same generator.
+        """
         x, y = self.inputs_and_targets(sample)
         centre = y.mean(0)
         if self.settings.whitening:
@@ -98,7 +107,7 @@ class SaeTrainer:
             self._whitening = _to_device(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
-            self.sae.adopt(start_weights(start, self.sae, self.input_transform(scales)))
+            self.sae.adopt(self.sae.held(start_weights(start, self.sae, self.input_transform(scales))))
             self.sae.after_step()
         self._reset_optimizer(centre.to(self.sae.b_dec.device))
         if self.settings.ema_tokens:
@@ -106,7 +115,10 @@ class SaeTrainer:
         self.has_weights = True
 
     def step(self, activations: Mapping[str, Tensor]) -> None:
-        """Trains on one batch: scaled activations [batch, width] of every hook of the stream."""
+        """Trains on one batch: scaled activations [batch, width] of every hook of the stream.
+
+        Collective: all ranks that share the SAE call it, with the same batch.
+        """
         x_scaled, y_scaled = self.inputs_and_targets(activations)
         x, y = self._whiten(x_scaled, y_scaled)
         cooldown = self.schedule.cooldown
@@ -114,6 +126,7 @@ class SaeTrainer:
         dead = self.statistics.silent_for(self._revive_tokens)
         sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens))
         gradients = self.sae.gradients(x, y, dead, sparsity)
+        self.sae.complete(gradients.of)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         self.sae.recycle(gradients.of)
         before, self.tokens = self.tokens, self.tokens + len(x)
@@ -170,7 +183,7 @@ class SaeTrainer:
             self._redraw(latents, x, y, y_hat, x - centre, y - self.sae.b_dec)
         if limit := self.settings.reinitialise_tokens:
             latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
-            if len(latents):
+            if self.sae.ranks.count(len(latents)):
                 pre_acts = self.sae.pre_acts(x, latents)
                 unreachable = latents[(pre_acts.abs() if self.sae.by_magnitude else pre_acts).amax(0) <= 0]
                 error = y - y_hat
@@ -182,21 +195,26 @@ class SaeTrainer:
     ) -> None:
         """Points `latents` at activations drawn with a probability that grows as the square of their loss.
 
-        Encoder and decoder rows are taken from those of W_enc_rows [batch, d_in] and W_dec_rows [batch, d_out].
+        Encoder and decoder rows are taken from those of W_enc_rows [batch, d_in] and W_dec_rows [batch, d_out]. The
+        latents of all ranks share one draw, in which each rank's have a place of their own.
         """
-        latents = latents[: len(x)]
-        if not len(latents):
+        counts = self.sae.ranks.counts(len(latents))
+        total = min(sum(counts), len(x))
+        if not total:
             return
+        first = min(sum(counts[: self.sae.ranks.rank]), total)
+        latents = latents[: total - first]
         loss = (y - y_hat).double().square().sum(1).cpu()
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.tokens) % 2**63)
-        rows = torch.multinomial(loss.square() + 1e-30, len(latents), generator=generator).to(x.device)
+        rows = torch.multinomial(loss.square() + 1e-30, total, generator=generator).to(x.device)
+        rows = rows[first : first + len(latents)]
         self.sae.reinitialise(latents, W_enc_rows[rows], W_dec_rows[rows])
         self.optimizer.reset_moments(latents)
         self.statistics.tokens_since_fired[latents] = 0
         if self._average is not None:
             self._average.replace_latents(self.sae.parameters, latents)
 
-    # Reports and snapshots; none of them changes anything
+    # Reports and snapshots; none of them changes anything. `calibrate` and `report` are collective
 
     @property
     def ema_sae(self) -> Sae | None:
@@ -208,12 +226,18 @@ class SaeTrainer:
         return InputTransform.of(self.hooks, self._widths, scales, self._whitening)
 
     def calibrate(self, sae: Sae, activations: Mapping[str, Tensor]) -> None:
-        """Fits what inference needs of `sae`, this one or its EMA copy, to scaled activations of every hook."""
+        """Fits what inference needs of `sae`, this one or its EMA copy, to scaled activations of every hook.
+
+        Collective.
+        """
         x = side_by_side(activations, self.hooks.reads).to(sae.b_dec.device)
         sae.calibrate(x if self._whitening is None else self._whitening.apply(x))
 
     def report(self, scales: Mapping[str, float]) -> SaeReport:
-        """The window's numbers; `scales` of every hook turn the error back into the units of raw activations."""
+        """The window's numbers; `scales` of every hook turn the error back into the units of raw activations.
+
+        Collective.
+        """
         summary = self.statistics.summary()
         dead = self.statistics.count_dead(self.settings.dead_tokens)
         return SaeReport(
@@ -225,17 +249,30 @@ class SaeTrainer:
             dead_latents=dead,
             dead_latents_ratio=None if dead is None else dead / self.settings.d_sae,
             shrinkage=summary.shrinkage,
-            loss={name: float(value) for name, value in self._losses.items()},
+            loss=self._summed_losses(),
             learning_rate=self.learning_rate,
             grad_norm=self._grad_norm,
             density=self.statistics.density(),
             skipped_steps=self.skipped_steps,
         )
 
+    def _summed_losses(self) -> dict[str, float]:
+        """The parts of the last loss; of sums over latents those of all ranks."""
+        losses = {name: float(value) for name, value in self._losses.items()}
+        names = self.sae.partial_losses
+        if names and not self.sae.ranks.is_alone:
+            # A rank without a loss, such as one without dead latents, adds nothing.
+            parts = torch.tensor([[losses.get(name, 0.0), name in losses] for name in names], dtype=torch.float64)
+            totals = self.sae.ranks.sum(parts.to(self.sae.ranks.device), "scalars").tolist()
+            for name, (value, present) in zip(names, totals, strict=True):
+                if present:
+                    losses[name] = value
+        return losses
+
     # Checkpoints
 
     def state(self) -> tuple[SaeState, SaeTensors]:
-        """Counters, and the tensors themselves, which the next step changes."""
+        """Counters, and the tensors themselves, which the next step changes; of per-latent ones this rank's rows."""
         whitening, cooldown = self._whitening, self.schedule.requested
         state = SaeState(
             variance=self.sae.variance,

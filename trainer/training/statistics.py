@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.kernels.select import Latents
 from trainer.kernels.sparse import kernels
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.report import DENSITY_EDGES
 from trainer.state.format import StatisticsState
 
@@ -35,22 +36,24 @@ class Summary:
 class Statistics:
     """Statistics of x [batch, d] and its reconstruction x_hat (a transcoder's y and y_hat).
 
-    `reference` [d] is near the mean of x: that of the first activations.
+    `reference` [d] is near the mean of x: that of the first activations. When `ranks` share the latents, each has the
+    counters of its own; all else is equal on all ranks.
     """
 
-    def __init__(self, d_sae: int, reference: Tensor) -> None:
+    def __init__(self, latents: int, reference: Tensor, ranks: Ranks = ALONE) -> None:
         device = reference.device
+        self._ranks = ranks
         self.tokens = 0
         self.reference = reference.clone()
-        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.firings = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.tokens_since_fired = torch.zeros(latents, dtype=torch.int64, device=device)
+        self.firings = torch.zeros(latents, dtype=torch.float64, device=device)
         self.x_sum = torch.zeros(len(reference), dtype=torch.float64, device=device)
         self.x_hat_sum = torch.zeros_like(self.x_sum)
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
         """tokens, active latents, |x−r|², |x_hat−r|², (x−r)·(x_hat−r), |x−x_hat|², each over the window"""
 
     def update(self, x: Tensor, x_hat: Tensor, fired: Latents) -> None:
-        """Adds one batch: x and x_hat [batch, d]; a value of `fired` other than zero counts as a firing."""
+        """Adds one batch: x and x_hat [batch, d]; a value of `fired` other than zero counts as a firing. Collective."""
         tokens = len(x)
         decay = 0.5 ** (tokens / HALF_LIFE_TOKENS)
         counts = fired.firings()
@@ -60,15 +63,16 @@ class Statistics:
         sum_x, sum_x_hat, squares = kernels(x.device).moments(x, x_hat, self.reference)
         self.x_sum.mul_(decay).add_(sum_x)
         self.x_hat_sum.mul_(decay).add_(sum_x_hat)
-        self.sums.mul_(decay).add_(torch.cat([squares.new_tensor([tokens]), counts.sum().double()[None], squares]))
+        active = self._ranks.sum(counts.sum().double()[None], "scalars")
+        self.sums.mul_(decay).add_(torch.cat([squares.new_tensor([tokens]), active, squares]))
 
     def silent_for(self, tokens: int) -> Tensor:
-        """bool [d_sae]: latents that have not fired for `tokens` tokens; none until there were that many."""
+        """bool [latents]: this rank's that have not fired for `tokens` tokens; none until there were that many."""
         return self.tokens_since_fired >= tokens
 
     def count_dead(self, tokens: int) -> int | None:
-        """Number of latents that have not fired for `tokens` tokens; None until there were that many."""
-        return int(self.silent_for(tokens).sum()) if self.tokens >= tokens else None
+        """Number of latents that have not fired for `tokens` tokens; None until there were that many. Collective."""
+        return self._ranks.count(int(self.silent_for(tokens).sum())) if self.tokens >= tokens else None
 
     def summary(self) -> Summary:
         """The window's numbers; NaN before the first batch."""
@@ -87,17 +91,21 @@ class Statistics:
         )
 
     def firing_rate(self) -> Tensor:
-        """Fraction of the window's tokens on which each latent fired, float64 [d_sae]."""
+        """Fraction of the window's tokens on which each latent fired, float64 [latents of this rank]."""
         return self.firings / self.sums[0].clamp_min(1.0)
 
     def density(self) -> tuple[int, ...]:
-        """Latents per bin of DENSITY_EDGES by log10 firing rate, then those that did not fire in the window."""
+        """Latents per bin of DENSITY_EDGES by log10 firing rate, then those that did not fire in the window.
+
+        Collective.
+        """
         rate = self.firing_rate()
         # After many half-lives a silent latent keeps a remainder of its old count, which is no firing.
         fired = self.firings > 1e-3
         edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64, device=rate.device)
         bins = torch.bucketize(rate[fired].log10().clamp_max(DENSITY_EDGES[-1]), edges)
-        return (*torch.bincount(bins, minlength=len(DENSITY_EDGES)).tolist(), int((~fired).sum()))
+        counts = torch.cat([torch.bincount(bins, minlength=len(DENSITY_EDGES)), (~fired).sum()[None]])
+        return tuple(self._ranks.sum(counts, "scalars").tolist())
 
     def state(self) -> StatisticsState:
         """The sums and counters themselves, which the next batch changes."""
