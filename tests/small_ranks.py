@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,38 +25,58 @@ class SmallRanks(AbstractContextManager["SmallRanks"]):
     """
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._folder = folder
+        self._starts = 0
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[SpawnProcess] = []
+
+    def run(self, function: Callable[..., Any], size: int, *args: Any, blocks: int = 1) -> list[Any]:
+        """function(ranks, *args) on each of `size` ranks; returns what each returned. An exception is raised here."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes[:size]:
+            pipe.send((function, size, blocks, args))
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + LIMIT.total_seconds()
+        while len(answers) < size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes[:size]) if rank not in answers]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._stop()
+                raise TimeoutError(f"{len(waiting)} of {size} ranks have not answered within {LIMIT}")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = self._pipes.index(pipe)
+                answers[rank], failure = pipe.recv()
+                if failure:  # the others may wait in a collective for this one
+                    self._stop()
+                    raise AssertionError(failure)
+        return [answers[rank] for rank in range(size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._starts += 1
         for rank in range(max(SIZES)):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(folder / "store"), theirs), daemon=True)
+            store = str(self._folder / f"store-{self._starts}")
+            process = context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], size: int, *args: Any, blocks: int = 1) -> list[Any]:
-        """function(ranks, *args) on each of `size` ranks; returns what each returned. An exception is raised here."""
-        for pipe in self._pipes[:size]:
-            pipe.send((function, size, blocks, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            if not pipe.poll(LIMIT.total_seconds()):
-                raise TimeoutError(f"rank {rank} of {size} has not answered within {LIMIT}")
-            answers.append(pipe.recv())
-        failures = [failure for _, failure in answers if failure]
-        assert not failures, "\n".join(failures)
-        return [answer for answer, _ in answers]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def _stop(self) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
             process.kill()
             process.join()
+        self._pipes, self._processes = [], []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._stop()
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:

@@ -75,21 +75,18 @@ def segment_ends(blocks: Sequence[LatentBlock]) -> tuple[int, ...]:
 
 
 def by_block(latents: Latents, blocks: Sequence[LatentBlock]) -> Iterator[tuple[LatentBlock, Latents, slice]]:
-    """Each block that is not empty, its latents, and the slice of the entries that these are.
+    """Each block, its latents, and the slice of the entries that these are.
 
     `latents` are split at `segment_ends`; only entries may lie in several blocks.
     """
     if len(blocks) == 1:
-        if len(blocks[0]):
-            yield blocks[0], latents, slice(None)
+        yield blocks[0], latents, slice(None)
         return
     assert isinstance(latents, Entries)
     segments = blocks[-1].segments.stop
     rows = latents.rows // max(1, segments)
-    bounds = latents.start[::rows].tolist() if segments else []
+    bounds = latents.start[::rows].tolist() if segments else [0]
     for block in blocks:
-        if not len(block):
-            continue
         entries = slice(bounds[block.segments.start], bounds[block.segments.stop])
         start = latents.start[block.segments.start * rows : block.segments.stop * rows + 1] - entries.start
         column = latents.column[entries] - block.latents.start

@@ -1,0 +1,259 @@
+"""SAEs whose latents are spread over ranks: the gradients, weights, statistics and bytes against one process.
+
+Everything is float64 here but the comparison of values in selections, so that what differs is the order of sums alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.small_ranks import SIZES, SmallRanks
+from tests.small_saes import FAMILY, HOOKS, UNSCALED, hook_widths, rows_of
+from trainer.parallel.ranks import ALONE, Ranks
+from trainer.report import SaeReport
+from trainer.saes.batchtopk import BatchTopK
+from trainer.saes.folding import Whitening
+from trainer.saes.gradients import SHARED, THROUGH_ENCODER
+from trainer.saes.hooks import SaeHooks
+from trainer.saes.jumprelu import JumpReLU
+from trainer.saes.settings import SaeSettings
+from trainer.saes.topk import FixedK
+from trainer.settings import OptimizerSettings
+from trainer.training.averaging import AverageWeights
+from trainer.training.sae_trainer import SaeTrainer
+
+D_SAE = 37
+"""Divides by no number of ranks."""
+STEPS, BATCH = 50, 64
+THRESHOLD = "calibrated"
+"""Name of BatchTopK's threshold beside tensors."""
+GRADIENTS, WEIGHTS = 1e-12, 1e-9
+"""Largest differences allowed, relative to the norm."""
+
+
+@pytest.fixture(scope="module")
+def small_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRanks]:
+    with SmallRanks(tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+LACKING = {"auxk": ["pre_act_weight"], "resample": ["k_aux", "pre_act_weight"], "none": ["k_aux", "pre_act_weight"]}
+"""Keys that mean nothing with a way of revival."""
+
+
+def case(name: str, **options: Any) -> dict[str, Any]:
+    table = {"name": "s", "revive_tokens": 200, "dead_tokens": 200} | FAMILY[name] | options | {"d_sae": D_SAE}
+    if "matryoshka" in table:
+        table["matryoshka"] = [*table["matryoshka"][:-1], D_SAE]
+    for key in LACKING.get(table.get("revive", ""), []):
+        table.pop(key, None)
+    return {key: value for key, value in table.items() if value is not None}
+
+
+RESAMPLE: dict[str, Any] = {"revive": "resample"}
+REINITIALISE: dict[str, Any] = {"revive": "none", "reinitialise_tokens": 300}
+AUXK: dict[str, Any] = {"revive": "auxk", "k_aux": 4}
+QUICK: dict[str, dict[str, Any]] = {
+    "topk auxk": case("topk", k_aux=4),
+    "topk abs": case("topk abs"),
+    "topk multi matryoshka": case("topk multi", matryoshka=[4, 16, 32]),
+    "topk skip transcoder, resampled": case("topk skip transcoder", **RESAMPLE),
+    "batchtopk matryoshka auxk": case("batchtopk matryoshka", k_aux=3),
+    "jumprelu pre_act": case("jumprelu"),
+    "jumprelu auxk, averaged": case("jumprelu log", **AUXK, ema_tokens=500),
+    "relu tanh crosscoder, reinitialised": case("relu crosscoder", penalty="tanh", **REINITIALISE),
+    "relu l1 whitened": case("relu l1", whitening=True),
+    "tied": case("tied", sparsity_weight=0.5),
+    "gated auxk": case("gated", **AUXK),
+}
+"""One case for every mechanism that ranks have to agree on."""
+
+
+def all_cases() -> dict[str, dict[str, Any]]:
+    """Every kind of SAE with every way to revive its latents."""
+    cases = {}
+    for name in FAMILY:
+        if name == "repair":
+            continue
+        for revival in [{}] if name == "tied" else [{}, AUXK, RESAMPLE, REINITIALISE]:
+            cases[f"{name} {revival.get('revive', '')}".strip()] = case(name, **revival)
+    penalised: dict[str, Any] = {"target_l0": None, "sparsity_weight": 0.5}
+    cases["jumprelu l0"] = case("jumprelu", **penalised, penalty="l0")
+    cases["jumprelu tanh, all lifted"] = case("jumprelu", **penalised, penalty="tanh", pre_act_on="all")
+    return cases
+
+
+# Training on ranks
+
+
+def sae_trainer_of(ranks: Ranks, table: Mapping[str, Any], clip: float) -> SaeTrainer:
+    """An SAE trainer in float64 with the first weights of one process, some of its latents hardly ever active."""
+    settings = SaeSettings.of(**table)
+    optimizer = OptimizerSettings(learning_rate=1e-2, warmup_tokens=0, clip=clip)
+    hooks, widths = SaeHooks.from_settings(settings, HOOKS), hook_widths(settings)
+
+    def initialised(ranks: Ranks) -> SaeTrainer:
+        sae_trainer = SaeTrainer(
+            settings, optimizer, hooks, widths, torch.device("cpu"), torch.float64, run_tokens=100_000, ranks=ranks
+        )
+        sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED)
+        return sae_trainer
+
+    sae, sae_trainer = initialised(ALONE).sae, initialised(ranks)
+    if isinstance(sae, FixedK | JumpReLU):  # small, but above zero: AuxK has something to work with
+        sae.W_enc[1::4] *= 0.05
+        sae.b_enc[1::4] = 0.0
+    else:
+        sae.b_enc[1::4] = -50.0
+    weights = {name: value.double() for name, value in sae.parameters.items()}
+    sae_trainer.sae.parameters = {name: value.clone() for name, value in sae_trainer.sae.held(weights).items()}
+    sae_trainer._reset_optimizer(sae_trainer.statistics.reference.double())
+    if sae_trainer._average is not None:
+        sae_trainer._average = AverageWeights(sae_trainer.sae.parameters, 500)
+    if (whitening := sae_trainer._whitening) is not None:
+        parts = (whitening.centre, whitening.matrix, whitening.inverse)
+        sae_trainer._whitening = Whitening(*(part.double() for part in parts))
+    return sae_trainer
+
+
+def batch_of(settings: SaeSettings, seed: int) -> dict[str, Tensor]:
+    return {hook: rows.double() for hook, rows in rows_of(settings, BATCH, seed).items()}
+
+
+Trained = tuple[dict[str, Tensor], dict[str, Tensor], SaeReport]
+
+
+def train(ranks: Ranks, table: Mapping[str, Any], steps: int = STEPS, clip: float = 0.05) -> Trained:
+    """(gradients of the last step, tensors after it, report), of the latents of this rank."""
+    sae_trainer = sae_trainer_of(ranks, table, clip)
+    gradients: dict[str, Tensor] = {}
+    complete = sae_trainer.sae.complete
+
+    def remember(grads: dict[str, Tensor]) -> None:
+        complete(grads)
+        assert THROUGH_ENCODER not in grads
+        gradients.clear()
+        gradients.update({name: value.clone() for name, value in grads.items()})
+
+    sae_trainer.sae.complete = remember  # type: ignore[method-assign]
+    for step in range(1, steps + 1):
+        sae_trainer.step(batch_of(sae_trainer.settings, step))
+    sae_trainer.calibrate(sae_trainer.sae, batch_of(sae_trainer.settings, 1000))
+    return (
+        gradients,
+        tensors_of(sae_trainer),
+        sae_trainer.report(UNSCALED),
+        float(getattr(sae_trainer.sae, "_least", 0)),
+    )
+
+
+def tensors_of(sae_trainer: SaeTrainer) -> dict[str, Tensor]:
+    """Weights, moments, averages and counters by name; names of shared ones end in one of SHARED."""
+    _, tensors = sae_trainer.state()
+    by_part = {
+        "weight": tensors.parameters,
+        "exp_avg": tensors.adam.exp_avg,
+        "exp_avg_sq": tensors.adam.exp_avg_sq,
+        "ema": tensors.ema,
+        "statistics": {
+            "tokens_since_fired": tensors.statistics.tokens_since_fired,
+            "firings": tensors.statistics.firings,
+        },
+    }
+    return {f"{part} {name}": value.clone() for part, of in by_part.items() for name, value in of.items()}
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all latents; those that are shared must be equal on all ranks."""
+    whole = {}
+    for name in parts[0]:
+        if name.split()[-1] in (*SHARED, THRESHOLD):
+            assert all(torch.equal(part[name], parts[0][name]) for part in parts), name
+            whole[name] = parts[0][name]
+        else:
+            whole[name] = torch.cat([part[name] for part in parts])
+    return whole
+
+
+def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest difference of any tensor, relative to its norm."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[name].double() - value).norm() / (value.double().norm() + 1e-30)) for name, value in theirs.items()
+    )
+
+
+def assert_parity(small_ranks: SmallRanks, table: Mapping[str, Any], sizes: tuple[int, ...]) -> None:
+    gradients, tensors, report = train(ALONE, table)
+    for size in sizes:
+        parts = small_ranks.run(train, size, table)
+        assert difference(joined([part[0] for part in parts]), gradients) <= GRADIENTS
+        assert difference(joined([part[1] for part in parts]), tensors) <= WEIGHTS
+        for part in parts:
+            assert_same_report(part[2], report)
+
+
+def assert_same_report(ours: SaeReport, theirs: SaeReport) -> None:
+    """Counts are equal, numbers to nine digits."""
+    for name, value in vars(theirs).items():
+        expected = pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
+        if isinstance(value, dict):
+            expected = {key: pytest.approx(number, rel=1e-9) for key, number in value.items()}
+        assert getattr(ours, name) == expected, name
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_ranks_train_the_sae_of_one_process(small_ranks: SmallRanks, name: str) -> None:
+    """After 50 steps with clipping in force: gradients, weights, moments, averages, counters and report."""
+    assert_parity(small_ranks, QUICK[name], (SIZES[list(QUICK).index(name) % 2],))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", all_cases())
+def test_ranks_train_every_sae_of_one_process(small_ranks: SmallRanks, name: str) -> None:
+    """The same for every kind of SAE and every way of revival, on 2 and 4 ranks."""
+    assert_parity(small_ranks, all_cases()[name], SIZES)
+
+
+# Fixed blocks
+
+
+def train_in_float32(ranks: Ranks, table: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors after 30 steps from the first weights that ranks draw themselves."""
+    settings = SaeSettings.of(**table)
+    hooks, optimizer = SaeHooks.from_settings(settings, HOOKS), OptimizerSettings(learning_rate=1e-2, clip=0.05)
+    sae_trainer = SaeTrainer(
+        settings, optimizer, hooks, hook_widths(settings), torch.device("cpu"), torch.float32, ranks=ranks
+    )
+    sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED)
+    silent = torch.tensor([latent % 4 == 1 for latent in sae_trainer.sae.latents])
+    sae_trainer.sae.W_enc[silent] *= 0.05
+    for step in range(1, 31):
+        sae_trainer.step(rows_of(settings, BATCH, step))
+    sae_trainer.calibrate(sae_trainer.sae, rows_of(settings, BATCH, 1000))
+    if isinstance(sae_trainer.sae, BatchTopK):
+        return tensors_of(sae_trainer) | {THRESHOLD: torch.tensor(sae_trainer.sae.threshold)}
+    return tensors_of(sae_trainer)
+
+
+def sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_eight_blocks_give_the_same_bits_on_any_number_of_ranks(small_ranks: SmallRanks, name: str) -> None:
+    """sha256 of all weights, moments and counters after 30 steps on 1, 2 and 4 ranks."""
+    alone = Ranks(0, 1, None, blocks=8, latents_per_unit=1)
+    expected = sha256(train_in_float32(alone, QUICK[name]))
+
+    for size in SIZES:
+        assert sha256(joined(small_ranks.run(train_in_float32, size, QUICK[name], blocks=8))) == expected
