@@ -97,7 +97,10 @@ class ModelSettings(Table):
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
     hooks: list[str] = Field(min_length=1, examples=[["blocks.6.hook_resid_post"]])
-    """Hooks to read: `blocks.6.hook_resid_post` (also resid_pre, resid_mid, mlp_out), or a module path of the model."""
+    """Hooks to read, by TransformerLens' names: `blocks.6.hook_resid_post` (also resid_pre, attn_out, resid_mid,
+    mlp_in, mlp_out), `blocks.6.mlp.hook_post`, `blocks.6.attn.hook_z` (also q, k, v; one head: `hook_z[3]`),
+    `hook_embed`, `ln_final.hook_normalized`; or a module path of the model, for its input `PATH:input`, for the second
+    of a tuple `PATH[1]`."""
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -96,14 +96,19 @@ class LanguageModelSource:
                 len(unknown), *next((token, number) for number, token in unknown.items()),
             )  # fmt: skip
         self.model.check_context(self.context)
-        check = self.model.self_check
+        check, dtype = self.model.self_check, str(self.model.dtype).removeprefix("torch.")
+        log.info(
+            "%s runs in %s%s on %s",
+            settings.model.name, dtype, " (model.dtype = auto)" if settings.model.dtype == "auto" else "",
+            self.model.device,
+        )  # fmt: skip
         log.info(
             "self-check: cut model against the whole one: largest difference %.3g at rms %.3g (%s)",
             check.max_difference, check.scale, "passed" if check.passed else "FAILED",
         )  # fmt: skip
         self.device = self.model.device
         self.shards = self._corpus.shards
-        self.hooks = [Hook(name=hook.name, module=hook.module, width=hook.width) for hook in self.model.hooks]
+        self.hooks = [Hook(name=hook.name, module=hook.path, width=hook.width) for hook in self.model.hooks]
         on_gpu = self.device.type == "cuda"
         self.concurrent_passes = 1 if on_gpu else min(MAX_CONCURRENT_PASSES, torch.get_num_threads())
         tokens = GPU_TOKENS if on_gpu else CPU_TOKENS // self.concurrent_passes
@@ -112,7 +117,7 @@ class LanguageModelSource:
             "model": settings.model.name,
             "model_revision": self.model.revision or settings.model.revision,
             "model_weights": self.model.fingerprint,
-            "model_dtype": str(self.model.dtype).removeprefix("torch."),
+            "model_dtype": dtype,
             "corpus": self._corpus.description,
             "corpus_fingerprint": self._corpus.fingerprint,
             "tokens_fingerprint": tokens_fingerprint(self.model.tokenizer, settings.corpus),

@@ -68,6 +68,7 @@ class Hook(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
     name: Word
     module: Text
+    """Path of the module, with `:input` after it where not its output is streamed: `model.layers.2:input`."""
     width: Annotated[int, Field(gt=0, le=2**20)]
 
 

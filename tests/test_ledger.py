@@ -174,6 +174,17 @@ def test_producer_of_another_stream_is_refused_for_good(change: dict[str, Any], 
     assert list(ledger.sessions) == ["ada-1"]
 
 
+def test_hooked_input_is_the_same_stream_when_only_the_module_was_named() -> None:
+    """A run of 0.1.0, whose producers named the module without `:input`, goes on with producers that add it."""
+    ledger = make_ledger()
+    hooks = [Hook(name="blocks.1.hook_resid_pre", module="h.1", width=WIDTH)]
+    now = [Hook(name="blocks.1.hook_resid_pre", module="h.1:input", width=WIDTH)]
+    join(ledger, hooks=hooks)
+    assert not rejects(ledger.hello(hello("eve", hooks=now), now=0.0))
+    elsewhere = [Hook(name="blocks.1.hook_resid_pre", module="h.2:input", width=WIDTH)]
+    assert rejects(ledger.hello(hello("eva", hooks=elsewhere), now=0.0))
+
+
 def test_nothing_is_settled_before_the_first_row() -> None:
     """A producer that differs may come again; when those that it differs from have left, its corpus is the run's."""
     ledger = make_ledger()

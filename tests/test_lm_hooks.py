@@ -220,14 +220,14 @@ def test_a_middle_that_the_residual_does_not_go_through_is_none(monkeypatch):
 
 def test_unknown_hooks_are_refused_together():
     """Each unknown name gets a line that says what exists, and the nearest name."""
-    message = refusal(tiny("llama"), "blocks.1.hook_resid_pots", "blocks.4.hook_resid_post", "blocks.2.attn.hook_z")
+    message = refusal(tiny("llama"), "blocks.1.hook_resid_pots", "blocks.4.hook_resid_post", "blocks.2.attn.hook_a")
     first, second, third = message.split("\n")
     assert first.startswith("model.hooks = 'blocks.1.hook_resid_pots': ")
     assert "has no such hook (did you mean blocks.1.hook_resid_post?)" in first
-    assert "blocks.N.hook_{resid_pre,resid_mid,resid_post,mlp_out} with N from 0 to 3" in first
+    assert "blocks.N.hook_{resid_pre,resid_post,attn_out,resid_mid,mlp_in,mlp_out}, blocks.N.mlp.hook_post" in first
     assert "model.layers.0, inside which there are self_attn, mlp, input_layernorm" in first
     assert "has 4 blocks; expected blocks.0 to blocks.3" in second
-    assert "'blocks.2.attn.hook_z'" in third
+    assert "'blocks.2.attn.hook_a'" in third
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ the name of its class, and what comes after the last hook is removed. In reading
     limits       vocabulary, longest window, the windows that models are probed with
     hooks        hook points; reading and replacing the input or output of a module
     blocks       the chain of blocks inside the model, and the cut after the last hook
-    anatomy      resid_mid and mlp_out inside one block, located by experiment
+    anatomy      attn_out, resid_mid, mlp_in and mlp_out inside one block, located by experiment
+    attention    z, q, k and v of the attention inside one block, located by experiment
     locations    the module that each hook name of the settings refers to
     self_check   the whole model's activations beside the cut model's; causality, padding, overflow
     network      the hooked network that runs passes, from several threads at the same time

@@ -1,9 +1,16 @@
-"""resid_mid and mlp_out inside one block, located by experiment.
+"""The parts of one block that read and write the residual stream, located by experiment.
 
-A probe runs through the block, and those submodules are taken for which resid_pre + attention is resid_mid and
-resid_mid + mlp_out is resid_post, the latter also when resid_mid is replaced during the call. That covers OPT's fc2,
-Gemma's norm after the MLP and Bloom's MLP that adds the residual itself. A block that runs attention and MLP in
-parallel (Pythia) has an mlp_out and no resid_mid; one that normalises after the addition (BERT) has neither.
+    attn_out   what attention adds to the residual stream
+    resid_mid  the residual stream between attention and MLP
+    mlp_in     what the MLP reads: resid_mid after the norm
+    mlp_post   the MLP's hidden layer after its nonlinearity: the input of its last projection
+    mlp_out    what the MLP adds to the residual stream
+
+A probe runs through the block, and those submodules are taken for which resid_pre + attn_out is resid_mid and
+resid_mid + mlp_out is resid_post, also when attn_out or resid_mid is replaced during the call. That covers OPT's fc2,
+Gemma's norm after the MLP and Bloom's MLP that adds the residual itself. mlp_in and mlp_post are what all of mlp_out
+goes through: with zeros there, mlp_out is the same for every token. A block that runs attention and MLP in parallel
+(Pythia) has no resid_mid; one that normalises after the addition (BERT) has none of the parts.
 """
 
 from __future__ import annotations
@@ -24,8 +31,11 @@ from producer.lm.hooks import HookLocation, Side, StopForward, attach, module_in
 class BlockParts:
     """The locations inside one block that hooks have names for; None for what the block does not have."""
 
-    resid_mid: HookLocation | None
-    mlp_out: HookLocation | None
+    attn_out: HookLocation | None = None
+    resid_mid: HookLocation | None = None
+    mlp_in: HookLocation | None = None
+    mlp_post: HookLocation | None = None
+    mlp_out: HookLocation | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,33 +95,49 @@ def record_call(network: Any, block: nn.Module, path: str, ids: Tensor) -> Block
 
 
 def find_parts(call: BlockCall) -> BlockParts:
-    """The parts of a block: sequential blocks have resid_mid and mlp_out, parallel ones mlp_out alone."""
+    """The parts of a block: sequential blocks have all, parallel ones no resid_mid, others none."""
     x = call.input
     output, submodules = _trace(call, x.clone())
-    if pair := _find_sequential(call, x, output, submodules):
-        return BlockParts(*pair)
-    return BlockParts(None, _find_parallel(call, x, output, submodules))
+    return _find_sequential(call, x, output, submodules) or _find_parallel(call, x, output, submodules) or BlockParts()
 
 
-def missing_part_message(parts: BlockParts, block: nn.Module, path: str) -> str:
-    """The sentence that says why a block lacks resid_mid or mlp_out, and what to hook instead."""
-    if parts.mlp_out is not None:
+def missing_part_message(kind: str, parts: BlockParts, block: nn.Module, path: str) -> str:
+    """The sentence that says why a block lacks one of the parts, and what to hook instead."""
+    name, children = type(block).__name__, ", ".join(f"{path}.{name}" for name, _ in block.named_children())
+    if parts.mlp_out is None:
         return (
-            f"{type(block).__name__} runs attention and MLP in parallel on the same input, so there is no residual "
+            f"{name} does not return resid_mid + mlp_out (post-norm blocks such as BERT's normalise that "
+            f"sum, others scale it), so {kind} is not defined; use hook_resid_pre, hook_resid_post or a module path: "
+            f"{children}; or attn.hook_z"
+        )
+    if kind == "resid_mid":
+        return (
+            f"{name} runs attention and MLP in parallel on the same input, so there is no residual "
             "stream between them; use hook_resid_pre, hook_resid_post or hook_mlp_out"
         )
-    children = ", ".join(f"{path}.{name}" for name, _ in block.named_children())
+    if kind == "attn_out":
+        return f"no module of {name} gives what attention adds to the residual stream; use a module path: {children}"
+    what = "the input" if kind == "mlp_in" else "one hidden layer"
     return (
-        f"{type(block).__name__} does not return resid_mid + mlp_out (post-norm blocks such as BERT's normalise that "
-        f"sum, others scale it), so neither is defined; use hook_resid_pre, hook_resid_post or a module path: "
-        f"{children}"
+        f"not all that the MLP of {name} adds goes through {what} of one module (mixtures of experts have a hidden "
+        f"layer for each expert); use hook_mlp_out or a module path: {children}"
     )
 
 
-def _find_sequential(
-    call: BlockCall, x: Tensor, output: Tensor, submodules: list[_SubmoduleCall]
-) -> tuple[HookLocation, HookLocation] | None:
-    """(resid_mid, mlp_out): the first input and the first later output whose sum the block returns.
+def projections(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that multiply by one matrix, by path; embeddings are none."""
+    return {
+        path: module
+        for path, module in block.named_modules()
+        if not list(module.children())
+        and not isinstance(module, nn.Embedding)
+        and isinstance(weight := getattr(module, "weight", None), Tensor)
+        and weight.ndim == 2
+    }
+
+
+def _find_sequential(call: BlockCall, x: Tensor, output: Tensor, submodules: list[_SubmoduleCall]) -> BlockParts | None:
+    """The first input and the first later output whose sum the block returns are resid_mid and mlp_out.
 
     resid_mid must itself be x plus one submodule's output, or the last of three additions would pass (Gemma 4 adds
     its per-layer embedding after the MLP).
@@ -119,34 +145,80 @@ def _find_sequential(
     for norm, mlp in itertools.product(submodules, submodules):
         if norm.start >= mlp.end or norm.input is None or mlp.output is None or torch.equal(norm.input, x):
             continue
-        if _is_sum(output, norm.input, mlp.output) and any(
-            _is_sum(norm.input, x, attention.output) for attention in submodules if attention.output is not None
-        ):
-            resid_mid = call.location(norm.path, "input", in_place=True)
-            mlp_out = call.location(mlp.path, "output")
-            if _holds_when_changed(call, resid_mid, mlp_out):
-                return resid_mid, mlp_out
+        if not _is_sum(output, norm.input, mlp.output):
+            continue
+        resid_mid = call.location(norm.path, "input", in_place=True)
+        mlp_out = call.location(mlp.path, "output")
+        attentions = [
+            call.location(attention.path, "output")
+            for attention in submodules
+            if attention.output is not None and _is_sum(norm.input, x, attention.output)
+        ]
+        if not attentions or not _holds_when_changed(call, resid_mid, mlp_out):
+            continue
+        mlp_in = call.location(norm.path, "output") if norm.output is not None and norm.end < mlp.end else None
+        return BlockParts(
+            attn_out=next((one for one in attentions if _adds_to_middle(call, one, resid_mid)), None),
+            resid_mid=resid_mid,
+            mlp_in=mlp_in if mlp_in is not None and _determines(call, mlp_in, mlp_out) else None,
+            mlp_post=_find_hidden_layer(call, mlp_out, submodules, norm.start, mlp.end),
+            mlp_out=mlp_out,
+        )
     return None
+
+
+def _adds_to_middle(call: BlockCall, attn_out: HookLocation, resid_mid: HookLocation) -> bool:
+    """Whether resid_mid = resid_pre + attn_out still holds with attn_out negated."""
+    values: dict[str, Tensor] = {}
+    with attach(attn_out, partial(_negate, values, "attn_out")), attach(resid_mid, partial(_record, values, "mid")):
+        call.repeat(call.input)
+    x = call.input
+    return _is_sum(values["mid"].reshape(x.shape), x, values["attn_out"].reshape(x.shape))
+
+
+def _find_hidden_layer(
+    call: BlockCall, mlp_out: HookLocation, submodules: list[_SubmoduleCall], start: int, end: int
+) -> HookLocation | None:
+    """The input of the last projection between two events that all of mlp_out goes through."""
+    matrices = projections(call.block)
+    within = [one for one in submodules if one.path in matrices and start <= one.start and one.end <= end]
+    for submodule in sorted(within, key=lambda one: -one.start):
+        location = call.location(submodule.path, "input")
+        if _determines(call, location, mlp_out):
+            return location
+    return None
+
+
+def _determines(call: BlockCall, source: HookLocation, target: HookLocation) -> bool:
+    """Whether all that differs between tokens at `target` comes through `source`: with zeros there, nothing does."""
+    values: dict[str, Tensor] = {}
+    with attach(source, torch.zeros_like), attach(target, partial(_record, values, "target")):
+        call.repeat(call.input)
+    rows = values["target"].flatten(0, -2)
+    return _is_sum(rows, rows[:1].expand_as(rows))
+
+
+def _negate(values: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """A hook function that negates an activation and records the result."""
+    values[name] = -x
+    return values[name]
+
+
+def _record(values: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """A hook function that records an activation."""
+    values[name] = x.clone()
 
 
 def _holds_when_changed(call: BlockCall, resid_mid: HookLocation, mlp_out: HookLocation) -> bool:
     """Whether block output = resid_mid + mlp_out still holds with resid_mid negated, so not by coincidence."""
     values: dict[str, Tensor] = {}
-
-    def negate(x: Tensor) -> Tensor:
-        values["resid_mid"] = -x
-        return values["resid_mid"]
-
-    def record(y: Tensor) -> None:
-        values["mlp_out"] = y.clone()
-
-    with attach(resid_mid, negate), attach(mlp_out, record):
+    with attach(resid_mid, partial(_negate, values, "mid")), attach(mlp_out, partial(_record, values, "mlp_out")):
         output = call.repeat(call.input)
-    return _is_sum(output, *(values[part].reshape(output.shape) for part in ("resid_mid", "mlp_out")))
+    return _is_sum(output, *(values[part].reshape(output.shape) for part in ("mid", "mlp_out")))
 
 
-def _find_parallel(call: BlockCall, x: Tensor, output: Tensor, submodules: list[_SubmoduleCall]) -> HookLocation | None:
-    """mlp_out where block output = x + attention + MLP: the MLP is the one whose positions do not mix."""
+def _find_parallel(call: BlockCall, x: Tensor, output: Tensor, submodules: list[_SubmoduleCall]) -> BlockParts | None:
+    """The parts where block output = x + attention + MLP: the MLP is the one whose positions do not mix."""
     other = x.clone()
     other[:, 0] = -other[:, 0]
     outputs = {submodule.path: submodule.output for submodule in submodules}
@@ -158,9 +230,25 @@ def _find_parallel(call: BlockCall, x: Tensor, output: Tensor, submodules: list[
     for attention, mlp in itertools.product(submodules, submodules):
         if attention.path not in mixing or mlp.path in mixing or attention.output is None or mlp.output is None:
             continue
-        if _is_sum(output, x, attention.output, mlp.output):
-            return call.location(mlp.path, "output")
+        if not _is_sum(output, x, attention.output, mlp.output):
+            continue
+        attn_out, mlp_out = call.location(attention.path, "output"), call.location(mlp.path, "output")
+        mlp_in = call.location(mlp.path, "input")
+        return BlockParts(
+            attn_out=attn_out if _adds_to_block(call, attn_out, mlp_out) else None,
+            mlp_in=mlp_in if mlp.input is not None and _determines(call, mlp_in, mlp_out) else None,
+            mlp_post=_find_hidden_layer(call, mlp_out, submodules, mlp.start, mlp.end),
+            mlp_out=mlp_out,
+        )
     return None
+
+
+def _adds_to_block(call: BlockCall, attn_out: HookLocation, mlp_out: HookLocation) -> bool:
+    """Whether block output = x + attention + MLP still holds with attention negated."""
+    values: dict[str, Tensor] = {}
+    with attach(attn_out, partial(_negate, values, "attn_out")), attach(mlp_out, partial(_record, values, "mlp_out")):
+        output = call.repeat(call.input)
+    return _is_sum(output, call.input, *(values[part].reshape(output.shape) for part in ("attn_out", "mlp_out")))
 
 
 def _is_same_after_first(y: Tensor | None, previous: Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """Hook points: where activations are read and replaced.
 
-A hook sits at the input or the output of one module. Its function is shown the activation there; what it returns, if
-anything, takes the activation's place.
+A hook sits at the input or the output of one module, or at some of its channels. Its function is shown the activation
+there; what it returns, if anything, takes the activation's place.
 """
 
 from __future__ import annotations
@@ -28,6 +28,31 @@ class StopForward(Exception):
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Some channels of a tensor [..., groups · width]: those from `start` to `stop` of every group of `width`."""
+
+    groups: int
+    width: int
+    start: int
+    stop: int
+
+    def select(self, x: Tensor) -> Tensor:
+        """The channels [..., groups · (stop − start)]."""
+        return x.unflatten(-1, (self.groups, self.width))[..., self.start : self.stop].flatten(-2)
+
+    def replace(self, x: Tensor, part: Tensor) -> Tensor:
+        """A copy of `x` with these channels replaced by `part`."""
+        result = x.clone()
+        result.unflatten(-1, (self.groups, self.width))[..., self.start : self.stop] = part.unflatten(
+            -1, (self.groups, -1)
+        )
+        return result
+
+    def __str__(self) -> str:
+        return f"[{self.start}:{self.stop} of {self.width}]"
+
+
+@dataclass(frozen=True)
 class HookPoint:
     """One place where activations are read."""
 
@@ -41,6 +66,15 @@ class HookPoint:
     """Length of one activation."""
     side: Side = "output"
     """Whether this activation is the input (resid_pre, resid_mid) or the output of `module`."""
+    element: int = 0
+    """Which element of an output that is a tuple."""
+    channels: Channels | None = None
+    """The channels that are hooked; all where None."""
+
+    @property
+    def path(self) -> str:
+        """`module` and, after it, which of its tensors and channels is meant: `model.layers.2.mlp:input`."""
+        return f"{self.module}{_suffix(self.side, self.element)}{self.channels or ''}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +87,18 @@ class HookLocation:
     side: Side = "output"
     in_place: bool = False
     """The input is also the residual stream that bypasses the module (resid_mid): a replacement must reach both."""
+    element: int = 0
+    """Which element of an output that is a tuple."""
+    channels: Channels | None = None
+    """The channels that are hooked; all where None."""
+
+    def select(self, x: Any) -> Any:
+        """The hooked channels of a tensor; anything else as it is."""
+        return self.channels.select(x) if self.channels is not None and isinstance(x, Tensor) else x
+
+    def insert(self, x: Tensor, replacement: Tensor) -> Tensor:
+        """`x` with `replacement` at the hooked channels."""
+        return replacement if self.channels is None else self.channels.replace(x, replacement)
 
 
 def register(location: HookLocation, function: HookFunction) -> RemovableHandle:
@@ -60,19 +106,24 @@ def register(location: HookLocation, function: HookFunction) -> RemovableHandle:
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         x = module_input(args, kwargs)
-        replacement = function(x)
+        replacement = function(location.select(x))
         if replacement is None:
             return None
+        replacement = location.insert(x, replacement)
         if location.in_place:
             x.copy_(replacement)
             return None
         return with_input(args, kwargs, replacement)
 
     def after(module: nn.Module, args: tuple, output: Any) -> Any:
-        replacement = function(module_output(output))
+        x = module_output(output, location.element)
+        replacement = function(location.select(x))
         if replacement is None:
             return None
-        return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
+        replacement = location.insert(x, replacement)
+        if not isinstance(output, tuple):
+            return replacement
+        return (*output[: location.element], replacement, *output[location.element + 1 :])
 
     if location.side == "input":
         # Before the counter of blocks: a pass that ends here has not run this block.
@@ -127,9 +178,15 @@ def with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
     )
 
 
-def module_output(output: Any) -> Any:
-    """The hidden states in what a module returned: of a tuple, the first member."""
-    return output[0] if isinstance(output, tuple) else output
+def module_output(output: Any, element: int = 0) -> Any:
+    """The hidden states in what a module returned: of a tuple, one element, or None where it is shorter."""
+    if isinstance(output, tuple):
+        return output[element] if element < len(output) else None
+    return output if element == 0 else None
+
+
+def _suffix(side: Side, element: int) -> str:
+    return ":input" if side == "input" else f"[{element}]" if element else ""
 
 
 def hook_names(hooks: Sequence[HookPoint]) -> str:

@@ -67,12 +67,19 @@ class StreamIdentity:
         if self.hello is None:
             return []
         names = [name for name in STREAM_FACTS if name != "fingerprint"]
-        facts = [(name, getattr(self.hello, name), getattr(hello, name)) for name in names]
+        facts = [(name, _fact(self.hello, name), _fact(hello, name)) for name in names]
         if self._fixed_chunks:
             facts.append(("activations per chunk", self.hello.chunk_rows, hello.chunk_rows))
         if self.hello.fingerprint != hello.fingerprint:
             facts += _fingerprint_facts(self.hello, hello)
         return facts
+
+
+def _fact(hello: Hello, name: str) -> Any:
+    """A field of HELLO. Streams of 0.1.0 name the module alone where its input is hooked."""
+    if name != "hooks":
+        return getattr(hello, name)
+    return [hook.model_copy(update={"module": hook.module.removesuffix(":input")}) for hook in hello.hooks]
 
 
 def _fingerprint_facts(ours: Hello, theirs: Hello) -> list[Fact]:
