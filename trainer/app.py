@@ -27,7 +27,7 @@ from trainer.health import TrainerHealth
 from trainer.kernels.cpu import warm_up
 from trainer.metrics import TrainerMetrics
 from trainer.parallel.environment import ONE_PROCESS, Launch
-from trainer.parallel.ranks import ALONE, RankLostError, World
+from trainer.parallel.ranks import RankLostError, Ranks, World
 from trainer.phases import RunPhase
 from trainer.planning.machine import free_memory
 from trainer.reporting import Reporter
@@ -73,7 +73,7 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox, la
     try:
         directory = run_directory.path
         sweep(directory)
-        ranks = ALONE
+        ranks = Ranks(0, 1, None, settings.parallel.blocks)
         if launch.world_size > 1:
             leader = Leader(World())
             ranks = leader.open(settings, directory)
@@ -110,7 +110,7 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox, la
         )
         log.info("metrics at http://%s:%d/metrics", http.host, port)
         try:
-            make_run: MakeRun = Run
+            make_run: MakeRun = partial(Run, ranks=ranks)
             if leader is not None:
                 folder = None if saved is None else complete_folders(directory / "checkpoint")[-1]
                 make_run = partial(LeaderRun, leader=leader, ranks=ranks, checkpoint=folder)

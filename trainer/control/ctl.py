@@ -15,7 +15,7 @@ from typing import Any
 
 from producer.common.addresses import expand_path, path_argument
 from producer.common.completion import complete
-from producer.common.formatting import format_count
+from producer.common.formatting import format_bytes, format_count
 from producer.common.parsing import ParseError, parse_object
 from producer.common.shell import shell_command
 from producer.common.toml import SettingsError, read_toml, show_value
@@ -185,6 +185,11 @@ def _show(status: Answer) -> None:
     producers = sum(status["producers"].values())
     console.print(f"{producers} producer{'' if producers == 1 else 's'} · buffer {status['buffer_rows']:,} of "
                   f"{status['buffer_capacity_rows']:,} tokens · epoch {status['epoch']}")  # fmt: skip
+    if (ranks := status["ranks"])["count"] > 1:
+        exchanged = ranks["exchanged_bytes"]
+        largest = sorted(exchanged, key=exchanged.__getitem__, reverse=True)[:3]
+        purposes = ", ".join(f"{purpose} {format_bytes(exchanged[purpose])}" for purpose in largest)
+        console.print(f"{ranks['count']} ranks · exchanged {format_bytes(sum(exchanged.values()))}: {purposes}")
     _show_trouble(console, status)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     # Numbers are never cut; a hook's name may be long, and is shown only where there are several.

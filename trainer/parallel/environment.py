@@ -21,6 +21,9 @@ class Launch:
 
 ONE_PROCESS = Launch()
 
+LATENTS_PER_UNIT = 1024
+"""Ranks hold whole units of so many latents, so that no two of them write to one page of a snapshot's file."""
+
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
     """The launch that torchrun's environment variables describe; that of one process without them."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from producer.common.toml import show_value
+from trainer.parallel.environment import LATENTS_PER_UNIT
 from trainer.saes.settings import SaeSettings
 from trainer.settings import ParallelSettings, TrainerSettings
-
-LATENTS_PER_UNIT = 1024
-"""Ranks hold whole units of so many latents, so that no two of them write to one page of a snapshot's file."""
 
 
 def world_fault(settings: TrainerSettings, world_size: int) -> str | None:
     """Why so many ranks cannot train this run, and what to change; None when they can."""
     parallel = settings.parallel
-    if world_size > 1:
-        return f"{world_size} ranks were started; more than one is not built yet: use --nproc-per-node 1"
     latents = world_size // parallel.groups if parallel.latents == "auto" else parallel.latents
     if world_size != latents * parallel.groups:
         return (

@@ -28,8 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LATENTS_PER_UNIT = 1024
-"""Ranks hold whole units of so many latents, so that no two of them write to one page of a snapshot's file."""
+from trainer.parallel.environment import LATENTS_PER_UNIT
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""torch 2.13 has renamed it."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Ranks:
             return piece[None]
         pieces = piece.new_empty(self.size, *piece.shape)
         with self._counted(purpose, (self.size - 1) * piece.nbytes):
-            dist.all_gather_into_tensor(pieces.view(-1), piece.reshape(-1), group=self._group)
+            _all_gather(pieces.view(-1), piece.reshape(-1), group=self._group)
         return pieces
 
     def exchange(self, pieces: Tensor, purpose: str) -> Tensor:
@@ -210,12 +212,12 @@ class World:
         with _peers():
             dist.barrier()  # gloo connects at the first collective, which can hang when a rank dies before it
 
-    def ranks(self, device: torch.device) -> Ranks:
+    def ranks(self, device: torch.device, blocks: int) -> Ranks:
         """The placement group of all ranks, for tensors on `device`. To be called by all ranks."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=self._timeout)
-        ranks = Ranks(self.rank, self.size, group)
+        ranks = Ranks(self.rank, self.size, group, blocks, device=device)
         with _peers():
             ranks.sum(torch.zeros(1, device=device), "start")
         return ranks
@@ -251,7 +253,7 @@ class World:
         own[: len(encoded)] = encoded
         texts = torch.zeros(self.size, ANSWER_BYTES, dtype=torch.uint8)
         with _peers():
-            dist.all_gather_into_tensor(texts.view(-1), own)
+            _all_gather(texts.view(-1), own)
         return [one.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for one in texts]
 
     def collect_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor | None:

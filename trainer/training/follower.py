@@ -129,7 +129,7 @@ class Follower:
             torch.set_num_threads(settings.run.threads)
         if settings.run.deterministic:
             use_deterministic_algorithms()
-        self._settings, self._ranks = settings, self._world.ranks(device)
+        self._settings, self._ranks = settings, self._world.ranks(device, settings.parallel.blocks)
 
     def _begin(self, command: Begin) -> None:
         assert self._settings is not None and self._ranks is not None

@@ -140,7 +140,7 @@ class Leader:
             nonce.unlink(missing_ok=True)
         if faults:
             raise RunDirectoryError("; ".join(faults))
-        return self.world.ranks(pick_device(settings.optimizer.device))
+        return self.world.ranks(pick_device(settings.optimizer.device), settings.parallel.blocks)
 
     def end(self) -> None:
         """Lets the other ranks leave, and leaves the groups."""

@@ -156,7 +156,16 @@ class Run:
         log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
         seed = self.settings.run.seed * 1000 + member.number
         return SaeTrainer(
-            sae, optimizer, hooks, widths, self.device, dtype, seed, member.joined_at, self.settings.run.tokens
+            sae,
+            optimizer,
+            hooks,
+            widths,
+            self.device,
+            dtype,
+            seed,
+            member.joined_at,
+            self.settings.run.tokens,
+            self.ranks,
         )
 
     def sae_trainer(self, member: Member) -> SaeTrainer:

@@ -1,0 +1,170 @@
+"""Real ranks under a real torchrun: what a user starts, stops and kills, on any number of ranks in turn."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.test_end_to_end import (
+    ROOT,
+    RUN,
+    all_rows,
+    tokens_in_checkpoint,
+    trained_rows,
+    wait_until,
+)
+from trainer.control.ctl import CtlError, ask
+from trainer.saes.inference import check
+from trainer.snapshot import snapshot_names, verify
+from trainer.state.checkpoint import complete_folders, load_newest
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+RECOVERY_SECONDS = 15.0
+"""In which all ranks have ended after one was killed; machines under load get twice as much."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a trainer that records its rows, on one rank or under torchrun, or a producer; ends them all."""
+    path, processes = tmp_path / "run.toml", list[subprocess.Popen[bytes]]()
+    text = RUN.replace("batch = 128", "batch = 1024").replace("d_sae = 32", "d_sae = 2048")
+    path.write_text(text.replace("DIR", str(tmp_path)))
+
+    def begin(what: str, *overrides: str, ranks: int = 1) -> subprocess.Popen[bytes]:
+        program = ["tests/drills/named_producer.py"]
+        if what == "trainer":
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+            program = [*torchrun, "tests/drills/recording_trainer.py", str(tmp_path / "rows")]
+        with open(tmp_path / f"{what}.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *program, str(path), *overrides],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "SECONDS_PER_STEP": "0.05", "OMP_NUM_THREADS": "1"},
+            )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            for worker in workers(process):
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
+            process.wait()
+
+
+def workers(torchrun: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the ranks, by rank."""
+    ranks: dict[int, int] = {}
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        variables = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
+        if b"LOCAL_RANK" in variables:
+            ranks[int(variables[b"RANK"])] = int(child)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def weights(run: Path) -> bytes:
+    """The file of the newest snapshot, which loads as any other and passes its self-test."""
+    folder = run / "snapshots" / snapshot_names(run)[-1]
+    verify(folder)
+    check(folder / "topk")
+    return (folder / "topk" / "sae_weights.safetensors").read_bytes()
+
+
+DETERMINISTIC = ("run.deterministic=true", "run.tokens=20480", "parallel.blocks=2", "checkpoint.every_seconds=0.3")
+
+
+def test_weights_and_rows_do_not_depend_on_the_number_of_ranks(start: Start, tmp_path: Path) -> None:
+    """Alone; and on two ranks, then alone, then on two again: the same file to the last bit, the same rows in order."""
+    trainer, producer = start("trainer", *DETERMINISTIC), start("producer", *DETERMINISTIC)
+    assert (trainer.wait(90), producer.wait(30)) == (0, 0)
+    expected, rows = weights(tmp_path / "run"), (tmp_path / "rows").read_bytes()
+    (tmp_path / "run").rename(tmp_path / "alone")
+    (tmp_path / "rows").unlink()
+
+    start("producer", *DETERMINISTIC)
+    for target, ranks in ((4096, 2), (12_000, 1), (20_480, 2)):
+        running = start("trainer", *DETERMINISTIC, ranks=ranks)
+        wait_until(lambda: tokens_in_checkpoint(tmp_path) >= target or running.poll() is not None)  # noqa: B023
+        if target < 20_480:
+            assert running.poll() is None, "the run ended before it could be stopped"
+            running.terminate()
+        running.wait(60)
+        assert complete_folders(tmp_path / "run" / "checkpoint"), "nothing was saved"
+    assert running.returncode == 0
+    assert (tmp_path / "rows").read_bytes() == rows
+    assert weights(tmp_path / "run") == expected
+    log = (tmp_path / "trainer.log").read_text()
+    assert log.count("the same command goes on") == 2 and "[rank 1]" not in log
+
+
+def test_the_death_of_a_rank_loses_no_token_and_repeats_none(start: Start, tmp_path: Path) -> None:
+    """Rank 1 is killed, then rank 0, in mid-run: the other leaves at once, and a new start trains what is left."""
+    epochs, passes = 4, ("corpus.epochs=4",)
+    start("producer", *passes)
+    for victim in (1, 0):
+        trainer = start("trainer", *passes, ranks=2)
+        target = tokens_in_checkpoint(tmp_path) + 8000
+        wait_until(lambda: tokens_in_checkpoint(tmp_path) >= target or trainer.poll() is not None)  # noqa: B023
+        assert trainer.poll() is None, "the run ended before a rank could be killed"
+        os.kill(workers(trainer)[victim], signal.SIGKILL)
+        begin = time.monotonic()
+        assert trainer.wait(60) != 0
+        assert time.monotonic() - begin < 2 * RECOVERY_SECONDS
+
+    trainer = start("trainer", *passes, ranks=2)
+    assert trainer.wait(120) == 0
+    np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs))
+
+
+def test_an_operator_commands_all_ranks(start: Start, tmp_path: Path) -> None:
+    """Status tells of the ranks; an SAE joins, learns, is published and leaves; a checkpoint has each rank's rows."""
+    endless = "corpus.epochs=1000"
+    trainer, _ = start("trainer", endless, ranks=2), start("producer", endless)
+    run = tmp_path / "run"
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0 or trainer.poll() is not None)
+
+    small = {"name": "small", "architecture": "topk", "d_sae": 64, "k": 4}
+    with pytest.raises(CtlError, match="d_sae = 64 is too small for 2 ranks"):
+        ask(run, {"command": "attach", "sae": small})
+    wide = {"name": "wide", "architecture": "batchtopk", "d_sae": 4096, "k": 4, "ema_tokens": 5000}
+    ask(run, {"command": "attach", "sae": wide})
+    tokens = tokens_in_checkpoint(tmp_path)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > tokens + 5000)
+    ranks = ask(run, {"command": "status"})["ranks"]
+    assert ranks["count"] == 2 and ranks["exchanged_bytes"]["activations"] > 0
+    ask(run, {"command": "detach", "name": "wide", "now": True})
+    wait_until(lambda: any((run / "snapshots").glob("*/wide-ema")))
+    trainer.terminate()
+    trainer.wait(60)
+
+    folder = complete_folders(tmp_path / "run" / "checkpoint")[-1]
+    halves = [load_file(folder / name) for name in ("state.safetensors", "latents-00001-of-00002.safetensors")]
+    assert [len(half["sae/topk/parameters/W_enc"]) for half in halves] == [1024, 1024]
+    saved = load_newest(tmp_path / "run")
+    assert saved is not None and len(saved.tensors.saes["topk"].parameters["W_enc"]) == 2048
+    assert set(saved.document.run.saes) == {"topk"}
+
+
+def test_what_the_ranks_cannot_share_is_refused(start: Start, tmp_path: Path) -> None:
+    """With what to change, and before anything is opened."""
+    trainer = start("trainer", "sae.topk.d_sae=1024", ranks=2)
+
+    assert trainer.wait(60) != 0
+    log = (tmp_path / "trainer.log").read_text()
+    assert 'sae "topk": d_sae = 1024 is too small for 2 ranks' in log and "exitcode  : 2" in log
+    assert not (tmp_path / "run").exists()
