@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,22 @@ from safetensors.torch import save_file
 
 from producer.wire import Hello, Hook
 from tests.small_run import by_key, checkpoint_of, identity_sae, publish_snapshot, small_checkpoint
+from trainer.parallel.ranks import latent_cuts
+from trainer.saes.gradients import SHARED
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, file_sha256, pin, retire, snapshot_names, supersede_after, unpin, verify
-from trainer.state.checkpoint import CheckpointError, load_newest, save
+from trainer.state.checkpoint import CheckpointError, FileRecord, load_newest, save, save_shard, shard_name
 from trainer.state.durable import sweep
+from trainer.state.format import (
+    SHARED_PARAMETERS,
+    AdamState,
+    Checkpoint,
+    LatentRange,
+    SaeTensors,
+    StatisticsState,
+    WhiteningState,
+    has_latent_rows,
+)
 from trainer.stream.buffer import Batch
 from trainer.training.run import Run, roster_of
 
@@ -201,6 +216,106 @@ def test_a_checkpoint_of_the_first_releases_is_migrated(tmp_path: Path) -> None:
     rewrite(folder, format=3, ledger=ledger)
 
     assert load_newest(tmp_path).document.ledger.breaches == {}  # type: ignore[union-attr]
+
+
+# Shards of latents
+
+
+LATENTS = 8
+
+
+def test_the_format_knows_which_parameters_belong_to_no_latent() -> None:
+    assert SHARED_PARAMETERS == SHARED
+
+
+def shared_sae() -> SaeTensors:
+    """An SAE with everything that a checkpoint may hold, all of its latents different."""
+    rows, vector = torch.arange(3.0 * LATENTS).view(LATENTS, 3), torch.arange(1.0, 4.0)
+    parameters = {"W_enc": rows, "b_enc": rows[:, 0].clone(), "b_dec": vector, "W_skip": vector.outer(vector)}
+    moments = {name: value + 0.5 for name, value in parameters.items()}
+    counts = torch.arange(LATENTS)
+    statistics = StatisticsState(7, vector, counts, counts.double(), vector.double(), -vector.double(), torch.ones(6))
+    whitening = WhiteningState(vector, vector.outer(vector), -vector.outer(vector))
+    averages = {name: -value for name, value in parameters.items()}
+    return SaeTensors(parameters, AdamState(4, moments, averages), statistics, averages, whitening)
+
+
+def rows_of(sae: SaeTensors, latents: range) -> SaeTensors:
+    """The part of a rank."""
+    held = slice(latents.start, latents.stop)
+    tensors = {key: value[held] if has_latent_rows(key) else value for key, value in sae.by_key().items()}
+    return SaeTensors.from_keys({key: value.clone() for key, value in tensors.items()})
+
+
+def save_over_ranks(directory: Path, ranks: int) -> Path:
+    """A checkpoint as `ranks` ranks write it."""
+    cuts = latent_cuts(LATENTS, ranks, unit=1)
+    parts = [rows_of(shared_sae(), range(*cut)) for cut in pairwise(cuts)]
+    small = small_checkpoint()
+    ranges = [LatentRange(shard_name(rank, ranks), *cut) for rank, cut in enumerate(pairwise(cuts))]
+    document = replace(small.document, latents={"small": ranges} if ranks > 1 else {})
+
+    @contextmanager
+    def write_shards(folder: Path) -> Iterator[dict[str, FileRecord]]:
+        records: dict[str, FileRecord] = {}
+        yield records
+        for rank, part in enumerate(parts[1:], 1):
+            name = shard_name(rank, ranks)
+            records[name] = save_shard(folder / name, {"small": part})
+
+    tensors = replace(small.tensors, saes={"small": parts[0]})
+    return save(directory, Checkpoint(document, tensors), 2, write_shards)
+
+
+@pytest.mark.parametrize("written", [1, 2, 3, 4, 8])
+def test_any_number_of_ranks_reads_what_any_other_has_written(tmp_path: Path, written: int) -> None:
+    """Each reads the rows of its latents, wherever they are, and everything that belongs to no latent."""
+    save_over_ranks(tmp_path, written)
+    whole = load_newest(tmp_path)
+    assert whole is not None
+    for key, value in shared_sae().by_key().items():
+        assert torch.equal(whole.tensors.saes["small"].by_key()[key], value), key
+
+    for ranks in (1, 2, 3, 5, 8):
+        for cut in pairwise(latent_cuts(LATENTS, ranks, unit=1)):
+            latents = range(*cut)
+            part = load_newest(tmp_path, lambda _, latents=latents: latents)
+            assert part is not None
+            for key, value in rows_of(shared_sae(), latents).by_key().items():
+                assert torch.equal(part.tensors.saes["small"].by_key()[key], value), (ranks, key)
+
+
+def test_a_shard_that_is_damaged_missing_or_left_out_is_named(tmp_path: Path) -> None:
+    """The files of all ranks are compared with their hashes, and their ranges with each other."""
+    folder = save_over_ranks(tmp_path, 4)
+    shard = folder / shard_name(2, 4)
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"latents-00002-of-00004.safetensors is damaged"):
+        load_newest(tmp_path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"latents-00002-of-00004.safetensors is missing"):
+        load_newest(tmp_path)
+
+    document = json.loads((folder / "state.json").read_text())
+    del document["latents"]["small"][2]
+    rewrite(folder, latents=document["latents"])
+    with pytest.raises(CheckpointError, match="the latents of sae small are not each in one file: 0 to 2 in state"):
+        load_newest(tmp_path)
+
+
+def test_a_rank_that_cannot_write_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """The one before it stays the newest, and nothing is left of the other."""
+    before = save_over_ranks(tmp_path, 2)
+
+    @contextmanager
+    def full_disk(_: Path) -> Iterator[dict[str, FileRecord]]:
+        yield {}
+        raise OSError("rank 1: no space left on the disk")
+
+    with pytest.raises(OSError, match="rank 1"):
+        save(tmp_path, small_checkpoint(), 2, full_disk)
+    assert names(tmp_path / "checkpoint") == [before.name]
 
 
 FULL_DISK = """

@@ -16,6 +16,7 @@ from producer.common.run_file import read_run_file, show_settings
 from producer.common.toml import SettingsError
 from producer.settings import ModelSettings, ProducerSettings
 from tests.small_saes import FAMILY
+from trainer.parallel.placement import world_fault
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 
@@ -107,11 +108,33 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
             'sae.0.hooks=["blocks.6.hook_resid_post", "blocks.7.hook_mlp_out"]',
             '"blocks.7.hook_mlp_out" is not streamed',
         ),
+        ("parallel.data=2", "data = 2 is not offered: the gradients"),
+        ("parallel.groups=2", "groups = 2 is not built yet"),
+        ("parallel.intakes=2", "intakes = 2 is not built yet"),
+        ("parallel.exchange=bfloat16", 'exchange = "bfloat16" is not built yet'),
+        ("parallel.latents=many", 'parallel.latents = "many" is no number of ranks; expected "auto" or'),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(run_file: Path, override: str, sentence: str) -> None:
     """A conflict names both sides and what to change."""
     assert sentence in faults(run_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "sentence"),
+    [
+        ({"latents": 4}, 2, "make 4 ranks, and 2 were started"),
+        ({"blocks": 8}, 3, "parallel.blocks = 8 is no multiple of the 3 ranks"),
+        ({}, 8, 'sae "wide": d_sae = 4096 is too small for 8 ranks, which take 1024 latents each at least'),
+        ({"blocks": 8}, 1, "too small for parallel.blocks = 8"),
+    ],
+)
+def test_ranks_that_cannot_share_the_saes_are_refused(parallel: dict[str, Any], ranks: int, sentence: str) -> None:
+    """The number that was started, and what to change."""
+    model = {"name": "gpt2", "hooks": ["blocks.6.hook_resid_post"]}
+    run = {"model": model, "sae": [{"name": "wide", "architecture": "topk", "d_sae": 4096, "k": 4}]}
+    assert sentence in (world_fault(TrainerSettings.model_validate(run | {"parallel": parallel}), ranks) or "")
+    assert world_fault(TrainerSettings.model_validate(run), 4) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from producer.common.addresses import split_endpoint
 from producer.common.fields import Device, Natural, Positive, SecondsOrNever, Table
@@ -20,6 +20,15 @@ from producer.settings import (
 )
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
+
+
+def _check_ranks(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError('is no number of ranks; expected "auto" or a whole number, such as 8')
+
+
+RanksOrAuto = Annotated[int | str, BeforeValidator(_check_ranks)]
 
 
 class BufferSettings(Table):
@@ -58,7 +67,7 @@ class OptimizerSettings(Table):
 class ParallelSettings(Table):
     """[parallel]: how the ranks that torchrun starts share the SAEs; `python -m trainer` alone is one rank."""
 
-    latents: Literal["auto"] | Positive = "auto"
+    latents: RanksOrAuto = "auto"
     """Ranks that share the latents of each SAE; auto takes all ranks of a placement group."""
     groups: Positive = 1
     """Placement groups of ranks that train different SAEs; 1 is the only value so far."""

@@ -11,7 +11,7 @@ from trainer.settings import ParallelSettings, TrainerSettings
 def world_fault(settings: TrainerSettings, world_size: int) -> str | None:
     """Why so many ranks cannot train this run, and what to change; None when they can."""
     parallel = settings.parallel
-    latents = world_size // parallel.groups if parallel.latents == "auto" else parallel.latents
+    latents = world_size // parallel.groups if parallel.latents == "auto" else int(parallel.latents)
     if world_size != latents * parallel.groups:
         return (
             f"parallel.latents = {show_value(parallel.latents)} and parallel.groups = {parallel.groups} make "
