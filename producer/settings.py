@@ -121,13 +121,15 @@ class ModelSettings(Table):
 class CorpusSettings(Table):
     """[corpus]: which text, how it becomes windows of tokens, and which positions are streamed."""
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "synthetic"] = "stdlib"
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "chat", "synthetic"] = "stdlib"
     """stdlib: Python's own sources. text, jsonl, parquet: files. huggingface: a dataset by name (extra `hf`).
-    tokens: flat binary files of token ids. synthetic: vectors of known ground truth, without a language model."""
+    tokens: flat binary files of token ids. chat: messages in jsonl, parquet or a dataset, rendered by the tokenizer's
+    chat template. synthetic: vectors of known ground truth, without a language model."""
     paths: list[PathText] = Field(default=[], examples=[["a.txt", "b.txt"]])
-    """Files, folders or globs for text, jsonl, parquet and tokens."""
+    """Files, folders or globs for text, jsonl, parquet, tokens and chat."""
     column: str = "text"
-    """Field (jsonl) or column (parquet, huggingface) that holds the text."""
+    """Field (jsonl) or column (parquet, huggingface) that holds the text, a list of texts, or token ids; `meta.body` is
+    a field of a column. A chat's messages are also found as `messages` and `conversations`."""
     dataset: HubName | None = Field(default=None, examples=["HuggingFaceFW/fineweb"])
     """Name of the dataset on the hub, or a folder, for kind huggingface."""
     subset: str | None = None
@@ -148,6 +150,8 @@ class CorpusSettings(Table):
     shard. Tokenizing takes about 200 bytes of memory for each."""
     held_out: float = Field(default=0.0625, ge=0.0, lt=1.0)
     """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
+    roles: list[Literal["system", "user", "assistant", "tool"]] = Field(default=[], examples=[["assistant"]])
+    """Stream only what messages of these roles say, for kind chat; without any, every token of the conversation."""
     epochs: Natural = 1
     """Passes over the corpus before the data counts as finished; 0 goes on for ever."""
     context: Annotated[Whole, Field(gt=0, le=2**17)] = 256
@@ -166,6 +170,15 @@ class CorpusSettings(Table):
     def _kind_has_what_it_needs(self) -> CorpusSettings:
         if self.kind in ("text", "jsonl", "parquet", "tokens") and not self.paths:
             raise ValueError(f'corpus.kind = "{self.kind}" needs corpus.paths, such as paths = ["data/*.txt"]')
+        if self.kind == "chat" and bool(self.paths) == bool(self.dataset):
+            raise ValueError(
+                'corpus.kind = "chat" needs either corpus.paths, such as paths = ["chats/*.jsonl"], or corpus.dataset'
+            )
+        if self.roles and self.kind != "chat":
+            raise ValueError(
+                f'corpus.roles = {show_value(self.roles)} are of conversations, and corpus.kind is "{self.kind}"; '
+                'set kind = "chat", or leave roles out'
+            )
         if self.kind == "huggingface" and not self.dataset:
             raise ValueError(
                 'corpus.kind = "huggingface" needs corpus.dataset, such as dataset = "HuggingFaceFW/fineweb"'

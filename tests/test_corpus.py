@@ -547,7 +547,10 @@ def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path
         ),
         ('{"text": "one", "tree": ' + "[" * 5000, "line at byte 1: nested more than 500 deep"),
         ('{"txt": "one", "id": 3}', "corpus.column = 'text' is not there (did you mean txt?); there are txt, id"),
-        ('{"text": ["one"]}', "corpus.column = 'text' holds list; expected text; name another column"),
+        ('{"text": [["one"]]}', "corpus.column = 'text' holds list; expected text; name another column"),
+        ('{"text": [1, "one"]}', "corpus.column = 'text' holds a list of int, str; expected text"),
+        ('{"text": [{"role": "user"}]}', 'holds messages; set corpus.kind = "chat", which renders them by the'),
+        ('{"a": 1, "msg": [{"from": "human"}]}', 'there are a, msg; msg holds messages: set corpus.kind = "chat"'),
     ],
 )
 def test_wrong_jsonl_is_told_at_the_start(tmp_path: Path, line: str, said: str) -> None:

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from producer.corpus import CorpusError
-from producer.corpus.windows import BATCH_DOCUMENTS, Windows, check_packing, tokens_fingerprint, windows_of
+from producer.corpus.tokenizing import BATCH_DOCUMENTS
+from producer.corpus.windows import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.settings import CorpusSettings
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -15,10 +15,14 @@ In reading order:
     files           which files corpus.paths names, and what identifies them
     reading         opening files: unpacking, encodings, limits, and formats that are refused
     pieces          files cut into byte ranges, and the corpora made of them
+    chat            the layouts in which data sets hold conversations, as one
+    columns         what corpus.column holds: texts, token ids, messages
     text jsonl token_files      kinds that are made of pieces
     token_layouts   which numbers a file of token ids holds
     parquet huggingface         kinds that a library reads
-    windows         documents → windows of token ids
+    chat_template   conversations as text, and which characters each role wrote
+    tokenizing      documents → token ids
+    windows         token ids → windows
     synthetic       activations of known ground truth: no text, and so no Corpus
 
 A new kind is one module, one line in `registry`, and its name in `producer.settings`. The package imports settings,

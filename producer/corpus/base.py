@@ -9,7 +9,8 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,6 +24,27 @@ FAULTS_SHOWN = 10
 
 class CorpusError(ValueError):
     """The text cannot be used. `str(error)` is the whole message: name, value, expectation, next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The messages of one document."""
+
+    place: str
+    """Where it stands, for messages of errors."""
+    messages: list[dict[str, Any]]
+    """JSON objects with `role`, such as `user`, and `content`, a text."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the assistant may call."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its contents."""
+        return sum(len(message["content"].encode()) for message in self.messages)
+
+
+Document: TypeAlias = str | np.ndarray | Conversation
+"""A text, int64 token ids, or a conversation."""
 
 
 class Corpus(ABC):
@@ -55,8 +77,8 @@ class Corpus(ABC):
         """Says, as a sentence, which setting or data gives a corpus of this kind more shards."""
         return "Name more data, or write it with smaller row groups."
 
-    def documents(self, shard: int) -> Iterator[str | np.ndarray]:
-        """Yields the documents of one shard: text, or int64 token ids for kind `tokens`; some may be empty.
+    def documents(self, shard: int) -> Iterator[Document]:
+        """Yields the documents of one shard; some may be empty.
 
         Raises IndexError for a shard that does not exist and CorpusError for data that cannot be read.
         """
@@ -65,7 +87,7 @@ class Corpus(ABC):
         return self._read(shard)
 
     @abstractmethod
-    def _read(self, shard: int) -> Iterator[str | np.ndarray]: ...
+    def _read(self, shard: int) -> Iterator[Document]: ...
 
 
 def describe_shards(contents: str, shards: int, held_out: float) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from producer.corpus.base import Corpus, CorpusError, column_missing, column_not_text, import_library, raise_faults
+from producer.corpus.base import Corpus, CorpusError, Document, import_library, raise_faults
+from producer.corpus.columns import Column
 from producer.corpus.files import data_file, files_in_folder
-from producer.corpus.reading import refuse_long
 from producer.settings import CorpusSettings
 
 log = logging.getLogger(__name__)
@@ -37,11 +37,11 @@ class HuggingFaceCorpus(Corpus):
                 f"{_name(settings)} cannot be opened: {type(error).__name__}: {error}; "
                 "check dataset, subset, split and revision, the network, and HF_TOKEN if access is restricted"
             ) from error
-        raise_faults(_dataset_faults(settings, first, columns))
+        column = Column(settings)
+        raise_faults(_dataset_faults(settings, column, first, columns))
         self._name = _name(settings)
-        self._column = settings.column
-        self._longest = settings.max_document_bytes
-        self._dataset = dataset.select_columns([settings.column])
+        self._column = column
+        self._dataset = dataset.select_columns(column.roots(columns))
         shards = self._dataset.num_shards if settings.streaming else _runs(self._dataset, settings.shard_bytes)
         access = "streamed" if settings.streaming else "downloaded"
         contents = f"{self._name}, commit {commit or 'unknown'}, {access}"
@@ -54,11 +54,10 @@ class HuggingFaceCorpus(Corpus):
             return "Set corpus.streaming = false."
         return super().more_shards_advice(settings)
 
-    def _read(self, shard: int) -> Iterator[str]:
+    def _read(self, shard: int) -> Iterator[Document]:
         records = self._dataset.shard(num_shards=self.shards, index=shard, contiguous=True)
         for row, record in enumerate(records):
-            if (text := record[self._column]) is not None:
-                yield refuse_long(text, self._longest, f"{self._name}, shard {shard}, row {row:,}")
+            yield from self._column.documents(record, f"{self._name}, shard {shard}, row {row:,}")
 
 
 def _load(datasets: Any, settings: CorpusSettings, commit: str | None) -> Any:
@@ -97,14 +96,18 @@ def _origin(settings: CorpusSettings, commit: str | None) -> list[object]:
     return [[[file.name, file.size, file.digest] for file in files]]
 
 
-def _dataset_faults(settings: CorpusSettings, first: dict[str, Any] | None, columns: list[str]) -> list[str]:
+def _dataset_faults(
+    settings: CorpusSettings, column: Column, first: dict[str, Any] | None, columns: list[str]
+) -> list[str]:
     """Says what is wrong with the dataset, judged by its first row."""
     if first is None:
         return [f"{_name(settings)} holds no rows; name another split or subset"]
-    if settings.column not in columns:
-        return [f"{_name(settings)}: {column_missing(settings.column, columns)}"]
-    if (text := first[settings.column]) is not None and not isinstance(text, str):
-        return [f"{_name(settings)}: {column_not_text(settings.column, type(text).__name__)}"]
+    if column.name(columns) is None:
+        return [f"{_name(settings)}: {column.missing(columns, first)}"]
+    try:
+        list(column.documents(first, _name(settings)))
+    except CorpusError as error:
+        return [] if "corpus.max_document_bytes" in str(error) else [str(error)]
     return []
 
 

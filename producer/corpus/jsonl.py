@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from producer.common.parsing import ParseError, parse_object
-from producer.corpus.base import CorpusError, column_missing, column_not_text, raise_faults
+from producer.corpus.base import CorpusError, Document, raise_faults
+from producer.corpus.columns import Column
 from producer.corpus.files import DataFile, data_file
 from producer.corpus.pieces import FileCorpus, Piece, line_borders
 from producer.corpus.reading import decode, encoding_fault, open_file, too_long
@@ -16,12 +17,15 @@ from producer.settings import CorpusSettings
 
 
 class JsonlCorpus(FileCorpus):
-    """One JSON object per line, its text in the field `column`; null is no document, and blank lines are skipped."""
+    """One JSON object per line, its text in the field `column`; null is no document, and blank lines are skipped.
+
+    Kind `chat` reads its messages the same way.
+    """
 
     suffixes = (".jsonl", ".ndjson")
 
     def __init__(self, settings: CorpusSettings) -> None:
-        self._column = settings.column
+        self._column = Column(settings)
         self._longest = settings.max_document_bytes
         super().__init__(settings, settings.column)
 
@@ -30,7 +34,7 @@ class JsonlCorpus(FileCorpus):
             return fault
         try:
             for place, record in itertools.islice(_records(Piece(file, 0, file.size), self._longest), 1):
-                self._document(place, record)
+                list(self._column.documents(record, place))
         except CorpusError as error:
             return str(error)
         return None
@@ -38,19 +42,10 @@ class JsonlCorpus(FileCorpus):
     def _is_empty(self, file: DataFile) -> bool:
         return next(_records(Piece(file, 0, file.size), self._longest), None) is None
 
-    def _read(self, shard: int) -> Iterator[str]:
+    def _read(self, shard: int) -> Iterator[Document]:
         for piece in self._shard_pieces[shard]:
             for place, record in _records(piece, self._longest):
-                if (document := self._document(place, record)) is not None:
-                    yield document
-
-    def _document(self, place: str, record: dict[str, Any]) -> str | None:
-        if self._column not in record:
-            raise CorpusError(f"{place}: {column_missing(self._column, record)}")
-        text = record[self._column]
-        if text is not None and not isinstance(text, str):
-            raise CorpusError(f"{place}: {column_not_text(self._column, type(text).__name__)}")
-        return text
+                yield from self._column.documents(record, place)
 
 
 def read_records(path: Path, settings: CorpusSettings) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,4 +76,6 @@ def _record(file: DataFile, offset: int, line: bytes, place: str) -> dict[str, A
     try:
         return parse_object(decode(line, file, offset))
     except ParseError as error:
-        raise CorpusError(f"{place}: {error}; each line must be one whole JSON object") from None
+        is_array = offset == 0 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and not line.rstrip().endswith(b"]")
+        advice = "; the file is one JSON array: unpack it (jq -c '.[]')" if is_array else ""
+        raise CorpusError(f"{place}: {error}; each line must be one whole JSON object{advice}") from None

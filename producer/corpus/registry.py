@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from producer.corpus.base import Corpus, CorpusError
+from producer.corpus.files import find_files
 from producer.corpus.huggingface import HuggingFaceCorpus
 from producer.corpus.jsonl import JsonlCorpus
+from producer.corpus.parquet import SUFFIXES as PARQUET
 from producer.corpus.parquet import ParquetCorpus
 from producer.corpus.stdlib import StdlibCorpus
 from producer.corpus.text import TextCorpus
@@ -22,6 +24,29 @@ class CorpusKind(Protocol):
     def more_shards_advice(self, settings: CorpusSettings) -> str: ...
 
 
+class ChatKind:
+    """Kind `chat`: messages in a dataset, or in jsonl or parquet files, which the suffix tells apart."""
+
+    def __call__(self, settings: CorpusSettings) -> Corpus:
+        if settings.dataset:
+            return HuggingFaceCorpus(settings)
+        files = find_files(settings, JsonlCorpus.suffixes + PARQUET)
+        parquet = [file for file in files if file.path.suffix in PARQUET]
+        if parquet and len(parquet) < len(files):
+            others = next(file for file in files if file not in parquet)
+            raise CorpusError(
+                f"corpus.paths names parquet files, such as {parquet[0].name}, and others, such as {others.name}; "
+                "name files of one kind"
+            )
+        return ParquetCorpus(settings) if parquet else JsonlCorpus(settings)
+
+    def more_shards_advice(self, settings: CorpusSettings) -> str:
+        """Says what gives more shards."""
+        if settings.dataset:
+            return HuggingFaceCorpus.more_shards_advice(settings)
+        return f"Lower corpus.shard_bytes = {settings.shard_bytes}, or write parquet with smaller row groups."
+
+
 KINDS: dict[str, CorpusKind] = {
     "stdlib": StdlibCorpus,
     "text": TextCorpus,
@@ -29,6 +54,7 @@ KINDS: dict[str, CorpusKind] = {
     "parquet": ParquetCorpus,
     "huggingface": HuggingFaceCorpus,
     "tokens": TokenCorpus,
+    "chat": ChatKind(),
 }
 
 

@@ -27,15 +27,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from producer.common.parsing import parse_object
-from producer.corpus.base import CorpusError
+from producer.corpus.base import CorpusError, Document
+from producer.corpus.tokenizing import DocumentTokenizer, TokenizedDocument, first_id
 from producer.settings import CorpusSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1_000_000
-"""Documents are tokenized together up to these limits: fast tokenizers use all cores only for several at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +50,15 @@ class Windows:
         return len(self.ids)
 
 
-def windows_of(
-    documents: Iterable[str | np.ndarray], tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings
-) -> Windows:
+def windows_of(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> Windows:
     """Cuts all windows of one shard, in order; without text there are none. A window may be without kept positions.
 
     Holds the text of one batch of documents at a time, and the ids of the whole shard.
-    Raises CorpusError if there is no room beside BOS, or if a token file holds ids that the tokenizer lacks.
+    Raises CorpusError if there is no room beside BOS, or for a document that cannot be read.
     """
     packing = _packing(tokenizer, settings)
-    parts = list(_stream(documents, tokenizer, packing))
-    return _cut(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64), packing)
+    tokenized = DocumentTokenizer(tokenizer, settings).tokenize(documents)
+    return _cut(list(_stream(tokenized, packing)), packing)
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> str:
@@ -78,6 +73,7 @@ def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSetti
         getattr(tokenizer, "split_special_tokens", False),
         [packing.bos, packing.separator, packing.pad, sorted(packing.dropped)],
         [settings.context, settings.prepend_bos, settings.exclude_special],
+        *DocumentTokenizer(tokenizer, settings).decisive,
     ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -114,9 +110,8 @@ class _Packing:
     pad: int
     dropped: frozenset[int]
     """Ids whose positions are not kept."""
-    vocabulary: int
-    adds_bos: bool
-    adds_eos: bool
+    has_roles: bool
+    """Only tokens of some roles are kept: neither BOS nor separators."""
 
 
 def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _Packing:
@@ -128,23 +123,15 @@ def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _P
             f"corpus.context = {settings.context} leaves no room beside BOS; "
             "raise it, or set corpus.prepend_bos = false"
         )
-    probe = _tokenize(tokenizer, ["a"])[0]
     return _Packing(
         context=settings.context,
         text=text,
         bos=front,
-        separator=_first(eos, bos),
-        pad=_first(pad, eos, 0) or 0,
+        separator=first_id(eos, bos),
+        pad=first_id(pad, eos, 0) or 0,
         dropped=_special_ids(tokenizer) if settings.exclude_special else frozenset(),
-        vocabulary=len(tokenizer),
-        adds_bos=len(probe) > 1 and probe[0] == bos,
-        adds_eos=len(probe) > 1 and probe[-1] == eos,
+        has_roles=bool(settings.roles),
     )
-
-
-def _first(*ids: int | None) -> int | None:
-    """Returns the first id that is not None; `or` would pass over 0."""
-    return next((number for number in ids if number is not None), None)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -153,99 +140,38 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | flagged_ids
 
 
-def _stream(
-    documents: Iterable[str | np.ndarray], tokenizer: PreTrainedTokenizerBase, packing: _Packing
-) -> Iterator[np.ndarray]:
-    """Yields the token ids of the documents with separators between them, int64; empty documents leave no trace.
+def _stream(documents: Iterable[TokenizedDocument], packing: _Packing) -> Iterator[TokenizedDocument]:
+    """Yields the documents with separators between them; empty documents leave no trace.
 
-    A document that ends with the separator, as those of token files often do, gets no second one.
+    A document that ends with the separator, as those of token files often do, gets no second one. A separator has no
+    role.
     """
-    last: int | None = None
-    for ids in _document_ids(documents, tokenizer, packing):
-        if not len(ids):
-            continue
-        if last is not None and packing.separator not in (None, last):
-            yield np.array([packing.separator], dtype=np.int64)
-        yield ids
-        last = int(ids[-1])
-
-
-def _document_ids(
-    documents: Iterable[str | np.ndarray], tokenizer: PreTrainedTokenizerBase, packing: _Packing
-) -> Iterator[np.ndarray]:
-    """Yields the token ids of each document, in order; texts are tokenized in batches."""
-    texts: list[str] = []
-    characters = 0
+    is_open = False
     for document in documents:
-        if not isinstance(document, str):
-            yield _check_ids(document, packing)
+        if not len(document.ids):
             continue
-        texts.append(document)
-        characters += len(document)
-        if len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield from _text_ids(texts, tokenizer, packing)
-            texts, characters = [], 0
-    yield from _text_ids(texts, tokenizer, packing)
+        if is_open and packing.separator is not None:
+            yield TokenizedDocument(
+                np.array([packing.separator], dtype=np.int64), np.array([not packing.has_roles]), True
+            )
+        yield document
+        is_open = not document.is_closed
 
 
-def _text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, packing: _Packing) -> Iterator[np.ndarray]:
-    """Yields the token ids of each text, without the BOS and EOS that are not part of it."""
-    for text, ids in zip(texts, _tokenize(tokenizer, texts) if texts else [], strict=True):
-        # Some tokenizers add their BOS or EOS although add_special_tokens is False.
-        front = int(packing.adds_bos and len(ids) > 0)
-        back = packing.adds_eos and len(ids) > front
-        front += _own_bos(text, ids[front:], tokenizer, packing)
-        yield np.array(ids[front : len(ids) - back], dtype=np.int64)
-
-
-def _own_bos(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, packing: _Packing) -> int:
-    """Counts the BOS tokens that a text begins with where windows get their own; text with the same id stays."""
-    if packing.bos is None or not ids or ids[0] != packing.bos:
-        return 0
-    bos_text = str(tokenizer.bos_token)
-    count = 0
-    while text.startswith(bos_text, count * len(bos_text)) and ids[count : count + 1] == [packing.bos]:
-        count += 1
-    return count
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoded["input_ids"]
-
-
-def _check_ids(ids: np.ndarray, packing: _Packing) -> np.ndarray:
-    """Returns the ids of a token file as int64. Raises CorpusError for an id that the tokenizer lacks.
-
-    An embedding without that id would end a GPU process without saying why.
-    """
-    if len(ids) and not 0 <= ids.min() <= ids.max() < packing.vocabulary:
-        wrong_id = int(ids.max() if ids.max() >= packing.vocabulary else ids.min())
-        raise CorpusError(
-            f"a token file holds id {wrong_id}, but the tokenizer has {packing.vocabulary} ids, from 0; "
-            "name the model whose tokenizer wrote the file, or correct corpus.token_dtype where the file has no header"
-        )
-    return ids.astype(np.int64, copy=False)
-
-
-def _cut(stream: np.ndarray, packing: _Packing) -> Windows:
-    """Cuts the token stream of a shard into windows, each with BOS in front, and pads the last on the right."""
-    missing = -len(stream) % packing.text
-    ids = np.pad(stream, (0, missing), constant_values=packing.pad).reshape(-1, packing.text)
+def _cut(documents: list[TokenizedDocument], packing: _Packing) -> Windows:
+    """Cuts the tokens of a shard into windows, each with BOS in front, and pads the last on the right."""
+    missing = -sum(len(document.ids) for document in documents) % packing.text
+    padding = TokenizedDocument(np.full(missing, packing.pad), np.zeros(missing, dtype=bool), is_closed=True)
+    parts = [*documents, padding]
+    ids = np.concatenate([part.ids for part in parts]).reshape(-1, packing.text)
+    wanted = np.concatenate([part.wanted for part in parts]).reshape(-1, packing.text)
     padded = np.zeros((len(ids), packing.context), dtype=bool)
     padded[-1:, packing.context - missing :] = True
     if packing.bos is not None:
         ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=packing.bos)
+        wanted = np.pad(wanted, ((0, 0), (1, 0)), constant_values=not packing.has_roles)
     dropped = np.isin(ids, np.fromiter(packing.dropped, dtype=np.int64))
-    return Windows(ids=ids, kept=~padded & ~dropped, padded=padded)
+    return Windows(ids=ids, kept=wanted & ~padded & ~dropped, padded=padded)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:

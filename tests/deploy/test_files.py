@@ -27,6 +27,7 @@ TYPOS = [
     ("compose/datasource.yml", "uid: sluice", "uid: sluce"),
     ("demo.toml", "learning_rate", "learning_rat"),
     ("gpt2.toml", "kind = \"huggingface\"", "kind = \"hugingface\""),
+    ("chat.toml", "roles = [\"assistant\"]", "roles = [\"asistant\"]"),
     ("architectures.toml", "target_l0", "target_lo"),
     ("secrets.sh", "uid=${2:-}", "uid=${2:-"),
     ("secrets.sh", "$dir/keys\" ]; then", "$dri/keys\" ]; then"),

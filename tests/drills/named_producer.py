@@ -1,4 +1,4 @@
-"""The real producer, on a synthetic corpus in which each activation is its own name.
+"""The real producer, but each activation is its own name: of a synthetic corpus, or of a text that is really read.
 
     python tests/drills/named_producer.py RUN.toml [section.key=value …]
 
@@ -12,14 +12,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import producer.source
 from producer.__main__ import main as real_main
 from producer.corpus.synthetic import SyntheticActivations
+from producer.corpus.windows import Windows
 from producer.settings import CorpusSettings, ProducerSettings
-from producer.source import SyntheticSource
+from producer.source import LanguageModelSource, SyntheticSource
 
 
 class NamedActivations(SyntheticActivations):
@@ -51,9 +54,23 @@ class NamedSource(SyntheticSource):
         self.data = NamedActivations(settings.corpus)
 
 
+class NamedTextSource(LanguageModelSource):
+    """Reads, renders and cuts a text as a real one does, and streams the name of each position."""
+
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+        super().activations(shard, windows, indices)  # what the language model would refuse fails here too
+        named = torch.zeros(len(indices), self.context, self.hooks[0].width)
+        named[..., 0] = shard
+        named[..., 1] = torch.from_numpy(indices)[:, None]
+        named[..., 2] = torch.arange(self.context)
+        named[..., 3] = 1
+        return [named]
+
+
 def main(arguments: list[str]) -> int:
-    """Runs the producer with the named source in the place of the synthetic one."""
+    """Runs the producer with the named sources in the place of the real ones."""
     producer.source.SyntheticSource = NamedSource  # type: ignore[misc]
+    producer.source.LanguageModelSource = NamedTextSource  # type: ignore[misc]
     return real_main(arguments)
 
 

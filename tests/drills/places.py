@@ -13,6 +13,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "producer.corpus.windows": ("producer/corpus/windows.py", "test_tokens"),
     "producer.corpus.files": ("producer/corpus/files.py", "test_corpus"),
     "producer.corpus.pieces": ("producer/corpus/pieces.py", "test_corpus"),
+    "producer.corpus.tokenizing": ("producer/corpus/tokenizing.py", "test_tokens", "test_chat"),
+    "producer.corpus.chat_template": ("producer/corpus/chat_template.py", "test_chat"),
     "producer.corpus.jsonl": ("producer/corpus/jsonl.py", "test_corpus"),
     "producer.common.parsing": ("producer/common/parsing.py", "test_parsing"),
     "producer.corpus.token_layouts": ("producer/corpus/token_layouts.py", "test_token_files"),

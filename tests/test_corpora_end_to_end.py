@@ -1,0 +1,166 @@
+"""Each kind of corpus through real processes that are killed: every activation that should be, once, by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from producer.common.run_file import read_run_file
+from producer.corpus import open_corpus
+from producer.corpus.windows import windows_of
+from producer.settings import ProducerSettings
+from tests.small_chats import chat_tokenizer, write_chat_model
+from trainer.state.checkpoint import load_newest
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = 32
+RUN = f"""
+[run]
+directory = "DIR/run"
+threads = 1
+[stream]
+endpoint = "ipc://DIR/stream"
+dtype = "float32"
+heartbeat_seconds = 0.2
+dead_seconds = 1.5
+[model]
+name = "DIR/model"
+hooks = ["blocks.0.hook_resid_post"]
+device = "cpu"
+dtype = "float32"
+batch_windows = 16
+[corpus]
+CORPUS
+context = {CONTEXT}
+epochs = 2
+outlier_factor = 0.0
+[buffer]
+rows = 4000
+[optimizer]
+batch = 64
+matmul = "float32"
+[[sae]]
+name = "topk"
+architecture = "topk"
+d_sae = 32
+k = 4
+[snapshots]
+every_tokens = 1000000
+[checkpoint]
+every_seconds = 0.2
+[monitor]
+trainer_port = 0
+producer_port = 0
+"""
+
+
+def write_chats(folder: Path) -> None:
+    """Two files of conversations of many lengths, one of them ShareGPT's."""
+    for name, keys, roles in (
+        ("a", ("role", "content"), ("user", "assistant")),
+        ("b", ("from", "value"), ("human", "gpt")),
+    ):
+        lines = []
+        for number in range(120):
+            turns = [(roles[turn % 2], f"{number} " * (1 + (number * 7 + turn) % 9)) for turn in range(2 + number % 3)]
+            lines.append({"conversations": [dict(zip(keys, turn, strict=True)) for turn in turns]})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+CORPORA: dict[str, tuple[Callable[[Path], None], str]] = {
+    "chat": (write_chats, 'kind = "chat"\npaths = ["DIR/data"]\nroles = ["assistant"]\nshard_bytes = 1500'),
+}
+"""What is written into DIR/data, and the lines of [corpus]."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a trainer that records its rows or a producer of names, and ends them all."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def begin(what: str, *overrides: str) -> subprocess.Popen[bytes]:
+        programs = {
+            "trainer": [str(ROOT / "tests/drills/recording_trainer.py"), str(tmp_path / "rows")],
+            "producer": [str(ROOT / "tests/drills/named_producer.py")],
+        }
+        log = open(tmp_path / f"{what}.log", "ab")  # noqa: SIM115 (the child keeps it)
+        process = subprocess.Popen(
+            [sys.executable, *programs[what], str(tmp_path / "run.toml"), *overrides],
+            cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"SECONDS_PER_STEP": "0.03"},
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def tokens_in_checkpoint(folder: Path) -> int:
+    checkpoint = load_newest(folder / "run") if (folder / "run").exists() else None
+    return 0 if checkpoint is None else checkpoint.document.ledger.rows_trained
+
+
+def names(shard: Any, window: Any, position: Any) -> np.ndarray:
+    """One number for each name."""
+    return (np.asarray(shard, np.int64) * 10_000 + window) * CONTEXT + position
+
+
+def expected_names(run_file: Path) -> np.ndarray:
+    """The name of each position that should be streamed in an epoch, read without any process."""
+    settings = read_run_file(ProducerSettings, run_file, []).corpus
+    corpus = open_corpus(settings)
+    parts = []
+    for shard in corpus.training_shards:
+        windows = windows_of(corpus.documents(shard), chat_tokenizer(), settings)
+        parts.append(names(shard, *np.nonzero(windows.kept)))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("kind", CORPORA)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_killed_run_trains_each_name_exactly_once(
+    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, kind: str, deterministic: bool
+) -> None:
+    """Two epochs; a producer and the trainer are killed in the first."""
+    write, lines = CORPORA[kind]
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    write_chat_model(tmp_path / "model")
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(RUN.replace("CORPUS", lines).replace("DIR", str(tmp_path)))
+    expected = np.sort(np.tile(expected_names(run_file), 2))
+    mode = f"run.deterministic={str(deterministic).lower()}"
+
+    trainer, victim = start("trainer", mode), start("producer", mode)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0 or trainer.poll() is not None)
+    victim.kill()
+    start("producer", mode)
+    before = tokens_in_checkpoint(tmp_path)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > before or trainer.poll() is not None)
+    assert trainer.poll() is None, "the run ended before it could be killed"
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait(30)
+
+    assert start("trainer", mode).wait(100) == 0
+    shard, window, position = np.fromfile(tmp_path / "rows", np.int32).reshape(-1, 3).T
+    np.testing.assert_array_equal(np.sort(names(shard, window, position)), expected)
