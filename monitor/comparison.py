@@ -209,7 +209,7 @@ def find_saes(folder: Path) -> dict[str, ComparedSae]:
     """The SAEs of a snapshot, or the one whose folder it is, by name. Raises CompareError."""
     if (folder / "manifest.json").is_file():
         try:
-            entries = read_manifest(folder)["saes"]
+            entries = read_manifest(folder).saes
         except SnapshotError as error:
             raise CompareError(str(error)) from None
         return {name: _load_sae(folder / name, metrics) for name, metrics in entries.items()}

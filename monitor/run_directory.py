@@ -102,7 +102,7 @@ def read_entry(run_directory: Path, name: str) -> dict[str, Any] | None:
     """One snapshot in the JSON of /v1/snapshots; None when it is gone or cannot be read."""
     folder = run_directory / "snapshots" / name
     try:
-        evaluation_times = [written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder)["saes"]]
+        evaluation_times = [written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder).saes]
         return _entry(folder, written_ns(folder / "manifest.json"), tuple(evaluation_times), is_pinned(folder))
     except SnapshotError:
         return None
@@ -137,7 +137,7 @@ def snapshots_until(run_directory: Path, sae: str, last: str) -> list[str]:
 
 def _holds(run_directory: Path, name: str, sae: str) -> bool:
     with suppress(SnapshotError):
-        return sae in manifest_of(run_directory / "snapshots" / name)["saes"]
+        return sae in manifest_of(run_directory / "snapshots" / name).saes
     return False  # retired a moment ago
 
 
@@ -159,7 +159,7 @@ def saes_with_latents(run_directory: Path) -> list[dict[str, Any]]:
 def _newest_saes(run_directory: Path) -> list[str]:
     names = index_of(run_directory).names()
     try:
-        return [*manifest_of(run_directory / "snapshots" / names[-1])["saes"]] if names else []
+        return [*manifest_of(run_directory / "snapshots" / names[-1]).saes] if names else []
     except SnapshotError:
         return []  # retired a moment ago
 
@@ -170,15 +170,15 @@ def _entry(folder: Path, written_ns: int, evaluations_ns: tuple[int, ...], pinne
     manifest = manifest_of(folder)
     saes = {
         sae: {"metrics": metrics, "evaluation": read_json(folder / sae / EVALUATION, folder)}
-        for sae, metrics in manifest["saes"].items()
+        for sae, metrics in manifest.saes.items()
     }
     return {
-        "name": manifest["name"],
-        "tokens": manifest["tokens"],
-        "created": manifest["created"],
+        "name": manifest.name,
+        "tokens": manifest.tokens,
+        "created": manifest.created,
         "pinned": pinned,
-        "bytes": sum(entry["bytes"] for entry in manifest["files"]),
-        "files": [entry["path"] for entry in manifest["files"]],
+        "bytes": sum(file.bytes for file in manifest.files),
+        "files": [file.path for file in manifest.files],
         "saes": saes,
     }
 

@@ -11,10 +11,9 @@ import threading
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from monitor.files import is_within
-from trainer.snapshot import NAME, SnapshotError, read_manifest
+from trainer.snapshot import NAME, Manifest, SnapshotError, read_manifest
 
 CLOCK_TICK_NS = 1_000_000_000
 """More than a tick of any file system's clock."""
@@ -75,7 +74,7 @@ class SnapshotIndex:
             return False
         folder = self._folder / name
         try:
-            return sae in manifest_of(folder)["saes"] and is_within(folder / sae / file, folder)
+            return sae in manifest_of(folder).saes and is_within(folder / sae / file, folder)
         except SnapshotError:
             return False  # retired a moment ago
 
@@ -105,7 +104,7 @@ class SnapshotIndex:
         return os.path.isfile(f"{self._folder}/{name}/manifest.json")
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> Manifest:
     """The manifest of a snapshot, parsed once. Raises SnapshotError when it is gone, unreadable or elsewhere."""
     try:
         return _parsed_manifest(folder, (folder / "manifest.json").stat().st_mtime_ns)
@@ -114,11 +113,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def _parsed_manifest(folder: Path, written_ns: int) -> dict[str, Any]:
+def _parsed_manifest(folder: Path, written_ns: int) -> Manifest:
     if folder.is_symlink() or not is_within(folder / "manifest.json", folder):
         raise SnapshotError(f"snapshot {folder.name} is a link, or its manifest leads outside of it")
     manifest = read_manifest(folder)
-    for path in (*(str(entry["path"]) for entry in manifest["files"]), *manifest["saes"]):
+    for path in (*(file.path for file in manifest.files), *manifest.saes):
         if not is_within(folder / path, folder):
             raise SnapshotError(f"{path!r} lies outside of snapshot {folder.name}")
     return manifest

@@ -526,8 +526,8 @@ def test_a_published_snapshot_can_be_verified(tmp_path: Path) -> None:
     manifest = verify(folder)
 
     files = ("cfg.json", "sae_weights.safetensors", "selftest.safetensors", "sparsity.safetensors")
-    assert {entry["path"] for entry in manifest["files"]} == {f"small/{name}" for name in files}
-    assert (manifest["tokens"], manifest["run"]) == (1000, {"id": "run"})
+    assert {file.path for file in manifest.files} == {f"small/{name}" for name in files}
+    assert (manifest.tokens, manifest.run) == (1000, {"id": "run"})
     assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000001000\n"
 
 

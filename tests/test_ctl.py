@@ -44,7 +44,7 @@ from trainer.control.requests import Inbox, serve_requests
 from trainer.phases import RunPhase, SaePhase
 from trainer.report import StepReport
 from trainer.settings import TrainerSettings
-from trainer.snapshot import is_pinned, read_manifest, snapshot_names
+from trainer.snapshot import Manifest, is_pinned, read_manifest, snapshot_names
 from trainer.state import checkpoint
 from trainer.state.checkpoint import load_newest
 from trainer.stream.buffer import Batch, ShuffleBuffer
@@ -304,7 +304,7 @@ class Trainer:
     def names(self) -> list[str]:
         return [sae["name"] for sae in self.ask("status")["saes"]]
 
-    def newest(self) -> dict[str, Any]:
+    def newest(self) -> Manifest:
         """The manifest of the newest snapshot."""
         return read_manifest(self.directory / "snapshots" / snapshot_names(self.directory)[-1])
 
@@ -360,12 +360,12 @@ def test_an_sae_joins_learns_and_leaves(trainer: Trainer) -> None:
     said = trainer.ask("detach", name="wide")
     assert told["tokens"] // 5 <= said["rows_left"]
     wait_for(lambda: "wide" not in trainer.names())
-    assert sorted(trainer.newest()["saes"]) == ["jump", "jump-ema", "top", "wide"]
-    assert sorted(sae["name"] for sae in trainer.newest()["run"]["settings"]["sae"]) == ["jump", "top", "wide"]
+    assert sorted(trainer.newest().saes) == ["jump", "jump-ema", "top", "wide"]
+    assert sorted(sae["name"] for sae in trainer.newest().run["settings"]["sae"]) == ["jump", "top", "wide"]
     assert 'name = "wide"' not in (trainer.directory / "settings.toml").read_text()
     trainer.reach(32)
     trainer.ask("snapshot")
-    assert sorted(trainer.newest()["saes"]) == ["jump", "jump-ema", "top"]
+    assert sorted(trainer.newest().saes) == ["jump", "jump-ema", "top"]
     wait_for(lambda: [sae.name for sae in trainer.reports[-1].saes] == ["top", "jump"])
 
 
@@ -421,13 +421,13 @@ def test_a_run_is_complete_when_every_sae_is_finished(trainer: Trainer) -> None:
     wait_for(lambda: trainer.sae("jump")["phase"] == "finished")
     wait_for(lambda: snapshot_names(trainer.directory))
     tokens = trainer.sae("jump")["tokens"]
-    assert trainer.newest()["saes"]["jump"]["tokens"] == tokens
+    assert trainer.newest().saes["jump"]["tokens"] == tokens
     trainer.reach(64)
     assert trainer.sae("jump")["tokens"] == tokens
     assert trainer.ask("cooldown", name="jump")["said"] == "jump is finished already"
     trainer.ask("cooldown", name="top")
     wait_for(lambda: trainer.phase is RunPhase.FINISHED)
-    assert sorted(trainer.newest()["saes"]) == ["jump", "jump-ema", "top"]
+    assert sorted(trainer.newest().saes) == ["jump", "jump-ema", "top"]
     assert trainer.loop.roster.is_finished
 
 

@@ -113,7 +113,7 @@ def test_its_snapshots_load_and_do_what_they_did(release: Path) -> None:
         directory = release / "runs" / name
         assert snapshot_names(directory)
         for snapshot in snapshot_names(directory):
-            for sae in verify(directory / "snapshots" / snapshot)["saes"]:
+            for sae in verify(directory / "snapshots" / snapshot).saes:
                 folder = directory / "snapshots" / snapshot / sae
                 check(folder)
                 loaded, expected = load_sae(folder), read_selftest(folder)

@@ -278,7 +278,7 @@ def test_advice_for_a_small_buffer_is_what_mends_it(context: int, width: int, ch
     large = hello("eve", context=context, chunk_rows=chunk_rows, hooks=hooks)
     (reject,) = rejects(make_ledger(capacity=24).hello(large, now=0.0))
 
-    assert reject.reason.endswith(f"fewer than four chunks of {chunk_rows} rows; {advice}")
+    assert reject.reason.endswith(f"fewer than four chunks of {chunk_rows} activations; {advice}")
 
 
 # Leases

@@ -27,7 +27,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,32 @@ class Export:
     metrics: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class SnapshotFile:
+    """One file of a snapshot."""
+
+    path: str
+    """Below the snapshot's folder."""
+    bytes: int
+    sha256: str
+    """In hex."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a snapshot; the names of the fields are the keys of manifest.json, beside `format`."""
+
+    name: str
+    tokens: int
+    created: str
+    """UTC, as ISO 8601."""
+    saes: dict[str, dict[str, Any]]
+    """Numbers of training, by the name of the SAE."""
+    run: dict[str, Any]
+    """Facts about the run: id, settings, stream."""
+    files: tuple[SnapshotFile, ...]
+
+
 def snapshot_name(tokens: int) -> str:
     """The name of a snapshot after so many tokens."""
     return f"{tokens:012d}"
@@ -92,17 +118,16 @@ def publish(
         for export in exports:
             _write_sae(folder / export.name, export)
             check(folder / export.name)
-        files = [_describe(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
-        manifest = {
-            "format": FORMAT,
-            "name": final.name,
-            "tokens": tokens,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "saes": {export.name: export.metrics for export in exports},
-            "run": run,
-            "files": files,
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        manifest = Manifest(
+            name=final.name,
+            tokens=tokens,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            saes={export.name: export.metrics for export in exports},
+            run=run,
+            files=tuple(_describe(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()),
+        )
+        document = {"format": FORMAT, **asdict(manifest)}
+        (folder / "manifest.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     replace_text(final.parent / "LATEST", final.name + "\n")
     return final
 
@@ -122,9 +147,8 @@ def _write_sae(folder: Path, export: Export) -> None:
     )
 
 
-def _describe(folder: Path, path: Path) -> dict[str, Any]:
-    """The manifest's entry for one file."""
-    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _describe(folder: Path, path: Path) -> SnapshotFile:
+    return SnapshotFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
 
 
 def file_sha256(path: Path) -> str:
@@ -146,40 +170,50 @@ def snapshot_names(run_directory: Path) -> list[str]:
     return sorted(entry.name for entry in folders if os.path.isfile(f"{entry.path}/manifest.json"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of one snapshot. Raises SnapshotError when it is missing, unreadable or of another format."""
     try:
-        manifest = read_object(folder / "manifest.json", finite=True)
+        document = read_object(folder / "manifest.json", finite=True)
     except FileNotFoundError:
         raise SnapshotError(f"{folder} holds no manifest.json: it is not a complete snapshot") from None
     except (OSError, ParseError) as error:
         raise SnapshotError(f"{folder}/manifest.json cannot be read: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise SnapshotError(f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
-    if missing := _missing_parts(manifest):
+    if document.get("format") != FORMAT:
+        raise SnapshotError(f"{folder} has format {document.get('format')!r}; this version reads format {FORMAT}")
+    if missing := _missing_parts(document):
         raise SnapshotError(f"{folder}/manifest.json lacks {', '.join(missing)}; fetch or publish the snapshot again")
-    return manifest
+    return Manifest(
+        name=document["name"],
+        tokens=document["tokens"],
+        created=document["created"],
+        saes=document["saes"],
+        run=document["run"],
+        files=tuple(SnapshotFile(entry["path"], entry["bytes"], entry["sha256"]) for entry in document["files"]),
+    )
 
 
-def _missing_parts(manifest: dict[str, Any]) -> list[str]:
+def _missing_parts(document: dict[str, Any]) -> list[str]:
     """The parts of a manifest that are missing or of another type."""
     types = {"name": str, "tokens": int, "created": str, "saes": dict, "run": dict, "files": list}
-    missing = [key for key, kind in types.items() if not isinstance(manifest.get(key), kind)]
-    if not missing and not all(isinstance(metrics, dict) for metrics in manifest["saes"].values()):
+    missing = [key for key, kind in types.items() if not isinstance(document.get(key), kind)]
+    if not missing and not all(isinstance(metrics, dict) for metrics in document["saes"].values()):
         missing.append("an object for each of saes")
-    if not missing and not all(
-        isinstance(file, dict) and {"path", "bytes", "sha256"} <= file.keys() for file in manifest["files"]
-    ):
+    if not missing and not all(map(_is_file_entry, document["files"])):
         missing.append("path, bytes and sha256 of each of files")
     return missing
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def _is_file_entry(entry: object) -> bool:
+    types = {"path": str, "bytes": int, "sha256": str}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in types.items())
+
+
+def verify(folder: Path) -> Manifest:
     """Checks every file against the manifest and returns the manifest. Raises SnapshotError at the first difference."""
     manifest = read_manifest(folder)
-    for entry in manifest["files"]:
-        path = folder / entry["path"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+    for file in manifest.files:
+        path = folder / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes or file_sha256(path) != file.sha256:
             raise SnapshotError(f"{path} is missing or differs from the manifest; fetch the snapshot again")
     return manifest
 

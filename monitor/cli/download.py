@@ -30,7 +30,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from monitor.cli.client import Monitor, read_body
 from monitor.cli.errors import Gone, MonitorError, UsageError
 from producer.common.parsing import parse_object
-from trainer.snapshot import FORMAT, NAME, SnapshotError, file_sha256, read_manifest, snapshot_name, verify
+from trainer.snapshot import (
+    FORMAT,
+    NAME,
+    SnapshotError,
+    SnapshotFile,
+    file_sha256,
+    read_manifest,
+    snapshot_name,
+    verify,
+)
 from trainer.state.durable import move_folder, replace_text
 
 TRIES = 5
@@ -45,20 +54,11 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class _File:
-    """An entry of a manifest."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class _Manifest:
     """A manifest that has been checked."""
 
     name: str
-    files: list[_File]
+    files: list[SnapshotFile]
     saes: list[str]
     text: str
     """The manifest's text on the server."""
@@ -178,9 +178,9 @@ def _fetch_manifest(monitor: Monitor, name: str | None) -> _Manifest:
         raise MonitorError(f"{address} is no manifest ({error!r}); is this the address of a Sluice monitor?") from None
 
 
-def _files_of(manifest: dict[str, Any]) -> list[_File]:
-    """Raises ValueError, KeyError or TypeError for what is no manifest."""
-    files = [_File(entry["path"], int(entry["bytes"]), entry["sha256"]) for entry in manifest["files"]]
+def _files_of(manifest: dict[str, Any]) -> list[SnapshotFile]:
+    """The files of a manifest. Raises ValueError, KeyError or TypeError for anything else."""
+    files = [SnapshotFile(entry["path"], int(entry["bytes"]), entry["sha256"]) for entry in manifest["files"]]
     for file in files:
         bytes.fromhex(file.sha256)
     return files
@@ -215,14 +215,14 @@ def _address(name: str, path: str) -> str:
 def _check_existing(final: Path, manifest: _Manifest) -> None:
     """Raises MonitorError where the folder holds another or a damaged snapshot."""
     try:
-        if _files_of(verify(final)) == manifest.files:
+        if list(verify(final).files) == manifest.files:
             return
     except SnapshotError as error:
         raise MonitorError(f"{error}; delete {final} and pull again") from None
     raise MonitorError(f"{final} holds another run's snapshot of the same name; pull into another folder with --to DIR")
 
 
-def _fetch_file(transfer: _Transfer, address: str, file: _File) -> None:
+def _fetch_file(transfer: _Transfer, address: str, file: SnapshotFile) -> None:
     """Fetches one file of the manifest, or the rest of it. With a wrong hash it is fetched once more, in full."""
     whole = transfer.folder / file.path
     part = whole.with_name(whole.name + ".part")
@@ -241,7 +241,7 @@ def _fetch_file(transfer: _Transfer, address: str, file: _File) -> None:
     )
 
 
-def _download_with_retries(transfer: _Transfer, address: str, part: Path, file: _File) -> None:
+def _download_with_retries(transfer: _Transfer, address: str, part: Path, file: SnapshotFile) -> None:
     """Each try goes on from the bytes that have arrived. Raises ConnectionError after TRIES."""
     pause = transfer.pause_seconds
     for tries_left in reversed(range(TRIES)):
@@ -254,7 +254,7 @@ def _download_with_retries(transfer: _Transfer, address: str, part: Path, file: 
         pause *= 2
 
 
-def _download(transfer: _Transfer, address: str, part: Path, file: _File) -> None:
+def _download(transfer: _Transfer, address: str, part: Path, file: SnapshotFile) -> None:
     """Appends to `part` until it is as long as the manifest says. Raises ConnectionError where it ends early."""
     size = part.stat().st_size if part.is_file() else 0
     if size > file.bytes:
@@ -282,10 +282,10 @@ def _fetch_evaluations(monitor: Monitor, folder: Path) -> bool:
     Returns whether the folder now has those of all SAEs.
     """
     manifest = read_manifest(folder)
-    missing = [sae for sae in manifest["saes"] if not (folder / sae / "evaluation.json").is_file()]
+    missing = [sae for sae in manifest.saes if not (folder / sae / "evaluation.json").is_file()]
     for sae in list(missing):
         try:
-            with monitor.open(_address(manifest["name"], f"{sae}/evaluation.json")) as response:
+            with monitor.open(_address(manifest.name, f"{sae}/evaluation.json")) as response:
                 text = read_body(response).decode("utf-8")
             parse_object(text)
         except (MonitorError, ConnectionError, ValueError):

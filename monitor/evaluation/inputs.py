@@ -21,6 +21,7 @@ from producer.corpus.windows import Windows, check_packing, tokens_fingerprint
 from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
+from trainer.snapshot import Manifest
 
 log = logging.getLogger("sluice.monitor")
 
@@ -30,11 +31,11 @@ class PublishedSnapshot:
     """One snapshot of the run."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @classmethod
     def read(cls, folder: Path) -> PublishedSnapshot:
-        """Raises SnapshotError."""
+        """Reads the manifest. Raises SnapshotError."""
         return cls(folder, manifest_of(folder))
 
     @property
@@ -43,16 +44,16 @@ class PublishedSnapshot:
 
     @property
     def tokens(self) -> int:
-        return int(self.manifest["tokens"])
+        return self.manifest.tokens
 
     @property
     def saes(self) -> list[str]:
-        return list(self.manifest["saes"])
+        return list(self.manifest.saes)
 
     @property
     def stream(self) -> dict[str, Any]:
         """Facts about the stream that the SAEs were trained on."""
-        return self.manifest["run"].get("stream", {})
+        return self.manifest.run.get("stream", {})
 
     @property
     def norm_bounds(self) -> NormBounds | None:

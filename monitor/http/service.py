@@ -27,7 +27,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -36,26 +35,24 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from monitor.files import is_within
 from monitor.http.access import TokenGate
 from monitor.http.explorer_handle import ExplorerHandle
-from monitor.http.responses import IMMUTABLE, MUTABLE, is_not_modified, tag_headers, tagged_json
+from monitor.http.responses import IMMUTABLE, MUTABLE, hashed_file, json_file, tagged_json
 from monitor.http.routes import error_page, page_routes
 from monitor.http.throttle import CpuThrottle
 from monitor.run_directory import read_page, read_run, why_not_ready
 from monitor.snapshot_index import index_of, manifest_of
 from producer.common.server import DEFAULT_LIMITS, ServerLimits, listen, serve
-from trainer.snapshot import NAME, SnapshotError, describe_names
+from trainer.snapshot import NAME, Manifest, SnapshotError, describe_names
 
 LONGEST_WAIT_SECONDS = 300.0
 POLL_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
 NICE = 19
-CHUNK_BYTES = 1 << 18
-"""Bytes of a file that are read and sent at a time: each chunk costs a call into another thread."""
 PATHS = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
 
 
@@ -127,6 +124,11 @@ def start_service(
 
 
 class _Routes:
+    """Handlers of requests for the run and its snapshots.
+
+    Starlette runs plain functions in threads, so that reading files holds up no other request.
+    """
+
     def __init__(
         self,
         run_directory: Path,
@@ -139,8 +141,6 @@ class _Routes:
         self.unhealthy = unhealthy
         self.page_sizes = page_sizes
         self.index = index_of(run_directory)
-
-    # Starlette runs plain functions in threads, so reading files here does not hold up other requests.
 
     def run(self, request: Request) -> Response:
         return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})
@@ -159,35 +159,39 @@ class _Routes:
         return tagged_json(request, json.dumps(content, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
 
     async def latest(self, request: Request) -> Response:
-        after, deadline = _parse_wait(request)
-        while True:
-            names = self.index.names()  # one look at one folder, which is cheaper than a call into another thread
-            if names and names[-1] > after:
-                return await run_in_threadpool(self._newest, request, names[-1])
-            if time.monotonic() >= deadline or await request.is_disconnected():
-                break
-            await asyncio.sleep(POLL_SECONDS)
+        after, seconds = _parse_wait(request)
+        if (name := await self._wait_for_newer(request, after, seconds)) is not None:
+            location = {"Content-Location": f"/v1/snapshots/{name}/manifest.json"}
+            return await run_in_threadpool(self._manifest_response, request, name, MUTABLE, location)
         if after:
             return Response(status_code=204, headers={"Cache-Control": MUTABLE})
         raise HTTPException(404, f"no snapshot yet in {self.run_directory.name}; ask again with ?wait=SECONDS")
 
-    def _newest(self, request: Request, name: str) -> Response:
-        return self._manifest(request, name, MUTABLE, {"Content-Location": f"/v1/snapshots/{name}/manifest.json"})
+    async def _wait_for_newer(self, request: Request, after: str, seconds: float) -> str | None:
+        """The newest snapshot, once it is newer than `after`; None when none comes in time, or the client has left."""
+        deadline = time.monotonic() + seconds
+        while True:
+            names = self.index.names()  # one look at one folder, which is cheaper than a call into another thread
+            if names and names[-1] > after:
+                return names[-1]
+            if time.monotonic() >= deadline or await request.is_disconnected():
+                return None
+            await asyncio.sleep(POLL_SECONDS)
 
     def manifest(self, request: Request) -> Response:
-        return self._manifest(request, request.path_params["name"], IMMUTABLE, {})
+        return self._manifest_response(request, request.path_params["name"], IMMUTABLE, {})
 
-    def _manifest(self, request: Request, name: str, caching: str, headers: dict[str, str]) -> Response:
+    def _manifest_response(self, request: Request, name: str, caching: str, headers: dict[str, str]) -> Response:
         folder = self._folder(name)
-        self._read_manifest(folder)
-        return _small_file(request, folder / "manifest.json", caching, headers)
+        _read_manifest(folder)
+        return json_file(request, folder / "manifest.json", caching, _retired(folder), headers)
 
     def file(self, request: Request) -> Response:
         name, path = request.path_params["name"], request.path_params["path"]
         folder = self._folder(name)
-        manifest = self._read_manifest(folder)
-        digests = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
-        evaluations = [f"{sae}/evaluation.json" for sae in manifest["saes"]]
+        manifest = _read_manifest(folder)
+        digests = {file.path: file.sha256 for file in manifest.files}
+        evaluations = [f"{sae}/evaluation.json" for sae in manifest.saes]
         if path not in digests and path not in evaluations:
             raise HTTPException(
                 404, f"snapshot {name} has no file {path!r}; it has manifest.json, {', '.join(digests)}"
@@ -196,8 +200,8 @@ class _Routes:
         if not is_within(target, folder):
             raise HTTPException(404, f"{path!r} lies outside of snapshot {name}")
         if path in evaluations and path not in digests:
-            return _small_file(request, target, MUTABLE, {}, f"snapshot {name} has no {path} yet: it is not evaluated")
-        return _large_file(request, target, digests[path])
+            return json_file(request, target, MUTABLE, f"snapshot {name} has no {path} yet: it is not evaluated")
+        return hashed_file(request, target, digests[path], _retired(folder))
 
     def _folder(self, name: str) -> Path:
         """The folder of one complete snapshot. Raises HTTPException 404 for any other name."""
@@ -207,12 +211,6 @@ class _Routes:
         if index < len(names) and names[index] == name and (folder / "manifest.json").is_file():
             return folder
         raise HTTPException(404, f"no snapshot {name!r} (retired, or never published); {describe_names(names)}")
-
-    def _read_manifest(self, folder: Path) -> dict[str, Any]:
-        try:
-            return manifest_of(folder)
-        except SnapshotError as error:
-            raise HTTPException(404, str(error)) from None
 
     def metrics(self, request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -230,36 +228,22 @@ def _health_response(reason: str | None) -> Response:
     return JSONResponse(body, status, {"Cache-Control": "no-store"})
 
 
-# --- Responses -------------------------------------------------------------------------------------------------------
-
-
-def _small_file(request: Request, path: Path, caching: str, headers: dict[str, str], absent: str = "") -> Response:
-    """A JSON file that no manifest lists: it is hashed as it is read."""
+def _read_manifest(folder: Path) -> Manifest:
     try:
-        body = path.read_bytes()
-    except FileNotFoundError:
-        raise HTTPException(404, absent or f"snapshot {path.parent.name} has just been retired") from None
-    return tagged_json(request, body, caching, headers)
+        return manifest_of(folder)
+    except SnapshotError as error:
+        raise HTTPException(404, str(error)) from None
 
 
-def _large_file(request: Request, path: Path, sha256: str) -> Response:
-    headers = tag_headers(sha256, IMMUTABLE)
-    if is_not_modified(request, headers["ETag"]):
-        return Response(status_code=304, headers=headers)
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise HTTPException(404, f"{path.name} of this snapshot has just been retired") from None
-    media_type = "application/json" if path.suffix == ".json" else "application/octet-stream"
-    return _ChunkedFileResponse(path, headers=headers, media_type=media_type, stat_result=status)
+def _retired(folder: Path) -> str:
+    return f"snapshot {folder.name} has just been retired"
 
 
-class _ChunkedFileResponse(FileResponse):
-    chunk_size = CHUNK_BYTES
+# --- Requests and errors ---------------------------------------------------------------------------------------------
 
 
 def _parse_wait(request: Request) -> tuple[str, float]:
-    """(the name that the snapshot must follow, monotonic deadline) of a request for the latest snapshot."""
+    """(the name that the snapshot must follow, seconds to wait) of a request for the latest snapshot."""
     after, wait = request.query_params.get("after", ""), request.query_params.get("wait", "0")
     if after and not _is_name(after):
         raise HTTPException(400, f"after = {after!r}: expected a snapshot's name, such as 000001234567")
@@ -269,7 +253,7 @@ def _parse_wait(request: Request) -> tuple[str, float]:
         seconds = -1.0
     if not 0.0 <= seconds <= LONGEST_WAIT_SECONDS:
         raise HTTPException(400, f"wait = {wait!r}: expected seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
-    return after, time.monotonic() + seconds
+    return after, seconds
 
 
 def _parse_page(request: Request, sizes: PageSizes) -> tuple[int, str | None]:

@@ -239,7 +239,7 @@ def _other_run(run_directory: Path, names: list[str], run: str) -> str | None:
     folder = run_directory / "snapshots"
     for name in reversed([name for name in names if not is_pinned(folder / name)]):
         try:
-            other = read_manifest(folder / name)["run"]["id"]
+            other = read_manifest(folder / name).run["id"]
         except (SnapshotError, LookupError, TypeError):
             continue  # `check` reports it
         if other == run:

@@ -88,7 +88,7 @@ class Inspection:
         names, folder = snapshot_names(self.directory), self.directory / "snapshots"
         for name in names:
             try:
-                saes = verify(folder / name)["saes"]
+                saes = verify(folder / name).saes
                 for sae in saes:
                     check(folder / name / sae)
                 self.findings.append(f"snapshot {name}: {', '.join(saes)}; hashes and self-tests right")
