@@ -143,7 +143,7 @@ class RunFollower:
         try:
             self._evaluator.look()
         except Stopped:
-            log.info("stopped during an evaluation; the next start takes it up again")
+            log.info("stopped during an evaluation; the next start continues it")
         self._disabled = self._evaluator.broken
 
     def _new_evaluator(self) -> Evaluator:

@@ -160,8 +160,14 @@ OVERRIDES: list[tuple[str, str]] = [
     ("sae.tpok.k=3", 'override "sae.tpok.k=3": no [[sae]] is named "tpok" (did you mean topk?), nor has that number'),
     ("sae.k=3", 'override "sae.k=3": say which entry, as in sae.0.k=…'),
     # [snapshots] [checkpoint] [monitor]
-    ("snapshots.keep=0", "snapshots.keep = 0: expected a number above 0. How many of the newest stay on disk."),
-    ("checkpoint.every_seconds=0", "checkpoint.every_seconds = 0: expected a number above 0. A crash costs at most"),
+    (
+        "snapshots.keep=0",
+        "snapshots.keep = 0: expected a number above 0. Number of newest snapshots that stay on disk.",
+    ),
+    (
+        "checkpoint.every_seconds=0",
+        "checkpoint.every_seconds = 0: expected a number above 0. Time between two checkpoints",
+    ),
     ("monitor.trainer_port=99999", f"monitor.trainer_port = 99999 {PORT}. Prometheus port of the trainer"),
     ("monitor.producer_port=-1", f"monitor.producer_port = -1 {PORT}. Prometheus port of the first producer"),
     ("monitor.trainer_port=5710", "and monitor.trainer_port = 5710 name the same port; change one"),

@@ -35,7 +35,8 @@ class BufferSettings(Table):
     """[buffer]: where activations wait and are shuffled."""
 
     rows: Positive = 262_144
-    """Capacity in tokens. Memory is this times the bytes of an activation; mixes well from batch × context / 5 on."""
+    """Capacity in tokens. Memory is this times the bytes of a token's activations. Batches mix contexts well from
+    optimizer.batch × corpus.context / 5 on."""
 
 
 class OptimizerSettings(Table):
@@ -48,10 +49,10 @@ class OptimizerSettings(Table):
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of matrices in products, whose sums are float32; auto takes bfloat16 where it is faster here."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Adam's rate; without it, 2e-4 / sqrt(d_sae / 16384) per SAE, the field's rule for long runs."""
+    """Adam's rate; without it, 2e-4 / sqrt(d_sae / 16384) per SAE, after Gao et al. (2024)."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Adam's decay of first and second moments. One firing of a rare latent moves it by thirty learning rates in all
-    when the second is 0.999, by six when it is 0.95: fewer latents die at the same error."""
+    """Adam's decay rates of the first and second moment. One firing of a rare latent moves it by thirty learning rates
+    in total if the second is 0.999, by six if it is 0.95, so that fewer latents die at the same error."""
     eps: Annotated[float, Field(gt=0)] = 6.25e-10
     """Adam's epsilon, small because gradients of rare latents are (OpenAI's value)."""
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -104,8 +105,8 @@ class SnapshotSettings(Table):
     every_tokens: Positive = 10_000_000
     """A snapshot after this many tokens, and one at the end."""
     keep: Positive = 10
-    """How many of the newest stay on disk. Those pinned by `ctl RUN pin` stay too, and as many again of those that
-    resuming from an older checkpoint has moved to snapshots/superseded."""
+    """Number of newest snapshots that stay on disk. Pinned ones (`ctl RUN pin`) stay too, and as many again of those
+    that resuming from an older checkpoint has moved to snapshots/superseded."""
     keep_every_tokens: Positive | None = None
     """The first snapshot at or after each multiple of this many tokens stays for good; without it, none does."""
 
@@ -114,10 +115,10 @@ class CheckpointSettings(Table):
     """[checkpoint]: the state that resuming needs; private to the trainer."""
 
     every_seconds: SecondsOrNever = 300.0
-    """A crash costs at most this much training, plus one bufferful of the language model's work; inf: at the end
-    alone."""
+    """Time between two checkpoints: a crash costs at most this much training, and the activations in the buffer; inf:
+    only at the end."""
     keep: Positive = 2
-    """How many of the newest stay on disk."""
+    """Number of newest checkpoints that stay on disk."""
 
 
 class TrainerSettings(BaseModel):

@@ -221,7 +221,7 @@ class Connections:
                     self._read_monitor()
                     pause = PENDING_SECONDS if self._enforce_limits(time.monotonic()) else SESSION_SECONDS
             except Exception:
-                self._outside_log.exception("connections could not be looked at")
+                self._outside_log.exception("connections could not be checked")
             self._outside_log.flush()
 
     def _read_monitor(self) -> None:

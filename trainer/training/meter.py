@@ -18,11 +18,14 @@ class Meter:
     """Counts steps and seconds since the last report."""
 
     def __init__(self, tokens: int) -> None:
-        self._since = time.monotonic()
-        self._tokens = tokens
+        self._last_rate = 0.0
+        self._begin_interval(tokens)
+
+    def _begin_interval(self, tokens: int) -> None:
+        self._began_at = time.monotonic()
+        self._tokens_at_begin = tokens
         self._steps = 0
         self._step_seconds = 0.0
-        self._last_rate = 0.0
 
     def count_step(self, seconds: float) -> None:
         self._steps += 1
@@ -30,7 +33,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._since
+        return time.monotonic() - self._began_at
 
     @property
     def step_seconds(self) -> float:
@@ -39,16 +42,16 @@ class Meter:
 
     def rate(self, tokens: int) -> float:
         """Tokens per second; `tokens` are those trained by now."""
-        return (tokens - self._tokens) / max(self.seconds, 1e-9)
+        return (tokens - self._tokens_at_begin) / max(self.seconds, 1e-9)
 
     def recent_rate(self, tokens: int) -> float:
         """Like `rate`; just after a report, the rate in that report."""
         return self.rate(tokens) if self.seconds > SHORTEST_INTERVAL_SECONDS else self._last_rate
 
     def restart(self, tokens: int) -> None:
-        """Begins a new interval."""
+        """Begins a new interval; the rate of the last one is kept for `recent_rate`."""
         self._last_rate = self.recent_rate(tokens)
-        self._since, self._tokens, self._steps, self._step_seconds = time.monotonic(), tokens, 0, 0.0
+        self._begin_interval(tokens)
 
 
 def measure(run: Run, intake: Intake, meter: Meter) -> StepReport:
