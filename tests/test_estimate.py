@@ -115,18 +115,18 @@ def test_an_sae_costs_what_its_settings_ask_for() -> None:
 
 
 def test_sharded_latents_divide_the_weights_and_not_the_rows() -> None:
-    """On four GPUs: a quarter of product and Adam each; candidates of three; the reconstruction is summed whole."""
+    """On four GPUs: a quarter of product and Adam each; one activation's candidates of three others; sums in a ring."""
     machine = Machine("gpu", 1.0, 1.0, 1e9, CUDA, link=1.0, network=1.0)
     sae = StepCost("sae", "topk", 4, 4, 64, 3, 2, 2)
     one, four = (sharded_step([sae], machine, gpus, token_bytes=8) for gpus in (1, 4))
 
     for part in ("encoder product", "optimizer", "pre-activations"):
         assert four.seconds[part] == one.seconds[part] / 4
-    assert one.bytes["candidates"] == one.bytes["reconstruction summed"] == one.bytes["x to all"] == 0
-    assert four.bytes["rows in"] == four.bytes["x to all"] == 3 * 8
-    assert four.bytes["candidates"] == 3 * (3 * 2 * 8)
-    assert four.bytes["reconstruction summed"] == 4 * 3 * 4
-    assert four.seconds["reconstruction summed"] == 2 * 3 / 4 * 48
+    assert one.bytes["rows in"] == sum(one.bytes.values()) == 3 * 8
+    assert four.bytes["rows in"] == four.bytes["activations"] == 3 * 8
+    assert four.bytes["candidates"] == 3 * (2 * 8)
+    assert four.bytes["reconstructions"] == 2 * 3 / 4 * (4 * 3 * 4)
+    assert four.seconds["reconstructions"] == 2 * 3 / 4 * 48
 
 
 def test_the_fewest_gpus_hold_the_weights_and_meet_the_days() -> None:

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from producer.settings import CorpusSettings, SyntheticSettings
 from tests.small_ranks import SIZES, SmallRanks
-from tests.small_saes import FAMILY, HOOKS, UNSCALED, hook_widths, rows_of
+from tests.small_saes import D_IN, FAMILY, HOOKS, UNSCALED, hook_widths, rows_of
 from trainer.parallel.ranks import ALONE, Ranks
+from trainer.planning.exchange import exchanged_bytes
+from trainer.planning.workload import step_costs
 from trainer.report import SaeReport
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Whitening
@@ -24,7 +27,7 @@ from trainer.saes.hooks import SaeHooks
 from trainer.saes.jumprelu import JumpReLU
 from trainer.saes.settings import SaeSettings
 from trainer.saes.topk import FixedK
-from trainer.settings import OptimizerSettings
+from trainer.settings import OptimizerSettings, TrainerSettings
 from trainer.training.averaging import AverageWeights
 from trainer.training.sae_trainer import SaeTrainer
 
@@ -276,3 +279,48 @@ def test_eight_blocks_give_the_same_bits_on_any_number_of_ranks(small_ranks: Sma
 def test_eight_blocks_give_the_same_bits_for_every_sae(small_ranks: SmallRanks, name: str) -> None:
     """The same for every kind of SAE and every way of revival."""
     assert_same_bits(small_ranks, all_cases()[name])
+
+
+# Bytes
+
+
+def received_in_a_step(ranks: Ranks, table: Mapping[str, Any]) -> list[dict[str, int]]:
+    """Bytes that this rank receives in its second and in its third step, by purpose."""
+    settings = SaeSettings.of(**table)
+    hooks, optimizer = SaeHooks.from_settings(settings, HOOKS), OptimizerSettings(learning_rate=1e-3)
+    sae_trainer = SaeTrainer(
+        settings, optimizer, hooks, hook_widths(settings), torch.device("cpu"), torch.float32, ranks=ranks
+    )
+    sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED)
+    steps = []
+    for step in (1, 2, 3):
+        ranks.traffic.received_bytes.clear()
+        sae_trainer.step(rows_of(settings, BATCH - 1, step))
+        steps.append(dict(ranks.traffic.received_bytes))
+    return steps[1:]
+
+
+@pytest.mark.parametrize("blocks", [1, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_receives_the_bytes_that_are_planned(small_ranks: SmallRanks, size: int, blocks: int) -> None:
+    """To the byte and by purpose, of a batch that is no multiple of the ranks, before latents are dead."""
+    for name in ("topk", "topk multi", "batchtopk matryoshka", "jumprelu", "relu crosscoder", "tied", "gated"):
+        table = case(name, revive_tokens=10_000)
+        (planned,) = planned_bytes(table, size, blocks)
+
+        for steps in small_ranks.run(received_in_a_step, size, table, blocks=blocks):
+            assert steps == [planned] * 2, name
+
+
+def planned_bytes(table: Mapping[str, Any], ranks: int, blocks: int) -> list[dict[str, int]]:
+    """By purpose, without those of nothing."""
+    settings = SaeSettings.of(**table)
+    widths = hook_widths(settings)
+    run = TrainerSettings(
+        corpus=CorpusSettings(kind="synthetic", synthetic=SyntheticSettings(d_in=D_IN, features=24)),
+        optimizer=OptimizerSettings(batch=BATCH - 1, device="cpu"),
+        sae=[settings.model_copy(update={"hook": None, "hooks": None, "target": None})],
+    )
+    width = sum(widths.values()) if settings.hooks else widths["a"]
+    costs = step_costs(run, width, number_bytes=4)
+    return [{purpose: size for purpose, size in exchanged_bytes(cost, ranks, blocks).items() if size} for cost in costs]

@@ -1,6 +1,7 @@
 """What will a run cost, before it starts?
 
     cost          time and bytes of a step, from two numbers of a machine
+    exchange      bytes that ranks exchange in a step, by purpose
     sharding      the same with latents sharded over GPUs, which Sluice's trainer does not do
     machine       the two numbers of this machine, measured; its free memory
     workload      the SAEs and the language model of a run file, as sizes

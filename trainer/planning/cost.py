@@ -142,6 +142,12 @@ class StepCost:
     """How often latents are decoded: gated twice."""
     losses: int = 1
     """How many losses write gradients of their own: Multi-TopK two."""
+    batch_selections: int = 0
+    """Selections among all values of a batch."""
+    latent_parameters: int = 3
+    """Trained parameters with a row or a number per latent."""
+    scalars: int = 0
+    """Numbers that a step sums over latents for its losses alone."""
     tied: bool = False
     unit_decoder: bool = True
     centred: bool = True

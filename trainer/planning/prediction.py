@@ -22,9 +22,12 @@ HINTS = {
     "optimizer": "its bytes are the same for every batch: a larger optimizer.batch spreads them over more activations",
     "rows and entries": "they are passes over the batch: little but the width of the model decides",
     "overhead": "the steps are tiny: a larger optimizer.batch",
-    "x to all": "activations reach every GPU: a faster network between machines",
-    "candidates": "each GPU sends k per activation to all others: fewer GPUs, or fewer candidates than k from each",
-    "reconstruction summed": "it is batch × d_out numbers: fewer machines, or a faster network between them",
+    "activations": "they reach every GPU: a faster network between machines",
+    "candidates": "each GPU tells k of them per activation: a smaller k",
+    "thresholds": "they are few bytes: a larger optimizer.batch",
+    "reconstructions": "they are batch × d_out numbers: fewer machines, or a faster network between them",
+    "sums": "they are few bytes: a larger optimizer.batch",
+    "scalars": "they are few bytes: a larger optimizer.batch",
 }
 """For each part of a step: what it grows with, and what makes it smaller."""
 

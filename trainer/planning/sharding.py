@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.planning.cost import FLOAT32, Machine, StepCost, memory_parts, step_parts
+from trainer.planning.cost import Machine, StepCost, memory_parts, step_parts
+from trainer.planning.exchange import exchanged_bytes
 
 MAX_GPUS = 4096
-CANDIDATE_BYTES = 8
-"""Value and index of one candidate."""
+GATHERED, SUMMED = ("candidates", "thresholds"), ("reconstructions", "sums", "scalars")
+"""What ranks tell each other, and what they add up, by purpose."""
 USABLE = 0.9
 """Share of a GPU's memory; the rest is taken by the allocator, the collectives and the driver."""
 
@@ -37,25 +38,22 @@ class ShardedStep:
 def sharded_step(saes: list[StepCost], machine: Machine, gpus: int, token_bytes: int) -> ShardedStep:
     """The parts of a step on `gpus`; `token_bytes` is the size of the activations of all hooks for one token.
 
-    x is broadcast; each GPU selects its own k largest; these candidates are gathered by all, so that each knows which
-    of its own are among the k largest of all; each decodes those; the partial reconstructions are summed.
+    Activations are broadcast; what else is exchanged, `exchange` says.
     """
     parts: dict[str, float] = {}
-    received = {"rows in": 0.0, "x to all": 0.0, "candidates": 0.0, "reconstruction summed": 0.0}
     batch = max(sae.batch for sae in saes)
-    received["rows in"] = float(batch * token_bytes)
+    received = {"rows in": float(batch * token_bytes), "activations": 0.0}
+    received["activations"] = received["rows in"] if gpus > 1 else 0.0
     for sae in saes:
         for name, seconds in step_parts(sae.sharded(gpus), machine).items():
             parts[name] = parts.get(name, 0.0) + seconds
-        candidates = min(sae.active, sae.sharded(gpus).d_sae) * sae.batch * CANDIDATE_BYTES if sae.total_k else 0.0
-        received["candidates"] += (gpus - 1) * candidates
-        received["reconstruction summed"] += FLOAT32 * sae.batch * sae.d_out * sae.levels * sae.decodings
-    received["x to all"] = received["rows in"] if gpus > 1 else 0.0
-    if gpus == 1:
-        received["reconstruction summed"] = 0.0
-    parts["x to all"] = _broadcast(received["x to all"], machine, gpus)
-    parts["candidates"] = _gather(received["candidates"], machine, gpus)
-    parts["reconstruction summed"] = _all_reduce(received["reconstruction summed"], machine, gpus)
+        for purpose, size in exchanged_bytes(sae, gpus).items():
+            received[purpose] = received.get(purpose, 0.0) + size
+    parts["activations"] = _broadcast(received["activations"], machine, gpus)
+    for purpose in GATHERED:
+        parts[purpose] = _gather(received[purpose], machine, gpus)
+    for purpose in SUMMED:
+        parts[purpose] = _all_reduce(received[purpose], machine, gpus)
     memory = sum(sum(memory_parts(sae.sharded(gpus), machine.kernels).values()) for sae in saes)
     return ShardedStep(gpus, received, parts, memory, memory <= USABLE * machine.memory)
 
@@ -77,8 +75,14 @@ def _gather(received: float, machine: Machine, gpus: int) -> float:
     return remote / (machine.network * machine.per_node) + received / machine.link
 
 
-def _all_reduce(size: float, machine: Machine, gpus: int) -> float:
-    """Seconds of an all-reduce of `size` bytes: rings within a machine, then each GPU's part between machines."""
+def _all_reduce(received: float, machine: Machine, gpus: int) -> float:
+    """Seconds of an all-reduce in which a single ring would bring `received` bytes to each GPU.
+
+    There are rings within a machine, then each GPU's part goes between machines.
+    """
+    if gpus == 1:
+        return 0.0
+    size = received * gpus / (2 * (gpus - 1))
     nodes = _nodes(machine, gpus)
     per_node = math.ceil(gpus / nodes)
     within = 2 * (per_node - 1) / per_node * size / machine.link

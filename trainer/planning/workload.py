@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ def step_costs(settings: TrainerSettings, width: int, number_bytes: int) -> list
 
 
 def _step_cost(settings: TrainerSettings, sae: SaeSettings, width: int, number_bytes: int) -> StepCost:
-    hooks = settings.hooks_of(sae)
+    hooks, terms = settings.hooks_of(sae), sae.cost_terms()
+    # AuxK counts dead latents in every step, and so does the last resort.
+    terms = replace(terms, scalars=terms.scalars + (sae.revival == "auxk") + (sae.reinitialise_tokens > 0))
     return StepCost(
         name=sae.name,
         architecture=sae.architecture,
@@ -54,7 +56,7 @@ def _step_cost(settings: TrainerSettings, sae: SaeSettings, width: int, number_b
         whitening=sae.whitening,
         ema=sae.ema_tokens is not None,
         number_bytes=number_bytes,
-        **vars(sae.cost_terms()),
+        **vars(terms),
     )
 
 

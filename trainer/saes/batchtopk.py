@@ -25,7 +25,7 @@ from trainer.saes.encoder import Encoded
 from trainer.saes.folding import grow
 from trainer.saes.jumprelu import JUMPRELU
 from trainer.saes.published import SaeWeights, linear_state, matrix_state, scalar_state
-from trainer.saes.settings import SaeSettings
+from trainer.saes.settings import CostTerms, SaeSettings
 from trainer.saes.topk import TOPK, FixedK, FixedKSettings
 from trainer.snapshot import SnapshotError
 
@@ -47,6 +47,9 @@ class BatchTopKSettings(FixedKSettings):
     """[[sae]] with architecture batchtopk."""
 
     architecture: Literal["batchtopk"] = "batchtopk"
+
+    def cost_terms(self) -> CostTerms:
+        return replace(super().cost_terms(), batch_selections=1, scalars=1)
 
 
 class BatchTopK(FixedK):

@@ -43,7 +43,7 @@ class GatedSettings(PenalisedSettings):
         return "resample"
 
     def cost_terms(self) -> CostTerms:
-        return replace(super().cost_terms(), decodings=2)
+        return replace(super().cost_terms(), decodings=2, latent_parameters=5)
 
 
 class GatedActivation(Activation):

@@ -115,7 +115,12 @@ class JumpReLUSettings(NestedSettings, PenalisedSettings):
 
     def cost_terms(self) -> CostTerms:
         l0 = self.target_l0 or min(ASSUMED_L0, self.d_sae)
-        return CostTerms(active=l0 * ENTRIES_PER_ACTIVE, l0_is_assumed=self.target_l0 is None)
+        return CostTerms(
+            active=l0 * ENTRIES_PER_ACTIVE,
+            latent_parameters=4,
+            scalars=int(self.sparsity == "target_l0"),
+            l0_is_assumed=self.target_l0 is None,
+        )
 
 
 class JumpReLUActivation(Activation):

@@ -13,6 +13,7 @@ W_enc and b_enc on export.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -22,9 +23,9 @@ from torch import Tensor
 from trainer.kernels.select import positive
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.base import Sae
-from trainer.saes.gradients import Gradients, add
+from trainer.saes.gradients import SHARED, Gradients, add
 from trainer.saes.relu import RELU
-from trainer.saes.settings import SaeSettings
+from trainer.saes.settings import CostTerms, SaeSettings
 
 TRAINABLE = {
     "scale": {"scale"},
@@ -49,6 +50,9 @@ class RepairSettings(SaeSettings):
     @property
     def centred(self) -> bool:
         return False
+
+    def cost_terms(self) -> CostTerms:
+        return replace(super().cost_terms(), latent_parameters=len(TRAINABLE[self.train] - set(SHARED)))
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

@@ -42,6 +42,12 @@ class CostTerms:
     """Number of times that latents are decoded."""
     losses: int = 1
     """Number of losses that write gradients of their own."""
+    batch_selections: int = 0
+    """Selections among all values of a batch."""
+    latent_parameters: int = 3
+    """Trained parameters with a row or a number per latent."""
+    scalars: int = 0
+    """Numbers that a step sums over latents for its losses alone, beside those that revive latents."""
     tied: bool = False
     """Encoder and decoder are one matrix."""
     l0_is_assumed: bool = False

@@ -37,7 +37,7 @@ class TiedSettings(PenalisedSettings):
             yield "start_from is not for tied: no file says that two matrices are one; use architecture relu"
 
     def cost_terms(self) -> CostTerms:
-        return replace(super().cost_terms(), tied=True)
+        return replace(super().cost_terms(), tied=True, latent_parameters=2)
 
 
 class Tied(ReLU):
