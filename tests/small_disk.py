@@ -106,9 +106,9 @@ def _names(folder: Path) -> Names:
 
 
 @contextmanager
-def recorded(root: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+def recorded(root: Path, published_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """Everything now in `root` is on disk; what is done to it from here on is recorded."""
-    disk = Disk(root, published)
+    disk = Disk(root, published_folder)
     for folder, _, files in os.walk(root):
         for path in (Path(folder), *(Path(folder, name) for name in files)):
             descriptor = os.open(path, os.O_RDONLY)

@@ -156,27 +156,27 @@ def observe(
     network: nn.Module, tokens: Tensor, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Any]:
     """What modules are given (`inputs`) and give (`outputs`) in a pass of the whole model, by path; and its result."""
-    seen: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
-    def given(path: str, module: nn.Module, args: tuple) -> None:
-        seen[path] = args[0].clone()
+    def record_input(path: str, module: nn.Module, args: tuple) -> None:
+        tensors[path] = args[0].clone()
 
-    def gave(path: str, module: nn.Module, args: tuple, output: Any) -> None:
-        seen[path] = (output[0] if isinstance(output, tuple) else output).clone()
+    def record_output(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        tensors[path] = (output[0] if isinstance(output, tuple) else output).clone()
 
     find = network.get_submodule
-    handles = [find(path).register_forward_pre_hook(partial(given, path)) for path in inputs]
-    handles += [find(path).register_forward_hook(partial(gave, path)) for path in outputs]
+    handles = [find(path).register_forward_pre_hook(partial(record_input, path)) for path in inputs]
+    handles += [find(path).register_forward_hook(partial(record_output, path)) for path in outputs]
     result = network(input_ids=tokens, output_hidden_states=True)
     for handle in handles:
         handle.remove()
-    return seen, result
+    return tensors, result
 
 
 def refusal(folder: Path | str, *hooks: str, whole: bool = False, **settings) -> str:
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError) as error:
         load(folder, *(hooks or ("blocks.0.hook_resid_post",)), whole=whole, **settings)
-    return str(caught.value)
+    return str(error.value)
 
 
 def copy_of(folder: Path, to: Path, without: str = "") -> Path:

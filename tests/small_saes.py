@@ -59,8 +59,8 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 
 def settings_of(kind: str, **options: Any) -> SaeSettings:
-    chosen: dict[str, Any] = {"name": "s", "d_sae": D_SAE} | FAMILY[kind] | options
-    return SaeSettings.of(**chosen)
+    fields: dict[str, Any] = {"name": "s", "d_sae": D_SAE} | FAMILY[kind] | options
+    return SaeSettings.of(**fields)
 
 
 def dead_latents(count: int = len(DEAD)) -> Tensor:

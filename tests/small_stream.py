@@ -134,11 +134,11 @@ def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seco
     timer = threading.Timer(seconds, stop.set)
     timer.start()
     names: list[Name] = []
-    while (rows is None or len(names) < rows) and (taken := intake.take(batch, stop)) is not None:
-        intake.mark_trained(taken)
-        shard, window, position, one = (column.tolist() for column in taken.x[0][:, :4].int().T)
+    while (rows is None or len(names) < rows) and (batch_of_rows := intake.take(batch, stop)) is not None:
+        intake.mark_trained(batch_of_rows)
+        shard, window, position, one = (column.tolist() for column in batch_of_rows.x[0][:, :4].int().T)
         assert set(one) == {1}
-        assert taken.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
+        assert batch_of_rows.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
         names += zip(shard, window, position, strict=True)
     timer.cancel()
     assert not stop.is_set(), f"{len(names)} rows came in {seconds} s, then no more"

@@ -2,9 +2,10 @@
 
     python -m tests.structure [COMMIT …]     # each commit, and the working tree beside it, as a Markdown table
 
-Counts are of producer/, trainer/ and monitor/. A bare participle is a variable such as `found`: the name says that
-something was found, and not what. A duplicate is a function whose body, of DUPLICATE_LINES or more, is that of another
-one; a class name used twice is one that a reader has to tell apart by its module.
+Counts are of producer/, trainer/ and monitor/; bare participles are counted in tests/ too. A bare participle is a
+variable such as `found`: the name says that something was found, and not what. A duplicate is a function whose body,
+of DUPLICATE_LINES or more, is that of another one; a class name used twice is one that a reader has to tell apart by
+its module.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Figures:
     untyped_dicts: int = 0
     local_imports: int = 0
     participles: Counter[str] = field(default_factory=Counter)
+    test_participles: Counter[str] = field(default_factory=Counter)
     bodies: dict[str, list[str]] = field(default_factory=dict)
     """Places of functions by what they do."""
     classes: Counter[str] = field(default_factory=Counter)
@@ -75,16 +77,21 @@ class Figures:
             "`dict[str, Any]`": str(self.untyped_dicts),
             "function-level imports": str(self.local_imports),
             "bare participles": f"{self.participles.total()}; most: {_most(self.participles, 5)}",
+            "bare participles in tests": f"{self.test_participles.total()}; most: {_most(self.test_participles, 5)}",
             "duplicate functions": _listed([" = ".join(places) for places in self.bodies.values() if len(places) > 1]),
             "class names used twice": _listed([name for name, count in self.classes.items() if count > 1]),
         }
 
 
 def measure(files: Mapping[str, str]) -> Figures:
-    """Counts in source files, given by path."""
+    """Counts in source files, given by path; those of tests are searched for participles alone."""
     figures = Figures()
     for path, text in sorted(files.items()):
         tree = ast.parse(text)
+        if path.startswith("tests/"):
+            figures.test_participles.update(_participles(tree))
+            continue
+        figures.participles.update(_participles(tree))
         figures.modules[str(PurePosixPath(path).parent)] += not path.endswith("__init__.py")
         if (lines := len(text.splitlines())) > LONG_FILE:
             figures.long_files.append(f"{path} {lines}")
@@ -110,8 +117,13 @@ def _measure_node(figures: Figures, module: str, node: ast.AST) -> None:
         body = "\n".join(map(ast.unparse, node.body[ast.get_docstring(node) is not None :]))
         if body.count("\n") + 1 >= DUPLICATE_LINES:
             figures.bodies.setdefault(body, []).append(f"{module}.{node.name}")
-    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in PARTICIPLES:
-        figures.participles[node.id] += 1
+
+
+def _participles(tree: ast.Module) -> Iterator[str]:
+    """Names of variables that are bare participles, once for each assignment."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in PARTICIPLES:
+            yield node.id
 
 
 def _lines(node: Definition) -> int:
@@ -145,11 +157,11 @@ def _most(counts: Counter[str], number: int) -> str:
 
 
 def files_of(commit: str | None) -> dict[str, str]:
-    """The packages' Python files in a commit, or in the working tree, by path."""
+    """The Python files of the packages and tests in a commit, or in the working tree, by path."""
     if commit is None:
-        paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+        paths = [path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py")]
         return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
-    names = _git("ls-tree", "-r", "--name-only", commit, *PACKAGES).splitlines()
+    names = _git("ls-tree", "-r", "--name-only", commit, *PACKAGES, "tests").splitlines()
     return {name: _git("show", f"{commit}:{name}") for name in names if name.endswith(".py")}
 
 

@@ -44,21 +44,21 @@ def test_a_latent_that_writes_to_n_logits_has_n_effects(reach: int):
     """All by the same amount, at its own position alone; the ratio is their share of all logits that could change."""
     W_dec = torch.zeros(1, WORDS)
     W_dec[0, :reach] = 0.7
-    found = ablation_effects(_Unembedding(), _writing(W_dec), _always(20), count=8)  # type: ignore[arg-type]
-    assert found["ablation_effects"] == pytest.approx(reach)
-    assert found["ablation_effects_ratio"] == pytest.approx(reach / (POSITIONS * WORDS))
+    effects = ablation_effects(_Unembedding(), _writing(W_dec), _always(20), count=8)  # type: ignore[arg-type]
+    assert effects["ablation_effects"] == pytest.approx(reach)
+    assert effects["ablation_effects_ratio"] == pytest.approx(reach / (POSITIONS * WORDS))
 
 
 def test_what_shifts_all_logits_has_no_effect():
     """Probabilities stay as they are: there is nothing to count."""
-    found = ablation_effects(_Unembedding(), _writing(torch.ones(1, WORDS)), _always(20), count=8)  # type: ignore[arg-type]
-    assert found == {"ablation_effects": None, "ablation_effects_ratio": None}
+    effects = ablation_effects(_Unembedding(), _writing(torch.ones(1, WORDS)), _always(20), count=8)  # type: ignore[arg-type]
+    assert effects == {"ablation_effects": None, "ablation_effects_ratio": None}
 
 
 def test_an_activation_at_the_end_of_its_window_is_not_chosen():
     """There is no room for the positions that it may change."""
-    found = ablation_effects(_Unembedding(), _writing(torch.eye(1, WORDS)), _always(POSITIONS - 1), 8)  # type: ignore[arg-type]
-    assert found["ablation_effects"] is None
+    effects = ablation_effects(_Unembedding(), _writing(torch.eye(1, WORDS)), _always(POSITIONS - 1), 8)  # type: ignore[arg-type]
+    assert effects["ablation_effects"] is None
 
 
 def test_unequal_changes_count_less():
@@ -73,12 +73,12 @@ def test_numbers_agree_with_ablation_by_hand(tmp_path: Path):
     """One latent of a real model that fires at one place: x without it, put in by hand."""
     model = load_model(write_model(tmp_path))
     ids = np.random.default_rng(0).integers(2, 40, (1, 20))
-    kept = np.zeros((1, 20), bool)
-    kept[0, 3] = True
+    mask = np.zeros((1, 20), bool)
+    mask[0, 3] = True
     W_dec = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     sae = _writing(W_dec)
-    latents = gather_latents(model, Windows(ids, kept, np.zeros_like(kept)), sae)
-    found = ablation_effects(model, sae, latents, count=8)
+    latents = gather_latents(model, Windows(ids, mask, np.zeros_like(mask)), sae)
+    effects = ablation_effects(model, sae, latents, count=8)
     value = float(latents.values[0])
     assert latents.positions.tolist() == [3] and value > 0
 
@@ -88,7 +88,7 @@ def test_numbers_agree_with_ablation_by_hand(tmp_path: Path):
     tokens = torch.from_numpy(ids)
     changes = (model.logits(tokens) - model.logits(tokens, {HOOK: without}))[0, 3 : 3 + POSITIONS]
     expected: Any = effective_number(changes)
-    assert found["ablation_effects"] == pytest.approx(expected, rel=1e-3)
+    assert effects["ablation_effects"] == pytest.approx(expected, rel=1e-3)
     assert expected > model.vocabulary  # attention carries it on
 
 

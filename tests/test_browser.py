@@ -196,8 +196,8 @@ def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: E
     page.goto(f"http://127.0.0.1:{port}")
     until(page, "document.querySelector('#headline').dataset.html")
     close()
-    lost = page.locator("#connection")
-    playwright.expect(lost).to_have_text("The monitor does not answer.")
+    connection = page.locator("#connection")
+    playwright.expect(connection).to_have_text("The monitor does not answer.")
     for _ in range(3):
         page.fill("#text", "we import")
         page.keyboard.press("Enter")
@@ -206,7 +206,7 @@ def test_a_monitor_that_is_gone_is_said_to_be(browser, folder: Path, explorer: E
     _, close = start_service(
         make_app(folder / "run", new_registry(), handle=ExplorerHandle(explorer)), "127.0.0.1", port, lambda: False
     )
-    playwright.expect(lost).to_have_text("")
+    playwright.expect(connection).to_have_text("")
     page.keyboard.press("Enter")
     page.wait_for_selector("#firings-table")
     page.close()

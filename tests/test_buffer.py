@@ -49,8 +49,8 @@ def test_every_row_comes_out_once_and_unchanged() -> None:
     insert(buffer, 1, np.array([0, 2, 4, 6, 8]))
     insert(buffer, 2, np.arange(7))
     batches = [buffer.draw(4) for _ in range(3)]
-    drawn = [name for batch in batches for name in names(batch)]
-    assert sorted(drawn) == [(1, 0), (1, 2), (1, 4), (1, 6), (1, 8), *((2, at) for at in range(7))]
+    drawn_names = [name for batch in batches for name in names(batch)]
+    assert sorted(drawn_names) == [(1, 0), (1, 2), (1, 4), (1, 6), (1, 8), *((2, at) for at in range(7))]
     for batch in batches:
         assert batch.x[0].tolist() == [list(name) for name in names(batch)]
     assert buffer.rows == 0
@@ -167,12 +167,12 @@ def test_memory_does_not_grow() -> None:
                 buffer.draw(1000)
 
     churn(20)
-    held, resident = buffer.nbytes, resident_bytes()
+    nbytes, resident = buffer.nbytes, resident_bytes()
     tracemalloc.start()
     churn(200)
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert buffer.nbytes == held
+    assert buffer.nbytes == nbytes
     assert resident_bytes() - resident < 8 * 2**20
     assert grown < 1024 * 1024
 
@@ -202,16 +202,16 @@ def test_draw_is_uniform_without_replacement() -> None:
 
 def test_old_and_new_rows_have_the_same_chance() -> None:
     """40 rows have waited through many draws, 40 are new: a draw of 20 takes about 10 of each."""
-    taken = 0
+    old_count = 0
     for seed in range(200):
         buffer = ShuffleBuffer(160, [2], torch.float32, seed)
         insert(buffer, 0, np.arange(160))
         for _ in range(12):
             buffer.draw(10)
         insert(buffer, 1, np.arange(40))
-        taken += int((buffer.draw(20).serial == 1).sum())
+        old_count += int((buffer.draw(20).serial == 1).sum())
     # Hypergeometric: variance 20 · ½ · ½ · 60/79 = 3.8 a draw, so 200 draws give 2000 ± 5 · 27.6.
-    assert abs(taken - 2000) < 138
+    assert abs(old_count - 2000) < 138
 
 
 def test_same_seed_draws_the_same_rows() -> None:
@@ -259,12 +259,12 @@ def test_full_buffer_mixes_as_the_formula_says() -> None:
     """B = 128 of M = 1024 rows in contexts of T = 16: (B - 1)(T - 1) / (M - 1) = 1.86 expected mates."""
     b, t, m = 128, 16, 1024
     buffer = filled(m)
-    found = []
+    neighbours = []
     for _ in range(300):
         batch = buffer.draw(b)
-        found.append(same_context_mates(batch, context=t))
+        neighbours.append(same_context_mates(batch, context=t))
         insert(buffer, 7, batch.position)
-    assert np.mean(found) == pytest.approx((b - 1) * (t - 1) / (m - 1), rel=0.03)
+    assert np.mean(neighbours) == pytest.approx((b - 1) * (t - 1) / (m - 1), rel=0.03)
 
 
 def test_stream_through_a_half_full_buffer_mixes_contexts() -> None:
@@ -274,10 +274,10 @@ def test_stream_through_a_half_full_buffer_mixes_contexts() -> None:
     """
     context, count = 64, 128
     buffer = ShuffleBuffer(4096, [2], torch.float32, seed=0)
-    found = []
+    neighbours = []
     for serial in range(400):
         insert(buffer, serial, np.arange(context))
         if buffer.rows >= buffer.capacity // 2 + count:
-            found.append(same_context_mates(buffer.draw(count), context))
-    assert len(found) > 100
-    assert 0 < np.mean(found) < 5
+            neighbours.append(same_context_mates(buffer.draw(count), context))
+    assert len(neighbours) > 100
+    assert 0 < np.mean(neighbours) < 5

@@ -44,8 +44,8 @@ def checked(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     before = sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*"))
     code = main(["check", str(directory)])
     assert sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*")) == before, "it changed something"
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def newest(directory: Path) -> Path:
@@ -153,7 +153,7 @@ def rename_sae(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda run: flip_a_bit(newest(run) / "state.safetensors"), "state.safetensors is damaged"),
         (lambda run: (newest(run) / "state.json").unlink(), "state.json is missing"),
@@ -180,14 +180,14 @@ def rename_sae(directory: Path) -> None:
     ],
 )
 def test_damage_is_found_and_named(
-    directory: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], told: str
+    directory: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
 ) -> None:
     """1, and a sentence for what is wrong."""
     damage(directory)
     code, _, faults = checked(directory, capsys)
 
     assert code == 1
-    assert told in faults
+    assert message in faults
     assert all(line.startswith("fault: ") for line in faults.splitlines() if line)
 
 

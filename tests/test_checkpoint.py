@@ -142,10 +142,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, dama
     newest = save(tmp_path, small_checkpoint(2000, step=2), keep=2)
     damage(newest / name)
 
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError) as error:
         load_newest(tmp_path)
-    assert name in str(refused.value)
-    assert f"remove {newest} to resume from the checkpoint before it" in str(refused.value)
+    assert name in str(error.value)
+    assert f"remove {newest} to resume from the checkpoint before it" in str(error.value)
     shutil.rmtree(newest)
     assert load_newest(tmp_path).document.run.step == 1  # type: ignore[union-attr]
 
@@ -192,10 +192,10 @@ def test_a_document_that_lacks_something_is_refused(tmp_path: Path, changes: dic
     save(tmp_path, small_checkpoint(), keep=2)
     rewrite(newest := save(tmp_path, small_checkpoint(), keep=2), **changes)
 
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError) as error:
         load_newest(tmp_path)
-    assert problem in str(refused.value)
-    assert f"remove {newest} to resume from the checkpoint before it" in str(refused.value)
+    assert problem in str(error.value)
+    assert f"remove {newest} to resume from the checkpoint before it" in str(error.value)
 
 
 def test_a_checkpoint_without_the_tensors_of_an_sae_is_refused(tmp_path: Path) -> None:
@@ -346,9 +346,9 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     """An OSError, which the training loop survives; the older checkpoint and snapshot stay, no half one appears."""
     save(tmp_path, small_checkpoint(1000, step=1), keep=1)
     publish_snapshot(tmp_path, 1000)
-    done = run_python(FULL_DISK, tmp_path)
+    process = run_python(FULL_DISK, tmp_path)
 
-    assert done.stdout.split() == ["OSError"] * 3, done.stderr
+    assert process.stdout.split() == ["OSError"] * 3, process.stderr
     assert names(tmp_path / "checkpoint") == ["000000001000-000001"]
     assert names(tmp_path / "snapshots") == ["000000001000", "LATEST"]
     assert load_newest(tmp_path).document.run.step == 1  # type: ignore[union-attr]
@@ -389,10 +389,10 @@ print(number)
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """Twenty-five kills at random: what is loaded is whole, of one instant and never older than before."""
-    done = run_python(KILLED_AT_RANDOM, tmp_path)
+    process = run_python(KILLED_AT_RANDOM, tmp_path)
 
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 0
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 0
 
 
 # A run, through the disk
@@ -612,10 +612,10 @@ def test_a_file_that_is_open_outlives_its_snapshot(tmp_path: Path) -> None:
     publish_snapshot(tmp_path, 2000)
     whole = (folder / "small" / "sae_weights.safetensors").read_bytes()
     with open(folder / "small" / "sae_weights.safetensors", "rb") as file:
-        begun = file.read(10)
+        first_bytes = file.read(10)
         retire(tmp_path, keep=1)
         assert not folder.exists()
-        assert begun + file.read() == whole
+        assert first_bytes + file.read() == whole
 
 
 def test_a_snapshot_that_is_there_is_not_written_again(tmp_path: Path) -> None:
@@ -650,9 +650,9 @@ publish(directory, 2000, [identity_sae("first"), identity_sae("second")], {}, ch
 def test_a_publisher_killed_between_files_shows_nothing(tmp_path: Path, deadly: str) -> None:
     """Readers go on seeing the snapshot before; the litter is swept at the next start, and publishing works again."""
     publish_snapshot(tmp_path, 1000)
-    done = run_python(KILLED_IN_CHECK, tmp_path, deadly)
+    process = run_python(KILLED_IN_CHECK, tmp_path, deadly)
 
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert snapshot_names(tmp_path) == ["000000001000"]
     assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000001000\n"
     sweep(tmp_path / "snapshots")
@@ -663,21 +663,21 @@ def test_a_publisher_killed_between_files_shows_nothing(tmp_path: Path, deadly: 
 def test_a_reader_never_sees_half_a_snapshot(tmp_path: Path) -> None:
     """While snapshots come, whatever is listed verifies, and LATEST names one that is there."""
     publish_snapshot(tmp_path, 1)
-    done = threading.Event()
+    stop = threading.Event()
 
     def write() -> None:
         for tokens in range(2, 40):
             publish_snapshot(tmp_path, tokens)
-        done.set()
+        stop.set()
 
     writer = threading.Thread(target=write)
     writer.start()
-    seen = set()
-    while not done.is_set():
+    contents = set()
+    while not stop.is_set():
         newest = snapshot_names(tmp_path)[-1]
         verify(tmp_path / "snapshots" / newest)
         verify(tmp_path / "snapshots" / (tmp_path / "snapshots" / "LATEST").read_text().strip())
-        seen.add(newest)
+        contents.add(newest)
     writer.join()
 
-    assert len(seen) > 1
+    assert len(contents) > 1

@@ -132,8 +132,8 @@ def test_one_sae_of_each_may_be_named(tmp_path: Path, capsys: pytest.CaptureFixt
     """By its folder, so that SAEs of different names compare; --json prints what scripts need."""
     a = publish_snapshot(tmp_path, 1000, [sae("topk"), sae("jump")])
     b = publish_snapshot(tmp_path, 2000, [sae("jump"), sae("other")])
-    told = compare(a, b).as_json()
-    assert (list(told["saes"]), told["only_a"], told["only_b"]) == (["jump"], ["topk"], ["other"])
+    comparison = compare(a, b).as_json()
+    assert (list(comparison["saes"]), comparison["only_a"], comparison["only_b"]) == (["jump"], ["topk"], ["other"])
     assert main([str(a / "topk"), str(b / "other"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["saes"]) == ["topk → other"]
 
@@ -142,9 +142,9 @@ def test_what_is_no_snapshot_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     """A missing folder, an empty one, damaged weights, and two snapshots that share no SAE: 2, and what to name."""
     a = publish_snapshot(tmp_path, 1000, [sae("one"), sae("two")])
     b = publish_snapshot(tmp_path, 2000, [sae("three"), sae("four")])
-    for wrong, told in ((tmp_path / "no", "does not exist"), (tmp_path, "neither"), (b, "name one SAE's folder")):
+    for wrong, message in ((tmp_path / "no", "does not exist"), (tmp_path, "neither"), (b, "name one SAE's folder")):
         assert main([str(a), str(wrong)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (b / "three" / "sae_weights.safetensors").write_bytes(b"no weights")
     assert main([str(a / "one"), str(b / "three")]) == 2
     assert "no readable SAE" in capsys.readouterr().err

@@ -289,9 +289,9 @@ def test_a_flood_of_hellos_costs_its_connection_and_few_lines(endpoint: str, cap
         peer._context.destroy(linger=0)  # or it connects again and says the rest
         assert finish(intake, Producing(settings)) == every_name()
 
-    told = [record.getMessage() for record in caplog.records]
-    assert 3 <= sum("eve" in line for line in told) <= 20
-    assert all(line.isprintable() for line in told)
+    lines = [record.getMessage() for record in caplog.records]
+    assert 3 <= sum("eve" in line for line in lines) <= 20
+    assert all(line.isprintable() for line in lines)
     assert not intake.ledger.errors["internal"]
 
 
@@ -335,9 +335,9 @@ def test_a_hello_of_an_absurd_width_is_refused_and_decides_nothing(endpoint: str
     with Intake(settings, new_ledger(settings), no_room) as intake, Peer(settings, wide) as peer:
         for _ in range(3):
             peer.say(peer.hello)
-            told = peer.hear(Reject)
-            assert (told.code, told.retry) == ("memory", False)
-            assert "hook synthetic has width 1,048,576" in told.reason and "0.5 GB" in told.reason
+            reject = peer.hear(Reject)
+            assert (reject.code, reject.retry) == ("memory", False)
+            assert "hook synthetic has width 1,048,576" in reject.reason and "0.5 GB" in reject.reason
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -375,8 +375,8 @@ def raising(*_: object, **__: object) -> None:
 def after(method: Callable) -> Callable:
     """Does its work, and fails then."""
 
-    def fail(*arguments: object, **named: object) -> None:
-        method(*arguments, **named)
+    def fail(*arguments: object, **options: object) -> None:
+        method(*arguments, **options)
         raise Fault("injected")
 
     return fail
@@ -418,10 +418,10 @@ def test_a_fault_in_a_handler_costs_one_session(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raising if when is raising else after(getattr(owner, name)))
             act(peer)
-            told = peer.hear(Reject)
+            reject = peer.hear(Reject)
             wait_for(lambda: intake.ledger.errors["internal"] == 1)
 
-        assert (told.code, told.retry) == ("internal", True)
+        assert (reject.code, reject.retry) == ("internal", True)
         with intake.lock:
             assert intake.buffer is not None
             assert intake.buffer.used_slots == intake.ledger.tokens_buffered

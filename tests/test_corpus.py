@@ -61,9 +61,9 @@ def records(path: Path, texts: Iterable[Any]) -> Path:
 
 
 def refusal(*paths: Path | str, **others: Any) -> str:
-    with pytest.raises(CorpusError) as caught:
+    with pytest.raises(CorpusError) as error:
         corpus_of(*paths, **others)
-    return str(caught.value)
+    return str(error.value)
 
 
 # The standard library
@@ -143,9 +143,11 @@ def test_importing_is_light() -> None:
 
 @given(LINES, ENDS, st.booleans(), st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
-def test_every_line_of_text_is_in_exactly_one_shard(lines: list[str], end: str, ended: bool, shard_bytes: int) -> None:
+def test_every_line_of_text_is_in_exactly_one_shard(
+    lines: list[str], end: str, ends_with_newline: bool, shard_bytes: int
+) -> None:
     """Whatever the cuts, each shard holds whole lines, and the shards in order give the file back."""
-    text = "start" + end + end.join(lines) + end * ended
+    text = "start" + end + end.join(lines) + end * ends_with_newline
     with tempfile.TemporaryDirectory() as folder:
         path = written(Path(folder) / "a.txt", text)
         shards = shards_of(corpus_of(path, shard_bytes=shard_bytes, held_out=0.0))
@@ -350,7 +352,7 @@ def test_blank_lines_are_no_corpus_of_jsonl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ("Grüße\n".encode("latin-1"), "not UTF-8 at byte 2 (0xfc: invalid start byte); convert it (iconv -t UTF-8)"),
         (b"word \xe2\x82", "not UTF-8 at byte 5 (0xe2: unexpected end of data)"),
@@ -359,10 +361,10 @@ def test_blank_lines_are_no_corpus_of_jsonl(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
-def test_wrong_encoding_is_told_at_the_start(tmp_path: Path, kind: str, data: bytes, said: str) -> None:
+def test_wrong_encoding_is_told_at_the_start(tmp_path: Path, kind: str, data: bytes, message: str) -> None:
     """Each file's beginning is checked; the message names file, byte and remedy."""
     path = written(tmp_path / "a.txt", data)
-    assert refusal(path, kind=kind).startswith(f"{path}: {said}")
+    assert refusal(path, kind=kind).startswith(f"{path}: {message}")
 
 
 def test_character_across_the_end_of_the_checked_part_is_no_fault(tmp_path: Path) -> None:
@@ -389,7 +391,7 @@ def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (gzip.compress(b"text"), "gzip data; end its name with .gz"),
         (b"\x28\xb5\x2f\xfd\x04\x58" + b"\xff" * 99, "zstd data, which is not read; unpack it (zstd -d), or pack it"),
@@ -401,10 +403,10 @@ def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["text", "jsonl", "tokens"])
-def test_contents_in_another_form_are_named(tmp_path: Path, kind: str, data: bytes, said: str) -> None:
+def test_contents_in_another_form_are_named(tmp_path: Path, kind: str, data: bytes, message: str) -> None:
     """iconv does not help with a packed file."""
     path = written(tmp_path / "a.data", data)
-    assert refusal(path, kind=kind).startswith(f"{path}: {said}")
+    assert refusal(path, kind=kind).startswith(f"{path}: {message}")
 
 
 # Sizes
@@ -509,12 +511,12 @@ def test_file_that_changes_during_the_run_is_refused(tmp_path: Path) -> None:
 @given(LINES.filter(any), st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans(), st.integers(1, 90))
 @settings(max_examples=40, deadline=None)
 def test_every_record_of_jsonl_is_in_exactly_one_shard(
-    texts: list[str], end: str, ended: bool, shard_bytes: int
+    texts: list[str], end: str, ends_with_newline: bool, shard_bytes: int
 ) -> None:
     """Whatever the cuts, the shards in order give every document once."""
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
-        path = written(Path(folder) / "a.jsonl", end.join(lines) + end * ended)
+        path = written(Path(folder) / "a.jsonl", end.join(lines) + end * ends_with_newline)
         assert texts_of(corpus_of(path, kind="jsonl", shard_bytes=shard_bytes, held_out=0.0)) == texts
 
 
@@ -537,7 +539,7 @@ def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ('{"text": "one"', "line at byte 1: not JSON: Expecting ',' delimiter"),
         ('["one"]', "line at byte 1: a JSON list, expected an object; each line must be one whole JSON object"),
@@ -553,12 +555,12 @@ def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path
         ('{"a": 1, "msg": [{"from": "human"}]}', 'there are a, msg; msg holds messages: set corpus.kind = "chat"'),
     ],
 )
-def test_wrong_jsonl_is_told_at_the_start(tmp_path: Path, line: str, said: str) -> None:
+def test_wrong_jsonl_is_told_at_the_start(tmp_path: Path, line: str, expected: str) -> None:
     """Each file's first record is checked; the message says what is there and what is expected."""
     records(tmp_path / "a.jsonl", ["fine"])
     message = refusal(written(tmp_path / "b.jsonl", "\n" + line), tmp_path / "a.jsonl", kind="jsonl")
     assert message.startswith(f"{tmp_path}/b.jsonl, line at byte 1: ")
-    assert said in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -601,8 +603,8 @@ def test_wrong_parquet_is_told_at_the_start(tmp_path: Path) -> None:
     pq.write_table(pa.table({"Text": ["one"], "id": [1]}), tmp_path / "a.parquet")
     written(tmp_path / "b.parquet", "PAR1, or is it?")
     first, second = refusal(tmp_path, kind="parquet").splitlines()
-    known = "is not there (did you mean Text?); there are Text, id"
-    assert first == f"{tmp_path}/a.parquet: corpus.column = 'text' {known}"
+    hint = "is not there (did you mean Text?); there are Text, id"
+    assert first == f"{tmp_path}/a.parquet: corpus.column = 'text' {hint}"
     assert second.startswith(f"{tmp_path}/b.parquet: not a readable parquet file (")
     message = refusal(tmp_path / "a.parquet", kind="parquet", column="id")
     assert message.endswith("corpus.column = 'id' holds int64; expected text; name another column")
@@ -734,8 +736,8 @@ def test_wrong_dataset_settings_are_told_at_the_start(dataset: str, streaming: b
     """A wrong column, a column of numbers and a split that does not exist."""
     how: dict[str, Any] = {"kind": "huggingface", "dataset": dataset, "streaming": streaming}
     place = f"corpus.dataset = '{dataset}', split 'train': "
-    known = "is not there (did you mean text?); there are id, text"
-    assert refusal(**how, column="txt") == f"{place}corpus.column = 'txt' {known}"
+    hint = "is not there (did you mean text?); there are id, text"
+    assert refusal(**how, column="txt") == f"{place}corpus.column = 'txt' {hint}"
     assert refusal(**how, column="id") == f"{place}corpus.column = 'id' holds int; expected text; name another column"
     message = refusal(**how, split="nowhere")
     assert message.startswith(f"corpus.dataset = '{dataset}', split 'nowhere' cannot be opened: ValueError: ")
@@ -804,8 +806,8 @@ def test_correlated_features_come_together_and_are_as_many() -> None:
     rate = active.mean(0)
     lift = (active.T @ active / len(active) / np.outer(rate, rate))[np.triu_indices(12, 1)]
     assert data.loadings is not None
-    wanted = (data.loadings.T @ data.loadings)[np.triu_indices(12, 1)]
-    assert np.corrcoef(lift, wanted)[0, 1] > 0.9
+    expected_correlations = (data.loadings.T @ data.loadings)[np.triu_indices(12, 1)]
+    assert np.corrcoef(lift, expected_correlations)[0, 1] > 0.9
     assert abs(active.sum(1).mean() - 3) < 0.1
     assert rate[0] > 2 * rate[-1]
 

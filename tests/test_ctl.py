@@ -100,8 +100,8 @@ def test_garbage_is_answered_and_harmless(echo: Path, line: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(echo / "ctl"))
         connection.sendall(line)
-        told = json.loads(connection.makefile("rb").readline())
-    assert not told["ok"] and told["code"] == 2
+        answer = json.loads(connection.makefile("rb").readline())
+    assert not answer["ok"] and answer["code"] == 2
     assert ask(echo, {"command": "next"})["said"] == "next"
 
 
@@ -196,26 +196,26 @@ def test_client_and_help_are_light() -> None:
     """Neither torch nor pydantic's models of a run are needed to ask for a status."""
     heavy = ("torch", "zmq", "numpy", "pydantic", "rich")
     code = f"import sys, trainer.control.ctl; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
-    told = run_ctl("--help").stdout
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "[]", process.stderr
+    help_text = run_ctl("--help").stdout
     assert [name for name in ("status", "snapshot", "cooldown", "attach", "detach", "pin", "pause", "resume", "drain")
-            if name not in told] == []  # fmt: skip
+            if name not in help_text] == []  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("k = ", "is not valid TOML"),
         ("[[sae]]\nname = 'a'\n[[sae]]\nname = 'b'", "must hold one [[sae]] table"),
         ("[[sae]]\nname = 'a'\n[optimizer]\nbatch = 3", "must hold one [[sae]] table"),
     ],
 )
-def test_a_file_that_names_no_single_sae_is_refused(echo: Path, text: str, told: str, capsys: Any) -> None:
+def test_a_file_that_names_no_single_sae_is_refused(echo: Path, text: str, message: str, capsys: Any) -> None:
     """Before anybody is asked; exit code 2."""
     (echo / "sae.toml").write_text(text)
     assert ctl.main([str(echo), "attach", str(echo / "sae.toml")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert ctl.main([str(echo), "attach", str(echo / "missing.toml")]) == 2
     assert "missing.toml does not exist" in capsys.readouterr().err
 
@@ -225,8 +225,8 @@ def test_the_file_may_hold_bare_keys_or_one_table(echo: Path, capsys: Any) -> No
     for heading in ("", "[[sae]]\n"):
         (echo / "sae.toml").write_text(heading + 'name = "a"\nk = 3\nstart_from = "old/sae"')
         assert ctl.main([str(echo), "attach", str(echo / "sae.toml"), "--json"]) == 0
-        given = json.loads(capsys.readouterr().out)["given"]
-        assert given == {"sae": {"name": "a", "k": 3, "start_from": f"{Path.cwd()}/old/sae"}}
+        fields = json.loads(capsys.readouterr().out)["given"]
+        assert fields == {"sae": {"name": "a", "k": 3, "start_from": f"{Path.cwd()}/old/sae"}}
 
 
 # A run in this process: the real loop, stream and producer
@@ -339,9 +339,9 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 def test_a_trainer_without_producers_answers(trainer: Trainer) -> None:
     """At once, and what needs rows is refused with what to do."""
     began = time.monotonic()
-    told = trainer.ask("status")
-    assert (told["state"], told["tokens"], told["producers"]) == ("waiting", 0, {"working": 0, "idle": 0})
-    assert [sae["phase"] for sae in told["saes"]] == ["waiting", "waiting"]
+    status = trainer.ask("status")
+    assert (status["state"], status["tokens"], status["producers"]) == ("waiting", 0, {"working": 0, "idle": 0})
+    assert [sae["phase"] for sae in status["saes"]] == ["waiting", "waiting"]
     for command, fields in (("snapshot", {}), ("attach", {"sae": WIDE}), ("detach", {"name": "top"})):
         assert "no producer has come yet" in trainer.refused(command, **fields)
     assert time.monotonic() - began < 2
@@ -352,13 +352,13 @@ def test_an_sae_joins_learns_and_leaves(trainer: Trainer) -> None:
     tokens = trainer.produce().ask("attach", sae=WIDE)["joined_at"]
     assert 'name = "wide"' in (trainer.directory / "settings.toml").read_text()
     now = trainer.reach(320)
-    told = trainer.sae("wide")
-    assert told["attached"] and told["phase"] == "constant"
-    assert now - tokens - 64 <= told["tokens"] <= trainer.intake.ledger.tokens_trained - tokens
-    assert 0 < told["l0"] <= 24 and told["learning_rate"] == 1e-3
+    entry = trainer.sae("wide")
+    assert entry["attached"] and entry["phase"] == "constant"
+    assert now - tokens - 64 <= entry["tokens"] <= trainer.intake.ledger.tokens_trained - tokens
+    assert 0 < entry["l0"] <= 24 and entry["learning_rate"] == 1e-3
 
-    said = trainer.ask("detach", name="wide")
-    assert told["tokens"] // 5 <= said["rows_left"]
+    answer = trainer.ask("detach", name="wide")
+    assert entry["tokens"] // 5 <= answer["rows_left"]
     wait_for(lambda: "wide" not in trainer.names())
     assert sorted(trainer.newest().saes) == ["jump", "jump-ema", "top", "wide"]
     assert sorted(sae["name"] for sae in trainer.newest().run["settings"]["sae"]) == ["jump", "top", "wide"]
@@ -376,21 +376,21 @@ def test_what_cannot_join_is_refused_with_what_to_change(trainer: Trainer, tmp_p
     assert "d_sae = -1" in faulty and "kk = 3: no such key" in faulty
     assert "needs k" in trainer.refused("attach", sae={"name": "x", "architecture": "topk", "d_sae": 8})
     assert "is not streamed" in trainer.refused("attach", sae=WIDE | {"hook": "blocks.9.mlp_out"})
-    for taken in ({"name": "top"}, {"name": "jump-ema"}, {"name": "jump", "ema_tokens": 5}):
-        assert "taken" in trainer.refused("attach", sae=WIDE | taken)
+    for options in ({"name": "top"}, {"name": "jump-ema"}, {"name": "jump", "ema_tokens": 5}):
+        assert "taken" in trainer.refused("attach", sae=WIDE | options)
     assert "start_from" in trainer.refused("attach", sae=WIDE | {"start_from": str(tmp_path / "nowhere")})
     trainer.ask("attach", sae=WIDE)
     trainer.reach(32)
     trainer.ask("detach", name="wide", now=True)
     wait_for(lambda: "wide" not in trainer.names())
     assert "by one that has left" in trainer.refused("attach", sae=WIDE)
-    for command, fields, told in (
+    for command, fields, message in (
         ("attach", {}, "needs the keys"),
         ("detach", {}, "name is missing"),
         ("detach", {"name": "nobody"}, "those of this run are top, jump"),
         ("dance", {}, "there is no command 'dance'"),
     ):
-        assert told in trainer.refused(command, **fields)
+        assert message in trainer.refused(command, **fields)
     assert trainer.names() == ["top", "jump"]
     trainer.reach(32)
 
@@ -440,9 +440,9 @@ def test_quarantined_shards_are_told_and_tried_again(trainer: Trainer, capsys: p
         ledger.bye(shard.holder or "", Bye(), 0.0)
         ledger.shards.set_quarantined(shard, FailureReport("a torn page"))
     assert ctl.main([str(trainer.directory), "status"]) == 0
-    told = capsys.readouterr().out
-    assert "1 shards quarantined, tokens of them not trained on: unknown" in told
-    assert f"shard {shard.shard} of epoch {shard.epoch}: 'a torn page'" in told
+    output = capsys.readouterr().out
+    assert "1 shards quarantined, tokens of them not trained on: unknown" in output
+    assert f"shard {shard.shard} of epoch {shard.epoch}: 'a torn page'" in output
     assert trainer.ask("status")["quarantined"]["tokens"] is None
 
     assert trainer.ask("retry-quarantined")["shards"] == 1
@@ -459,9 +459,9 @@ def test_a_paused_run_holds_its_producers_and_goes_on(trainer: Trainer) -> None:
     tokens = trainer.ask("status")["tokens"]
     assert trainer.reports[-1].state == "paused"
     time.sleep(0.5)
-    told = trainer.ask("status")
-    assert (told["state"], told["tokens"], told["tokens_per_second"]) == ("paused", tokens, 0.0)
-    assert told["producers"] == {"working": 1, "idle": 0} and told["buffer_rows"] > CAPACITY // 2
+    status = trainer.ask("status")
+    assert (status["state"], status["tokens"], status["tokens_per_second"]) == ("paused", tokens, 0.0)
+    assert status["producers"] == {"working": 1, "idle": 0} and status["buffer_rows"] > CAPACITY // 2
     trainer.ask("attach", sae=WIDE)
     trainer.ask("detach", name="jump", now=True)
     wait_for(lambda: trainer.names() == ["top", "wide"])
@@ -727,14 +727,14 @@ class Processes:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[Callable[[str], Processes]]:
-    made: list[Processes] = []
+    all_processes: list[Processes] = []
 
     def make(name: str) -> Processes:
-        made.append(Processes(tmp_path / name))
-        return made[-1]
+        all_processes.append(Processes(tmp_path / name))
+        return all_processes[-1]
 
     yield make
-    for one in made:
+    for one in all_processes:
         for process in one.started:
             if process.poll() is None:
                 process.kill()

@@ -161,14 +161,14 @@ def test_nested_dictionaries(device: torch.device) -> None:
     """Segments below each other: a row for each segment, and columns that only their own segment's rows have."""
     matrix = some_matrix(9, 20, 0.5, device, torch.float32)
     segment = torch.tensor([0] * 4 + [1] + [2] * 15, device=device)
-    cut = torch.cat([matrix * (segment == number) for number in range(3)])  # [27, 20]
+    blocks = torch.cat([matrix * (segment == number) for number in range(3)])  # [27, 20]
     W, A, X = (torch.randn(n, 5, device=device) for n in (20, 27, 9))
-    start, column, value = compressed(cut)
+    start, column, value = compressed(blocks)
     start_there, row, order = cuda.transpose(start, column, 20)
 
-    close(cuda.multiply(start, column, value, W), cut.double() @ W.double())
-    close(cuda.sample(start, column, A, W), (A.double() @ W.double().T)[cut != 0])
-    close(cuda.multiply_transposed(start_there, row, value[order], A), cut.T.double() @ A.double())
+    close(cuda.multiply(start, column, value, W), blocks.double() @ W.double())
+    close(cuda.sample(start, column, A, W), (A.double() @ W.double().T)[blocks != 0])
+    close(cuda.multiply_transposed(start_there, row, value[order], A), blocks.T.double() @ A.double())
     close(cuda.multiply_transposed(start_there, row % 9, value[order], X), matrix.T.double() @ X.double())
 
 
@@ -426,6 +426,6 @@ assert compiled == kernels, compiled ^ kernels
 def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     """To machine code of a Hopper GPU, which needs none: types, shapes and names are what the compiler accepts."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr

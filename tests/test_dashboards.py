@@ -47,17 +47,17 @@ def read(name: str) -> dict[str, Any]:
 
 
 def expressions(board: dict[str, Any]) -> list[str]:
-    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    return asked + [one["expr"] for one in board["annotations"]["list"]]
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return queries + [one["expr"] for one in board["annotations"]["list"]]
 
 
 def test_committed_dashboards_are_what_the_script_writes(tmp_path: Path) -> None:
     """Who edits one edits monitor/grafana/generate.py, and runs it."""
     main(tmp_path / "dashboards")
 
-    written, committed = ({path.name: path.read_text() for path in folder.iterdir()}
+    generated, committed = ({path.name: path.read_text() for path in folder.iterdir()}
                           for folder in (tmp_path / "dashboards", FOLDER))  # fmt: skip
-    assert written == committed
+    assert generated == committed
     assert committed.keys() == {f"{name}.json" for name in DASHBOARDS}
 
 
@@ -87,10 +87,10 @@ def test_panels_say_what_they_show(board: dict[str, Any]) -> None:
 def test_queries_name_only_metrics_that_exist(board: dict[str, Any]) -> None:
     """And choose by run, so that two runs in one Prometheus do not mix."""
     parts = ("", "_sum", "_count", "_bucket")
-    known = OF_OTHERS | {f"{metric.name}{part}" for metric in all_metrics() for part in parts}
+    existing_names = OF_OTHERS | {f"{metric.name}{part}" for metric in all_metrics() for part in parts}
     for expr in expressions(board):
         names = set(re.findall(r"\b(?:sluice|process|scrape)_\w+|\bup\b", expr))
-        assert names and names <= known, names - known
+        assert names and names <= existing_names, names - existing_names
         assert expr.count('run="$run"') == len(re.findall(r"\{", expr)) > 0
 
 
@@ -102,8 +102,8 @@ def test_what_the_trainer_says_is_shown() -> None:
         "sluice_report_timestamp_seconds": "the alert SluiceTrainerWedged",
         "sluice_steps_total": "tokens are shown",
     }
-    shown = " ".join(expr for name in DASHBOARDS for expr in expressions(read(name)))
-    hidden = {metric.name for metric in MILESTONES + STEP + SAE if not re.search(rf"\b{metric.name}", shown)}
+    queries = " ".join(expr for name in DASHBOARDS for expr in expressions(read(name)))
+    hidden = {metric.name for metric in MILESTONES + STEP + SAE if not re.search(rf"\b{metric.name}", queries)}
     assert hidden == set(elsewhere)
 
 
@@ -112,8 +112,8 @@ def test_grafanas_schema_knows_every_field(board: dict[str, Any]) -> None:
 
     The library checks names, not types; a field that Grafana 11.6 does not know would be missing in what it writes.
     """
-    written = json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder))
-    assert set(differences(board, written)) == OF_THE_DATA_SOURCE
+    encoded = json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder))
+    assert set(differences(board, encoded)) == OF_THE_DATA_SOURCE
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
@@ -162,8 +162,8 @@ def test_curves_by_tokens_go_on_while_tokens_stand_still(tmp_path: Path) -> None
     file.write_text(
         yaml.safe_dump({"tests": [{"interval": "10s", "input_series": series, "promql_expr_test": expected}]})
     )
-    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_provisioning_names_the_source_and_the_folder() -> None:

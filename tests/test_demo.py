@@ -44,25 +44,25 @@ def small(tmp_path: Path, tokens: int) -> list[str]:
 
 def processes_of(directory: Path) -> list[psutil.Process]:
     """Every process on this machine that works on the run in `directory`."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if any(f"{directory}/run" in argument for argument in process.cmdline()):
-                found.append(process)
+                processes.append(process)
         except psutil.Error:
             continue  # it ended while we looked
-    return found
+    return processes
 
 
 @pytest.mark.timeout(240)
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     """Exit 0, a table of both SAEs with figures from held-out text, valid snapshots, and nothing left running."""
-    done = subprocess.run(small(tmp_path, 40_000), cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(small(tmp_path, 40_000), cwd=ROOT, capture_output=True, text=True)
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Results" in done.stdout
-    assert "SAE.load_from_disk(" in done.stdout
-    last = done.stdout.rstrip().splitlines()[-1]
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Results" in process.stdout
+    assert "SAE.load_from_disk(" in process.stdout
+    last = process.stdout.rstrip().splitlines()[-1]
     assert _serves(last), f"the last command that the demo shows does not work: {last}"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"topk", "jumprelu"} == set(summary["saes"])
@@ -82,9 +82,9 @@ def _serves(line: str) -> bool:
     shell = ["sh", "-c", f"exec {line.strip()}"]
     with subprocess.Popen(shell, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as monitor:
         assert monitor.stderr is not None
-        told = monitor.stderr.readline()
+        log_line = monitor.stderr.readline()
         monitor.terminate()
-    return "http://127.0.0.1:" in told
+    return "http://127.0.0.1:" in log_line
 
 
 @pytest.mark.timeout(240)

@@ -58,9 +58,9 @@ def insert(into: OrderedBuffer, *chunks: Chunk) -> None:
 
 
 def names(batch: Batch) -> list[tuple[int, int]]:
-    told = list(zip(batch.serial.tolist(), batch.position.tolist(), strict=True))
-    assert torch.equal(batch.x[0], torch.tensor(told, dtype=torch.float32)), "a row came out under another name"
-    return told
+    pairs = list(zip(batch.serial.tolist(), batch.position.tolist(), strict=True))
+    assert torch.equal(batch.x[0], torch.tensor(pairs, dtype=torch.float32)), "a row came out under another name"
+    return pairs
 
 
 def test_batches_do_not_depend_on_the_order_of_arrival() -> None:
@@ -83,16 +83,16 @@ def test_a_restored_buffer_goes_on_as_if_it_had_never_stopped() -> None:
     one = buffer()
     insert(one, *SEQUENCE[:8])
     one.fill(oldest=2)
-    drawn = names(one.draw(3))
+    drawn_names = names(one.draw(3))
     one.fill(oldest=2)  # how far the refill has come makes no difference to what is saved
 
     other = buffer()
     other.restore(one.state())
     np.testing.assert_equal(vars(other.state()), vars(one.state()))  # nor does a restart before anything has come
-    left = [(s, [p for p in positions if (s, p) not in drawn]) for s, positions in SEQUENCE]
-    insert(other, *left[3:8])
+    remaining = [(s, [p for p in positions if (s, p) not in drawn_names]) for s, positions in SEQUENCE]
+    insert(other, *remaining[3:8])
     assert not other.fill(oldest=0), "rows that were to go back were missing"
-    insert(other, *left[:3])
+    insert(other, *remaining[:3])
     for each in (one, other):
         insert(each, SEQUENCE[8])
 
@@ -192,17 +192,17 @@ def settings(**tables: dict[str, Any]) -> TrainerSettings:
 
 
 @pytest.mark.parametrize(
-    ("tables", "told"),
+    ("tables", "message"),
     [
         ({"model": SETTINGS["model"] | {"dtype": "auto"}}, 'needs model.dtype = "float32" or "bfloat16"'),
         ({"optimizer": {}}, 'needs optimizer.matmul = "float32" or "bfloat16"'),
         ({"buffer": {"rows": 16_000}}, "buffer.rows = 16000 is under four batches (optimizer.batch = 4096)"),
     ],
 )
-def test_nothing_that_decides_bits_is_left_to_measurements(tables: dict[str, Any], told: str) -> None:
+def test_nothing_that_decides_bits_is_left_to_measurements(tables: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         settings(**tables)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_producer_is_told_what_to_set_as_well() -> None:
@@ -221,9 +221,9 @@ def test_a_producer_of_another_geometry_is_refused() -> None:
     source, ledger = named_source(), new_ledger(stream_settings("ipc://here"))
     ours = {"deterministic": True, "threads": 1}
     ledger.hello(hello_of(source, provenance=ours), 0.0)
-    (refused,) = ledger.hello(hello_of(source, fingerprint="another", provenance=ours | {"threads": 2}), 0.0)
+    (send,) = ledger.hello(hello_of(source, fingerprint="another", provenance=ours | {"threads": 2}), 0.0)
 
-    assert "threads differs: this run streams 1, the producer 2" in refused.message.reason  # type: ignore[attr-defined]
+    assert "threads differs: this run streams 1, the producer 2" in send.message.reason  # type: ignore[attr-defined]
 
 
 def test_a_shard_that_is_given_up_ends_the_run(ledger: Ledger) -> None:

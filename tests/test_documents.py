@@ -99,12 +99,12 @@ def missing_tests(text: str) -> Iterable[str]:
             continue
         module, name = match[1], match[2]
         within = [sources[module]] if module in sources else [] if name else sources.values()
-        wanted = name or (None if module in sources else module)
+        prefix = name or (None if module in sources else module)
         ending = "" if match[3] == "…" else r"\b"
         is_prefix = bool(match[3]) and name is None and any(stem.startswith(module) for stem in sources)
-        if wanted is None or is_prefix:
+        if prefix is None or is_prefix:
             continue
-        if not any(re.search(rf"def {wanted}{ending}", source) for source in within):
+        if not any(re.search(rf"def {prefix}{ending}", source) for source in within):
             yield code
 
 

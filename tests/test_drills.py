@@ -18,10 +18,10 @@ from tests.drills.scene import ROOT
 @pytest.mark.parametrize("drill", [processes.killed_in_checkpoint, strangers.broken_shards])
 def test_a_drill_at_its_smallest(drill: Drill, tmp_path: Path) -> None:
     """It raises when its promise is broken, and checks every trained row by name."""
-    told = drill(tmp_path, True)
+    outcome = drill(tmp_path, True)
 
-    assert told.rounds and told.rows
-    assert not told.lost and not told.repeated
+    assert outcome.rounds and outcome.rows
+    assert not outcome.lost and not outcome.repeated
 
 
 @pytest.mark.parametrize("drill", [ledger, mutants], ids=lambda drill: drill.__name__)
@@ -58,8 +58,8 @@ def outer(a, b):
 )
 def test_a_bug_finds_its_place_by_what_the_code_does(old: str, new: str, line: str) -> None:
     """However it is laid out; and a wildcard is the same expression wherever it stands."""
-    planted = plant(SOURCE, Bug("m", "outer", old, new))
-    assert line in [one.strip() for one in planted.splitlines()]
+    changed_source = plant(SOURCE, Bug("m", "outer", old, new))
+    assert line in [one.strip() for one in changed_source.splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ def test_a_checkpoint_is_the_old_or_the_new_one(root: Path, after: Path, power: 
             checkpoint.save(root, small_checkpoint(1000 * number, number, TENSORS), keep=1)
             saved.append(number)
 
-    def judge(left: Path) -> None:
-        loaded = checkpoint.load_newest(left)  # raises for a damaged one
+    def judge(folder: Path) -> None:
+        loaded = checkpoint.load_newest(folder)  # raises for a damaged one
         number = loaded.document.run.step if loaded is not None else 0
         assert number >= (saved[-1] if saved else 0)
 
@@ -88,12 +88,12 @@ def test_a_checkpoint_is_the_old_or_the_new_one(root: Path, after: Path, power: 
 def test_a_snapshot_is_whole_or_absent(root: Path, after: Path, power: Callable[..., Disk]) -> None:
     """Each that has a name and a manifest has all its files; LATEST names one of them."""
 
-    def judge(left: Path) -> None:
-        names = snapshot_names(left)
+    def judge(folder: Path) -> None:
+        names = snapshot_names(folder)
         for name in names:
-            verify(left / "snapshots" / name)
-        if (left / "snapshots" / "LATEST").exists():
-            assert (left / "snapshots" / "LATEST").read_text().strip() in names
+            verify(folder / "snapshots" / name)
+        if (folder / "snapshots" / "LATEST").exists():
+            assert (folder / "snapshots" / "LATEST").read_text().strip() in names
 
     def publish() -> None:
         publish_snapshot(root, 1000)
@@ -109,9 +109,9 @@ def test_a_snapshot_that_is_retired_leaves_at_one_stroke(root: Path, after: Path
     for tokens in (1000, 2000):
         publish_snapshot(root, tokens)
 
-    def judge(left: Path) -> None:
-        for name in snapshot_names(left):
-            verify(left / "snapshots" / name)
+    def judge(folder: Path) -> None:
+        for name in snapshot_names(folder):
+            verify(folder / "snapshots" / name)
 
     power(lambda: retire(root, keep=1), judge, "snapshots")
     assert snapshot_names(after) == ["000000002000"]
@@ -122,11 +122,11 @@ def test_what_is_superseded_is_whole_wherever_it_is(root: Path, after: Path, pow
     for tokens in (1000, 2000):
         publish_snapshot(root, tokens)
 
-    def judge(left: Path) -> None:
-        names = snapshot_names(left)
-        for folder in (*(left / "snapshots" / name for name in names), *(left / "snapshots" / SUPERSEDED).glob("*")):
+    def judge(root: Path) -> None:
+        names = snapshot_names(root)
+        for folder in (*(root / "snapshots" / name for name in names), *(root / "snapshots" / SUPERSEDED).glob("*")):
             verify(folder)
-        assert (left / "snapshots" / "LATEST").read_text().strip() in names
+        assert (root / "snapshots" / "LATEST").read_text().strip() in names
 
     power(lambda: supersede_after(root, 1000), judge, "snapshots")
     assert snapshot_names(after) == ["000000001000"]
@@ -138,8 +138,8 @@ def test_a_text_is_the_old_or_the_new_one(root: Path, after: Path, power: Callab
     """And the new one when the call has returned."""
     (root / name).write_text("old")
 
-    def judge(left: Path) -> None:
-        assert (left / name).read_text() in ("old", "new")
+    def judge(folder: Path) -> None:
+        assert (folder / name).read_text() in ("old", "new")
 
     power(lambda: replace_text(root / name, "new"), judge)
     assert (after / name).read_text() == "new"
@@ -164,8 +164,8 @@ def test_a_removed_folder_stays_away(root: Path, after: Path, power: Callable[..
     make_folder(root / "a")
     (root / "a" / "file").write_text("whole")
 
-    def judge(left: Path) -> None:
-        assert not (left / "a").exists() or (left / "a" / "file").read_text() == "whole"
+    def judge(folder: Path) -> None:
+        assert not (folder / "a").exists() or (folder / "a" / "file").read_text() == "whole"
 
     power(lambda: remove_folder(root / "a"), judge)
     assert not (after / "a").exists()
@@ -199,9 +199,9 @@ def test_what_latents_do_is_whole_or_absent(root: Path, after: Path, power: Call
     )  # fmt: skip
     path = root / "latents.safetensors"
 
-    def judge(left: Path) -> None:
-        if (left / path.name).exists():
-            assert load_latents(left / path.name).values.tolist() == [2.0]
+    def judge(folder: Path) -> None:
+        if (folder / path.name).exists():
+            assert load_latents(folder / path.name).values.tolist() == [2.0]
 
     power(lambda: one.save(path), judge)
     assert (after / path.name).exists()
@@ -215,8 +215,8 @@ def test_a_snapshot_that_was_pulled_is_whole_or_absent(
     folder = publish_snapshot(source, 1000)
     replace_text(folder / "small" / "evaluation.json", json.dumps({"kl": 0.5}))
 
-    def judge(left: Path) -> None:
-        for path in left.glob("0*"):
+    def judge(folder: Path) -> None:
+        for path in folder.glob("0*"):
             verify(path)
 
     port, close = start_service(make_app(source, new_registry()), "127.0.0.1", 0)

@@ -59,8 +59,8 @@ def test_its_checkpoint_is_read_and_written_again_as_it_was(release: Path, name:
     checkpoint = load_newest(release / "runs" / name)
     assert checkpoint is not None and checkpoint.document.ledger.stream is not None
     assert encode_document(checkpoint.document) == document
-    written = encode_tensors(checkpoint.tensors)
-    assert written.keys() == tensors.keys()
+    encoded = encode_tensors(checkpoint.tensors)
+    assert encoded.keys() == tensors.keys()
 
     roster = roster_of(checkpoint.document, settings)
     run = Run(settings, checkpoint.document.ledger.stream, roster)
@@ -75,7 +75,7 @@ def test_its_checkpoint_is_read_and_written_again_as_it_was(release: Path, name:
     assert encode_document(restored) == document
     again = encode_tensors(CheckpointTensors(saes, bits, buffer.state().names))
     for key, value in tensors.items():
-        assert torch.equal(torch.as_tensor(written[key]), value), key
+        assert torch.equal(torch.as_tensor(encoded[key]), value), key
         assert torch.equal(torch.as_tensor(again[key]), value), key
 
 

@@ -200,12 +200,12 @@ def test_activations_that_do_not_vary_end_the_run_with_a_sentence(start: Callabl
     assert careful.wait(60) == 1
     assert trainer.wait(60) == 1
     assert careless.wait(20) == 0
-    told = (tmp_path / "trainer.log").read_text()
-    assert "model.hooks = 'synthetic': the first " in told and "do not vary (their rms is 0)" in told
+    log = (tmp_path / "trainer.log").read_text()
+    assert "model.hooks = 'synthetic': the first " in log and "do not vary (their rms is 0)" in log
     assert (
         "median norm, which corpus.outlier_factor counts from, is 0" in (tmp_path / "unnamed_producer.log").read_text()
     )
-    assert "Traceback" not in told + (tmp_path / "unnamed_producer.log").read_text()
+    assert "Traceback" not in log + (tmp_path / "unnamed_producer.log").read_text()
 
 
 def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_
     lonely = start("producer", "stream.patience_seconds=1.0")
 
     assert lonely.wait(30) == 1
-    told = (tmp_path / "producer.log").read_text()
-    assert "no trainer answers at ipc://" in told
-    assert "python -m trainer" in told
-    assert "Traceback" not in told
+    log = (tmp_path / "producer.log").read_text()
+    assert "no trainer answers at ipc://" in log
+    assert "python -m trainer" in log
+    assert "Traceback" not in log
 
 
 def test_two_trainers_do_not_share_a_run_directory(start: Callable, tmp_path: Path) -> None:

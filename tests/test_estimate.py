@@ -27,7 +27,7 @@ UNIT = Machine("unit", matmul_flops=1.0, bandwidth=1.0, memory=1e9)
 """One FLOP and one byte a second: seconds are counts."""
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def estimate_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -148,28 +148,30 @@ def test_the_fewest_gpus_hold_the_weights_and_meet_the_days() -> None:
 
 def test_several_saes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's two SAEs on two numbers given by hand; tokens/s are the batch over their sum."""
-    found = told(capsys, DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")
-    each = [sae["step_seconds"] for sae in found["saes"].values()]
+    estimate = estimate_of(capsys, DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")
+    each = [sae["step_seconds"] for sae in estimate["saes"].values()]
 
-    assert list(found["saes"]) == ["topk", "jumprelu"]
-    assert found["step_seconds"] == pytest.approx(sum(each))
-    assert found["tokens_per_second"] == pytest.approx(2048 / sum(each))
-    assert found["saes"]["topk"]["seconds"]["encoder product"] == pytest.approx(2 * 2048 * 256 * 4096 / 2e12)
-    assert found["wire_bytes_per_token"] == 2 * 256
-    assert found["memory"]["parameters"] == 4 * sum(sae["parameters"] for sae in found["saes"].values())
-    assert found["memory"]["buffer"] == 131_072 * (2 * 256 + 24)
+    assert list(estimate["saes"]) == ["topk", "jumprelu"]
+    assert estimate["step_seconds"] == pytest.approx(sum(each))
+    assert estimate["tokens_per_second"] == pytest.approx(2048 / sum(each))
+    assert estimate["saes"]["topk"]["seconds"]["encoder product"] == pytest.approx(2 * 2048 * 256 * 4096 / 2e12)
+    assert estimate["wire_bytes_per_token"] == 2 * 256
+    assert estimate["memory"]["parameters"] == 4 * sum(sae["parameters"] for sae in estimate["saes"].values())
+    assert estimate["memory"]["buffer"] == 131_072 * (2 * 256 + 24)
 
 
 def test_the_slower_side_is_told_with_how_many_producers_balance_it(capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's model has two blocks up to its hook: 4 × 256² of attention and 3 × 256 × 768 weights in each."""
     arguments = (DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")
-    found = told(capsys, *arguments)
+    estimate = estimate_of(capsys, *arguments)
     main(list(arguments))
     text = " ".join(capsys.readouterr().out.split())
 
     assert blocks_parameters(ROOT / "producer" / "demo_lm", [1]) == 2 * (4 * 256**2 + 3 * 256 * 768)
-    assert found["producers"] == pytest.approx(found["tokens_per_second"] / found["producer_tokens_per_second"])
-    assert found["producers"] < 1
+    assert estimate["producers"] == pytest.approx(
+        estimate["tokens_per_second"] / estimate["producer_tokens_per_second"]
+    )
+    assert estimate["producers"] < 1
     assert "The trainer is the slower side" in text
     assert "The largest part of a step: " in text
 
@@ -186,15 +188,15 @@ def test_what_shards_is_not_sluice_and_that_is_said(capsys: pytest.CaptureFixtur
     arguments = [GROWTH, "--width", "4096", "--machine", "h200", "--gpus", "24"]
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
-    found = told(capsys, *arguments)
+    estimate = estimate_of(capsys, *arguments)
 
     assert "Sluice's trainer does not shard" in text
-    assert found["sharded"]["gpus"] == 24 and found["sharded"]["fits"]
-    assert found["sharded"]["bytes"]["rows in"] == 131_072 * 4096 * 2
+    assert estimate["sharded"]["gpus"] == 24 and estimate["sharded"]["fits"]
+    assert estimate["sharded"]["bytes"]["rows in"] == 131_072 * 4096 * 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((DEMO, "--machine", "h300"), '--machine "h300" is not known; there are h200, h100, a100'),
         ((DEMO, "--matmul-tflops", "2"), "give both"),
@@ -208,33 +210,33 @@ def test_what_shards_is_not_sluice_and_that_is_said(capsys: pytest.CaptureFixtur
     ],
 )
 def test_what_is_missing_is_named(
-    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2 and what to do, on stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     assert main(list(arguments)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_this_machine_is_measured_in_a_few_seconds() -> None:
     """The whole command, on a small run: two positive numbers, and an answer."""
     command = [sys.executable, "-m", "trainer", "estimate", DEMO, "optimizer.device=cpu", "--json"]
-    found = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    machine = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
-    assert found["machine"]["name"].startswith("this machine, ")
-    assert found["machine"]["matmul_flops"] > 1e9 and found["machine"]["bandwidth"] > 1e8
-    assert 1 < found["tokens_per_second"] < 1e7
+    assert machine["machine"]["name"].startswith("this machine, ")
+    assert machine["machine"]["matmul_flops"] > 1e9 and machine["machine"]["bandwidth"] > 1e8
+    assert 1 < machine["tokens_per_second"] < 1e7
 
 
 def test_help_and_faults_answer_without_torch() -> None:
     """`--help` comes at once, because nothing heavy is imported for it."""
     code = "import sys, trainer.planning.estimate; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     began = time.monotonic()
     help_ = subprocess.run([sys.executable, "-m", "trainer", "estimate", "--help"], cwd=ROOT, capture_output=True)
 
-    assert done.stdout.strip() == "False"
+    assert process.stdout.strip() == "False"
     assert help_.returncode == 0
     assert time.monotonic() - began < 5.0
 

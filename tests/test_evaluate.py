@@ -139,12 +139,12 @@ def test_zero_recovers_nothing(model: LanguageModel, windows: Windows, tmp_path:
 def test_numbers_agree_with_a_direct_computation(model: LanguageModel, windows: Windows, tmp_path: Path):
     """x_hat = x / 2, spliced in by hand: the same CE, KL and FVU, counted over the same positions."""
     result = _evaluate(model, windows, tmp_path, gain=0.5)
-    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     clean = model.logits(ids).log_softmax(-1)[:, :-1]
-    half = model.logits(ids, {HOOK: lambda x: torch.where(kept[..., None], x / 2, x)}).log_softmax(-1)[:, :-1]
+    half = model.logits(ids, {HOOK: lambda x: torch.where(mask[..., None], x / 2, x)}).log_softmax(-1)[:, :-1]
     real = torch.from_numpy(~windows.padded[:, 1:])
     ce = [-p.gather(-1, ids[:, 1:, None])[..., 0][real].mean().item() for p in (clean, half)]
-    x = model.activations(ids)[0][kept].double()
+    x = model.activations(ids)[0][mask].double()
     assert result["ce_delta"] == pytest.approx(ce[1] - ce[0], abs=1e-6)
     assert result["kl"] == pytest.approx((clean.exp() * (clean - half)).sum(-1)[real].mean().item(), abs=1e-6)
     assert result["fvu"] == pytest.approx(float((x / 2).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-6)
@@ -176,13 +176,13 @@ def test_fit_agrees_with_a_direct_computation(model: LanguageModel, windows: Win
 
 def test_the_mean_recovers_nothing_of_mean_ablation(model: LanguageModel, windows: Windows, tmp_path: Path):
     """An SAE that gives the mean of all rows, whatever it reads, is mean ablation itself."""
-    kept = torch.from_numpy(windows.kept)
-    mean = model.activations(torch.from_numpy(windows.ids))[0][kept].mean(0)
+    mask = torch.from_numpy(windows.kept)
+    mean = model.activations(torch.from_numpy(windows.ids))[0][mask].mean(0)
     sae = _sae(0.0)
     sae.weights["b_dec"] = mean.numpy()
     sae.cfg["apply_b_dec_to_input"] = False
     result = _evaluate_one(model, windows, tmp_path, sae)
-    ce_mean = _cross_entropy(model, windows, {HOOK: _where(kept, mean)})
+    ce_mean = _cross_entropy(model, windows, {HOOK: _where(mask, mean)})
     assert result["ce_mean_ablation"] == pytest.approx(ce_mean, abs=1e-6)
     assert result["ce_recovered_mean_ablation"] == pytest.approx(0, abs=1e-5)
     assert result["ce_recovered"] != pytest.approx(0, abs=1e-2)
@@ -253,12 +253,12 @@ def test_identity_transcoder_loses_nothing(wired: LanguageModel, windows: Window
 def test_transcoder_is_measured_at_its_target(wired: LanguageModel, windows: Windows, tmp_path: Path):
     """x / 2 of the residual stream in place of the MLP's output, spliced in by hand: the same CE, KL and FVU."""
     result = _evaluate_one(wired, windows, tmp_path, _rewired(_sae(0.5), ["blocks.1.hook_resid_mid"], MLP_OUT))
-    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     y, x = (wired.activations(ids)[WIRED.index(hook)] for hook in (MLP_OUT, "blocks.1.hook_resid_mid"))
-    ce = [_cross_entropy(wired, windows, replace) for replace in ({}, {MLP_OUT: _where(kept, x / 2)})]
+    ce = [_cross_entropy(wired, windows, replace) for replace in ({}, {MLP_OUT: _where(mask, x / 2)})]
     assert result["ce_delta"] == pytest.approx(ce[1] - ce[0], abs=1e-6)
-    assert result["ce_zero"] == pytest.approx(_cross_entropy(wired, windows, {MLP_OUT: _where(kept, 0 * y)}), abs=1e-6)
-    y, x = y[kept].double(), x[kept].double()
+    assert result["ce_zero"] == pytest.approx(_cross_entropy(wired, windows, {MLP_OUT: _where(mask, 0 * y)}), abs=1e-6)
+    y, x = y[mask].double(), x[mask].double()
     assert result["fvu"] == pytest.approx(float((y - x / 2).square().sum() / (y - y.mean(0)).square().sum()), rel=1e-6)
 
 
@@ -303,13 +303,13 @@ def test_crosscoder_is_measured_at_all_its_hooks(wired: LanguageModel, windows: 
     sae = _rewired(_sae(1.0, d_in=2 * WIDTH), hooks)
     sae.weights["W_dec"][:, WIDTH:] *= 0.5
     result = _evaluate_one(wired, windows, tmp_path, sae)
-    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     x, y = (wired.activations(ids)[WIRED.index(hook)] for hook in hooks)
-    spliced = {HOOK: _where(kept, x), MLP_OUT: _where(kept, y / 2)}
+    spliced = {HOOK: _where(mask, x), MLP_OUT: _where(mask, y / 2)}
     assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, spliced), abs=1e-6)
-    nothing = {HOOK: _where(kept, 0 * x), MLP_OUT: _where(kept, 0 * y)}
+    nothing = {HOOK: _where(mask, 0 * x), MLP_OUT: _where(mask, 0 * y)}
     assert result["ce_zero"] == pytest.approx(_cross_entropy(wired, windows, nothing), abs=1e-6)
-    x, y = (rows[kept].double() / rows[kept].double().square().mean().sqrt() for rows in (x, y))
+    x, y = (rows[mask].double() / rows[mask].double().square().mean().sqrt() for rows in (x, y))
     variance = [float((rows - rows.mean(0)).square().sum()) for rows in (x, y)]
     error = float((y / 2).square().sum())
     assert result["fvu_by_hook"] == pytest.approx({HOOK: 0.0, MLP_OUT: error / variance[1]}, rel=1e-6)
@@ -323,41 +323,43 @@ def test_crosscoder_is_measured_at_all_its_hooks(wired: LanguageModel, windows: 
 
 def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel, windows: Windows, tmp_path: Path):
     """As the producer does: an SAE's rows are decided by all hooks of the stream, also by those it does not read."""
-    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     norms = [wired.activations(ids)[WIRED.index(hook)].norm(dim=-1) for hook in (HOOK, MLP_OUT)]
-    bounds = {hook: float(norm[kept].median()) for hook, norm in zip((HOOK, MLP_OUT), norms, strict=True)}
-    within = kept & (norms[0] <= bounds[HOOK]) & (norms[1] <= bounds[MLP_OUT])
+    bounds = {hook: float(norm[mask].median()) for hook, norm in zip((HOOK, MLP_OUT), norms, strict=True)}
+    within = mask & (norms[0] <= bounds[HOOK]) & (norms[1] <= bounds[MLP_OUT])
     folder = publish_snapshot(tmp_path, 1, [_sae(0.0)]) / "small"
     result = _evaluate_folder(wired, windows, folder, bounds)
-    assert result["rows"] == int(within.sum()) < int(kept.sum())
+    assert result["rows"] == int(within.sum()) < int(mask.sum())
     zero = {HOOK: _where(within, torch.zeros(WIDTH))}
     assert result["ce_sae"] == pytest.approx(_cross_entropy(wired, windows, zero), abs=1e-6)
 
 
 def test_the_mean_of_mean_ablation_is_that_of_the_stream(model: LanguageModel, windows: Windows, tmp_path: Path):
     """Rows beyond the norm bound count in it as little as they are replaced by it."""
-    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     (x,) = model.activations(ids)
-    bound = float(x.norm(dim=-1)[kept].median())
-    within = kept & (x.norm(dim=-1) <= bound)
+    bound = float(x.norm(dim=-1)[mask].median())
+    within = mask & (x.norm(dim=-1) <= bound)
     result = _evaluate(model, windows, tmp_path, gain=1.0, norm_bound=bound)
     expected = _cross_entropy(model, windows, {HOOK: _where(within, x[within].mean(0))})
     assert result["ce_mean_ablation"] == pytest.approx(expected, abs=1e-6)
-    others = _cross_entropy(model, windows, {HOOK: _where(within, x[kept].mean(0))})
+    others = _cross_entropy(model, windows, {HOOK: _where(within, x[mask].mean(0))})
     assert expected != pytest.approx(others, abs=1e-3)
 
 
 def test_rows_are_dropped_as_the_producer_drops_them():
     """The same rows of the same activations, those included that are not finite."""
     generator = torch.Generator().manual_seed(0)
-    seen = {hook: torch.randn(3, 8, width, generator=generator).bfloat16() for hook, width in (("a", 4), ("b", 6))}
-    seen["a"][0, 1] = math.inf
-    seen["b"][1, 2] = math.nan
-    kept = torch.rand(3, 8, generator=generator) < 0.9
+    activations = {
+        hook: torch.randn(3, 8, width, generator=generator).bfloat16() for hook, width in (("a", 4), ("b", 6))
+    }
+    activations["a"][0, 1] = math.inf
+    activations["b"][1, 2] = math.nan
+    mask = torch.rand(3, 8, generator=generator) < 0.9
     bounds = {"a": 2.0, "b": 2.5}
-    sent, _ = pack_activations(list(seen.values()), kept.numpy(), list(bounds.values()), torch.bfloat16)
-    streamed = in_stream(seen, kept, bounds)
-    assert np.array_equal(streamed.numpy(), sent) and 0 < sent.sum() < kept.sum()
+    packed, _ = pack_activations(list(activations.values()), mask.numpy(), list(bounds.values()), torch.bfloat16)
+    streamed = in_stream(activations, mask, bounds)
+    assert np.array_equal(streamed.numpy(), packed) and 0 < packed.sum() < mask.sum()
 
 
 def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
@@ -424,10 +426,10 @@ def test_advice_without_held_out_text_is_what_mends_it(
 ):
     """A larger fraction of one shard is none: then shards must be smaller."""
     corpus: Any = SimpleNamespace(shards=shards, held_out_shards=held_out, documents=lambda shard: [])
-    with pytest.raises(EvaluationError) as told:
+    with pytest.raises(EvaluationError) as error:
         held_out_windows(corpus, model.tokenizer, CorpusSettings(kind="text", paths=["a"]), tokens=10)
 
-    assert str(told.value).startswith(advice)
+    assert str(error.value).startswith(advice)
 
 
 # --- Following a run -------------------------------------------------------------------------------------------------
@@ -440,9 +442,11 @@ def test_only_the_newest_snapshot_is_evaluated(run_file: Path):
     evaluator, registry = _evaluator(run_file)
     evaluator.look()
     assert [(folder / "small" / "evaluation.json").exists() for folder in folders] == [False, False, True]
-    found = json.loads((folders[-1] / "small" / "evaluation.json").read_text())
-    assert found["snapshot"] == "000000003000" and found["snapshot_tokens"] == 3000 and found["rows"] >= 100
-    assert registry.get_sample_value("sluice_ce_delta", {"sae": "small"}) == found["ce_delta"]
+    evaluation = json.loads((folders[-1] / "small" / "evaluation.json").read_text())
+    assert (
+        evaluation["snapshot"] == "000000003000" and evaluation["snapshot_tokens"] == 3000 and evaluation["rows"] >= 100
+    )
+    assert registry.get_sample_value("sluice_ce_delta", {"sae": "small"}) == evaluation["ce_delta"]
     assert registry.get_sample_value("sluice_evaluated_snapshot_tokens", {"sae": "small"}) == 3000
     assert evaluator.is_up_to_date() and not evaluator.has_failed()
 
@@ -454,8 +458,8 @@ def test_what_is_evaluated_is_not_evaluated_again(run_file: Path):
     evaluator, registry = _evaluator(run_file)
     evaluator.look()
     assert registry.get_sample_value("sluice_ce_delta", {"sae": "small"}) == 0.125
-    found = json.loads((folder / "small" / "evaluation.json").read_text())
-    assert found["ce_delta"] == 0.125 and "ce_sae" not in found and "explanation_f1" in found
+    evaluation = json.loads((folder / "small" / "evaluation.json").read_text())
+    assert evaluation["ce_delta"] == 0.125 and "ce_sae" not in evaluation and "explanation_f1" in evaluation
 
 
 def test_what_latents_are_worth_joins_the_numbers(run_file: Path):
@@ -466,14 +470,14 @@ def test_what_latents_are_worth_joins_the_numbers(run_file: Path):
     # Windows of 8 tokens have no room for the 16 positions that an ablation is followed over.
     evaluator, registry = _evaluator(run_file, f"monitor.probe_file={texts}", "corpus.context=32")
     evaluator.look()
-    found = json.loads((folder / "small" / "evaluation.json").read_text())
-    assert found["ce_delta"] == pytest.approx(0, abs=1e-5)
-    assert 0 < found["explanation_f1"] < 1 and found["ablation_effects"] > 1
-    assert found["probe_accuracy"].keys() == {"1", "2", "5", "dense"}
+    evaluation = json.loads((folder / "small" / "evaluation.json").read_text())
+    assert evaluation["ce_delta"] == pytest.approx(0, abs=1e-5)
+    assert 0 < evaluation["explanation_f1"] < 1 and evaluation["ablation_effects"] > 1
+    assert evaluation["probe_accuracy"].keys() == {"1", "2", "5", "dense"}
     for name in ("explanation_f1", "ablation_effects_ratio"):
-        assert registry.get_sample_value(f"sluice_{name}", {"sae": "small"}) == found[name]
+        assert registry.get_sample_value(f"sluice_{name}", {"sae": "small"}) == evaluation[name]
     accuracy = registry.get_sample_value("sluice_probe_accuracy", {"sae": "small", "probe": "dense"})
-    assert accuracy == found["probe_accuracy"]["dense"]
+    assert accuracy == evaluation["probe_accuracy"]["dense"]
 
 
 def test_a_damaged_sae_is_evaluated_all_the_same(run_file: Path):
@@ -481,9 +485,9 @@ def test_a_damaged_sae_is_evaluated_all_the_same(run_file: Path):
     folder = publish_snapshot(run_file.parent / "demo", 1000, [_sae(math.nan)])
     evaluator, _ = _evaluator(run_file, "corpus.context=32")
     evaluator.look()
-    found = json.loads((folder / "small" / "evaluation.json").read_text())
-    assert (found["ce_delta"], found["cosine"], found["ablation_effects"]) == (None, None, None)
-    assert found["explanation_f1"] > 0 and not evaluator.has_failed()
+    evaluation = json.loads((folder / "small" / "evaluation.json").read_text())
+    assert (evaluation["ce_delta"], evaluation["cosine"], evaluation["ablation_effects"]) == (None, None, None)
+    assert evaluation["explanation_f1"] > 0 and not evaluator.has_failed()
 
 
 def test_evaluation_keeps_to_its_share_of_the_time(run_file: Path):
@@ -492,10 +496,10 @@ def test_evaluation_keeps_to_its_share_of_the_time(run_file: Path):
     evaluator, _ = _evaluator(run_file, "monitor.evaluation_share=0.1", "monitor.latents_tokens=0")
     evaluator.look()  # loads the model
     folder = publish_snapshot(directory, 1000, [_sae(0.5)])
-    began, used = time.monotonic(), time.thread_time()
+    began, cpu_seconds = time.monotonic(), time.thread_time()
     evaluator.look()
     assert (folder / "small" / "evaluation.json").exists()
-    assert time.thread_time() - used < 0.15 * (time.monotonic() - began)
+    assert time.thread_time() - cpu_seconds < 0.15 * (time.monotonic() - began)
 
 
 def test_several_saes_share_the_clean_pass(run_file: Path):
@@ -657,9 +661,9 @@ def test_summary_is_completed_without_losing_anything(run_file: Path):
     (folder / "small-ema" / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "small" / "evaluation.json").write_text(json.dumps(evaluation | {"rows": 100}))
     complete_summary(directory)
-    told = json.loads((directory / "summary.json").read_text())
-    assert told["saes"] == {"small": {"architecture": "jumprelu", "fvu": 0.25, **evaluation}}
-    assert told["seconds"] == 1.0
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["saes"] == {"small": {"architecture": "jumprelu", "fvu": 0.25, **evaluation}}
+    assert summary["seconds"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -686,16 +690,16 @@ def test_monitor_ends_once_the_finished_run_is_evaluated(run_file: Path):
     finish_run(directory, 1000)
     process = _monitor(run_file, "--until-evaluated")
     _, output = process.communicate(timeout=90)
-    told = json.loads((directory / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text())
     assert process.returncode == 0, output
-    assert {"ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl"} <= set(told["saes"]["small"])
+    assert {"ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl"} <= set(summary["saes"]["small"])
 
 
 def test_monitor_serves_until_it_is_stopped(run_file: Path):
     """It starts before the run has a snapshot, serves it when it comes, and leaves with 0 on SIGTERM."""
     process = _monitor(run_file, "monitor.evaluate=false")
     assert process.stderr is not None
-    address = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+    address = next(match[0] for line in process.stderr if (match := re.search(r"http://[\d.]+:\d+", line)))
     publish_snapshot(run_file.parent / "demo", 1000)
     with urllib.request.urlopen(f"{address}/v1/snapshots/latest?wait=20", timeout=30) as answer:
         assert json.load(answer)["name"] == "000000001000"
@@ -712,10 +716,10 @@ def test_help_and_faults_answer_at_once(run_file: Path):
     assert helped.returncode == 0 and "--until-evaluated" in helped.stdout
     assert not re.search(r"\| +(torch|transformers|starlette)$", helped.stderr, re.MULTILINE)
     assert time.monotonic() - began < 10  # under a second where the machine is not busy
-    refused = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "monitor", str(run_file), "monitor.prot=1"], capture_output=True, text=True
     )
-    assert refused.returncode == 2 and "did you mean port?" in refused.stderr
+    assert process.returncode == 2 and "did you mean port?" in process.stderr
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -766,9 +770,9 @@ def _evaluate(
     return _evaluate_folder(model, windows, folder / "small", bounds, memory)
 
 
-def _where(chosen: torch.Tensor, rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _where(mask: torch.Tensor, rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Replaces an activation by `rows` where `chosen`."""
-    return lambda activation: torch.where(chosen[..., None], rows, activation)
+    return lambda activation: torch.where(mask[..., None], rows, activation)
 
 
 def _cross_entropy(model: LanguageModel, windows: Windows, replace: dict[str, Any]) -> float:

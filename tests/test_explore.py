@@ -453,7 +453,7 @@ def test_a_replacement_character_of_the_text_is_a_character(model: LanguageModel
 
 def test_bytes_that_make_no_character_are_shown_where_they_are(model: LanguageModel):
     """Half a euro sign is one U+FFFD at its last byte, not at the word behind it; lone bytes are one each."""
-    half, lone = (model.tokenizer.convert_tokens_to_ids(list(written)) for written in ("âĤ", "Ģ¿"))
+    half, lone = (model.tokenizer.convert_tokens_to_ids(list(byte_tokens)) for byte_tokens in ("âĤ", "Ģ¿"))
     after = model.tokenizer.encode(" import", add_special_tokens=False)
     assert Texts(model.tokenizer).pieces([*half, *after]) == ["", "\ufffd", " import"]
     assert Texts(model.tokenizer).pieces([*lone, *after]) == ["\ufffd", "\ufffd", " import"]

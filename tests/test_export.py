@@ -85,9 +85,9 @@ def test_what_is_a_threshold_at_inference_is_written_as_one(architecture: str) -
 def test_b_dec_moves_in_and_out_of_the_encoder(architecture: str) -> None:
     """A gated SAE's magnitude gets exp(r_mag) times the shift."""
     sae, x = published(architecture), rows()
-    moved = recentre(sae.weights, True, False)
-    back = recentre(moved, False, True)
-    plain = InferenceSae(sae.cfg | {"apply_b_dec_to_input": False}, moved | {"W_enc": moved["W_enc"].T})
+    recentred = recentre(sae.weights, True, False)
+    back = recentre(recentred, False, True)
+    plain = InferenceSae(sae.cfg | {"apply_b_dec_to_input": False}, recentred | {"W_enc": recentred["W_enc"].T})
 
     torch.testing.assert_close(plain.encode(x), inference(sae).encode(x), rtol=1e-4, atol=1e-5)
     for name, value in sae.weights.items():
@@ -115,10 +115,10 @@ def test_a_format_says_no_and_which_would_do(architecture: str, refused_by: set[
         if name not in refused_by:
             convert(sae, name)
             continue
-        with pytest.raises(FormatError) as refused:
+        with pytest.raises(FormatError) as error:
             convert(sae, name)
-        assert f"architecture {architecture}" in str(refused.value)
-        assert all(other in str(refused.value) for other in FORMATS.keys() - refused_by)
+        assert f"architecture {architecture}" in str(error.value)
+        assert all(other in str(error.value) for other in FORMATS.keys() - refused_by)
 
 
 def test_two_widths_fit_saelens_only() -> None:
@@ -218,7 +218,7 @@ def test_a_copy_keeps_its_self_test_and_passes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["run", "--format", "sparsify", "--to", "new"], 2, "architecture jumprelu: sparsify knows top-k"),
         (["run", "--format", "saelens", "--to", "full"], 2, "choose another --to"),
@@ -233,7 +233,7 @@ def test_a_copy_keeps_its_self_test_and_passes_it(tmp_path: Path) -> None:
 def test_what_cannot_be_exported_leaves_nothing_behind(
     arguments: list[str],
     code: int,
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -249,9 +249,9 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     before = sorted(tmp_path.rglob("*"))
 
     assert main(arguments) == code
-    told = capsys.readouterr().err
-    assert said in told
-    assert "Traceback" not in told
+    output = capsys.readouterr().err
+    assert message in output
+    assert "Traceback" not in output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -260,8 +260,8 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
 
 def settings(path: Path, **changes: Any) -> SaeSettings:
     """A TopK that goes on from `path`; None takes a key away."""
-    told = {"name": "on", "architecture": "topk", "d_sae": D_SAE, "k": 4, "start_from": str(path)} | changes
-    return SaeSettings.of(**{key: value for key, value in told.items() if value is not None})
+    fields = {"name": "on", "architecture": "topk", "d_sae": D_SAE, "k": 4, "start_from": str(path)} | changes
+    return SaeSettings.of(**{key: value for key, value in fields.items() if value is not None})
 
 
 class Bomb:
@@ -274,7 +274,7 @@ class Bomb:
 def hostile(folder: Path, how: str) -> None:
     """Spoils a start."""
     weights, cfg = folder / "sae_weights.safetensors", folder / "cfg.json"
-    data, told = weights.read_bytes(), json.loads(cfg.read_text())
+    data, config = weights.read_bytes(), json.loads(cfg.read_text())
     tensors = load_file(weights)
     spoilt: dict[str, Any] = {
         "pickle": lambda: weights.write_bytes(pickle.dumps(Bomb())),
@@ -288,13 +288,13 @@ def hostile(folder: Path, how: str) -> None:
         "cfg no text": lambda: cfg.write_bytes(b"\xff\xfe\x00"),
         "cfg too deep": lambda: cfg.write_text("[" * 1_000_000),
         "cfg a list": lambda: cfg.write_text("[]"),
-        "architecture a list": lambda: cfg.write_text(json.dumps(told | {"architecture": ["topk"]})),
-        "unknown architecture": lambda: cfg.write_text(json.dumps(told | {"architecture": "temporal"})),
-        "k a word": lambda: cfg.write_text(json.dumps(told | {"k": "4"})),
-        "k too large": lambda: cfg.write_text(json.dumps(told | {"k": 10_000})),
-        "normalised": lambda: cfg.write_text(json.dumps(told | {"normalize_activations": "layer_norm"})),
+        "architecture a list": lambda: cfg.write_text(json.dumps(config | {"architecture": ["topk"]})),
+        "unknown architecture": lambda: cfg.write_text(json.dumps(config | {"architecture": "temporal"})),
+        "k a word": lambda: cfg.write_text(json.dumps(config | {"k": "4"})),
+        "k too large": lambda: cfg.write_text(json.dumps(config | {"k": 10_000})),
+        "normalised": lambda: cfg.write_text(json.dumps(config | {"normalize_activations": "layer_norm"})),
         "top-k of SAELens 5": lambda: cfg.write_text(
-            json.dumps(told | {"architecture": "standard", "activation_fn_str": "topk"})
+            json.dumps(config | {"architecture": "standard", "activation_fn_str": "topk"})
         ),
         "checkpoint": lambda: save_file(tensors | {"topk_threshold": torch.zeros(())}, weights),
         "nan": lambda: save_file(tensors | {"b_enc": torch.full((D_SAE,), float("nan"))}, weights),
@@ -331,16 +331,16 @@ def test_a_start_of_no_use_is_one_sentence(how: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     folder = written(tmp_path / "start", published("topk"))
     hostile(folder, how)
-    with pytest.raises(SnapshotError) as refused:
+    with pytest.raises(SnapshotError) as error:
         read_start(settings(folder))
 
-    assert str(refused.value).startswith(f"sae 'on': start_from = {folder}: ")
-    assert "\n" not in str(refused.value)
+    assert str(error.value).startswith(f"sae 'on': start_from = {folder}: ")
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "said"),
+    ("architecture", "changes", "message"),
     [
         ("topk", {"d_sae": 32}, "set d_sae = 16"),
         ("topk", {"k": 8}, "set k = 4"),
@@ -354,12 +354,12 @@ def test_a_start_of_no_use_is_one_sentence(how: str, tmp_path: Path, monkeypatch
     ],
 )
 def test_settings_that_do_not_fit_the_start_are_told_what_to_set(
-    architecture: str, changes: dict[str, Any], said: str, tmp_path: Path
+    architecture: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     """Nothing is bent into shape."""
     format_name = "sparsify" if architecture.startswith("topk_") else "saelens"
     folder = written(tmp_path / "start", published(architecture), format_name)
-    with pytest.raises(SnapshotError, match=said):
+    with pytest.raises(SnapshotError, match=message):
         read_start(settings(folder, **changes))
 
 
@@ -396,8 +396,8 @@ start_from = "{start}"
     )
     command = [sys.executable, "-m", "trainer", "run.toml"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith(f"sae 'on': start_from = {start} is a topk SAE; set k = 4")
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 1
+    assert process.stderr.strip().endswith(f"sae 'on': start_from = {start} is a topk SAE; set k = 4")
+    assert "Traceback" not in process.stderr

@@ -58,13 +58,13 @@ def raw_and_expected(sae_trainer: SaeTrainer) -> tuple[Tensor, Tensor]:
     raw = raw_inputs(sae_trainer, scaled)
     transform, sae = sae_trainer.input_transform(SCALES), sae_trainer.sae
     x, y = sae_trainer.inputs_and_targets(scaled)
-    seen = x if transform.whitening is None else transform.whitening.apply(x)
+    whitened = x if transform.whitening is None else transform.whitening.apply(x)
     if isinstance(sae, BatchTopK):  # in training a row's latents depend on its batch; in use there is a threshold
-        pre_acts = sae.pre_acts(seen)
+        pre_acts = sae.pre_acts(whitened)
         y_hat = (pre_acts * (pre_acts > sae.threshold)) @ sae.W_dec + sae.b_dec
-        y_hat = y_hat + seen @ sae.parameters["W_skip"].T if "W_skip" in sae.parameters else y_hat
+        y_hat = y_hat + whitened @ sae.parameters["W_skip"].T if "W_skip" in sae.parameters else y_hat
     else:
-        y_hat = sae.gradients(seen, seen if not sae_trainer.hooks.is_transcoder else y, NOBODY).y_hat
+        y_hat = sae.gradients(whitened, whitened if not sae_trainer.hooks.is_transcoder else y, NOBODY).y_hat
     return raw, (y_hat if transform.whitening is None else transform.whitening.undo(y_hat)) / transform.s_out
 
 
@@ -194,11 +194,11 @@ def test_whitened_rows_have_the_identity_as_covariance() -> None:
     torch.manual_seed(0)
     x = torch.randn(20_000, 6) @ torch.randn(6, 6) + 5.0
     white = whitening_of(x)
-    seen = white.apply(x)
+    whitened = white.apply(x)
 
-    torch.testing.assert_close(seen.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
-    torch.testing.assert_close(torch.cov(seen.T), torch.eye(6), atol=0.1, rtol=0)
-    torch.testing.assert_close(white.undo(seen), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whitened.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.cov(whitened.T), torch.eye(6), atol=0.1, rtol=0)
+    torch.testing.assert_close(white.undo(whitened), x, atol=1e-4, rtol=1e-4)
 
 
 def test_a_direction_without_variance_does_not_explode() -> None:

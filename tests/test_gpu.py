@@ -110,7 +110,7 @@ def test_sparse_products_are_those_of_the_cpu(dtype: torch.dtype) -> None:
         assert isinstance(entries, Entries)
         there = entries_to(GPU, entries)
         by_column, by_column_there = entries.transpose(), there.transpose()
-        cut, cut_there = entries.split((100, 512)), there.split((100, 512))
+        parts, parts_there = entries.split((100, 512)), there.split((100, 512))
 
         same(there.multiply(W.to(GPU)), entries.multiply(W))
         same(there.sample(X.to(GPU), W.to(GPU)), (X @ W.T)[entries.row(), entries.column])
@@ -119,7 +119,7 @@ def test_sparse_products_are_those_of_the_cpu(dtype: torch.dtype) -> None:
         same(by_column_there.multiply(there.value, X.to(GPU)), by_column.multiply(entries.value, X))
         same(by_column_there.sums(there.value), by_column.sums(entries.value))
         for name in ("start", "column", "value"):
-            assert torch.equal(getattr(cut_there, name).cpu(), getattr(cut, name))
+            assert torch.equal(getattr(parts_there, name).cpu(), getattr(parts, name))
 
 
 def test_no_entries_at_all() -> None:
@@ -154,11 +154,11 @@ def test_what_is_selected_is_what_the_cpu_selects(dtype: torch.dtype, dense_abov
 
 def test_occurrences_are_a_bincount() -> None:
     """Of all indices, or of some."""
-    index, counted = torch.randint(100, (5000,)), torch.rand(5000) < 0.5
+    index, mask = torch.randint(100, (5000,)), torch.rand(5000) < 0.5
 
     assert torch.equal(occurrences(index.to(GPU), 100).cpu(), torch.bincount(index, minlength=100))
-    some = occurrences(index.to(GPU), 100, counted.to(GPU)).cpu()
-    assert torch.equal(some, torch.bincount(index[counted], minlength=100))
+    some = occurrences(index.to(GPU), 100, mask.to(GPU)).cpu()
+    assert torch.equal(some, torch.bincount(index[mask], minlength=100))
 
 
 # Gradients
@@ -271,16 +271,16 @@ def test_a_restored_sae_trainer_goes_on(kind: str, whitening: bool) -> None:
     if whitening and ("coder" in kind or kind == "repair"):
         pytest.skip("whitening is for autoencoders of one hook")
     settings = settings_of(kind, ema_tokens=200, whitening=whitening)
-    seen = [{hook: rows.to(GPU) for hook, rows in rows_of(settings, 64, seed).items()} for seed in range(6)]
+    batches = [{hook: rows.to(GPU) for hook, rows in rows_of(settings, 64, seed).items()} for seed in range(6)]
     whole, resumed = sae_trainer_of(settings, device="cuda"), sae_trainer_of(settings, device="cuda")
     whole.initialise(rows_of(settings, 512, 0), UNSCALED)
-    learn(whole, seen[:3])
+    learn(whole, batches[:3])
     document, tensors = whole.state()
     resumed.restore(
         document, SaeTensors.from_keys({key: value.cpu().clone() for key, value in tensors.by_key().items()})
     )
     for sae_trainer in (whole, resumed):
-        learn(sae_trainer, seen[3:])
+        learn(sae_trainer, batches[3:])
 
     theirs = whole.state()[1].by_key()
     for name, value in resumed.state()[1].by_key().items():
@@ -349,13 +349,13 @@ class Busy(Tensors):
 
     device = GPU
 
-    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-        self.forwarded.append(chosen.tolist())
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+        self.forwarded.append(indices.tolist())
         slow = torch.ones(2048, 2048, device=GPU)
         for _ in range(30):
             slow = slow @ slow / 2048
         with torch.inference_mode():
-            index = torch.from_numpy(chosen).to(GPU)
+            index = torch.from_numpy(indices).to(GPU)
             return [x.to(GPU)[index] * slow[0, 0] for x in self.x]
 
 
@@ -363,10 +363,10 @@ def chunks_of(endpoint: str, source: Tensors, dtype: str) -> Sent:
     hand = Trainer(endpoint)
     producer = Producing(stream_settings(endpoint, dtype=dtype), source, hello_of(source, dtype))
     hand.welcome(norm_bounds=[10.0, 10.0])
-    sent = hand.lease()
+    messages = hand.lease()
     finish(hand, producer)
     hand.close()
-    return sent
+    return messages
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -435,10 +435,10 @@ def test_a_run_of_real_processes_on_the_gpu(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    told = (tmp_path / "log").read_text()
+    trainer_log = (tmp_path / "log").read_text()
 
-    assert codes == [0, 0], told
-    assert "Traceback" not in told
+    assert codes == [0, 0], trainer_log
+    assert "Traceback" not in trainer_log
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rows_trained"] == 150_000
     assert summary["rows_set_aside"] == 0

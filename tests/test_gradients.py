@@ -360,18 +360,18 @@ def tensor(value: Any) -> Tensor:
 @pytest.mark.parametrize("name", PAPER)
 def test_gradients_equal_those_on_paper(name: str) -> None:
     """Two latents, two numbers, one row: every architecture and loss term, from its equations by hand."""
-    options, given, expected = PAPER[name]
-    x = tensor(given.get("x", [[3, 1]]))
-    y = tensor(given["y"]) if "y" in given else x
+    options, parameters, expected = PAPER[name]
+    x = tensor(parameters.get("x", [[3, 1]]))
+    y = tensor(parameters["y"]) if "y" in parameters else x
     settings = SaeSettings.of(name="s", **({"d_sae": 2} | options))
     sae = registry.get(settings.architecture)(
-        settings, given.get("widths", (2,)), y.shape[1] if settings.target else None
+        settings, parameters.get("widths", (2,)), y.shape[1] if settings.target else None
     )
-    values = {"W_enc": ONE, "W_dec": ONE, "b_enc": [0, 0], "b_dec": [0, 0]} | given
+    values = {"W_enc": ONE, "W_dec": ONE, "b_enc": [0, 0], "b_dec": [0, 0]} | parameters
     sae.parameters = {name: tensor(values[name]) for name in sae.parameters}
     sae.matmul_dtype = torch.float64
     dead = torch.zeros(settings.d_sae, dtype=torch.bool)
-    dead[given.get("dead", [])] = True
+    dead[parameters.get("dead", [])] = True
     gradients = sae.gradients(x, y, dead)
 
     for parameter, value in expected.items():
@@ -392,17 +392,17 @@ def test_the_kernel_has_the_width_and_the_sides_of_its_definition() -> None:
     sae.parameters = {name: tensor(value) for name, value in parameters.items()}
     sae.matmul_dtype = torch.float64
     nobody = torch.zeros(1, dtype=torch.bool)
-    moved = {}
+    moved_thresholds = {}
     for z in (0.79, 0.81, 0.99, 1.01, 1.19, 1.21):
         y = tensor([[0.0]])  # ∂L/∂latent is then 2 · latent, or 2 · 0 while it is off
         of = sae.gradients(tensor([[z]]), y + 1, nobody).of
         slope_here = 2 * (z - 1) if z > 1 else -2.0
-        moved[z] = float(of["threshold"]) / slope_here
+        moved_thresholds[z] = float(of["threshold"]) / slope_here
         through_z = float(of["b_enc"]) / slope_here
         inside = 0.8 < z < 1.2
         assert through_z == pytest.approx((z > 1) + inside * 2.5)
 
-    assert moved == pytest.approx({0.79: 0, 0.81: -2.5, 0.99: -2.5, 1.01: -2.5, 1.19: -2.5, 1.21: 0})
+    assert moved_thresholds == pytest.approx({0.79: 0, 0.81: -2.5, 0.99: -2.5, 1.01: -2.5, 1.19: -2.5, 1.21: 0})
 
 
 def test_bug_14_the_threshold_gradient_is_that_of_the_smoothed_loss() -> None:
@@ -610,6 +610,6 @@ def test_bug_15b_the_pull_on_l0_changes_sign_at_the_target() -> None:
 
 def test_settings_of_the_family_are_all_different() -> None:
     """No two entries of the list above test the same."""
-    told = [settings_of(kind).model_dump_json() for kind in FAMILY]
+    documents = [settings_of(kind).model_dump_json() for kind in FAMILY]
 
-    assert len(set(told)) == len(FAMILY)
+    assert len(set(documents)) == len(FAMILY)

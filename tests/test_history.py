@@ -33,8 +33,8 @@ def evaluated(run: Path, sae: str, tokens: int, time: float = 0.0, **values: flo
 
 def test_a_run_that_does_not_exist_has_no_points(run: Path):
     """And no error."""
-    found = History(run / "nowhere").columns()
-    assert found["tokens"] == [] and found["saes"] == {} and found["next"] == 0
+    columns = History(run / "nowhere").columns()
+    assert columns["tokens"] == [] and columns["saes"] == {} and columns["next"] == 0
 
 
 def test_only_what_is_new_is_told(run: Path):
@@ -65,10 +65,10 @@ def test_what_a_resumed_trainer_takes_back_is_gone(run: Path):
     history = History(run)
     for tokens in (10, 20, 30):
         report(run, tokens, a=tokens / 100)
-    seen = history.columns()
+    columns = history.columns()
     report(run, 15, a=0.99)
-    news = history.columns(seen["generation"], seen["next"])
-    assert news["generation"] != seen["generation"] and news["since"] == 0
+    news = history.columns(columns["generation"], columns["next"])
+    assert news["generation"] != columns["generation"] and news["since"] == 0
     assert news["tokens"] == [10, 15] and news["saes"]["a"]["fvu"] == [0.1, 0.99]
 
 
@@ -79,8 +79,8 @@ def test_a_lost_point_at_which_the_new_lineage_reports_is_gone_too(run: Path):
         report(run, tokens, time=time)
     history.columns()
     report(run, 20, time=9)
-    found = history.columns()
-    assert (found["tokens"], found["time"]) == ([10, 20], [0, 9])
+    columns = history.columns()
+    assert (columns["tokens"], columns["time"]) == ([10, 20], [0, 9])
 
 
 def test_saes_that_come_later_have_nothing_before(run: Path):
@@ -88,8 +88,8 @@ def test_saes_that_come_later_have_nothing_before(run: Path):
     history = History(run)
     report(run, 10, a=0.5)
     report(run, 20, a=0.4, b=float("nan"))
-    found = history.columns()
-    assert found["saes"]["b"]["fvu"] == [None, None] and found["saes"]["b"]["l0"] == [None, 32.0]
+    columns = history.columns()
+    assert columns["saes"]["b"]["fvu"] == [None, None] and columns["saes"]["b"]["l0"] == [None, 32.0]
 
 
 def test_many_points_are_thinned(run: Path):
@@ -113,8 +113,8 @@ def test_another_run_in_the_same_place_begins_anew(run: Path):
     (run / "metrics.jsonl").rename(run / "old")
     for tokens in (3, 6, 9):
         report(run, tokens, b=0.5)
-    found = history.columns()
-    assert found["tokens"] == [3, 6, 9] and list(found["saes"]) == ["b"]
+    columns = history.columns()
+    assert columns["tokens"] == [3, 6, 9] and list(columns["saes"]) == ["b"]
 
 
 def test_density_is_that_of_the_newest_report(run: Path):
@@ -134,9 +134,9 @@ def test_evaluations_outlive_their_snapshots(run: Path):
         evaluated(run, "a", tokens, ce_delta=delta)
     evaluated(run, "b", 300, ce_delta=0.5)
     (run / "evaluations.jsonl").open("a").write('{"ce_delta": 1.0}\n')
-    found = history.columns()["evaluations"]
-    assert (found["a"]["tokens"], found["a"]["ce_delta"]) == ([100, 200], [0.3, 0.2])
-    assert found["b"]["tokens"] == [300] and found["b"]["kl"] == [None]
+    evaluations = history.columns()["evaluations"]
+    assert (evaluations["a"]["tokens"], evaluations["a"]["ce_delta"]) == ([100, 200], [0.3, 0.2])
+    assert evaluations["b"]["tokens"] == [300] and evaluations["b"]["kl"] == [None]
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -173,8 +173,8 @@ def test_no_request_brings_the_service_down(
     app: Any, method: str, path: str, query: list[tuple[str, str]], headers: list[tuple[bytes, bytes]]
 ) -> None:
     """Any path, query and headers: an answer below 500, and nothing from outside of the snapshot."""
-    asked = "&".join(f"{name}={value}" for name, value in query)
-    status, body = asyncio.run(request(app, method, f"/{path}", asked.encode("utf-8", "surrogatepass"), headers))
+    query_string = "&".join(f"{name}={value}" for name, value in query)
+    status, body = asyncio.run(request(app, method, f"/{path}", query_string.encode("utf-8", "surrogatepass"), headers))
 
     assert 200 <= status < 500 or status == 503, (method, path, query, headers, body[:500])
     assert b"Traceback" not in body
@@ -198,13 +198,13 @@ async def request(
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
     }
-    said: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
-        said.append(message)
+        messages.append(message)
 
     await asyncio.wait_for(app(scope, receive, send), 20)
-    return said[0]["status"], b"".join(message.get("body", b"") for message in said[1:])
+    return messages[0]["status"], b"".join(message.get("body", b"") for message in messages[1:])

@@ -51,18 +51,18 @@ HEAVY = {"torch", "transformers", "zmq"}
 
 def imports_of(path: Path) -> set[str]:
     """Modules that a file imports, anywhere in it."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from trainer import snapshot` names a module, `from trainer.training.loop import Loop` something in one.
-            found |= {
+            modules |= {
                 f"{node.module}.{alias.name}" if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists()
                 else node.module
                 for alias in node.names
             }  # fmt: skip
-    return found
+    return modules
 
 
 def modules(package: str) -> list[Path]:
@@ -103,14 +103,14 @@ def test_there_are_no_import_cycles() -> None:
     }
 
     def reachable(start: str) -> set[str]:
-        seen: set[str] = set()
+        modules: set[str] = set()
         waiting = list(graph[start])
         while waiting:
             module = waiting.pop()
-            if module not in seen:
-                seen.add(module)
+            if module not in modules:
+                modules.add(module)
                 waiting += graph.get(module, ())
-        return seen
+        return modules
 
     assert [module for module in graph if module in reachable(module)] == []
 
@@ -137,9 +137,9 @@ def test_the_shared_package_imports_no_other() -> None:
 def test_contracts_are_light(module: str) -> None:
     """A contract can be imported without torch, transformers or zmq: by a dashboard, a script, a test."""
     code = f"import sys, {module}; print(','.join(sorted({HEAVY!r} & set(sys.modules))))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
-    assert done.stdout.strip() == ""
+    assert process.stdout.strip() == ""
 
 
 def test_nothing_unpickles() -> None:

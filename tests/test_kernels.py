@@ -128,8 +128,8 @@ def test_the_largest_of_a_batch(floor: float, dense_above: float) -> None:
     """Where candidates were cut off decides the speed, never the choice."""
     torch.manual_seed(0)
     pre_acts = torch.randn(20, 32)
-    chosen = largest_of(exceeding(pre_acts, floor), 40)
-    latents = dense_if_many(chosen, dense_above)
+    largest = largest_of(exceeding(pre_acts, floor), 40)
+    latents = dense_if_many(largest, dense_above)
     value = pre_acts.flatten().topk(40).values
 
     assert isinstance(latents, Dense if dense_above == DENSE else Entries)
@@ -198,14 +198,14 @@ def test_segments_are_products_of_their_own(dense_above: float) -> None:
     matrix = pre_acts.relu()
     latents = positive(pre_acts, dense_above).split(ends)
     segment = torch.tensor([0, 0, 0, 0, 1] + [2] * 11)
-    cut = torch.cat([matrix * (segment == number) for number in range(3)])  # [27, 16]
+    blocks = torch.cat([matrix * (segment == number) for number in range(3)])  # [27, 16]
     by_column = latents.transpose()
     sampled = latents.sample(A, W) * (latents.value != 0)
 
-    torch.testing.assert_close(latents.multiply(W), cut @ W)
-    torch.testing.assert_close(by_column.multiply(latents.value, A), cut.T @ A)
+    torch.testing.assert_close(latents.multiply(W), blocks @ W)
+    torch.testing.assert_close(by_column.multiply(latents.value, A), blocks.T @ A)
     torch.testing.assert_close(by_column.multiply(latents.value, X), matrix.T @ X)
-    torch.testing.assert_close(by_column.sums(sampled), ((A @ W.T) * (cut > 0)).sum(0))
+    torch.testing.assert_close(by_column.sums(sampled), ((A @ W.T) * (blocks > 0)).sum(0))
     assert latents.firings().tolist() == (matrix > 0).sum(0).tolist()
 
 

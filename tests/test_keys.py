@@ -62,10 +62,10 @@ def mode(path: Path) -> int:
 def refusal(intake: Intake, keys: Path | None) -> str:
     """What a producer with these keys is told, at once."""
     began = time.monotonic()
-    ended = Producing(settings_with(keys, intake.endpoint)).ended()
+    error = Producing(settings_with(keys, intake.endpoint)).ended()
     assert time.monotonic() - began < TELLING_SECONDS
-    assert isinstance(ended, RefusedByTrainer)
-    return str(ended)
+    assert isinstance(error, RefusedByTrainer)
+    return str(error)
 
 
 # Files
@@ -126,10 +126,10 @@ def test_keys_are_written_by_a_command(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     (tmp_path / "file").write_text("")
-    written, again, impossible = run(tmp_path / "keys"), run(tmp_path / "keys"), run(tmp_path / "file" / "keys")
+    first, again, impossible = run(tmp_path / "keys"), run(tmp_path / "keys"), run(tmp_path / "file" / "keys")
 
-    assert written.returncode == 0
-    assert "client.key_secret" in written.stdout
+    assert first.returncode == 0
+    assert "client.key_secret" in first.stdout
     assert (again.returncode, impossible.returncode) == (2, 2)
     assert "Traceback" not in again.stderr + impossible.stderr
     assert "cannot be written" in impossible.stderr
@@ -154,10 +154,10 @@ def test_a_producer_says_which_key_file_it_cannot_use(
         (keys / name).unlink()
     else:
         (keys / name).write_text(damage.format(public=zmq.curve_keypair()[0].decode()))
-    ended = Producing(settings_with(keys, "tcp://127.0.0.1:1")).ended()
+    error = Producing(settings_with(keys, "tcp://127.0.0.1:1")).ended()
 
-    assert isinstance(ended, KeysError)
-    assert f"{keys / name} {complaint}" in str(ended)
+    assert isinstance(error, KeysError)
+    assert f"{keys / name} {complaint}" in str(error)
 
 
 @pytest.mark.parametrize("missing", ["server.key_secret", "clients"])
@@ -222,9 +222,9 @@ def test_a_wrong_server_key_is_told(keys: Path, other_keys: Path, caplog: pytest
         assert "no agreement on keys" in refusal(intake, keys)
         wait_for(lambda: intake.stream_report().auth_failures >= 3)
 
-    told = [record.message for record in caplog.records if "turned away" in record.message]
-    assert len(told) == 1
-    assert "stream.keys" in told[0]
+    lines = [record.message for record in caplog.records if "turned away" in record.message]
+    assert len(lines) == 1
+    assert "stream.keys" in lines[0]
 
 
 @pytest.mark.parametrize("keyless", ["producer", "trainer"])
@@ -233,17 +233,17 @@ def test_keys_on_one_side_only_are_told(keys: Path, keyless: str, caplog: pytest
 
     Who sees it first hangs up. A producer that only sees the other hang up warns, and is sure a few seconds later.
     """
-    told = "stream.keys must be set on both sides or on neither"
+    advice = "stream.keys must be set on both sides or on neither"
     with trainer(settings_with(None if keyless == "trainer" else keys)) as intake:
         producer = Producing(settings_with(None if keyless == "producer" else keys, intake.endpoint))
 
         def tellers() -> set[str]:
-            return {record.name for record in caplog.records if told in record.message}
+            return {record.name for record in caplog.records if advice in record.message}
 
         wait_for(lambda: producer.refusal or "sluice.producer" in tellers(), TELLING_SECONDS)
         if keyless == "producer":
             wait_for(lambda: intake.ledger.auth_failures and "sluice.trainer" in tellers(), TELLING_SECONDS)
-        assert told in str(producer.ended())
+        assert advice in str(producer.ended())
         assert not intake.ledger.sessions
 
 
@@ -271,11 +271,11 @@ def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: P
         assert len(intake.ledger.sessions) == 2
         began = time.monotonic()
         intake.reload_keys()
-        ended = goes.ended()
+        error = goes.ended()
 
         assert time.monotonic() - began < TELLING_SECONDS
-        assert isinstance(ended, RefusedByTrainer)
-        assert "its key was withdrawn" in str(ended)
+        assert isinstance(error, RefusedByTrainer)
+        assert "its key was withdrawn" in str(error)
         assert stays.link.sessions == 1
         assert finish(intake, stays) == every_name()
 

@@ -89,13 +89,13 @@ def rejects(sends: list[Send]) -> list[Reject]:
     return [send.message for send in sends if isinstance(send.message, Reject)]
 
 
-def named(lease: Lease) -> dict[str, int]:
+def name_of(lease: Lease) -> dict[str, int]:
     return {"shard": lease.shard, "epoch": lease.epoch, "attempt": lease.attempt}
 
 
 def window_chunk(lease: Lease, number: int, window: int, incarnation: str = "first", **changes: Any) -> Chunk:
     """The 3 rows of one window."""
-    fields: dict[str, Any] = named(lease) | {
+    fields: dict[str, Any] = name_of(lease) | {
         "number": number, "incarnation": incarnation, "first_window": window, "windows": 1, "rows": 3,
         "kept": pack_bits(np.array([0, 1, 1, 1], bool)), "outliers": b"",
     }  # fmt: skip
@@ -113,7 +113,7 @@ def send_windows(ledger: Ledger, lease: Lease, first_number: int, windows: list[
 
 
 def end_of(lease: Lease, rows: int = ROWS) -> ShardEnd:
-    return ShardEnd(**named(lease), rows=rows)
+    return ShardEnd(**name_of(lease), rows=rows)
 
 
 def serve(ledger: Ledger, lease: Lease, session: str = "ada-1") -> None:
@@ -126,7 +126,7 @@ def serve(ledger: Ledger, lease: Lease, session: str = "ada-1") -> None:
 
 
 def fail(ledger: Ledger, lease: Lease, session: str = "ada-1", retry: bool = True) -> None:
-    ledger.shard_fail(session, ShardFail(**named(lease), error="bad page", retry=retry), now=0.0)
+    ledger.shard_fail(session, ShardFail(**name_of(lease), error="bad page", retry=retry), now=0.0)
 
 
 def train(ledger: Ledger, *rows: tuple[int, int]) -> None:
@@ -304,8 +304,8 @@ def test_each_epoch_has_an_order_of_its_own_without_the_held_out_shards() -> Non
     ledger = make_ledger(epochs=2)
     order: list[tuple[int, int]] = []
     sends = join(ledger, shards=40, held_out=0.1)
-    while held := leases(sends):
-        for lease in held:
+    while new_leases := leases(sends):
+        for lease in new_leases:
             order.append((lease.epoch, lease.shard))
             serve(ledger, lease)
         sends = ledger.tick(0.0)
@@ -363,22 +363,22 @@ def test_scarce_credit_goes_round() -> None:
     ledger = make_ledger(capacity=16)
     ledger.hello(hello("ada", shards=4), now=0.0)
     sends = join(ledger, "bob", shards=4)
-    held = {send.session: send.message for send in reversed(sends) if isinstance(send.message, Lease)}
+    lease_of = {send.session: send.message for send in reversed(sends) if isinstance(send.message, Lease)}
     full = {"rows": 4, "kept": pack_bits(np.ones(4, bool))}
-    sent = {"ada-1": 0, "bob-1": 0}
+    chunk_count = {"ada-1": 0, "bob-1": 0}
     buffered: list[tuple[int, int]] = []
     for _ in range(12):
-        for session, lease in held.items():
-            while sent[session] < ledger.sessions[session].granted:
-                chunk = window_chunk(lease, sent[session] + 1, sent[session], **full)
+        for session, lease in lease_of.items():
+            while chunk_count[session] < ledger.sessions[session].granted:
+                chunk = window_chunk(lease, chunk_count[session] + 1, chunk_count[session], **full)
                 accepted, _ = receive(ledger, session, chunk)
                 assert accepted is not None
                 buffered += [(accepted.serial, at) for at in accepted.position.tolist()]
-                sent[session] += 1
+                chunk_count[session] += 1
         train(ledger, *buffered[:4])
         del buffered[:4]
         ledger.tick(0.0)
-    assert abs(sent["ada-1"] - sent["bob-1"]) <= 1
+    assert abs(chunk_count["ada-1"] - chunk_count["bob-1"]) <= 1
 
 
 def test_idle_producer_does_not_sit_on_the_credit_that_another_needs() -> None:
@@ -387,7 +387,7 @@ def test_idle_producer_does_not_sit_on_the_credit_that_another_needs() -> None:
     sends = join(ledger)
     assert credit(sends) == {"ada-1": 4}
     first, second = leases(sends)
-    ledger.shard_fail("ada-1", ShardFail(**named(second), error="no", retry=True), now=0.0)
+    ledger.shard_fail("ada-1", ShardFail(**name_of(second), error="no", retry=True), now=0.0)
     sends = join(ledger, "bob")
     assert [lease.shard for lease in leases(sends)] == [second.shard] and not credit(sends)
     send_windows(ledger, first, 1, [0, 1, 2])
@@ -416,8 +416,8 @@ def test_outliers_are_discarded_by_name() -> None:
     """A row named as an outlier is neither buffered nor asked for again."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
-    kept, outliers = pack_bits(np.array([0, 1, 0, 1], bool)), pack_bits(np.array([0, 0, 1, 0], bool))
-    accepted, _ = receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=2, kept=kept, outliers=outliers))
+    mask, outliers = pack_bits(np.array([0, 1, 0, 1], bool)), pack_bits(np.array([0, 0, 1, 0], bool))
+    accepted, _ = receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=2, kept=mask, outliers=outliers))
     assert accepted is not None and accepted.position.tolist() == [1, 3]
     assert (ledger.tokens_received, ledger.tokens_dropped) == (2, 1)
     ledger.shard_end("ada-1", end_of(lease, rows=3), now=0.0)
@@ -428,8 +428,8 @@ def test_chunk_of_outliers_alone_is_taken() -> None:
     """It brings no row, uses its number, and is progress."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
-    kept, outliers = pack_bits(np.zeros(4, bool)), pack_bits(np.array([0, 1, 1, 1], bool))
-    accepted, _ = receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=0, kept=kept, outliers=outliers))
+    mask, outliers = pack_bits(np.zeros(4, bool)), pack_bits(np.array([0, 1, 1, 1], bool))
+    accepted, _ = receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=0, kept=mask, outliers=outliers))
     assert accepted is not None and len(accepted.position) == 0
     send_windows(ledger, lease, 2, [1, 2])
     ledger.shard_end("ada-1", end_of(lease), now=0.0)
@@ -500,7 +500,7 @@ def test_chunk_of_an_old_attempt_is_fenced_and_counted() -> None:
     """
     ledger = make_ledger()
     old, _ = leases(join(ledger))
-    ledger.shard_fail("ada-1", ShardFail(**named(old), error="disk", retry=True), now=0.0)
+    ledger.shard_fail("ada-1", ShardFail(**name_of(old), error="disk", retry=True), now=0.0)
     (new,) = leases(ledger.tick(0.0))
     assert (new.shard, new.attempt) == (old.shard, 2)
     assert receive(ledger, "ada-1", window_chunk(old, 1, 0)) == (None, [])
@@ -571,9 +571,9 @@ def test_books_that_do_not_balance_are_counted_and_told() -> None:
     assert sum(stream_report(ledger).breaches.values()) == 0
 
     train(ledger, (0, 2))
-    told = ledger.audit(in_buffer=5)
+    faults = ledger.audit(in_buffer=5)
 
-    assert len(told) == 2 and "trained twice" in told[0] and "the buffer holds 5 tokens, the ledger 3" in told[1]
+    assert len(faults) == 2 and "trained twice" in faults[0] and "the buffer holds 5 tokens, the ledger 3" in faults[1]
     assert ledger.audit(in_buffer=3) == []
     assert stream_report(restart(ledger)).breaches == {"trained_once": 1, "rows_accounted": 1, "memory_bound": 0}
 
@@ -597,7 +597,7 @@ def test_end_of_an_old_attempt_ends_nothing() -> None:
     """A zombie that says it is done does not close the shard under its successor."""
     ledger = make_ledger()
     old, _ = leases(join(ledger))
-    ledger.shard_fail("ada-1", ShardFail(**named(old), error="disk", retry=True), now=0.0)
+    ledger.shard_fail("ada-1", ShardFail(**name_of(old), error="disk", retry=True), now=0.0)
     ledger.tick(0.0)
     ledger.shard_end("ada-1", end_of(old, rows=0), now=0.0)
     assert stream_report(ledger).leases["leased"] == 2
@@ -609,10 +609,10 @@ def test_an_empty_shard_is_believed_when_its_producer_serves_others() -> None:
     sends, now = join(ledger, shards=6), 0.0
     empty = leases(sends)[0].shard
     for turn in range(FAILURES_ALLOWED):
-        given = {lease.shard: lease for lease in leases(sends)}
-        assert empty in given and stream_report(ledger).leases["trained"] == turn
-        ledger.shard_end("ada-1", end_of(given.pop(empty), rows=0), now)
-        serve(ledger, *given.values())
+        lease_of = {lease.shard: lease for lease in leases(sends)}
+        assert empty in lease_of and stream_report(ledger).leases["trained"] == turn
+        ledger.shard_end("ada-1", end_of(lease_of.pop(empty), rows=0), now)
+        serve(ledger, *lease_of.values())
         now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         sends = ledger.tick(now)
@@ -655,9 +655,9 @@ def quarantine_first(ledger: Ledger, sends: list[Send]) -> tuple[Lease, float]:
     now = 0.0
     bad = leases(sends)[0]
     for _ in range(FAILURES_ALLOWED):
-        given = {lease.shard: lease for lease in leases(sends)}
-        fail(ledger, given.pop(bad.shard))
-        serve(ledger, *given.values())
+        lease_of = {lease.shard: lease for lease in leases(sends)}
+        fail(ledger, lease_of.pop(bad.shard))
+        serve(ledger, *lease_of.values())
         now += MAX_BACKOFF * 10.0
         ledger.sessions["ada-1"].last_heard = now
         sends = ledger.tick(now)
@@ -709,9 +709,9 @@ def test_quarantine_can_be_undone_also_after_a_restart() -> None:
     for _ in range(2):
         successor = restart(successor, capacity=64)  # the retry lasts
     sends = join(successor, session="ada-2", shards=6, now=now)
-    (given,) = (send for send in sends if isinstance(send.message, Lease) and send.message.shard == bad.shard)
-    assert given.payload is not None and isinstance(given.message, Lease) and given.message.attempt > bad.attempt
-    assert np.flatnonzero(unpack_bits(given.payload, 12)).tolist() == [1, 2, 3, 5, 6, 7]
+    (lease,) = (send for send in sends if isinstance(send.message, Lease) and send.message.shard == bad.shard)
+    assert lease.payload is not None and isinstance(lease.message, Lease) and lease.message.attempt > bad.attempt
+    assert np.flatnonzero(unpack_bits(lease.payload, 12)).tolist() == [1, 2, 3, 5, 6, 7]
 
 
 def test_what_an_older_release_set_aside_stays_listed() -> None:
@@ -803,10 +803,10 @@ def test_deaths_of_producers_quarantine_nothing() -> None:
     ledger = make_ledger(capacity=64)
     die_on_it(ledger, 50)
     assert not ledger.shards.quarantined and ledger.sessions_lost == 50 and stream_report(ledger).suspect_shards == 2
-    told = [
+    notices = [
         int(one.split()[0]) for one in ledger.failures.pop_notices() if "producers in a row were lost on shard" in one
     ]
-    assert sorted(told) == [3, 3, 6, 6, 12, 12, 24, 24]
+    assert sorted(notices) == [3, 3, 6, 6, 12, 12, 24, 24]
 
     ledger.tick(99_000.0)
     for lease in leases(join(ledger, now=99_999.0)):
@@ -848,10 +848,10 @@ def test_a_run_that_waits_for_shards_in_trouble_says_so() -> None:
     ledger.failures.pop_notices()
     for now in np.arange(0.0, 2.5 * STUCK_SECONDS):
         ledger.tick(now)
-    told = ledger.failures.pop_notices()
-    assert len(told) == 2
-    assert "waits for its last 1 shards: producers were lost on 1 of them, and 0 were reported" in told[0]
-    assert "tried 3 times; 0 producers are here" in told[0]
+    notices = ledger.failures.pop_notices()
+    assert len(notices) == 2
+    assert "waits for its last 1 shards: producers were lost on 1 of them, and 0 were reported" in notices[0]
+    assert "tried 3 times; 0 producers are here" in notices[0]
 
 
 def test_empty_chunk_is_no_sign_of_life_of_a_shard() -> None:
@@ -1068,18 +1068,18 @@ def test_old_start_of_the_trainer_is_fenced_off() -> None:
 def test_order_of_shards_survives_a_restart_in_a_later_epoch() -> None:
     """Every shard of epoch 1 is leased once, though the trainer restarts in its middle under another seed."""
     ledger = make_ledger(epochs=2)
-    seen: list[int] = []
+    order: list[int] = []
     sends = join(ledger, shards=10)
     session = "ada-1"
     for turn in range(10):
         for lease in leases(sends):
-            seen += [lease.shard] * lease.epoch
+            order += [lease.shard] * lease.epoch
             serve(ledger, lease, session)
         if turn == 7:
             ledger, session = restart(ledger, epochs=2, seed=5), "ada-2"
             ledger.hello(hello(session=session, shards=10), now=0.0)
         sends = ledger.tick(0.0)
-    assert ledger.shards.is_exhausted and sorted(seen) == list(range(10))
+    assert ledger.shards.is_exhausted and sorted(order) == list(range(10))
 
 
 def test_restart_loses_nothing_of_a_shard_that_is_quarantined() -> None:
@@ -1108,7 +1108,7 @@ def test_state_is_one_instant() -> None:
     ledger, lease = half_done()
     document, bits = ledger_state(ledger)
     before = deepcopy(document)
-    ledger.shard_fail("ada-1", ShardFail(**named(lease), error="late", retry=False), now=0.0)
+    ledger.shard_fail("ada-1", ShardFail(**name_of(lease), error="late", retry=False), now=0.0)
     restore_ledger(make_ledger(), document, bits)
     successor = make_ledger()
     restore_ledger(successor, document, bits)
@@ -1142,9 +1142,9 @@ def test_chunk_and_report_are_cheap() -> None:
         sends += ledger.hello(hello(f"p{turn}", shards=1000, context=256, chunk_rows=4096), now=0.0)
     sends = ledger.tick(0.0)
     (lease, *_) = (send.message for send in sends if isinstance(send.message, Lease) and send.session == "p0-1")
-    kept = pack_bits(np.ones(4096, bool))
+    mask = pack_bits(np.ones(4096, bool))
     chunks = [
-        window_chunk(lease, number, 16 * (number - 1), windows=16, rows=4096, kept=kept)
+        window_chunk(lease, number, 16 * (number - 1), windows=16, rows=4096, kept=mask)
         for number in range(1, CHUNKS_IN_FLIGHT + 1)
     ]
     queue = iter(chunks)

@@ -91,10 +91,10 @@ class Shard:
 @st.composite
 def shards(draw: st.DrawFn) -> Shard:
     bits = draw(st.lists(st.tuples(st.integers(0, 15), st.sampled_from((0, 0, 0, 5, 15))), max_size=6))
-    kept = np.array([[word >> place & 1 for place in range(CONTEXT)] for word, _ in bits], bool).reshape(-1, CONTEXT)
+    masks = np.array([[word >> place & 1 for place in range(CONTEXT)] for word, _ in bits], bool).reshape(-1, CONTEXT)
     large = np.array([[word >> place & 1 for place in range(CONTEXT)] for _, word in bits], bool).reshape(-1, CONTEXT)
     fate = draw(st.sampled_from(("sound",) * 9 + ("failing", "unreadable", "deadly")))
-    return Shard(kept, kept & large, fate, draw(st.integers(0, 3)))
+    return Shard(masks, masks & large, fate, draw(st.integers(0, 3)))
 
 
 @dataclass
@@ -175,7 +175,7 @@ class ModelProducer:
             self.meet_fate(work, shard.fate)
         elif work.window == len(shard.kept):
             self.work.remove(work)
-            self.say(ShardEnd(**named(work.lease), rows=int(shard.kept.sum())))
+            self.say(ShardEnd(**name_of(work.lease), rows=int(shard.kept.sum())))
         elif self.sent == self.granted:
             self.say(Heartbeat(progress=self.progress))
         else:
@@ -186,26 +186,26 @@ class ModelProducer:
             self.alive = False
         else:
             self.work.remove(work)
-            self.say(ShardFail(**named(work.lease), error="cannot be read", retry=fate == "failing"))
+            self.say(ShardFail(**name_of(work.lease), error="cannot be read", retry=fate == "failing"))
 
     def send_windows(self, work: Work, shard: Shard, last: int) -> None:
         part = slice(work.window, last)
-        wanted = shard.kept[part] & ~work.had[part]
-        outliers = wanted & shard.outliers[part]
-        kept = wanted & ~outliers
-        if wanted.any() or self.chatty:
+        mask = shard.kept[part] & ~work.had[part]
+        outliers = mask & shard.outliers[part]
+        kept_mask = mask & ~outliers
+        if mask.any() or self.chatty:
             self.sent += 1
             chunk = Chunk(
-                **named(work.lease),
+                **name_of(work.lease),
                 number=self.sent,
                 incarnation=self.incarnation or "",
                 first_window=work.window,
                 windows=last - work.window,
-                rows=int(kept.sum()),
-                kept=pack_bits(kept),
+                rows=int(kept_mask.sum()),
+                kept=pack_bits(kept_mask),
                 outliers=pack_bits(outliers) if outliers.any() else b"",
             )
-            self.say(chunk, activations(work.lease.shard, CONTEXT * work.window + np.flatnonzero(kept)))
+            self.say(chunk, activations(work.lease.shard, CONTEXT * work.window + np.flatnonzero(kept_mask)))
         work.window = last
         self.progress += 1
 
@@ -215,8 +215,8 @@ class ModelProducer:
             if isinstance(message, Welcome) and message.session == self.pipe.session:
                 self.incarnation = message.incarnation
             elif isinstance(message, Lease):
-                kept = self.corpus[message.shard].kept
-                self.work.append(Work(message, unpack_bits(payload, kept.size).reshape(kept.shape)))
+                masks = self.corpus[message.shard].kept
+                self.work.append(Work(message, unpack_bits(payload, masks.size).reshape(masks.shape)))
             elif isinstance(message, Credit):
                 self.granted = max(self.granted, message.number)
             elif isinstance(message, Drain):
@@ -231,7 +231,7 @@ class ModelProducer:
         self.pipe.up.append((message, x))
 
 
-def named(lease: Lease) -> dict[str, int]:
+def name_of(lease: Lease) -> dict[str, int]:
     return {"shard": lease.shard, "epoch": lease.epoch, "attempt": lease.attempt}
 
 
@@ -263,9 +263,9 @@ class Books:
         for name, had in books.had.items():
             settled = books.trained.get(name, set()) | books.discarded.get(name, set())
             if name in books.aside:
-                lost = len(had) - len(settled)
+                unsettled = len(had) - len(settled)
                 if (missing := books.aside[name]) is not None:
-                    books.aside[name] = missing + lost
+                    books.aside[name] = missing + unsettled
             books.had[name] = settled
         return books
 
@@ -402,10 +402,10 @@ class Stream(RuleBasedStateMachine):
     )
     def forge(self, which: int, fault: str) -> None:
         """A chunk that is right in all but one point."""
-        held = sorted((name, *holder) for name, holder in self.holder.items())
-        if not held:
+        names = sorted((name, *holder) for name, holder in self.holder.items())
+        if not names:
             return
-        (epoch, shard), session, attempt = held[which % len(held)]
+        (epoch, shard), session, attempt = names[which % len(names)]
         others = [one for one in self.told if one != session]
         had = sorted(self.books.had.get((epoch, shard), set()))
         free = [at for at in range(4 * CONTEXT) if at not in had]
@@ -415,7 +415,7 @@ class Stream(RuleBasedStateMachine):
         sender = others[0] if fault == "session" else session
         if fault == "credit" and self.taken[sender] < self.told[sender]:
             return
-        kept = np.arange(CONTEXT) == at[0] % CONTEXT
+        mask = np.arange(CONTEXT) == at[0] % CONTEXT
         chunk = Chunk(
             number=self.taken[sender] + (2 if fault == "gap" else 1),
             incarnation=self.ledger.incarnation + ("?" if fault == "incarnation" else ""),
@@ -425,7 +425,7 @@ class Stream(RuleBasedStateMachine):
             first_window=at[0] // CONTEXT,
             windows=1,
             rows=1,
-            kept=pack_bits(kept),
+            kept=pack_bits(mask),
             outliers=b"",
         )
         before = self.buffer.used_slots
@@ -516,9 +516,9 @@ class Stream(RuleBasedStateMachine):
         assert self.in_memory() + waiting <= self.limits.capacity
 
     def every_row_is_in_one_place(self) -> None:
-        trained = sum(map(len, self.books.trained.values()))
-        assert self.ledger.tokens_trained == trained
-        assert self.ledger.tokens_received == self.in_memory() + trained
+        trained_count = sum(map(len, self.books.trained.values()))
+        assert self.ledger.tokens_trained == trained_count
+        assert self.ledger.tokens_received == self.in_memory() + trained_count
         assert self.ledger.tokens_dropped == sum(map(len, self.books.discarded.values()))
         assert self.ledger.tokens_trained >= self.tokens
         self.tokens = self.ledger.tokens_trained
@@ -548,20 +548,20 @@ class Stream(RuleBasedStateMachine):
     def leases_are_held_by_sessions(self) -> None:
         """A leased shard has one holder, who is here; whatever a session held is free when it ends."""
         assert set(self.ledger.sessions) == set(self.told)
-        held = {
+        leases = {
             (shard.epoch, shard.shard): (shard.holder, shard.attempt)
             for shard in self.ledger.shards.open.values()
             if shard.holder is not None
         }
-        assert held == self.holder
+        assert leases == self.holder
         for name, session in self.ledger.sessions.items():
             assert len(session.leases) <= LEASES_PER_PRODUCER
             assert all(shard.holder == name and shard.state is ShardState.LEASED for shard in session.leases)
-        assert sum(len(session.leases) for session in self.ledger.sessions.values()) == len(held)
+        assert sum(len(session.leases) for session in self.ledger.sessions.values()) == len(leases)
 
     def what_is_given_up_is_listed(self) -> None:
-        listed = {(entry.epoch, entry.shard): entry.rows for entry in self.ledger.shards.quarantined}
-        assert listed == self.books.aside and len(listed) == len(self.ledger.shards.quarantined)
+        quarantined = {(entry.epoch, entry.shard): entry.rows for entry in self.ledger.shards.quarantined}
+        assert quarantined == self.books.aside and len(quarantined) == len(self.ledger.shards.quarantined)
 
     def report_agrees(self) -> None:
         report = stream_report(self.ledger)
@@ -572,9 +572,9 @@ class Stream(RuleBasedStateMachine):
             all(shard.epoch == self.ledger.shards.epoch for shard in self.ledger.shards.open.values())
             and self.ledger.identity.hello
         ):
-            aside = sum(epoch == self.ledger.shards.epoch for epoch, _ in self.books.aside)
+            quarantined = sum(epoch == self.ledger.shards.epoch for epoch, _ in self.books.aside)
             others = sum(count for state, count in report.leases.items() if state != "set_aside")
-            assert others + aside == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
+            assert others + quarantined == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
 
     def the_end_is_the_end(self) -> None:
         """The data is exhausted when each row of each epoch has come, or its shard was given up."""
@@ -584,11 +584,11 @@ class Stream(RuleBasedStateMachine):
 
     def all_shards(self) -> list[Name]:
         """Of every epoch, without the held-out ones."""
-        kept = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
+        shards = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
         # An epoch in which nothing could be served is the last.
-        barren = all((self.ledger.shards.epoch, shard) in self.books.aside for shard in kept)
+        barren = all((self.ledger.shards.epoch, shard) in self.books.aside for shard in shards)
         epochs = self.ledger.shards.epoch + 1 if barren else self.limits.epochs or 0
-        return [(epoch, shard) for epoch in range(epochs) for shard in kept]
+        return [(epoch, shard) for epoch in range(epochs) for shard in shards]
 
     def teardown(self) -> None:
         """From wherever the example ended, healthy producers finish the run, and the books balance."""
@@ -618,25 +618,31 @@ class Stream(RuleBasedStateMachine):
     def achieved(self) -> tuple[int, ...]:
         """Grows with whatever brings the end nearer."""
         ledger, books = self.ledger, self.books
-        ended = (
+        has_ended = (
             sum(not shard.is_pending for shard in ledger.shards.open.values())
             + ledger.shards.next_serial
             - len(ledger.shards.open)
         )
         failures = sum(shard.failures for shard in ledger.shards.open.values())
-        return ledger.tokens_received + ledger.tokens_dropped, ledger.tokens_trained, ended, len(books.aside), failures
+        return (
+            ledger.tokens_received + ledger.tokens_dropped,
+            ledger.tokens_trained,
+            has_ended,
+            len(books.aside),
+            failures,
+        )
 
     def balance(self) -> None:
         """Every row of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
         self.check()
         assert all(shard.state is ShardState.QUARANTINED for shard in self.ledger.shards.open.values())
         for name in self.all_shards():
-            content, trained = self.corpus[name[1]], self.books.trained.get(name, set())
+            content, trained_rows = self.corpus[name[1]], self.books.trained.get(name, set())
             discarded = self.books.discarded.get(name, set())
-            missing = content.rows() - trained - discarded
-            assert not trained & discarded and trained | discarded <= content.rows()
+            missing = content.rows() - trained_rows - discarded
+            assert not trained_rows & discarded and trained_rows | discarded <= content.rows()
             assert discarded <= set(np.flatnonzero(content.outliers).tolist())
-            assert not trained & set(np.flatnonzero(content.outliers).tolist())
+            assert not trained_rows & set(np.flatnonzero(content.outliers).tolist())
             if name not in self.books.aside:
                 assert not missing, f"rows of {name} were forgotten"
             elif self.books.aside[name] is not None:
@@ -655,9 +661,9 @@ class Stream(RuleBasedStateMachine):
         if self.hand is None:
             return
         for serial, at in self.names_in_hand():
-            trained = self.books.trained.setdefault(self.serials[serial], set())
-            assert at not in trained, "a row was trained twice"
-            trained.add(at)
+            trained_rows = self.books.trained.setdefault(self.serials[serial], set())
+            assert at not in trained_rows, "a row was trained twice"
+            trained_rows.add(at)
         self.ledger.mark_trained(self.hand.serial, self.hand.position)
         self.hand = None
 
@@ -708,7 +714,7 @@ class Stream(RuleBasedStateMachine):
         """The ledger must take the chunk exactly when the model would."""
         name, rejected = (chunk.epoch, chunk.shard), sum(self.ledger.rejected.values())
         at = chunk.first_window * CONTEXT
-        kept, outliers = (
+        mask, outliers = (
             set((at + np.flatnonzero(unpack_bits(bits, chunk.windows * CONTEXT))).tolist())
             for bits in (chunk.kept, chunk.outliers)
         )
@@ -716,7 +722,7 @@ class Stream(RuleBasedStateMachine):
         in_turn = chunk.number == self.taken[session] + 1 and chunk.number <= self.told[session]
         in_session = in_turn and chunk.incarnation == self.ledger.incarnation
         leased = self.holder.get(name) == (session, chunk.attempt)
-        fits = not had & (kept | outliers) and self.has_its_turn(name, chunk)
+        fits = not had & (mask | outliers) and self.has_its_turn(name, chunk)
         accepted, sends = self.ledger.chunk(session, chunk, x.nbytes, self.now)
         assert (accepted is not None) == (in_session and leased and fits), "fenced wrongly"
         assert (session in self.ledger.sessions) == (in_session and (not leased or accepted is not None))
@@ -726,9 +732,9 @@ class Stream(RuleBasedStateMachine):
             assert sum(self.ledger.rejected.values()) == rejected + chunk.rows, "rows vanished without being counted"
             return
         assert self.serials.setdefault(accepted.serial, name) == name
-        assert accepted.position.tolist() == sorted(kept)
+        assert accepted.position.tolist() == sorted(mask)
         self.buffer.insert([x], accepted.serial, accepted.position)
-        had |= kept | outliers
+        had |= mask | outliers
         self.books.discarded.setdefault(name, set()).update(outliers)
 
     def has_its_turn(self, name: Name, chunk: Chunk) -> bool:
@@ -784,8 +790,8 @@ class Stream(RuleBasedStateMachine):
         """A shard is quarantined for what was said of it, and only once others were served, or none was left."""
         reports = self.books.reports.get(name, [])
         assert len(reports) >= (1 if name in self.books.hopeless else FAILURES_ALLOWED), "deaths count"
-        served = self.books.served > reports[0]
-        assert served or not self.others_left(name), "a shard was quarantined before others were served"
+        has_served = self.books.served > reports[0]
+        assert has_served or not self.others_left(name), "a shard was quarantined before others were served"
 
     def others_left(self, name: Name) -> bool:
         """Whether a producer could show by another shard that it is sound."""

@@ -40,19 +40,19 @@ def test_block_hooks_of_the_cut_model_equal_the_whole_model(architecture):
     folder, path, tokens = tiny(architecture), BLOCKS[architecture], windows()
     pre, post = [f"blocks.{n}.hook_resid_pre" for n in (0, 2, 3)], [f"blocks.{n}.hook_resid_post" for n in (0, 1, 3)]
     model = load(folder, *pre, *post)
-    found = dict(zip(pre + post, model.activations(tokens), strict=True))
+    activations = dict(zip(pre + post, model.activations(tokens), strict=True))
 
     blocks = tuple(f"{path}.{n}" for n in range(LAYERS))
-    seen, result = observe(whole_model(architecture, folder), tokens, outputs=blocks)
+    tensors, result = observe(whole_model(architecture, folder), tokens, outputs=blocks)
     for n in (0, 1, 3):
-        assert torch.equal(found[f"blocks.{n}.hook_resid_post"], seen[f"{path}.{n}"])
+        assert torch.equal(activations[f"blocks.{n}.hook_resid_post"], tensors[f"{path}.{n}"])
     for n in (2, 3):
-        assert torch.equal(found[f"blocks.{n}.hook_resid_pre"], seen[f"{path}.{n - 1}"])
+        assert torch.equal(activations[f"blocks.{n}.hook_resid_pre"], tensors[f"{path}.{n - 1}"])
     if architecture != "mamba":  # whose hidden_states begin with the first block's output
         for n in (0, 2, 3):
-            assert torch.equal(found[f"blocks.{n}.hook_resid_pre"], result.hidden_states[n])
+            assert torch.equal(activations[f"blocks.{n}.hook_resid_pre"], result.hidden_states[n])
         for n in (0, 1):
-            assert torch.equal(found[f"blocks.{n}.hook_resid_post"], result.hidden_states[n + 1])
+            assert torch.equal(activations[f"blocks.{n}.hook_resid_post"], result.hidden_states[n + 1])
     assert [hook.module for hook in model.hooks] == [f"{path}.{n}" for n in (0, 2, 3, 0, 1, 3)]
     assert [hook.layer for hook in model.hooks] == [0, 2, 3, 0, 1, 3]
     assert {hook.width for hook in model.hooks} == {WIDTH}
@@ -91,9 +91,9 @@ def test_middle_and_mlp_add_up_to_the_block(architecture):
     assert not torch.allclose(mid, pre, atol=1e-3)
 
     before, after = (f"{BLOCKS[architecture]}.2.{module}" for module in MIDDLES[architecture])
-    seen, _ = observe(whole_model(architecture, folder), tokens, inputs=(before,), outputs=(after,))
-    assert torch.equal(mid, seen[before].reshape(mid.shape))
-    assert torch.equal(mlp_out, seen[after].reshape(mid.shape))
+    tensors, _ = observe(whole_model(architecture, folder), tokens, inputs=(before,), outputs=(after,))
+    assert torch.equal(mid, tensors[before].reshape(mid.shape))
+    assert torch.equal(mlp_out, tensors[after].reshape(mid.shape))
     assert (model.hooks[1].module, model.hooks[1].side) == (before, "input")
     assert model.hooks[2] == HookPoint(names[2], after, 2, WIDTH)
 
@@ -104,8 +104,8 @@ def test_parallel_block_has_an_mlp_but_no_middle(architecture):
     folder, tokens = tiny(architecture), windows()
     mlp_out, _ = load(folder, "blocks.1.hook_mlp_out", "blocks.3.hook_resid_post").activations(tokens)
     path = f"{BLOCKS[architecture]}.1.mlp"
-    seen, _ = observe(whole_model(architecture, folder), tokens, outputs=(path,))
-    assert torch.equal(mlp_out, seen[path])
+    tensors, _ = observe(whole_model(architecture, folder), tokens, outputs=(path,))
+    assert torch.equal(mlp_out, tensors[path])
     assert "in parallel on the same input" in refusal(folder, "blocks.1.hook_resid_mid")
 
 
@@ -136,8 +136,8 @@ def test_passes_may_run_side_by_side(architecture):
     with ThreadPoolExecutor(4) as lanes:
         together = list(lanes.map(model.activations, inputs))
 
-    for expected, found in zip(alone, together, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    for expected, actual in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(expected, actual, strict=True))
     assert model.layers_run == 3
 
 
@@ -157,8 +157,8 @@ def test_module_path_hooks_that_module(name, path, layer, width):
     """A path, counted from the model or from its decoder, gives that module's output; of a tuple, the first."""
     folder, tokens = tiny("llama"), windows()
     model = load(folder, name)
-    seen, _ = observe(whole_model("llama", folder), tokens, outputs=(path,))
-    assert torch.equal(model.activations(tokens)[0], seen[path])
+    tensors, _ = observe(whole_model("llama", folder), tokens, outputs=(path,))
+    assert torch.equal(model.activations(tokens)[0], tensors[path])
     assert model.hooks == (HookPoint(name, path, layer, width),)
 
 

@@ -50,18 +50,20 @@ def test_nothing_after_the_last_hook_runs_or_is_held(hook, runs, holds):
     """Later blocks, the final norm and the head are never called; later blocks and the head are not in memory."""
     folder = tiny("llama")
     model = load(folder, hook)
-    kept = tuple(["model.embed_tokens.", "model.norm.", *holds])
-    assert model.network.parameter_count == sum(n for name, n in sizes_on_disk(folder).items() if name.startswith(kept))
+    prefixes = tuple(["model.embed_tokens.", "model.norm.", *holds])
+    assert model.network.parameter_count == sum(
+        n for name, n in sizes_on_disk(folder).items() if name.startswith(prefixes)
+    )
 
     calls: Counter[str] = Counter()
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: calls.update([type(m).__name__]))
-    begun: Counter[str] = Counter()
-    other = nn.modules.module.register_module_forward_pre_hook(lambda m, a: begun.update([m._get_name()]))
+    call_counts: Counter[str] = Counter()
+    other = nn.modules.module.register_module_forward_pre_hook(lambda m, a: call_counts.update([m._get_name()]))
     model.activations(windows())
     handle.remove(), other.remove()
     assert calls["LlamaMLP"] == runs
     assert calls["LlamaForCausalLM"] == calls["LlamaModel"] == 0
-    assert begun["LlamaRMSNorm"] == 2 * runs
+    assert call_counts["LlamaRMSNorm"] == 2 * runs
     assert (model.layers_run, model.layers_total) == (runs, LAYERS)
 
 
@@ -170,15 +172,15 @@ def test_model_facts_are_told():
 def test_fingerprint_tells_models_apart(tmp_path):
     """Hooks and the cut do not touch it, nor where the model lies; one changed weight or setting does."""
     mine = load(tiny("llama"), "blocks.0.hook_resid_pre").fingerprint
-    moved = copy_of(tiny("llama"), tmp_path / "moved")
-    assert load(moved, "blocks.3.hook_resid_post", whole=True).fingerprint == mine
-    weights = load_file(moved / "model.safetensors")
+    model_copy = copy_of(tiny("llama"), tmp_path / "moved")
+    assert load(model_copy, "blocks.3.hook_resid_post", whole=True).fingerprint == mine
+    weights = load_file(model_copy / "model.safetensors")
     weights["model.layers.3.mlp.down_proj.weight"] *= 1.01
-    save_file(weights, moved / "model.safetensors", {"format": "pt"})
-    assert load(moved, "blocks.0.hook_resid_pre").fingerprint != mine
-    moved = copy_of(tiny("llama"), tmp_path / "other")
-    change_config(moved, rms_norm_eps=1e-3)
-    assert load(moved, "blocks.0.hook_resid_pre").fingerprint != mine
+    save_file(weights, model_copy / "model.safetensors", {"format": "pt"})
+    assert load(model_copy, "blocks.0.hook_resid_pre").fingerprint != mine
+    model_copy = copy_of(tiny("llama"), tmp_path / "other")
+    change_config(model_copy, rms_norm_eps=1e-3)
+    assert load(model_copy, "blocks.0.hook_resid_pre").fingerprint != mine
 
 
 @pytest.mark.parametrize("hook", ["blocks.2.hook_resid_post", "blocks.2.hook_resid_mid", "blocks.3.hook_mlp_out"])
@@ -257,14 +259,14 @@ def test_tokenizer_of_another_model_is_noticed(tmp_path):
     assert "the tokenizer has 65 tokens and the model knows 64" in refusal(tmp_path / "model")
 
 
-@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_incomplete_checkpoint_is_noticed(tmp_path, lost):
+@pytest.mark.parametrize("missing_key", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_incomplete_checkpoint_is_noticed(tmp_path, missing_key):
     """Weights that the checkpoint lacks would be random numbers; that is refused, with the name of one."""
     folder = copy_of(tiny("llama"), tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    del weights[lost]
+    del weights[missing_key]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert f"the checkpoint lacks 1 parameters, such as {lost}" in refusal(folder)
+    assert f"the checkpoint lacks 1 parameters, such as {missing_key}" in refusal(folder)
 
 
 def test_missing_head_matters_only_to_the_whole_model(tmp_path):

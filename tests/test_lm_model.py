@@ -126,10 +126,10 @@ def test_token_that_the_model_does_not_know_is_refused_where_it_is_used(with_ima
     tokens = torch.tensor(model.tokenizer(["w5 w6 w7 w8", "w5 w6 <image> w8"])["input_ids"])
     assert model.activations(tokens[:1])[0].shape == (1, 4, WIDTH)
     for use in (model.activations, model.check_ids):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError) as error:
             use(tokens)
-        assert str(caught.value).startswith("window 1, position 2: token id 64 ('<image>') is unknown to ")
-        assert "ids 0 to 63; the text there is 'w5 w6 <image> w8': take it out" in str(caught.value)
+        assert str(error.value).startswith("window 1, position 2: token id 64 ('<image>') is unknown to ")
+        assert "ids 0 to 63; the text there is 'w5 w6 <image> w8': take it out" in str(error.value)
     with pytest.raises(ModelError, match=r"held-out window 0, position 1: token id -3 \(no token\)"):
         model.check_ids(torch.tensor([[5, -3, 99]]), "held-out window")
 
@@ -189,11 +189,11 @@ def test_unembedding_of_a_small_change(architecture):
     assert unembedding.norm_subtracts_mean == (architecture == "gpt2")
     direction = torch.randn(len(unembedding.gain), generator=torch.Generator().manual_seed(1)) + 2
     size = 1e-2
-    moved = model.logits(windows(), {last: lambda rows: rows + size * direction})
-    change = (moved - model.logits(windows())).flatten(0, 1).mean(0) / size
-    told = unembedding.logits(direction)
+    changed_logits = model.logits(windows(), {last: lambda rows: rows + size * direction})
+    change = (changed_logits - model.logits(windows())).flatten(0, 1).mean(0) / size
+    predicted_change = unembedding.logits(direction)
     # What the norm takes from the direction along the stream itself differs by row, and is not in it.
-    assert torch.corrcoef(torch.stack([change - change.mean(), told - told.mean()]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([change - change.mean(), predicted_change - predicted_change.mean()]))[0, 1] > 0.9
 
 
 def test_replacing_is_the_threads_own():
@@ -201,16 +201,16 @@ def test_replacing_is_the_threads_own():
     name, tokens = "blocks.1.hook_resid_post", windows()
     model = load(tiny("llama"), name, whole=True)
     (clean,) = model.activations(tokens)
-    seen = []
+    results = []
 
     def zeros(x):
-        other = threading.Thread(target=lambda: seen.append(model.activations(tokens)[0]))
+        other = threading.Thread(target=lambda: results.append(model.activations(tokens)[0]))
         other.start()
         other.join()
         return torch.zeros_like(x)
 
     model.logits(tokens, {name: zeros})
-    assert torch.equal(seen[0], clean)
+    assert torch.equal(results[0], clean)
 
 
 def test_replacing_does_not_leak_into_another_threads_pass():
@@ -218,36 +218,36 @@ def test_replacing_does_not_leak_into_another_threads_pass():
     name, later, tokens = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post", windows()
     model = load(tiny("llama"), name, later, whole=True)
     clean = model.activations(tokens)
-    begun, seen = [], []
+    starts, results = [], []
 
     def zeros(x):
-        if not begun:  # a leak is to end as a difference, not as threads without end
-            begun.append(True)
-            other = threading.Thread(target=lambda: seen.extend(model.activations(tokens)))
+        if not starts:  # a leak is to end as a difference, not as threads without end
+            starts.append(True)
+            other = threading.Thread(target=lambda: results.extend(model.activations(tokens)))
             other.start()
             other.join()
         return torch.zeros_like(x)
 
     model.logits(tokens, {name: zeros})
-    assert all(map(torch.equal, seen, clean)) and len(seen) == 2
+    assert all(map(torch.equal, results, clean)) and len(results) == 2
 
 
 @pytest.mark.parametrize("architecture", MIDDLES)
 def test_replaced_middle_reaches_the_mlp_and_the_residual(architecture):
     """What is put at resid_mid is what the MLP reads and what goes around it: resid_post is it plus the new mlp_out."""
     model = load(tiny(architecture), *REPLACED, whole=True)
-    seen = {}
+    tensors = {}
 
     def change(x):
-        seen["mid"] = 0.5 * x - 1
-        return seen["mid"].clone()
+        tensors["mid"] = 0.5 * x - 1
+        return tensors["mid"].clone()
 
     def look(name):
-        return lambda x: seen.setdefault(name, x.clone())
+        return lambda x: tensors.setdefault(name, x.clone())
 
     model.logits(windows(), dict(zip(REPLACED[1:], (change, look("mlp_out"), look("post")), strict=True)))
-    assert torch.equal(seen["mid"] + seen["mlp_out"], seen["post"])
-    assert not torch.equal(seen["mlp_out"], model.activations(windows())[2])
+    assert torch.equal(tensors["mid"] + tensors["mlp_out"], tensors["post"])
+    assert not torch.equal(tensors["mlp_out"], model.activations(windows())[2])
 
 
 def test_attention_output_can_be_replaced():

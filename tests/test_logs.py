@@ -26,11 +26,11 @@ class Clock:
 
 def outside_log() -> tuple[OutsideLog, io.StringIO, Clock]:
     """A log of its own, what it has written, and its clock."""
-    log, written, clock = logging.Logger("test"), io.StringIO(), Clock()
-    handler = logging.StreamHandler(written)
+    log, output, clock = logging.Logger("test"), io.StringIO(), Clock()
+    handler = logging.StreamHandler(output)
     handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
     log.addHandler(handler)
-    return OutsideLog(log, clock), written, clock
+    return OutsideLog(log, clock), output, clock
 
 
 def test_what_does_not_print_is_written_as_its_escape() -> None:
@@ -43,19 +43,19 @@ def test_what_does_not_print_is_written_as_its_escape() -> None:
 
 
 def test_a_name_is_one_line_and_has_a_length() -> None:
-    outside, written, _ = outside_log()
+    outside, output, _ = outside_log()
     outside.warning("producer %s, %d at work", FORGERY, 3)
     outside.warning("producer %s", "x" * 5000)
 
-    first, second = written.getvalue().splitlines()
+    first, second = output.getvalue().splitlines()
     assert first == f"WARNING producer {escape(FORGERY)}, 3 at work"
     assert len(second) < TEXT_LENGTH + 40
 
 
 def test_no_record_can_look_like_two() -> None:
     """Also one that does not come through OutsideLog: further lines are indented, as are those of a traceback."""
-    written = io.StringIO()
-    handler = logging.StreamHandler(written)
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
     handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
     log = logging.Logger("test")
     log.addHandler(handler)
@@ -65,37 +65,37 @@ def test_no_record_can_look_like_two() -> None:
     except ValueError:
         log.exception("failed")
 
-    lines = written.getvalue().split("\n")
+    lines = output.getvalue().split("\n")
     assert [line for line in lines if line[:1].strip()] == ["ERROR eve", "ERROR failed"]
     assert all(line.isprintable() for line in lines)
 
 
 def test_lines_of_a_kind_are_counted_once_there_are_many() -> None:
     """A thousand in a minute: five, and one that counts the others; another kind is not touched by it."""
-    outside, written, clock = outside_log()
+    outside, output, clock = outside_log()
     for number in range(1000):
         outside.info("refused %d", number)
     outside.info("another")
     outside.flush()
-    assert written.getvalue().splitlines() == [*(f"INFO refused {number}" for number in range(BURST)), "INFO another"]
+    assert output.getvalue().splitlines() == [*(f"INFO refused {number}" for number in range(BURST)), "INFO another"]
 
     clock.now = WINDOW_SECONDS
     outside.flush()
-    assert written.getvalue().splitlines()[BURST + 1 :] == ["INFO refused 999 (the last of 995 more like it in 60 s)"]
+    assert output.getvalue().splitlines()[BURST + 1 :] == ["INFO refused 999 (the last of 995 more like it in 60 s)"]
     outside.info("refused %d", 1000)
     outside.flush(everything=True)
-    assert written.getvalue().splitlines()[BURST + 2 :] == ["INFO refused 1000"]
+    assert output.getvalue().splitlines()[BURST + 2 :] == ["INFO refused 1000"]
 
 
 def test_the_next_line_counts_what_came_before_it() -> None:
     """Where nobody calls flush, the count is written when the kind comes up again."""
-    outside, written, clock = outside_log()
+    outside, output, clock = outside_log()
     for number in range(BURST + 2):
         outside.info("refused %d", number)
     clock.now = 2 * WINDOW_SECONDS
     outside.info("refused %d", 99)
 
-    assert written.getvalue().splitlines()[BURST:] == [
+    assert output.getvalue().splitlines()[BURST:] == [
         f"INFO refused {BURST + 1} (the last of 2 more like it in 120 s)",
         "INFO refused 99",
     ]
@@ -103,13 +103,13 @@ def test_the_next_line_counts_what_came_before_it() -> None:
 
 def test_threads_share_it() -> None:
     """Exactly the burst is written, whoever is first."""
-    outside, written, _ = outside_log()
+    outside, output, _ = outside_log()
     threads = [threading.Thread(target=lambda: [outside.info("x") for _ in range(200)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert written.getvalue().count("INFO x\n") == BURST
+    assert output.getvalue().count("INFO x\n") == BURST
 
 
 @pytest.mark.parametrize("process", ["producer", "trainer", "monitor"])
@@ -118,6 +118,6 @@ def test_every_process_writes_its_log_so(process: str) -> None:
     code = (
         f"import logging; from producer.common.logs import set_up; set_up('{process}'); logging.warning('a\\nb\\x1b')"
     )
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    log = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stderr
 
-    assert told.split(" ", 1)[1] == f"{process} WARNING a\n    b\\x1b\n"
+    assert log.split(" ", 1)[1] == f"{process} WARNING a\n    b\\x1b\n"

@@ -84,13 +84,13 @@ def test_it_is_in_the_terminal(run: Path) -> None:
         "tokens": 5, "target_tokens": None, "tokens_per_second": 0.0, "buffer_rows": 3, "buffer_capacity_rows": 7,
         "state": "training", "stream": {"producers": {}}, "saes": [{"name": "small"}],
     }  # fmt: skip
-    text = drawn(live(report, {"small": Evaluation(values={"gini": 0.375})}, None, ""))
+    text = render(live(report, {"small": Evaluation(values={"gini": 0.375})}, None, ""))
     assert "gini" in text and "0.37500" in text
     finish_run(run, 2000)
     complete_summary(run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["saes"]["small"]["held_out_gini"] == 0.375
-    text = drawn(results(summary))
+    text = render(results(summary))
     assert "gini" in text and "0.37500" in text
 
 
@@ -138,7 +138,7 @@ def test_declarations_are_whole(measure: Measure) -> None:
     assert measure.summary_name or not measure.results_column
 
 
-def drawn(picture: RenderableType) -> str:
+def render(picture: RenderableType) -> str:
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(picture)
     return console.export_text()

@@ -248,12 +248,12 @@ FILES: list[tuple[bytes, str]] = [
 ]
 
 
-def told(capsys: pytest.CaptureFixture[str], kind: Any, folder: Path, data: bytes, *overrides: str) -> str:
+def error_text(capsys: pytest.CaptureFixture[str], kind: Any, folder: Path, data: bytes, *overrides: str) -> str:
     """What the operator reads; the process would end with code 2."""
     (folder / "run.toml").write_bytes(data)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stop:
         parse_command_line("python -m x", "", kind, [str(folder / "run.toml"), *overrides])
-    assert ended.value.code == 2
+    assert stop.value.code == 2
     return capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def short(value: object) -> str:
 @pytest.mark.parametrize(("override", "sentence"), OVERRIDES, ids=short)
 def test_the_trainer_tells(override: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One mistake, one line: name, value, expectation, what to do; nothing of Python."""
-    message = told(capsys, TrainerSettings, tmp_path, GOOD.encode(), override)
+    message = error_text(capsys, TrainerSettings, tmp_path, GOOD.encode(), override)
 
     assert sentence in message
     assert not [word for word in ("'", "None", "valid dictionary", "Input should") if word in _without_prose(message)]
@@ -278,19 +278,19 @@ def _without_prose(message: str) -> str:
 @pytest.mark.parametrize(("override", "sentence"), MONITOR, ids=short)
 def test_the_monitor_tells(override: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """[monitor] is checked in full by the monitor alone."""
-    assert sentence in told(capsys, MonitorSettings, tmp_path, GOOD.encode(), override)
+    assert sentence in error_text(capsys, MonitorSettings, tmp_path, GOOD.encode(), override)
 
 
 @pytest.mark.parametrize(("override", "sentence"), PRODUCER, ids=short)
 def test_the_producer_tells(override: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What can be bound but not connected to."""
-    assert sentence in told(capsys, ProducerSettings, tmp_path, GOOD.encode(), override)
+    assert sentence in error_text(capsys, ProducerSettings, tmp_path, GOOD.encode(), override)
 
 
 @pytest.mark.parametrize(("data", "sentence"), FILES, ids=range(len(FILES)))
 def test_a_file_is_told(data: bytes, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Encodings, syntax with line and column, tables that are none."""
-    assert sentence in told(capsys, TrainerSettings, tmp_path, data)
+    assert sentence in error_text(capsys, TrainerSettings, tmp_path, data)
 
 
 ACCEPTED: list[tuple[list[str], str, object]] = [
@@ -449,10 +449,10 @@ def test_paths_of_every_command_follow_the_rule(
     main: Any, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Usage, and exit code 2."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stop:
         main(arguments)
 
-    assert ended.value.code == 2
+    assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
 
 
@@ -501,8 +501,8 @@ def test_a_process_ends_with_code_2(package: str, overrides: list[str], sentence
     (tmp_path / "run.toml").write_text(GOOD)
     command = [sys.executable, "-m", package, "run.toml", *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
 
-    assert done.returncode == 2
-    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert process.returncode == 2
+    assert sentence in process.stderr and "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]

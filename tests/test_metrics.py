@@ -105,9 +105,9 @@ def test_every_metric_says_what_it_is_and_in_which_unit(metric: Metric):
     TrainerMetrics(registry, {})
     ProducerMetrics(registry, {})
     MonitorMetrics(registry)
-    shown = {family.name: family.documentation for family in registry.collect()}
+    help_texts = {family.name: family.documentation for family in registry.collect()}
     unit_shown = "" if metric.kind == "info" else f" [{metric.unit}]"
-    assert shown[stem.removesuffix("_info")] == metric.help + unit_shown
+    assert help_texts[stem.removesuffix("_info")] == metric.help + unit_shown
 
 
 def test_trainer_shows_its_last_report():
@@ -131,12 +131,12 @@ def test_trainer_shows_its_last_report():
 NUMBERS = count(1)
 
 
-def numbered(kind: type, **given: Any) -> Any:
+def numbered(kind: type, **overrides: Any) -> Any:
     """A report of which no two numbers are the same, so that each tells which one it is."""
     values: dict[str, Any] = {}
     for one in fields(kind):
         number = next(NUMBERS)
-        values[one.name] = given.get(one.name, {"some": number} if str(one.type).startswith("dict") else number)
+        values[one.name] = overrides.get(one.name, {"some": number} if str(one.type).startswith("dict") else number)
     return kind(**values)
 
 
@@ -179,26 +179,26 @@ MEASURES = {name: next(NUMBERS) for name in (
 )
 def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[Metric, ...], reports: list[Any]):
     """No two numbers of the report are the same: which one is shown tells which field was read."""
-    known = {
+    expected = {
         name: value
         for one in reversed(reports)
         for name, value in (one.as_json() if isinstance(one, Evaluation) else vars(one)).items()
     }
     for metric in table:
-        shown = metric.read(reports[0])
+        number = metric.read(reports[0])
         stem = metric.name.removeprefix("sluice_").removesuffix("_total")
-        name = ELSEWHERE.get(metric.name, stem if stem in known else stem.removeprefix("producer_"))
+        name = ELSEWHERE.get(metric.name, stem if stem in expected else stem.removeprefix("producer_"))
         if metric.name in STATE:
-            assert shown[known["state"]] == 1 and sum(shown.values()) == 1
+            assert number[expected["state"]] == 1 and sum(number.values()) == 1
         elif metric.name == "sluice_producer_rows_dropped_ratio":
-            dropped = known["rows_dropped"]["some"]
-            assert shown == dropped / (dropped + known["tokens"])
+            dropped = expected["rows_dropped"]["some"]
+            assert number == dropped / (dropped + expected["tokens"])
         elif metric.kind == "summary":
-            assert shown == (known["forwards"], known["forward_seconds"])
-        elif isinstance(known[name], dict):
-            assert known[name].items() <= shown.items()
+            assert number == (expected["forwards"], expected["forward_seconds"])
+        elif isinstance(expected[name], dict):
+            assert expected[name].items() <= number.items()
         else:
-            assert shown == known[name], metric.name
+            assert number == expected[name], metric.name
 
 
 def test_unknown_values_are_absent_and_nan_is_shown():
@@ -306,9 +306,9 @@ def test_health_and_readiness_are_asked_apart_from_metrics():
     """Each is 200 or 503 with a sentence; other paths are 404 and not a scrape."""
     with _served(new_registry(), alive=lambda: (True, "starved"), ready=lambda: (False, "no trainer yet")) as port:
         assert _get(port, "/healthz") == "starved\n"
-        with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+        with pytest.raises(urllib.error.HTTPError, match="503") as error:
             _get(port, "/readyz")
-        assert caught.value.read() == b"no trainer yet\n"
+        assert error.value.read() == b"no trainer yet\n"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             _get(port, "/health")
 

@@ -156,10 +156,10 @@ def evaluated(tmp_path: Path) -> Iterator[Path]:
     settings = read_run_file(MonitorSettings, run_file(tmp_path), [])
     x = 3 * torch.randn(200, model.hooks[0].width)
     sae = peak_sae(x.shape[1], x)
-    ones = torch.ones(x.shape[1])
+    every_token = torch.ones(x.shape[1])
     metadata = {"hook_name": HOOK, "settings": TABLE}
     numbers = {"architecture": "peak", "hook": HOOK, "d_sae": 16}
-    one = export(sae, InputTransform(ones, ones), "p", torch.full((16,), 0.5), x, metadata, numbers)
+    one = export(sae, InputTransform(every_token, every_token), "p", torch.full((16,), 0.5), x, metadata, numbers)
     snapshot = publish_snapshot(tmp_path / "run", 1000, [one])
     follower = Evaluator(settings, MonitorMetrics(CollectorRegistry()), threading.Event())
     follower.look()
@@ -173,7 +173,7 @@ def test_it_is_evaluated_and_exported(evaluated: Path) -> None:
 
     assert 0 < evaluation["l0"] < 16
     assert evaluation["ce_delta"] > 0
-    published = read_published(evaluated)
+    weights = read_published(evaluated)
     for name, reason in {
         "saelens": "SAELens has no peak",
         "jumprelu": "peak is no threshold per latent",
@@ -181,7 +181,7 @@ def test_it_is_evaluated_and_exported(evaluated: Path) -> None:
         "dictionary_learning": "dictionary_learning has no peak",
     }.items():
         with pytest.raises(FormatError, match=reason):
-            convert(published, name)
+            convert(weights, name)
 
 
 def test_it_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,9 +70,9 @@ class OrderedStream(Stream):
     def boot(self) -> None:
         super().boot()
         self.buffer = OrderedBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=0)
-        state, drawn = deepcopy(self.saved)
+        state, drawn_rows = deepcopy(self.saved)
         self.buffer.restore(state)
-        self.drawn = drawn
+        self.drawn = drawn_rows
         """The batches of this lineage, as (serial, position) of each row."""
 
     def write_checkpoint(self) -> None:
@@ -154,13 +154,13 @@ class OrderedStream(Stream):
             for position in np.flatnonzero(self.corpus[shard].kept & ~self.corpus[shard].outliers)
         )
         buffer = OrderedBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=0)
-        drawn = []
+        drawn_rows = []
         for batch in self.drawn:
             while not buffer.fill(FAR) and (row := next(rows, None)) is not None:
                 buffer.insert([torch.zeros(1, WIDTH)], row[0], np.array([row[1]]))
-            taken = buffer.draw(len(batch))
-            drawn.append(list(zip(taken.serial.tolist(), taken.position.tolist(), strict=True)))
-        return drawn
+            next_batch = buffer.draw(len(batch))
+            drawn_rows.append(list(zip(next_batch.serial.tolist(), next_batch.position.tolist(), strict=True)))
+        return drawn_rows
 
 
 OrderedStream.TestCase.settings = settings(Stream.TestCase.settings, max_examples=STEPS or 30)

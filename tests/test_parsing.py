@@ -54,12 +54,12 @@ def bad(request: pytest.FixtureRequest) -> bytes:
 # The parser
 
 
-@pytest.mark.parametrize(("data", "said"), BAD.values(), ids=list(BAD))
-def test_each_fault_is_one_error_that_says_where(data: bytes, said: str) -> None:
+@pytest.mark.parametrize(("data", "message"), BAD.values(), ids=list(BAD))
+def test_each_fault_is_one_error_that_says_where(data: bytes, message: str) -> None:
     """ValueError of an integer, RecursionError and UnicodeDecodeError are faults of the document like any other."""
-    with pytest.raises(ParseError) as caught:
+    with pytest.raises(ParseError) as error:
         parse_object(data)
-    assert str(caught.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
 def test_digits_and_brackets_in_a_string_are_no_fault() -> None:
@@ -84,8 +84,8 @@ def test_the_deepest_document() -> None:
 def test_what_cannot_be_written_again() -> None:
     """Half a character fails in every encoder; NaN and infinities are no JSON, and 1e999 is one of them."""
     text = r'{"\udc00": ["\ud83d", "\ud83d\ude00", "\\ud83d"], "a": [NaN, -Infinity, 1e999, 1.5]}'
-    told = parse_object(text, finite=True)
-    assert told == {"\ufffd": ["\ufffd", "😀", r"\ud83d"], "a": [None, None, None, 1.5]}
+    value = parse_object(text, finite=True)
+    assert value == {"\ufffd": ["\ufffd", "😀", r"\ud83d"], "a": [None, None, None, 1.5]}
     nan, minus, plus, number = parse_object(text)["a"]
     assert math.isnan(nan) and (minus, plus, number) == (-math.inf, math.inf, 1.5)
 
@@ -97,7 +97,7 @@ def test_a_byte_order_mark_is_no_part_of_a_document() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"a =", "Invalid value"),
         (b"a = 1\nb = " + DIGITS, "an integer of 5,000 digits at line 2 column 5"),
@@ -105,8 +105,8 @@ def test_a_byte_order_mark_is_no_part_of_a_document() -> None:
         (b"a = '\xff'", "not UTF-8 at byte 5"),
     ],
 )
-def test_toml_has_the_same_faults(data: bytes, said: str) -> None:
-    with pytest.raises(ParseError, match=said):
+def test_toml_has_the_same_faults(data: bytes, message: str) -> None:
+    with pytest.raises(ParseError, match=message):
         parse_toml(data)
 
 
@@ -199,8 +199,8 @@ def test_what_the_service_passes_on_is_json(tmp_path: Path) -> None:
     (folder / "small" / "evaluation.json").write_text(r'{"ce_delta": 1e999, "note": "\ud83d"}')
     client = TestClient(make_app(directory, new_registry()))
     assert client.get("/v1/run").json()["settings"]["run"] == {"directory": "r", "when": "2026-01-01", "limit": None}
-    listed = client.get("/v1/snapshots").json()["snapshots"][0]
-    assert listed["saes"]["small"]["evaluation"] == {"ce_delta": None, "note": "\ufffd"}
+    entry = client.get("/v1/snapshots").json()["snapshots"][0]
+    assert entry["saes"]["small"]["evaluation"] == {"ce_delta": None, "note": "\ufffd"}
 
 
 def test_check_names_wrong_lines_of_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,5 +237,5 @@ def test_commands_refuse_what_a_stranger_answers(
         Monitor(stranger, None).read("/v1/run")
     assert pull([stranger, "--to", str(tmp_path)]) == 1
     assert top([stranger]) == 1
-    told = capsys.readouterr().err
-    assert told.count("is this the address of a Sluice monitor?") == 2 and "Traceback" not in told
+    output = capsys.readouterr().err
+    assert output.count("is this the address of a Sluice monitor?") == 2 and "Traceback" not in output

@@ -39,24 +39,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 def test_a_planted_feature_is_found_by_one_latent(model: LanguageModel):
     """Texts in which a direction of x that one latent reads has a high mean, and texts in which it has a low one."""
-    planted = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))).Q[:, 0]
+    direction = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))).Q[:, 0]
     windows = _windows(200)
-    order = (model.activations(torch.from_numpy(windows.ids))[0][:, 1:].mean(1) @ planted).argsort().numpy()
-    chosen = np.concatenate([order[:40], order[-40:]])
+    order = (model.activations(torch.from_numpy(windows.ids))[0][:, 1:].mean(1) @ direction).argsort().numpy()
+    texts_of_extremes = np.concatenate([order[:40], order[-40:]])
     texts = LabelledTexts(
-        Windows(windows.ids[chosen], windows.kept[chosen], windows.padded[chosen]), np.array(["low", "high"]).repeat(40)
+        Windows(windows.ids[texts_of_extremes], windows.kept[texts_of_extremes], windows.padded[texts_of_extremes]),
+        np.array(["low", "high"]).repeat(40),
     )
-    found = probe_accuracy(model, _reading(planted), texts)
-    assert found["1"] == found["2"] == 1.0
-    assert set(found) == {"1", "2", "5", "dense"} and found["dense"] >= 0.9
+    accuracy = probe_accuracy(model, _reading(direction), texts)
+    assert accuracy["1"] == accuracy["2"] == 1.0
+    assert set(accuracy) == {"1", "2", "5", "dense"} and accuracy["dense"] >= 0.9
 
 
 def test_labels_that_the_text_does_not_tell_are_guessed(model: LanguageModel, tmp_path: Path):
     """Half of the answers are right; texts that were fitted to do not count, or the dense probe would know them."""
     sae = load_sae(publish_snapshot(tmp_path, 1, [identity_sae("s", WIDTH, HOOK)]) / "s", model.device)
     windows = _windows(400)
-    found = probe_accuracy(model, sae, LabelledTexts(windows, np.array(["a", "b"] * 200)))
-    assert all(0.35 < value < 0.65 for value in found.values()), found
+    accuracy = probe_accuracy(model, sae, LabelledTexts(windows, np.array(["a", "b"] * 200)))
+    assert all(0.35 < value < 0.65 for value in accuracy.values()), accuracy
 
 
 def test_labels_are_told_from_all_others(model: LanguageModel, tmp_path: Path):
@@ -66,8 +67,8 @@ def test_labels_are_told_from_all_others(model: LanguageModel, tmp_path: Path):
     labels = np.array(["a"] * 8 + ["b"] * 30 + ["c"] * 42)
     for label, token in (("a", 2), ("b", 9), ("c", 17)):
         windows.ids[labels == label, 1:] = token
-    found = probe_accuracy(model, sae, LabelledTexts(windows, labels))
-    assert found["dense"] == 1.0 and found["5"] >= 0.9
+    accuracy = probe_accuracy(model, sae, LabelledTexts(windows, labels))
+    assert accuracy["dense"] == 1.0 and accuracy["5"] >= 0.9
 
 
 def test_latents_are_chosen_by_the_texts_that_are_fitted_to():
@@ -91,17 +92,17 @@ def test_texts_that_the_stream_drops_are_told(model: LanguageModel):
 
 def test_a_probe_is_tested_on_the_other_texts(monkeypatch: pytest.MonkeyPatch):
     """A column that is the number of the text tells which texts a probe has seen: none of those it is tested on."""
-    seen: list[tuple[set[float], set[float]]] = []
+    splits: list[tuple[set[float], set[float]]] = []
 
     def look(fit: Tensor, fit_truth: Tensor, test: Tensor, test_truth: Tensor) -> float:
-        seen.append((set(fit[:, 0].tolist()), set(test[:, 0].tolist())))
+        splits.append((set(fit[:, 0].tolist()), set(test[:, 0].tolist())))
         return 1.0
 
     numbers = torch.arange(40.0)[:, None].expand(40, 6)
     monkeypatch.setattr(monitor.evaluation.probing, "fitted_accuracy", look)
     accuracy_by_k(numbers, numbers, np.array(["a", "b"] * 20))
-    assert len(seen) == 2 * 4
-    assert all(len(fit) == len(test) == 20 and fit.isdisjoint(test) for fit, test in seen)
+    assert len(splits) == 2 * 4
+    assert all(len(fit) == len(test) == 20 and fit.isdisjoint(test) for fit, test in splits)
 
 
 def test_a_probe_measures_by_the_texts_that_it_was_fitted_to():

@@ -129,9 +129,9 @@ def test_what_the_system_refuses_is_a_sentence(error: Exception, caplog: pytest.
 
     log = logging.getLogger("test")
     assert run_within_limits(log, fail) == 1 and run_within_limits(log, in_a_thread) == 0
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2 and told[0] == told[1]
-    assert told[0].startswith("the system refuses a resource: ") and "open files (ulimit -n) " in told[0]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert lines[0].startswith("the system refuses a resource: ") and "open files (ulimit -n) " in lines[0]
 
 
 def test_any_other_error_stays_one() -> None:
@@ -145,8 +145,8 @@ def test_a_trainer_with_too_few_files_says_so(tmp_path: Path) -> None:
     with Scene(tmp_path) as scene:
         file = tmp_path / "run.toml"
         command = ["bash", "-c", f"ulimit -n 12; exec {sys.executable} -m trainer {file}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert not scene.trained
 
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "open files (ulimit -n) 12: sockets and libraries need 128 at least" in done.stderr
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    assert "open files (ulimit -n) 12: sockets and libraries need 128 at least" in process.stderr

@@ -79,17 +79,17 @@ class Tensors:
     def windows(self, shard: int) -> Windows:
         return Windows(np.zeros(self.kept.shape, np.int64), self.kept, np.zeros(self.kept.shape, bool))
 
-    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-        self.forwarded.append(chosen.tolist())
-        return [x[torch.from_numpy(chosen)] for x in self.x]
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+        self.forwarded.append(indices.tolist())
+        return [x[torch.from_numpy(indices)] for x in self.x]
 
 
 def tensors(windows: int, widths: tuple[int, ...] = (3, 5), context: int = CONTEXT, **options: Any) -> Tensors:
     """Random rows of norm below 10; the first position of each window is not kept, as a BOS would not be."""
     torch.manual_seed(0)
-    kept = np.ones((windows, context), bool)
-    kept[:, 0] = False
-    return Tensors([torch.rand(windows, context, width) for width in widths], kept, **options)
+    mask = np.ones((windows, context), bool)
+    mask[:, 0] = False
+    return Tensors([torch.rand(windows, context, width) for width in widths], mask, **options)
 
 
 @dataclass
@@ -102,11 +102,11 @@ class Sent:
 
     def positions(self, context: int, field: str = "kept") -> list[int]:
         """Positions in the shard whose bit is set, chunk after chunk."""
-        named: list[int] = []
+        positions: list[int] = []
         for chunk in self.chunks:
             bits = unpack_bits(getattr(chunk, field), chunk.windows * context)
-            named += (chunk.first_window * context + np.flatnonzero(bits)).tolist()
-        return named
+            positions += (chunk.first_window * context + np.flatnonzero(bits)).tolist()
+        return positions
 
     def rows(self, source: Tensors, dtype: str) -> list[Tensor]:
         """The rows of all chunks, per hook."""
@@ -269,8 +269,8 @@ def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint
 
     source.x[0][0, 1] = 1
     bound = 9.98  # above the true norm of the third, below its rounded one
-    kept, _ = pack_activations(source.x, source.kept, [bound], torch.bfloat16)
-    assert kept.tolist() == [[False, True, True, True]]
+    mask, _ = pack_activations(source.x, source.kept, [bound], torch.bfloat16)
+    assert mask.tolist() == [[False, True, True, True]]
 
 
 def test_a_report_counts_each_thing_under_its_name(hand: Trainer, endpoint: str) -> None:
@@ -279,9 +279,9 @@ def test_a_report_counts_each_thing_under_its_name(hand: Trainer, endpoint: str)
     hand.welcome()
     hand.lease()
     finish(hand, producer)
-    told = producer.producer.report()
-    assert (told.chunks, told.forwards, told.shards, told.tokens) == (3, 3, 1, 18)
-    assert (told.layers_run, told.layers_total, told.sessions) == (1, 2, 1)
+    report = producer.producer.report()
+    assert (report.chunks, report.forwards, report.shards, report.tokens) == (3, 3, 1, 18)
+    assert (report.layers_run, report.layers_total, report.sessions) == (1, 2, 1)
 
 
 def test_waits_are_told_by_what_is_waited_for(hand: Trainer, endpoint: str) -> None:
@@ -339,9 +339,9 @@ def test_the_first_pass_proposes_the_bounds() -> None:
 
 def test_a_row_as_long_as_its_bound_is_sent() -> None:
     """The norm of (6, 8) is 10, and only what is longer than the bound is an outlier."""
-    x, wanted = torch.tensor([[[6.0, 8.0], [6.0, 8.001]]]), np.ones((1, 2), bool)
-    assert pack_activations([x], wanted, [10.0], torch.float32)[0].tolist() == [[True, False]]
-    assert in_stream({"a": x}, torch.from_numpy(wanted), {"a": 10.0}).tolist() == [[True, False]]
+    x, mask = torch.tensor([[[6.0, 8.0], [6.0, 8.001]]]), np.ones((1, 2), bool)
+    assert pack_activations([x], mask, [10.0], torch.float32)[0].tolist() == [[True, False]]
+    assert in_stream({"a": x}, torch.from_numpy(mask), {"a": 10.0}).tolist() == [[True, False]]
 
 
 def test_the_fingerprint_is_of_what_decides_the_rows() -> None:
@@ -416,14 +416,14 @@ def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endp
     """Early windows take longest; they come first all the same. A pass that fails fails its shard alone."""
 
     class Uneven(Tensors):
-        def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-            time.sleep(0.03 / (1 + chosen[0]))
-            if shard == 1 and chosen[0] == 2:
+        def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+            time.sleep(0.03 / (1 + indices[0]))
+            if shard == 1 and indices[0] == 2:
                 raise RuntimeError("pass broken")
-            return super().activations(shard, windows, chosen)
+            return super().activations(shard, windows, indices)
 
-    given = tensors(9)
-    source = Uneven(given.x, given.kept)
+    original = tensors(9)
+    source = Uneven(original.x, original.kept)
     source.concurrent_passes = passes  # type: ignore[misc]
     producer = start(endpoint, source)
     hand.welcome()
@@ -459,7 +459,7 @@ FLAT = {1: 0.01, 4: 0.04, 8: 0.08, 16: 0.16, 32: 0.32, 64: 0.64}
 
 
 @pytest.mark.parametrize(
-    ("changes", "chosen"),
+    ("changes", "expected"),
     [
         ({}, 16),
         ({32: 0.31}, 16),  # hardly faster
@@ -470,12 +470,12 @@ FLAT = {1: 0.01, 4: 0.04, 8: 0.08, 16: 0.16, 32: 0.32, 64: 0.64}
         ({1: 1.0}, 16),  # a slow model is left alone
     ],
 )
-def test_a_pass_is_as_large_as_is_fast(changes: dict[int, float], chosen: int) -> None:
+def test_a_pass_is_as_large_as_is_fast(changes: dict[int, float], expected: int) -> None:
     """The usual size unless another is clearly faster; sizes without room in memory or time are left out."""
     source = Timed(FLAT | changes)
     source.choose_batch()
 
-    assert source.batch_windows == chosen
+    assert source.batch_windows == expected
     assert sum(FLAT[size] for size in source.passes) <= CALIBRATION_SECONDS + 0.1
 
 
@@ -548,10 +548,10 @@ def test_parts_cover_a_pass_once_and_never_reach_too_far(context: int) -> None:
     """Every index in one part, in order; each part within the limits."""
     random = np.random.default_rng(0)
     for _ in range(50):
-        chosen = np.flatnonzero(random.random(5000) < random.choice([0.001, 0.02, 0.5]))
-        parts = [chosen[part] for part in chunk_slices(chosen, 7, context)]
+        windows = np.flatnonzero(random.random(5000) < random.choice([0.001, 0.02, 0.5]))
+        parts = [windows[part] for part in chunk_slices(windows, 7, context)]
 
-        assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == chosen.tolist()
+        assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == windows.tolist()
         assert all(1 <= len(part) <= 7 for part in parts)
         assert all((part[-1] - part[0] + 1) * context <= MAX_CHUNK_POSITIONS for part in parts)
 
@@ -593,10 +593,10 @@ class Torn(Tensors):
             raise OSError("the disk has a hole")
         return super().windows(shard)
 
-    def activations(self, shard: int, windows: Windows, chosen: np.ndarray) -> list[Tensor]:
-        if shard == 2 and 2 in chosen:
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
+        if shard == 2 and 2 in indices:
             raise torch.OutOfMemoryError("no room for window 2")
-        return super().activations(shard, windows, chosen)
+        return super().activations(shard, windows, indices)
 
 
 def torn() -> Torn:

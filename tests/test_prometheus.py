@@ -37,8 +37,8 @@ ALERTS = rules("alerts.yml")
 def test_promtool_finds_no_fault(command: list[str]) -> None:
     """Every alert fires when it should and is silent when it should not: the cases stand in tests.yml."""
     assert PROMTOOL is not None
-    done = subprocess.run([PROMTOOL, *command], cwd=FOLDER, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run([PROMTOOL, *command], cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
@@ -63,11 +63,11 @@ def test_every_alert_has_its_section_of_the_runbook(alert: dict[str, Any]) -> No
 
 def test_rules_name_only_what_exists() -> None:
     """A metric that is renamed takes its alerts along; so does a recording rule."""
-    known = {f"{metric.name}{part}" for metric in all_metrics() for part in ("", "_sum", "_count")}
+    existing_names = {f"{metric.name}{part}" for metric in all_metrics() for part in ("", "_sum", "_count")}
     recorded = {rule["record"] for rule in rules("recording.yml")}
     for rule in ALERTS + rules("recording.yml"):
         for name in re.findall(r"[\w:]*sluice_[\w:]+", rule["expr"]):
-            assert name in recorded if ":" in name else name in known, name
+            assert name in recorded if ":" in name else name in existing_names, name
 
 
 def test_every_recording_rule_is_tested() -> None:

@@ -99,9 +99,9 @@ def test_half_a_file_is_resumed(run_directory: Path, url: str, tmp_path: Path):
     part.write_bytes(source.read_bytes()[:half])
     sizes: list[int] = []
 
-    def on_progress(path: str, done: int, size: int) -> None:
+    def on_progress(path: str, received: int, size: int) -> None:
         if path == WEIGHTS:
-            sizes.append(done)
+            sizes.append(received)
 
     verify(pull(Monitor(url), tmp_path / "here", on_progress=on_progress))
     assert half < sizes[0] <= half + 65536 and sizes == sorted(sizes) and sizes[-1] == source.stat().st_size
@@ -136,7 +136,7 @@ def test_damaged_file_is_refused(run_directory: Path, url: str, tmp_path: Path, 
 def test_snapshot_retired_under_way_gives_way_to_the_newest(run_directory: Path, url: str, tmp_path: Path):
     """Retention may win the race; the pull then brings the newer snapshot, and leaves no rest of the old."""
 
-    def retire_it(path: str, done: int, size: int) -> None:
+    def retire_it(path: str, received: int, size: int) -> None:
         if len(list((run_directory / "snapshots").glob("0*"))) == 1:
             publish_snapshot(run_directory, 2000)
             retire(run_directory, keep=1)
@@ -297,7 +297,7 @@ def test_following_passes_over_what_is_retired_under_it(run_directory: Path, url
 
     @contextmanager
     def retiring() -> Iterator[OnProgress]:
-        def on_progress(path: str, done: int, size: int) -> None:
+        def on_progress(path: str, received: int, size: int) -> None:
             if not (run_directory / "snapshots" / "000000002000").exists():
                 publish_snapshot(run_directory, 2000)
                 retire(run_directory, keep=1)
@@ -344,8 +344,8 @@ def test_curl_is_enough(run_directory: Path, url: str, tmp_path: Path):
     assert _recipe(url, tmp_path).returncode == 0
     weights = tmp_path / "000000001000" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
-    done = _recipe(url, tmp_path)
-    assert done.returncode == 0 and done.stdout.count(": OK") == 4
+    process = _recipe(url, tmp_path)
+    assert process.returncode == 0 and process.stdout.count(": OK") == 4
     weights.write_bytes(b"x" * weights.stat().st_size)
     assert _recipe(url, tmp_path).returncode != 0
 
@@ -381,9 +381,9 @@ def test_curl_is_led_nowhere_else(run_directory: Path, tmp_path: Path, old: str,
     with http.server.HTTPServer(("127.0.0.1", 0), Evil) as evil:
         threading.Thread(target=evil.serve_forever, daemon=True).start()
         (tmp_path / "deep" / "here").mkdir(parents=True)
-        done = _recipe(f"http://127.0.0.1:{evil.server_port}", tmp_path / "deep" / "here")
+        process = _recipe(f"http://127.0.0.1:{evil.server_port}", tmp_path / "deep" / "here")
         evil.shutdown()
-    assert done.returncode != 0 and requests == ["/v1/snapshots/latest"]
+    assert process.returncode != 0 and requests == ["/v1/snapshots/latest"]
     assert [path.name for path in (tmp_path / "deep").rglob("*")] == ["here", "manifest.json"]
 
 

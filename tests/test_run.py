@@ -118,14 +118,14 @@ def test_a_raised_budget_brings_a_finished_sae_back() -> None:
     assert not restore_roster(roster.state(), [of(2000)], Path()).is_finished
 
 
-@pytest.mark.parametrize(("trained", "rows"), [(0, 32), (64, 32), (96, 4), (100, 0), (128, 0)])
-def test_the_last_batch_fills_the_budget(tmp_path: Path, trained: int, rows: int) -> None:
+@pytest.mark.parametrize(("trained_tokens", "rows"), [(0, 32), (64, 32), (96, 4), (100, 0), (128, 0)])
+def test_the_last_batch_fills_the_budget(tmp_path: Path, trained_tokens: int, rows: int) -> None:
     """Of 100 rows, in batches of 32, four are left for the last one."""
     settings = two_hooks(tmp_path).settings
     budget = settings.model_copy(update={"run": RunSettings(directory=str(tmp_path), tokens=100)})
 
-    assert next_batch_size(budget, trained) == rows
-    assert next_batch_size(settings, trained) == 32
+    assert next_batch_size(budget, trained_tokens) == rows
+    assert next_batch_size(settings, trained_tokens) == 32
 
 
 def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
@@ -141,15 +141,15 @@ def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
         published(run, calibrated, report, batches(1)[0].x, {"id": "r"})  # type: ignore[arg-type]
         for calibrated in run.calibrated(batches(1)[0].x)
     ]
-    told = {export.name: export.metrics for export in exports}
+    reports = {export.name: export.metrics for export in exports}
 
-    assert {name: numbers["hook"] for name, numbers in told.items()} == {
+    assert {name: numbers["hook"] for name, numbers in reports.items()} == {
         "first": HOOKS[0], "second": HOOKS[1], "both": HOOKS[0], "both-ema": HOOKS[0],
     }  # fmt: skip
     for sae in report.saes:
-        assert (told[sae.name]["l0"], told[sae.name]["fvu"]) == (sae.l0, sae.fvu)
-    assert len({numbers["fvu"] for numbers in told.values()}) == 4
-    assert {told["both-ema"][name] for name in ("l0", "mse", "fvu", "shrinkage", "dead_latents")} == {None}
+        assert (reports[sae.name]["l0"], reports[sae.name]["fvu"]) == (sae.l0, sae.fvu)
+    assert len({numbers["fvu"] for numbers in reports.values()}) == 4
+    assert {reports["both-ema"][name] for name in ("l0", "mse", "fvu", "shrinkage", "dead_latents")} == {None}
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ def test_snapshots_of_a_lineage_that_died_are_moved_away(tmp_path: Path) -> None
     for name in ("000000001000", "000000002000", "000000003000"):
         (tmp_path / "snapshots" / name).mkdir(parents=True)
         (tmp_path / "snapshots" / name / "manifest.json").write_text("{}")
-    (moved,) = supersede_after(tmp_path, 2500)
+    (folder,) = supersede_after(tmp_path, 2500)
 
-    assert moved == tmp_path / "snapshots" / "superseded" / "000000003000" and (moved / "manifest.json").exists()
+    assert folder == tmp_path / "snapshots" / "superseded" / "000000003000" and (folder / "manifest.json").exists()
     assert snapshot_names(tmp_path) == ["000000001000", "000000002000"]
     assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000002000\n"
 
@@ -234,15 +234,15 @@ def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same
     run.settings = run.settings.model_copy(update={"snapshots": SnapshotSettings(every_tokens=1000)})
     intake = SimpleNamespace(tokens_trained=0, mark_trained=lambda batch: setattr(intake, "tokens_trained", batch))
     run.train_step = lambda batch: None  # type: ignore[method-assign]
-    published = []
+    published_at = []
     for _ in range(8):
         loop = Snapshots(run, intake)
         for _ in range(3):
             loop._step(run, intake.tokens_trained + 100)
             loop._report_and_publish()
-        published += loop.published
+        published_at += loop.published
 
-    assert published == [1000, 2000]
+    assert published_at == [1000, 2000]
 
 
 # Scales
@@ -302,7 +302,7 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     loop.report()
     first = loop.last_report
     loop.report()
-    second, trained = loop.last_report, run.seconds
+    second, training_seconds = loop.last_report, run.seconds
     assert first is not None and second is not None
     run.roster.paused = True
     time.sleep(0.05)
@@ -311,7 +311,7 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     assert (first.tokens, first.buffer_rows, first.buffer_capacity_rows, first.data_wait_seconds) == (32, 7, 9, 0.5)
     assert 0 < first.tokens_per_second <= 320 and first.step_seconds < 0.05
     assert (second.tokens, second.tokens_per_second, second.step_seconds) == (32, 0, 0)
-    assert trained >= 0.1 and run.seconds == trained
+    assert training_seconds >= 0.1 and run.seconds == training_seconds
 
 
 def test_the_summary_tells_what_was_quarantined(tmp_path: Path) -> None:
@@ -319,9 +319,9 @@ def test_the_summary_tells_what_was_quarantined(tmp_path: Path) -> None:
     run = two_hooks(tmp_path)
     quarantine = Quarantine((QuarantinedShard(epoch=0, shard=3, rows=8, reason="torn"),), ratio=0.5)
     intake = SimpleNamespace(tokens_trained=100, quarantine=lambda: quarantine)
-    told = summary(run, intake, SimpleNamespace(tokens=100, saes=[]), None)  # type: ignore[arg-type]
+    document = summary(run, intake, SimpleNamespace(tokens=100, saes=[]), None)  # type: ignore[arg-type]
 
-    assert {name: told[name] for name in ("tokens", "rows_trained", "rows_set_aside", "quarantined_ratio")} == {
+    assert {name: document[name] for name in ("tokens", "rows_trained", "rows_set_aside", "quarantined_ratio")} == {
         "tokens": 100, "rows_trained": 100, "rows_set_aside": 8, "quarantined_ratio": 0.5,
     }  # fmt: skip
-    assert told["shards_set_aside"] == [{"epoch": 0, "shard": 3, "rows": 8, "reason": "torn"}]
+    assert document["shards_set_aside"] == [{"epoch": 0, "shard": 3, "rows": 8, "reason": "torn"}]

@@ -70,11 +70,11 @@ def test_a_start_without_a_checkpoint_touches_nothing_that_is_published(
     if finished:
         finish_run(tmp_path / "run", 2000)
     before = contents(tmp_path / "run")
-    code, told = start()
+    code, error_text = start()
 
     assert code == 1
-    assert "2 snapshots, 000000001000 to 000000002000" in told and ("summary.json" in told) == finished
-    assert "from a backup, choose another run.directory, or move what is there away: mv " in told
+    assert "2 snapshots, 000000001000 to 000000002000" in error_text and ("summary.json" in error_text) == finished
+    assert "from a backup, choose another run.directory, or move what is there away: mv " in error_text
     assert contents(tmp_path / "run") == before
 
 
@@ -111,9 +111,9 @@ def test_a_directory_in_which_something_is_wrong_is_refused(
     """1, and a sentence that names the fault; nothing is written."""
     damage(tmp_path / "run")
     before = contents(tmp_path / "run")
-    code, told = start()
+    code, error_text = start()
 
-    assert code == 1 and sentence in told
+    assert code == 1 and sentence in error_text
     assert contents(tmp_path / "run") == before
 
 
@@ -170,10 +170,10 @@ def test_a_run_directory_that_moves_ends_its_trainer_with_a_checkpoint_in_it(tmp
         assert (elsewhere / "metrics-1.jsonl").read_text() == '{"tokens": 512}\n'
         assert (elsewhere / "metrics.jsonl").read_text().count('"tokens": 512,') == 0
         assert f"was moved to {elsewhere}" in scene.log() and "Traceback" not in scene.log()
-        trained = scene.trained
+        trained_rows = scene.trained
         newest = complete_folders(elsewhere / "checkpoint")[-1]
-        assert int(newest.name.split("-")[0]) == trained > 6000
-        assert all(int(name) <= trained for name in snapshot_names(elsewhere))
+        assert int(newest.name.split("-")[0]) == trained_rows > 6000
+        assert all(int(name) <= trained_rows for name in snapshot_names(elsewhere))
 
         assert scene.trainer(f"run.directory={elsewhere}").wait(60) == 0
         scene.run = elsewhere

@@ -373,11 +373,11 @@ def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
 ) -> None:
     """Through start, training and export every row keeps its active latents; less is unexplained, less suppressed."""
     folder, x = shrunk
-    begun, mended = repairing(folder, train, 0), repairing(folder, train, 150)
+    initial, mended = repairing(folder, train, 0), repairing(folder, train, 150)
     exported = export(mended.sae, mended.input_transform(UNSCALED), "r", mended.statistics.firing_rate(), x, {}, {})
     after = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "r")
     support = load_sae(folder).encode(x) > 0
-    (fvu, shrinkage), (fvu_after, shrinkage_after) = quality(begun, x), quality(mended, x)
+    (fvu, shrinkage), (fvu_after, shrinkage_after) = quality(initial, x), quality(mended, x)
 
     assert torch.equal(after.encode(x) > 0, support)
     assert torch.equal(mended.sae.gradients(x, x, NOBODY).fired.dense() > 0, support)
@@ -407,8 +407,8 @@ def test_repair_begins_where_the_other_ended(shrunk: tuple[Path, Tensor]) -> Non
     """Also on a stream with another input scale, and though the SAE it repairs subtracted b_dec from x."""
     folder, x = shrunk
     for scale in (1.0, 0.3):
-        begun = repairing(folder, "scale", 0, scale)
-        x_hat = begun.sae.gradients(x * scale, x * scale, NOBODY).y_hat / scale
+        initial = repairing(folder, "scale", 0, scale)
+        x_hat = initial.sae.gradients(x * scale, x * scale, NOBODY).y_hat / scale
 
         torch.testing.assert_close(x_hat, load_sae(folder)(x), rtol=1e-4, atol=1e-4)
 

@@ -52,9 +52,9 @@ def start(request: pytest.FixtureRequest, run_directory: Path) -> Iterator[Start
         yield begin
 
 
-def connect(port: int, sent: bytes = HALF) -> socket.socket:
+def connect(port: int, request: bytes = HALF) -> socket.socket:
     plain = socket.create_connection(("127.0.0.1", port), timeout=10)
-    plain.sendall(sent)
+    plain.sendall(request)
     return plain
 
 
@@ -84,7 +84,7 @@ def test_half_requests_lock_nobody_out(start: Start):
 
 
 @pytest.mark.parametrize(
-    "sent",
+    "request",
     [
         HALF,
         b"",
@@ -93,10 +93,10 @@ def test_half_requests_lock_nobody_out(start: Start):
     ],
     ids=["head", "nothing", "body", "second request"],
 )
-def test_a_request_that_trickles_in_is_cut_off(sent: bytes):
+def test_a_request_that_trickles_in_is_cut_off(request: bytes):
     """A byte now and then does not earn more time: neither for a head, a body, nor a second request."""
     port, close = start_metrics_server(new_registry(), "127.0.0.1", 0, limits=ServerLimits(head_seconds=0.5))
-    with connect(port, sent) as plain:
+    with connect(port, request) as plain:
         began = time.monotonic()
         with pytest.raises(ConnectionError):
             while time.monotonic() - began < 5:
@@ -126,8 +126,8 @@ def test_a_client_that_takes_nothing_is_cut_off():
 
     async def large(scope, receive, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        for left in reversed(range(40)):
-            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": left > 0})
+        for remaining in reversed(range(40)):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": remaining > 0})
 
     listener = server.listen("127.0.0.1", 0, ServerLimits(stall_seconds=1.0))
     close = server.serve(large, listener, "large")
@@ -135,12 +135,12 @@ def test_a_client_that_takes_nothing_is_cut_off():
         port = listener.getsockname()[1]
         request = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         deaf, slow = connect(port, request), connect(port, request)
-        taken, began = 0, time.monotonic()
+        received_bytes, began = 0, time.monotonic()
         while piece := slow.recv(1 << 20):
-            taken += len(piece)
+            received_bytes += len(piece)
             if time.monotonic() - began < 3:
                 time.sleep(0.1)
-        assert taken > size
+        assert received_bytes > size
         deaf.settimeout(10)
         with pytest.raises(ConnectionError):
             while deaf.recv(1 << 20):

@@ -131,10 +131,10 @@ def test_snapshots_are_listed_with_their_numbers(run_directory: Path, client: Te
     publish_snapshot(run_directory, 2000)
     (run_directory / "snapshots" / "000000003000").mkdir()
     replace_text(folder / "small" / "evaluation.json", '{"ce_delta": 0.5}')
-    listed = client.get("/v1/snapshots").json()
-    assert listed["latest"] == "000000002000"
-    assert [entry["name"] for entry in listed["snapshots"]] == ["000000001000", "000000002000"]
-    assert listed["snapshots"][0]["saes"]["small"] == {
+    answer = client.get("/v1/snapshots").json()
+    assert answer["latest"] == "000000002000"
+    assert [entry["name"] for entry in answer["snapshots"]] == ["000000001000", "000000002000"]
+    assert answer["snapshots"][0]["saes"]["small"] == {
         "metrics": {"l0": 4.0, "fvu": 0.25, "dead_latents_ratio": None},
         "evaluation": {"ce_delta": 0.5},
     }
@@ -335,8 +335,8 @@ def test_a_snapshot_that_is_a_link_is_none(run_directory: Path, client: TestClie
     outside = publish_snapshot(start_run(tmp_path / "other"), 2000)
     (run_directory / "snapshots" / "000000002000").symlink_to(outside)
     (run_directory / "snapshots" / "000000003000").symlink_to("000000001000")
-    listed = client.get("/v1/snapshots").json()
-    assert listed["latest"] == "000000001000" and listed["count"] == 1
+    answer = client.get("/v1/snapshots").json()
+    assert answer["latest"] == "000000001000" and answer["count"] == 1
     assert client.get("/v1/run").json()["latest"] == "000000001000"
     assert snapshot_names(run_directory) == ["000000001000"]
     for name in ("000000002000", "000000003000"):
@@ -360,8 +360,8 @@ def test_nothing_is_read_through_a_link_out_of_the_run(run_directory: Path, clie
         (run_directory / name).symlink_to(tmp_path / "secret.json")
     (run_directory / "settings.toml").unlink()
     (run_directory / "settings.toml").symlink_to(tmp_path / "secret.toml")
-    listed = client.get("/v1/snapshots").json()["snapshots"]
-    assert [(entry["name"], entry["saes"]["small"]["evaluation"]) for entry in listed] == [("000000003000", None)]
+    snapshots = client.get("/v1/snapshots").json()["snapshots"]
+    assert [(entry["name"], entry["saes"]["small"]["evaluation"]) for entry in snapshots] == [("000000003000", None)]
     assert client.get("/v1/snapshots/000000002000/small/cfg.json").status_code == 404
     assert client.get("/v1/snapshots/000000001000/manifest.json").status_code == 404
     for path in ("/", "/parts", "/v1/run", "/v1/snapshots", "/v1/history", "/v1/latents"):
@@ -446,8 +446,8 @@ def test_off_loopback_it_does_not_start_without_a_token(tmp_path: Path, override
     """Exit code 2 and what to do, from the real command."""
     (tmp_path / "run.toml").write_text(f'[run]\ndirectory = "{tmp_path}/run"\n[monitor]\nport = 0\nservice_port = 0\n')
     command = [sys.executable, "-m", "monitor", str(tmp_path / "run.toml"), *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("command", [[], ["pull"], ["top"]], ids=["monitor", "pull", "top"])
@@ -458,8 +458,8 @@ def test_help_is_light(command: list[str]):
         f"import sys; from monitor.__main__ import main\ntry: main({[*command, '--help']})\n"
         f"except SystemExit: print({heavy} & {{*sys.modules}})"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "set()"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.stdout.splitlines()[-1] == "set()"
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
@@ -487,12 +487,12 @@ def test_the_service_gives_way(run_directory: Path):
 def test_many_who_wait_cost_little(run_directory: Path, monkeypatch: pytest.MonkeyPatch):
     """The folder is listed when it has changed, not for every look of every client that waits."""
     os.utime(publish_snapshot(run_directory, 1000).parent, (1.0, 1.0))
-    listed: list[Path] = []
+    scans: list[Path] = []
     scan = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scan(path))
+    monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scan(path))
     client = TestClient(make_app(run_directory, new_registry()))
     client.get("/v1/snapshots/latest?after=000000001000&wait=1")
-    assert len(listed) == 1
+    assert len(scans) == 1
 
 
 def test_errors_say_what_exists(run_directory: Path, client: TestClient):
@@ -556,8 +556,8 @@ def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient)
     assert "blocks.2.hook_mlp_out + blocks.3.hook_mlp_out" in page
     averaged = page.split("</span>plain-ema</td>")[1].split("</tr>")[0]
     assert averaged.count("–") == 11
-    listed = client.get("/v1/snapshots").json()["snapshots"][0]["saes"]
-    assert listed["trans"]["metrics"]["target"] == "blocks.1.hook_mlp_out" and listed["plain-ema"]["evaluation"] is None
+    saes = client.get("/v1/snapshots").json()["snapshots"][0]["saes"]
+    assert saes["trans"]["metrics"]["target"] == "blocks.1.hook_mlp_out" and saes["plain-ema"]["evaluation"] is None
 
 
 def test_saes_come_and_go_between_snapshots(run_directory: Path, client: TestClient):

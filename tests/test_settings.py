@@ -64,9 +64,9 @@ def test_an_override_replaces_one_value(run_file: Path) -> None:
 
 def test_an_unknown_key_is_named_with_what_was_meant(run_file: Path) -> None:
     """A misspelt key is refused with its full name, its value and the nearest known one."""
-    told = faults(run_file, ["optimizer.learning_rat=0.1"])
+    messages = faults(run_file, ["optimizer.learning_rat=0.1"])
 
-    assert "optimizer.learning_rat = 0.1: no such key (did you mean learning_rate?)" in told
+    assert "optimizer.learning_rat = 0.1: no such key (did you mean learning_rate?)" in messages
 
 
 def test_an_unknown_table_is_refused_by_every_process(run_file: Path) -> None:
@@ -78,16 +78,16 @@ def test_an_unknown_table_is_refused_by_every_process(run_file: Path) -> None:
 
 def test_a_wrong_type_is_told_with_what_is_expected(run_file: Path) -> None:
     """Name, value, expectation, and what the key means."""
-    told = faults(run_file, ["sae.0.d_sae=many"])
+    messages = faults(run_file, ["sae.0.d_sae=many"])
 
-    assert 'sae.0.d_sae = "many": expected a whole number, such as d_sae = 4096. How many latents.' in told
+    assert 'sae.0.d_sae = "many": expected a whole number, such as d_sae = 4096. How many latents.' in messages
 
 
 def test_all_faults_are_told_at_once(run_file: Path) -> None:
     """One run of the command shows everything there is to mend."""
-    told = faults(run_file, ["sae.0.d_sae=0", "buffer.rows=-1", "optimizer.batch=1.5"])
+    messages = faults(run_file, ["sae.0.d_sae=0", "buffer.rows=-1", "optimizer.batch=1.5"])
 
-    assert len(told.splitlines()) == 3
+    assert len(messages.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def test_settings_of_every_architecture_can_be_read_back(kind: str, tmp_path: Pa
     role: dict[str, Any] = {} if "hooks" in FAMILY[kind] else {"hook": "a"}
     sae = SaeSettings.of(**(role | FAMILY[kind] | {"name": "s", "d_sae": 32, "ema_tokens": 5, "tokens": 10**7}))
     settings = TrainerSettings(model=ModelSettings(name="m", hooks=["a", "b"]), sae=[sae])
-    shown = show_settings(settings)
-    (tmp_path / "again.toml").write_text(shown)
+    toml = show_settings(settings)
+    (tmp_path / "again.toml").write_text(toml)
     again = read_run_file(TrainerSettings, tmp_path / "again.toml", []).sae[0]
-    table = shown[shown.index("[[sae]]") : shown.index("[snapshots]")]
+    table = toml[toml.index("[[sae]]") : toml.index("[snapshots]")]
 
     assert again.model_dump() == sae.model_dump()
     assert (again.sparsity_warmup(7), again.revival) == (sae.sparsity_warmup(7), sae.revival)
@@ -300,11 +300,11 @@ def test_loopback_is_told_from_the_rest(endpoint: str, expected: bool) -> None:
 def test_help_answers_at_once(package: str) -> None:
     """--help comes before torch is imported."""
     began = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", package, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
 
-    assert "RUN.toml" in done.stdout
+    assert "RUN.toml" in process.stdout
     assert time.monotonic() - began < 5  # a second on an idle machine; importing torch alone takes longer
 
 
@@ -312,11 +312,11 @@ def test_help_answers_at_once(package: str) -> None:
 def test_bad_settings_end_with_code_2_and_no_traceback(package: str, tmp_path: Path) -> None:
     """A user's mistake is told in a line."""
     command = [sys.executable, "-m", package, str(tmp_path / "none.toml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    assert done.returncode == 2
-    assert "does not exist" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 2
+    assert "does not exist" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_print_settings_can_be_read_back_whatever_they_hold(run_file: Path) -> None:

@@ -42,8 +42,8 @@ def test_what_is_shown_can_be_typed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     line = shell_command("trainer", "check", "nowhere at all")
-    done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "nowhere at all is no run directory" in done.stdout + done.stderr
+    process = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and "nowhere at all is no run directory" in process.stdout + process.stderr
 
 
 def test_no_message_writes_a_command_by_hand():

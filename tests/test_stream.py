@@ -112,15 +112,15 @@ def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> 
     settings = stream_settings(endpoint, dtype=dtype)
     hooks = [Hook(name="narrow", module="a", width=3), Hook(name="wide", module="b", width=5)]
     number = torch.float32 if dtype == "float32" else torch.bfloat16
-    sent = [torch.randn(CHUNK_ROWS, hook.width).mul(1e3).to(number) for hook in hooks]
-    payload = b"".join(x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in sent)
+    activations = [torch.randn(CHUNK_ROWS, hook.width).mul(1e3).to(number) for hook in hooks]
+    payload = b"".join(x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in activations)
     with trainer(settings) as intake, Peer(settings, hello_of(named_source(), dtype, hooks=hooks)) as peer:
         peer.join().chunk(payload)
         wait_for(lambda: intake.ledger.tokens_received)
         assert intake.buffer is not None
         batch = intake.buffer.draw(CHUNK_ROWS)
 
-        for x, y in zip(sent, batch.x, strict=True):
+        for x, y in zip(activations, batch.x, strict=True):
             assert torch.equal(x[torch.from_numpy(batch.position)].view(torch.uint8), y.view(torch.uint8))
 
 
@@ -408,15 +408,15 @@ def test_a_network_that_swallows_everything_costs_no_row(endpoint: str) -> None:
 def test_a_stranger_is_told_to_begin_anew(endpoint: str) -> None:
     """A chunk of a session that this trainer does not know is counted and answered, never taken."""
     settings = stream_settings(endpoint)
-    with trainer(settings) as intake, Peer(settings) as known, Peer(settings) as stranger:
-        known.join()
-        stranger.welcome, stranger.leases = known.welcome, known.leases
+    with trainer(settings) as intake, Peer(settings) as peer, Peer(settings) as stranger:
+        peer.join()
+        stranger.welcome, stranger.leases = peer.welcome, peer.leases
         stranger.chunk()
         reject = stranger.hear(Reject)
 
         assert (reject.code, reject.retry) == ("unknown_session", True)
         assert intake.ledger.rejected == {"unknown_session": CHUNK_ROWS}
-        known.leave()
+        peer.leave()
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -509,13 +509,13 @@ def test_a_producer_of_another_stream_is_refused(endpoint: str, changes: dict, f
     with trainer(settings) as intake, Peer(settings) as first:
         first.join().chunk()
         wait_for(lambda: intake.ledger.identity.is_settled)
-        refused = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
+        error = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
         ours = {"hooks": "width 4", "dtype": "float32"}.get(fact, str(getattr(first.hello, fact)))
 
-        assert isinstance(refused, RefusedByTrainer)
-        assert f"{fact} differs" in str(refused)
-        assert ours in str(refused)
-        assert theirs in str(refused)
+        assert isinstance(error, RefusedByTrainer)
+        assert f"{fact} differs" in str(error)
+        assert ours in str(error)
+        assert theirs in str(error)
         first.leave()
         assert finish(intake, Producing(settings)) == every_name()
 
@@ -524,10 +524,10 @@ def test_a_buffer_too_small_for_the_chunks_is_refused(endpoint: str) -> None:
     """With the number to change; a producer with smaller chunks is still welcome."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
-        refused = Producing(settings, hello=hello_of(named_source(), chunk_rows=CAPACITY)).ended()
+        error = Producing(settings, hello=hello_of(named_source(), chunk_rows=CAPACITY)).ended()
 
-        assert isinstance(refused, RefusedByTrainer)
-        assert f"buffer.rows = {CAPACITY}" in str(refused)
+        assert isinstance(error, RefusedByTrainer)
+        assert f"buffer.rows = {CAPACITY}" in str(error)
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -551,29 +551,29 @@ def test_a_trainer_of_another_release_is_told_apart(endpoint: str) -> None:
     producer = Producing(stream_settings(endpoint))
     route, _ = socket.recv_multipart()
     socket.send_multipart([route, b"\x82\xa1v\x63\xa4kind\xa7WELCOME"])
-    refused = producer.ended()
+    error = producer.ended()
     context.destroy(linger=0)
 
-    assert isinstance(refused, RefusedByTrainer)
-    assert "protocol version 99; this side speaks 1" in str(refused)
+    assert isinstance(error, RefusedByTrainer)
+    assert "protocol version 99; this side speaks 1" in str(error)
 
 
 def test_a_second_trainer_cannot_have_the_same_endpoint(endpoint: str) -> None:
     """It is told the address and what to do, and the first one goes on."""
     settings = stream_settings("tcp://127.0.0.1:*")
     with trainer(settings) as intake:
-        taken = settings.model_copy(update={"endpoint": intake.endpoint})
-        with pytest.raises(IntakeError, match="another trainer"), trainer(taken):
+        same_endpoint = settings.model_copy(update={"endpoint": intake.endpoint})
+        with pytest.raises(IntakeError, match="another trainer"), trainer(same_endpoint):
             pass
-        assert finish(intake, Producing(taken)) == every_name()
+        assert finish(intake, Producing(same_endpoint)) == every_name()
 
 
 def test_an_endpoint_that_is_no_address_is_said() -> None:
     """No traceback for a slip of the pen."""
-    ended = Producing(stream_settings("tcp://127.0.0.1:*")).ended()
+    error = Producing(stream_settings("tcp://127.0.0.1:*")).ended()
 
-    assert isinstance(ended, NoTrainer)
-    assert "is no address" in str(ended)
+    assert isinstance(error, NoTrainer)
+    assert "is no address" in str(error)
 
 
 # The trainer goes and comes
@@ -653,8 +653,8 @@ def test_a_hello_that_was_lost_is_said_again(endpoint: str) -> None:
 
 def test_a_producer_that_finds_nobody_gives_up(endpoint: str) -> None:
     """After stream.patience_seconds, with the address and what to start."""
-    ended = Producing(stream_settings(endpoint, patience_seconds=0.3)).ended(5)
+    error = Producing(stream_settings(endpoint, patience_seconds=0.3)).ended(5)
 
-    assert isinstance(ended, NoTrainer)
-    assert endpoint in str(ended)
-    assert "python -m trainer" in str(ended)
+    assert isinstance(error, NoTrainer)
+    assert endpoint in str(error)
+    assert "python -m trainer" in str(error)

@@ -30,6 +30,14 @@ def test_what_is_counted() -> None:
     assert sorted(figures.functions) == [1, 2, 3, 5, 5]
 
 
+def test_tests_are_searched_for_participles_alone() -> None:
+    """A test's class name and length are not those of the code."""
+    figures = measure({"tests/test_a.py": "class Work: ...\ntold = found = 1\n", "trainer/a.py": "class Work: ...\n"})
+
+    assert figures.test_participles == {"told": 1, "found": 1}
+    assert not figures.participles and figures.classes == {"Work": 1} and figures.modules == {"trainer": 1}
+
+
 def test_long_files_and_classes_are_named() -> None:
     """With their lines."""
     figures = measure({"trainer/long.py": "class Long:\n" + "    x = 1\n" * 400})

@@ -57,11 +57,11 @@ def test_a_text_is_read_in_its_own_format_and_in_no_other(tmp_path: Path, name: 
         if name.startswith("padded") and wrote == ">u2":
             continue  # too few ids to tell the order of bytes; the vocabulary tells
         assert isinstance(layout, str)
-        meant = {dtype: f'set corpus.token_dtype = "{name}"' for name, dtype in SETTINGS.items()}
-        advice = meant.get(wrote, f".astype('{wrote.replace('>', '<')}').tofile('NEW.bin')")
+        advice_for = {dtype: f'set corpus.token_dtype = "{name}"' for name, dtype in SETTINGS.items()}
+        advice = advice_for.get(wrote, f".astype('{wrote.replace('>', '<')}').tofile('NEW.bin')")
         assert advice in layout
         assert f"the ids are {', '.join(map(str, TEXTS[name][:4]))}, … up to " in layout
-        assert sum(one in layout for one in (*meant.values(), "tofile")) == 1
+        assert sum(one in layout for one in (*advice_for.values(), "tofile")) == 1
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_what_is_right_against_all_appearances_can_be_said_by_a_header(tmp_path:
     """Every second id is 0 indeed."""
     ids = np.stack([np.arange(1, 500), np.zeros(499)], 1).ravel().astype("<u2")
     path = tmp_path / "a.npy"
-    refused = layout_of(path, ids.tobytes())
-    assert isinstance(refused, str) and "if it is right, write it with numpy.save: headers decide" in refused
+    error = layout_of(path, ids.tobytes())
+    assert isinstance(error, str) and "if it is right, write it with numpy.save: headers decide" in error
     np.save(path, ids)
     layout = read_layout(path, path.stat().st_size, np.dtype("<i8"))
     assert layout == Layout(np.dtype("<u2"), 128, 998)
@@ -115,9 +115,9 @@ def test_what_is_right_against_all_appearances_can_be_said_by_a_header(tmp_path:
 def test_the_advice_on_the_order_of_bytes_can_be_followed(tmp_path: Path) -> None:
     """It is a command."""
     path = tmp_path / "a.bin"
-    refused = layout_of(path, TEXTS["GPT-2"].astype(">u2").tobytes())
-    assert isinstance(refused, str)
-    code = refused.split('python -c "import numpy; ')[1].split('"')[0].replace("NEW.bin", str(tmp_path / "b.bin"))
+    error = layout_of(path, TEXTS["GPT-2"].astype(">u2").tobytes())
+    assert isinstance(error, str)
+    code = error.split('python -c "import numpy; ')[1].split('"')[0].replace("NEW.bin", str(tmp_path / "b.bin"))
     exec(code, {"numpy": np})
     assert np.fromfile(tmp_path / "b.bin", "<u2").tolist() == TEXTS["GPT-2"].tolist()
 
@@ -130,25 +130,25 @@ def test_numpy_files_say_their_format(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "said"),
+    ("array", "message"),
     [
         (np.ones(9), "a .npy file of float64; expected whole numbers"),
         (np.array([None] * 9), "a .npy file of object; expected whole numbers"),
         (np.ones((3, 3), int, order="F"), "a .npy file in column order; write numpy.ascontiguousarray(ids)"),
     ],
 )
-def test_numpy_files_that_hold_no_ids_are_refused(tmp_path: Path, array: np.ndarray, said: str) -> None:
+def test_numpy_files_that_hold_no_ids_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     layout = layout_of(tmp_path / "a.npy", (tmp_path / "a.npy").read_bytes())
-    assert isinstance(layout, str) and layout.startswith(said)
+    assert isinstance(layout, str) and layout.startswith(message)
 
 
 def test_numpy_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     """Cut short, or with a header that is none."""
     np.save(tmp_path / "a.npy", np.arange(12))
     data = (tmp_path / "a.npy").read_bytes()
-    cut = layout_of(tmp_path / "a.bin", data[:-8])
-    assert cut == "its header promises 12 ids of int64, and 88 bytes follow; replace the file"
+    error = layout_of(tmp_path / "a.bin", data[:-8])
+    assert error == "its header promises 12 ids of int64, and 88 bytes follow; replace the file"
     wrong = layout_of(tmp_path / "a.bin", data[:20] + b"(" * 80 + data[100:])
     assert isinstance(wrong, str) and "a header that cannot be read" in wrong
 
@@ -194,7 +194,7 @@ def test_text_is_no_file_of_tokens(tmp_path: Path) -> None:
 def test_the_first_advice_is_the_last(tmp_path: Path) -> None:
     """Following what a refusal says leads to the ids, never to another refusal."""
     path, data = tmp_path / "a.bin", TEXTS["GPT-2"].astype("<i8").tobytes()
-    refused = layout_of(path, data)
-    assert isinstance(refused, str)
-    setting = refused.split('corpus.token_dtype = "')[1].split('"')[0]
+    error = layout_of(path, data)
+    assert isinstance(error, str)
+    setting = error.split('corpus.token_dtype = "')[1].split('"')[0]
     assert layout_of(path, data, setting) == Layout(np.dtype("<i8"))

@@ -54,7 +54,7 @@ def packing(context: int = 4, **others: Any) -> CorpusSettings:
     return CorpusSettings(context=context, **others)
 
 
-def shown(windows: Windows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def words_of(windows: Windows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return ["".join(tokenizer.convert_ids_to_tokens(row.tolist())) for row in windows.ids]
 
 
@@ -70,7 +70,7 @@ def test_documents_are_joined_by_eos_and_cut_into_windows_that_begin_with_bos(
 ) -> None:
     """The example of the module's docstring."""
     windows = windows_of(["ab", "cdefg"], tokenizer, packing())
-    assert shown(windows, tokenizer) == ["^ab$", "^cde", "^fg_"]
+    assert words_of(windows, tokenizer) == ["^ab$", "^cde", "^fg_"]
     assert marks(windows.kept) == [".xx.", ".xxx", ".xx."]
     assert marks(windows.padded) == ["....", "....", "...x"]
     assert (windows.ids.dtype, windows.kept.dtype, windows.padded.dtype) == (np.int64, bool, bool)
@@ -122,13 +122,13 @@ def test_shard_without_text_has_no_windows(tokenizer: PreTrainedTokenizerFast, d
 def test_text_that_fills_its_windows_is_followed_by_no_empty_one(tokenizer: PreTrainedTokenizerFast) -> None:
     """Six tokens are two windows of BOS and three, not three windows."""
     windows = windows_of(["abcdef"], tokenizer, packing())
-    assert shown(windows, tokenizer) == ["^abc", "^def"]
+    assert words_of(windows, tokenizer) == ["^abc", "^def"]
     assert not windows.padded.any()
 
 
 def test_empty_documents_leave_no_separators(tokenizer: PreTrainedTokenizerFast) -> None:
     """Empty files do not pile up separators."""
-    assert shown(windows_of(["", "a", "", "", "b", ""], tokenizer, packing()), tokenizer) == ["^a$b"]
+    assert words_of(windows_of(["", "a", "", "", "b", ""], tokenizer, packing()), tokenizer) == ["^a$b"]
 
 
 # BOS, separators, padding
@@ -143,20 +143,20 @@ def test_bos_with_id_zero_is_prepended() -> None:
 
 def test_bos_can_be_left_away(tokenizer: PreTrainedTokenizerFast) -> None:
     """With prepend_bos = false, a window is all text."""
-    assert shown(windows_of(["abcdef"], tokenizer, packing(prepend_bos=False)), tokenizer) == ["abcd", "ef__"]
+    assert words_of(windows_of(["abcdef"], tokenizer, packing(prepend_bos=False)), tokenizer) == ["abcd", "ef__"]
 
 
 def test_tokenizer_without_bos_gives_windows_without() -> None:
     """Qwen has no BOS: prepend_bos has nothing to do, and no row is lost to it."""
     qwen = letters("$", eos_token="$")
-    assert shown(windows_of(["ab", "cdef"], qwen, packing()), qwen) == ["ab$c", "def$"]
+    assert words_of(windows_of(["ab", "cdef"], qwen, packing()), qwen) == ["ab$c", "def$"]
 
 
 def test_bos_separates_where_there_is_no_eos() -> None:
     """Documents are kept apart by the one special token there is."""
     only_bos = letters("^", bos_token="^")
     windows = windows_of(["ab", "c"], only_bos, packing(5))
-    assert shown(windows, only_bos) == ["^ab^c"]
+    assert words_of(windows, only_bos) == ["^ab^c"]
     assert marks(windows.kept) == [".xx.x"]
 
 
@@ -181,14 +181,14 @@ def test_tokenizer_that_adds_bos_and_eos_itself_does_not_double_them(way: str) -
         eager = letters(vocabulary="^." + LETTERS, normalizer=both)
         eager.add_special_tokens(roles)
     windows = windows_of(["ab", "cd"], eager, packing(8))
-    assert shown(windows, eager) == ["^ab.cd.."]
+    assert words_of(windows, eager) == ["^ab.cd.."]
     assert marks(windows.padded) == ["......xx"]
 
 
 def test_letter_that_happens_to_be_unknown_is_not_taken_for_an_added_bos() -> None:
     """GPT-2's one special token stands for unknown text too; the first letter of each document stays."""
     narrow = letters("^", vocabulary="bcd", unknown="^", bos_token="^", eos_token="^", unk_token="^")
-    assert shown(windows_of(["abc", "bd"], narrow, packing(7)), narrow) == ["^^bc^bd"]
+    assert words_of(windows_of(["abc", "bd"], narrow, packing(7)), narrow) == ["^^bc^bd"]
 
 
 def test_padding_is_known_by_place_and_not_by_id() -> None:
@@ -210,7 +210,7 @@ def test_special_tokens_without_a_role_are_not_kept() -> None:
     """Llama 3's reserved tokens are merely marked as special in the vocabulary; their rows are dropped as well."""
     reserved = letters("^", "%", bos_token="^")
     windows = windows_of(["a%b"], reserved, packing())
-    assert shown(windows, reserved) == ["^a%b"]
+    assert words_of(windows, reserved) == ["^a%b"]
     assert marks(windows.kept) == [".x.x"]
 
 
@@ -219,7 +219,7 @@ def test_truncation_and_padding_that_come_with_a_tokenizer_are_not_used() -> Non
     strict = letters("^", bos_token="^")
     strict.backend_tokenizer.enable_truncation(3)
     strict.backend_tokenizer.enable_padding(length=9)
-    assert shown(windows_of(["abcdef", "g"], strict, packing(9)), strict) == ["^abcdef^g"]
+    assert words_of(windows_of(["abcdef", "g"], strict, packing(9)), strict) == ["^abcdef^g"]
 
 
 # Token files
@@ -228,7 +228,7 @@ def test_truncation_and_padding_that_come_with_a_tokenizer_are_not_used() -> Non
 def test_token_documents_are_packed_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
     """Ids from a file need no tokenizing; one that ends with the separator gets no second one."""
     documents = [np.array([3, 4, 1]), np.array([5]), np.array([6])]
-    assert shown(windows_of(documents, tokenizer, packing(7)), tokenizer) == ["^ab$c$d"]
+    assert words_of(windows_of(documents, tokenizer, packing(7)), tokenizer) == ["^ab$c$d"]
 
 
 def test_rows_of_a_token_file_come_back_row_for_row(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -259,14 +259,14 @@ def test_window_without_room_for_text_is_refused(tokenizer: PreTrainedTokenizerF
 
 def test_fingerprint_does_not_change_when_a_tokenizer_is_used() -> None:
     """Calling a tokenizer sets its truncation and padding; neither they nor post-processing are part of the mapping."""
-    used = letters("^", bos_token="^")
-    used.backend_tokenizer.enable_truncation(3)
-    before = tokens_fingerprint(used, packing())
-    windows_of(["abc"], used, packing())
-    used(["abc", "d"], padding=False, truncation=True, max_length=2)
-    assert tokens_fingerprint(used, packing()) == before
-    used.backend_tokenizer.post_processor = processors.TemplateProcessing(single="^ $A", special_tokens=[("^", 0)])
-    assert tokens_fingerprint(used, packing()) == before
+    tokenizer = letters("^", bos_token="^")
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    before = tokens_fingerprint(tokenizer, packing())
+    windows_of(["abc"], tokenizer, packing())
+    tokenizer(["abc", "d"], padding=False, truncation=True, max_length=2)
+    assert tokens_fingerprint(tokenizer, packing()) == before
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="^ $A", special_tokens=[("^", 0)])
+    assert tokens_fingerprint(tokenizer, packing()) == before
     assert tokens_fingerprint(letters("^", bos_token="^"), packing()) == before
 
 
@@ -311,10 +311,10 @@ def test_fingerprint_changes_with_the_tokenizer() -> None:
 def test_a_text_that_brings_its_own_bos_gets_no_second_one(tokenizer: PreTrainedTokenizerFast) -> None:
     """At the front of each text; in its middle, and where windows get none, it stays as the text has it."""
     texts = ["^ab", "^^c", "d^e", "^"]
-    assert shown(windows_of(texts, tokenizer, packing(9)), tokenizer) == ["^ab$c$d^e"]
-    left = windows_of(texts, tokenizer, packing(12, prepend_bos=False))
-    assert shown(left, tokenizer) == ["^ab$^^c$d^e$", "^___________"]
-    assert shown(windows_of(["^ab", "^c"], PYTHIA, packing(5)), PYTHIA) == ["^ab^c"]
+    assert words_of(windows_of(texts, tokenizer, packing(9)), tokenizer) == ["^ab$c$d^e"]
+    without_bos = windows_of(texts, tokenizer, packing(12, prepend_bos=False))
+    assert words_of(without_bos, tokenizer) == ["^ab$^^c$d^e$", "^___________"]
+    assert words_of(windows_of(["^ab", "^c"], PYTHIA, packing(5)), PYTHIA) == ["^ab^c"]
 
 
 def test_packing_that_needs_what_the_model_lacks_is_refused() -> None:

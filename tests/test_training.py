@@ -108,15 +108,15 @@ def test_bug_9_deadness_is_counted_in_tokens() -> None:
     pre_acts = torch.full((600, 3), -1.0)
     pre_acts[:, 0] = 1.0
     pre_acts[100, 1] = 1.0
-    counted = []
+    dead_counts = []
     for size in (50, 100, 300):
         statistics = Statistics(3, torch.zeros(2))
         for start in range(0, 600, size):
             part = slice(start, start + size)
             statistics.update(x[part], x[part], largest(pre_acts[part], 2))
-        counted.append(statistics.count_dead(300))
+        dead_counts.append(statistics.count_dead(300))
 
-    assert counted == [2, 2, 2]
+    assert dead_counts == [2, 2, 2]
 
 
 def test_deadness_is_unknown_until_enough_was_seen() -> None:
@@ -447,13 +447,13 @@ def test_an_average_may_be_asked_for_or_given_up_when_a_run_is_resumed(before: i
     document, tensors = whole.state()
     resumed = sae_trainer_of(settings_of("topk", ema_tokens=after))
     resumed.restore(document, deepcopy(tensors))
-    begun = resumed.ema_sae
+    averaged = resumed.ema_sae
     learn(resumed, [rows_of(resumed.settings, 64, 9)])
 
-    assert (begun is None) == (after is None)
-    if begun is not None:
+    assert (averaged is None) == (after is None)
+    if averaged is not None:
         expected = (whole.ema_sae or whole.sae).parameters
-        assert all(torch.equal(value, expected[name]) for name, value in begun.parameters.items())
+        assert all(torch.equal(value, expected[name]) for name, value in averaged.parameters.items())
 
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.mlp_out"]
@@ -468,8 +468,8 @@ def family_run(directory: Path) -> Run:
     for kind, options in FAMILY.items():
         role = next(role for name, role in roles.items() if kind.endswith(name))
         if kind != "repair":  # it needs files to begin from
-            named = {"name": kind.replace(" ", "-"), "d_sae": 32, "ema_tokens": 100, "revive_tokens": 64}
-            saes.append(SaeSettings.of(**(options | role | named)))
+            fields = {"name": kind.replace(" ", "-"), "d_sae": 32, "ema_tokens": 100, "revive_tokens": 64}
+            saes.append(SaeSettings.of(**(options | role | fields)))
     settings = TrainerSettings(
         run=RunSettings(directory=str(directory), tokens=2000, threads=1),
         model=ModelSettings(name="m", hooks=HOOKS),
@@ -618,14 +618,14 @@ def test_the_average_is_a_plain_mean_at_first() -> None:
     """While fewer rows were seen than it spans, every step weighs the same."""
     settings = settings_of("topk", ema_tokens=10**9)
     sae_trainer = trained(settings, steps=0)
-    seen: list[Tensor] = []
+    weights: list[Tensor] = []
     for seed in range(4):
         learn(sae_trainer, [rows_of(settings, 64, seed)])
-        seen.append(sae_trainer.sae.parameters["W_enc"].clone())
+        weights.append(sae_trainer.sae.parameters["W_enc"].clone())
     averaged = sae_trainer.ema_sae
 
     assert averaged is not None
-    torch.testing.assert_close(averaged.parameters["W_enc"], torch.stack(seen).mean(0))
+    torch.testing.assert_close(averaged.parameters["W_enc"], torch.stack(weights).mean(0))
 
 
 def test_the_average_forgets_exponentially() -> None:
@@ -709,10 +709,12 @@ def test_resampled_latents_point_at_rows_of_the_batch_with_a_large_loss() -> Non
     rows[17, 5] = 40.0
     sae_trainer.tokens, sae_trainer.statistics.tokens_since_fired[0] = 192, 192
     sae_trainer.step({"a": rows})
-    wanted = rows[17] - sae_trainer.sae.b_dec
+    expected_direction = rows[17] - sae_trainer.sae.b_dec
 
-    torch.testing.assert_close(sae_trainer.sae.W_dec[0], wanted / wanted.norm())
-    torch.testing.assert_close(sae_trainer.sae.W_enc[0] / sae_trainer.sae.W_enc[0].norm(), wanted / wanted.norm())
+    torch.testing.assert_close(sae_trainer.sae.W_dec[0], expected_direction / expected_direction.norm())
+    torch.testing.assert_close(
+        sae_trainer.sae.W_enc[0] / sae_trainer.sae.W_enc[0].norm(), expected_direction / expected_direction.norm()
+    )
 
 
 def test_resampling_leaves_living_latents_alone() -> None:

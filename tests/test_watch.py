@@ -56,10 +56,10 @@ class Answer:
     @property
     def line(self) -> str:
         values = [value for one in self.series for value in one if value == value]
-        told = f"{min(values):.4g} … {max(values):.4g}" if values else "–"
+        values_text = f"{min(values):.4g} … {max(values):.4g}" if values else "–"
         points = sum(map(len, self.series))
         query = self.query.replace("|", "\\|")
-        return f"| {self.where} | `{query}` | {len(self.series)} | {points} | {told} |"
+        return f"| {self.where} | `{query}` | {len(self.series)} | {points} | {values_text} |"
 
 
 class Prometheus:
@@ -84,8 +84,8 @@ class Prometheus:
         """Over the whole run, or its last `seconds`; raises HTTPError when the query is refused."""
         now = time.time()
         begin = self.began if seconds is None else now - seconds
-        found = self.get("/api/v1/query_range", query=query, start=begin, end=now, step=SCRAPE_SECONDS)["result"]
-        return Answer(where, query, [[float(value) for _, value in one["values"]] for one in found])
+        series = self.get("/api/v1/query_range", query=query, start=begin, end=now, step=SCRAPE_SECONDS)["result"]
+        return Answer(where, query, [[float(value) for _, value in one["values"]] for one in series])
 
     def values(self, query: str) -> list[str]:
         """Of a dashboard's variable: label_values(selector, label)."""
@@ -119,9 +119,9 @@ def everything(prometheus: Prometheus) -> Iterator[Answer]:
     """All panels and annotations, as Grafana asks them; all recording rules, by name; all alerts."""
     for name in DASHBOARDS:
         board = json.loads((FOLDER / f"{name}.json").read_text())
-        asked = [(panel["title"], target) for panel in board["panels"] for target in panel["targets"]]
-        asked += [(f"annotation {one['name']}", one) for one in board["annotations"]["list"]]
-        for title, target in asked:
+        targets = [(panel["title"], target) for panel in board["panels"] for target in panel["targets"]]
+        targets += [(f"annotation {one['name']}", one) for one in board["annotations"]["list"]]
+        for title, target in targets:
             seconds = NOW if target.get("instant") else None
             answer = prometheus.ask(f"{name}: {title}", substituted(target["expr"]), seconds)
             answer.query = target["expr"]
@@ -168,13 +168,13 @@ def alerts(prometheus: Prometheus) -> set[str]:
 
 def has_all_been_seen(prometheus: Prometheus) -> bool:
     """Training for a minute, dead latents counted, a snapshot evaluated half a minute ago, a checkpoint written."""
-    asked = [
+    answers = [
         "count_over_time(sluice_step_seconds[5m]) > 12",
         "sluice_dead_latents",
         "sluice_checkpoint_last_success_timestamp_seconds",
         f"count_over_time(sluice_ce_delta[5m]) > {30 / SCRAPE_SECONDS}",
     ]
-    return all(prometheus.ask("", query, NOW).series for query in asked)
+    return all(prometheus.ask("", query, NOW).series for query in answers)
 
 
 def substituted(expr: str) -> str:

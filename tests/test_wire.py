@@ -112,10 +112,10 @@ def hello_header(**changes: Any) -> bytes:
 
 
 def fault(frame: bytes) -> str:
-    with pytest.raises(WireError) as caught:
+    with pytest.raises(WireError) as error:
         decode(frame)
-    assert len(str(caught.value)) <= 1024, "a peer must not write novels into our log"
-    return caught.value.kind
+    assert len(str(error.value)) <= 1024, "a peer must not write novels into our log"
+    return error.value.kind
 
 
 def nested(depth: int) -> bytes:
@@ -354,8 +354,12 @@ def test_windows_follow_each_other_in_a_mask() -> None:
 )  # fmt: skip
 def test_held_out_fraction_is_kept(shards: int, fraction: float, count: int) -> None:
     """At least one where there are two shards, and at least one to train on."""
-    held = held_out_shards(shards, fraction)
-    assert len(held) == count == len(set(held)) and held == sorted(held) and set(held) <= set(range(shards))
+    held_out = held_out_shards(shards, fraction)
+    assert (
+        len(held_out) == count == len(set(held_out))
+        and held_out == sorted(held_out)
+        and set(held_out) <= set(range(shards))
+    )
 
 
 @pytest.mark.parametrize(("shards", "fraction"), [(100, 0.0), (1, 0.5)])

@@ -69,16 +69,16 @@ SECTIONS: dict[str, Section] = {
 
 
 def main() -> None:
-    chosen, options = _command_line()
+    sections, options = _command_line()
     goals: list[Figure] = []
-    for name in chosen:
+    for name in sections:
         results = _measure(name, options)
         goals += [figure for result in results for figure in result.figures if figure.goal is not None]
         if not options.quick:
             document = _read()
             document["sections"][name] = _section_document(results, options)
             BENCH.write_text(json.dumps(document, indent=1) + "\n")
-    if not options.quick and any(name.startswith("scaling") for name in chosen):
+    if not options.quick and any(name.startswith("scaling") for name in sections):
         import_module("tests.benchmarks.scaling").redraw(_read()["sections"])
     console.print(_goals_table(goals))
     console.print("nothing is written of small sizes" if options.quick else f"written to {BENCH}")
@@ -109,13 +109,13 @@ def _command_line() -> tuple[list[str], Options]:
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender is measured (default 3)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    given = parser.parse_args()
-    wanted = [word for word in given.only.split(",") if word]
-    if strange := [word for word in wanted if not any(name.startswith(word) for name in SECTIONS)]:
+    arguments = parser.parse_args()
+    prefixes = [word for word in arguments.only.split(",") if word]
+    if strange := [word for word in prefixes if not any(name.startswith(word) for name in SECTIONS)]:
         parser.error(f"no section begins with {', '.join(strange)}; there are {', '.join(SECTIONS)}")
-    chosen = [name for name in SECTIONS if not wanted or name.startswith(tuple(wanted))]
+    sections = [name for name in SECTIONS if not prefixes or name.startswith(tuple(prefixes))]
     peers = os.environ.get("SLUICE_PEERS_PYTHON") or (str(PEERS.absolute()) if PEERS.exists() else None)
-    return chosen, Options(given.rounds, given.quick, given.device, peers)
+    return sections, Options(arguments.rounds, arguments.quick, arguments.device, peers)
 
 
 def _table(result: Result) -> Table:

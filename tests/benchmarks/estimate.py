@@ -66,8 +66,8 @@ def _steps(options: Options) -> Result:
     for architecture, size in grid(options.device, options.quick):
         label = f"{TITLES[architecture]}, {size}"
         rows = correlated_rows(max(2 * size.batch, 4096), size.d_in)
-        made = sae_trainer(architecture, size, options.device, rows)
-        step = stepping(made, rows.to(options.device), size.batch)
+        subject = sae_trainer(architecture, size, options.device, rows)
+        step = stepping(subject, rows.to(options.device), size.batch)
         point = Result(result.title, result.unit)
         point.take_turns(options.rounds, {"machine": measure, "step": step})
         result.notes += point.notes

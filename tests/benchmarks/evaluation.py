@@ -56,8 +56,8 @@ def run(options: Options) -> Iterator[Result]:
                     spans[name].append(_turn(contenders[name]))
             ends = np.fromfile(steps_file).reshape(-1, 2)[:, 0]
             for name, of_name in spans.items():
-                steps = sum(int(((ends >= began) & (ends < ended)).sum()) for began, ended in of_name)
-                seconds = sum(ended - began for began, ended in of_name)
+                steps = sum(int(((ends >= start) & (ends < end)).sum()) for start, end in of_name)
+                seconds = sum(end - start for start, end in of_name)
                 speed.measured.setdefault(name, []).append(batch * steps / seconds)
         if any((folder / "run").glob("snapshots/*/*/evaluation.json")):
             raise RuntimeError("an evaluation was done before the end: there is too little held-out text")
@@ -108,10 +108,10 @@ class _Monitor:
 
     def __init__(self, gate: Path, share: float, overrides: list[str]) -> None:
         self._gate, self._stack = gate, ExitStack()
-        told = [f"monitor.evaluation_share={share}", "monitor.port=0", "monitor.service_port=0"]
-        told += ["monitor.evaluation_tokens=100_000_000"]
+        options = [f"monitor.evaluation_share={share}", "monitor.port=0", "monitor.service_port=0"]
+        options += ["monitor.evaluation_tokens=100_000_000"]
         module = ["tests.benchmarks.evaluation", str(gate)]
-        self._command = [sys.executable, "-m", *module, RUN_FILE, *overrides, *told]
+        self._command = [sys.executable, "-m", *module, RUN_FILE, *overrides, *options]
         self._seconds = self._busy = 0.0
 
     def __enter__(self) -> _Monitor:

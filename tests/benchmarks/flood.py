@@ -67,12 +67,12 @@ def run(options: Options) -> Iterator[Result]:
                 p99.measured.setdefault(name, []).append(1e3 * float(np.percentile(seconds, 99)))
                 p50.measured.setdefault(name, []).append(1e3 * float(np.median(seconds)))
                 speed.measured.setdefault(name, []).append(BATCH * len(seconds) / sum(b - a for a, b in turn))
-        asked, megabytes, seconds = clients.leave()
+        answers, megabytes, seconds = clients.leave()
     p99.figures = [Figure("flooded / alone", p99.ratio(FLOODED, QUIET), 1.05)]
     p50.figures = [Figure("flooded / alone", p50.ratio(FLOODED, QUIET))]
     speed.figures = [Figure("flooded / alone", speed.ratio(FLOODED, QUIET))]
     p99.notes = [
-        f"the clients were given {asked / seconds:,.0f} answers and {megabytes / seconds:,.0f} MB each second",
+        f"the clients were given {answers / seconds:,.0f} answers and {megabytes / seconds:,.0f} MB each second",
         f"{len(steps):,} steps of {BATCH} rows in all; {os.cpu_count()} cores",
     ]
     yield from (p99, p50, speed)
@@ -86,9 +86,9 @@ def _turn() -> tuple[float, float]:
     return began, time.monotonic()
 
 
-def _within(steps: np.ndarray, began: float, ended: float) -> np.ndarray:
+def _within(steps: np.ndarray, start: float, end: float) -> np.ndarray:
     """Seconds of the steps that ended in that time; `steps` are (end, seconds)."""
-    return steps[(steps[:, 0] >= began) & (steps[:, 0] < ended), 1]
+    return steps[(steps[:, 0] >= start) & (steps[:, 0] < end), 1]
 
 
 @contextmanager
@@ -141,8 +141,8 @@ def train(steps: Path, arguments: list[str]) -> int:
     def timed(self: Run, batch: Any) -> None:
         began = time.monotonic()
         train_step(self, batch)
-        ended = time.monotonic()
-        file.write(np.array([ended, ended - began]).tobytes())
+        end = time.monotonic()
+        file.write(np.array([end, end - began]).tobytes())
 
     Run.train_step = timed  # type: ignore[method-assign]
     return main(arguments)
@@ -194,11 +194,11 @@ class _Clients:
         self._process.send_signal(signal.SIGTERM)
         self._process.send_signal(signal.SIGCONT)
         assert self._process.stdout is not None
-        told = json.loads(self._process.stdout.readline())
-        return told["answers"], told["bytes"] / 1e6, self._seconds
+        counts = json.loads(self._process.stdout.readline())
+        return counts["answers"], counts["bytes"] / 1e6, self._seconds
 
 
-async def _ask_for_ever(host: str, port: int, paths: list[str], told: dict[str, int]) -> None:
+async def _ask_for_ever(host: str, port: int, paths: list[str], counts: dict[str, int]) -> None:
     """One client: a connection for each request, read to its end."""
     while True:
         for path in paths:
@@ -207,19 +207,19 @@ async def _ask_for_ever(host: str, port: int, paths: list[str], told: dict[str, 
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 head = await reader.readline()
                 while piece := await reader.read(1 << 18):
-                    told["bytes"] += len(piece)
-                told["answers"] += b" 200 " in head
+                    counts["bytes"] += len(piece)
+                counts["answers"] += b" 200 " in head
                 writer.close()
 
 
 async def _ask(url: str, weights: str) -> None:
     host, _, port = url.removeprefix("http://").partition(":")
-    paths, told = (
+    paths, counts = (
         ["/", "/v1/run", "/v1/snapshots", "/v1/snapshots/latest", "/metrics", weights],
         {"answers": 0, "bytes": 0},
     )
     clients = [
-        asyncio.create_task(_ask_for_ever(host, int(port), paths[turn:] + paths[:turn], told))
+        asyncio.create_task(_ask_for_ever(host, int(port), paths[turn:] + paths[:turn], counts))
         for turn in (number % len(paths) for number in range(CLIENTS))
     ]
     stop = asyncio.Event()
@@ -227,7 +227,7 @@ async def _ask(url: str, weights: str) -> None:
     await stop.wait()
     for client in clients:
         client.cancel()
-    print(json.dumps(told), flush=True)
+    print(json.dumps(counts), flush=True)
 
 
 def _main(what: str, *arguments: str) -> int:

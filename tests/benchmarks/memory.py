@@ -28,10 +28,10 @@ def run(options: Options) -> Iterator[Result]:
     result = Result(f"Memory of a step beyond what it must hold: {size}", "MB")
     names = {"TopK": "topk", "BatchTopK": "batchtopk", "JumpReLU": "jumprelu"}
     result.take_turns(options.rounds, {name: partial(_in_own_process, names[name], options) for name in names})
-    known = _known_bytes(size) / 1e6
-    result.notes.append(f"parameters, two moments and bfloat16 pre-activations: {known:,.0f} MB")
+    known_mb = _known_bytes(size) / 1e6
+    result.notes.append(f"parameters, two moments and bfloat16 pre-activations: {known_mb:,.0f} MB")
     result.figures = [
-        Figure(f"{name}, beyond / what it must hold", result.middle(name) / known, 0.25)
+        Figure(f"{name}, beyond / what it must hold", result.middle(name) / known_mb, 0.25)
         for name in names
         if name in result.measured
     ]
@@ -58,12 +58,12 @@ def _measure(architecture: str, size: Size, device: str) -> float:
 
 def _steps(architecture: str, size: Size, device: str, rows: torch.Tensor) -> int:
     """The most bytes this process held while steps were taken."""
-    made = sae_trainer(architecture, size, device, rows)
+    subject = sae_trainer(architecture, size, device, rows)
     batches = rows.split(size.batch)
-    made.step({HOOK: batches[0]})
+    subject.step({HOOK: batches[0]})
     _forget_highest(device)
     for step in range(STEPS):
-        made.step({HOOK: batches[step % len(batches)]})
+        subject.step({HOOK: batches[step % len(batches)]})
     return _highest(device)
 
 

@@ -150,10 +150,12 @@ def bare_forward(
 ) -> Callable[[], float]:
     """Rows per second that the producer would keep of what the cut model gives, whole passes over one shard's text."""
     windows = source.windows(_training_shards(source)[0])
-    chosen = [one for one in batches(windows, windows.kept, source.batch_windows) if len(one) == source.batch_windows]
-    rows_per_pass = sum(np.count_nonzero(windows.kept[one]) for one in chosen) / len(chosen)
+    full_batches = [
+        one for one in batches(windows, windows.kept, source.batch_windows) if len(one) == source.batch_windows
+    ]
+    rows_per_pass = sum(np.count_nonzero(windows.kept[one]) for one in full_batches) / len(full_batches)
     tokens = folder / "tokens.safetensors"
-    save_file({"tokens": torch.stack([torch.from_numpy(windows.ids[one]) for one in chosen])}, tokens)
+    save_file({"tokens": torch.stack([torch.from_numpy(windows.ids[one]) for one in full_batches])}, tokens)
     dtype = str(source.model.dtype).removeprefix("torch.")
     request = _model(source) | {"tokens": str(tokens), "dtype": dtype, "seconds": seconds, "keep_memory": keep_memory}
     return lambda: rows_per_pass * alone.ask("forward", **request)["passes_per_second"]

@@ -135,10 +135,10 @@ def redraw(sections: dict[str, Any]) -> None:
     PICTURE.write_text(_draw(panels))
 
 
-def _series(measured: dict[str, list[float]]) -> Series:
+def _series(milliseconds: dict[str, list[float]]) -> Series:
     """(value, milliseconds) of our step and of the lower bound."""
     series: Series = {OURS: [], BOUND: []}
-    for name, times in measured.items():
+    for name, times in milliseconds.items():
         which, _, point = name.rpartition(", ")
         series[which].append((float(point.split()[-1]), median(times)))
     return series
@@ -154,9 +154,9 @@ def _draw(panels: dict[str, Series]) -> str:
         parts.append(text(LEFT + 32 + 130 * place, 26.5, name))
     for column, (name, series) in enumerate(panels.items()):
         xs = [x for points in series.values() for x, _ in points] or [1.0, 2.0]
-        left = LEFT + column * (WIDTH + GAP)
-        x_axis = Axis(min(xs) / 1.25, max(xs) * 1.25, left, left + WIDTH)
-        parts.append(text(left + WIDTH / 2, TOP - 10, name, anchor="middle", weight=600))
+        x_offset = LEFT + column * (WIDTH + GAP)
+        x_axis = Axis(min(xs) / 1.25, max(xs) * 1.25, x_offset, x_offset + WIDTH)
+        parts.append(text(x_offset + WIDTH / 2, TOP - 10, name, anchor="middle", weight=600))
         parts += _grid(x_axis, y_axis, sorted(set(xs)), first=column == 0)
         for which in (BOUND, OURS):
             parts += line([(x_axis.at(x), y_axis.at(y)) for x, y in series[which]], COLOURS[which])

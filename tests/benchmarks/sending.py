@@ -46,8 +46,8 @@ def chunk_of(width: int, number: int, payload: memoryview) -> PackedChunk:
     """The `number`-th chunk of a shard."""
     rows = chunk_rows(width)
     windows = rows // CONTEXT
-    kept = pack_bits(np.ones(rows, bool))
-    return PackedChunk(number * windows, windows, rows, kept, outlier_bits=b"", outlier_count=0, payload=payload)
+    mask = pack_bits(np.ones(rows, bool))
+    return PackedChunk(number * windows, windows, rows, mask, outlier_bits=b"", outlier_count=0, payload=payload)
 
 
 def through_link(endpoint: str, keys: str | None, width: int) -> None:

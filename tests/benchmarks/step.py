@@ -36,8 +36,8 @@ PRODUCT, WRITTEN, BYTES = "encoder product, bf16", "the same into memory that is
 def run(architecture: str, options: Options) -> Iterator[Result]:
     size, device = size_for(options.device, options.quick), options.device
     rows = correlated_rows(BATCHES * size.batch, size.d_in)
-    made = sae_trainer(architecture, size, device, rows)
-    contenders = {"Sluice": stepping(made, rows.to(device), size.batch), **limit(size, rows, device)}
+    subject = sae_trainer(architecture, size, device, rows)
+    contenders = {"Sluice": stepping(subject, rows.to(device), size.batch), **limit(size, rows, device)}
     result = Result(f"Training step, {TITLES[architecture]}: {size}", "ms")
     with ExitStack() as stack:
         theirs = {}
@@ -48,17 +48,17 @@ def run(architecture: str, options: Options) -> Iterator[Result]:
         else:
             result.notes.append(WITHOUT_PEERS)
         result.take_turns(options.rounds, contenders | theirs)
-    result.notes.append(f"L0 of ours as measured: {made.report({HOOK: 1.0}).l0:.1f}")
+    result.notes.append(f"L0 of ours as measured: {subject.report({HOOK: 1.0}).l0:.1f}")
     result.figures += _figures(result, architecture, device, list(theirs))
     yield result
 
 
-def stepping(made: SaeTrainer, rows: Tensor, batch: int) -> Callable[[], float]:
+def stepping(sae_trainer: SaeTrainer, rows: Tensor, batch: int) -> Callable[[], float]:
     """Milliseconds of a step on batches of `rows` that take turns; the first two steps are not counted."""
     batches = itertools.cycle(rows.split(batch))
     for _ in range(2):
-        made.step({HOOK: next(batches)})
-    return milliseconds(lambda: made.step({HOOK: next(batches)}), rows.device.type, at_least=1.5)
+        sae_trainer.step({HOOK: next(batches)})
+    return milliseconds(lambda: sae_trainer.step({HOOK: next(batches)}), rows.device.type, at_least=1.5)
 
 
 def limit(size: Size, rows: Tensor, device: str) -> dict[str, Callable[[], float]]:

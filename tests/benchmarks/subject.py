@@ -86,19 +86,19 @@ def sae_trainer(architecture: str, size: Size, device: str, sample: Tensor, **mo
     sparsity: dict[str, Any] = {"target_l0": float(size.k)} if architecture == "jumprelu" else {"k": size.k}
     settings = SaeSettings.of(name=architecture, architecture=architecture, d_sae=size.d_sae, **sparsity, **more)  # type: ignore[arg-type]
     optimizer = OptimizerSettings(batch=size.batch, device=device)
-    made = SaeTrainer(
+    subject = SaeTrainer(
         settings, optimizer, SaeHooks((HOOK,), (HOOK,)), {HOOK: size.d_in}, torch.device(device), torch.bfloat16
     )
     sample = sample[:SAMPLE_ROWS].cpu()
-    made.initialise({HOOK: sample}, {HOOK: 1.0})
+    subject.initialise({HOOK: sample}, {HOOK: 1.0})
     if architecture == "jumprelu":
-        _settle(made, sample.to(device), size.k / size.d_sae)
-    return made
+        _settle(subject, sample.to(device), size.k / size.d_sae)
+    return subject
 
 
-def _settle(made: SaeTrainer, x: Tensor, rate: float) -> None:
+def _settle(sae_trainer: SaeTrainer, x: Tensor, rate: float) -> None:
     """Sets every threshold to the quantile that its latent exceeds on the fraction `rate` of the rows."""
-    rank, own = max(1, round(rate * len(x))), made.sae.parameters
-    for latents in torch.arange(made.sae.d_sae, device=x.device).split(2048):
+    rank, own = max(1, round(rate * len(x))), sae_trainer.sae.parameters
+    for latents in torch.arange(sae_trainer.sae.d_sae, device=x.device).split(2048):
         pre_acts = own["W_enc"][latents] @ (x - own["b_dec"]).T + own["b_enc"][latents, None]
         own["threshold"][latents] = pre_acts.topk(rank, dim=1).values[:, -1].clamp_min(MINIMUM_THRESHOLD)

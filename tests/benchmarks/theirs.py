@@ -59,10 +59,10 @@ def _batches(rows: str, batch: int, device: str) -> tuple[Tensor, ...]:
 @cache
 def _learner(cell: str, rows: str, device: str) -> tuple[Step, list[int]]:
     """(one training step, a list as long as the steps done)"""
-    given = json.loads(cell)
-    d_in = _batches(rows, given["batch"], device)[0].shape[1]
+    size = json.loads(cell)
+    d_in = _batches(rows, size["batch"], device)[0].shape[1]
     make = {"saelens": _saelens, "dictionary_learning": _dictionary_learning, "sparsify": _sparsify}
-    return make[given["library"]](given, d_in, device), []
+    return make[size["library"]](size, d_in, device), []
 
 
 def _saelens(cell: dict[str, Any], d_in: int, device: str) -> Step:
@@ -173,14 +173,14 @@ def activations(seconds: float, **path: Any) -> dict[str, float]:
 @cache
 def _activations(path: str) -> Take:
     """Takes half a buffer of rows, which is what a refill replaces, and returns how many they were."""
-    given = json.loads(path)
+    request = json.loads(path)
     make = {
         "saelens": _saelens_store,
         "dictionary_learning": _dictionary_learning_buffer,
         "sparsify": _sparsify_loop,
     }
-    with open(given["texts"]) as file:
-        return make[given["library"]](given, json.load(file))
+    with open(request["texts"]) as file:
+        return make[request["library"]](request, json.load(file))
 
 
 def _saelens_store(path: dict[str, Any], texts: list[str]) -> Take:
@@ -258,9 +258,9 @@ class _Traced:
 
     @contextlib.contextmanager
     def trace(self, texts: list[str], invoker_args: dict[str, Any], **_: Any) -> Iterator[None]:
-        given = self.tokenizer(texts, return_tensors="pt", padding=True, **invoker_args).to(self.network.device)
-        self.inputs.value = ((), given)
-        self.output.value = _until(self._layer, lambda: self.network(**given, use_cache=False))
+        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, **invoker_args).to(self.network.device)
+        self.inputs.value = ((), tokens)
+        self.output.value = _until(self._layer, lambda: self.network(**tokens, use_cache=False))
         yield
 
 
@@ -319,8 +319,8 @@ def forward(tokens: str, seconds: float, keep_memory: bool, **path: Any) -> dict
 
 @cache
 def _cut_model(path: str) -> Callable[[Tensor], object]:
-    model, _, _ = _model_of(given := json.loads(path))
-    model.layers, model.norm = model.layers[: given["layer"] + 1], torch.nn.Identity()
+    model, _, _ = _model_of(request := json.loads(path))
+    model.layers, model.norm = model.layers[: request["layer"] + 1], torch.nn.Identity()
 
     def run(tokens: Tensor) -> None:
         with torch.inference_mode():

@@ -127,10 +127,10 @@ def _together(seconds: float, warm: int, device: str, memory: list[float]) -> fl
 
 
 def _report(
-    directory: Path, processes: list[subprocess.Popen[bytes]], wanted: Callable[[dict[str, Any]], bool]
+    directory: Path, processes: list[subprocess.Popen[bytes]], accepts: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
     """The first of the trainer's reports that is `wanted`."""
-    while (report := last_report(directory)) is None or not wanted(report):
+    while (report := last_report(directory)) is None or not accepts(report):
         if any(process.poll() is not None for process in processes):
             raise RuntimeError("a process of the demo ended")
         time.sleep(0.05)

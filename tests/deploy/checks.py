@@ -43,8 +43,8 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> su
 
 
 def output_if_failed(*command: str | Path, **options: Any) -> list[str]:
-    done = run(*command, **options)
-    return [done.stdout + done.stderr] if done.returncode else []
+    process = run(*command, **options)
+    return [process.stdout + process.stderr] if process.returncode else []
 
 
 # --- Containers ------------------------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ def batch_faults(path: Path) -> list[str]:
 
 def kubernetes_faults(path: Path) -> list[str]:
     """Of the overlay that a file belongs to, as kustomize renders it: kinds and keys, and references within it."""
-    done = run("kubectl", "kustomize", path.parent.parent / OVERLAYS[path.parent.name])
-    if done.returncode:
-        return [done.stderr]
-    resources = list(yaml.safe_load_all(done.stdout))
+    process = run("kubectl", "kustomize", path.parent.parent / OVERLAYS[path.parent.name])
+    if process.returncode:
+        return [process.stderr]
+    resources = list(yaml.safe_load_all(process.stdout))
     faults = [fault for resource in resources for fault in resource_faults(resource)]
     return faults or reference_faults(resources)
 
@@ -278,8 +278,8 @@ def systemd_faults(path: Path) -> list[str]:
         unit.write_text(unit.read_text().replace("ExecStart=/opt/sluice/bin/", "ExecStart=/bin/true "))
     template = path.relative_to(folder).parts[0].partition(".service")[0]
     name = template if template.endswith(".target") else f"{template}demo.service"
-    done = run("systemd-analyze", "verify", name, SYSTEMD_UNIT_PATH=f"{units}:/lib/systemd/system")
-    faults = [done.stdout + done.stderr] if done.stdout + done.stderr or done.returncode else []
+    process = run("systemd-analyze", "verify", name, SYSTEMD_UNIT_PATH=f"{units}:/lib/systemd/system")
+    faults = [process.stdout + process.stderr] if process.stdout + process.stderr or process.returncode else []
     if name.endswith(".service"):
         unit = units / f"{template}.service"
         security = ["systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSED}"]

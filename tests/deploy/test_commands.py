@@ -106,7 +106,7 @@ def test_a_package_of_the_same_name_is_told(package: str, tmp_path: Path) -> Non
     """Another distribution's `trainer` comes first on the path: a sentence and exit code 2, not a traceback."""
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").write_text("from trainer.elsewhere import Trainer\n")
-    done = run(sys.executable, "-P", "-m", package, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f'the package "trainer" at {tmp_path}/trainer/__init__.py is not Sluice\'s')
-    assert len(done.stderr.splitlines()) == 1
+    process = run(sys.executable, "-P", "-m", package, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert process.returncode == 2
+    assert process.stderr.startswith(f'the package "trainer" at {tmp_path}/trainer/__init__.py is not Sluice\'s')
+    assert len(process.stderr.splitlines()) == 1

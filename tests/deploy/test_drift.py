@@ -69,14 +69,14 @@ def documents(*names: str) -> list[dict[str, Any]]:
 
 def pods() -> dict[str, dict[str, Any]]:
     """Pod templates by workload."""
-    found = {}
+    templates = {}
     for document in documents("base/trainer.yaml", "base/producer.yaml", "base/monitor.yaml", "nodes/jobset.yaml"):
         if document["kind"] in ("StatefulSet", "Deployment"):
-            found[document["metadata"]["name"]] = document["spec"]["template"]
+            templates[document["metadata"]["name"]] = document["spec"]["template"]
         elif document["kind"] == "JobSet":
             for job in document["spec"]["replicatedJobs"]:
-                found[f"jobset {job['name']}"] = job["template"]["spec"]["template"]
-    return found
+                templates[f"jobset {job['name']}"] = job["template"]["spec"]["template"]
+    return templates
 
 
 def commands() -> Iterator[tuple[str, list[str], Path]]:
@@ -125,8 +125,8 @@ def test_ports_of_compose() -> None:
     """Health is asked, and metrics are scraped, where they are; what is published is so on loopback."""
     services = compose()["services"]
     for name, service in services.items():
-        for published in service.get("ports", []):
-            assert published.startswith("127.0.0.1:")
+        for mapping in service.get("ports", []):
+            assert mapping.startswith("127.0.0.1:")
         if "healthcheck" in service:
             role = name.removesuffix("-demo")
             assert f"http://127.0.0.1:{PORTS[role]}/healthz" in service["healthcheck"]["test"][-1]
@@ -246,11 +246,11 @@ def test_secrets_are_those_that_the_script_writes(tmp_path: Path) -> None:
         assert path.is_file()
         assert path.stat().st_mode & 0o077 == 0 or not name.endswith(("secret", "token", "password"))
     assert re.fullmatch("[0-9a-f]{48}", (tmp_path / "secrets/token").read_text())
-    written = {path.name for path in (tmp_path / "secrets").rglob("*") if path.is_file()}
+    files = {path.name for path in (tmp_path / "secrets").rglob("*") if path.is_file()}
     for pod in pods().values():
         for volume in pod["spec"]["volumes"]:
             for item in volume.get("secret", {}).get("items", []):
-                assert item["key"] in written
+                assert item["key"] in files
                 assert (tmp_path / "secrets/keys" / item["path"]).is_file()
     for role, needed in (("trainer", {"server.key", "server.key_secret", "clients/client.key"}),
                          ("producer", {"server.key", "client.key_secret"})):  # fmt: skip
@@ -264,13 +264,13 @@ def test_secrets_of_kubernetes(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     subprocess.run(["sh", DEPLOY / "secrets.sh", tmp_path / "new"], env=environment, check=True, capture_output=True)
     create = ["sh", DEPLOY / "kubernetes/create-secrets.sh", tmp_path / "new", "--dry-run=client", "--output=yaml"]
-    done = subprocess.run(create, env=environment, check=True, capture_output=True, text=True, timeout=60)
-    made = {secret["metadata"]["name"]: set(secret["data"]) for secret in yaml.safe_load_all(done.stdout)}
+    process = subprocess.run(create, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    secrets = {secret["metadata"]["name"]: set(secret["data"]) for secret in yaml.safe_load_all(process.stdout)}
     volumes = [volume["secret"] for pod in pods().values() for volume in pod["spec"]["volumes"] if "secret" in volume]
-    assert {secret["secretName"] for secret in volumes} == set(made)
+    assert {secret["secretName"] for secret in volumes} == set(secrets)
     for secret in volumes:
-        assert {item["key"] for item in secret.get("items", [])} <= made[secret["secretName"]]
-    assert made["sluice-producer-keys"] == {"server.key", "client.key_secret"}
+        assert {item["key"] for item in secret.get("items", [])} <= secrets[secret["secretName"]]
+    assert secrets["sluice-producer-keys"] == {"server.key", "client.key_secret"}
 
 
 def test_the_page_names_files_that_exist() -> None:

@@ -209,12 +209,12 @@ def test_a_typo_in_a_directive_is_refused(cluster: Cluster, folder: Path, name: 
     script = (folder / name).read_text()
     assert cluster.run("sbatch", "--test-only", name, "run.toml", cwd=folder).returncode == 0
     lines = script.splitlines()
-    tried = 0
+    typos = 0
     for number, line in enumerate(lines):
         for option in re.finditer("--[a-z-]+", line) if line.startswith("#SBATCH") else ():
             typo = [*lines[:number], f"{line[: option.end()]}x{line[option.end() :]}", *lines[number + 1 :]]
             (folder / "typo.sbatch").write_text("\n".join(typo))
-            done = cluster.run("sbatch", "--test-only", "typo.sbatch", "run.toml", cwd=folder)
-            assert done.returncode != 0, typo[number]
-            tried += 1
-    assert tried > 5
+            process = cluster.run("sbatch", "--test-only", "typo.sbatch", "run.toml", cwd=folder)
+            assert process.returncode != 0, typo[number]
+            typos += 1
+    assert typos > 5

@@ -35,8 +35,8 @@ SMALL = (
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(build, capture_output=True, text=True, timeout=100, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
     (path,) = folder.glob("sluice_sae-*.whl")
     return path
 
@@ -52,8 +52,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-deps"]
     command = [*install, "--ignore-installed", str(wheel)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
     return folder / "bin"
 
 
@@ -81,11 +81,11 @@ def test_it_holds_run_files_and_deployment_files(wheel: Path) -> None:
 def test_the_demo_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     """`model.name = "demo"` is found, and the last command that is shown names the installed script."""
     overrides = [*SMALL, f"stream.endpoint=ipc://{tmp_path}/stream"]
-    done = run(installed / "sluice-demo", *overrides, cwd=tmp_path, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = run(installed / "sluice-demo", *overrides, cwd=tmp_path, timeout=200)
+    assert process.returncode == 0, process.stdout + process.stderr
     summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     assert set(summary["saes"]) == {"topk", "jumprelu"}
-    assert done.stdout.rstrip().splitlines()[-1].strip().startswith(f"{installed}/sluice-monitor ")
+    assert process.stdout.rstrip().splitlines()[-1].strip().startswith(f"{installed}/sluice-monitor ")
     config = json.loads(next((tmp_path / "runs/demo/snapshots").glob("*/topk/cfg.json")).read_text())
     assert config["metadata"]["model_name"] == "demo"
 
@@ -106,10 +106,10 @@ def test_a_package_that_was_installed_over_it_is_told(installed: Path, tmp_path:
     path.write_text("from trainer.elsewhere import Trainer\n")
     try:
         for script in ("sluice-trainer", "sluice-producer", "sluice-demo"):
-            done = run(installed / script, "--help", cwd=tmp_path)
-            assert done.returncode == 2
-            assert done.stderr.startswith(f'the package "trainer" at {path} is not Sluice\'s')
-            assert len(done.stderr.splitlines()) == 1
+            process = run(installed / script, "--help", cwd=tmp_path)
+            assert process.returncode == 2
+            assert process.stderr.startswith(f'the package "trainer" at {path} is not Sluice\'s')
+            assert len(process.stderr.splitlines()) == 1
     finally:
         path.write_text(own)
     assert run(installed / "sluice-trainer", "--help", cwd=tmp_path).returncode == 0

@@ -86,15 +86,17 @@ BEGIN, END = "<!-- table: written by `make drills` -->\n", "<!-- end of table --
 
 
 def main() -> int:
-    chosen, quick = _command_line()
+    names, quick = _command_line()
     results: dict[str, dict[str, Any]] = {}
-    for name in chosen:
+    for name in names:
         results[name] = _run(name, quick)
         Console(soft_wrap=True).print(_line(name, results[name]), markup=False)
         if not quick:
-            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            known |= {name: results[name]}
-            RESULTS.write_text(json.dumps({one: known[one] for one in DRILLS if one in known}, indent=1) + "\n")
+            all_results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            all_results |= {name: results[name]}
+            RESULTS.write_text(
+                json.dumps({one: all_results[one] for one in DRILLS if one in all_results}, indent=1) + "\n"
+            )
             _redraw(json.loads(RESULTS.read_text()))
     Console(width=160).print(_table(results))
     return int(any("failed" in result for result in results.values()))
@@ -105,12 +107,12 @@ def _run(name: str, quick: bool) -> dict[str, Any]:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sluice-drill-") as folder:
         try:
-            told: dict[str, Any] = asdict(DRILLS[name](Path(folder), quick))
+            result: dict[str, Any] = asdict(DRILLS[name](Path(folder), quick))
         except PermissionError as error:
-            told = {"skipped": str(error)}
+            result = {"skipped": str(error)}
         except Exception as error:
-            told = {"failed": f"{type(error).__name__}: {error}"}
-    return told | {"seconds": round(time.monotonic() - began, 1), "date": time.strftime("%Y-%m-%d")}
+            result = {"failed": f"{type(error).__name__}: {error}"}
+    return result | {"seconds": round(time.monotonic() - began, 1), "date": time.strftime("%Y-%m-%d")}
 
 
 def _command_line() -> tuple[list[str], bool]:
@@ -119,11 +121,11 @@ def _command_line() -> tuple[list[str], bool]:
         "--only", default="", metavar="NAMES", help=f"drills, by a part of the name: {', '.join(DRILLS)}"
     )
     parser.add_argument("--quick", action="store_true", help="as little as shows that they work; nothing is written")
-    given = parser.parse_args()
-    words = [word.strip() for word in given.only.split(",") if word.strip()]
+    arguments = parser.parse_args()
+    words = [word.strip() for word in arguments.only.split(",") if word.strip()]
     if strange := [word for word in words if not any(word in name for name in DRILLS)]:
         parser.error(f"no drill is called {', '.join(strange)}; there are {', '.join(DRILLS)}")
-    return [name for name in DRILLS if not words or any(word in name for word in words)], given.quick
+    return [name for name in DRILLS if not words or any(word in name for word in words)], arguments.quick
 
 
 COLUMNS = ("drill", "rounds", "rows checked", "lost", "repeated", "recovery, s", "peak, MB", "took, s", "")
@@ -142,8 +144,8 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
-    named = zip(COLUMNS[1:], _cells(name, row)[1:], strict=True)
-    return f"{name}: " + ", ".join(f"{column} {cell}".strip() for column, cell in named if cell)
+    cells = zip(COLUMNS[1:], _cells(name, row)[1:], strict=True)
+    return f"{name}: " + ", ".join(f"{column} {cell}".strip() for column, cell in cells if cell)
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Table:
@@ -162,7 +164,7 @@ def _redraw(results: dict[str, dict[str, Any]]) -> None:
     lines += ["| " + " | ".join(_cells(name, row)) + " |" for name, row in results.items()]
     for name, row in results.items():
         if details := row.get("details"):
-            lines += ["", f"| {name} | |", "|---|---|", *(f"| {what} | {found} |" for what, found in details.items())]
+            lines += ["", f"| {name} | |", "|---|---|", *(f"| {what} | {detail} |" for what, detail in details.items())]
     lines += ["", f"{os.cpu_count()} cores of {platform.machine()}, Python {platform.python_version()}."]
     README.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
 

@@ -88,11 +88,11 @@ def hellos(folder: Path, quick: bool) -> Outcome:
             details[f"{some:,} HELLOs, {per_connection:,} in a connection"] = (
                 f"{some / (time.monotonic() - began):,.0f} a second, training at {flooded / alone:.2f} of its rate"
             )
-        written = len(scene.log()) - before
+        log_bytes = len(scene.log()) - before
         assert "\x1b" not in scene.log() and "\nforged" not in scene.log(), "a name forges the log"
         assert _errors_at_the_end(scene, trainer)
-        assert written < LOG_BYTES, f"the log grew by {written:,} bytes"
-        return Outcome(count + count // 100, note=f"HELLOs; log +{written:,} bytes", details=details)
+        assert log_bytes < LOG_BYTES, f"the log grew by {log_bytes:,} bytes"
+        return Outcome(count + count // 100, note=f"HELLOs; log +{log_bytes:,} bytes", details=details)
 
 
 def wide(folder: Path, quick: bool) -> Outcome:
@@ -103,9 +103,9 @@ def wide(folder: Path, quick: bool) -> Outcome:
         hooks = [Hook(name="synthetic", module="synthetic", width=2**20)]
         rounds = 3 if quick else 100
         for _ in range(rounds):
-            told = _answer(f"ipc://{folder}/stream", encode(hello_of(named_source(), hooks=hooks, **_facts(scene))))
-            assert (told.code, told.retry) == ("memory", False), told
-            assert "1,048,576" in told.reason and "GB" in told.reason, told
+            answer = _answer(f"ipc://{folder}/stream", encode(hello_of(named_source(), hooks=hooks, **_facts(scene))))
+            assert (answer.code, answer.retry) == ("memory", False), answer
+            assert "1,048,576" in answer.reason and "GB" in answer.reason, answer
         scene.producer()
         assert trainer.wait(200) == 0
         return scene.outcome(rounds, 2, note="HELLOs of width 2^20 refused")
@@ -122,15 +122,15 @@ def _answer(endpoint: str, hello: bytes) -> Reject:
         dealer.connect(endpoint)
         dealer.send(hello)
         assert dealer.poll(10_000), "no answer to a HELLO"
-        told = decode(dealer.recv_multipart()[0])
-    assert isinstance(told, Reject)
-    return told
+        answer = decode(dealer.recv_multipart()[0])
+    assert isinstance(answer, Reject)
+    return answer
 
 
 def _attack(words: list[str]) -> Callable[[], object]:
     def attack() -> None:
-        done = subprocess.run([sys.executable, "-m", "tests.drills.attacks", *words], cwd=ROOT, timeout=300)
-        assert done.returncode == 0, f"the attacker failed: {words}"
+        process = subprocess.run([sys.executable, "-m", "tests.drills.attacks", *words], cwd=ROOT, timeout=300)
+        assert process.returncode == 0, f"the attacker failed: {words}"
 
     return attack
 
@@ -167,12 +167,12 @@ def send_unfinished(endpoint: str, keys: str, megabytes: int, frame_bytes: int) 
     (_send_encrypted if keys != "-" else _send_plain)(endpoint, keys, 10**6 * megabytes, frame_bytes)
 
 
-def _send_plain(endpoint: str, _: str, left: int, frame_bytes: int) -> None:
+def _send_plain(endpoint: str, _: str, megabytes: int, frame_bytes: int) -> None:
     frames = unended(frame_bytes) * max(1, 10**6 // frame_bytes)
-    while left > 0:
+    while megabytes > 0:
         with suppress(OSError), connect(endpoint) as peer:
-            while left > 0:
-                left -= 10**6
+            while megabytes > 0:
+                megabytes -= 10**6
                 peer.sendall(frames)
 
 
@@ -191,30 +191,30 @@ def connect(endpoint: str, identity: bytes = b"") -> socket.socket:
     peer = socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])))
     peer.settimeout(1.0)
     peer.sendall(GREETING)
-    got = 0
-    while got < len(GREETING):
-        if not (some := len(peer.recv(len(GREETING) - got))):
+    received_bytes = 0
+    while received_bytes < len(GREETING):
+        if not (some := len(peer.recv(len(GREETING) - received_bytes))):
             raise ConnectionResetError
-        got += some
+        received_bytes += some
     ready = READY + struct.pack(">I", len(identity)) + identity
     peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
     peer.recv(4096)  # what comes before the other side is ready ends the handshake
     return peer
 
 
-def _send_encrypted(endpoint: str, keys: str, left: int, frame_bytes: int) -> None:
+def _send_encrypted(endpoint: str, keys: str, megabytes: int, frame_bytes: int) -> None:
     """One message of very many frames: to the other side it has no end for as long as it comes."""
     frame, context = bytes(frame_bytes), zmq.Context()
-    while left > 0:
+    while megabytes > 0:
         dealer = context.socket(zmq.DEALER)
         dealer.linger = 0
         connect_encrypted(dealer, keys)
         monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         dealer.connect(endpoint)
-        some = min(left, 10**6 * 1000)
+        some = min(megabytes, 10**6 * 1000)
         dealer.send_multipart([frame] * (some // frame_bytes), copy=frame_bytes < 256)
         monitor.poll(10_000)
-        left -= some
+        megabytes -= some
         dealer.disable_monitor()
         monitor.close(0)
         dealer.close()
@@ -226,12 +226,14 @@ def send_hellos(endpoint: str, count: int, per_connection: int) -> None:
     placeholder, name = "0" * 32, "eve\nforged\x1b[31m\u202e" + "x" * 900
     facts = {"producer": placeholder, "session": placeholder, "name": name}
     templates = [encode(hello_of(named_source(), **facts, **own)) for own in ({}, {"context": 32, "held_out": 0.0625})]
-    left = count
-    while left > 0:
+    remaining = count
+    while remaining > 0:
         with suppress(OSError), connect(endpoint) as peer:
-            for _ in range(min(left, per_connection)):
-                left -= 1
-                peer.sendall(frame(templates[left % 2].replace(placeholder.encode(), os.urandom(16).hex().encode())))
+            for _ in range(min(remaining, per_connection)):
+                remaining -= 1
+                peer.sendall(
+                    frame(templates[remaining % 2].replace(placeholder.encode(), os.urandom(16).hex().encode()))
+                )
             peer.recv(4096)
 
 

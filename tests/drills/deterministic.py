@@ -63,7 +63,7 @@ class Fate:
     producers: int
     producers_killed: int = 0
     trainer_killed: int = 0
-    asked: bool = False
+    runs_commands: bool = False
     """`ctl` asks for snapshots, a pause and a drain, which is refused."""
 
 
@@ -119,23 +119,26 @@ def compare(
 
     `epochs`: the run is so many whole passes over the corpus of `RUN`, whose rows must all be there.
     """
-    told: dict[str, str] = {}
-    killed = checked = 0
+    fingerprints: dict[str, str] = {}
+    killed = comparisons = 0
     common: list[str] = []
     for name, fate in lives.items():
-        place = folder / str(len(told))
+        place = folder / str(len(fingerprints))
         with Scene(place, *(one.replace("DIR", str(place)) for one in overrides), run=run) as scene:
             _live_through(scene, fate, rows)
             if epochs is not None:
                 scene.outcome(0, epochs)
             scene.judge_logs()
             common = common or snapshot_names(scene.run)  # those asked for come on top
-            told[name] = _fingerprint(scene, common)
+            fingerprints[name] = _fingerprint(scene, common)
         killed += fate.producers_killed + fate.trainer_killed
-        checked += scene.trained
-    assert len(set(told.values())) == 1, f"the weights differ: {told}"
+        comparisons += scene.trained
+    assert len(set(fingerprints.values())) == 1, f"the weights differ: {fingerprints}"
     return Outcome(
-        killed, checked, note=f"{len(told)} runs, one sha256: {next(iter(told.values()))[:16]}", details=told
+        killed,
+        comparisons,
+        note=f"{len(fingerprints)} runs, one sha256: {next(iter(fingerprints.values()))[:16]}",
+        details=fingerprints,
     )
 
 
@@ -167,32 +170,32 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ask(scene: Scene) -> None:
-    told = [ctl([str(scene.run), command]) for command in ("snapshot", "pause", "snapshot", "drain", "resume")]
-    assert told == [0, 0, 0, 2, 0], told
+    exit_codes = [ctl([str(scene.run), command]) for command in ("snapshot", "pause", "snapshot", "drain", "resume")]
+    assert exit_codes == [0, 0, 0, 2, 0], exit_codes
 
 
 def _fingerprint(scene: Scene, names: list[str]) -> str:
     """sha256 over the weights of every SAE of these snapshots, and over the trained rows in their order."""
-    told = hashlib.sha256(scene.rows_file.read_bytes())
+    digest = hashlib.sha256(scene.rows_file.read_bytes())
     for name in names:
         for weights in sorted((scene.run / "snapshots" / name).glob("*/sae_weights.safetensors")):
-            told.update(f"{name}/{weights.parent.name}".encode() + weights.read_bytes())
-    return told.hexdigest()
+            digest.update(f"{name}/{weights.parent.name}".encode() + weights.read_bytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
     table = Table("source", "fate", "sha256 of all weights and rows", "killed, rows")
     with tempfile.TemporaryDirectory(prefix="sluice-drill-") as folder:
-        for what, told in (
+        for what, outcome in (
             ("synthetic", synthetic(Path(folder, "synthetic"), quick)),
             ("demo, float32", language_model(Path(folder, "float32"), quick, "float32")),
             ("demo, bfloat16", language_model(Path(folder, "bfloat16"), quick, "bfloat16")),
         ):
-            for fate, sha in told.details.items():
+            for fate, sha in outcome.details.items():
                 table.add_row(what, fate, sha[:24], "")
-            table.add_row(what, "in all", "equal", f"{told.rounds}, {told.rows:,}", end_section=True)
-            print(f"{what}: {told.note}", flush=True)
+            table.add_row(what, "in all", "equal", f"{outcome.rounds}, {outcome.rows:,}", end_section=True)
+            print(f"{what}: {outcome.note}", flush=True)
     Console(width=140).print(table)
 
 

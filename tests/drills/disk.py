@@ -77,8 +77,10 @@ def _without_disk(folder: Path, quick: bool, harm: Callable[[Path], None], mend:
             )
             harm(disk)
             for what in ("checkpoint", "snapshot"):
-                told = f"{what} not written"
-                scene.wait(lambda told=told, number=number: scene.log().count(told) > number, 30.0, f"for {told!r}")
+                message = f"{what} not written"
+                scene.wait(
+                    lambda told=message, number=number: scene.log().count(told) > number, 30.0, f"for {message!r}"
+                )
             before = scene.trained
             read(complete_folders(checkpoints)[-1])  # the one from before is whole
             scene.wait(lambda before=before: scene.trained > before + 1000, 20.0, "for training to go on")

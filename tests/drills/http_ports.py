@@ -46,9 +46,11 @@ def half_requests(folder: Path, quick: bool) -> Outcome:
                 half.append(plain)
             for _ in range(ASKED):
                 slowest = max(slowest, _seconds(port, path))
-            held = sum(map(_is_open, half))
-            most_held = max(most_held, held)
-            assert held <= DEFAULT_LIMITS.connections, f"{held} half requests are held open at port {port}"
+            open_requests = sum(map(_is_open, half))
+            most_held = max(most_held, open_requests)
+            assert open_requests <= DEFAULT_LIMITS.connections, (
+                f"{open_requests} half requests are held open at port {port}"
+            )
             scene.wait(
                 lambda half=half: not any(map(_is_open, half)),
                 DEFAULT_LIMITS.head_seconds + 10,
@@ -86,8 +88,8 @@ def many_snapshots(folder: Path, quick: bool) -> Outcome:
         newest = publish_snapshot(scene.run, 1000 * (many + 1)).name
         assert _json(port, "/v1/snapshots")["latest"] == newest
         grown = zip(paths, short, long, strict=True)
-        told = (f"{path} {1e3 * before:.0f} → {1e3 * after:.0f} ms" for path, before, after in grown)
-        note = f"snapshots; CPU time from {few} of them to all: {', '.join(told)}; first page in {max(firsts):.1f} s"
+        times = (f"{path} {1e3 * before:.0f} → {1e3 * after:.0f} ms" for path, before, after in grown)
+        note = f"snapshots; CPU time from {few} of them to all: {', '.join(times)}; first page in {max(firsts):.1f} s"
         return Outcome(many, note=note)
 
 

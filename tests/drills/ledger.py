@@ -30,26 +30,26 @@ def long_machine(folder: Path, quick: bool) -> Outcome:
     examples, steps = (50, 40) if quick else (700, 400)
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda seed: _explore_in(ROOT, examples, steps, seed), (1, 2)))
-    for told in runs:
-        assert told.returncode == 0, told.stdout[-3000:]
+    for search in runs:
+        assert search.returncode == 0, search.stdout[-3000:]
     moves = sum(int(told.stdout.split()[-1]) for told in runs)
     return Outcome(moves, note="moves of the adversary, all invariants after each")
 
 
 def mutations(folder: Path, quick: bool) -> Outcome:
     """Every bug, alone, in a copy of its own; without one the copy must pass."""
-    chosen = {name: bug for number, (name, bug) in enumerate(BUGS.items()) if not quick or number % 10 == 0}
+    bugs = {name: bug for number, (name, bug) in enumerate(BUGS.items()) if not quick or number % 10 == 0}
     control = _copy(folder / "control")
     assert _explore_in(control, 100, 40, 0).returncode == 0, "the machine finds a fault in the ledger as it is"
     with ThreadPoolExecutor(2) as pool:
-        caught = dict(zip(chosen, pool.map(lambda name: _caught(folder, name), chosen), strict=True))
-    missed = sorted(name for name, moves in caught.items() if not moves and name not in SUBTLE)
+        searches = dict(zip(bugs, pool.map(lambda name: _caught(folder, name), bugs), strict=True))
+    missed = sorted(name for name, search in searches.items() if not search and name not in SUBTLE)
     assert not missed, f"not caught: {'; '.join(missed)}"
-    late = sum(moves != "at once" for moves in caught.values() if moves)
-    found = sum(bool(moves) for moves in caught.values())
-    note = f"bugs planted, {found} caught, {late} of them only by a longer search"
+    late = sum(search != "at once" for search in searches.values() if search)
+    caught_count = sum(bool(search) for search in searches.values())
+    note = f"bugs planted, {caught_count} caught, {late} of them only by a longer search"
     return Outcome(
-        len(chosen), note=note, details={name: moves or "not by the machine" for name, moves in caught.items()}
+        len(bugs), note=note, details={name: search or "not by the machine" for name, search in searches.items()}
     )
 
 
@@ -58,11 +58,11 @@ def _caught(folder: Path, name: str) -> str:
     copy = _copy(folder / name.replace(" ", "-"))
     path = copy / PLACES[BUGS[name].module][0]
     path.write_text(plant(path.read_text("utf-8"), BUGS[name]), "utf-8")
-    for told, examples, steps in (("at once", 100, 40), ("in a longer search", 400, 120)):
+    for label, examples, steps in (("at once", 100, 40), ("in a longer search", 400, 120)):
         search = _explore_in(copy, examples, steps, 0)
         if search.returncode:
             assert "state = Stream()" in search.stdout or "it hangs" in search.stdout, search.stdout[-2000:]
-            return told
+            return label
     return ""
 
 
@@ -118,15 +118,15 @@ def explore(examples: int, steps: int, number: int) -> int:
 
 def counting(machine: type) -> Iterator[int]:
     """Counts the looks at the invariants of `machine`, of which there is one after each move."""
-    made, look = 0, machine.report_agrees  # type: ignore[attr-defined]
+    moves, report_agrees = 0, machine.report_agrees  # type: ignore[attr-defined]
 
-    def counted(self: object) -> None:
-        nonlocal made
-        made += 1
-        look(self)
+    def report_and_count(self: object) -> None:
+        nonlocal moves
+        moves += 1
+        report_agrees(self)
 
-    machine.report_agrees = counted  # type: ignore[attr-defined]
-    return iter(lambda: made, -1)
+    machine.report_agrees = report_and_count  # type: ignore[attr-defined]
+    return iter(lambda: moves, -1)
 
 
 if __name__ == "__main__":

@@ -38,24 +38,24 @@ def malformed(folder: Path, quick: bool) -> Outcome:
     with Scene(folder, "corpus.epochs=400", "sae.topk.d_sae=2048", "optimizer.batch=1024") as scene:
         trainer, _ = scene.trainer(), scene.producer()
         scene.wait_for_rows(50_000)
-        alone, flooded, sent = list[float](), list[float](), 0
-        while sent < count:
+        alone, flooded, messages = list[float](), list[float](), 0
+        while messages < count:
             alone.append(rate(scene, lambda: time.sleep(turn)))
-            some = min(count - sent, round(PER_SECOND * turn))
+            some = min(count - messages, round(PER_SECOND * turn))
             words = [f"ipc://{folder}/stream", str(some), str(PER_SECOND)]
             command = [sys.executable, "-m", "tests.drills.malformed", *words]
             with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as flood:
                 assert flood.stdout is not None and flood.stdout.readline()  # it begins
                 flooded.append(rate(scene, lambda flood=flood: flood.wait(60)))
             assert flood.returncode == 0
-            sent += some
+            messages += some
         trainer.terminate()
         assert trainer.wait(60) == 0
         saved = load_newest(scene.run)
         assert saved is not None
         ledger = saved.document.ledger
-        counted = sum(ledger.errors.values())
-        assert counted >= count, f"{counted:,} of {count:,} malformed messages were counted: {ledger.errors}"
+        error_count = sum(ledger.errors.values())
+        assert error_count >= count, f"{error_count:,} of {count:,} malformed messages were counted: {ledger.errors}"
         assert not ledger.sessions_lost, "the producer's session did not survive"
         scene.judge_logs()
         share = sum(flooded) / sum(alone)
@@ -80,10 +80,10 @@ def fuzzed(folder: Path, quick: bool) -> Outcome:
     log = folder / "fuzz.log"
     command = [sys.executable, str(HERE / "fuzz_decoder.py"), str(folder), "10" if quick else str(FUZZ_SECONDS)]
     with open(log, "wb") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file)
-    told = log.read_text(errors="replace")
-    assert done.returncode == 0, told[-2000:]
-    (runs,) = [line.split()[1] for line in told.splitlines() if line.startswith("Done ")]
+        process = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file)
+    output = log.read_text(errors="replace")
+    assert process.returncode == 0, output[-2000:]
+    (runs,) = [line.split()[1] for line in output.splitlines() if line.startswith("Done ")]
     return Outcome(int(runs), note="inputs, each a message or a WireError")
 
 

@@ -38,8 +38,8 @@ BUGS = read_bugs(Path(__file__).parent / "mutants.toml")
 
 def mutations(folder: Path, quick: bool) -> Outcome:
     """Every bug, alone, in a copy of the tree; without one all tests that are run must pass."""
-    chosen = {name: bug for number, (name, bug) in enumerate(BUGS.items()) if not quick or number % 60 == 0}
-    modules = dict.fromkeys(bug.module for bug in chosen.values())
+    bugs = {name: bug for number, (name, bug) in enumerate(BUGS.items()) if not quick or number % 60 == 0}
+    modules = dict.fromkeys(bug.module for bug in bugs.values())
     trees: SimpleQueue[Tree] = SimpleQueue()
     with ExitStack() as stack, ThreadPoolExecutor(WORKERS) as pool:
         for number in range(WORKERS):
@@ -55,14 +55,14 @@ def mutations(folder: Path, quick: bool) -> Outcome:
         for module, failure in zip(modules, pool.map(run, modules), strict=True):
             assert not failure, f"the tests of {module} fail without any bug: {failure}"
         # Those last whose change has everything compiled anew.
-        order = sorted(chosen, key=lambda name: chosen[name].module == "trainer.kernels.cpu")
-        caught = dict(zip(order, pool.map(lambda name: run(chosen[name].module, chosen[name]), order), strict=True))
-    missed = [name for name in chosen if not caught[name]]
-    share = 1 - len(missed) / len(chosen)
-    assert share >= CAUGHT_AT_LEAST, f"{len(missed)} of {len(chosen)} bugs not caught: {'; '.join(missed)}"
-    details = {name: caught[name] or "**not caught**" for name in chosen}
-    note = f"bugs planted in {len(modules)} modules, {len(chosen) - len(missed)} caught"
-    return Outcome(len(chosen), note=note, details=details)
+        order = sorted(bugs, key=lambda name: bugs[name].module == "trainer.kernels.cpu")
+        failures = dict(zip(order, pool.map(lambda name: run(bugs[name].module, bugs[name]), order), strict=True))
+    missed = [name for name in bugs if not failures[name]]
+    share = 1 - len(missed) / len(bugs)
+    assert share >= CAUGHT_AT_LEAST, f"{len(missed)} of {len(bugs)} bugs not caught: {'; '.join(missed)}"
+    details = {name: failures[name] or "**not caught**" for name in bugs}
+    note = f"bugs planted in {len(modules)} modules, {len(bugs) - len(missed)} caught"
+    return Outcome(len(bugs), note=note, details=details)
 
 
 @dataclass
@@ -112,8 +112,10 @@ class Tree:
         assert code != "5", f"there are no tests in {tests}"
         if code == "0":
             return ""
-        told = [line for line in (self.folder / "log").read_text(errors="replace").splitlines() if FAILED.match(line)]
-        return FAILED.sub("tests/", told[0]).partition(" - ")[0] if told else f"exit code {code}"
+        failed_lines = [
+            line for line in (self.folder / "log").read_text(errors="replace").splitlines() if FAILED.match(line)
+        ]
+        return FAILED.sub("tests/", failed_lines[0]).partition(" - ")[0] if failed_lines else f"exit code {code}"
 
     def _pytest(self, files: list[str]) -> str:
         temporary = self.folder / "t"

@@ -146,10 +146,10 @@ def flipped_bits(folder: Path, quick: bool) -> Outcome:
         time.sleep(5.0 if quick else 20.0)
         proxy.flip_every = None
 
-    told = _under(folder, harm, rounds=1)
+    outcome = _under(folder, harm, rounds=1)
     assert proxies[0].flipped, "not one bit was turned"
-    told.rounds, told.note = proxies[0].flipped, "bits turned"
-    return told
+    outcome.rounds, outcome.note = proxies[0].flipped, "bits turned"
+    return outcome
 
 
 def _under(
@@ -182,6 +182,6 @@ def _under(
         proxy.close()
         saved = load_newest(scene.run)
         assert saved is not None
-        lost = saved.document.ledger.sessions_lost
-        assert not (nobody_dies and lost), f"{lost} sessions were taken for dead"
-        return scene.outcome(rounds, epochs, note=f"{lost} sessions lost")
+        lost_sessions = saved.document.ledger.sessions_lost
+        assert not (nobody_dies and lost_sessions), f"{lost_sessions} sessions were taken for dead"
+        return scene.outcome(rounds, epochs, note=f"{lost_sessions} sessions lost")

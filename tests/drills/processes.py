@@ -36,18 +36,18 @@ def producers_killed(folder: Path, quick: bool) -> Outcome:
             killed += 1
             producers.append(scene.producer())
         assert trainer.wait(300) == 0
-        told = scene.outcome(killed, epochs, note=_lost_sessions(scene))
-        assert told.recovery is not None and told.recovery < PRODUCER_SECONDS
-        return told
+        outcome = scene.outcome(killed, epochs, note=_lost_sessions(scene))
+        assert outcome.recovery is not None and outcome.recovery < PRODUCER_SECONDS
+        return outcome
 
 
 def _lost_sessions(scene: Scene) -> str:
     """What the trainer counted; a death must tell."""
     saved = load_newest(scene.run)
     assert saved is not None
-    lost = saved.document.ledger.sessions_lost
-    assert lost, "producers died, and sluice_sessions_lost_total says nothing"
-    return f"{lost} sessions lost"
+    count = saved.document.ledger.sessions_lost
+    assert count, "producers died, and sluice_sessions_lost_total says nothing"
+    return f"{count} sessions lost"
 
 
 def producers_crash_in_a_loop(folder: Path, quick: bool) -> Outcome:
@@ -64,14 +64,16 @@ def producers_crash_in_a_loop(folder: Path, quick: bool) -> Outcome:
         ledger = saved.document.ledger
         assert not ledger.set_aside and ledger.sessions_lost >= deaths
         assert "producers in a row were lost on shard" in scene.log()
-        told = scene.outcome(deaths, epochs, note=f"deaths before the first row, {len(ledger.set_aside)} shards lost")
-        told.recovery = None
-        return told
+        outcome = scene.outcome(
+            deaths, epochs, note=f"deaths before the first row, {len(ledger.set_aside)} shards lost"
+        )
+        outcome.recovery = None
+        return outcome
 
 
 def checkpoint_removed(folder: Path, quick: bool) -> Outcome:
     """The checkpoint of a stopped, then of a finished run vanishes: starts are refused, no snapshot is touched."""
-    refused, epochs = 0, 1 if quick else 4
+    refusals, epochs = 0, 1 if quick else 4
     with Scene(folder, f"corpus.epochs={epochs}", "snapshots.every_tokens=8000", "snapshots.keep=100") as scene:
         scene.producer()
         trainer = scene.trainer(SECONDS_PER_STEP=0.02)
@@ -81,17 +83,17 @@ def checkpoint_removed(folder: Path, quick: bool) -> Outcome:
         for finished in (False, True):
             if finished:
                 assert scene.trainer().wait(300) == 0
-            published = _contents(scene.run)
+            contents = _contents(scene.run)
             (scene.run / "checkpoint").rename(folder / "checkpoint")
             for _ in range(1 if quick else 3):
                 assert scene.trainer().wait(60) == 1
-                refused += 1
-            assert _contents(scene.run) == published
+                refusals += 1
+            assert _contents(scene.run) == contents
             (folder / "checkpoint").rename(scene.run / "checkpoint")
         count = len(snapshot_names(scene.run))
-        told = scene.outcome(refused, epochs, note=f"starts refused; {count} snapshots, 0 deleted or changed")
-        told.recovery = None
-        return told
+        outcome = scene.outcome(refusals, epochs, note=f"starts refused; {count} snapshots, 0 deleted or changed")
+        outcome.recovery = None
+        return outcome
 
 
 def _contents(run: Path) -> dict[str, str]:
@@ -116,9 +118,9 @@ def producer_frozen(folder: Path, quick: bool) -> Outcome:
             # It says what it still had to say, is told that its session has ended, and begins a new one.
             scene.wait(lambda: _producers(scene) == 2, 10.0, "for the zombie's new session")
         assert trainer.wait(300) == 0
-        told = scene.outcome(rounds, epochs, note=_lost_sessions(scene))
-        assert told.recovery is not None and told.recovery < PRODUCER_SECONDS
-        return told
+        outcome = scene.outcome(rounds, epochs, note=_lost_sessions(scene))
+        assert outcome.recovery is not None and outcome.recovery < PRODUCER_SECONDS
+        return outcome
 
 
 def _producers(scene: Scene) -> int:
@@ -140,9 +142,9 @@ def trainer_killed(folder: Path, quick: bool) -> Outcome:
             trainer.kill()
             trainer.wait()
         assert scene.trainer().wait(400) == 0
-        told = scene.outcome(kills, epochs)
-        assert told.recovery is not None and told.recovery < RESTART_SECONDS
-        return told
+        outcome = scene.outcome(kills, epochs)
+        assert outcome.recovery is not None and outcome.recovery < RESTART_SECONDS
+        return outcome
 
 
 def killed_in_checkpoint(folder: Path, quick: bool) -> Outcome:
@@ -161,33 +163,33 @@ def _killed_at_every_point(folder: Path, what: str, overrides: list[str], quick:
     with Scene(folder, f"corpus.epochs={epochs}", "checkpoint.keep=1", *overrides) as scene:
         scene.producer()
         points = _points(scene, what)
-        chosen = range(2, len(points) + 1, 9) if quick else range(1, len(points) + 1)
-        for number in chosen:
+        numbers = range(2, len(points) + 1, 9) if quick else range(1, len(points) + 1)
+        for number in numbers:
             trainer = scene.trainer(WATCH=what, DIE_AT=number, SECONDS_PER_STEP=0.05)
             code = trainer.wait(60)
             assert code == -signal.SIGKILL, f"it should have died before {points[number - 1]!r}, and ended with {code}"
         assert scene.trainer().wait(200) == 0
-        told = scene.outcome(len(chosen), epochs, note=f"{len(points)} points")
-        told.recovery = None  # it is killed again before it gets anywhere
-        return told
+        outcome = scene.outcome(len(numbers), epochs, note=f"{len(points)} points")
+        outcome.recovery = None  # it is killed again before it gets anywhere
+        return outcome
 
 
 def _points(scene: Scene, what: str) -> list[str]:
     """The labels of one whole save, from a trainer that is watched and does not die by itself."""
     trainer = scene.trainer(WATCH=what, SECONDS_PER_STEP=0.05)
     points = scene.rows_file.with_name("rows.points")
-    seen: list[str] = []
+    last_labels: list[str] = []
 
     def complete() -> bool:
         labels = points.read_text().split("\n") if points.exists() else []
-        if len(labels) >= len(seen):
-            seen[:] = labels
-        return "shutil.rmtree" in " ".join(seen) and len(labels) < len(seen)
+        if len(labels) >= len(last_labels):
+            last_labels[:] = labels
+        return "shutil.rmtree" in " ".join(last_labels) and len(labels) < len(last_labels)
 
     scene.wait(complete, what=f"for a whole save in {what}")
     trainer.kill()
     trainer.wait()
-    return seen
+    return last_labels
 
 
 def producers_come_and_go(folder: Path, quick: bool) -> Outcome:
@@ -260,9 +262,9 @@ def everybody_told_to_leave(folder: Path, quick: bool) -> Outcome:
             slowest = max(slowest, time.monotonic() - began)
         trainer, _ = scene.trainer(), scene.producer()
         assert trainer.wait(200) == 0
-        told = scene.outcome(rounds, epochs, note=f"all gone after {slowest:.1f} s at most")
-        told.recovery = None  # nobody was there
-        return told
+        outcome = scene.outcome(rounds, epochs, note=f"all gone after {slowest:.1f} s at most")
+        outcome.recovery = None  # nobody was there
+        return outcome
 
 
 def clock_jumps(folder: Path, quick: bool) -> Outcome:
@@ -299,9 +301,9 @@ def soak(folder: Path, quick: bool) -> Outcome:
         grown = {what: _growth(scene, began, what) for what in ("trainer_mb", "descriptors", "threads")}
         assert grown["trainer_mb"] < 8.0 and grown["threads"] <= 1 and grown["descriptors"] <= 2, grown
         shard, window, position = np.fromfile(scene.rows_file, np.int32).reshape(-1, 3).T
-        seen = np.bincount((shard * windows + window) * context + position, minlength=shards * windows * context)
-        kept = np.setdiff1d(np.arange(shards), held_out_shards(shards, 0.0625))
-        assert (seen.reshape(shards, -1)[kept] == epochs).all() and seen.sum() == rows * epochs
+        counts = np.bincount((shard * windows + window) * context + position, minlength=shards * windows * context)
+        training_shards = np.setdiff1d(np.arange(shards), held_out_shards(shards, 0.0625))
+        assert (counts.reshape(shards, -1)[training_shards] == epochs).all() and counts.sum() == rows * epochs
         scene.judge_logs()
         peak = max(one.trainer_mb for one in scene.samples)
         chunks = rows * epochs // chunk_rows

@@ -71,12 +71,12 @@ def cut_on_resume() -> None:
     """Cuts ROWS_FILE to the rows that the ledger of a checkpoint counts as trained."""
     restore = trainer.app.restore_ledger
 
-    def cut(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:
+    def restore_and_cut(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:
         restore(ledger, state, bits)
         if ROWS_FILE.exists():
             os.truncate(ROWS_FILE, ROW_BYTES * state.rows_trained)
 
-    trainer.app.restore_ledger = cut
+    trainer.app.restore_ledger = restore_and_cut
 
 
 def audit_every_tick() -> None:

@@ -201,11 +201,11 @@ class Scene:
     ) -> Outcome:
         """Raises AssertionError unless each row of each shard but those `aside` was trained once per epoch."""
         shard, window, position = np.fromfile(self.rows_file, np.int32).reshape(-1, 3).T
-        seen = np.bincount((shard * WINDOWS + window) * CONTEXT + position, minlength=SHARDS * WINDOWS * CONTEXT)
-        expected = np.zeros_like(seen).reshape(SHARDS, -1)
+        counts = np.bincount((shard * WINDOWS + window) * CONTEXT + position, minlength=SHARDS * WINDOWS * CONTEXT)
+        expected = np.zeros_like(counts).reshape(SHARDS, -1)
         expected[np.setdiff1d(TRAINING_SHARDS, list(aside))] = epochs
-        difference = seen - expected.reshape(-1)
-        told = Outcome(
+        difference = counts - expected.reshape(-1)
+        outcome = Outcome(
             rounds,
             len(shard),
             lost=-int(difference[difference < 0].sum()),
@@ -214,10 +214,10 @@ class Scene:
             peak_mb=max((sample.trainer_mb for sample in self.samples), default=None),
             note=note,
         )
-        assert not told.lost and not told.repeated, f"{told.lost} rows lost, {told.repeated} trained twice"
+        assert not outcome.lost and not outcome.repeated, f"{outcome.lost} rows lost, {outcome.repeated} trained twice"
         self.judge_logs()
         self.judge_files()
-        return told
+        return outcome
 
     def judge_logs(self) -> None:
         """Memory kept its bound at every look of the trainer, and nobody ended in a traceback."""
@@ -243,9 +243,9 @@ class Scene:
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            seen = [(what, _look(process.pid)) for what, process in list(self._processes) if process.poll() is None]
-            trainers = [look for what, look in seen if what == "trainer" and look]
-            producers = [look for what, look in seen if what == "producer" and look]
+            looks = [(what, _look(process.pid)) for what, process in list(self._processes) if process.poll() is None]
+            trainers = [look for what, look in looks if what == "trainer" and look]
+            producers = [look for what, look in looks if what == "producer" and look]
             self.samples.append(
                 Sample(
                     time.monotonic(),

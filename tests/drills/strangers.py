@@ -98,8 +98,12 @@ def keys_rotated(folder: Path, quick: bool) -> Outcome:
             slowest = max(slowest, time.monotonic() - began)
             assert guest.wait(30) == REFUSED
         assert slowest < TELLING_SECONDS, f"a withdrawn key was told after {slowest:.1f} s"
-        told = scene.log("producer")
-        assert told.count("does not know this producer's key") == rounds == told.count("its key was withdrawn")
+        producer_log = scene.log("producer")
+        assert (
+            producer_log.count("does not know this producer's key")
+            == rounds
+            == producer_log.count("its key was withdrawn")
+        )
         assert scene.log().count("no file in") >= rounds, "the trainer does not name the unknown key"
         assert scene.log().count("joins") == 1 + rounds, "the producer that stayed had to begin a new session"
         trainer.terminate()
@@ -121,15 +125,18 @@ def broken_shards(folder: Path, quick: bool) -> Outcome:
         assert trainer.wait(300) == 0
         saved = load_newest(scene.run)
         assert saved is not None
-        aside = saved.document.ledger.set_aside
-        assert sorted((one.epoch, one.shard) for one in aside) == sorted(
+        quarantined = saved.document.ledger.set_aside
+        assert sorted((one.epoch, one.shard) for one in quarantined) == sorted(
             (epoch, shard) for epoch in range(epochs) for shard in (*raising, *nan, *infinite)
         )
-        for entry in aside:
+        for entry in quarantined:
             expected = "cannot be read" if entry.shard in raising else "NaN or infinity"
             assert expected in entry.reason, entry
         return scene.outcome(
-            len(aside), epochs, aside={*raising, *nan, *infinite}, note="shards quarantined, each after three attempts"
+            len(quarantined),
+            epochs,
+            aside={*raising, *nan, *infinite},
+            note="shards quarantined, each after three attempts",
         )
 
 
@@ -140,10 +147,14 @@ def mended_shards(folder: Path, quick: bool) -> Outcome:
         trainer = scene.trainer()
         scene.program("faulty_producer", RAISE=json.dumps(raising), NAN="[]", INFINITE="[]")
         assert trainer.wait(300) == 1
-        told = json.loads((scene.run / "summary.json").read_text())
-        assert told["outcome"] == "failed" and told["rows_set_aside"] is None and len(told["shards_set_aside"]) == 8
+        summary = json.loads((scene.run / "summary.json").read_text())
+        assert (
+            summary["outcome"] == "failed"
+            and summary["rows_set_aside"] is None
+            and len(summary["shards_set_aside"]) == 8
+        )
         trainer, _ = scene.trainer(), scene.producer()
         assert trainer.wait(300) == 0
-        told = json.loads((scene.run / "summary.json").read_text())
-        assert told["outcome"] == "finished" and told["rows_set_aside"] == 0
+        summary = json.loads((scene.run / "summary.json").read_text())
+        assert summary["outcome"] == "finished" and summary["rows_set_aside"] == 0
         return scene.outcome(8, 2, note="shards quarantined, mended and trained on")

@@ -56,17 +56,17 @@ class Peers:
         self._run("save", jobs)
 
     def _ask(self, what: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        told = self._run(what, jobs)
-        return [json.loads(line.removeprefix("told ")) for line in told.splitlines() if line.startswith("told ")]
+        output = self._run(what, jobs)
+        return [json.loads(line.removeprefix("told ")) for line in output.splitlines() if line.startswith("told ")]
 
     def _run(self, what: str, jobs: list[dict[str, Any]]) -> str:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "jobs.json"
             path.write_text(json.dumps(jobs))
             command = [str(self.python), str(SCRIPT), what, str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+            process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        assert process.returncode == 0, process.stderr[-4000:]
+        return process.stdout
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Comparison:
                     if "topk" in sae.cfg["architecture"] and "transcoder" in sae.cfg["architecture"]:
                         verdicts[key] = Verdict(refused="SAELens has no top-k transcoders")
                         continue
-                elif refused := _export(folder, format_name, target):
-                    verdicts[key] = Verdict(refused=refused)
+                elif refusal := _export(folder, format_name, target):
+                    verdicts[key] = Verdict(refused=refusal)
                     continue
                 jobs[key] = {
                     "library": library,
@@ -118,10 +118,10 @@ class Comparison:
                     "out": str(directory / f"{name}.{format_name}.safetensors"),
                     "ours": sae,
                 }
-        told = peers.load([{key: value for key, value in job.items() if key != "ours"} for job in jobs.values()])
-        for (key, job), said in zip(jobs.items(), told, strict=True):
+        answers = peers.load([{key: value for key, value in job.items() if key != "ours"} for job in jobs.values()])
+        for (key, job), answer in zip(jobs.items(), answers, strict=True):
             theirs, x = load_file(job["out"]), load_file(job["x"])["x"]
-            verdicts[key] = Verdict(told=said, difference=_differences(job["ours"], theirs, x))
+            verdicts[key] = Verdict(told=answer, difference=_differences(job["ours"], theirs, x))
         return cls(verdicts)
 
 
@@ -135,30 +135,33 @@ def is_clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
 def _differences(ours: InferenceSae, theirs: dict[str, Tensor], x: Tensor) -> dict[str, float]:
     latents, y_hat = ours.encode(x), ours(x)
     # Nobody's `decode` knows x: a skip map is in `forward` only.
-    wanted = {"latents": latents, "x_hat": latents @ ours.W_dec + ours.b_dec, "forward": y_hat, "folded": y_hat}
-    return {name: difference(value, wanted[name]) for name, value in theirs.items()}
+    expected = {"latents": latents, "x_hat": latents @ ours.W_dec + ours.b_dec, "forward": y_hat, "folded": y_hat}
+    return {name: difference(value, expected[name]) for name, value in theirs.items()}
 
 
 def _export(folder: Path, format_name: str, target: Path) -> str:
     """Writes it by the command; what it said when it would not."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(io.StringIO()):
         code = export([str(folder), "--format", format_name, "--to", str(target)])
-    assert code in (0, 2), said.getvalue()
+    assert code in (0, 2), output.getvalue()
     assert (code == 0) == target.is_dir()
-    return said.getvalue().strip()
+    return output.getvalue().strip()
 
 
 def start_difference(zoo: Zoo, name: str, directory: Path) -> float | None:
     """How far a run that starts from our own snapshot is from it before its first step; None when it is refused."""
     settings, folder = zoo.settings(name.removesuffix("-ema")), zoo.folder(name)
-    told = settings.model_dump(exclude_none=True, exclude_defaults=True)
-    told |= {"start_from": str(folder), "architecture": "relu" if name in ("tied", "repair") else told["architecture"]}
-    told |= {"sparsity_weight": 1.0} if name == "repair" else {}
+    options = settings.model_dump(exclude_none=True, exclude_defaults=True)
+    options |= {
+        "start_from": str(folder),
+        "architecture": "relu" if name in ("tied", "repair") else options["architecture"],
+    }
+    options |= {"sparsity_weight": 1.0} if name == "repair" else {}
     for key in ("whitening", "train"):
-        told.pop(key, None)
+        options.pop(key, None)
     try:
-        adopted = begin(SaeSettings.of(**told), zoo.rows)
+        adopted = begin(SaeSettings.of(**options), zoo.rows)
     except SnapshotError:
         return None
     x = zoo.rows.read_by(settings)
@@ -188,11 +191,11 @@ def _digit(difference: float) -> str:
 
 def main() -> None:
     """Trains, compares, prints."""
-    with tempfile.TemporaryDirectory() as made:
-        zoo, exports = Zoo(real_rows(), Path(made) / "zoo"), Path(made) / "exports"
+    with tempfile.TemporaryDirectory() as folder:
+        zoo, exports = Zoo(real_rows(), Path(folder) / "zoo"), Path(folder) / "exports"
         exports.mkdir()
         comparison = Comparison.of(Peers(Path(os.environ["SLUICE_PEERS_PYTHON"])), zoo, exports)
-        print(table(comparison, zoo, Path(made) / "starts"))
+        print(table(comparison, zoo, Path(folder) / "starts"))
 
 
 if __name__ == "__main__":

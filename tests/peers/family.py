@@ -64,8 +64,8 @@ def real_rows() -> Rows:
     )
     corpus = open_corpus(settings)
     windows = windows_of(corpus.documents(corpus.held_out_shards[0]), model.tokenizer, settings)
-    ids, kept = torch.from_numpy(windows.ids[:72]), torch.from_numpy(windows.kept[:72])
-    of = {hook: x[kept].clone() for hook, x in zip(HOOKS, model.activations(ids), strict=True)}
+    ids, mask = torch.from_numpy(windows.ids[:72]), torch.from_numpy(windows.kept[:72])
+    of = {hook: x[mask].clone() for hook, x in zip(HOOKS, model.activations(ids), strict=True)}
     return Rows(of, {hook: scale_of(x) for hook, x in of.items()})
 
 

@@ -92,18 +92,18 @@ def theirs(
                 "special": not has_special,
                 "out": str(folder / f"{name}-{has_special}.safetensors"),
             }
-    told = peers.evaluate(list(jobs.values()))
-    return {key: (said, load_file(job["out"])) for (key, job), said in zip(jobs.items(), told, strict=True)}
+    answers = peers.evaluate(list(jobs.values()))
+    return {key: (answer, load_file(job["out"])) for (key, job), answer in zip(jobs.items(), answers, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def ours(model: LanguageModel, zoo: Zoo, plain: Windows, special: Windows) -> dict[tuple[str, bool], dict[str, Any]]:
-    found = {}
+    numbers = {}
     for has_special, windows in ((False, plain), (True, special)):
         saes = [load_sae(zoo.folder(name), model.device) for name in NAMES]
         results = evaluate(model, windows, saes, Baseline())
-        found |= {(name, has_special): result.as_json() for name, result in results.items()}
-    return found
+        numbers |= {(name, has_special): result.as_json() for name, result in results.items()}
+    return numbers
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,10 +111,10 @@ def test_the_same_quantities_are_the_same_numbers(
     name: str, ours: dict[tuple[str, bool], dict[str, Any]], theirs: dict[tuple[str, bool], Theirs]
 ) -> None:
     """To what float32 and another order of sums leave; a latent at its threshold may fall either way."""
-    mine, (told, by_position) = ours[name, False], theirs[name, False]
+    mine, (report, by_position) = ours[name, False], theirs[name, False]
     for here, there in SAME.items():
-        assert mine[here] == pytest.approx(told[there], rel=1e-4), here
-    assert 1 - mine["fvu"] == pytest.approx(told["explained_variance"], abs=1e-4)
+        assert mine[here] == pytest.approx(report[there], rel=1e-4), here
+    assert 1 - mine["fvu"] == pytest.approx(report["explained_variance"], abs=1e-4)
     assert mine["kl"] == pytest.approx(float(by_position["kl_div_with_sae"][:, :-1].mean()), rel=1e-3)
     density = by_position["feature_density"]
     assert mine["dead_latents"] == pytest.approx(int((density == 0).sum()), abs=1)
@@ -130,23 +130,23 @@ def test_beside_special_tokens_the_positions_differ_and_nothing_else(
     theirs: dict[tuple[str, bool], Theirs],
 ) -> None:
     """SAELens' values by position, counted where we count them, are ours; its report counts fewer."""
-    mine, (told, by_position) = ours[name, True], theirs[name, True]
+    mine, (report, by_position) = ours[name, True], theirs[name, True]
     assert mine["ce_clean"] == pytest.approx(float(by_position["ce_loss_without_sae"].mean()), rel=1e-4)
     assert mine["ce_sae"] == pytest.approx(float(by_position["ce_loss_with_sae"].mean()), rel=1e-4)
     assert mine["kl"] == pytest.approx(float(by_position["kl_div_with_sae"][:, :-1].mean()), rel=1e-3)
-    counted = torch.from_numpy(special.kept[:, :-1])
-    assert not counted.all()
-    assert told["ce_loss_with_sae"] == pytest.approx(float(by_position["ce_loss_with_sae"][counted].mean()), rel=1e-5)
+    mask = torch.from_numpy(special.kept[:, :-1])
+    assert not mask.all()
+    assert report["ce_loss_with_sae"] == pytest.approx(float(by_position["ce_loss_with_sae"][mask].mean()), rel=1e-5)
     for here, there in (("cosine", "cossim"), ("norm_ratio", "l2_ratio"), ("l0", "l0")):
-        assert mine[here] == pytest.approx(told[there], rel=1e-4), here
-    assert 1 - mine["fvu"] == pytest.approx(told["explained_variance"], abs=1e-4)
+        assert mine[here] == pytest.approx(report[there], rel=1e-4), here
+    assert 1 - mine["fvu"] == pytest.approx(report["explained_variance"], abs=1e-4)
 
 
 def _windows(model: LanguageModel, special: bool) -> Windows:
     """The first held-out windows that are full and have special tokens beyond BOS, or have none at all."""
     settings = CorpusSettings(kind="stdlib", context=128, prepend_bos=special)
     corpus = open_corpus(settings)
-    found = windows_of(corpus.documents(corpus.held_out_shards[0]), model.tokenizer, settings)
-    specials = (~found.kept).sum(1)
-    chosen = ~found.padded.any(1) & ((specials > 1) if special else (specials == 0))
-    return Windows(*(part[chosen][:WINDOWS] for part in (found.ids, found.kept, found.padded)))
+    windows = windows_of(corpus.documents(corpus.held_out_shards[0]), model.tokenizer, settings)
+    specials = (~windows.kept).sum(1)
+    is_suitable = ~windows.padded.any(1) & ((specials > 1) if special else (specials == 0))
+    return Windows(*(part[is_suitable][:WINDOWS] for part in (windows.ids, windows.kept, windows.padded)))

@@ -71,22 +71,22 @@ def test_they_encode_and_decode_as_we_do(name: str, format_name: str, comparison
 def test_saelens_knows_what_it_is_and_where_it_is_from(name: str, architecture: str, comparison: Comparison) -> None:
     """Architecture, hook, model and provenance survive, in snapshots and in exports."""
     for format_name in ("snapshot", "saelens"):
-        told = comparison[name, format_name].told
-        assert told is not None
-        assert told["architecture"] == architecture
-        assert told["hook_name"] == READ
-        assert told["model_name"] == "producer/demo_lm"
-        assert told["context_size"] == 256
-        assert told["trained_with"] == "sluice"
+        facts = comparison[name, format_name].told
+        assert facts is not None
+        assert facts["architecture"] == architecture
+        assert facts["hook_name"] == READ
+        assert facts["model_name"] == "producer/demo_lm"
+        assert facts["context_size"] == 256
+        assert facts["trained_with"] == "sluice"
 
 
 @pytest.mark.parametrize("name", CAN["snapshot"])
 def test_saelens_folds_decoder_norms_where_that_is_possible(name: str, comparison: Comparison) -> None:
     """`fold_W_dec_norm` changes nothing; it refuses top-k whose rows whitening or several hooks have made unequal."""
-    told, differences = comparison[name, "snapshot"].told, comparison[name, "snapshot"].difference
-    assert told is not None and differences is not None
+    facts, differences = comparison[name, "snapshot"].told, comparison[name, "snapshot"].difference
+    assert facts is not None and differences is not None
     if name in ("topk-whitening", "topk-crosscoder"):
-        assert told["unfoldable"]
+        assert facts["unfoldable"]
     else:
         assert differences["folded"] < 1e-5
 
@@ -94,19 +94,19 @@ def test_saelens_folds_decoder_norms_where_that_is_possible(name: str, compariso
 @pytest.mark.parametrize(("name", "class_name"), DICTIONARY.items())
 def test_dictionary_learning_gets_its_own_classes(name: str, class_name: str, comparison: Comparison) -> None:
     """Not everything is a JumpReLU: what they have a class for is loaded as that."""
-    told = comparison[name, "dictionary_learning"].told
-    assert told is not None
-    assert told["class"] == class_name
-    assert told["lm_name"] == "producer/demo_lm"
+    facts = comparison[name, "dictionary_learning"].told
+    assert facts is not None
+    assert facts["class"] == class_name
+    assert facts["lm_name"] == "producer/demo_lm"
 
 
 def test_saelens_splices_it_into_transformer_lens(peers: Peers, zoo: Zoo, tmp_path: Path) -> None:
     """By the hook's name in its metadata, without being told."""
     save_file({"x": zoo.rows.of[1][:4].contiguous()}, tmp_path / "x")
     job = {"library": "transformer_lens", "folder": str(zoo["topk"].folder), "x": str(tmp_path / "x")}
-    (told,) = peers.load([job | {"out": str(tmp_path / "out")}])
-    made = load_file(tmp_path / "out")
+    (facts,) = peers.load([job | {"out": str(tmp_path / "out")}])
+    tensors = load_file(tmp_path / "out")
 
-    assert told["hook_name"] == READ
-    assert made["expected"].count_nonzero() > 0
-    assert difference(made["spliced"], made["expected"]) < 1e-5
+    assert facts["hook_name"] == READ
+    assert tensors["expected"].count_nonzero() > 0
+    assert difference(tensors["spliced"], tensors["expected"]) < 1e-5

@@ -83,13 +83,13 @@ def foreign(peers: Peers, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) ->
             }
     peers.save(list(saves.values()))
     peers.load(list(loads.values()))
-    found = {}
+    folders = {}
     for (library, kind), job in loads.items():
         name = (SAVED_BY_SAELENS if library == "sae_lens" else SAVED_BY_SPARSIFY)[kind]
         x, x_hat, y = load_file(job["x"])["x"], load_file(job["out"])["forward"], zoo.rows.wanted_by(zoo.settings(name))
         clear = is_clear_cut(zoo[name].published, x)
-        found[library, kind] = Foreign(Path(job["folder"]), x[clear], x_hat[clear], y[clear])
-    return found
+        folders[library, kind] = Foreign(Path(job["folder"]), x[clear], x_hat[clear], y[clear])
+    return folders
 
 
 def _saelens(ours: InferenceSae, kind: str) -> dict[str, Tensor]:
@@ -136,11 +136,11 @@ def test_a_run_goes_on_where_another_library_ended(
 def test_a_run_goes_on_from_our_own_snapshot(name: str, zoo: Zoo, tmp_path: Path) -> None:
     """With scales from other rows than those it was trained with."""
     settings, folder = zoo.settings(name), zoo[name].folder
-    told = settings.model_dump(exclude_none=True, exclude_defaults=True) | {"start_from": str(folder)}
+    options = settings.model_dump(exclude_none=True, exclude_defaults=True) | {"start_from": str(folder)}
     if name == "tied":
-        told |= {"architecture": "relu"}
+        options |= {"architecture": "relu"}
     rows = zoo.rows.scaled_by(1.003)
-    adopted = load_sae(print_snapshot(begin(SaeSettings.of(**told), rows), rows, tmp_path, calibrated=False) / name)
+    adopted = load_sae(print_snapshot(begin(SaeSettings.of(**options), rows), rows, tmp_path, calibrated=False) / name)
     x = rows.read_by(settings)
     x = x[is_clear_cut(load_sae(folder), x)]
 
@@ -150,13 +150,13 @@ def test_a_run_goes_on_from_our_own_snapshot(name: str, zoo: Zoo, tmp_path: Path
 def test_a_crosscoder_chooses_by_the_new_scales(zoo: Zoo, tmp_path: Path) -> None:
     """Unit rows over several hooks follow the ratio of their scales: another sample moves a few close choices only."""
     settings, folder = zoo.settings("topk-crosscoder"), zoo["topk-crosscoder"].folder
-    told = settings.model_dump(exclude_none=True, exclude_defaults=True) | {"start_from": str(folder)}
+    options = settings.model_dump(exclude_none=True, exclude_defaults=True) | {"start_from": str(folder)}
     x = zoo.rows.read_by(settings)
     original = load_sae(folder)(x)
     for factor, tolerance in ((1.0, 1e-6), (1.003, 1e-2)):
         rows = zoo.rows.scaled_by(factor)
         directory = tmp_path / str(factor)
-        sae_trainer = begin(SaeSettings.of(**told), rows)
+        sae_trainer = begin(SaeSettings.of(**options), rows)
         adopted = load_sae(print_snapshot(sae_trainer, rows, directory, calibrated=False) / settings.name)
         assert difference(adopted(x), original) < tolerance
         assert fvu(adopted(x), x) == pytest.approx(fvu(original, x), rel=tolerance)
@@ -201,8 +201,8 @@ def test_sparsify_files_become_saelens_files(
         "x": str(tmp_path / "x"),
         "out": str(tmp_path / "o"),
     }
-    (told,) = peers.load([job])
+    (facts,) = peers.load([job])
 
-    assert told["architecture"] == "topk"
+    assert facts["architecture"] == "topk"
     assert difference(load_file(tmp_path / "o")["forward"], theirs.x_hat) < 1e-5
     assert read_published(tmp_path / "made").metadata["sparsify"]["k"] == 16

@@ -20,18 +20,18 @@ def load_sae_lens(folder, x):
 
     sae = SAE.load_from_disk(folder, device="cpu")
     latents = sae.encode(x)
-    made = {"latents": latents, "x_hat": sae.decode(latents), "forward": sae(x)}
+    tensors = {"latents": latents, "x_hat": sae.decode(latents), "forward": sae(x)}
     metadata = sae.cfg.metadata
-    told = {"architecture": sae.cfg.architecture(), "d_sae": sae.cfg.d_sae, "class": type(sae).__name__}
-    told |= {
+    facts = {"architecture": sae.cfg.architecture(), "d_sae": sae.cfg.d_sae, "class": type(sae).__name__}
+    facts |= {
         name: getattr(metadata, name, None) for name in ("hook_name", "model_name", "context_size", "trained_with")
     }
     try:
         sae.fold_W_dec_norm()
-        made["folded"] = sae(x)
+        tensors["folded"] = sae(x)
     except NotImplementedError:
-        told["unfoldable"] = True
-    return made, told
+        facts["unfoldable"] = True
+    return tensors, facts
 
 
 def load_sparsify(folder, x):
@@ -41,8 +41,8 @@ def load_sparsify(folder, x):
     out = sae.encode(x)
     latents = torch.zeros(len(x), sae.num_latents).scatter_(1, out.top_indices, out.top_acts)
     # forward's second argument is what is reconstructed; a transcoder needs some.
-    made = {"latents": latents, "x_hat": sae.decode(out.top_acts, out.top_indices), "forward": sae(x, x).sae_out}
-    return made, {"d_in": sae.d_in, "k": sae.cfg.k, "class": type(sae).__name__}
+    tensors = {"latents": latents, "x_hat": sae.decode(out.top_acts, out.top_indices), "forward": sae(x, x).sae_out}
+    return tensors, {"d_in": sae.d_in, "k": sae.cfg.k, "class": type(sae).__name__}
 
 
 def load_dictionary_learning(folder, x):
@@ -55,8 +55,8 @@ def load_dictionary_learning(folder, x):
 
     sae, config = load_dictionary(folder, "cpu")
     latents = sae.encode(x)
-    made = {"latents": latents, "x_hat": sae.decode(latents), "forward": sae(x)}
-    return made, {"class": type(sae).__name__, "lm_name": config["trainer"]["lm_name"]}
+    tensors = {"latents": latents, "x_hat": sae.decode(latents), "forward": sae(x)}
+    return tensors, {"class": type(sae).__name__, "lm_name": config["trainer"]["lm_name"]}
 
 
 def load_spliced(folder, x):
@@ -70,8 +70,8 @@ def load_spliced(folder, x):
     tokens = torch.randint(50, (2, 16))
     _, plain = model.run_with_cache(tokens)
     _, spliced = model.run_with_cache_with_saes(tokens, saes=[sae])
-    made = {"spliced": spliced[hook + ".hook_sae_acts_post"], "expected": sae.encode(plain[hook])}
-    return made, {"hook_name": hook}
+    tensors = {"spliced": spliced[hook + ".hook_sae_acts_post"], "expected": sae.encode(plain[hook])}
+    return tensors, {"hook_name": hook}
 
 
 def save_sae_lens(kind, folder, weights, k=None):
@@ -149,11 +149,11 @@ def evaluate_sae_lens(folder, model, tokens, special):
         context_size=context,
     )
     config = get_eval_everything_config(n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1)
-    told, by_latent = run_evals(sae, store, model, scaler, config, exclude_special_tokens=not special)
+    report, by_latent = run_evals(sae, store, model, scaler, config, exclude_special_tokens=not special)
     ignored = None if special else list(get_special_token_ids(model.tokenizer))
-    made = get_recons_loss(sae, model, scaler, tokens, compute_kl=True, compute_ce_loss=True, ignore_tokens=ignored)
-    made["feature_density"] = torch.tensor(by_latent["feature_density"])
-    return made, {name: value for group in told.values() for name, value in group.items()}
+    tensors = get_recons_loss(sae, model, scaler, tokens, compute_kl=True, compute_ce_loss=True, ignore_tokens=ignored)
+    tensors["feature_density"] = torch.tensor(by_latent["feature_density"])
+    return tensors, {name: value for group in report.values() for name, value in group.items()}
 
 
 LOADERS = {
@@ -175,11 +175,11 @@ def main():
             continue
         if sys.argv[1] == "evaluate":
             tokens = load_file(job["tokens"])["tokens"]
-            made, told = evaluate_sae_lens(job["folder"], job["model"], tokens, job["special"])
+            tensors, facts = evaluate_sae_lens(job["folder"], job["model"], tokens, job["special"])
         else:
-            made, told = LOADERS[job["library"]](job["folder"], load_file(job["x"])["x"])
-        save_file({name: value.contiguous() for name, value in made.items()}, job["out"])
-        print("told", json.dumps(told))
+            tensors, facts = LOADERS[job["library"]](job["folder"], load_file(job["x"])["x"])
+        save_file({name: value.contiguous() for name, value in tensors.items()}, job["out"])
+        print("told", json.dumps(facts))
 
 
 main()

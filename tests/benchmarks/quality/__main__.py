@@ -60,9 +60,9 @@ class Bench:
             folder = self.root / "cells" / cell.name
             if not (folder / "training.json").exists():
                 self._train(cell, folder)
-            measured = self._examiner.examine(folder)
+            measures = self._examiner.examine(folder)
             training = json.loads((folder / "training.json").read_text())
-            self.results[cell.name] = {"cell": cell.as_json(), "seconds": training["seconds"], **measured}
+            self.results[cell.name] = {"cell": cell.as_json(), "seconds": training["seconds"], **measures}
             (folder / "result.json").write_text(json.dumps(self.results[cell.name], indent=1) + "\n")
         return self.results[cell.name]
 
@@ -75,18 +75,18 @@ class Bench:
         environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
         log = self.root / "training.log"
         with log.open("w") as output:
-            done = subprocess.run(
+            process = subprocess.run(
                 ["nice", "-n", "10", *program, *arguments], env=environment, stdout=output, stderr=output
             )
-        if done.returncode:
-            raise SystemExit(f"{cell.name} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
+        if process.returncode:
+            raise SystemExit(f"{cell.name} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
 
     def best(self, contender: Cell) -> Cell:
         """The contender at the learning rate with the lowest FVU of those that were tried."""
-        tried = [cell for cell in rate_cells(contender, self.results) if cell.name in self.results]
+        cells = [cell for cell in rate_cells(contender, self.results) if cell.name in self.results]
         if contender.library == "ours":
-            tried = [cell for cell in tried if self.results[cell.name]["silent"] <= MOST_SILENT] or tried
-        return min(tried, key=lambda cell: self.results[cell.name]["fvu"]) if tried else contender
+            cells = [cell for cell in cells if self.results[cell.name]["silent"] <= MOST_SILENT] or cells
+        return min(cells, key=lambda cell: self.results[cell.name]["fvu"]) if cells else contender
 
     def expected_seconds(self, cell: Cell) -> float:
         """From finished cells like it."""

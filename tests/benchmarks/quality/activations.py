@@ -68,4 +68,4 @@ def _parts(windows: Windows) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def _rows(model: LanguageModel, parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [model.activations(ids)[0][kept].bfloat16() for ids, kept in parts]
+    return [model.activations(ids)[0][mask].bfloat16() for ids, mask in parts]

@@ -62,15 +62,15 @@ def main() -> None:
     x = torch.cat(newest)
     sae_trainer.calibrate(sae_trainer.sae, {HOOK: x * scale})
     rate = sae_trainer.statistics.firing_rate()
-    published = export(
+    exported = export(
         sae_trainer.sae, sae_trainer.input_transform({HOOK: scale}), "sae", rate, x[:1024], {"hook_name": HOOK}, {}
     )
-    assert published.cfg["apply_b_dec_to_input"]
+    assert exported.cfg["apply_b_dec_to_input"]
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: torch.from_numpy(value).contiguous() for name, value in published.weights.items()}
+    weights = {name: torch.from_numpy(value).contiguous() for name, value in exported.weights.items()}
     save_file(weights, folder / "sae.safetensors")
     seconds = time.monotonic() - began
-    report = {"architecture": published.cfg["architecture"], "k": cell["k"], "seconds": seconds}
+    report = {"architecture": exported.cfg["architecture"], "k": cell["k"], "seconds": seconds}
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -54,14 +54,14 @@ def faster_topk(topk: Callable[..., Any]) -> Callable[..., Any]:
     There, a sample says which numbers cannot be among the k largest, and topk sees the others: the same k.
     """
 
-    def chosen(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    def fast_topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
         k = int(k)
         if x.dim() == 1 and len(x) > 20 * k and (enough := _at_least(x.detach(), k)) is not None:
             indices = enough[topk(x.detach()[enough], k, sorted=sorted).indices]
             return TopK(x.gather(0, indices), indices)
         return topk(x, k, dim=dim, largest=largest, sorted=sorted)
 
-    return chosen
+    return fast_topk
 
 
 def _at_least(x: Tensor, k: int) -> Tensor | None:
@@ -115,11 +115,11 @@ def saelens(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[Plain, Any]:
     sae = SAETrainer(cfg, sae, itertools.chain(first, first, rows)).fit()
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
-        published = SAE.load_from_disk(folder)
-    weights = {name: value.detach().clone() for name, value in published.state_dict().items()}
-    assert published.cfg.apply_b_dec_to_input and published.cfg.normalize_activations == "none"
+        inference_sae = SAE.load_from_disk(folder)
+    weights = {name: value.detach().clone() for name, value in inference_sae.state_dict().items()}
+    assert inference_sae.cfg.apply_b_dec_to_input and inference_sae.cfg.normalize_activations == "none"
     about = {"architecture": "topk" if cell["architecture"] == "topk" else "jumprelu"}
-    return (weights, about), lambda x: published.decode(published.encode(x))
+    return (weights, about), lambda x: inference_sae.decode(inference_sae.encode(x))
 
 
 # --- dictionary_learning ---------------------------------------------------------------------------------------------

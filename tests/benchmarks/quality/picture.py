@@ -42,11 +42,11 @@ def draw(results: Mapping[str, dict[str, Any]], best: Sequence[Cell]) -> str:
         y_axis = Axis(min(ys) / 1.15, max(ys) * 1.15, top + HEIGHT, top)
         parts.append(text(16, top + HEIGHT / 2, label, anchor="middle", turned=True))
         for column, (architecture, title) in enumerate(COLUMNS.items()):
-            left = LEFT + column * (WIDTH + GAP_X)
-            x_axis = Axis(min(xs) / 1.1, max(xs) * 1.1, left, left + WIDTH)
+            x_offset = LEFT + column * (WIDTH + GAP_X)
+            x_axis = Axis(min(xs) / 1.1, max(xs) * 1.1, x_offset, x_offset + WIDTH)
             parts += _panel(x_axis, y_axis, first=column == 0, last=row == len(ROWS) - 1)
             if row == 0:
-                parts.append(text(left + WIDTH / 2, top - 10, title, anchor="middle", weight=600))
+                parts.append(text(x_offset + WIDTH / 2, top - 10, title, anchor="middle", weight=600))
             for library, colour in reversed(COLOURS.items()):  # ours is drawn last, on top
                 points = series.get((library, architecture, measure), [])
                 parts += line([(x_axis.at(x), y_axis.at(y)) for x, y in points], colour)

@@ -22,8 +22,8 @@ COOLDOWN = 0.3
 def read(path: Path, name: str, rows: int | None = None) -> Tensor:
     """The first `rows` of `train` or `held_out` [rows, d_in], bfloat16, in the units of the language model."""
     with safe_open(path, framework="pt") as file:
-        kept = file.get_slice(name)
-        return kept[: kept.get_shape()[0] if rows is None else rows]
+        stored = file.get_slice(name)
+        return stored[: stored.get_shape()[0] if rows is None else rows]
 
 
 def batches(path: Path, tokens: int, seed: int) -> Iterator[Tensor]:

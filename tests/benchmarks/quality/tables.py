@@ -43,19 +43,19 @@ def tables(results: Results, best: Sequence[Cell]) -> str:
 def _seeds(results: Results, best: Sequence[Cell]) -> str:
     rows = []
     for cell in best:
-        done = _done(results, (cell.but(seed=seed) for seed in SEEDS))
-        if done:
-            rows.append([*_who(cell), f"{cell.rate:g}", str(len(done)), *_told(done)])
+        by_seed = _results_of(results, (cell.but(seed=seed) for seed in SEEDS))
+        if by_seed:
+            rows.append([*_labels(cell), f"{cell.rate:g}", str(len(by_seed)), *_columns_of(by_seed)])
     return _table("L0 32, best rate; mean ± deviation over seeds", ["trainer", "", "rate", "seeds", *COLUMNS], rows)
 
 
 def _rates(results: Results, best: Sequence[Cell]) -> str:
-    found = {cell.contender: _like(results, cell) for cell in best}
-    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    by_contender = {cell.contender: _like(results, cell) for cell in best}
+    rates = sorted({rate for by_rate in by_contender.values() for rate in by_rate})
     rows = []
     for cell in best:
-        told = (found[cell.contender].get(rate) for rate in rates)
-        rows.append([*_who(cell), *(f"{r['fvu']:.4f} ({r['silent']:.1%})" if r else "" for r in told)])
+        at_rates = (by_contender[cell.contender].get(rate) for rate in rates)
+        rows.append([*_labels(cell), *(f"{r['fvu']:.4f} ({r['silent']:.1%})" if r else "" for r in at_rates)])
     return _table("FVU (silent) by learning rate; one seed", ["trainer", "", *(f"{rate:g}" for rate in rates)], rows)
 
 
@@ -67,34 +67,36 @@ def _like(results: Results, cell: Cell) -> dict[float, dict[str, Any]]:
 
 def _search(results: Results, best: Sequence[Cell]) -> str:
     """Every other cell at the standard L0 and tokens: what the contenders' settings were chosen from."""
-    shown = {_name(result) for cell in best for result in _like(results, cell).values()}
+    other_names = {_name(result) for cell in best for result in _like(results, cell).values()}
     standard = Cell("", "", 0.0)
     rows = []
     for result in sorted(results.values(), key=_order):
         cell = Cell(**result["cell"])
-        if _name(result) in shown or cell.seed or cell.k != standard.k or cell.tokens != standard.tokens:
+        if _name(result) in other_names or cell.seed or cell.k != standard.k or cell.tokens != standard.tokens:
             continue
         settings = [f"dead after {cell.dead_tokens:,}"] + ["float32"] * (not cell.autocast)
         settings += [f"{name} {value}" for name, value in cell.options.items()]
-        rows.append([*_who(cell), f"{cell.rate:g}", ", ".join(settings), *_told([result])])
+        rows.append([*_labels(cell), f"{cell.rate:g}", ", ".join(settings), *_columns_of([result])])
     return _table("Search; one seed", ["trainer", "", "rate", "settings", *COLUMNS], rows)
 
 
 def _frontier(results: Results, best: Sequence[Cell]) -> str:
     rows = []
     for cell in best:
-        by_k = {k: _done(results, [cell.but(k=k)]) for k in FRONTIER}
+        by_k = {k: _results_of(results, [cell.but(k=k)]) for k in FRONTIER}
         if sum(map(bool, by_k.values())) > 1:
-            told = (f"{r[0]['l0']:.1f}: {r[0]['fvu']:.4f}, {r[0]['ce_delta']:.4f}" if r else "" for r in by_k.values())
-            rows.append([*_who(cell), *told])
+            entries = (
+                f"{r[0]['l0']:.1f}: {r[0]['fvu']:.4f}, {r[0]['ce_delta']:.4f}" if r else "" for r in by_k.values()
+            )
+            rows.append([*_labels(cell), *entries])
     return _table("L0: FVU, ΔCE; one seed", ["trainer", "", *(f"k = {k}" for k in FRONTIER)], rows)
 
 
 def _long(results: Results, best: Sequence[Cell]) -> str:
     rows = []
     for cell in best:
-        if done := _done(results, [cell.but(tokens=LONG_TOKENS)]):
-            rows.append([*_who(cell), f"{cell.rate:g}", *_told(done)])
+        if finished_cells := _results_of(results, [cell.but(tokens=LONG_TOKENS)]):
+            rows.append([*_labels(cell), f"{cell.rate:g}", *_columns_of(finished_cells)])
     return _table(f"{LONG_TOKENS:,} tokens, one seed", ["trainer", "", "rate", *COLUMNS], rows)
 
 
@@ -107,22 +109,22 @@ def _order(result: Mapping[str, Any]) -> tuple[int, int, float, str]:
     return list(ARCHITECTURES).index(cell.architecture), list(NAMES).index(cell.library), cell.rate, cell.name
 
 
-def _told(results: Sequence[dict[str, Any]]) -> list[str]:
+def _columns_of(results: Sequence[dict[str, Any]]) -> list[str]:
     return [column(results) for column in COLUMNS.values()]
 
 
-def _who(cell: Cell) -> list[str]:
+def _labels(cell: Cell) -> list[str]:
     return [NAMES[cell.library], ARCHITECTURES[cell.architecture]]
 
 
-def _done(results: Results, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+def _results_of(results: Results, cells: Iterable[Cell]) -> list[dict[str, Any]]:
     return [results[cell.name] for cell in cells if cell.name in results]
 
 
 def _spread(results: Sequence[dict[str, Any]], name: str, form: str, deviation: bool = True) -> str:
     values = [result[name] for result in results]
-    told = form.format(mean(values))
-    return f"{told} ± {form.format(stdev(values))}" if deviation and len(values) > 1 else told
+    average = form.format(mean(values))
+    return f"{average} ± {form.format(stdev(values))}" if deviation and len(values) > 1 else average
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
