@@ -1,4 +1,4 @@
-"""A disk that can lose its power: what a folder would hold afterwards, by the fsync calls that were really made.
+"""A disk that can lose its power: contents of a folder afterwards, computed from the fsync calls that were made.
 
 A file keeps what it held at its last fsync, and is empty without one; a folder's names are those of its last fsync.
 What was not flushed may be on disk all the same, or be there in part, so that a power cut has several outcomes.
@@ -19,7 +19,7 @@ import pytest
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 Names = dict[str, int]
-"""What a folder holds: inodes by name."""
+"""Contents of a folder: inodes by name."""
 OUTCOMES: dict[str, Callable[[int, Names, Names], Names]] = {
     "only what was flushed": lambda depth, flushed, now: flushed,
     "all names": lambda depth, flushed, now: now,
@@ -32,15 +32,15 @@ those of this moment."""
 
 
 Tree = dict[str, bytes | None]
-"""By path, what a file holds; None for a folder. Folders come before what is in them."""
+"""Contents of files by path, None for a folder; a folder comes before its entries."""
 
 
 @dataclass
 class Disk:
-    """`root` is on disk from the beginning. `published`: the folder below it whose entries are whole or absent."""
+    """A disk with `root` on it from the beginning; entries of `published_folder` below it are whole or absent."""
 
     root: Path
-    published: Path
+    published_folder: Path
     after_each_change: Callable[[], None] = lambda: None
     operations: list[tuple[str, str]] = field(default_factory=list)
     """(operation, path below `root`), in order, such as ("fsync", "checkpoint/complete.json")."""
@@ -64,13 +64,13 @@ class Disk:
         return self._contents.keys() | self._names.keys()
 
     def after_power_cut(self, outcome: str) -> Tree:
-        """What may be left of `root`."""
+        """Contents that `root` may have after a power cut."""
         tree: Tree = {}
         self._restore(os.stat(self.root).st_ino, self.root, OUTCOMES[outcome], tree)
         return tree
 
     def _restore(self, inode: int, now: Path, names_of: Callable[[int, Names, Names], Names], tree: Tree) -> None:
-        depth = len(now.relative_to(self.published).parts) if now.is_relative_to(self.published) else -1
+        depth = len(now.relative_to(self.published_folder).parts) if now.is_relative_to(self.published_folder) else -1
         there = now.is_dir() and os.stat(now).st_ino == inode
         names = self._names.get(inode, {})
         if there and depth >= 0:
@@ -89,7 +89,7 @@ class Disk:
 
 
 def write(tree: Tree, to: Path) -> Path:
-    """Makes the folder `to` anew."""
+    """Replaces the folder `to` by one with these contents."""
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir()
     for path, content in tree.items():
@@ -106,8 +106,8 @@ def _names(folder: Path) -> Names:
 
 
 @contextmanager
-def recorded(root: Path, published_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    """Everything now in `root` is on disk; what is done to it from here on is recorded."""
+def record_changes(root: Path, published_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """Records changes to `root`, whose present contents count as flushed to disk."""
     disk = Disk(root, published_folder)
     for folder, _, files in os.walk(root):
         for path in (Path(folder), *(Path(folder, name) for name in files)):
@@ -115,10 +115,10 @@ def recorded(root: Path, published_folder: Path, monkeypatch: pytest.MonkeyPatch
             disk.flush(descriptor)
             os.close(descriptor)
 
-    def watch(operation: str) -> Callable[..., Any]:
+    def recording(operation: str) -> Callable[..., Any]:
         change = getattr(os, operation)
 
-        def watched(path: Any, *arguments: Any, **options: Any) -> Any:
+        def record_and_change(path: Any, *arguments: Any, **options: Any) -> Any:
             place = os.readlink(f"/proc/self/fd/{path}") if operation == "fsync" else os.fspath(path)
             # What is to be on disk is kept here: the disk itself need not be waited for.
             result = disk.flush(path) if operation == "fsync" else change(path, *arguments, **options)
@@ -130,11 +130,11 @@ def recorded(root: Path, published_folder: Path, monkeypatch: pytest.MonkeyPatch
                     disk.after_each_change()
             return result
 
-        return watched
+        return record_and_change
 
     originals = {operation: getattr(os, operation) for operation in CHANGES}
     with monkeypatch.context() as patched:
         for operation in CHANGES:
-            patched.setattr(os, operation, watch(operation))
+            patched.setattr(os, operation, recording(operation))
         yield disk
     disk.close()

@@ -133,7 +133,7 @@ def rows_of(settings: SaeSettings, count: int, seed: int) -> dict[str, Tensor]:
     return rows
 
 
-def trained(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer:
+def train_sae(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer:
     """An SAE trainer after some steps of 64 rows."""
     sae_trainer = sae_trainer_of(settings, **optimizer)
     sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)

@@ -134,11 +134,11 @@ def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seco
     timer = threading.Timer(seconds, stop.set)
     timer.start()
     names: list[Name] = []
-    while (rows is None or len(names) < rows) and (batch_of_rows := intake.take(batch, stop)) is not None:
-        intake.mark_trained(batch_of_rows)
-        shard, window, position, one = (column.tolist() for column in batch_of_rows.x[0][:, :4].int().T)
+    while (rows is None or len(names) < rows) and (taken_batch := intake.take(batch, stop)) is not None:
+        intake.mark_trained(taken_batch)
+        shard, window, position, one = (column.tolist() for column in taken_batch.x[0][:, :4].int().T)
         assert set(one) == {1}
-        assert batch_of_rows.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
+        assert taken_batch.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
         names += zip(shard, window, position, strict=True)
     timer.cancel()
     assert not stop.is_set(), f"{len(names)} rows came in {seconds} s, then no more"
@@ -150,7 +150,7 @@ def finish(intake: Intake, *producers: Producing) -> list[Name]:
     names = train(intake)
     intake.drain(finished=True)
     for producer in producers:
-        assert producer.ended() is None
+        assert producer.wait_for_end() is None
     return sorted(names)
 
 
@@ -188,7 +188,7 @@ class Producing:
         """What it has ended with so far."""
         return self._error
 
-    def ended(self, seconds: float = 30) -> Exception | None:
+    def wait_for_end(self, seconds: float = 30) -> Exception | None:
         """Waits for the end; what it ended with, None after a finished run."""
         self._thread.join(seconds)
         assert not self._thread.is_alive(), "the producer goes on"
@@ -203,7 +203,7 @@ class Peer:
         self.hello = hello or hello_of(self.source, settings.dtype)
         self.leases: list[Lease] = []
         self.welcome: Welcome | None = None
-        self.sent = 0
+        self.chunk_count = 0
         self._windows: dict[int, int] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -219,21 +219,21 @@ class Peer:
 
     def join(self) -> Peer:
         """A session of its own, with a lease to work on and credit."""
-        self.leases, self.sent = [], 0
+        self.leases, self.chunk_count = [], 0
         self._windows.clear()
-        self.say(self.hello)
-        self.welcome = self.hear(Welcome)
-        self.hear(Credit)  # the leases come before it
+        self.send(self.hello)
+        self.welcome = self.receive(Welcome)
+        self.receive(Credit)  # the leases come before it
         return self
 
-    def say(self, message: Message | bytes, payload: bytes | None = None) -> None:
+    def send(self, message: Message | bytes, payload: bytes | None = None) -> None:
         frames = [message if isinstance(message, bytes) else encode(message)]
-        self.send(*frames, *([] if payload is None else [payload]))
+        self.send_frames(*frames, *([] if payload is None else [payload]))
 
-    def send(self, *frames: bytes) -> None:
+    def send_frames(self, *frames: bytes) -> None:
         self._socket.send_multipart(frames)
 
-    def hear(self, kind: type[M], seconds: float = 10) -> M:
+    def receive(self, kind: type[M], seconds: float = 10) -> M:
         """The next message of this kind; others are passed over, but leases are kept."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -249,15 +249,15 @@ class Peer:
             self.leases.append(message)
         return message
 
-    def chunk(self, payload: bytes | None = None, lease: Lease | None = None, **changes: Any) -> Chunk:
+    def send_chunk(self, payload: bytes | None = None, lease: Lease | None = None, **changes: Any) -> Chunk:
         """Sends the next two windows of its first lease, or something else in their place."""
         assert self.welcome is not None
         lease = lease or self.leases[0]
         first = self._windows.get(lease.shard, 0)
         self._windows[lease.shard] = first + 2
-        self.sent += 1
+        self.chunk_count += 1
         fields: dict[str, Any] = {
-            "number": self.sent,
+            "number": self.chunk_count,
             "incarnation": self.welcome.incarnation,
             "shard": lease.shard,
             "epoch": lease.epoch,
@@ -269,60 +269,60 @@ class Peer:
             "outliers": b"",
         }
         message = Chunk(**(fields | changes))
-        self.say(message, self.rows(lease.shard, first) if payload is None else payload)
+        self.send(message, self.payload_of(lease.shard, first) if payload is None else payload)
         return message
 
-    def rows(self, shard: int, first_window: int) -> bytes:
+    def payload_of(self, shard: int, first_window: int) -> bytes:
         """The payload of two windows as the corpus has them."""
         windows = self.source.windows(shard)
         (x,) = self.source.activations(shard, windows, np.arange(first_window, first_window + 2))
         return x.to(TORCH_DTYPE[self.hello.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()
 
     def leave(self) -> None:
-        self.say(Bye())
+        self.send(Bye())
 
 
 class Tunnel:
     """A TCP proxy before `endpoint`: sees what passes, and can be cut or blocked."""
 
     def __init__(self, endpoint: str) -> None:
-        self.seen = bytearray()
-        self.open = threading.Event()
-        self.open.set()
+        self.traffic = bytearray()
+        self.is_open = threading.Event()
+        self.is_open.set()
         self._port = int(endpoint.rsplit(":", 1)[1])
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self._ends: list[socket.socket] = []
-        self.endpoint = f"tcp://127.0.0.1:{self._door.getsockname()[1]}"
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self.endpoint = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
 
     def __enter__(self) -> Tunnel:
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._door.shutdown(socket.SHUT_RDWR)
-        self._door.close()
-        self.open.set()
-        self.cut()
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self.is_open.set()
+        self.break_connections()
 
-    def cut(self) -> None:
+    def break_connections(self) -> None:
         """Every connection through the tunnel breaks; new ones can be made."""
-        for end in self._ends:
+        for end in self._sockets:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
     def _listen(self) -> None:
         with suppress(OSError):
             while True:
-                ends = self._door.accept()[0], socket.create_connection(("127.0.0.1", self._port))
-                self._ends += ends
+                ends = self._server.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += ends
                 for source, sink in (ends, ends[::-1]):
                     threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                self.open.wait()
-                self.seen += data
+                self.is_open.wait()
+                self.traffic += data
                 sink.sendall(data)
         for end in (source, sink):
             end.close()

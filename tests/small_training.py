@@ -140,7 +140,7 @@ def train_on_truth(
             loop.begin(run)
             assert loop.train() is RunPhase.FINISHED
             intake.drain(finished=True)
-            assert producer.ended() is None
+            assert producer.wait_for_end() is None
             assert ledger.tokens_trained == tokens
         return run
 
@@ -171,7 +171,7 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Found:
+class TruthScores:
     """What a published SAE is worth against the truth, on raw rows that were held out."""
 
     cosine: Tensor
@@ -191,19 +191,19 @@ class Found:
         return float(self.cosine.min())
 
 
-def found(run: Run, name: str) -> Found:
+def judge_newest(run: Run, name: str) -> TruthScores:
     """Judges the run's newest snapshot of one SAE."""
     directory = Path(run.settings.run.directory)
     return judge(load_sae(directory / "snapshots" / snapshot_names(directory)[-1] / name), run.settings.corpus)
 
 
-def judge(sae: InferenceSae, corpus: CorpusSettings) -> Found:
+def judge(sae: InferenceSae, corpus: CorpusSettings) -> TruthScores:
     """Judges an SAE that takes raw rows."""
     data = SyntheticActivations(corpus)
     x = torch.cat([torch.from_numpy(data.activations(shard)) for shard in data.held_out_shards[:2]])
     latents = sae.encode(x)
     error = (x - sae.decode(latents)).double().square().sum()
-    return Found(
+    return TruthScores(
         cosine=best_cosines(sae.W_dec, data),
         fvu=float(error / (x - x.mean(0)).double().square().sum()),
         l0=float((latents != 0).sum(1).double().mean()),

@@ -39,7 +39,7 @@ def directory(interrupted: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def checked(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def run_check(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """(exit code, findings, faults)"""
     before = sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*"))
     code = main(["check", str(directory)])
@@ -79,7 +79,7 @@ def rewritten(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None])
 
 def test_a_sound_run_is_told_to_be_one(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0, every part by name, and what a resume would do."""
-    code, findings, faults = checked(directory, capsys)
+    code, findings, faults = run_check(directory, capsys)
 
     assert (code, faults) == (0, "")
     assert "hashes right" in findings and "hashes and self-tests right" in findings and "reports" in findings
@@ -90,13 +90,13 @@ def test_a_sound_run_is_told_to_be_one(directory: Path, capsys: pytest.CaptureFi
 def test_what_a_resume_would_do_is_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A complete run stays complete; without a checkpoint nothing begins among snapshots, and anew without any."""
     (directory / "summary.json").write_text("{}")
-    assert "the run is complete" in checked(directory, capsys)[1]
+    assert "the run is complete" in run_check(directory, capsys)[1]
     shutil.rmtree(directory / "checkpoint")
-    code, findings, faults = checked(directory, capsys)
+    code, findings, faults = run_check(directory, capsys)
     assert code == 1 and "a start would refuse" in findings and "no checkpoint to go on from" in faults
     shutil.rmtree(directory / "snapshots")
     (directory / "summary.json").unlink()
-    assert "would begin the run anew" in checked(directory, capsys)[1]
+    assert "would begin the run anew" in run_check(directory, capsys)[1]
 
 
 def test_snapshots_that_a_start_would_move_away_are_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +104,7 @@ def test_snapshots_that_a_start_would_move_away_are_told(directory: Path, capsys
     shutil.copytree(snapshot(directory), directory / "snapshots" / "000000900000")
     (directory / "snapshots" / "LATEST").write_text("000000900000\n")
 
-    assert "would move to snapshots/superseded unless pinned: 000000900000" in checked(directory, capsys)[1]
+    assert "would move to snapshots/superseded unless pinned: 000000900000" in run_check(directory, capsys)[1]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -184,7 +184,7 @@ def test_damage_is_found_and_named(
 ) -> None:
     """1, and a sentence for what is wrong."""
     damage(directory)
-    code, _, faults = checked(directory, capsys)
+    code, _, faults = run_check(directory, capsys)
 
     assert code == 1
     assert message in faults
@@ -195,7 +195,7 @@ def test_a_resume_that_would_be_refused_is_told(directory: Path, capsys: pytest.
     """With the reason that the trainer would give."""
     flip_a_bit(newest(directory) / "state.safetensors")
 
-    assert "a resume would refuse" in checked(directory, capsys)[1]
+    assert "a resume would refuse" in run_check(directory, capsys)[1]
 
 
 @pytest.mark.parametrize("damage", [count("cursor", -1), rewritten(train_outliers)])
@@ -213,6 +213,6 @@ def test_a_ledger_that_does_not_balance_is_not_resumed(
 def test_what_is_no_run_directory_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty folder, and one that does not exist."""
     for path in (tmp_path, tmp_path / "nothing"):
-        code, _, faults = checked(path, capsys)
+        code, _, faults = run_check(path, capsys)
         assert code == 1
         assert "is no run directory" in faults

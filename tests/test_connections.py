@@ -97,7 +97,7 @@ def test_a_session_may_hold_its_credit_and_no_more(tmp_path: Path) -> None:
         with Peer(at(intake, keys=keys)) as peer:
             peer.join()
             assert 8 * CHUNK_ROWS * 16 + SLACK_BYTES < 1_000_000
-            peer.send(*[b"x" * 1000] * 40_000)  # takes longer than two looks at what is held
+            peer.send_frames(*[b"x" * 1000] * 40_000)  # takes longer than two looks at what is held
             wait_for(lambda: intake.ledger.errors["closed_bytes"] == 1)
         assert finish(intake, Producing(at(intake, keys=keys))) == every_name()
 
@@ -120,10 +120,10 @@ def test_what_is_held_is_known(tmp_path: Path, encrypted: bool) -> None:
                 return connection.reading.total - connection.delivered_bytes
 
             for _ in range(20):
-                peer.say(Heartbeat(progress=0))
+                peer.send(Heartbeat(progress=0))
                 before = unknown()
             for length in (0, 1, 221, 222, 223, 254, 255, 256, 257, 70_000):
-                peer.send(bytes(length), bytes(length))
+                peer.send_frames(bytes(length), bytes(length))
             wait_for(lambda: intake.ledger.errors.total() == 10)
 
             assert 0 <= unknown() <= before < 100
@@ -230,7 +230,7 @@ def test_who_never_gets_a_session_is_shown_out(says: bytes) -> None:
 def test_an_ipc_connection_without_a_session_is_shown_out(endpoint: str) -> None:
     with trainer(stream_settings(endpoint), limits=ConnectionLimits(pending_seconds=0.3)) as intake:
         with Peer(at(intake)) as peer:
-            peer.join().chunk()
+            peer.join().send_chunk()
             time.sleep(0.6)
             assert not intake.ledger.errors
             peer.leave()
@@ -272,8 +272,8 @@ def test_a_session_moves_with_its_hello(endpoint: str) -> None:
         second.hello = first.hello
         second.join()
         assert list(intake.ledger.sessions) == [first.hello.session]
-        first.chunk()
-        assert first.hear(Reject).code == "unknown_session"
+        first.send_chunk()
+        assert first.receive(Reject).code == "unknown_session"
         second.leave()
         assert finish(intake, Producing(settings)) == every_name()
 
@@ -284,7 +284,7 @@ def test_a_flood_of_hellos_costs_its_connection_and_few_lines(endpoint: str, cap
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         for _ in range(200):
-            peer.say(hello_of(named_source(), name="eve\nforged \x1b[31m", shards=7))
+            peer.send(hello_of(named_source(), name="eve\nforged \x1b[31m", shards=7))
         wait_for(lambda: intake.ledger.errors["closed_hellos"])
         peer._context.destroy(linger=0)  # or it connects again and says the rest
         assert finish(intake, Producing(settings)) == every_name()
@@ -334,8 +334,8 @@ def test_a_hello_of_an_absurd_width_is_refused_and_decides_nothing(endpoint: str
     wide = hello_of(named_source(), hooks=[Hook(name="synthetic", module="m", width=2**20)], chunk_rows=8)
     with Intake(settings, new_ledger(settings), no_room) as intake, Peer(settings, wide) as peer:
         for _ in range(3):
-            peer.say(peer.hello)
-            reject = peer.hear(Reject)
+            peer.send(peer.hello)
+            reject = peer.receive(Reject)
             assert (reject.code, reject.retry) == ("memory", False)
             assert "hook synthetic has width 1,048,576" in reject.reason and "0.5 GB" in reject.reason
         assert finish(intake, Producing(settings)) == every_name()
@@ -389,13 +389,13 @@ def lease(peer: Peer) -> dict[str, int]:
 HANDLERS = [
     pytest.param(owner, name, act, id=name)
     for owner, name, act in (
-        (Ledger, "hello", lambda peer: peer.say(hello_of(named_source()))),
-        (Ledger, "chunk", lambda peer: peer.chunk()),
-        (Ledger, "shard_end", lambda peer: peer.say(ShardEnd(**lease(peer), rows=3))),
-        (Ledger, "shard_fail", lambda peer: peer.say(ShardFail(**lease(peer), error="x", retry=True))),
-        (Ledger, "heartbeat", lambda peer: peer.say(Heartbeat(progress=1))),
-        (Ledger, "bye", lambda peer: peer.say(Bye())),
-        (ShuffleBuffer, "_put", lambda peer: peer.chunk()),
+        (Ledger, "hello", lambda peer: peer.send(hello_of(named_source()))),
+        (Ledger, "chunk", lambda peer: peer.send_chunk()),
+        (Ledger, "shard_end", lambda peer: peer.send(ShardEnd(**lease(peer), rows=3))),
+        (Ledger, "shard_fail", lambda peer: peer.send(ShardFail(**lease(peer), error="x", retry=True))),
+        (Ledger, "heartbeat", lambda peer: peer.send(Heartbeat(progress=1))),
+        (Ledger, "bye", lambda peer: peer.send(Bye())),
+        (ShuffleBuffer, "_put", lambda peer: peer.send_chunk()),
     )
 ]
 
@@ -418,7 +418,7 @@ def test_a_fault_in_a_handler_costs_one_session(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raising if when is raising else after(getattr(owner, name)))
             act(peer)
-            reject = peer.hear(Reject)
+            reject = peer.receive(Reject)
             wait_for(lambda: intake.ledger.errors["internal"] == 1)
 
         assert (reject.code, reject.retry) == ("internal", True)
@@ -436,8 +436,8 @@ def test_a_fault_of_the_decoder_costs_the_message(endpoint: str, monkeypatch: py
         peer.join()
         with monkeypatch.context() as patch:
             patch.setattr("trainer.stream.handler.decode", raising)
-            peer.say(Heartbeat(progress=1))
-            assert peer.hear(Reject).code == "internal"
+            peer.send(Heartbeat(progress=1))
+            assert peer.receive(Reject).code == "internal"
         assert finish(intake, Producing(settings)) == every_name()
 
 
@@ -446,7 +446,7 @@ def test_an_answer_that_cannot_be_encoded_costs_its_session(endpoint: str, monke
     with trainer(settings) as intake:
         with monkeypatch.context() as patch, Peer(settings) as peer:
             patch.setattr("trainer.stream.server.encode", raising)
-            peer.say(peer.hello)
+            peer.send(peer.hello)
             wait_for(lambda: intake.ledger.errors["internal"])
             wait_for(lambda: not intake.ledger.sessions)
         assert finish(intake, Producing(settings)) == every_name()

@@ -49,7 +49,7 @@ def texts_of(corpus: Corpus) -> list[str]:
     return [text for documents in shards_of(corpus) for text in documents]
 
 
-def written(path: Path, content: str | bytes) -> Path:
+def write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
@@ -57,7 +57,7 @@ def written(path: Path, content: str | bytes) -> Path:
 
 
 def records(path: Path, texts: Iterable[Any]) -> Path:
-    return written(path, "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return write(path, "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
 
 
 def refusal(*paths: Path | str, **others: Any) -> str:
@@ -110,7 +110,7 @@ def test_description_says_what_it_is_in_one_line(stdlib: StdlibCorpus) -> None:
 
 def test_held_out_and_training_shards_are_a_partition(tmp_path: Path) -> None:
     """Each shard is either trained on or held out, and the asked fraction is held out."""
-    corpus = corpus_of(written(tmp_path / "a.txt", "line\n" * 400), shard_bytes=100, held_out=0.25)
+    corpus = corpus_of(write(tmp_path / "a.txt", "line\n" * 400), shard_bytes=100, held_out=0.25)
     assert corpus.shards == 20
     assert len(corpus.held_out_shards) == 5
     assert sorted(corpus.held_out_shards + corpus.training_shards) == list(range(20))
@@ -118,7 +118,7 @@ def test_held_out_and_training_shards_are_a_partition(tmp_path: Path) -> None:
 
 def test_single_shard_cannot_be_held_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One shard is trained on; the operator learns why the evaluation has no text and what to set."""
-    corpus = corpus_of(written(tmp_path / "a.txt", "line\n"))
+    corpus = corpus_of(write(tmp_path / "a.txt", "line\n"))
     assert (corpus.training_shards, corpus.held_out_shards) == ([0], [])
     assert "Lower corpus.shard_bytes = 1000000" in caplog.text
 
@@ -126,7 +126,7 @@ def test_single_shard_cannot_be_held_out_and_says_so(tmp_path: Path, caplog: pyt
 @pytest.mark.parametrize("shard", [-1, 1])
 def test_shard_that_does_not_exist_is_refused(tmp_path: Path, shard: int) -> None:
     """A wrong number, from wherever it comes, is an error and not another shard."""
-    corpus = corpus_of(written(tmp_path / "a.txt", "line\n"), held_out=0.0)
+    corpus = corpus_of(write(tmp_path / "a.txt", "line\n"), held_out=0.0)
     with pytest.raises(IndexError, match="not one of the corpus' 1"):
         corpus.documents(shard)
 
@@ -149,7 +149,7 @@ def test_every_line_of_text_is_in_exactly_one_shard(
     """Whatever the cuts, each shard holds whole lines, and the shards in order give the file back."""
     text = "start" + end + end.join(lines) + end * ends_with_newline
     with tempfile.TemporaryDirectory() as folder:
-        path = written(Path(folder) / "a.txt", text)
+        path = write(Path(folder) / "a.txt", text)
         shards = shards_of(corpus_of(path, shard_bytes=shard_bytes, held_out=0.0))
     assert "".join(part for shard in shards for part in shard) == text
     assert all(len(shard) <= 1 for shard in shards)
@@ -162,7 +162,7 @@ def test_every_line_of_text_is_in_exactly_one_shard(
 def test_shards_are_the_same_in_any_order_of_reading(lines: list[str], shard_bytes: int, random: Random) -> None:
     """A shard is a function of its number: neither earlier readings nor other corpus objects change it."""
     with tempfile.TemporaryDirectory() as folder:
-        path = written(Path(folder) / "a.txt", "start\n" + "\n".join(lines))
+        path = write(Path(folder) / "a.txt", "start\n" + "\n".join(lines))
         corpus = corpus_of(path, shard_bytes=shard_bytes, held_out=0.0)
         again = corpus_of(path, shard_bytes=shard_bytes, held_out=0.0)
         once = shards_of(corpus)
@@ -172,13 +172,13 @@ def test_shards_are_the_same_in_any_order_of_reading(lines: list[str], shard_byt
 
 def test_shards_of_a_large_file_are_near_the_asked_size(tmp_path: Path) -> None:
     """Pieces are equal and at most a line longer than shard_bytes."""
-    corpus = corpus_of(written(tmp_path / "a.txt", "123456789\n" * 1000), shard_bytes=3000)
+    corpus = corpus_of(write(tmp_path / "a.txt", "123456789\n" * 1000), shard_bytes=3000)
     assert [sum(map(len, shard)) for shard in shards_of(corpus)] == [2500] * 4
 
 
 def test_small_files_share_a_shard_and_stay_documents_of_their_own(tmp_path: Path) -> None:
     """Many small files do not become many small shards, and are not glued together."""
-    paths = [written(tmp_path / f"{i}.txt", f"file {i}\n") for i in range(7)]  # 7 bytes each
+    paths = [write(tmp_path / f"{i}.txt", f"file {i}\n") for i in range(7)]  # 7 bytes each
     corpus = corpus_of(*paths, shard_bytes=21)
     assert [len(shard) for shard in shards_of(corpus)] == [3, 3, 1]
     assert texts_of(corpus) == [f"file {i}\n" for i in range(7)]
@@ -187,7 +187,7 @@ def test_small_files_share_a_shard_and_stay_documents_of_their_own(tmp_path: Pat
 def test_file_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:
     """A corpus of one endless line has many shards, and no character is torn apart."""
     text = "a" + "€" * 1_000_000  # 3 MB; characters begin at bytes 1, 4, 7, …
-    corpus = corpus_of(written(tmp_path / "a.txt", text), shard_bytes=500_000)
+    corpus = corpus_of(write(tmp_path / "a.txt", text), shard_bytes=500_000)
     parts = texts_of(corpus)
     assert "".join(parts) == text
     assert [len(part.encode()) for part in parts[:3]] == [428_572, 428_571, 428_571]
@@ -195,18 +195,18 @@ def test_file_without_line_ends_is_cut_between_characters(tmp_path: Path) -> Non
 
 def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     """A file of an editor that marks UTF-8 begins with its first letter."""
-    assert texts_of(corpus_of(written(tmp_path / "a.txt", b"\xef\xbb\xbfword\n"))) == ["word\n"]
+    assert texts_of(corpus_of(write(tmp_path / "a.txt", b"\xef\xbb\xbfword\n"))) == ["word\n"]
 
 
 def test_gz_file_is_one_document(tmp_path: Path) -> None:
     """A compressed file cannot be entered in the middle: it stays whole whatever the shard size."""
-    paths = [written(tmp_path / name, "one\ntwo\n") for name in ("a.gz", "b.txt.gz")]
+    paths = [write(tmp_path / name, "one\ntwo\n") for name in ("a.gz", "b.txt.gz")]
     assert shards_of(corpus_of(*paths, shard_bytes=2)) == [["one\ntwo\n"], ["one\ntwo\n"]]
 
 
 def test_small_gz_files_share_a_shard_by_the_text_that_is_in_them(tmp_path: Path) -> None:
     """About three times their size on disk: of files of 25 bytes, taken for 75 of text, two fit into 175."""
-    paths = [written(tmp_path / f"{i}.gz", "word\n") for i in range(5)]
+    paths = [write(tmp_path / f"{i}.gz", "word\n") for i in range(5)]
     assert {path.stat().st_size for path in paths} == {25}
     corpus = corpus_of(*paths, shard_bytes=175)
     assert [len(shard) for shard in shards_of(corpus)] == [2, 2, 1]
@@ -218,25 +218,25 @@ def test_small_gz_files_share_a_shard_by_the_text_that_is_in_them(tmp_path: Path
 def test_folder_is_read_at_any_depth_by_name_without_hidden_files(tmp_path: Path) -> None:
     """A folder gives its files in the order of their paths, at any depth."""
     for name in ("b.txt", "a/z.txt", ".hidden/x.txt", ".y.txt"):
-        written(tmp_path / name, name)
+        write(tmp_path / name, name)
     assert texts_of(corpus_of(tmp_path)) == ["a/z.txt", "b.txt"]
 
 
 def test_glob_matches_at_any_depth_and_each_file_counts_once(tmp_path: Path) -> None:
     """`**` descends; a file that two entries name is read once, where the first one names it."""
     for name in ("b.txt", "a/z.txt", "a/z.md"):
-        written(tmp_path / name, name)
+        write(tmp_path / name, name)
     assert texts_of(corpus_of(tmp_path / "b.txt", tmp_path / "**" / "*.txt")) == ["b.txt", "a/z.txt"]
 
 
 def test_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
     """A file that exists under exactly that name is meant."""
-    assert texts_of(corpus_of(written(tmp_path / "[a].txt", "text"))) == ["text"]
+    assert texts_of(corpus_of(write(tmp_path / "[a].txt", "text"))) == ["text"]
 
 
 def test_folder_of_jsonl_ignores_other_files(tmp_path: Path) -> None:
     """A README beside the data does not stop a run."""
-    written(tmp_path / "README.md", "no data")
+    write(tmp_path / "README.md", "no data")
     records(tmp_path / "a.jsonl", ["one"])
     records(tmp_path / "b.jsonl.gz", ["two"])
     assert texts_of(corpus_of(tmp_path, kind="jsonl")) == ["one", "two"]
@@ -245,8 +245,8 @@ def test_folder_of_jsonl_ignores_other_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["", "**/*.txt"])
 def test_linked_folders_are_read(tmp_path: Path, pattern: str) -> None:
     """Caches and data lakes are made of links; a link that leads back adds nothing."""
-    written(tmp_path / "lake" / "deep" / "x.txt", "linked")
-    written(tmp_path / "data" / "own" / "a.txt", "own")
+    write(tmp_path / "lake" / "deep" / "x.txt", "linked")
+    write(tmp_path / "data" / "own" / "a.txt", "own")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "lake")
     (tmp_path / "data" / "own" / "back").symlink_to(tmp_path / "data")
     for name in "123":  # with three ways back, no search by names alone would end
@@ -260,7 +260,7 @@ def test_linked_folders_are_read(tmp_path: Path, pattern: str) -> None:
 def test_patterns_match_what_glob_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """But for ways that lead back, `**` is the standard library's: through links, not into hidden folders."""
     for name in ("a.txt", "x/b.txt", ".h/d.txt", "x/.z/e.txt", "x/[q]/f.txt", "xx/g.md", "x/y/x/h.txt"):
-        written(tmp_path / name, name)
+        write(tmp_path / name, name)
     (tmp_path / "x" / "link").symlink_to(tmp_path / "xx")
     monkeypatch.chdir(tmp_path)
     expected = {Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file()}
@@ -269,7 +269,7 @@ def test_patterns_match_what_glob_matches(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_that_two_names_lead_to_is_read_once(tmp_path: Path) -> None:
     """Under its own name, whatever comes first in the alphabet."""
-    written(tmp_path / "2024" / "x.txt", "text")
+    write(tmp_path / "2024" / "x.txt", "text")
     (tmp_path / "0-newest").symlink_to("2024")
     corpus = corpus_of(tmp_path)
     assert texts_of(corpus) == ["text"]
@@ -278,7 +278,7 @@ def test_a_folder_that_two_names_lead_to_is_read_once(tmp_path: Path) -> None:
 
 def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A link whose file is gone, as in a cache that was cleaned."""
-    written(tmp_path / "a.txt", "text")
+    write(tmp_path / "a.txt", "text")
     (tmp_path / "b.txt").symlink_to(tmp_path / "blob")
     assert texts_of(corpus_of(tmp_path)) == ["text"]
     assert f"b.txt is left out of the corpus: it is a link to {tmp_path}/blob, which does not exist" in caplog.text
@@ -291,7 +291,7 @@ def test_fingerprint_does_not_depend_on_where_the_data_is_mounted(tmp_path: Path
     """Two machines with the same files in different folders stream the same corpus; times do not count."""
     prints: list[str] = []
     for place in ("here", "there/deeper"):
-        path = written(tmp_path / place / "data" / "a.txt", "text\n")
+        path = write(tmp_path / place / "data" / "a.txt", "text\n")
         os.utime(path, (len(prints), len(prints)))
         prints += [corpus_of(path.parent).fingerprint, corpus_of(path.parent / "*").fingerprint]
     assert len(set(prints)) == 1
@@ -300,7 +300,7 @@ def test_fingerprint_does_not_depend_on_where_the_data_is_mounted(tmp_path: Path
 @pytest.mark.parametrize("change", [{"column": "title"}, {"shard_bytes": 50}, {"held_out": 0.5}])
 def test_fingerprint_changes_with_what_decides_the_documents(tmp_path: Path, change: dict[str, Any]) -> None:
     """The column and the shard size do; which shards are held out does not."""
-    path = written(tmp_path / "a.jsonl", '{"text": "one", "title": "two"}\n')
+    path = write(tmp_path / "a.jsonl", '{"text": "one", "title": "two"}\n')
     changed = corpus_of(path, kind="jsonl", **change).fingerprint != corpus_of(path, kind="jsonl").fingerprint
     assert changed == ("held_out" not in change)
 
@@ -309,12 +309,12 @@ def test_fingerprint_changes_with_what_decides_the_documents(tmp_path: Path, cha
 def test_fingerprint_changes_with_the_files(tmp_path: Path, change: str) -> None:
     """Both ends of a file, its size and its name count."""
     data = bytearray(b"x" * 200_000)
-    before = corpus_of(written(tmp_path / "a.txt", bytes(data))).fingerprint
+    before = corpus_of(write(tmp_path / "a.txt", bytes(data))).fingerprint
     if change == "size":
         data[100_000:100_000] = b"x"
     elif change != "name":
         data[0 if change == "first byte" else -1] = ord("y")
-    after = corpus_of(written(tmp_path / ("b.txt" if change == "name" else "a.txt"), bytes(data))).fingerprint
+    after = corpus_of(write(tmp_path / ("b.txt" if change == "name" else "a.txt"), bytes(data))).fingerprint
     assert after != before
 
 
@@ -335,7 +335,7 @@ def test_all_missing_paths_are_told_in_one_go(tmp_path: Path) -> None:
 def test_folder_without_files_of_the_kind_says_which_endings_count(tmp_path: Path) -> None:
     """A folder of text is no folder of parquet."""
     pytest.importorskip("pyarrow")
-    written(tmp_path / "a.txt", "text")
+    write(tmp_path / "a.txt", "text")
     assert "a folder without files that end in .parquet" in refusal(tmp_path, kind="parquet")
 
 
@@ -343,12 +343,12 @@ def test_folder_without_files_of_the_kind_says_which_endings_count(tmp_path: Pat
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_empty_corpus_is_refused(tmp_path: Path, kind: str, name: str) -> None:
     """Files without a single byte are no corpus."""
-    assert refusal(written(tmp_path / name, ""), kind=kind).endswith("the files hold nothing; name files with text")
+    assert refusal(write(tmp_path / name, ""), kind=kind).endswith("the files hold nothing; name files with text")
 
 
 def test_blank_lines_are_no_corpus_of_jsonl(tmp_path: Path) -> None:
     """A jsonl file without records is empty."""
-    assert "the files hold nothing" in refusal(written(tmp_path / "a.jsonl", "\n \r\n"), kind="jsonl")
+    assert "the files hold nothing" in refusal(write(tmp_path / "a.jsonl", "\n \r\n"), kind="jsonl")
 
 
 @pytest.mark.parametrize(
@@ -363,19 +363,19 @@ def test_blank_lines_are_no_corpus_of_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_wrong_encoding_is_told_at_the_start(tmp_path: Path, kind: str, data: bytes, message: str) -> None:
     """Each file's beginning is checked; the message names file, byte and remedy."""
-    path = written(tmp_path / "a.txt", data)
+    path = write(tmp_path / "a.txt", data)
     assert refusal(path, kind=kind).startswith(f"{path}: {message}")
 
 
 def test_character_across_the_end_of_the_checked_part_is_no_fault(tmp_path: Path) -> None:
     """The check of the first 64 KiB does not mistake its own cut for a broken character."""
     text = "€" * 50_000  # 65,536 bytes are not a multiple of three
-    assert texts_of(corpus_of(written(tmp_path / "a.txt", text))) == [text]
+    assert texts_of(corpus_of(write(tmp_path / "a.txt", text))) == [text]
 
 
 def test_wrong_encoding_further_in_names_the_byte_when_it_is_read(tmp_path: Path) -> None:
     """What the check at the start cannot see fails the one shard it is in, with file and byte."""
-    path = written(tmp_path / "a.txt", b"0123456789\n" * 20_000 + b"\xff\n")
+    path = write(tmp_path / "a.txt", b"0123456789\n" * 20_000 + b"\xff\n")
     corpus = corpus_of(path, shard_bytes=100_000)
     assert list(corpus.documents(0))
     with pytest.raises(CorpusError, match=r"a\.txt: not UTF-8 at byte 220,000 \(0xff"):
@@ -385,7 +385,7 @@ def test_wrong_encoding_further_in_names_the_byte_when_it_is_read(tmp_path: Path
 def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
     """Ten faults are enough to see what is wrong."""
     for i in range(12):
-        written(tmp_path / f"{i}.txt", b"\xff")
+        write(tmp_path / f"{i}.txt", b"\xff")
     lines = refusal(tmp_path).splitlines()
     assert (len(lines), lines[-1]) == (11, "and 2 more")
 
@@ -405,7 +405,7 @@ def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["text", "jsonl", "tokens"])
 def test_contents_in_another_form_are_named(tmp_path: Path, kind: str, data: bytes, message: str) -> None:
     """iconv does not help with a packed file."""
-    path = written(tmp_path / "a.data", data)
+    path = write(tmp_path / "a.data", data)
     assert refusal(path, kind=kind).startswith(f"{path}: {message}")
 
 
@@ -415,7 +415,7 @@ def test_contents_in_another_form_are_named(tmp_path: Path, kind: str, data: byt
 def test_a_line_may_be_as_long_as_the_setting_says_and_not_longer(tmp_path: Path) -> None:
     """The records before it arrive; the shard then fails with file, place, size and setting."""
     lines = [json.dumps({"text": "x" * size}) for size in (9, 86, 87)]  # 12 bytes are not text: 21, 98, 99
-    path = written(tmp_path / "a.jsonl", "\r\n".join(lines))
+    path = write(tmp_path / "a.jsonl", "\r\n".join(lines))
     documents = corpus_of(path, kind="jsonl", max_document_bytes=98).documents(0)
     assert [len(next(documents)), len(next(documents))] == [9, 86]
     place = re.escape(
@@ -430,7 +430,7 @@ def test_a_line_may_be_as_long_as_the_setting_says_and_not_longer(tmp_path: Path
 def test_a_packed_file_that_would_fill_the_memory(tmp_path: Path, kind: str) -> None:
     """65 kB of .gz hold 64 MB in one line: it is refused at the start, and no more than the limit is ever held."""
     start = {"text": b"", "jsonl": b'{"text": "'}[kind]
-    path = written(tmp_path / "a.gz", start + b"x" * 64_000_000)
+    path = write(tmp_path / "a.gz", start + b"x" * 64_000_000)
     tracemalloc.start()
     try:
         message = refusal(path, kind=kind, max_document_bytes=1_000_000)
@@ -490,7 +490,7 @@ def test_file_that_is_no_gzip_file_is_told_at_the_start(tmp_path: Path) -> None:
 def test_gzip_file_cut_short_is_told_when_it_is_read(tmp_path: Path) -> None:
     """Half a download fails its own shard with the file's name."""
     noise = np.random.default_rng(0).integers(97, 123, 300_000, dtype=np.uint8).tobytes()
-    path = written(tmp_path / "a.gz", noise)
+    path = write(tmp_path / "a.gz", noise)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CorpusError, match="damaged gzip file"):
         texts_of(corpus_of(path))
@@ -498,9 +498,9 @@ def test_gzip_file_cut_short_is_told_when_it_is_read(tmp_path: Path) -> None:
 
 def test_file_that_changes_during_the_run_is_refused(tmp_path: Path) -> None:
     """A growing log would move the borders of shards; it is told instead."""
-    path = written(tmp_path / "a.txt", "line\n")
+    path = write(tmp_path / "a.txt", "line\n")
     corpus = corpus_of(path)
-    written(path, "line\nline\n")
+    write(path, "line\nline\n")
     with pytest.raises(CorpusError, match=r"10 bytes, but 5 when the corpus was opened; .* start a new run"):
         texts_of(corpus)
 
@@ -516,25 +516,25 @@ def test_every_record_of_jsonl_is_in_exactly_one_shard(
     """Whatever the cuts, the shards in order give every document once."""
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
-        path = written(Path(folder) / "a.jsonl", end.join(lines) + end * ends_with_newline)
+        path = write(Path(folder) / "a.jsonl", end.join(lines) + end * ends_with_newline)
         assert texts_of(corpus_of(path, kind="jsonl", shard_bytes=shard_bytes, held_out=0.0)) == texts
 
 
 def test_jsonl_reads_the_named_column(tmp_path: Path) -> None:
     """One object a line, its text in `column`."""
-    path = written(tmp_path / "a.jsonl", '{"text": 1, "body": "one"}\n{"body": "two"}')
+    path = write(tmp_path / "a.jsonl", '{"text": 1, "body": "one"}\n{"body": "two"}')
     assert texts_of(corpus_of(path, kind="jsonl", column="body")) == ["one", "two"]
 
 
 def test_jsonl_skips_blank_lines_marks_and_nulls(tmp_path: Path) -> None:
     """A byte order mark, blank lines and records without text are neither faults nor documents."""
-    path = written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": null}\n\n  \r\n{"text": "one"}\n')
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": null}\n\n  \r\n{"text": "one"}\n')
     assert texts_of(corpus_of(path, kind="jsonl")) == ["one"]
 
 
 def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path) -> None:
     r"""Dumps hold cut emoji such as "\ud83d", which no tokenizer takes; whole ones stay."""
-    path = written(tmp_path / "a.jsonl", r'{"text": "a\ud83d b\ud83d\ude00"}')
+    path = write(tmp_path / "a.jsonl", r'{"text": "a\ud83d b\ud83d\ude00"}')
     assert texts_of(corpus_of(path, kind="jsonl")) == ["a\ufffd b😀"]
 
 
@@ -558,7 +558,7 @@ def test_half_a_character_in_json_becomes_a_replacement_character(tmp_path: Path
 def test_wrong_jsonl_is_told_at_the_start(tmp_path: Path, line: str, expected: str) -> None:
     """Each file's first record is checked; the message says what is there and what is expected."""
     records(tmp_path / "a.jsonl", ["fine"])
-    message = refusal(written(tmp_path / "b.jsonl", "\n" + line), tmp_path / "a.jsonl", kind="jsonl")
+    message = refusal(write(tmp_path / "b.jsonl", "\n" + line), tmp_path / "a.jsonl", kind="jsonl")
     assert message.startswith(f"{tmp_path}/b.jsonl, line at byte 1: ")
     assert expected in message
 
@@ -566,7 +566,7 @@ def test_wrong_jsonl_is_told_at_the_start(tmp_path: Path, line: str, expected: s
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_broken_record_further_in_names_file_and_byte(tmp_path: Path, name: str) -> None:
     """The documents before it arrive; then the shard fails with its place."""
-    path = written(tmp_path / name, '{"text": "one"}\n{"text": \n')
+    path = write(tmp_path / name, '{"text": "one"}\n{"text": \n')
     documents = corpus_of(path, kind="jsonl").documents(0)
     assert next(documents) == "one"
     with pytest.raises(CorpusError, match=rf"{name}, line at byte 16: not JSON"):
@@ -601,7 +601,7 @@ def test_wrong_parquet_is_told_at_the_start(tmp_path: Path) -> None:
     """A missing column, a column of numbers, a file that is no parquet file, and one without rows."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"Text": ["one"], "id": [1]}), tmp_path / "a.parquet")
-    written(tmp_path / "b.parquet", "PAR1, or is it?")
+    write(tmp_path / "b.parquet", "PAR1, or is it?")
     first, second = refusal(tmp_path, kind="parquet").splitlines()
     hint = "is not there (did you mean Text?); there are Text, id"
     assert first == f"{tmp_path}/a.parquet: corpus.column = 'text' {hint}"
@@ -644,9 +644,9 @@ def test_token_files_come_back_in_spans_of_whole_windows(tmp_path: Path, dtype: 
 
 def test_wrong_token_files_are_told_at_the_start(tmp_path: Path) -> None:
     """Half a number, the wrong width and compression are seen before any model is loaded."""
-    written(tmp_path / "a.bin", b"\0\0\0")
+    write(tmp_path / "a.bin", b"\0\0\0")
     np.arange(64, dtype=np.uint32).tofile(tmp_path / "c.bin")
-    written(tmp_path / "d.bin.gz", b"\0\0")
+    write(tmp_path / "d.bin.gz", b"\0\0")
     first, second, third = refusal(tmp_path, kind="tokens").splitlines()
     assert first.endswith("a.bin: 3 bytes are no whole number of uint16; correct corpus.token_dtype")
     assert "c.bin: as uint16 the ids are 0, 0, 1, 0, … up to 63, where every second one is at most 0" in second

@@ -275,7 +275,7 @@ class Trainer:
                 thread.join(20)
                 if self.producer is not None:
                     self.intake.drain(finished=True)
-                    self.producer.ended()
+                    self.producer.wait_for_end()
 
     def produce(self) -> Trainer:
         self.producer = Producing(self.settings.stream, named_source())
@@ -291,7 +291,7 @@ class Trainer:
     def ask(self, command: str, **fields: Any) -> dict[str, Any]:
         return ask(self.directory, {"command": command, **fields})
 
-    def refused(self, command: str, **fields: Any) -> str:
+    def refusal_of(self, command: str, **fields: Any) -> str:
         """The sentence with which a command is refused."""
         with pytest.raises(CtlError) as error:
             self.ask(command, **fields)
@@ -343,7 +343,7 @@ def test_a_trainer_without_producers_answers(trainer: Trainer) -> None:
     assert (status["state"], status["tokens"], status["producers"]) == ("waiting", 0, {"working": 0, "idle": 0})
     assert [sae["phase"] for sae in status["saes"]] == ["waiting", "waiting"]
     for command, fields in (("snapshot", {}), ("attach", {"sae": WIDE}), ("detach", {"name": "top"})):
-        assert "no producer has come yet" in trainer.refused(command, **fields)
+        assert "no producer has come yet" in trainer.refusal_of(command, **fields)
     assert time.monotonic() - began < 2
 
 
@@ -372,25 +372,25 @@ def test_an_sae_joins_learns_and_leaves(trainer: Trainer) -> None:
 def test_what_cannot_join_is_refused_with_what_to_change(trainer: Trainer, tmp_path: Path) -> None:
     """Faults of the file, all of them; hooks; names of the living, of EMA copies and of the departed; start_from."""
     trainer.produce()
-    faulty = trainer.refused("attach", sae=WIDE | {"d_sae": -1, "kk": 3})
+    faulty = trainer.refusal_of("attach", sae=WIDE | {"d_sae": -1, "kk": 3})
     assert "d_sae = -1" in faulty and "kk = 3: no such key" in faulty
-    assert "needs k" in trainer.refused("attach", sae={"name": "x", "architecture": "topk", "d_sae": 8})
-    assert "is not streamed" in trainer.refused("attach", sae=WIDE | {"hook": "blocks.9.mlp_out"})
+    assert "needs k" in trainer.refusal_of("attach", sae={"name": "x", "architecture": "topk", "d_sae": 8})
+    assert "is not streamed" in trainer.refusal_of("attach", sae=WIDE | {"hook": "blocks.9.mlp_out"})
     for options in ({"name": "top"}, {"name": "jump-ema"}, {"name": "jump", "ema_tokens": 5}):
-        assert "taken" in trainer.refused("attach", sae=WIDE | options)
-    assert "start_from" in trainer.refused("attach", sae=WIDE | {"start_from": str(tmp_path / "nowhere")})
+        assert "taken" in trainer.refusal_of("attach", sae=WIDE | options)
+    assert "start_from" in trainer.refusal_of("attach", sae=WIDE | {"start_from": str(tmp_path / "nowhere")})
     trainer.ask("attach", sae=WIDE)
     trainer.reach(32)
     trainer.ask("detach", name="wide", now=True)
     wait_for(lambda: "wide" not in trainer.names())
-    assert "by one that has left" in trainer.refused("attach", sae=WIDE)
+    assert "by one that has left" in trainer.refusal_of("attach", sae=WIDE)
     for command, fields, message in (
         ("attach", {}, "needs the keys"),
         ("detach", {}, "name is missing"),
         ("detach", {"name": "nobody"}, "those of this run are top, jump"),
         ("dance", {}, "there is no command 'dance'"),
     ):
-        assert message in trainer.refused(command, **fields)
+        assert message in trainer.refusal_of(command, **fields)
     assert trainer.names() == ["top", "jump"]
     trainer.reach(32)
 
@@ -411,7 +411,7 @@ def test_an_sae_goes_on_from_a_snapshot(trainer: Trainer) -> None:
 def test_the_last_sae_stays(trainer: Trainer) -> None:
     """A run without SAEs is none; the sentence says how to end it instead."""
     trainer.produce().ask("detach", name="jump", now=True)
-    assert "attach another first" in trainer.refused("detach", name="top")
+    assert "attach another first" in trainer.refusal_of("detach", name="top")
 
 
 def test_a_run_is_complete_when_every_sae_is_finished(trainer: Trainer) -> None:
@@ -767,7 +767,7 @@ def test_the_others_do_not_notice_by_a_bit(processes: Callable[[str], Processes]
     lively.ask("detach", name="wide")
     lively.ask("detach", name="batch", now=True)
     assert [trainer.wait(60) for trainer in trainers] == [0, 0]
-    assert [producer.ended() for producer in producers] == [None, None]
+    assert [producer.wait_for_end() for producer in producers] == [None, None]
 
     np.testing.assert_array_equal(calm.rows(), lively.rows())
     np.testing.assert_array_equal(np.sort(calm.rows()), all_rows())

@@ -16,7 +16,7 @@ from monitor.evaluation.latents.activations import LatentActivations, load_laten
 from monitor.http.service import make_app, start_service
 from producer.common.metrics import new_registry
 from producer.keys import write_keys
-from tests.small_disk import OUTCOMES, Disk, Tree, recorded, write
+from tests.small_disk import OUTCOMES, Disk, Tree, record_changes, write
 from tests.small_run import publish_snapshot, small_checkpoint, start_run
 from trainer.snapshot import SUPERSEDED, is_pinned, pin, retire, snapshot_names, supersede_after, unpin, verify
 from trainer.state import checkpoint
@@ -34,22 +34,22 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def power(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Disk]:
-    """power(act, judge, published): does `act`, and shows `judge` the run directory after every possible power cut.
+    """power(act, judge, published_folder): calls `act`, then `judge` for every state that a power cut may leave.
 
-    `published` is where files appear. Returns the disk, whose operations can be looked at.
+    `published_folder` is where files appear. Returns the disk, whose operations can be looked at.
     """
 
-    def run(act: Callable[[], object], judge: Callable[[Path], object], published: str = "") -> Disk:
+    def run(act: Callable[[], object], judge: Callable[[Path], object], published_folder: str = "") -> Disk:
         judged: list[Tree] = []
 
-        def cut() -> None:
+        def judge_outcomes() -> None:
             for tree in map(disk.after_power_cut, OUTCOMES):
                 if tree not in judged:
                     judge(write(tree, tmp_path / "left"))
                     judged.append(tree)
 
-        with recorded(root, root / published, monkeypatch) as disk:
-            disk.after_each_change = cut
+        with record_changes(root, root / published_folder, monkeypatch) as disk:
+            disk.after_each_change = judge_outcomes
             act()
             write(disk.after_power_cut("only what was flushed"), tmp_path / "after")
         return disk

@@ -31,7 +31,7 @@ D_IN, D_SAE = 6, 16
 PER_LATENT = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
 
 
-def published(architecture: str, d_out: int = D_IN, seed: int = 0, **cfg: Any) -> SaeWeights:
+def random_sae(architecture: str, d_out: int = D_IN, seed: int = 0, **cfg: Any) -> SaeWeights:
     """An SAE of random weights with a bias that matters."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +60,7 @@ def rows(count: int = 500) -> Tensor:
     return 2 * torch.randn(count, D_IN, generator=torch.Generator().manual_seed(9)) + 1
 
 
-def written(folder: Path, sae: SaeWeights, format_name: str = "saelens") -> Path:
+def write_sae(folder: Path, sae: SaeWeights, format_name: str = "saelens") -> Path:
     from trainer.saes.formats import write
 
     folder.mkdir(parents=True)
@@ -71,7 +71,7 @@ def written(folder: Path, sae: SaeWeights, format_name: str = "saelens") -> Path
 @pytest.mark.parametrize("architecture", ["gated", "standard", "transcoder", "skip_transcoder", "jumprelu"])
 def test_what_is_a_threshold_at_inference_is_written_as_one(architecture: str) -> None:
     """Gated and ReLU as JumpReLU: the same latents on every row, with biases and scales of every sign."""
-    sae, x = published(architecture), rows()
+    sae, x = random_sae(architecture), rows()
     converted = sae.activation.as_jumprelu(sae)
     expected = inference(sae).encode(x)
 
@@ -84,7 +84,7 @@ def test_what_is_a_threshold_at_inference_is_written_as_one(architecture: str) -
 @pytest.mark.parametrize("architecture", ["gated", "standard", "jumprelu", "topk"])
 def test_b_dec_moves_in_and_out_of_the_encoder(architecture: str) -> None:
     """A gated SAE's magnitude gets exp(r_mag) times the shift."""
-    sae, x = published(architecture), rows()
+    sae, x = random_sae(architecture), rows()
     recentred = recentre(sae.weights, True, False)
     back = recentre(recentred, False, True)
     plain = InferenceSae(sae.cfg | {"apply_b_dec_to_input": False}, recentred | {"W_enc": recentred["W_enc"].T})
@@ -110,7 +110,7 @@ def test_b_dec_moves_in_and_out_of_the_encoder(architecture: str) -> None:
 )
 def test_a_format_says_no_and_which_would_do(architecture: str, refused_by: set[str]) -> None:
     """The sentence names the architecture and the formats that can, and those really can."""
-    sae = published(architecture)
+    sae = random_sae(architecture)
     for name in FORMATS:
         if name not in refused_by:
             convert(sae, name)
@@ -123,18 +123,18 @@ def test_a_format_says_no_and_which_would_do(architecture: str, refused_by: set[
 
 def test_two_widths_fit_saelens_only() -> None:
     """sparsify and dictionary_learning have one width; a top-k transcoder of two has no format at all."""
-    convert(published("jumprelu_transcoder", d_out=4), "saelens")
+    convert(random_sae("jumprelu_transcoder", d_out=4), "saelens")
     with pytest.raises(FormatError, match=r"6 and 4; use --format saelens or jumprelu$"):
-        convert(published("jumprelu_transcoder", d_out=4), "dictionary_learning")
+        convert(random_sae("jumprelu_transcoder", d_out=4), "dictionary_learning")
     with pytest.raises(FormatError, match="no other format"):
-        convert(published("topk_transcoder", d_out=4), "sparsify")
+        convert(random_sae("topk_transcoder", d_out=4), "sparsify")
 
 
 @pytest.mark.parametrize("architecture", ["topk", "topk_transcoder", "topk_skip_transcoder"])
 def test_sparsify_and_back(architecture: str, tmp_path: Path) -> None:
     """Bit for bit the same weights."""
-    sae = published(architecture)
-    back = read_published(written(tmp_path / "s", sae, "sparsify"))
+    sae = random_sae(architecture)
+    back = read_published(write_sae(tmp_path / "s", sae, "sparsify"))
 
     assert back.architecture == architecture
     assert back.cfg["k"] == 4
@@ -144,7 +144,7 @@ def test_sparsify_and_back(architecture: str, tmp_path: Path) -> None:
 def test_batchtopk_keeps_its_class_where_one_threshold_says_it_all() -> None:
     """dictionary_learning's BatchTopKSAE has a scalar; thresholds that differ make it a JumpReLU."""
     metadata = {"settings": {"architecture": "batchtopk", "k": 4}}
-    sae = published("jumprelu", metadata=metadata)
+    sae = random_sae("jumprelu", metadata=metadata)
     same = SaeWeights(sae.cfg, sae.weights | {"threshold": torch.full((D_SAE,), 0.7)})
     nested = SaeWeights(
         sae.cfg | {"metadata": {"settings": {**metadata["settings"], "matryoshka": [4, 10, D_SAE]}}}, same.weights
@@ -159,10 +159,10 @@ def test_batchtopk_keeps_its_class_where_one_threshold_says_it_all() -> None:
 
 def test_rows_that_saelens_rescales_are_read_as_it_reads_them(tmp_path: Path) -> None:
     """rescale_acts_by_decoder_norm with rows of any norm: norms go into the encoder, before top-k chooses."""
-    sae = published("topk", rescale_acts_by_decoder_norm=True)
+    sae = random_sae("topk", rescale_acts_by_decoder_norm=True)
     norm = torch.linspace(0.3, 3, D_SAE)
     free = SaeWeights(sae.cfg, sae.weights | {"W_dec": sae.weights["W_dec"] * norm[:, None]})
-    read = read_published(written(tmp_path / "s", free))
+    read = read_published(write_sae(tmp_path / "s", free))
     x = rows()
     pre_acts = ((x - free.weights["b_dec"]) @ free.weights["W_enc"].T + free.weights["b_enc"]) * norm
     best = pre_acts.topk(4)
@@ -316,7 +316,7 @@ HOSTILE = [
 
 def test_a_start_of_other_widths_is_refused(tmp_path: Path) -> None:
     """With both widths: what the folder is for, and what the hooks have."""
-    start = read_start(settings(written(tmp_path / "start", published("topk"))))
+    start = read_start(settings(write_sae(tmp_path / "start", random_sae("topk"))))
     assert start is not None
     width = start.d_in
     for d_in, d_out in ((width + 1, width), (width, width + 1)):
@@ -329,7 +329,7 @@ def test_a_start_of_other_widths_is_refused(tmp_path: Path) -> None:
 def test_a_start_of_no_use_is_one_sentence(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damaged, foreign or hostile: SnapshotError with SAE and folder in it, and nothing is executed."""
     monkeypatch.chdir(tmp_path)
-    folder = written(tmp_path / "start", published("topk"))
+    folder = write_sae(tmp_path / "start", random_sae("topk"))
     hostile(folder, how)
     with pytest.raises(SnapshotError) as error:
         read_start(settings(folder))
@@ -358,14 +358,14 @@ def test_settings_that_do_not_fit_the_start_are_told_what_to_set(
 ) -> None:
     """Nothing is bent into shape."""
     format_name = "sparsify" if architecture.startswith("topk_") else "saelens"
-    folder = written(tmp_path / "start", published(architecture), format_name)
+    folder = write_sae(tmp_path / "start", random_sae(architecture), format_name)
     with pytest.raises(SnapshotError, match=message):
         read_start(settings(folder, **changes))
 
 
 def test_all_starts_of_a_run_are_read_before_anyone_waits(tmp_path: Path) -> None:
     """`check_starts` looks at every SAE of the file."""
-    good = written(tmp_path / "good", published("topk"))
+    good = write_sae(tmp_path / "good", random_sae("topk"))
     saes = [settings(good), settings(tmp_path / "absent", name="second")]
     synthetic = {"kind": "synthetic", "synthetic": {"d_in": D_IN, "features": 8, "shards": 4}}
     tables = [sae.model_dump(exclude_unset=True) for sae in saes]
@@ -376,7 +376,7 @@ def test_all_starts_of_a_run_are_read_before_anyone_waits(tmp_path: Path) -> Non
 
 def test_a_trainer_with_a_bad_start_ends_at_once(tmp_path: Path) -> None:
     """One line and exit code 1, though no producer is there to wait for."""
-    start = written(tmp_path / "start", published("topk"))
+    start = write_sae(tmp_path / "start", random_sae("topk"))
     (tmp_path / "run.toml").write_text(
         f"""
 [run]

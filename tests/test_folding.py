@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.small_saes import FAMILY, NOBODY, UNSCALED, make, rows_of, settings_of, trained
+from tests.small_saes import FAMILY, NOBODY, UNSCALED, make, rows_of, settings_of, train_sae
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import InputTransform, fold, fold_norms, side_by_side, unfold, whitening_of
 from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
@@ -34,7 +34,7 @@ def test_a_self_test_of_nan_fails() -> None:
         _agree("latents", torch.tensor([float("nan")]), torch.tensor([1.0]))
 
 
-def published(sae_trainer: SaeTrainer, directory: Path) -> InferenceSae:
+def publish_and_load(sae_trainer: SaeTrainer, directory: Path) -> InferenceSae:
     """The SAE trainer's SAE through export, its self-test, and the files of a snapshot."""
     settings = sae_trainer.settings
     scaled = rows_of(settings, 512, 77)
@@ -68,35 +68,35 @@ def raw_and_expected(sae_trainer: SaeTrainer) -> tuple[Tensor, Tensor]:
     return raw, (y_hat if transform.whitening is None else transform.whitening.undo(y_hat)) / transform.s_out
 
 
-def apart(ours: Tensor, theirs: Tensor) -> float:
+def relative_distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_13_a_snapshot_reconstructs_raw_rows_as_training_did_scaled_ones(kind: str, tmp_path: Path) -> None:
     """To 1e-5, for every architecture: transcoders with two scales and a skip, crosscoders with unequal ones."""
-    sae_trainer = trained(settings_of(kind), steps=12)
-    sae = published(sae_trainer, tmp_path)
+    sae_trainer = train_sae(settings_of(kind), steps=12)
+    sae = publish_and_load(sae_trainer, tmp_path)
     raw, expected = raw_and_expected(sae_trainer)
 
-    assert apart(sae(raw), expected) < 1e-5
+    assert relative_distance(sae(raw), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_whitening_is_undone_in_a_snapshot(kind: str, tmp_path: Path) -> None:
     """Learned from whitened rows, used on raw ones: to 1e-5, for every autoencoder of one hook."""
-    sae_trainer = trained(settings_of(kind, whitening=True), steps=12)
-    sae = published(sae_trainer, tmp_path)
+    sae_trainer = train_sae(settings_of(kind, whitening=True), steps=12)
+    sae = publish_and_load(sae_trainer, tmp_path)
     raw, expected = raw_and_expected(sae_trainer)
 
-    assert apart(sae(raw), expected) < 1e-5
+    assert relative_distance(sae(raw), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_12_published_decoder_rows_have_unit_norm(kind: str, tmp_path: Path) -> None:
     """In float32 to 1e-6, but for top-k where free norms or unequal scales decide what is chosen."""
-    sae_trainer = trained(settings_of(kind), steps=5)
-    norms = published(sae_trainer, tmp_path).W_dec.norm(dim=1)
+    sae_trainer = train_sae(settings_of(kind), steps=5)
+    norms = publish_and_load(sae_trainer, tmp_path).W_dec.norm(dim=1)
 
     if kind in ("topk transcoder", "topk skip transcoder", "topk crosscoder"):
         assert not torch.allclose(norms, torch.ones_like(norms), atol=1e-3)
@@ -108,11 +108,13 @@ def test_bug_12_published_decoder_rows_have_unit_norm(kind: str, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu l1", "gated"])
 def test_latents_come_out_in_the_units_of_the_raw_rows(kind: str, tmp_path: Path) -> None:
     """With unit rows a latent of 3 means that 3 of its direction are in x: training's latents divided by the scale."""
-    sae_trainer = trained(settings_of(kind), steps=5)
+    sae_trainer = train_sae(settings_of(kind), steps=5)
     raw, _ = raw_and_expected(sae_trainer)
     fired = sae_trainer.sae.gradients(raw * SCALES["a"], raw * SCALES["a"], NOBODY).fired.dense()
 
-    torch.testing.assert_close(published(sae_trainer, tmp_path).encode(raw), fired / SCALES["a"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        publish_and_load(sae_trainer, tmp_path).encode(raw), fired / SCALES["a"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path) -> None:
@@ -131,8 +133,8 @@ def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path
 
 def test_a_snapshot_holds_what_the_readers_of_its_layout_expect(tmp_path: Path) -> None:
     """W_enc [d_in, d_sae], W_dec [d_sae, d_in], float32, the threshold in raw units."""
-    sae_trainer = trained(settings_of("jumprelu"), steps=5)
-    published(sae_trainer, tmp_path)
+    sae_trainer = train_sae(settings_of("jumprelu"), steps=5)
+    publish_and_load(sae_trainer, tmp_path)
     cfg, weights = read_sae(tmp_path / "snapshots" / "000000001000" / "s")
 
     assert {name: array.shape for name, array in weights.items()} == {
@@ -227,7 +229,7 @@ def test_gated_is_exactly_a_jumprelu() -> None:
 def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path) -> None:
     """On fresh rows of the same distribution the mean L0 of the published SAE is k within 5 %."""
     settings = settings_of(kind)
-    sae_trainer = trained(settings, steps=60)
+    sae_trainer = train_sae(settings, steps=60)
     sae_trainer.calibrate(sae_trainer.sae, rows_of(settings, 8192, 5))
     fresh = rows_of(settings, 8192, 6)
     exported = export(
@@ -271,8 +273,8 @@ def test_too_few_positive_values_give_a_threshold_of_zero() -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_37_a_published_sae_encodes_a_row_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
     """Latents of a row do not depend on its neighbours; BatchTopK's neither."""
-    sae_trainer = trained(settings_of(kind), steps=5)
-    sae = published(sae_trainer, tmp_path)
+    sae_trainer = train_sae(settings_of(kind), steps=5)
+    sae = publish_and_load(sae_trainer, tmp_path)
     raw, _ = raw_and_expected(sae_trainer)
 
     torch.testing.assert_close(sae.encode(raw[:1]), sae.encode(raw)[:1], rtol=1e-5, atol=1e-6)

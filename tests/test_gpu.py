@@ -41,7 +41,7 @@ from tests.small_saes import (
 from tests.small_stream import Producing, hello_of, stream_settings
 from tests.test_checkpoint import batches, fresh_run
 from tests.test_checkpoint import learn as learn_run
-from tests.test_produce import Sent, Tensors, Trainer, finish, tensors
+from tests.test_produce import LeaseResult, Tensors, Trainer, finish, tensors
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
 from trainer.saes.hooks import SaeHooks
@@ -89,7 +89,7 @@ def same(ours: Tensor, theirs: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -
     torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=rtol, atol=atol)
 
 
-def apart(ours: Tensor, theirs: Tensor) -> float:
+def relative_distance(ours: Tensor, theirs: Tensor) -> float:
     """Distance in units of the length: Adam makes a whole step of a gradient that is mere rounding here and there."""
     ours, theirs = ours.double().cpu(), theirs.double().cpu()
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
@@ -260,7 +260,7 @@ def test_the_gpu_learns_what_the_cpu_learns(kind: str) -> None:
             sae_trainer.step({"a": truth(1024, 2 + step).to(device)})
 
     for name, value in here.sae.parameters.items():
-        assert apart(there.sae.parameters[name], value) < 0.01
+        assert relative_distance(there.sae.parameters[name], value) < 0.01
     assert here.report(UNSCALED).fvu == pytest.approx(there.report(UNSCALED).fvu, rel=1e-3)
 
 
@@ -285,7 +285,7 @@ def test_a_restored_sae_trainer_goes_on(kind: str, whitening: bool) -> None:
     theirs = whole.state()[1].by_key()
     for name, value in resumed.state()[1].by_key().items():
         assert value.device == theirs[name].device
-        assert apart(value, theirs[name]) < 1e-4
+        assert relative_distance(value, theirs[name]) < 1e-4
 
 
 @pytest.mark.parametrize("revive", ["resample", "none"])
@@ -359,13 +359,13 @@ class Busy(Tensors):
             return [x.to(GPU)[index] * slow[0, 0] for x in self.x]
 
 
-def chunks_of(endpoint: str, source: Tensors, dtype: str) -> Sent:
-    hand = Trainer(endpoint)
+def chunks_of(endpoint: str, source: Tensors, dtype: str) -> LeaseResult:
+    trainer = Trainer(endpoint)
     producer = Producing(stream_settings(endpoint, dtype=dtype), source, hello_of(source, dtype))
-    hand.welcome(norm_bounds=[10.0, 10.0])
-    messages = hand.lease()
-    finish(hand, producer)
-    hand.close()
+    trainer.welcome(norm_bounds=[10.0, 10.0])
+    messages = trainer.lease()
+    finish(trainer, producer)
+    trainer.close()
     return messages
 
 

@@ -19,10 +19,10 @@ from tests.small_training import (
     ROWS,
     SHARKEY,
     TRUTHS,
-    Found,
+    TruthScores,
     best_cosines,
     candidates,
-    found,
+    judge_newest,
     train_on_sharkey,
     train_on_truth,
     truth,
@@ -38,7 +38,7 @@ QUICK = ["topk", "jumprelu", "matryoshka"]
 QUICK_ROWS = 700_000
 
 
-def assert_all_found(sae: Found) -> None:
+def assert_all_found(sae: TruthScores) -> None:
     """Every true feature has a latent of its own, and what is published reconstructs rows it never saw."""
     assert sae.mmcs >= 0.98
     assert sae.worst > 0.9
@@ -65,7 +65,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Tens
 @pytest.mark.parametrize("name", QUICK)
 def test_every_true_feature_is_found(quick: tuple[Run, dict[str, Tensor]], name: str) -> None:
     """Rare ones too: the last feature is a quarter as frequent as the first."""
-    assert_all_found(found(quick[0], name))
+    assert_all_found(judge_newest(quick[0], name))
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -78,7 +78,7 @@ def test_random_directions_find_nothing(quick: tuple[Run, dict[str, Tensor]], na
 def test_the_first_prefix_holds_the_most_frequent_features(quick: tuple[Run, dict[str, Tensor]]) -> None:
     """64 latents that must reconstruct alone learn what pays most."""
     run, _ = quick
-    prefix = found(run, "matryoshka").sae.W_dec[:64]
+    prefix = judge_newest(run, "matryoshka").sae.W_dec[:64]
     cosine = best_cosines(prefix, SyntheticActivations(run.settings.corpus))
 
     assert cosine[:32].mean() > cosine[-32:].mean() + 0.2
@@ -95,13 +95,13 @@ def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.proof
 def test_every_architecture_finds_every_truth(everything: Run, name: str) -> None:
     """Features equally frequent, decaying, and correlated."""
-    assert_all_found(found(everything, name))
+    assert_all_found(judge_newest(everything, name))
 
 
 @pytest.mark.proof
 def test_sharkeys_full_recipe(tmp_path: Path) -> None:
     """512 features in 256 dimensions, five active, 1024 latents."""
-    assert_all_found(found(train_on_sharkey(tmp_path), SHARKEY.name))
+    assert_all_found(judge_newest(train_on_sharkey(tmp_path), SHARKEY.name))
 
 
 # Dead latents: 128 latents for 128 features, so that each is needed
@@ -116,7 +116,7 @@ def small(name: str, architecture: str = "topk", **more: Any) -> SaeSettings:
     return SaeSettings.of(name=name, architecture=architecture, d_sae=128, dead_tokens=20_000, **(kind | more))
 
 
-def whisper(sae: Sae) -> None:
+def shrink_encoders(sae: Sae) -> None:
     """Half the encoder is shrunk a hundredfold: those latents lose against all others.
 
     With no bias at the start: beside one below zero, what is left of their rows would lift them on no row at all.
@@ -124,12 +124,14 @@ def whisper(sae: Sae) -> None:
     sae.W_enc[64:] *= 0.01
 
 
-def bury(sae: Sae) -> None:
+def lower_biases(sae: Sae) -> None:
     """Half the latents begin where no row lifts them above zero."""
     sae.b_enc[64:] = -20.0
 
 
-def spoiled(saes: list[SaeSettings], how: dict[str, Callable[[Sae], None]], directory: Path) -> dict[str, Found]:
+def train_spoiled(
+    saes: list[SaeSettings], how: dict[str, Callable[[Sae], None]], directory: Path
+) -> dict[str, TruthScores]:
     """Trains SAEs that begin badly, each in its own way."""
 
     def spoil(run: Run) -> None:
@@ -137,7 +139,7 @@ def spoiled(saes: list[SaeSettings], how: dict[str, Callable[[Sae], None]], dire
             how[sae_trainer.settings.name](sae_trainer.sae)
 
     run = train_on_truth(saes, truth(tokens=600_000), 600_000, directory, at_start=spoil)
-    return {sae.name: found(run, sae.name) for sae in saes}
+    return {sae.name: judge_newest(run, sae.name) for sae in saes}
 
 
 def without_encoder_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -153,7 +155,7 @@ def without_encoder_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None
 
 
 @pytest.fixture(scope="module")
-def rescued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+def revived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TruthScores]:
     """TopK SAEs with half their latents dead from the start, helped in several ways on one stream."""
     saes = [
         small("auxk"),
@@ -162,38 +164,44 @@ def rescued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
         small("buried"),
         small("last-resort", reinitialise_tokens=60_000),
     ]
-    how = {"auxk": whisper, "none": whisper, "broken": whisper, "buried": bury, "last-resort": bury}
+    how = {
+        "auxk": shrink_encoders,
+        "none": shrink_encoders,
+        "broken": shrink_encoders,
+        "buried": lower_biases,
+        "last-resort": lower_biases,
+    }
     with pytest.MonkeyPatch.context() as patch:
         without_encoder_gradient(patch, "broken")
-        return spoiled(saes, how, tmp_path_factory.mktemp("rescued"))
+        return train_spoiled(saes, how, tmp_path_factory.mktemp("revived"))
 
 
-def is_rescued(sae: Found) -> bool:
+def is_revived(sae: TruthScores) -> bool:
     """The latents that were dead are in use and have found the features that nobody else had."""
     return sae.mmcs > 0.95 and sae.dead < 0.05
 
 
 @pytest.mark.proof
-def test_auxk_rescues_latents_that_were_born_dead(rescued: dict[str, Found]) -> None:
+def test_auxk_rescues_latents_that_were_born_dead(revived: dict[str, TruthScores]) -> None:
     """With AuxK nearly all features are found although half the latents never win on their own."""
-    assert is_rescued(rescued["auxk"])
+    assert is_revived(revived["auxk"])
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", ["none", "broken"])
-def test_without_auxk_or_with_a_broken_one_they_stay_dead(rescued: dict[str, Found], name: str) -> None:
+def test_without_auxk_or_with_a_broken_one_they_stay_dead(revived: dict[str, TruthScores], name: str) -> None:
     """The test above can fail: turned off, or without the encoder's gradient, AuxK rescues nothing."""
-    assert not is_rescued(rescued[name])
-    assert rescued[name].mmcs < 0.88
-    assert rescued[name].dead > 0.2
+    assert not is_revived(revived[name])
+    assert revived[name].mmcs < 0.88
+    assert revived[name].dead > 0.2
 
 
 @pytest.mark.proof
-def test_what_auxk_cannot_reach_begins_anew(rescued: dict[str, Found]) -> None:
+def test_what_auxk_cannot_reach_begins_anew(revived: dict[str, TruthScores]) -> None:
     """AuxK's ReLU needs a row that lifts the latent above zero; `reinitialise_tokens` needs none."""
-    assert rescued["buried"].mmcs < 0.88
-    assert rescued["buried"].dead > 0.3
-    assert is_rescued(rescued["last-resort"])
+    assert revived["buried"].mmcs < 0.88
+    assert revived["buried"].dead > 0.3
+    assert is_revived(revived["last-resort"])
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
@@ -201,7 +209,7 @@ def test_what_auxk_cannot_reach_begins_anew(rescued: dict[str, Found]) -> None:
 def test_resampling_brings_dead_latents_back(architecture: str, tmp_path: Path) -> None:
     """Latents that are moved onto rows with a large error find the features that are missing."""
     saes = [small("none", architecture, revive="none"), small("resample", architecture, revive="resample")]
-    after = spoiled(saes, {"none": bury, "resample": bury}, tmp_path)
+    after = train_spoiled(saes, {"none": lower_biases, "resample": lower_biases}, tmp_path)
 
     assert after["none"].dead > 0.3
     assert after["resample"].dead < 0.05

@@ -71,7 +71,7 @@ def test_a_trainer_that_fills_its_buffer_says_so(health: tuple[Trainer, Ask]) ->
     """Its producer is here, and dashboards see it, long before the first step."""
     at_work, ask = health
     with Peer(at_work.settings.stream).join() as producer:
-        producer.chunk()
+        producer.send_chunk()
         wait_for(lambda: ask("/healthz") == (200, "filling the buffer"))
         assert at_work.reports == []
         assert at_work.loop.last_report is not None
@@ -83,7 +83,7 @@ def test_a_starved_trainer_is_alive_and_says_so(health: tuple[Trainer, Ask]) -> 
     at_work, ask = health
     with Peer(at_work.settings.stream).join() as producer:
         for _ in range(4):
-            producer.chunk()
+            producer.send_chunk()
         at_work.reach(CHUNK_ROWS)
         producer.leave()
     wait_for(lambda: ask("/healthz")[1].startswith("starved"))
@@ -160,7 +160,7 @@ def test_a_producer_is_ready_once_a_trainer_has_welcomed_it(tmp_path: Path) -> N
         with small_trainer(settings, new_ledger(settings)) as intake:
             wait_for(lambda: ask("/readyz") == (200, "working"))
             intake.drain(finished=True)
-            assert producer.ended() is None
+            assert producer.wait_for_end() is None
         assert ask("/healthz") == (200, "connecting")
 
 
@@ -186,7 +186,7 @@ def test_a_producer_that_hangs_in_a_forward_pass_is_dead() -> None:
             released.set()
             wait_for(lambda: ask("/healthz")[0] == 200)
             intake.drain(finished=True)
-            producer.ended()
+            producer.wait_for_end()
 
 
 # The monitor

@@ -62,7 +62,7 @@ def mode(path: Path) -> int:
 def refusal(intake: Intake, keys: Path | None) -> str:
     """What a producer with these keys is told, at once."""
     began = time.monotonic()
-    error = Producing(settings_with(keys, intake.endpoint)).ended()
+    error = Producing(settings_with(keys, intake.endpoint)).wait_for_end()
     assert time.monotonic() - began < TELLING_SECONDS
     assert isinstance(error, RefusedByTrainer)
     return str(error)
@@ -154,7 +154,7 @@ def test_a_producer_says_which_key_file_it_cannot_use(
         (keys / name).unlink()
     else:
         (keys / name).write_text(damage.format(public=zmq.curve_keypair()[0].decode()))
-    error = Producing(settings_with(keys, "tcp://127.0.0.1:1")).ended()
+    error = Producing(settings_with(keys, "tcp://127.0.0.1:1")).wait_for_end()
 
     assert isinstance(error, KeysError)
     assert f"{keys / name} {complaint}" in str(error)
@@ -193,10 +193,10 @@ def test_what_crosses_the_wire_cannot_be_read(keys: Path) -> None:
         names = finish(intake, Producing(settings_with(keys, tunnel.endpoint)))
 
     assert names == every_name()
-    assert len(tunnel.seen) > 4 * 4 * len(names)
-    assert b"CURVE" in tunnel.seen
-    assert b"HELLO\xa8producer" not in tunnel.seen
-    assert b"SHARD_END" not in tunnel.seen
+    assert len(tunnel.traffic) > 4 * 4 * len(names)
+    assert b"CURVE" in tunnel.traffic
+    assert b"HELLO\xa8producer" not in tunnel.traffic
+    assert b"SHARD_END" not in tunnel.traffic
 
 
 def test_an_unknown_key_is_refused_and_both_sides_say_so(
@@ -243,7 +243,7 @@ def test_keys_on_one_side_only_are_told(keys: Path, keyless: str, caplog: pytest
         wait_for(lambda: producer.refusal or "sluice.producer" in tellers(), TELLING_SECONDS)
         if keyless == "producer":
             wait_for(lambda: intake.ledger.auth_failures and "sluice.trainer" in tellers(), TELLING_SECONDS)
-        assert advice in str(producer.ended())
+        assert advice in str(producer.wait_for_end())
         assert not intake.ledger.sessions
 
 
@@ -271,7 +271,7 @@ def test_a_withdrawn_key_ends_its_sessions_and_no_others(keys: Path, tmp_path: P
         assert len(intake.ledger.sessions) == 2
         began = time.monotonic()
         intake.reload_keys()
-        error = goes.ended()
+        error = goes.wait_for_end()
 
         assert time.monotonic() - began < TELLING_SECONDS
         assert isinstance(error, RefusedByTrainer)
@@ -286,9 +286,9 @@ def test_a_withdrawn_key_says_no_second_hello_on_its_old_connection(keys: Path) 
     with trainer(settings) as intake, Peer(settings_with(keys, intake.endpoint)) as peer:
         peer.join()
         (keys / "clients" / "client.key").unlink()
-        peer.say(peer.hello.model_copy(update={"session": "another"}))
+        peer.send(peer.hello.model_copy(update={"session": "another"}))
 
-        assert peer.hear(Reject).code == "key"
+        assert peer.receive(Reject).code == "key"
 
 
 def test_without_its_doorkeeper_nobody_is_let_in(keys: Path, tmp_path: Path) -> None:

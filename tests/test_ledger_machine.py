@@ -126,7 +126,7 @@ class ModelProducer:
         self.alive = True
         self.wedged = False
         self.sessions = self.progress = 0
-        self.last_heard = now
+        self.last_message_at = now
         self.open_session()
 
     @property
@@ -159,34 +159,34 @@ class ModelProducer:
     def act(self, now: float) -> None:
         """Reads what has come, then does one thing: a chunk, the end of a shard, or a heartbeat."""
         if self.pipe.down:
-            self.last_heard = now
+            self.last_message_at = now
         self.read()
-        if now - self.last_heard > DEAD_SECONDS:
-            self.last_heard = now
+        if now - self.last_message_at > DEAD_SECONDS:
+            self.last_message_at = now
             self.open_session()
         if not self.alive or self.incarnation is None:
             return
         if not self.work or self.wedged:
-            return self.say(Heartbeat(progress=self.progress))
+            return self.send(Heartbeat(progress=self.progress))
         work = self.work[0]
         shard = self.corpus[work.lease.shard]
         last = min(work.window + self.chunk_windows, len(shard.kept))
         if shard.fate != "sound" and last > min(shard.fate_window, len(shard.kept) - 1):
-            self.meet_fate(work, shard.fate)
+            self.fail(work, shard.fate)
         elif work.window == len(shard.kept):
             self.work.remove(work)
-            self.say(ShardEnd(**name_of(work.lease), rows=int(shard.kept.sum())))
+            self.send(ShardEnd(**name_of(work.lease), rows=int(shard.kept.sum())))
         elif self.sent == self.granted:
-            self.say(Heartbeat(progress=self.progress))
+            self.send(Heartbeat(progress=self.progress))
         else:
             self.send_windows(work, shard, last)
 
-    def meet_fate(self, work: Work, fate: str) -> None:
+    def fail(self, work: Work, fate: str) -> None:
         if fate == "deadly":
             self.alive = False
         else:
             self.work.remove(work)
-            self.say(ShardFail(**name_of(work.lease), error="cannot be read", retry=fate == "failing"))
+            self.send(ShardFail(**name_of(work.lease), error="cannot be read", retry=fate == "failing"))
 
     def send_windows(self, work: Work, shard: Shard, last: int) -> None:
         part = slice(work.window, last)
@@ -205,7 +205,7 @@ class ModelProducer:
                 kept=pack_bits(kept_mask),
                 outliers=pack_bits(outliers) if outliers.any() else b"",
             )
-            self.say(chunk, activations(work.lease.shard, CONTEXT * work.window + np.flatnonzero(kept_mask)))
+            self.send(chunk, activations(work.lease.shard, CONTEXT * work.window + np.flatnonzero(kept_mask)))
         work.window = last
         self.progress += 1
 
@@ -220,14 +220,14 @@ class ModelProducer:
             elif isinstance(message, Credit):
                 self.granted = max(self.granted, message.number)
             elif isinstance(message, Drain):
-                self.say(Bye())
+                self.send(Bye())
                 self.open_session()
             elif isinstance(message, Reject) and message.retry:
                 self.open_session()
             elif isinstance(message, Reject):
                 self.alive = False
 
-    def say(self, message: Message, x: torch.Tensor | None = None) -> None:
+    def send(self, message: Message, x: torch.Tensor | None = None) -> None:
         self.pipe.up.append((message, x))
 
 
@@ -248,9 +248,9 @@ class Books:
     trained: dict[Name, set[int]] = field(default_factory=dict)
     discarded: dict[Name, set[int]] = field(default_factory=dict)
     attempt: dict[Name, int] = field(default_factory=dict)
-    aside: dict[Name, int | None] = field(default_factory=dict)
+    quarantined: dict[Name, int | None] = field(default_factory=dict)
     """Rows never received of each shard that is quarantined; None where nobody knows how many there are."""
-    served: int = 0
+    served_shards: int = 0
     """Shards with rows that came whole."""
     reports: dict[Name, list[int]] = field(default_factory=dict)
     """For each time a shard was reported as broken, how many had been served by then."""
@@ -262,10 +262,10 @@ class Books:
         books = deepcopy(self)
         for name, had in books.had.items():
             settled = books.trained.get(name, set()) | books.discarded.get(name, set())
-            if name in books.aside:
+            if name in books.quarantined:
                 unsettled = len(had) - len(settled)
-                if (missing := books.aside[name]) is not None:
-                    books.aside[name] = missing + unsettled
+                if (missing := books.quarantined[name]) is not None:
+                    books.quarantined[name] = missing + unsettled
             books.had[name] = settled
         return books
 
@@ -298,7 +298,7 @@ class Stream(RuleBasedStateMachine):
         self.corpus = corpus
         self.limits = Limits(capacity, 0, epochs, 1.0, DEAD_SECONDS, STALL_SECONDS)
         self.now = 0.0
-        self.starts = self.born = 0
+        self.starts = self.producer_count = 0
         self.producers: list[ModelProducer] = []
         self.zombies: list[Pipe] = []
         self.checkpoint: tuple[LedgerState, dict[int, ShardBits], Books] | None = None
@@ -318,16 +318,16 @@ class Stream(RuleBasedStateMachine):
             state, bits, books = self.checkpoint
             restore_ledger(self.ledger, state, bits)
             self.books = books.restored()
-        self.hand: Batch | None = None
+        self.batch: Batch | None = None
         self.serials: dict[int, Name] = {}
-        self.told: dict[str, int] = {}
-        self.taken: Counter[str] = Counter()
-        self.heard: dict[str, float] = {}
+        self.credit_numbers: dict[str, int] = {}
+        self.chunk_counts: Counter[str] = Counter()
+        self.last_message_at: dict[str, float] = {}
         self.chunk_rows: dict[str, int] = {}
         self.holder: dict[Name, tuple[str, int]] = {}
-        self.seen_aside = len(self.ledger.shards.quarantined)
+        self.quarantine_count = len(self.ledger.shards.quarantined)
         self.tokens = 0
-        self.left = False
+        self.has_left = False
 
     # The adversary's moves: producers
 
@@ -348,10 +348,10 @@ class Stream(RuleBasedStateMachine):
         producer = self.pick(which)
         producer.alive = False
         if politely:
-            producer.say(Bye())
+            producer.send(Bye())
         self.zombies.append(producer.pipe)
         if noticed:
-            self.gone(producer.pipe.session)
+            self.disconnect(producer.pipe.session)
 
     @move(which=st.integers(0, 99))
     def wedge(self, which: int) -> None:
@@ -378,8 +378,8 @@ class Stream(RuleBasedStateMachine):
     @move(which=st.integers(0, 99), downwards=st.booleans())
     def lose(self, which: int, downwards: bool) -> None:
         pipe = self.pick_pipe(which)
-        if lane := (pipe.down if downwards else pipe.up):
-            lane.popleft()
+        if queue := (pipe.down if downwards else pipe.up):
+            queue.popleft()
 
     @move(which=st.integers(0, 99))
     def swallow(self, which: int) -> None:
@@ -406,18 +406,18 @@ class Stream(RuleBasedStateMachine):
         if not names:
             return
         (epoch, shard), session, attempt = names[which % len(names)]
-        others = [one for one in self.told if one != session]
+        others = [one for one in self.credit_numbers if one != session]
         had = sorted(self.books.had.get((epoch, shard), set()))
         free = [at for at in range(4 * CONTEXT) if at not in had]
         at = (had if fault == "duplicate" else free or [0])[:1]
         if not at or (fault == "session" and not others):
             return
         sender = others[0] if fault == "session" else session
-        if fault == "credit" and self.taken[sender] < self.told[sender]:
+        if fault == "credit" and self.chunk_counts[sender] < self.credit_numbers[sender]:
             return
         mask = np.arange(CONTEXT) == at[0] % CONTEXT
         chunk = Chunk(
-            number=self.taken[sender] + (2 if fault == "gap" else 1),
+            number=self.chunk_counts[sender] + (2 if fault == "gap" else 1),
             incarnation=self.ledger.incarnation + ("?" if fault == "incarnation" else ""),
             shard=shard,
             epoch=epoch,
@@ -438,14 +438,14 @@ class Stream(RuleBasedStateMachine):
     def retry(self, mended: bool) -> None:
         """`ctl retry-quarantined`, perhaps after what was wrong with the shards is mended."""
         if mended:
-            for _, shard in self.books.aside:
+            for _, shard in self.books.quarantined:
                 self.corpus[shard] = replace(self.corpus[shard], fate="sound")
-        assert self.ledger.retry_quarantined() == len(self.books.aside)
-        for name in self.books.aside:
+        assert self.ledger.retry_quarantined() == len(self.books.quarantined)
+        for name in self.books.quarantined:
             self.books.reports.pop(name, None)
             self.books.hopeless.discard(name)
-        self.books.aside.clear()
-        self.seen_aside = 0
+        self.books.quarantined.clear()
+        self.quarantine_count = 0
 
     @move(seconds=st.sampled_from((0.5, 0.5, 1.0, 6.0, DEAD_SECONDS + 1, 2.0)))
     def tick(self, seconds: float) -> None:
@@ -459,7 +459,7 @@ class Stream(RuleBasedStateMachine):
     @move(count=st.integers(1, 24))
     def take(self, count: int) -> None:
         """A batch is drawn, however little there is; its step is done in the next round, or never."""
-        if self.hand is None and self.buffer.rows:
+        if self.batch is None and self.buffer.rows:
             self.draw(count)
 
     @move()
@@ -480,13 +480,13 @@ class Stream(RuleBasedStateMachine):
     @move(everybody_hears=st.booleans())
     def leave(self, everybody_hears: bool) -> None:
         """SIGTERM: a checkpoint, DRAIN to everybody, and the next start goes on from there."""
-        self.take_leave(everybody_hears)
+        self.stop(everybody_hears)
 
-    def take_leave(self, everybody_hears: bool) -> None:
+    def stop(self, everybody_hears: bool) -> None:
         self.write_checkpoint()
         sends = self.ledger.drain(finished=False)
-        assert {send.session for send in sends} == set(self.told)
-        self.left = True
+        assert {send.session for send in sends} == set(self.credit_numbers)
+        self.has_left = True
         if everybody_hears:
             self.dispatch(sends)
         self.tick_ledger()
@@ -501,21 +501,23 @@ class Stream(RuleBasedStateMachine):
 
     @invariant()
     def check(self) -> None:
-        self.memory_is_bounded()
-        self.every_row_is_in_one_place()
-        self.bits_agree()
-        self.leases_are_held_by_sessions()
-        self.what_is_given_up_is_listed()
-        self.report_agrees()
-        self.the_end_is_the_end()
+        self.check_memory_bound()
+        self.check_token_counts()
+        self.check_bits()
+        self.check_leases()
+        self.check_quarantine()
+        self.check_report()
+        self.check_end()
 
-    def memory_is_bounded(self) -> None:
+    def check_memory_bound(self) -> None:
         """Rows here and rows still allowed to come never exceed the buffer."""
-        waiting = sum(self.chunk_rows[one] * (self.told[one] - self.taken[one]) for one in self.told)
+        waiting = sum(
+            self.chunk_rows[one] * (self.credit_numbers[one] - self.chunk_counts[one]) for one in self.credit_numbers
+        )
         assert waiting == self.ledger.tokens_credited
         assert self.in_memory() + waiting <= self.limits.capacity
 
-    def every_row_is_in_one_place(self) -> None:
+    def check_token_counts(self) -> None:
         trained_count = sum(map(len, self.books.trained.values()))
         assert self.ledger.tokens_trained == trained_count
         assert self.ledger.tokens_received == self.in_memory() + trained_count
@@ -523,7 +525,7 @@ class Stream(RuleBasedStateMachine):
         assert self.ledger.tokens_trained >= self.tokens
         self.tokens = self.ledger.tokens_trained
 
-    def bits_agree(self) -> None:
+    def check_bits(self) -> None:
         """The ledger's bits are the model's sets, for every open shard; a closed one has all its rows trained."""
         open_names = set()
         for shard in self.ledger.shards.open.values():
@@ -543,11 +545,11 @@ class Stream(RuleBasedStateMachine):
         for name, had in self.books.had.items():
             if name not in open_names:
                 assert had == self.books.trained.get(name, set()) | self.books.discarded.get(name, set())
-                assert name in self.books.aside or had == self.corpus[name[1]].rows()
+                assert name in self.books.quarantined or had == self.corpus[name[1]].rows()
 
-    def leases_are_held_by_sessions(self) -> None:
+    def check_leases(self) -> None:
         """A leased shard has one holder, who is here; whatever a session held is free when it ends."""
-        assert set(self.ledger.sessions) == set(self.told)
+        assert set(self.ledger.sessions) == set(self.credit_numbers)
         leases = {
             (shard.epoch, shard.shard): (shard.holder, shard.attempt)
             for shard in self.ledger.shards.open.values()
@@ -559,34 +561,34 @@ class Stream(RuleBasedStateMachine):
             assert all(shard.holder == name and shard.state is ShardState.LEASED for shard in session.leases)
         assert sum(len(session.leases) for session in self.ledger.sessions.values()) == len(leases)
 
-    def what_is_given_up_is_listed(self) -> None:
+    def check_quarantine(self) -> None:
         quarantined = {(entry.epoch, entry.shard): entry.rows for entry in self.ledger.shards.quarantined}
-        assert quarantined == self.books.aside and len(quarantined) == len(self.ledger.shards.quarantined)
+        assert quarantined == self.books.quarantined and len(quarantined) == len(self.ledger.shards.quarantined)
 
-    def report_agrees(self) -> None:
+    def check_report(self) -> None:
         report = stream_report(self.ledger)
         assert report.credit_rows_outstanding == self.ledger.tokens_credited
-        assert sum(report.producers.values()) == len(self.told)
+        assert sum(report.producers.values()) == len(self.credit_numbers)
         assert report.leases["leased"] == len(self.holder)
         if (
             all(shard.epoch == self.ledger.shards.epoch for shard in self.ledger.shards.open.values())
             and self.ledger.identity.hello
         ):
-            quarantined = sum(epoch == self.ledger.shards.epoch for epoch, _ in self.books.aside)
+            quarantined = sum(epoch == self.ledger.shards.epoch for epoch, _ in self.books.quarantined)
             others = sum(count for state, count in report.leases.items() if state != "set_aside")
             assert others + quarantined == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
 
-    def the_end_is_the_end(self) -> None:
+    def check_end(self) -> None:
         """The data is exhausted when each row of each epoch has come, or its shard was given up."""
         if self.ledger.shards.is_exhausted:
             for name in self.all_shards():
-                assert name in self.books.aside or self.books.had.get(name, set()) == self.corpus[name[1]].rows()
+                assert name in self.books.quarantined or self.books.had.get(name, set()) == self.corpus[name[1]].rows()
 
     def all_shards(self) -> list[Name]:
         """Of every epoch, without the held-out ones."""
         shards = set(range(SHARDS)) - set(held_out_shards(SHARDS, HELD_OUT))
         # An epoch in which nothing could be served is the last.
-        barren = all((self.ledger.shards.epoch, shard) in self.books.aside for shard in shards)
+        barren = all((self.ledger.shards.epoch, shard) in self.books.quarantined for shard in shards)
         epochs = self.ledger.shards.epoch + 1 if barren else self.limits.epochs or 0
         return [(epoch, shard) for epoch in range(epochs) for shard in shards]
 
@@ -602,23 +604,23 @@ class Stream(RuleBasedStateMachine):
         self.corpus[:] = [replace(shard, fate="sound") if shard.fate == "deadly" else shard for shard in self.corpus]
         while not self.is_over():
             if not self.ledger.phase.is_receiving and self.in_memory() == 0:
-                self.take_leave(everybody_hears=True)
-            before = self.achieved()
+                self.stop(everybody_hears=True)
+            before = self.progress_made()
             if not any(producer.healthy for producer in self.producers):
                 self.add_producer(chatty=True)
             self.round()
-            self.memory_is_bounded()
-            self.leases_are_held_by_sessions()
-            idle_rounds = 0 if self.achieved() > before else idle_rounds + 1
+            self.check_memory_bound()
+            self.check_leases()
+            idle_rounds = 0 if self.progress_made() > before else idle_rounds + 1
             assert idle_rounds < PATIENCE, "healthy producers bring the run no further"
 
     def is_over(self) -> bool:
         return self.ledger.shards.is_exhausted and self.in_memory() == 0
 
-    def achieved(self) -> tuple[int, ...]:
+    def progress_made(self) -> tuple[int, ...]:
         """Grows with whatever brings the end nearer."""
         ledger, books = self.ledger, self.books
-        has_ended = (
+        closed_shards = (
             sum(not shard.is_pending for shard in ledger.shards.open.values())
             + ledger.shards.next_serial
             - len(ledger.shards.open)
@@ -627,8 +629,8 @@ class Stream(RuleBasedStateMachine):
         return (
             ledger.tokens_received + ledger.tokens_dropped,
             ledger.tokens_trained,
-            has_ended,
-            len(books.aside),
+            closed_shards,
+            len(books.quarantined),
             failures,
         )
 
@@ -643,40 +645,40 @@ class Stream(RuleBasedStateMachine):
             assert not trained_rows & discarded and trained_rows | discarded <= content.rows()
             assert discarded <= set(np.flatnonzero(content.outliers).tolist())
             assert not trained_rows & set(np.flatnonzero(content.outliers).tolist())
-            if name not in self.books.aside:
+            if name not in self.books.quarantined:
                 assert not missing, f"rows of {name} were forgotten"
-            elif self.books.aside[name] is not None:
-                assert self.books.aside[name] == len(missing)
+            elif self.books.quarantined[name] is not None:
+                assert self.books.quarantined[name] == len(missing)
 
     # The trainer's loop
 
     def draw(self, count: int) -> None:
-        self.hand = self.buffer.draw(min(count, self.buffer.rows))
-        names = [[self.serials[serial][1], at] for serial, at in self.names_in_hand()]
+        self.batch = self.buffer.draw(min(count, self.buffer.rows))
+        names = [[self.serials[serial][1], at] for serial, at in self.names_in_batch()]
         expected = torch.tensor(names, dtype=torch.float32)
-        assert torch.equal(self.hand.x[0], expected), "a row came out of the buffer under another name"
+        assert torch.equal(self.batch.x[0], expected), "a row came out of the buffer under another name"
 
     def step(self) -> None:
         """The step whose batch is in hand is done: its rows are trained."""
-        if self.hand is None:
+        if self.batch is None:
             return
-        for serial, at in self.names_in_hand():
+        for serial, at in self.names_in_batch():
             trained_rows = self.books.trained.setdefault(self.serials[serial], set())
             assert at not in trained_rows, "a row was trained twice"
             trained_rows.add(at)
-        self.ledger.mark_trained(self.hand.serial, self.hand.position)
-        self.hand = None
+        self.ledger.mark_trained(self.batch.serial, self.batch.position)
+        self.batch = None
 
-    def names_in_hand(self) -> list[tuple[int, int]]:
-        assert self.hand is not None
-        return list(zip(self.hand.serial.tolist(), self.hand.position.tolist(), strict=True))
+    def names_in_batch(self) -> list[tuple[int, int]]:
+        assert self.batch is not None
+        return list(zip(self.batch.serial.tolist(), self.batch.position.tolist(), strict=True))
 
     # The model's bookkeeping, from messages alone
 
     def receive(self, pipe: Pipe, message: Message, x: torch.Tensor | None) -> None:
         """One message reaches the trainer, which does as `intake` does."""
         session, message = pipe.session, decode(encode(message))
-        self.heard[session] = self.now
+        self.last_message_at[session] = self.now
         if isinstance(message, Hello):
             return self.receive_hello(message)
         if session not in self.ledger.sessions:
@@ -687,7 +689,7 @@ class Stream(RuleBasedStateMachine):
         if isinstance(message, ShardEnd | ShardFail):
             if self.holder.get((message.epoch, message.shard)) == (session, message.attempt):
                 del self.holder[message.epoch, message.shard]
-                self.note_end((message.epoch, message.shard), message)
+                self.record_end((message.epoch, message.shard), message)
             method = self.ledger.shard_end if isinstance(message, ShardEnd) else self.ledger.shard_fail
             self.dispatch(method(session, message, self.now))  # type: ignore[arg-type]
         elif isinstance(message, Heartbeat):
@@ -699,13 +701,13 @@ class Stream(RuleBasedStateMachine):
     def receive_hello(self, hello: Hello) -> None:
         if not self.ledger.identity.is_settled and hello.fingerprint != "ours":
             return  # it would rightly become this run's corpus
-        for session in [one for one in self.told if one.split(".")[0] == hello.producer]:
+        for session in [one for one in self.credit_numbers if one.split(".")[0] == hello.producer]:
             self.forget(session)
         sends = self.ledger.hello(hello, self.now)
         if hello.fingerprint == "ours":
             assert [type(send.message) for send in sends] == [Welcome]
-            self.told[hello.session], self.chunk_rows[hello.session] = 0, hello.chunk_rows
-            self.taken[hello.session] = 0
+            self.credit_numbers[hello.session], self.chunk_rows[hello.session] = 0, hello.chunk_rows
+            self.chunk_counts[hello.session] = 0
         else:
             assert [(send.message.code, send.message.retry) for send in sends] == [("mismatch", False)]  # type: ignore[attr-defined]
         self.dispatch(sends)
@@ -719,14 +721,14 @@ class Stream(RuleBasedStateMachine):
             for bits in (chunk.kept, chunk.outliers)
         )
         had = self.books.had.setdefault(name, set())
-        in_turn = chunk.number == self.taken[session] + 1 and chunk.number <= self.told[session]
+        in_turn = chunk.number == self.chunk_counts[session] + 1 and chunk.number <= self.credit_numbers[session]
         in_session = in_turn and chunk.incarnation == self.ledger.incarnation
         leased = self.holder.get(name) == (session, chunk.attempt)
-        fits = not had & (mask | outliers) and self.has_its_turn(name, chunk)
+        fits = not had & (mask | outliers) and self.may_receive(name, chunk)
         accepted, sends = self.ledger.chunk(session, chunk, x.nbytes, self.now)
         assert (accepted is not None) == (in_session and leased and fits), "fenced wrongly"
         assert (session in self.ledger.sessions) == (in_session and (not leased or accepted is not None))
-        self.taken[session] += in_session
+        self.chunk_counts[session] += in_session
         self.dispatch(sends)
         if accepted is None:
             assert sum(self.ledger.rejected.values()) == rejected + chunk.rows, "rows vanished without being counted"
@@ -737,7 +739,7 @@ class Stream(RuleBasedStateMachine):
         had |= mask | outliers
         self.books.discarded.setdefault(name, set()).update(outliers)
 
-    def has_its_turn(self, name: Name, chunk: Chunk) -> bool:
+    def may_receive(self, name: Name, chunk: Chunk) -> bool:
         """Rows may come in any order."""
         return True
 
@@ -746,43 +748,43 @@ class Stream(RuleBasedStateMachine):
         pipes = {producer.pipe.session: producer.pipe for producer in self.producers}
         for send in sends:
             message = decode(encode(send.message))
-            assert not (isinstance(message, Lease | Credit) and (self.left or self.ledger.is_winding_down))
+            assert not (isinstance(message, Lease | Credit) and (self.has_left or self.ledger.is_winding_down))
             if isinstance(message, Lease):
                 name = (message.epoch, message.shard)
-                assert name not in self.holder and name not in self.books.aside
+                assert name not in self.holder and name not in self.books.quarantined
                 assert message.attempt > self.books.attempt.get(name, 0), "an attempt was used twice"
                 had = np.flatnonzero(unpack_bits(send.payload or b"", 8 * len(send.payload or b""))).tolist()
                 assert set(had) == self.books.had.get(name, set()), "the lease's mask is wrong"
                 self.holder[name], self.books.attempt[name] = (send.session, message.attempt), message.attempt
             elif isinstance(message, Credit):
-                assert message.number > self.told[send.session], "credit fell"
-                self.told[send.session] = message.number
+                assert message.number > self.credit_numbers[send.session], "credit fell"
+                self.credit_numbers[send.session] = message.number
             elif isinstance(message, Reject):
                 at_work = [name for name, holder in self.holder.items() if holder[0] == send.session][:1]
                 for name in at_work if message.code == "stalled" else []:
-                    self.books.reports.setdefault(name, []).append(self.books.served)
+                    self.books.reports.setdefault(name, []).append(self.books.served_shards)
                 self.forget(send.session)
             if send.session in pipes:
                 pipes[send.session].down.append((message, send.payload or b""))
-        self.note_aside()
+        self.record_quarantine()
 
-    def note_aside(self) -> None:
+    def record_quarantine(self) -> None:
         """A shard given up is listed with the number of its rows that never came, where that can be known."""
-        for entry in self.ledger.shards.quarantined[self.seen_aside :]:
+        for entry in self.ledger.shards.quarantined[self.quarantine_count :]:
             name = (entry.epoch, entry.shard)
             missing = len(self.corpus[name[1]].rows() - self.books.had.get(name, set()))
             assert entry.rows in (None, missing)
             self.is_proven_broken(name)
-            self.books.aside[name] = entry.rows
-        self.seen_aside = len(self.ledger.shards.quarantined)
+            self.books.quarantined[name] = entry.rows
+        self.quarantine_count = len(self.ledger.shards.quarantined)
 
-    def note_end(self, name: Name, message: ShardEnd | ShardFail) -> None:
+    def record_end(self, name: Name, message: ShardEnd | ShardFail) -> None:
         """Whoever has a shard ends it: it came whole, or that counts as a report that it is broken."""
         had = self.books.had.get(name, set())
         if isinstance(message, ShardEnd) and message.rows == len(had) > 0:
-            self.books.served += 1
+            self.books.served_shards += 1
             return
-        self.books.reports.setdefault(name, []).append(self.books.served)
+        self.books.reports.setdefault(name, []).append(self.books.served_shards)
         if isinstance(message, ShardFail) and not message.retry:
             self.books.hopeless.add(name)
 
@@ -790,10 +792,10 @@ class Stream(RuleBasedStateMachine):
         """A shard is quarantined for what was said of it, and only once others were served, or none was left."""
         reports = self.books.reports.get(name, [])
         assert len(reports) >= (1 if name in self.books.hopeless else FAILURES_ALLOWED), "deaths count"
-        has_served = self.books.served > reports[0]
-        assert has_served or not self.others_left(name), "a shard was quarantined before others were served"
+        has_served = self.books.served_shards > reports[0]
+        assert has_served or not self.has_other_shards(name), "a shard was quarantined before others were served"
 
-    def others_left(self, name: Name) -> bool:
+    def has_other_shards(self, name: Name) -> bool:
         """Whether a producer could show by another shard that it is sound."""
         others = [shard for shard in self.ledger.shards.open.values() if (shard.epoch, shard.shard) != name]
         return self.ledger.shards.has_fresh_in_epoch or any(
@@ -801,13 +803,13 @@ class Stream(RuleBasedStateMachine):
             for shard in others
         )
 
-    def gone(self, session: str) -> None:
+    def disconnect(self, session: str) -> None:
         self.forget(session)
         self.ledger.disconnect(session)
-        self.note_aside()
+        self.record_quarantine()
 
     def forget(self, session: str) -> None:
-        self.told.pop(session, None)
+        self.credit_numbers.pop(session, None)
         self.holder = {name: holder for name, holder in self.holder.items() if holder[0] != session}
 
     def round(self) -> None:
@@ -817,7 +819,7 @@ class Stream(RuleBasedStateMachine):
             for _ in range(min(2, len(producer.pipe.up))):
                 self.receive(producer.pipe, *producer.pipe.up.popleft())
             if not producer.alive:
-                self.gone(producer.pipe.session)
+                self.disconnect(producer.pipe.session)
         self.producers = [producer for producer in self.producers if producer.alive]
         self.now += 0.5
         self.tick_ledger()
@@ -832,14 +834,14 @@ class Stream(RuleBasedStateMachine):
     def tick_ledger(self) -> None:
         """Time passes, and nobody stays who has been silent for too long."""
         self.dispatch(self.ledger.tick(self.now))
-        assert all(self.now - self.heard[session] <= DEAD_SECONDS for session in self.told)
+        assert all(self.now - self.last_message_at[session] <= DEAD_SECONDS for session in self.credit_numbers)
 
     def in_memory(self) -> int:
-        return self.buffer.used_slots + (len(self.hand.serial) if self.hand else 0)
+        return self.buffer.used_slots + (len(self.batch.serial) if self.batch else 0)
 
     def add_producer(self, chunk_windows: int = 2, chatty: bool = False, fingerprint: str = "ours") -> None:
-        self.born += 1
-        name = f"p{self.born}"
+        self.producer_count += 1
+        name = f"p{self.producer_count}"
         self.producers.append(ModelProducer(name, self.corpus, chunk_windows, chatty, fingerprint, self.now))
 
     def pick(self, which: int) -> ModelProducer:

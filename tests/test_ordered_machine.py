@@ -57,7 +57,7 @@ class OrderedStream(Stream):
         self.corpus = [replace(shard, fate="sound") for shard in corpus]
         self.limits = Limits(capacity, 0, epochs, 1.0, DEAD_SECONDS, STALL_SECONDS)
         self.now = 0.0
-        self.starts = self.born = 0
+        self.starts = self.producer_count = 0
         self.producers, self.zombies, self.checkpoint = [], [], None
         self.saved: tuple[BufferState, list[list[Name]]] = (NEW_BUFFER, [])
         self.boot()
@@ -72,12 +72,12 @@ class OrderedStream(Stream):
         self.buffer = OrderedBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=0)
         state, drawn_rows = deepcopy(self.saved)
         self.buffer.restore(state)
-        self.drawn = drawn_rows
+        self.batches = drawn_rows
         """The batches of this lineage, as (serial, position) of each row."""
 
     def write_checkpoint(self) -> None:
         super().write_checkpoint()
-        self.saved = deepcopy((self.buffer.state(), self.drawn))
+        self.saved = deepcopy((self.buffer.state(), self.batches))
 
     # The moves that are others here
 
@@ -90,7 +90,7 @@ class OrderedStream(Stream):
     @move(count=st.integers(1, 16))
     def take(self, count: int) -> None:
         """A batch is drawn as soon as it may be; its step is done in the next round, or never."""
-        if self.hand is None and self.may_draw():
+        if self.batch is None and self.may_draw():
             self.draw(count)
 
     @move()
@@ -104,7 +104,7 @@ class OrderedStream(Stream):
             not self.ledger.phase.is_receiving and self.buffer.rows > 0
         )
 
-    def has_its_turn(self, name: Name, chunk: Chunk) -> bool:
+    def may_receive(self, name: Name, chunk: Chunk) -> bool:
         """What comes early finds room, but for the pool's and a chunk's."""
         open_shards = {(shard.epoch, shard.shard): shard for shard in self.ledger.shards.open.values()}
         if name not in open_shards or open_shards[name].serial <= self.ledger.shards.oldest:
@@ -121,13 +121,13 @@ class OrderedStream(Stream):
         room = self.limits.capacity - pool_rows(self.limits.capacity) - CHUNK_WINDOWS * CONTEXT
         return early + chunk.rows <= room
 
-    def others_left(self, name: Name) -> bool:
+    def has_other_shards(self, name: Name) -> bool:
         """What comes later in the order cannot be asked for instead."""
         return False
 
     def draw(self, count: int) -> None:
         super().draw(count)
-        self.drawn.append(self.names_in_hand())
+        self.batches.append(self.names_in_batch())
 
     def is_over(self) -> bool:
         """A shard given up, as by producers that hang on it time and again, ends a deterministic run."""
@@ -136,9 +136,9 @@ class OrderedStream(Stream):
     def balance(self) -> None:
         if not self.ledger.shards.quarantined:
             super().balance()
-        assert self.drawn == self.in_perfect_order()
+        assert self.batches == self.batches_in_order()
 
-    def in_perfect_order(self) -> list[list[Name]]:
+    def batches_in_order(self) -> list[list[Name]]:
         """The same draws from a buffer that is given row after row."""
         ledger = self.ledger
 
@@ -155,7 +155,7 @@ class OrderedStream(Stream):
         )
         buffer = OrderedBuffer(self.limits.capacity, [WIDTH], torch.float32, seed=0)
         drawn_rows = []
-        for batch in self.drawn:
+        for batch in self.batches:
             while not buffer.fill(FAR) and (row := next(rows, None)) is not None:
                 buffer.insert([torch.zeros(1, WIDTH)], row[0], np.array([row[1]]))
             next_batch = buffer.draw(len(batch))

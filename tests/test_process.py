@@ -95,7 +95,7 @@ def test_a_trainer_and_a_producer_leave_on_signals_that_used_to_kill_them(tmp_pa
         trainer.send_signal(signal.SIGHUP)
         assert trainer.wait(30) == 0
         saved = load_newest(scene.run)
-        assert saved is not None and saved.document.ledger.rows_trained == scene.trained >= 3000
+        assert saved is not None and saved.document.ledger.rows_trained == scene.trained_rows >= 3000
         producer.send_signal(signal.SIGUSR2)
         assert producer.wait(30) == 0
         trainer, _ = scene.trainer(), scene.producer()
@@ -146,7 +146,7 @@ def test_a_trainer_with_too_few_files_says_so(tmp_path: Path) -> None:
         file = tmp_path / "run.toml"
         command = ["bash", "-c", f"ulimit -n 12; exec {sys.executable} -m trainer {file}"]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-        assert not scene.trained
+        assert not scene.trained_rows
 
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     assert "open files (ulimit -n) 12: sockets and libraries need 128 at least" in process.stderr

@@ -93,7 +93,7 @@ def tensors(windows: int, widths: tuple[int, ...] = (3, 5), context: int = CONTE
 
 
 @dataclass
-class Sent:
+class LeaseResult:
     """What came for one lease."""
 
     chunks: list[Chunk]
@@ -131,38 +131,38 @@ class Trainer:
     def close(self) -> None:
         self._context.destroy(linger=200)
 
-    def say(self, message: Message, payload: bytes | None = None) -> None:
+    def send(self, message: Message, payload: bytes | None = None) -> None:
         self._socket.send_multipart([self._route, encode(message), *([] if payload is None else [payload])])
 
-    def hear(self) -> tuple[Message, bytes]:
+    def receive(self) -> tuple[Message, bytes]:
         while self._socket.poll(10_000):
             self._route, header, *payload = self._socket.recv_multipart()
             message = decode(header)
             if isinstance(message, Heartbeat):
-                self.say(Heartbeat(progress=0))
+                self.send(Heartbeat(progress=0))
             else:
                 return message, payload[0] if payload else b""
         raise AssertionError("the producer says nothing")
 
     def welcome(self, norm_bounds: list[float] | None = None) -> None:
         """Lets the producer in, with all the credit in the world."""
-        hello, _ = self.hear()
+        hello, _ = self.receive()
         assert isinstance(hello, Hello)
-        self.say(
+        self.send(
             Welcome(
                 session=hello.session, run="run", incarnation="first", endpoints=["here"], heartbeat_seconds=0.1,
                 dead_seconds=5.0, max_chunk_bytes=2**20, norm_bounds=norm_bounds,
             )
         )  # fmt: skip
-        self.say(Credit(number=1000))
+        self.send(Credit(number=1000))
 
-    def lease(self, shard: int = 0, had: np.ndarray | None = None) -> Sent:
+    def lease(self, shard: int = 0, had: np.ndarray | None = None) -> LeaseResult:
         """Leases a shard and returns what came of it."""
         self._attempt += 1
-        self.say(Lease(shard=shard, epoch=0, attempt=self._attempt), b"" if had is None else pack_bits(had))
-        sent = Sent([], [], Drain(finished=False))
+        self.send(Lease(shard=shard, epoch=0, attempt=self._attempt), b"" if had is None else pack_bits(had))
+        sent = LeaseResult([], [], Drain(finished=False))
         while not isinstance(sent.end, ShardEnd | ShardFail):
-            message, payload = self.hear()
+            message, payload = self.receive()
             if isinstance(message, Chunk):
                 assert (message.shard, message.attempt) == (shard, self._attempt)
                 sent.chunks.append(message)
@@ -177,29 +177,29 @@ def endpoint(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def hand(endpoint: str) -> Iterator[Trainer]:
-    hand = Trainer(endpoint)
-    yield hand
-    hand.close()
+def manual_trainer(endpoint: str) -> Iterator[Trainer]:
+    manual_trainer = Trainer(endpoint)
+    yield manual_trainer
+    manual_trainer.close()
 
 
 def start(endpoint: str, source: Source, dtype: str = "float32") -> Producing:
     return Producing(stream_settings(endpoint, dtype=dtype), source, hello_of(source, dtype))
 
 
-def finish(hand: Trainer, producer: Producing) -> None:
-    hand.say(Drain(finished=True))
-    assert producer.ended() is None
+def finish(manual_trainer: Trainer, producer: Producing) -> None:
+    manual_trainer.send(Drain(finished=True))
+    assert producer.wait_for_end() is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_kept_row_is_sent_and_no_other(hand: Trainer, endpoint: str, dtype: str) -> None:
+def test_every_kept_row_is_sent_and_no_other(manual_trainer: Trainer, endpoint: str, dtype: str) -> None:
     """Each kept position once, in order, with its activations of every hook in the stream's number format."""
     source = tensors(5)
     producer = start(endpoint, source, dtype)
-    hand.welcome()
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome()
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert sent.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
     assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=15)
@@ -207,16 +207,16 @@ def test_every_kept_row_is_sent_and_no_other(hand: Trainer, endpoint: str, dtype
         assert torch.equal(rows, x[torch.from_numpy(source.kept)].to(TORCH_DTYPE[dtype]))
 
 
-def test_what_the_trainer_has_is_neither_run_nor_sent(hand: Trainer, endpoint: str) -> None:
+def test_what_the_trainer_has_is_neither_run_nor_sent(manual_trainer: Trainer, endpoint: str) -> None:
     """A window all of whose rows are there does not go through the model; SHARD_END counts all rows all the same."""
     source = tensors(6)
     had = np.zeros((6, CONTEXT), bool)
     had[[0, 2, 3]] = True
     had[4, 2] = True
     producer = start(endpoint, source)
-    hand.welcome()
-    sent = hand.lease(had=had)
-    finish(hand, producer)
+    manual_trainer.welcome()
+    sent = manual_trainer.lease(had=had)
+    finish(manual_trainer, producer)
 
     assert source.forwarded == [[1, 4], [5]]
     assert sent.positions(CONTEXT) == np.flatnonzero(source.kept & ~had).tolist()
@@ -224,16 +224,16 @@ def test_what_the_trainer_has_is_neither_run_nor_sent(hand: Trainer, endpoint: s
     assert torch.equal(sent.rows(source, "float32")[1], source.x[1][torch.from_numpy(source.kept & ~had)])
 
 
-def test_outliers_are_dropped_by_name(hand: Trainer, endpoint: str) -> None:
+def test_outliers_are_dropped_by_name(manual_trainer: Trainer, endpoint: str) -> None:
     """A row beyond the bound of any hook is named and not sent; positions that are not kept are not even named."""
     source = tensors(4)
     source.x[0][0, 2] = 100.0
     source.x[1][3, 1] = 100.0
     source.x[1][3, 0] = 100.0
     producer = start(endpoint, source)
-    hand.welcome(norm_bounds=[10.0, 10.0])
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome(norm_bounds=[10.0, 10.0])
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     outliers = [2, 13]
     assert sent.positions(CONTEXT, "outliers") == outliers
@@ -242,29 +242,29 @@ def test_outliers_are_dropped_by_name(hand: Trainer, endpoint: str) -> None:
     assert producer.producer.report().rows_dropped == {"excluded": 4, "outlier": 2}
 
 
-def test_a_chunk_may_hold_outliers_only(hand: Trainer, endpoint: str) -> None:
+def test_a_chunk_may_hold_outliers_only(manual_trainer: Trainer, endpoint: str) -> None:
     """It names them and carries nothing."""
     source = tensors(1)
     source.x[0][:] = 100.0
     producer = start(endpoint, source)
-    hand.welcome(norm_bounds=[10.0, 10.0])
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome(norm_bounds=[10.0, 10.0])
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert [(chunk.rows, payload) for chunk, payload in zip(sent.chunks, sent.payloads, strict=True)] == [(0, b"")]
     assert sent.positions(CONTEXT, "outliers") == [1, 2, 3]
     assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=3)
 
 
-def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint: str) -> None:
+def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(manual_trainer: Trainer, endpoint: str) -> None:
     """√(10² + 0.5²) = 10.01 and √(9.9375² + 0.875²) = 9.976 are both 10 in bfloat16: each across its bound."""
     source = tensors(1, widths=(2,))
     source.x[0] = torch.tensor([[[1, 1], [10, 0.5], [9.9375, 0.875], [1, 1]]], dtype=torch.bfloat16)
     assert torch.linalg.vector_norm(source.x[0][0, 1:3], dim=-1).tolist() == [10.0, 10.0]
     producer = start(endpoint, source, "bfloat16")
-    hand.welcome(norm_bounds=[10.0])
-    outliers = hand.lease().positions(CONTEXT, "outliers")
-    finish(hand, producer)
+    manual_trainer.welcome(norm_bounds=[10.0])
+    outliers = manual_trainer.lease().positions(CONTEXT, "outliers")
+    finish(manual_trainer, producer)
     assert outliers == [1]
 
     source.x[0][0, 1] = 1
@@ -273,28 +273,28 @@ def test_a_norm_near_its_bound_is_not_judged_in_bfloat16(hand: Trainer, endpoint
     assert mask.tolist() == [[False, True, True, True]]
 
 
-def test_a_report_counts_each_thing_under_its_name(hand: Trainer, endpoint: str) -> None:
+def test_a_report_counts_each_thing_under_its_name(manual_trainer: Trainer, endpoint: str) -> None:
     """Six windows, two in a pass, of which three positions are kept: three chunks of one shard; block 1 of 2 runs."""
     producer = start(endpoint, tensors(6))
-    hand.welcome()
-    hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome()
+    manual_trainer.lease()
+    finish(manual_trainer, producer)
     report = producer.producer.report()
     assert (report.chunks, report.forwards, report.shards, report.tokens) == (3, 3, 1, 18)
     assert (report.layers_run, report.layers_total, report.sessions) == (1, 2, 1)
 
 
-def test_waits_are_told_by_what_is_waited_for(hand: Trainer, endpoint: str) -> None:
+def test_waits_are_told_by_what_is_waited_for(manual_trainer: Trainer, endpoint: str) -> None:
     """Three tenths of a second without a lease, and never without credit."""
     producer = start(endpoint, tensors(1))
-    hand.welcome()
+    manual_trainer.welcome()
     time.sleep(0.3)
-    hand.lease()
-    finish(hand, producer)
+    manual_trainer.lease()
+    finish(manual_trainer, producer)
     assert producer.link.stall_seconds["lease"] >= 0.25 and producer.link.stall_seconds["credit"] == 0
 
 
-def test_time_spent_on_text_is_told(hand: Trainer, endpoint: str) -> None:
+def test_time_spent_on_text_is_told(manual_trainer: Trainer, endpoint: str) -> None:
     """A tokenizer that takes a tenth of a second for a shard is seen among the producer's waits."""
 
     class Slow(Tensors):
@@ -304,21 +304,21 @@ def test_time_spent_on_text_is_told(hand: Trainer, endpoint: str) -> None:
 
     source = tensors(1)
     producer = start(endpoint, Slow(source.x, source.kept))
-    hand.welcome()
-    hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome()
+    manual_trainer.lease()
+    finish(manual_trainer, producer)
     assert 0.1 <= producer.producer.report().stall_seconds["text"] < 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_no_outlier(hand: Trainer, endpoint: str, value: float) -> None:
+def test_what_is_not_finite_is_no_outlier(manual_trainer: Trainer, endpoint: str, value: float) -> None:
     """It is not quietly dropped as if it were an attention sink: the trainer gets to see it, and refuses it."""
     source = tensors(1)
     source.x[0][0, 2, 1] = value
     producer = start(endpoint, source)
-    hand.welcome(norm_bounds=[10.0, 10.0])
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome(norm_bounds=[10.0, 10.0])
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert (sent.positions(CONTEXT), sent.positions(CONTEXT, "outliers")) == ([1, 2, 3], [])
 
@@ -412,7 +412,9 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5])
-def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endpoint: str, passes: int) -> None:
+def test_passes_side_by_side_send_the_same_in_the_same_order(
+    manual_trainer: Trainer, endpoint: str, passes: int
+) -> None:
     """Early windows take longest; they come first all the same. A pass that fails fails its shard alone."""
 
     class Uneven(Tensors):
@@ -426,9 +428,9 @@ def test_passes_side_by_side_send_the_same_in_the_same_order(hand: Trainer, endp
     source = Uneven(original.x, original.kept)
     source.concurrent_passes = passes  # type: ignore[misc]
     producer = start(endpoint, source)
-    hand.welcome()
-    whole, broken, again = hand.lease(), hand.lease(1), hand.lease(2)
-    finish(hand, producer)
+    manual_trainer.welcome()
+    whole, broken, again = manual_trainer.lease(), manual_trainer.lease(1), manual_trainer.lease(2)
+    finish(manual_trainer, producer)
 
     assert whole.positions(CONTEXT) == again.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
     assert whole.payloads == again.payloads
@@ -486,16 +488,16 @@ def test_the_size_of_a_pass_that_is_set_is_not_measured() -> None:
     assert (source.batch_windows, source.passes) == (16, [])
 
 
-def test_in_deterministic_mode_a_pass_always_takes_the_same_windows(hand: Trainer, endpoint: str) -> None:
+def test_in_deterministic_mode_a_pass_always_takes_the_same_windows(manual_trainer: Trainer, endpoint: str) -> None:
     """Whatever is wanted of it, since the last bits of a row may depend on the windows beside it; only that is sent."""
     source = tensors(7, batch_windows=3)
     source.facts = {"corpus": "tensors", "deterministic": True}
     had = np.ones((7, CONTEXT), bool)
     had[[2, 6], 1:] = False
     producer = start(endpoint, source)
-    hand.welcome()
-    sent = hand.lease(had=had)
-    finish(hand, producer)
+    manual_trainer.welcome()
+    sent = manual_trainer.lease(had=had)
+    finish(manual_trainer, producer)
 
     assert source.forwarded == [[0, 1, 2], [6]]
     assert sent.positions(CONTEXT) == [2 * CONTEXT + 1, 2 * CONTEXT + 2, 2 * CONTEXT + 3, 25, 26, 27]
@@ -513,13 +515,13 @@ def test_a_chunk_is_about_two_megabytes_and_at_most_one_pass() -> None:
     assert chunk_windows(256, 64 * 2, batch_windows=64) == MAX_CHUNK_ROWS // 256 == 16
 
 
-def test_passes_are_cut_into_chunks(hand: Trainer, endpoint: str) -> None:
+def test_passes_are_cut_into_chunks(manual_trainer: Trainer, endpoint: str) -> None:
     """Windows of a megabyte, three in a pass, two in a chunk: 2, 1, 2, 1, 1."""
     source = tensors(7, widths=(65536,), batch_windows=3)
     producer = start(endpoint, source)
-    hand.welcome()
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome()
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert source.forwarded == [[0, 1, 2], [3, 4, 5], [6]]
     assert [(chunk.number, chunk.first_window, chunk.windows) for chunk in sent.chunks] == [
@@ -529,15 +531,15 @@ def test_passes_are_cut_into_chunks(hand: Trainer, endpoint: str) -> None:
     assert torch.equal(sent.rows(source, "float32")[0], source.x[0][torch.from_numpy(source.kept)])
 
 
-def test_rows_that_lie_far_apart_come_in_chunks_of_their_own(hand: Trainer, endpoint: str) -> None:
+def test_rows_that_lie_far_apart_come_in_chunks_of_their_own(manual_trainer: Trainer, endpoint: str) -> None:
     """The last missing rows of a long shard, at its two ends: no chunk names more positions than a message may."""
     source = tensors(2000, widths=(1,), context=256)
     had = np.ones((2000, 256), bool)
     had[[0, 1, 1999], 7] = False
     producer = start(endpoint, source)
-    hand.welcome()
-    sent = hand.lease(had=had)
-    finish(hand, producer)
+    manual_trainer.welcome()
+    sent = manual_trainer.lease(had=had)
+    finish(manual_trainer, producer)
 
     assert sent.positions(256) == [7, 256 + 7, 1999 * 256 + 7]
     assert isinstance(sent.end, ShardEnd)
@@ -556,26 +558,26 @@ def test_parts_cover_a_pass_once_and_never_reach_too_far(context: int) -> None:
         assert all((part[-1] - part[0] + 1) * context <= MAX_CHUNK_POSITIONS for part in parts)
 
 
-def test_credit_never_shrinks(hand: Trainer, endpoint: str) -> None:
+def test_credit_never_shrinks(manual_trainer: Trainer, endpoint: str) -> None:
     """A CREDIT that says less than one before it is an old one: what was granted stays granted."""
     source = tensors(8)
     producer = start(endpoint, source)
-    hand.welcome()  # with credit for a thousand chunks
-    hand.say(Credit(number=0))
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome()  # with credit for a thousand chunks
+    manual_trainer.send(Credit(number=0))
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert sent.positions(CONTEXT) == np.flatnonzero(source.kept).tolist()
 
 
-def test_a_shard_without_rows_is_done_at_once(hand: Trainer, endpoint: str) -> None:
+def test_a_shard_without_rows_is_done_at_once(manual_trainer: Trainer, endpoint: str) -> None:
     """No text, or none that is kept: no pass, no chunk, and an end that counts zero rows."""
     source = tensors(3)
     source.kept[:] = False
     producer = start(endpoint, source)
-    hand.welcome()
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.welcome()
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert (sent.chunks, source.forwarded) == ([], [])
     assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=0)
@@ -604,13 +606,13 @@ def torn() -> Torn:
     return Torn(whole.x, whole.kept)
 
 
-def test_a_shard_that_fails_is_reported_and_the_next_one_served(hand: Trainer, endpoint: str) -> None:
+def test_a_shard_that_fails_is_reported_and_the_next_one_served(manual_trainer: Trainer, endpoint: str) -> None:
     """The error's own words, worth another try; what was sent before it is not taken back."""
     source = torn()
     producer = start(endpoint, source)
-    hand.welcome()
-    unread, broken, good = hand.lease(1), hand.lease(2), hand.lease(0)
-    finish(hand, producer)
+    manual_trainer.welcome()
+    unread, broken, good = manual_trainer.lease(1), manual_trainer.lease(2), manual_trainer.lease(0)
+    finish(manual_trainer, producer)
 
     assert unread.end == ShardFail(shard=1, epoch=0, attempt=1, error="OSError: the disk has a hole", retry=True)
     assert isinstance(broken.end, ShardFail)
@@ -621,7 +623,7 @@ def test_a_shard_that_fails_is_reported_and_the_next_one_served(hand: Trainer, e
 
 
 def test_a_shard_with_a_token_that_the_model_lacks_fails_before_any_row_of_it(
-    hand: Trainer, endpoint: str, tmp_path: Path
+    manual_trainer: Trainer, endpoint: str, tmp_path: Path
 ) -> None:
     """The trainer is told window, token and text, and nothing is skipped in silence; other shards are served."""
     shutil.copytree("producer/demo_lm", tmp_path / "lm")
@@ -640,9 +642,9 @@ def test_a_shard_with_a_token_that_the_model_lacks_fails_before_any_row_of_it(
     )
     assert source.shards == 2
     producer = start(endpoint, source)
-    hand.welcome()
-    good, bad = hand.lease(0), hand.lease(1)
-    finish(hand, producer)
+    manual_trainer.welcome()
+    good, bad = manual_trainer.lease(0), manual_trainer.lease(1)
+    finish(manual_trainer, producer)
 
     assert good.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=int(source.windows(0).kept.sum()))
     assert bad.chunks == [] and isinstance(bad.end, ShardFail)
@@ -650,25 +652,25 @@ def test_a_shard_with_a_token_that_the_model_lacks_fails_before_any_row_of_it(
     assert "the text there is '<|endoftext|>import os, say <image_soft_token> here" in bad.end.error
 
 
-def test_a_session_that_ends_in_mid_shard_starts_over(hand: Trainer, endpoint: str) -> None:
+def test_a_session_that_ends_in_mid_shard_starts_over(manual_trainer: Trainer, endpoint: str) -> None:
     """The lease is dropped without a word; under the next session the numbers of chunks begin again."""
     source = tensors(4)
     producer = start(endpoint, source)
-    hand.welcome()
-    hand.say(Lease(shard=0, epoch=0, attempt=1), b"")
-    assert isinstance(hand.hear()[0], Chunk)
-    hand.say(Reject(code="silent", reason="nothing heard", retry=True))
-    while not isinstance(message := hand.hear()[0], Hello):
+    manual_trainer.welcome()
+    manual_trainer.send(Lease(shard=0, epoch=0, attempt=1), b"")
+    assert isinstance(manual_trainer.receive()[0], Chunk)
+    manual_trainer.send(Reject(code="silent", reason="nothing heard", retry=True))
+    while not isinstance(message := manual_trainer.receive()[0], Hello):
         assert not isinstance(message, ShardFail)
-    hand.say(
+    manual_trainer.send(
         Welcome(
             session=message.session, run="run", incarnation="second", endpoints=["here"], heartbeat_seconds=0.1,
             dead_seconds=5.0, max_chunk_bytes=2**20, norm_bounds=None,
         )
     )  # fmt: skip
-    hand.say(Credit(number=1000))
-    sent = hand.lease()
-    finish(hand, producer)
+    manual_trainer.send(Credit(number=1000))
+    sent = manual_trainer.lease()
+    finish(manual_trainer, producer)
 
     assert [(chunk.number, chunk.incarnation) for chunk in sent.chunks] == [(1, "second"), (2, "second")]
     assert sent.end == ShardEnd(shard=0, epoch=0, attempt=1, rows=12)
@@ -687,7 +689,7 @@ def test_shards_that_always_fail_do_not_hold_up_the_run(endpoint: str) -> None:
             intake.mark_trained(batch)
             rows += len(batch.serial)
         intake.drain(finished=True)
-        assert producer.ended() is None
+        assert producer.wait_for_end() is None
         ledger = intake.ledger
 
         assert rows == ledger.tokens_trained == 11 + 5

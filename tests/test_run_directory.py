@@ -170,7 +170,7 @@ def test_a_run_directory_that_moves_ends_its_trainer_with_a_checkpoint_in_it(tmp
         assert (elsewhere / "metrics-1.jsonl").read_text() == '{"tokens": 512}\n'
         assert (elsewhere / "metrics.jsonl").read_text().count('"tokens": 512,') == 0
         assert f"was moved to {elsewhere}" in scene.log() and "Traceback" not in scene.log()
-        trained_rows = scene.trained
+        trained_rows = scene.trained_rows
         newest = complete_folders(elsewhere / "checkpoint")[-1]
         assert int(newest.name.split("-")[0]) == trained_rows > 6000
         assert all(int(name) <= trained_rows for name in snapshot_names(elsewhere))

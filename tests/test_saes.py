@@ -21,7 +21,7 @@ from tests.small_saes import (
     rows_of,
     sae_trainer_of,
     settings_of,
-    trained,
+    train_sae,
 )
 from trainer.saes.base import Sae
 from trainer.saes.folding import side_by_side
@@ -295,7 +295,7 @@ def test_jumprelus_that_start_anew_are_quiet() -> None:
 
 
 def l0_of(settings: SaeSettings, steps: int = 150) -> float:
-    sae_trainer = trained(settings, steps=steps)
+    sae_trainer = train_sae(settings, steps=steps)
     x = rows_of(settings, 2048, 999)["a"]
     return float(sae_trainer.sae.gradients(x, x, NOBODY).fired.firings().sum()) / 2048
 
@@ -331,7 +331,7 @@ def test_thresholds_stay_above_zero() -> None:
 def suppressed(directory: Path) -> tuple[Path, Tensor]:
     """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh rows)."""
     settings = SaeSettings.of(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
-    sae_trainer = trained(settings, steps=300)
+    sae_trainer = train_sae(settings, steps=300)
     x = rows_of(settings, 1024, 77)["a"]
     exported = export(
         sae_trainer.sae, sae_trainer.input_transform(UNSCALED), "s", sae_trainer.statistics.firing_rate(), x, {}, {}

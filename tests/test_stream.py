@@ -115,7 +115,7 @@ def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> 
     activations = [torch.randn(CHUNK_ROWS, hook.width).mul(1e3).to(number) for hook in hooks]
     payload = b"".join(x.reshape(-1).view(torch.uint8).numpy().tobytes() for x in activations)
     with trainer(settings) as intake, Peer(settings, hello_of(named_source(), dtype, hooks=hooks)) as peer:
-        peer.join().chunk(payload)
+        peer.join().send_chunk(payload)
         wait_for(lambda: intake.ledger.tokens_received)
         assert intake.buffer is not None
         batch = intake.buffer.draw(CHUNK_ROWS)
@@ -128,31 +128,31 @@ def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> 
 
 
 def send_garbage(peer: Peer) -> None:
-    peer.send(os.urandom(64))
+    peer.send_frames(os.urandom(64))
 
 
 def send_nothing(peer: Peer) -> None:
-    peer.send(b"")
+    peer.send_frames(b"")
 
 
 def send_three_frames(peer: Peer) -> None:
-    peer.send(encode(Heartbeat(progress=1)), b"", b"")
+    peer.send_frames(encode(Heartbeat(progress=1)), b"", b"")
 
 
 def send_a_long_header(peer: Peer) -> None:
-    peer.send(b"\xc4" * (MAX_HEADER_BYTES + 1))
+    peer.send_frames(b"\xc4" * (MAX_HEADER_BYTES + 1))
 
 
 def send_an_unknown_kind(peer: Peer) -> None:
-    peer.send(b"\x82\xa1v\x01\xa4kind\xa6TROJAN")
+    peer.send_frames(b"\x82\xa1v\x01\xa4kind\xa6TROJAN")
 
 
 def send_half_a_chunk(peer: Peer) -> None:
-    peer.send(b"\x82\xa1v\x01\xa4kind\xa5CHUNK")
+    peer.send_frames(b"\x82\xa1v\x01\xa4kind\xa5CHUNK")
 
 
 def send_what_a_trainer_says(peer: Peer) -> None:
-    peer.say(Drain(finished=True))
+    peer.send(Drain(finished=True))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_message_that_cannot_be_used_is_dropped_and_counted(
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join()
         misbehave(peer)
-        peer.chunk()
+        peer.send_chunk()
         wait_for(lambda: intake.ledger.tokens_received == CHUNK_ROWS)
         peer.leave()
 
@@ -188,10 +188,10 @@ def test_a_frame_that_is_too_large_costs_its_connection(endpoint: str) -> None:
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join()
-        peer.send(encode(Heartbeat(progress=1)), bytes(MAX_CHUNK_BYTES + 2048))
-        peer.say(Heartbeat(progress=2))
+        peer.send_frames(encode(Heartbeat(progress=1)), bytes(MAX_CHUNK_BYTES + 2048))
+        peer.send(Heartbeat(progress=2))
 
-        assert peer.hear(Reject).code == "unknown_session"
+        assert peer.receive(Reject).code == "unknown_session"
         peer.join().leave()
         assert finish(intake, Producing(settings)) == every_name()
 
@@ -225,7 +225,7 @@ def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytes
         train(intake)
         wait_for(lambda: not intake.wait_until_ready(1, threading.Event(), 0.2))
         intake.drain(finished=True)
-        assert producer.ended() is None
+        assert producer.wait_for_end() is None
     assert full.data_wait_ratio == 0 and "the trainer is the bottleneck" in full.bottleneck
 
     with trainer(stream_settings(f"{endpoint}2")) as alone:
@@ -241,10 +241,10 @@ def test_batches_are_drawn_from_a_buffer_that_is_half_full(endpoint: str) -> Non
     with trainer(stream_settings(endpoint)) as intake, Peer(stream_settings(endpoint)) as peer:
         peer.join()
         for chunks in (1, 2, 3):
-            peer.chunk()
+            peer.send_chunk()
             wait_for(lambda chunks=chunks: intake.buffer_report().rows == chunks * CHUNK_ROWS)
             assert not intake.is_ready(CHUNK_ROWS)
-        peer.chunk()
+        peer.send_chunk()
         wait_for(lambda: intake.is_ready(CHUNK_ROWS))
 
 
@@ -287,10 +287,10 @@ def test_a_faulty_chunk_ends_its_session(endpoint: str, code: str, changes: dict
     """The peer is told why and may come again; its rows are counted and not taken, its leases return."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
-        peer.join().chunk()
+        peer.join().send_chunk()
         wait_for(lambda: intake.ledger.tokens_received == CHUNK_ROWS)
-        bad = peer.chunk(**changes)
-        reject = peer.hear(Reject)
+        bad = peer.send_chunk(**changes)
+        reject = peer.receive(Reject)
 
         assert (reject.code, reject.retry) == (code, True)
         assert intake.ledger.errors == {code: 1}
@@ -306,18 +306,18 @@ def test_overflow_of_a_float16_model_is_told_as_that(endpoint: str) -> None:
     settings = stream_settings(endpoint)
     hello = hello_of(named_source(), provenance={"model_dtype": "float16"})
     with trainer(settings), Peer(settings, hello) as peer:
-        peer.join().chunk(nan_in_the_middle(float("inf")))
-        assert "as float16 gives beyond 65504; set model.dtype to bfloat16 or float32" in peer.hear(Reject).reason
+        peer.join().send_chunk(nan_in_the_middle(float("inf")))
+        assert "as float16 gives beyond 65504; set model.dtype to bfloat16 or float32" in peer.receive(Reject).reason
 
 
 def test_what_follows_a_faulty_chunk_is_not_taken(endpoint: str) -> None:
     """A peer that has sent more before it hears of its end: every further chunk is counted as a stranger's."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
-        peer.join().chunk(nan_in_the_middle(float("nan")))
+        peer.join().send_chunk(nan_in_the_middle(float("nan")))
         for _ in range(3):
-            peer.chunk()
-        assert peer.hear(Reject).code == "non_finite"
+            peer.send_chunk()
+        assert peer.receive(Reject).code == "non_finite"
         wait_for(lambda: intake.ledger.errors["unknown_session"] == 3)
 
         assert intake.ledger.rejected == {"non_finite": CHUNK_ROWS, "unknown_session": 3 * CHUNK_ROWS}
@@ -331,11 +331,11 @@ def test_a_chunk_beyond_credit_is_not_taken(endpoint: str) -> None:
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join()
         for number in range(8):
-            peer.chunk(lease=peer.leases[number // 4])
+            peer.send_chunk(lease=peer.leases[number // 4])
         wait_for(lambda: intake.ledger.tokens_received == CAPACITY)
-        peer.chunk(b"", lease=peer.leases[1])
+        peer.send_chunk(b"", lease=peer.leases[1])
 
-        assert peer.hear(Reject).code == "credit"
+        assert peer.receive(Reject).code == "credit"
         assert intake.ledger.tokens_received == CAPACITY
         assert finish(intake, Producing(settings)) == every_name()
 
@@ -345,8 +345,8 @@ def test_a_producer_that_sends_nothing_but_nan_costs_no_shard(endpoint: str) -> 
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         for _ in range(3):
-            peer.join().chunk(nan_in_the_middle(float("nan")))
-            peer.hear(Reject)
+            peer.join().send_chunk(nan_in_the_middle(float("nan")))
+            peer.receive(Reject)
         producer = Producing(settings)
 
         assert finish(intake, producer) == every_name()
@@ -380,7 +380,7 @@ def test_connections_that_break_cost_no_row(endpoint: str) -> None:
         names = []
         for _ in range(5):
             names += train(intake, 2 * CHUNK_ROWS)
-            tunnel.cut()
+            tunnel.break_connections()
         names += finish(intake, *producers)
 
         assert sorted(names) == every_name()
@@ -393,10 +393,10 @@ def test_a_network_that_swallows_everything_costs_no_row(endpoint: str) -> None:
     with trainer(settings) as intake, Tunnel(intake.endpoint) as tunnel:
         producer = Producing(settings.model_copy(update={"endpoint": tunnel.endpoint}))
         names = train(intake, 3 * CHUNK_ROWS)
-        tunnel.open.clear()
+        tunnel.is_open.clear()
         wait_for(lambda: not intake.ledger.sessions)
         wait_for(lambda: producer.link.state == "connecting")
-        tunnel.open.set()
+        tunnel.is_open.set()
         names += finish(intake, producer)
 
         assert sorted(names) == every_name()
@@ -411,8 +411,8 @@ def test_a_stranger_is_told_to_begin_anew(endpoint: str) -> None:
     with trainer(settings) as intake, Peer(settings) as peer, Peer(settings) as stranger:
         peer.join()
         stranger.welcome, stranger.leases = peer.welcome, peer.leases
-        stranger.chunk()
-        reject = stranger.hear(Reject)
+        stranger.send_chunk()
+        reject = stranger.receive(Reject)
 
         assert (reject.code, reject.retry) == ("unknown_session", True)
         assert intake.ledger.rejected == {"unknown_session": CHUNK_ROWS}
@@ -425,9 +425,9 @@ def test_an_old_attempt_is_fenced_off(endpoint: str) -> None:
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         old = peer.join().leases[0]
-        peer.say(ShardFail(shard=old.shard, epoch=old.epoch, attempt=old.attempt, error="a hiccup", retry=True))
+        peer.send(ShardFail(shard=old.shard, epoch=old.epoch, attempt=old.attempt, error="a hiccup", retry=True))
         wait_for(lambda: intake.ledger.shards.open[0].holder is None)
-        peer.chunk(lease=old)
+        peer.send_chunk(lease=old)
         wait_for(lambda: intake.ledger.rejected)
 
         assert intake.ledger.rejected == {"fenced": CHUNK_ROWS}
@@ -440,13 +440,13 @@ def test_a_silent_peer_loses_its_leases(endpoint: str) -> None:
     """Its leases return after dead_seconds; when it wakes up it is turned away and may begin anew."""
     settings = stream_settings(endpoint, dead_seconds=0.5)
     with trainer(settings) as intake, Peer(settings) as peer:
-        peer.join().chunk()
+        peer.join().send_chunk()
         began = time.monotonic()
         names = finish(intake, Producing(settings))
 
         assert names == every_name()
         assert 0.4 < time.monotonic() - began < 5
-        assert peer.hear(Reject).code == "silent"
+        assert peer.receive(Reject).code == "silent"
         assert intake.ledger.sessions_lost == 1
 
 
@@ -460,8 +460,8 @@ def test_a_producer_that_comes_again_replaces_its_old_session(endpoint: str) -> 
             new.join()
             assert list(intake.ledger.sessions) == [again.session]
             assert {lease.shard for lease in new.leases} == {lease.shard for lease in old.leases}
-            old.chunk()
-            assert old.hear(Reject).code == "unknown_session"
+            old.send_chunk()
+            assert old.receive(Reject).code == "unknown_session"
             new.leave()
         assert finish(intake, Producing(settings)) == every_name()
 
@@ -471,7 +471,7 @@ def test_sessions_that_ended_leave_nothing_behind(endpoint: str) -> None:
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
         with Peer(settings) as first:
-            first.join().chunk()
+            first.join().send_chunk()
             wait_for(lambda: intake.ledger.identity.is_settled)
             first.leave()
         for _ in range(5):
@@ -479,10 +479,10 @@ def test_sessions_that_ended_leave_nothing_behind(endpoint: str) -> None:
                 polite.join()
                 polite.hello = hello_of(named_source(), producer=polite.hello.producer)
                 polite.join().leave()
-                stranger.say(Heartbeat(progress=1))
-                stranger.hear(Reject)
-                stranger.say(hello_of(named_source(), shards=7))
-                assert stranger.hear(Reject).code == "mismatch"
+                stranger.send(Heartbeat(progress=1))
+                stranger.receive(Reject)
+                stranger.send(hello_of(named_source(), shards=7))
+                assert stranger.receive(Reject).code == "mismatch"
         wait_for(lambda: not intake.ledger.sessions)
 
         wait_for(lambda: not intake._server._routes._peers and not intake._server._routes._sessions)
@@ -507,9 +507,9 @@ def test_a_producer_of_another_stream_is_refused(endpoint: str, changes: dict, f
     """For good, and with both values in the sentence."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as first:
-        first.join().chunk()
+        first.join().send_chunk()
         wait_for(lambda: intake.ledger.identity.is_settled)
-        error = Producing(settings, hello=hello_of(named_source(), **changes)).ended()
+        error = Producing(settings, hello=hello_of(named_source(), **changes)).wait_for_end()
         ours = {"hooks": "width 4", "dtype": "float32"}.get(fact, str(getattr(first.hello, fact)))
 
         assert isinstance(error, RefusedByTrainer)
@@ -524,7 +524,7 @@ def test_a_buffer_too_small_for_the_chunks_is_refused(endpoint: str) -> None:
     """With the number to change; a producer with smaller chunks is still welcome."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
-        error = Producing(settings, hello=hello_of(named_source(), chunk_rows=CAPACITY)).ended()
+        error = Producing(settings, hello=hello_of(named_source(), chunk_rows=CAPACITY)).wait_for_end()
 
         assert isinstance(error, RefusedByTrainer)
         assert f"buffer.rows = {CAPACITY}" in str(error)
@@ -535,8 +535,8 @@ def test_another_release_is_refused_with_both_versions(endpoint: str) -> None:
     """Neither side waits in silence for what it cannot read."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
-        peer.send(encode(peer.hello).replace(b"\xa1v\x01", b"\xa1v\x63"))
-        reject = peer.hear(Reject)
+        peer.send_frames(encode(peer.hello).replace(b"\xa1v\x01", b"\xa1v\x63"))
+        reject = peer.receive(Reject)
 
         assert (reject.code, reject.retry) == ("version", False)
         assert "99" in reject.reason
@@ -551,7 +551,7 @@ def test_a_trainer_of_another_release_is_told_apart(endpoint: str) -> None:
     producer = Producing(stream_settings(endpoint))
     route, _ = socket.recv_multipart()
     socket.send_multipart([route, b"\x82\xa1v\x63\xa4kind\xa7WELCOME"])
-    error = producer.ended()
+    error = producer.wait_for_end()
     context.destroy(linger=0)
 
     assert isinstance(error, RefusedByTrainer)
@@ -570,7 +570,7 @@ def test_a_second_trainer_cannot_have_the_same_endpoint(endpoint: str) -> None:
 
 def test_an_endpoint_that_is_no_address_is_said() -> None:
     """No traceback for a slip of the pen."""
-    error = Producing(stream_settings("tcp://127.0.0.1:*")).ended()
+    error = Producing(stream_settings("tcp://127.0.0.1:*")).wait_for_end()
 
     assert isinstance(error, NoTrainer)
     assert "is no address" in str(error)
@@ -627,7 +627,7 @@ def test_a_finished_run_is_told_to_everybody(endpoint: str) -> None:
         goodbye.start()
         late = Producing(settings)
 
-        assert late.ended() is None
+        assert late.wait_for_end() is None
         goodbye.join()
         assert time.monotonic() - began < DRAIN_SECONDS
 
@@ -653,7 +653,7 @@ def test_a_hello_that_was_lost_is_said_again(endpoint: str) -> None:
 
 def test_a_producer_that_finds_nobody_gives_up(endpoint: str) -> None:
     """After stream.patience_seconds, with the address and what to start."""
-    error = Producing(stream_settings(endpoint, patience_seconds=0.3)).ended(5)
+    error = Producing(stream_settings(endpoint, patience_seconds=0.3)).wait_for_end(5)
 
     assert isinstance(error, NoTrainer)
     assert endpoint in str(error)

@@ -15,7 +15,7 @@ from torch import Tensor
 from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from tests.small_run import by_key, checkpoint_of
-from tests.small_saes import FAMILY, UNSCALED, learn, rows_of, sae_trainer_of, settings_of, trained
+from tests.small_saes import FAMILY, UNSCALED, learn, rows_of, sae_trainer_of, settings_of, train_sae
 from trainer.kernels.select import largest
 from trainer.kernels.sparse import Entries
 from trainer.phases import SaePhase
@@ -130,7 +130,7 @@ def test_deadness_is_unknown_until_enough_was_seen() -> None:
 
 def test_bug_23_reports_change_nothing() -> None:
     """An SAE trainer's neither: state before and after a report are the same bits."""
-    sae_trainer = trained(settings_of("topk", ema_tokens=64), steps=3)
+    sae_trainer = train_sae(settings_of("topk", ema_tokens=64), steps=3)
     before = {name: value.clone() for name, value in sae_trainer.state()[1].by_key().items()}
     first, second = sae_trainer.report(UNSCALED), sae_trainer.report(UNSCALED)
 
@@ -141,7 +141,7 @@ def test_bug_23_reports_change_nothing() -> None:
 @pytest.mark.parametrize(("kind", "scale"), [("topk", 2.0), ("topk transcoder", 4.0)])
 def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale: float) -> None:
     """Rows of hook 0 are learned times 2, those of hook 1 times 4: an error of the square of it is one of raw rows."""
-    sae_trainer = trained(settings_of(kind), steps=2)
+    sae_trainer = train_sae(settings_of(kind), steps=2)
     mse = sae_trainer.statistics.summary().mse
 
     assert mse > 0
@@ -248,7 +248,7 @@ def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
     """One NaN row costs its step, not the run, and the count says so; the next step is as good as ever."""
-    sae_trainer = trained(settings_of(kind, ema_tokens=64), steps=2)
+    sae_trainer = train_sae(settings_of(kind, ema_tokens=64), steps=2)
     before = {name: value.clone() for name, value in sae_trainer.state()[1].by_key().items()}
     rows = rows_of(sae_trainer.settings, 64, 50)
     rows["a"][3, 2] = math.nan
@@ -277,7 +277,7 @@ def test_bug_12_decoder_rows_have_unit_norm_after_every_step(kind: str) -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_every_sae_learns(kind: str) -> None:
     """The reconstruction loss falls on rows nothing was trained on."""
-    few, many = trained(settings_of(kind), steps=1), trained(settings_of(kind), steps=60)
+    few, many = train_sae(settings_of(kind), steps=1), train_sae(settings_of(kind), steps=60)
     rows = rows_of(few.settings, 512, 999)
 
     def unexplained(sae_trainer: SaeTrainer) -> float:
@@ -417,7 +417,7 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
 def test_counts_survive_a_restart() -> None:
     """Rows learned from, steps that were skipped, and when it joined: a counter never falls."""
     settings = settings_of("topk")
-    before, after = trained(settings, steps=2), sae_trainer_of(settings)
+    before, after = train_sae(settings, steps=2), sae_trainer_of(settings)
     before.skipped_steps, before.schedule.joined_at = 3, 4096
     after.restore(*before.state())
 
@@ -427,7 +427,7 @@ def test_counts_survive_a_restart() -> None:
 def test_an_interrupted_cooldown_goes_on() -> None:
     """One an operator asked for: the rate falls on, and ends where it would have."""
     settings = settings_of("topk")
-    whole = trained(settings, steps=10)
+    whole = train_sae(settings, steps=10)
     whole.cool_down()
     learn(whole, [rows_of(settings, 64, 20)])
     document, tensors = whole.state()
@@ -443,7 +443,7 @@ def test_an_interrupted_cooldown_goes_on() -> None:
 @pytest.mark.parametrize(("before", "after"), [(None, 200), (200, None), (200, 400)])
 def test_an_average_may_be_asked_for_or_given_up_when_a_run_is_resumed(before: int | None, after: int | None) -> None:
     """A new one begins with the weights as they are; one that nobody wants any more is dropped."""
-    whole = trained(settings_of("topk", ema_tokens=before), steps=4)
+    whole = train_sae(settings_of("topk", ema_tokens=before), steps=4)
     document, tensors = whole.state()
     resumed = sae_trainer_of(settings_of("topk", ema_tokens=after))
     resumed.restore(document, deepcopy(tensors))
@@ -554,7 +554,7 @@ def test_no_cooldown_at_all() -> None:
 def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
     """640 rows: full for 512, then 1 and a half of the last two batches; then it learns no more."""
     settings = settings_of("topk", tokens=640)
-    sae_trainer = trained(settings, steps=7)
+    sae_trainer = train_sae(settings, steps=7)
     rates = []
     for seed in range(3):
         assert sae_trainer.phase is not SaePhase.FINISHED
@@ -568,7 +568,7 @@ def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
 def test_an_operator_asks_for_a_cooldown() -> None:
     """Over a fifth of the rows seen, from now on; asking twice changes nothing; then it is finished."""
     settings = settings_of("topk")
-    sae_trainer = trained(settings, steps=10)
+    sae_trainer = train_sae(settings, steps=10)
     first = sae_trainer.cool_down()
     learn(sae_trainer, [rows_of(settings, 64, 20)])
     again = sae_trainer.cool_down()
@@ -581,7 +581,7 @@ def test_an_operator_asks_for_a_cooldown() -> None:
 
 def test_an_sae_without_an_end_is_never_finished() -> None:
     """The end of the run is the run's own business."""
-    sae_trainer = trained(settings_of("topk"), steps=3)
+    sae_trainer = train_sae(settings_of("topk"), steps=3)
 
     assert sae_trainer.schedule.cooldown is None
     assert sae_trainer.phase is not SaePhase.FINISHED
@@ -595,14 +595,14 @@ def test_the_default_learning_rate_falls_with_the_root_of_the_width() -> None:
 @pytest.mark.parametrize(("kind", "part"), [("relu l1", "sparsity"), ("jumprelu", "sparsity"), ("gated", "sparsity")])
 def test_the_penalty_warms_up(kind: str, part: str) -> None:
     """With 640 rows of warm-up the first batch pays a 640th, the sixth (320 + 1) of 640 parts."""
-    plain, warming = trained(settings_of(kind), 0), trained(settings_of(kind, sparsity_warmup_tokens=640), 0)
+    plain, warming = train_sae(settings_of(kind), 0), train_sae(settings_of(kind, sparsity_warmup_tokens=640), 0)
     rows = [rows_of(plain.settings, 64, 1)]
     paid = []
     for sae_trainer in (plain, warming):
         learn(sae_trainer, rows)
         paid.append(sae_trainer.report(UNSCALED).loss[part])
     warming.tokens = 320
-    full = trained(settings_of(kind), 0)
+    full = train_sae(settings_of(kind), 0)
     full.sae.parameters = {name: value.clone() for name, value in warming.sae.parameters.items()}
     learn(full, rows)
     learn(warming, rows)
@@ -617,7 +617,7 @@ def test_the_penalty_warms_up(kind: str, part: str) -> None:
 def test_the_average_is_a_plain_mean_at_first() -> None:
     """While fewer rows were seen than it spans, every step weighs the same."""
     settings = settings_of("topk", ema_tokens=10**9)
-    sae_trainer = trained(settings, steps=0)
+    sae_trainer = train_sae(settings, steps=0)
     weights: list[Tensor] = []
     for seed in range(4):
         learn(sae_trainer, [rows_of(settings, 64, seed)])
@@ -631,7 +631,7 @@ def test_the_average_is_a_plain_mean_at_first() -> None:
 def test_the_average_forgets_exponentially() -> None:
     """Over 640 rows, a batch of 64 weighs 1 − exp(−1/10) once the plain mean would weigh less."""
     settings = settings_of("topk", ema_tokens=640)
-    sae_trainer = trained(settings, steps=30)
+    sae_trainer = train_sae(settings, steps=30)
     assert sae_trainer.ema_sae is not None
     before = sae_trainer.ema_sae.parameters["W_enc"]
     learn(sae_trainer, [rows_of(settings, 64, 99)])
@@ -644,14 +644,14 @@ def test_the_average_forgets_exponentially() -> None:
 
 def test_reading_the_average_does_not_touch_training() -> None:
     """It is an SAE of its own, with tensors of its own; without ema_tokens there is none."""
-    sae_trainer = trained(settings_of("topk", ema_tokens=640), steps=3)
+    sae_trainer = train_sae(settings_of("topk", ema_tokens=640), steps=3)
     averaged, again = sae_trainer.ema_sae, sae_trainer.ema_sae
     assert averaged is not None and again is not None
     averaged.parameters["W_enc"].zero_()
 
     assert again.parameters["W_enc"].any()
     assert sae_trainer.sae.parameters["W_enc"].any()
-    assert trained(settings_of("topk"), steps=1).ema_sae is None
+    assert train_sae(settings_of("topk"), steps=1).ema_sae is None
 
 
 # Starting anew

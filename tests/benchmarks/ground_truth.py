@@ -16,9 +16,9 @@ from tests.small_training import (
     ROWS,
     SHARKEY,
     TRUTHS,
-    Found,
+    TruthScores,
     candidates,
-    found,
+    judge_newest,
     train_on_sharkey,
     train_on_truth,
     truth,
@@ -31,7 +31,7 @@ HEAD = (
 MARK = "<!-- python -m tests.benchmarks.ground_truth -->\n"
 
 
-def line(name: str, variant: str, results: list[Found], seconds: float) -> str:
+def line(name: str, variant: str, results: list[TruthScores], seconds: float) -> str:
     """The mean over seeds; the worst feature and the largest FVU of all seeds."""
 
     def mean(values: list[float]) -> float:
@@ -48,7 +48,7 @@ def main(seeds: int) -> None:
     torch.set_num_threads(1)
     table = MARK + HEAD
     for variant, settings in TRUTHS.items():
-        results: dict[str, list[Found]] = {name: [] for name in candidates()}
+        results: dict[str, list[TruthScores]] = {name: [] for name in candidates()}
         began = time.monotonic()
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:
@@ -56,13 +56,13 @@ def main(seeds: int) -> None:
                     [*candidates().values()], truth(tokens=ROWS, **settings), ROWS, Path(folder), seed=seed
                 )
                 for name, all_seeds in results.items():
-                    all_seeds.append(found(run, name))
+                    all_seeds.append(judge_newest(run, name))
         seconds = (time.monotonic() - began) / seeds / len(results)
         table += "".join(line(name, variant, all_seeds, seconds) for name, all_seeds in results.items())
         print(table, flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        whole = found(train_on_sharkey(Path(folder)), SHARKEY.name)
+        whole = judge_newest(train_on_sharkey(Path(folder)), SHARKEY.name)
     table += line(SHARKEY.name, "d = 256, G = 512", [whole], time.monotonic() - began)
     text = PAGE.read_text("utf-8")
     PAGE.write_text(text[: text.index(MARK)] + table, "utf-8")

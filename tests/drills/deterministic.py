@@ -76,7 +76,7 @@ def fates(quick: bool) -> dict[str, Fate]:
         "4 producers, all of them killed": Fate(
             4, producers_killed=2 if quick else 8, trainer_killed=1 if quick else 4
         ),
-        "2 producers, snapshots and pauses asked for": Fate(2, asked=True),
+        "2 producers, snapshots and pauses asked for": Fate(2, runs_commands=True),
     }
 
 
@@ -132,7 +132,7 @@ def compare(
             common = common or snapshot_names(scene.run)  # those asked for come on top
             fingerprints[name] = _fingerprint(scene, common)
         killed += fate.producers_killed + fate.trainer_killed
-        comparisons += scene.trained
+        comparisons += scene.trained_rows
     assert len(set(fingerprints.values())) == 1, f"the weights differ: {fingerprints}"
     return Outcome(
         killed,
@@ -146,11 +146,11 @@ def _live_through(scene: Scene, fate: Fate, rows: int) -> None:
     """A whole run; those who are killed are killed at random places of it."""
     dice = random.Random(7)
     trainer, producers = scene.trainer(), [scene.producer() for _ in range(fate.producers)]
-    victims = ["producer"] * fate.producers_killed + ["trainer"] * fate.trainer_killed + ["nobody"] * fate.asked
+    victims = ["producer"] * fate.producers_killed + ["trainer"] * fate.trainer_killed + ["nobody"] * fate.runs_commands
     dice.shuffle(victims)
     for number, victim in enumerate(victims):
         place = int(rows * (number + dice.random()) / (len(victims) + 1))
-        scene.wait(lambda place=place: scene.trained >= place, 200.0, "for the next victim's turn")
+        scene.wait(lambda place=place: scene.trained_rows >= place, 200.0, "for the next victim's turn")
         time.sleep(dice.uniform(0.0, 0.3))
         if victim == "producer":
             producers.pop(dice.randrange(len(producers))).kill()

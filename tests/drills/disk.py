@@ -81,9 +81,9 @@ def _without_disk(folder: Path, quick: bool, harm: Callable[[Path], None], mend:
                 scene.wait(
                     lambda told=message, number=number: scene.log().count(told) > number, 30.0, f"for {message!r}"
                 )
-            before = scene.trained
+            before = scene.trained_rows
             read(complete_folders(checkpoints)[-1])  # the one from before is whole
-            scene.wait(lambda before=before: scene.trained > before + 1000, 20.0, "for training to go on")
+            scene.wait(lambda before=before: scene.trained_rows > before + 1000, 20.0, "for training to go on")
             assert trainer.poll() is None
             mend(disk)
             newest = complete_folders(checkpoints)[-1]

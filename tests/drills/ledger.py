@@ -118,14 +118,14 @@ def explore(examples: int, steps: int, number: int) -> int:
 
 def counting(machine: type) -> Iterator[int]:
     """Counts the looks at the invariants of `machine`, of which there is one after each move."""
-    moves, report_agrees = 0, machine.report_agrees  # type: ignore[attr-defined]
+    moves, check_report = 0, machine.check_report  # type: ignore[attr-defined]
 
-    def report_and_count(self: object) -> None:
+    def check_and_count(self: object) -> None:
         nonlocal moves
         moves += 1
-        report_agrees(self)
+        check_report(self)
 
-    machine.report_agrees = report_and_count  # type: ignore[attr-defined]
+    machine.check_report = check_and_count  # type: ignore[attr-defined]
     return iter(lambda: moves, -1)
 
 

@@ -66,9 +66,9 @@ def malformed(folder: Path, quick: bool) -> Outcome:
 
 def rate(scene: Scene, meanwhile: Callable[[], object]) -> float:
     """Trained rows per second."""
-    began, before = time.monotonic(), scene.trained
+    began, before = time.monotonic(), scene.trained_rows
     meanwhile()
-    return (scene.trained - before) / (time.monotonic() - began)
+    return (scene.trained_rows - before) / (time.monotonic() - began)
 
 
 def fuzzed(folder: Path, quick: bool) -> Outcome:

@@ -174,9 +174,9 @@ def _under(
             time.sleep(1.0)
             assert trainer.poll() is None, "the run ended before it could be harmed"
             harm(proxy)
-            before = scene.trained
+            before = scene.trained_rows
             scene.wait(
-                lambda before=before: scene.trained > before, BACK_SECONDS, "for rows after the network's return"
+                lambda before=before: scene.trained_rows > before, BACK_SECONDS, "for rows after the network's return"
             )
         assert trainer.wait(300) == 0
         proxy.close()

@@ -56,7 +56,7 @@ def producers_crash_in_a_loop(folder: Path, quick: bool) -> Outcome:
     with Scene(folder, f"corpus.epochs={epochs}") as scene:
         trainer = scene.trainer()
         assert scene.program("crashing_producer", DEATHS=deaths).wait(300) == 0
-        assert trainer.poll() is None and not scene.trained
+        assert trainer.poll() is None and not scene.trained_rows
         scene.producer()
         assert trainer.wait(300) == 0
         saved = load_newest(scene.run)
@@ -135,8 +135,8 @@ def trainer_killed(folder: Path, quick: bool) -> Outcome:
         scene.producer(), scene.producer()
         for _ in range(kills):
             trainer = scene.trainer(SECONDS_PER_STEP=0.02)
-            before = scene.trained
-            scene.wait(lambda before=before: scene.trained > before, 60.0, "for the restarted trainer")
+            before = scene.trained_rows
+            scene.wait(lambda before=before: scene.trained_rows > before, 60.0, "for the restarted trainer")
             time.sleep(dice.uniform(0.0, 4.0))
             assert trainer.poll() is None, "the run ended before it could be killed"
             trainer.kill()
@@ -207,8 +207,8 @@ def producers_come_and_go(folder: Path, quick: bool) -> Outcome:
             while len(producers) > count:
                 producers.pop().terminate()
             if count:
-                before = scene.trained
-                scene.wait(lambda before=before: scene.trained > before + 2000)
+                before = scene.trained_rows
+                scene.wait(lambda before=before: scene.trained_rows > before + 2000)
                 time.sleep(0.5 if quick else 5.0)
             else:
                 starved = scene.wait(lambda: "training waits; producers at work: 0" in scene.log(), 15.0)
@@ -251,8 +251,8 @@ def everybody_told_to_leave(folder: Path, quick: bool) -> Outcome:
     with Scene(folder, f"corpus.epochs={epochs}") as scene:
         for _ in range(rounds):
             everybody = [scene.trainer(SECONDS_PER_STEP=0.02), *(scene.producer() for _ in range(3))]
-            before = scene.trained
-            scene.wait(lambda before=before: scene.trained > before + 2000)
+            before = scene.trained_rows
+            scene.wait(lambda before=before: scene.trained_rows > before + 2000)
             dice.shuffle(everybody)
             began = time.monotonic()
             for process in everybody:

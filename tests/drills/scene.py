@@ -179,7 +179,7 @@ class Scene:
     # What happens
 
     @property
-    def trained(self) -> int:
+    def trained_rows(self) -> int:
         """Rows written down so far, those of a crashed trainer included until the next one cuts them off."""
         return self.rows_file.stat().st_size // 12 if self.rows_file.exists() else 0
 
@@ -192,18 +192,18 @@ class Scene:
         return time.monotonic() - began
 
     def wait_for_rows(self, rows: int, seconds: float = 90.0) -> None:
-        self.wait(lambda: self.trained >= rows, seconds, f"for {rows:,} rows; there are {self.trained:,}")
+        self.wait(lambda: self.trained_rows >= rows, seconds, f"for {rows:,} rows; there are {self.trained_rows:,}")
 
     # Judgement
 
     def outcome(
-        self, rounds: int, epochs: int, aside: set[int] | frozenset[int] = frozenset(), note: str = ""
+        self, rounds: int, epochs: int, quarantined: set[int] | frozenset[int] = frozenset(), note: str = ""
     ) -> Outcome:
-        """Raises AssertionError unless each row of each shard but those `aside` was trained once per epoch."""
+        """Raises AssertionError unless each row of each shard but those `quarantined` was trained once per epoch."""
         shard, window, position = np.fromfile(self.rows_file, np.int32).reshape(-1, 3).T
         counts = np.bincount((shard * WINDOWS + window) * CONTEXT + position, minlength=SHARDS * WINDOWS * CONTEXT)
         expected = np.zeros_like(counts).reshape(SHARDS, -1)
-        expected[np.setdiff1d(TRAINING_SHARDS, list(aside))] = epochs
+        expected[np.setdiff1d(TRAINING_SHARDS, list(quarantined))] = epochs
         difference = counts - expected.reshape(-1)
         outcome = Outcome(
             rounds,
@@ -249,7 +249,7 @@ class Scene:
             self.samples.append(
                 Sample(
                     time.monotonic(),
-                    12 * self.trained,
+                    12 * self.trained_rows,
                     max((look[0] for look in trainers), default=0.0),
                     max((look[0] for look in producers), default=0.0),
                     max((look[1] for look in trainers), default=0),

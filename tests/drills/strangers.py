@@ -135,7 +135,7 @@ def broken_shards(folder: Path, quick: bool) -> Outcome:
         return scene.outcome(
             len(quarantined),
             epochs,
-            aside={*raising, *nan, *infinite},
+            quarantined={*raising, *nan, *infinite},
             note="shards quarantined, each after three attempts",
         )
 

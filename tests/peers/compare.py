@@ -71,10 +71,10 @@ class Peers:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a library made of one of ours; only `refused` when we would not write it."""
+    """What a library made of one of ours; only `refusal` when we would not write it."""
 
-    refused: str = ""
-    told: dict[str, Any] | None = None
+    refusal: str = ""
+    facts: dict[str, Any] | None = None
     difference: dict[str, float] | None = None
     """Of latents, x_hat, forward and folded, relative."""
 
@@ -106,10 +106,10 @@ class Comparison:
                 if format_name == "snapshot":
                     target = folder
                     if "topk" in sae.cfg["architecture"] and "transcoder" in sae.cfg["architecture"]:
-                        verdicts[key] = Verdict(refused="SAELens has no top-k transcoders")
+                        verdicts[key] = Verdict(refusal="SAELens has no top-k transcoders")
                         continue
                 elif refusal := _export(folder, format_name, target):
-                    verdicts[key] = Verdict(refused=refusal)
+                    verdicts[key] = Verdict(refusal=refusal)
                     continue
                 jobs[key] = {
                     "library": library,
@@ -121,7 +121,7 @@ class Comparison:
         answers = peers.load([{key: value for key, value in job.items() if key != "ours"} for job in jobs.values()])
         for (key, job), answer in zip(jobs.items(), answers, strict=True):
             theirs, x = load_file(job["out"]), load_file(job["x"])["x"]
-            verdicts[key] = Verdict(told=answer, difference=_differences(job["ours"], theirs, x))
+            verdicts[key] = Verdict(facts=answer, difference=_differences(job["ours"], theirs, x))
         return cls(verdicts)
 
 
@@ -178,7 +178,7 @@ def table(comparison: Comparison, zoo: Zoo, directory: Path) -> str:
         cells = []
         for format_name in LIBRARY:
             verdict = comparison[name, format_name]
-            cells.append("–" if verdict.refused else f"{(verdict.told or {})['class']} {_digit(verdict.worst)}")
+            cells.append("–" if verdict.refusal else f"{(verdict.facts or {})['class']} {_digit(verdict.worst)}")
         started = start_difference(zoo, name, directory)
         cells.append("–" if started is None else _digit(started))
         lines.append(f"| {name} | {' | '.join(cells)} |")

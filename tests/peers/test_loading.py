@@ -60,18 +60,18 @@ def test_they_encode_and_decode_as_we_do(name: str, format_name: str, comparison
     """Latents, reconstruction and forward agree to 1e-5 on real activations, or the format is refused in a sentence."""
     verdict = comparison[name, format_name]
     if name in CAN[format_name]:
-        assert not verdict.refused
+        assert not verdict.refusal
         assert verdict.worst < 1e-5, verdict.difference
     else:
-        assert verdict.refused
-        assert format_name == "snapshot" or "--format" in verdict.refused
+        assert verdict.refusal
+        assert format_name == "snapshot" or "--format" in verdict.refusal
 
 
 @pytest.mark.parametrize(("name", "architecture"), SAELENS.items())
 def test_saelens_knows_what_it_is_and_where_it_is_from(name: str, architecture: str, comparison: Comparison) -> None:
     """Architecture, hook, model and provenance survive, in snapshots and in exports."""
     for format_name in ("snapshot", "saelens"):
-        facts = comparison[name, format_name].told
+        facts = comparison[name, format_name].facts
         assert facts is not None
         assert facts["architecture"] == architecture
         assert facts["hook_name"] == READ
@@ -83,7 +83,7 @@ def test_saelens_knows_what_it_is_and_where_it_is_from(name: str, architecture: 
 @pytest.mark.parametrize("name", CAN["snapshot"])
 def test_saelens_folds_decoder_norms_where_that_is_possible(name: str, comparison: Comparison) -> None:
     """`fold_W_dec_norm` changes nothing; it refuses top-k whose rows whitening or several hooks have made unequal."""
-    facts, differences = comparison[name, "snapshot"].told, comparison[name, "snapshot"].difference
+    facts, differences = comparison[name, "snapshot"].facts, comparison[name, "snapshot"].difference
     assert facts is not None and differences is not None
     if name in ("topk-whitening", "topk-crosscoder"):
         assert facts["unfoldable"]
@@ -94,7 +94,7 @@ def test_saelens_folds_decoder_norms_where_that_is_possible(name: str, compariso
 @pytest.mark.parametrize(("name", "class_name"), DICTIONARY.items())
 def test_dictionary_learning_gets_its_own_classes(name: str, class_name: str, comparison: Comparison) -> None:
     """Not everything is a JumpReLU: what they have a class for is loaded as that."""
-    facts = comparison[name, "dictionary_learning"].told
+    facts = comparison[name, "dictionary_learning"].facts
     assert facts is not None
     assert facts["class"] == class_name
     assert facts["lm_name"] == "producer/demo_lm"
