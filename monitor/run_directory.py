@@ -74,11 +74,34 @@ def is_training(run_directory: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class PublishedSae:
+    """One SAE of a snapshot."""
+
+    metrics: dict[str, Any]
+    """Its numbers in the manifest."""
+    evaluation: dict[str, Any] | None
+    """The object in its evaluation.json; None until it is evaluated."""
+
+
+@dataclass(frozen=True)
+class SnapshotEntry:
+    """One snapshot, without its settings; the names of the fields are the keys in the JSON of /v1/snapshots."""
+
+    name: str
+    tokens: int
+    created: str
+    pinned: bool
+    bytes: int
+    files: list[str]
+    saes: dict[str, PublishedSae]
+
+
+@dataclass(frozen=True)
 class SnapshotPage:
     """Some of a run's snapshots."""
 
-    entries: list[dict[str, Any]]
-    """Entries of the JSON of /v1/snapshots, oldest first."""
+    entries: list[SnapshotEntry]
+    """Oldest first."""
     count: int
     """Number of all snapshots of the run."""
     older: str | None
@@ -88,8 +111,7 @@ class SnapshotPage:
 def read_page(run_directory: Path, limit: int, before: str | None = None) -> SnapshotPage:
     """The newest `limit` snapshots, or the newest of those that are older than `before`.
 
-    An entry has the SAEs' metrics and evaluations but not the settings. One that has not changed is the same object as
-    last time: the caller must not modify it.
+    An entry that has not changed is the same object as last time: the caller must not modify it.
     """
     names = index_of(run_directory).names()
     end = len(names) if before is None else bisect_left(names, before)
@@ -98,8 +120,8 @@ def read_page(run_directory: Path, limit: int, before: str | None = None) -> Sna
     return SnapshotPage(entries, len(names), page[0] if page and end > limit else None)
 
 
-def read_entry(run_directory: Path, name: str) -> dict[str, Any] | None:
-    """One snapshot in the JSON of /v1/snapshots; None when it is gone or cannot be read."""
+def read_entry(run_directory: Path, name: str) -> SnapshotEntry | None:
+    """One snapshot; None when it is gone or cannot be read."""
     folder = run_directory / "snapshots" / name
     try:
         evaluation_times = [written_ns(folder / sae / EVALUATION) for sae in manifest_of(folder).saes]
@@ -114,8 +136,8 @@ def newest_evaluations(run_directory: Path) -> dict[str, Evaluation]:
     for sae in _newest_saes(run_directory):
         name = index_of(run_directory).newest_with(sae, EVALUATION)
         entry = read_entry(run_directory, name) if name else None
-        if entry is not None and (document := entry["saes"][sae]["evaluation"]):
-            evaluations[sae] = replace(Evaluation.from_json(document), snapshot_tokens=entry["tokens"])
+        if entry is not None and (document := entry.saes[sae].evaluation):
+            evaluations[sae] = replace(Evaluation.from_json(document), snapshot_tokens=entry.tokens)
     return evaluations
 
 
@@ -165,22 +187,21 @@ def _newest_saes(run_directory: Path) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _entry(folder: Path, written_ns: int, evaluations_ns: tuple[int, ...], pinned: bool) -> dict[str, Any]:
-    """One snapshot of the list, cached for as long as none of its files changes."""
+def _entry(folder: Path, written_ns: int, evaluations_ns: tuple[int, ...], pinned: bool) -> SnapshotEntry:
+    """One snapshot, cached for as long as none of its files changes."""
     manifest = manifest_of(folder)
-    saes = {
-        sae: {"metrics": metrics, "evaluation": read_json(folder / sae / EVALUATION, folder)}
-        for sae, metrics in manifest.saes.items()
-    }
-    return {
-        "name": manifest.name,
-        "tokens": manifest.tokens,
-        "created": manifest.created,
-        "pinned": pinned,
-        "bytes": sum(file.bytes for file in manifest.files),
-        "files": [file.path for file in manifest.files],
-        "saes": saes,
-    }
+    return SnapshotEntry(
+        name=manifest.name,
+        tokens=manifest.tokens,
+        created=manifest.created,
+        pinned=pinned,
+        bytes=sum(file.bytes for file in manifest.files),
+        files=[file.path for file in manifest.files],
+        saes={
+            sae: PublishedSae(metrics, read_json(folder / sae / EVALUATION, folder))
+            for sae, metrics in manifest.saes.items()
+        },
+    )
 
 
 def hooks_of(record: Mapping[str, Any]) -> str | None:

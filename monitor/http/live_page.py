@@ -16,7 +16,7 @@ from markupsafe import Markup
 from monitor.evaluation.measures import MEASURES, Measure, Stage, measures
 from monitor.evaluation.results import Evaluation, value_of
 from monitor.http.html import number, render
-from monitor.run_directory import SILENT_SECONDS, hooks_of
+from monitor.run_directory import SILENT_SECONDS, SnapshotEntry, hooks_of
 from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
 from producer.common.shell import shell_command
@@ -37,8 +37,8 @@ Fact = tuple[str, str]
 class RunSnapshots:
     """The snapshots of a run, as far as the page shows them."""
 
-    newest: list[dict[str, Any]]
-    """The last SNAPSHOTS_SHOWN, oldest first, in the JSON of /v1/snapshots."""
+    newest: list[SnapshotEntry]
+    """The last SNAPSHOTS_SHOWN, oldest first."""
     count: int
     """Number of all snapshots."""
     evaluations: dict[str, Evaluation]
@@ -177,7 +177,7 @@ def colours_of(run: Run, snapshots: RunSnapshots) -> dict[str, str]:
 
 def _names(run: Run, snapshots: RunSnapshots) -> list[str]:
     reported = [sae["name"] for sae in (run["report"] or {}).get("saes", [])]
-    return list(dict.fromkeys([*reported, *(snapshots.newest[-1]["saes"] if snapshots.newest else {})]))
+    return list(dict.fromkeys([*reported, *(snapshots.newest[-1].saes if snapshots.newest else {})]))
 
 
 # --- The headline ----------------------------------------------------------------------------------------------------
@@ -269,10 +269,10 @@ def _bottleneck(run: Run) -> str:
 def sae_rows(run: Run, snapshots: RunSnapshots) -> list[SaeRow]:
     """Each SAE with its numbers from the newest report of the trainer, and from its newest evaluation."""
     reports = {sae["name"]: sae for sae in (run["report"] or {}).get("saes", [])}
-    newest = snapshots.newest[-1]["saes"] if snapshots.newest else {}
+    newest = snapshots.newest[-1].saes if snapshots.newest else {}
     rows = []
     for name, colour in colours_of(run, snapshots).items():
-        report, metrics = reports.get(name), (newest.get(name) or {}).get("metrics") or {}
+        report, metrics = reports.get(name), newest[name].metrics if name in newest else {}
         evaluation = snapshots.evaluations.get(name)
         rows.append(
             SaeRow(
@@ -344,15 +344,15 @@ def charts() -> list[PageChart]:
     ]
 
 
-def _snapshot_row(entry: dict[str, Any]) -> SnapshotRow:
-    evaluated_saes = [name for name, sae in entry["saes"].items() if sae["evaluation"]]
+def _snapshot_row(entry: SnapshotEntry) -> SnapshotRow:
+    evaluated_saes = [name for name, sae in entry.saes.items() if sae.evaluation]
     return SnapshotRow(
-        name=entry["name"],
-        tokens=entry["tokens"],
-        created=entry["created"],
-        is_pinned=entry["pinned"],
-        bytes=entry["bytes"],
-        saes=len(entry["saes"]),
+        name=entry.name,
+        tokens=entry.tokens,
+        created=entry.created,
+        is_pinned=entry.pinned,
+        bytes=entry.bytes,
+        saes=len(entry.saes),
         evaluated_saes=len(evaluated_saes),
-        paths=[*entry["files"], *(f"{name}/evaluation.json" for name in evaluated_saes)],
+        paths=[*entry.files, *(f"{name}/evaluation.json" for name in evaluated_saes)],
     )

@@ -156,7 +156,9 @@ class _Routes:
             "snapshots": page.entries,
             "next": older,
         }
-        return tagged_json(request, json.dumps(content, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
+        return tagged_json(
+            request, json.dumps(content, default=vars, ensure_ascii=False, allow_nan=False).encode(), MUTABLE
+        )
 
     async def latest(self, request: Request) -> Response:
         after, seconds = _parse_wait(request)
