@@ -47,7 +47,10 @@ class SmallRanks(AbstractContextManager["SmallRanks"]):
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = self._pipes.index(pipe)
-                answers[rank], failure = pipe.recv()
+                try:
+                    answers[rank], failure = pipe.recv()
+                except EOFError:
+                    failure = f"rank {rank} of {size} has ended"
                 if failure:  # the others may wait in a collective for this one
                     self._stop()
                     raise AssertionError(failure)

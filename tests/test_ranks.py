@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_top_k_over_ranks_is_the_set_of_one_process(
     parts = small_ranks.run(local_largest, size, pre_acts, k, magnitude)
 
     assert torch.equal(torch.cat([places for places, _, _ in parts], 1), one_process(pre_acts, k, magnitude))
+
+
+def local_ties(ranks: Ranks, pre_acts: Tensor, k: int) -> int:
+    """How many latents are chosen when keys have no latent in them, as a comparison of values alone would."""
+    with patch.object(selection, "selection_keys", lambda value, latent: selection.ordered_bits(value) << 32):
+        return int(local_largest(ranks, pre_acts, k, False)[0].sum())
+
+
+def test_a_choice_by_value_alone_would_be_caught(small_ranks: SmallRanks) -> None:
+    """It keeps all that tie for the last place."""
+    pre_acts = values_of("few values", 9, 40, 0)
+
+    assert sum(small_ranks.run(local_ties, 2, pre_acts, 5)) > int(one_process(pre_acts, 5, False).sum()) == 45
 
 
 def values_of(kind: str, rows: int, d_sae: int, seed: int) -> Tensor:

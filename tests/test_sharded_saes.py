@@ -6,7 +6,7 @@ Everything is float64 here but the comparison of values in selections, so that w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Whitening
 from trainer.saes.gradients import SHARED, THROUGH_ENCODER
 from trainer.saes.hooks import SaeHooks
+from trainer.saes.initial import random_rows
 from trainer.saes.jumprelu import JumpReLU
 from trainer.saes.settings import SaeSettings
 from trainer.saes.topk import FixedK
@@ -87,6 +88,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "relu l1 whitened": case("relu l1", whitening=True),
     "tied": case("tied", sparsity_weight=0.5),
     "gated auxk": case("gated", **AUXK),
+    "repair": case("repair"),
 }
 """One case for every mechanism that ranks have to agree on."""
 
@@ -95,9 +97,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
     """Every kind of SAE with every way to revive its latents."""
     cases = {}
     for name in FAMILY:
-        if name == "repair":
-            continue
-        for revival in [{}] if name == "tied" else [{}, AUXK, RESAMPLE, REINITIALISE]:
+        for revival in [{}] if name in ("tied", "repair") else [{}, AUXK, RESAMPLE, REINITIALISE]:
             cases[f"{name} {revival.get('revive', '')}".strip()] = case(name, **revival)
     penalised: dict[str, Any] = {"target_l0": None, "sparsity_weight": 0.5}
     cases["jumprelu l0"] = case("jumprelu", **penalised, penalty="l0")
@@ -145,9 +145,11 @@ def batch_of(settings: SaeSettings, seed: int) -> dict[str, Tensor]:
 Trained = tuple[dict[str, Tensor], dict[str, Tensor], SaeReport]
 
 
-def train(ranks: Ranks, table: Mapping[str, Any], steps: int = STEPS, clip: float = 0.05) -> Trained:
+def train(ranks: Ranks, table: Mapping[str, Any], fault: str | None = None) -> Trained:
     """(gradients of the last step, tensors after it, report), of the latents of this rank."""
-    sae_trainer = sae_trainer_of(ranks, table, clip)
+    sae_trainer = sae_trainer_of(ranks, table, clip=0.05)
+    if fault is not None:
+        FAULTS[fault][1](sae_trainer)
     gradients: dict[str, Tensor] = {}
     complete = sae_trainer.sae.complete
 
@@ -158,7 +160,7 @@ def train(ranks: Ranks, table: Mapping[str, Any], steps: int = STEPS, clip: floa
         gradients.update({name: value.clone() for name, value in grads.items()})
 
     sae_trainer.sae.complete = remember  # type: ignore[method-assign]
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         sae_trainer.step(batch_of(sae_trainer.settings, step))
     return gradients, tensors_of(sae_trainer), sae_trainer.report(UNSCALED)
 
@@ -199,10 +201,12 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
     )
 
 
-def assert_parity(small_ranks: SmallRanks, table: Mapping[str, Any], sizes: tuple[int, ...]) -> None:
+def assert_parity(
+    small_ranks: SmallRanks, table: Mapping[str, Any], sizes: tuple[int, ...], fault: str | None = None
+) -> None:
     gradients, tensors, report = train(ALONE, table)
     for size in sizes:
-        parts = small_ranks.run(train, size, table)
+        parts = small_ranks.run(train, size, table, fault)
         assert difference(joined([part[0] for part in parts]), gradients) <= GRADIENTS
         assert difference(joined([part[1] for part in parts]), tensors) <= WEIGHTS
         for part in parts:
@@ -229,6 +233,108 @@ def test_ranks_train_the_sae_of_one_process(small_ranks: SmallRanks, name: str) 
 def test_ranks_train_every_sae_of_one_process(small_ranks: SmallRanks, name: str) -> None:
     """The same for every kind of SAE and every way of revival, on 2 and 4 ranks."""
     assert_parity(small_ranks, all_cases()[name], SIZES)
+
+
+# First weights
+
+
+@pytest.mark.parametrize("name", ["topk", "topk skip transcoder", "jumprelu crosscoder", "relu l1_norm", "gated"])
+@pytest.mark.parametrize("directions", ["random", "data"])
+def test_ranks_draw_the_first_weights_of_one_process(name: str, directions: str) -> None:
+    """The same numbers whichever rows a rank holds; biases from products in float32, whose last digit depends on it."""
+    table = case(name, initial_directions=directions)
+    whole = first_weights(ALONE, table)
+
+    for size in (2, 3, 4):
+        parts = [first_weights(Ranks(rank, size, None, latents_per_unit=1), table) for rank in range(size)]
+        for weight, value in joined(parts).items():
+            if weight == "b_enc":
+                torch.testing.assert_close(value, whole[weight], rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(value, whole[weight]), weight
+
+
+def first_weights(ranks: Ranks, table: Mapping[str, Any]) -> dict[str, Tensor]:
+    settings = SaeSettings.of(**table)
+    hooks = SaeHooks.from_settings(settings, HOOKS)
+    sae_trainer = SaeTrainer(
+        settings, OptimizerSettings(), hooks, hook_widths(settings), torch.device("cpu"), torch.float32, ranks=ranks
+    )
+    sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED)
+    return sae_trainer.sae.parameters
+
+
+def test_random_rows_are_those_of_one_draw() -> None:
+    """However many rows there are beyond a chunk, and at whichever of them a rank begins."""
+    for rows, width in ((9000, 3), (4097, 1), (8200, 2), (10, 4)):
+        expected = torch.randn(rows, width, generator=torch.Generator().manual_seed(3))
+        for held in (range(rows), range(rows // 3, rows), range(5, min(rows, 4100))):
+            drawn = random_rows(rows, width, torch.Generator().manual_seed(3), held)
+            assert torch.equal(drawn, expected[held.start : held.stop])
+
+
+# Planted faults
+
+
+def norm_of_own_latents(sae_trainer: SaeTrainer) -> None:
+    sae_trainer.optimizer._ranks = ALONE
+
+
+def b_dec_summed_over_ranks(sae_trainer: SaeTrainer) -> None:
+    sae = sae_trainer.sae
+
+    def complete(grads: dict[str, Tensor]) -> None:
+        grads["b_dec"] += grads.pop(THROUGH_ENCODER)[0]
+        sae.ranks.sum(grads["b_dec"], "sums")
+
+    sae.complete = complete  # type: ignore[method-assign]
+
+
+def b_dec_without_other_ranks(sae_trainer: SaeTrainer) -> None:
+    def complete(grads: dict[str, Tensor]) -> None:
+        grads["b_dec"] += grads.pop(THROUGH_ENCODER)[0]
+
+    sae_trainer.sae.complete = complete  # type: ignore[method-assign]
+
+
+def k_aux_on_each_rank(sae_trainer: SaeTrainer) -> None:
+    sae_trainer.sae.choose_largest = (  # type: ignore[method-assign]
+        lambda candidates, k, latent: candidates.with_value(candidates.value.relu())
+    )
+
+
+def l0_of_own_latents(sae_trainer: SaeTrainer) -> None:
+    sae_trainer.statistics._ranks = ALONE
+
+
+def penalty_of_own_latents(sae_trainer: SaeTrainer) -> None:
+    sae, whole_sum = sae_trainer.sae, sae_trainer.sae.ranks.sum
+    sae.ranks.sum = lambda tensor, purpose: tensor if purpose == "scalars" else whole_sum(tensor, purpose)  # type: ignore[method-assign]
+
+
+def places_in_another_order(sae_trainer: SaeTrainer) -> None:
+    ranks = sae_trainer.sae.ranks
+    counts = ranks.counts
+    ranks.counts = lambda number, purpose="scalars": counts(number, purpose)[::-1]  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, tuple[str, Callable[[SaeTrainer], None]]] = {
+    "the norm is not summed over ranks": ("relu l1 whitened", norm_of_own_latents),
+    "b_dec counts once for each rank": ("relu l1 whitened", b_dec_summed_over_ranks),
+    "b_dec learns from the encoder of one rank": ("relu l1 whitened", b_dec_without_other_ranks),
+    "AuxK has k_aux latents on each rank": ("jumprelu auxk, averaged", k_aux_on_each_rank),
+    "a statistic is that of one rank": ("relu l1 whitened", l0_of_own_latents),
+    "the pull on L0 is that of one rank": ("jumprelu pre_act", penalty_of_own_latents),
+    "two ranks point latents at one activation": ("relu tanh crosscoder, reinitialised", places_in_another_order),
+}
+"""By what is wrong: the case that shows it, and the change to an SAE trainer on each rank."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(small_ranks: SmallRanks, fault: str) -> None:
+    """Each makes the comparison with one process fail."""
+    with pytest.raises(AssertionError):
+        assert_parity(small_ranks, QUICK[FAULTS[fault][0]], (2,), fault)
 
 
 # Fixed blocks
