@@ -16,7 +16,17 @@ from starlette.testclient import TestClient
 from monitor.cli.comparison_tables import show
 from monitor.cli.terminal import live, results
 from monitor.comparison import compare
-from monitor.evaluation.measures import MEASURES, Better, Chart, Column, Curve, Measure, Stage, as_markdown, measures
+from monitor.evaluation.measures import (
+    MEASURES,
+    Better,
+    Chart,
+    Curve,
+    Measure,
+    Stage,
+    TableColumn,
+    as_markdown,
+    measures,
+)
 from monitor.evaluation.results import Evaluation, write_evaluation
 from monitor.grafana.generate import training
 from monitor.history import History, append_evaluation
@@ -31,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 GINI = Measure(
     "gini", Stage.HELD_OUT, "Gini coefficient", ".5f", "ratio", "How unequally activations share the latents.",
     Better.HIGHER, metric="sluice_gini", summary_name="held_out_gini", in_history=True, page_heading="Gini",
-    chart=Chart("Gini", "of activations"), live_column=Column("gini"), results_column=Column("gini"),
+    chart=Chart("Gini", "of activations"), live_column=TableColumn("gini"), results_column=TableColumn("gini"),
     curves=(Curve("Held out", "Gini"),),
 )  # fmt: skip
 

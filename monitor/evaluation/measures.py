@@ -34,7 +34,7 @@ class Better(Enum):
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of a table in the terminal."""
 
     heading: str
@@ -95,9 +95,9 @@ class Measure:
     """Heading of a column in the live page's table of SAEs."""
     chart: Chart | None = None
     """On the live page; needs `in_history`."""
-    live_column: Column | None = None
+    live_column: TableColumn | None = None
     """Its column in the table of `monitor top` and of the demo while a run trains."""
-    results_column: Column | None = None
+    results_column: TableColumn | None = None
     """Its column in the table of a finished run; needs `summary_name`."""
     curves: tuple[Curve, ...] = ()
     """Its curves in Grafana; need `metric`."""
@@ -115,10 +115,11 @@ LOWER, HIGHER = Better.LOWER, Better.HIGHER
 # fmt: off
 MEASURES: list[Measure] = [
     Measure("l0", TRAINING, "L0", ".1f", *_reported("l0"), LOWER,
-            metric="sluice_l0", summary_name="l0", in_history=True, page_heading="L0", live_column=Column("L0"),
+            metric="sluice_l0", summary_name="l0", in_history=True, page_heading="L0", live_column=TableColumn("L0"),
             chart=Chart("L0", "latents active on an activation"), curves=(Curve("L0 by tokens"),)),
     Measure("fvu", TRAINING, "FVU", ".4f", *_reported("fvu"), LOWER,
-            metric="sluice_fvu", summary_name="fvu", in_history=True, page_heading="FVU", live_column=Column("FVU"),
+            metric="sluice_fvu", summary_name="fvu", in_history=True, page_heading="FVU",
+            live_column=TableColumn("FVU"),
             chart=Chart("FVU", "variance left unexplained", is_log=True, tick_format=".2~g"),
             curves=(Curve("FVU by tokens"), Curve("FVU"))),
     Measure("mse", TRAINING, "MSE", ".4g", *_reported("mse"), LOWER,
@@ -128,24 +129,26 @@ MEASURES: list[Measure] = [
             curves=(Curve("Dead and dense latents", "dead"),)),
     Measure("dead_latents_ratio", TRAINING, "dead latents, share", ".2%", *_reported("dead_latents_ratio"), LOWER,
             metric="sluice_dead_latents_ratio", summary_name="dead_latents_ratio", in_history=True,
-            page_heading="dead", live_column=Column("dead", 49), results_column=Column("dead", 54),
+            page_heading="dead", live_column=TableColumn("dead", 49), results_column=TableColumn("dead", 54),
             chart=Chart("Dead latents", "silent for dead_tokens", tick_format=".2~p")),
     Measure("shrinkage", TRAINING, "shrinkage", ".3f", *_reported("shrinkage"),
             metric="sluice_shrinkage", summary_name="shrinkage", in_history=True, page_heading="shrinkage",
-            live_column=Column("shrink", 67), results_column=Column("shrink", 71), curves=(Curve("Shrinkage"),)),
+            live_column=TableColumn("shrink", 67), results_column=TableColumn("shrink", 71),
+            curves=(Curve("Shrinkage"),)),
     Measure("learning_rate", TRAINING, "learning rate", ".1e", *_reported("learning_rate"),
-            metric="sluice_learning_rate", in_history=True, live_column=Column("rate", 76),
+            metric="sluice_learning_rate", in_history=True, live_column=TableColumn("rate", 76),
             curves=(Curve("Learning rate"),)),
     Measure("grad_norm", TRAINING, "gradient norm", ".4g", *_reported("grad_norm"),
             metric="sluice_grad_norm", in_history=True, curves=(Curve("Gradient norm"),)),
 
     Measure("l0", HELD_OUT, "L0", ".1f", "latents",
             "Mean number of latents active on a held-out activation.", LOWER,
-            metric="sluice_evaluation_l0", summary_name="held_out_l0", in_history=True, results_column=Column("L0")),
+            metric="sluice_evaluation_l0", summary_name="held_out_l0", in_history=True,
+            results_column=TableColumn("L0")),
     Measure("fvu", HELD_OUT, "FVU", ".4f", "ratio",
             "Fraction of variance unexplained on held-out activations: 0 is perfect.", LOWER,
             metric="sluice_evaluation_fvu", summary_name="held_out_fvu", in_history=True,
-            page_heading="held-out FVU", results_column=Column("FVU"), curves=(Curve("FVU", "held out"),)),
+            page_heading="held-out FVU", results_column=TableColumn("FVU"), curves=(Curve("FVU", "held out"),)),
     Measure("fvu_by_hook", HELD_OUT, "FVU by hook", ".4f", "ratio",
             "Fraction of variance unexplained at each hook that a crosscoder writes.", LOWER,
             label="hook", summary_name="held_out_fvu_by_hook"),
@@ -153,12 +156,12 @@ MEASURES: list[Measure] = [
             "Cross-entropy that the language model loses by reading x_hat for x, in nats per token: the primary "
             "number.", LOWER,
             metric="sluice_ce_delta", summary_name="ce_delta", in_history=True, page_heading="ΔCE",
-            live_column=Column("ΔCE", 40), results_column=Column("ΔCE"),
+            live_column=TableColumn("ΔCE", 40), results_column=TableColumn("ΔCE"),
             chart=Chart("ΔCE", "nats per token, on held-out text"), curves=(Curve("ΔCE by tokens"),)),
     Measure("ce_recovered", HELD_OUT, "CE recovered, against zero ablation", ".4f", "ratio",
             "Share of the cross-entropy lost to zero ablation that the SAE recovers: 1 is no loss at all.", HIGHER,
             metric="sluice_ce_recovered", summary_name="ce_recovered", in_history=True, page_heading="CE recovered",
-            live_column=Column("CE rec.", 58), results_column=Column("CE recov.", 48),
+            live_column=TableColumn("CE rec.", 58), results_column=TableColumn("CE recov.", 48),
             curves=(Curve("Held out", "CE recovered"),)),
     Measure("ce_recovered_mean_ablation", HELD_OUT, "CE recovered, against mean ablation", ".4f", "ratio",
             "Share of the cross-entropy lost to mean ablation that the SAE recovers; the stricter of the two.", HIGHER,
@@ -167,7 +170,7 @@ MEASURES: list[Measure] = [
     Measure("kl", HELD_OUT, "KL(clean ‖ SAE)", ".4f", "nats per token",
             "KL(P_clean ‖ P_sae) of the language model's predictions, in nats per token.", LOWER,
             metric="sluice_kl", summary_name="kl", in_history=True, page_heading="KL",
-            results_column=Column("KL", 79), curves=(Curve("Held out", "KL"),)),
+            results_column=TableColumn("KL", 79), curves=(Curve("Held out", "KL"),)),
     Measure("ce_clean", HELD_OUT, "CE of the model alone", ".4f", "nats per token",
             "Cross-entropy of the untouched language model, in nats per token.",
             metric="sluice_ce_clean", summary_name="ce_clean"),

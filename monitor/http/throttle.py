@@ -67,8 +67,8 @@ class CpuBudget:
         """The CPU seconds left, given the time and the CPU seconds used since some moment in the past."""
         if self._previous is not None:
             earned = (now - self._previous[0]) * self.rate
-            left = min(self.burst_seconds, self._seconds + earned) - (used - self._previous[1])
-            self._seconds = max(left, -self.longest_wait_seconds * self.rate)
+            seconds_left = min(self.burst_seconds, self._seconds + earned) - (used - self._previous[1])
+            self._seconds = max(seconds_left, -self.longest_wait_seconds * self.rate)
         self._previous = now, used
         return self._seconds
 
@@ -104,11 +104,11 @@ class CpuThrottle:
             await self._check_training()
             if not self._must_wait:
                 return
-            while (left := self._left()) < 0:
-                await asyncio.sleep(-left / self._budget.rate)
+            while (seconds_left := self._seconds_left()) < 0:
+                await asyncio.sleep(-seconds_left / self._budget.rate)
             # The clock does not have what busy workers are about to use: with little left, one works at a time.
             deadline = time.monotonic() + self._budget.longest_wait_seconds
-            while workers.borrowed_tokens >= (WORKERS if self._left() > self._budget.burst_seconds / 2 else 1):
+            while workers.borrowed_tokens >= (WORKERS if self._seconds_left() > self._budget.burst_seconds / 2 else 1):
                 if time.monotonic() > deadline:
                     break
                 await asyncio.sleep(WORKER_POLL_SECONDS)
@@ -118,7 +118,7 @@ class CpuThrottle:
             self._training_checked_at = time.monotonic()
             self._must_wait = await anyio.to_thread.run_sync(self._is_training)
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         return self._budget.update(time.monotonic(), self._clock.read())
 
 
