@@ -28,7 +28,7 @@ from producer.metrics import ProducerMetrics
 from producer.report import ProducerReport
 from trainer import metrics as trainer_metrics
 from trainer.metrics import TrainerMetrics
-from trainer.report import DENSITY_EDGES, SaeReport, StepReport, StreamReport
+from trainer.report import DENSITY_EDGES, RanksReport, SaeReport, StepReport, StreamReport
 from trainer.reporting import Reporter
 
 PROMISED = re.findall(
@@ -158,6 +158,7 @@ ELSEWHERE = {
     "sluice_evaluation_dead_latents": "dead_latents",
     "sluice_evaluated_snapshot_tokens": "snapshot_tokens",
     "sluice_evaluation_seconds": "seconds",
+    "sluice_ranks": "count",
 }
 """Metrics whose field is not the name itself."""
 MEASURES = {name: next(NUMBERS) for name in (
@@ -171,11 +172,12 @@ MEASURES = {name: next(NUMBERS) for name in (
     ("table", "reports"),
     [
         (trainer_metrics.STEP, [report := numbered(StepReport, stream=numbered(StreamReport)), report.stream]),
+        (trainer_metrics.RANKS, [numbered(RanksReport)]),
         (trainer_metrics.SAE, [numbered(SaeReport)]),
         (producer_metrics.PRODUCER, [numbered(ProducerReport)]),
         (metrics.evaluation_metrics(), [Evaluation.from_json(MEASURES)]),
     ],
-    ids=["step", "sae", "producer", "evaluation"],
+    ids=["step", "ranks", "sae", "producer", "evaluation"],
 )
 def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[Metric, ...], reports: list[Any]):
     """No two numbers of the report are the same: which one is shown tells which field was read."""

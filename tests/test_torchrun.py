@@ -146,7 +146,7 @@ def test_an_operator_commands_all_ranks(start: Start, tmp_path: Path) -> None:
     tokens = tokens_in_checkpoint(tmp_path)
     wait_until(lambda: tokens_in_checkpoint(tmp_path) > tokens + 5000)
     ranks = ask(run, {"command": "status"})["ranks"]
-    assert ranks["count"] == 2 and ranks["exchanged_bytes"]["activations"] > 0
+    assert ranks["count"] == 2 and ranks["exchange_bytes"]["activations"] > 0
     ask(run, {"command": "detach", "name": "wide", "now": True})
     wait_until(lambda: any((run / "snapshots").glob("*/wide-ema")))
     trainer.terminate()

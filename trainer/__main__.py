@@ -24,7 +24,7 @@ from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
 from trainer.control.requests import Inbox, serve_requests
-from trainer.parallel.environment import read_launch
+from trainer.parallel.environment import read_launch, watch_agent
 from trainer.parallel.placement import world_fault
 from trainer.settings import TrainerSettings
 from trainer.state.run_directory import RunDirectory, RunDirectoryError
@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
             # Open from the first moment, so that clients wait for their answer and are not told that no trainer runs.
             inbox = Inbox(stop)
             directory.watch(stop.set)
+            if launch.world_size > 1:
+                watch_agent(stop.set)
             with serve_requests(directory.path, inbox):
                 from trainer.app import run  # imports torch, which `--help` and the commands do not wait for
 

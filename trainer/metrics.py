@@ -112,7 +112,7 @@ RANKS = (
            lambda r: r.count),
     Metric("sluice_exchange_bytes_total", "counter", "bytes",
            "Bytes that the ranks have received from each other since they started, all ranks together, by purpose.",
-           lambda r: r.exchanged_bytes, "purpose"),
+           lambda r: r.exchange_bytes, "purpose"),
     Metric("sluice_exchange_seconds_total", "counter", "seconds",
            "Seconds that rank 0 has spent in exchanges on the host since it started, by purpose.",
            lambda r: r.exchange_seconds, "purpose"),

@@ -46,7 +46,7 @@ class RanksReport:
     """What the ranks of a run have exchanged since they started, by purpose; a trainer alone exchanges nothing."""
 
     count: int = 1
-    exchanged_bytes: dict[str, int] = field(default_factory=dict)
+    exchange_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes received, of all ranks together."""
     exchange_seconds: dict[str, float] = field(default_factory=dict)
     """Of rank 0, on the host. On a GPU collectives run later: there it is the time to enqueue them."""

@@ -33,6 +33,7 @@ from tests.drills import (
     mutants,
     network,
     processes,
+    ranks,
     strangers,
 )
 from tests.drills.scene import Outcome
@@ -50,6 +51,8 @@ DRILLS: dict[str, Drill] = {
     "trainer killed": processes.trainer_killed,
     "killed in a checkpoint": processes.killed_in_checkpoint,
     "killed in a snapshot": processes.killed_in_snapshot,
+    "ranks killed": ranks.ranks_killed,
+    "killed in a rank's shard": ranks.killed_in_a_shard,
     "checkpoint removed": processes.checkpoint_removed,
     "producers come and go": processes.producers_come_and_go,
     "slow trainer": processes.slow_trainer,

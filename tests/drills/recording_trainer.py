@@ -10,6 +10,7 @@ every few milliseconds. In the environment:
     SECONDS_PER_STEP=0.1     each step lasts that much longer, so that there is a middle to do something in
     WATCH=checkpoint         every file operation in that folder of the run is a labelled point: see `Points`
     DIE_AT=7                 the process kills itself just before the seventh of them
+    DIE_RANK=1               under torchrun, the rank that is watched and dies, instead of rank 0
     CLOCK_JUMPS=1            the calendar's clock jumps by an hour, to and fro, at every look
 """
 
@@ -95,15 +96,17 @@ def audit_every_tick() -> None:
 class Points:
     """Numbers the file operations of each save, as Python announces them before it does them, and dies at one.
 
-    A save begins when its temporary folder is made. The labels of the last save are in ROWS_FILE.points, a line each:
-    what `DIE_AT` may name. Files written by safetensors are not seen being opened; their neighbours are.
+    A save begins when its temporary folder is made; on a rank other than 0, with the first file in it. The labels of
+    the last save are in ROWS_FILE.points, a line each: what `DIE_AT` may name. Files written by safetensors are not
+    seen being opened; their neighbours are.
     """
 
     EVENTS = ("open", "os.mkdir", "os.rename", "os.chmod", "shutil.rmtree")
 
-    def __init__(self, folder: str, die_at: int) -> None:
-        self._folder, self._die_at = f"/run/{folder}", die_at
+    def __init__(self, folder: str, die_at: int, is_follower: bool) -> None:
+        self._folder, self._die_at, self._is_follower = f"/run/{folder}", die_at, is_follower
         self._labels: list[str] = []
+        self._save = ""
         self._busy = False
         sys.addaudithook(self._hook)
 
@@ -111,7 +114,10 @@ class Points:
         if event not in self.EVENTS or self._busy or self._folder not in str(arguments[0]):
             return
         path = str(arguments[0]).split(self._folder, 1)[1]
-        if event == "os.mkdir" and "/.tmp-" in path and path.count("/") == 1:
+        save = path.split("/")[1] if "/.tmp-" in path else self._save
+        if self._is_follower and save != self._save:  # rank 0 has made the folder
+            self._labels, self._save = [], save
+        elif event == "os.mkdir" and "/.tmp-" in path and path.count("/") == 1:
             self._labels = []
         elif not self._labels:
             return
@@ -132,8 +138,9 @@ def jumping_clock() -> None:
 if __name__ == "__main__":
     audit_every_tick()
     cut_on_resume()
-    if watched := os.environ.get("WATCH"):
-        Points(watched, int(os.environ.get("DIE_AT", "0")))
+    rank = os.environ.get("RANK", "0")
+    if (watched := os.environ.get("WATCH")) and rank == os.environ.get("DIE_RANK", "0"):
+        Points(watched, int(os.environ.get("DIE_AT", "0")), is_follower=rank != "0")
     if "CLOCK_JUMPS" in os.environ:
         jumping_clock()
     trainer.app.Run, trainer.app.LeaderRun = Recording, RecordingLeaderRun  # type: ignore[misc]

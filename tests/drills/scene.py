@@ -147,6 +147,12 @@ class Scene:
         """The recording trainer; `environment` as its docstring tells."""
         return self._start("trainer", [str(HERE / "recording_trainer.py"), str(self.rows_file)], overrides, environment)
 
+    def torchrun(self, ranks: int, *overrides: str, **environment: Any) -> subprocess.Popen[bytes]:
+        """The recording trainer on several ranks: torchrun's agent, whose children they are."""
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        program = [str(HERE / "recording_trainer.py"), str(self.rows_file)]
+        return self._start("torchrun", [*command, *program], overrides, environment)
+
     def producer(self, *overrides: str) -> subprocess.Popen[bytes]:
         return self._start("producer", [str(HERE / "named_producer.py")], overrides, {})
 
@@ -221,7 +227,8 @@ class Scene:
 
     def judge_logs(self) -> None:
         """Memory kept its bound at every look of the trainer, and nobody ended in a traceback."""
-        assert "an invariant is broken" not in self.log()
+        assert "an invariant is broken" not in self.log() + self.log("torchrun")
+        assert "a command of rank 0 failed" not in self.log("torchrun")
         for what in ("trainer", "producer"):
             assert "Traceback" not in self.log(what), f"{what}: {self.log(what)[-2000:]}"
 

@@ -186,7 +186,7 @@ def _show(status: Answer) -> None:
     console.print(f"{producers} producer{'' if producers == 1 else 's'} · buffer {status['buffer_rows']:,} of "
                   f"{status['buffer_capacity_rows']:,} tokens · epoch {status['epoch']}")  # fmt: skip
     if (ranks := status["ranks"])["count"] > 1:
-        exchanged = ranks["exchanged_bytes"]
+        exchanged = ranks["exchange_bytes"]
         largest = sorted(exchanged, key=exchanged.__getitem__, reverse=True)[:3]
         purposes = ", ".join(f"{purpose} {format_bytes(exchanged[purpose])}" for purpose in largest)
         console.print(f"{ranks['count']} ranks · exchanged {format_bytes(sum(exchanged.values()))}: {purposes}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+AGENT_POLL_SECONDS = 0.5
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -31,3 +36,18 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         return ONE_PROCESS
     rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in NAMES[:4])
     return Launch(rank, world_size, local_rank, local_world_size)
+
+
+def watch_agent(on_death: Callable[[], object]) -> None:
+    """Calls `on_death` once, from a thread of its own, when torchrun's agent, the parent of this process, has ended.
+
+    Ranks that outlive their agent would go on, and keep the run directory from those that another one starts.
+    """
+    agent = os.getppid()
+
+    def poll() -> None:
+        while os.getppid() == agent:
+            time.sleep(AGENT_POLL_SECONDS)
+        on_death()
+
+    threading.Thread(target=poll, name="agent", daemon=True).start()

@@ -32,7 +32,7 @@ PURPOSE = """Predicts the speed, the memory and the duration of a run from two n
 encoder product and the bandwidth of its memory. Without options they are measured here, in about two seconds.
 
 Several GPUs: `--gpus N`, or `--days D` for the fewest. That is what a trainer would need whose latents are sharded over
-GPUs. Sluice's trainer runs on one device and does not shard."""
+GPUs by torchrun. Nobody has measured it: NCCL over several GPUs is untested."""
 
 
 def main(arguments: list[str]) -> int:
@@ -64,9 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--machine", metavar="NAME", help=f"data sheet instead of measuring: {', '.join(MACHINES)}")
     parser.add_argument("--matmul-tflops", type=_positive, metavar="X", help="rate of the encoder product, 10¹² FLOP/s")
     parser.add_argument("--bandwidth-gbs", type=_positive, metavar="Y", help="bandwidth of a copy, 10⁹ bytes/s")
-    parser.add_argument(
-        "--gpus", type=int, metavar="N", help="latents sharded over so many GPUs (not Sluice's trainer)"
-    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="latents sharded over so many GPUs (under torchrun)")
     parser.add_argument("--days", type=_positive, metavar="D", help="the fewest GPUs that end run.tokens in so long")
     parser.add_argument(
         "--width", type=_count, metavar="D", help="of the activations of each hook, when the model is not on this disk"

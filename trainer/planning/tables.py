@@ -24,7 +24,9 @@ def show(estimate: Estimate) -> None:
     for sentence in estimate.sentences():
         console.print(sentence, highlight=False)
     if estimate.sharded is not None:
-        console.print("Sluice's trainer does not shard: this is what one that does would need.", style="bold")
+        console.print(
+            "Counted for ranks under torchrun, and never measured: NCCL over several GPUs is untested.", style="bold"
+        )
     if machine.kernels is cost.CUDA:
         console.print("GPU figures are counted from the kernels and not measured.", style="dim")
 

@@ -211,7 +211,7 @@ class LeaderRun(SharedRun):
         purposes = sorted({purpose for traffic in self._traffic for purpose in traffic})
         return RanksReport(
             count=self.ranks.size,
-            exchanged_bytes={each: sum(traffic.get(each, 0) for traffic in self._traffic) for each in purposes},
+            exchange_bytes={each: sum(traffic.get(each, 0) for traffic in self._traffic) for each in purposes},
             exchange_seconds=dict(self.ranks.traffic.seconds),
         )
 
