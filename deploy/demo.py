@@ -193,7 +193,7 @@ def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]], page: 
 
 
 def _stop(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """SIGTERM to those that still run, SIGKILL to those that do not listen."""
+    """Sends SIGTERM to the processes that still run, and SIGKILL to those that do not react."""
     running = [process for process in processes.values() if process.poll() is None]
     for process in running:
         process.terminate()

@@ -81,7 +81,7 @@ def _numbers_table(numbers: dict[str, tuple[float | None, float | None]]) -> Tab
 
 
 def _better(name: str) -> Better | None:
-    """Which direction of a number of the table is good; None where neither is, or no measure has the name."""
+    """The direction in which a number improves; None where neither is better, or no measure has the name."""
     directions = (measure.better for measure in MEASURES if name in (measure.name, f"held-out {measure.name}"))
     return next(directions, None)
 

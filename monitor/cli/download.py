@@ -242,7 +242,7 @@ def _fetch_file(transfer: _Transfer, address: str, file: SnapshotFile) -> None:
 
 
 def _download_with_retries(transfer: _Transfer, address: str, part: Path, file: SnapshotFile) -> None:
-    """Each try goes on from the bytes that have arrived. Raises ConnectionError after TRIES."""
+    """Downloads a file; each try continues from the bytes that have arrived. Raises ConnectionError after TRIES."""
     pause = transfer.pause_seconds
     for tries_left in reversed(range(TRIES)):
         try:

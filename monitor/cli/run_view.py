@@ -58,7 +58,7 @@ class RunView:
 
 
 class RunPoller:
-    """Asks the monitor; `view` is replaced and never changed, so that another thread may draw it."""
+    """Polls the monitor; `view` is replaced and never changed, so that another thread may draw it."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.view = RunView()
@@ -69,7 +69,7 @@ class RunPoller:
         self._next_list_at = 0.0
 
     def poll(self) -> None:
-        """Asks once. Raises MonitorError, or ConnectionError."""
+        """Polls the monitor once. Raises MonitorError, or ConnectionError."""
         run = self._monitor.read("/v1/run")
         if run is None or not {"state", "report", "latest", "directory"} <= run.keys():
             raise MonitorError(f"{self._monitor.base} shows no run; is this the address of a Sluice monitor?")
@@ -125,7 +125,7 @@ def _newest_evaluations(snapshots: list[dict[str, Any]]) -> Evaluations:
 
 
 def draw(view: RunView, address: str, width: int) -> RenderableType:
-    """The whole picture."""
+    """The whole display."""
     if view.run is None:
         return Text(view.connection_error or f"asking {address} …", style="yellow" if view.connection_error else "dim")
     picture = _draw_run(view, view.run, width)
@@ -210,7 +210,7 @@ def _watch(console: Console, poller: RunPoller, address: str) -> None:
 
 @contextmanager
 def _single_keys() -> Iterator[None]:
-    """Keys arrive one by one and are not shown; the terminal is restored afterwards."""
+    """Makes keys arrive one by one, without echo; restores the terminal afterwards."""
     attributes = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:

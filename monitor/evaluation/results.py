@@ -24,7 +24,7 @@ Value = float | None | Mapping[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One SAE of one snapshot on held-out text. What an older version did not write is None, empty or missing."""
+    """Measures of one SAE of one snapshot. Values that an older version did not write are None, empty or missing."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
     """Values by name of the measure (`monitor.evaluation.measures`)."""

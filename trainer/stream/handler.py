@@ -104,7 +104,7 @@ class MessageHandler:
         return [Send(session, KEY_WITHDRAWN) for session in withdrawn]
 
     def _identify(self, raw: RawMessage) -> tuple[str | None, Connection | None]:
-        """The session and the connection that a message came from, where they are known."""
+        """The session and the connection that a message came from, where there are any."""
         session = self.routes.session_at(raw.route)
         peer = self.routes.peer(session)
         if session is not None and peer is not None and peer.connection is not None:
@@ -124,7 +124,7 @@ class MessageHandler:
         return decode(raw.frames[0].buffer)
 
     def _message(self, session: str, message: Message, frames: list[zmq.Frame], now: float) -> list[Send]:
-        """The answers to a message of a session that is known."""
+        """The answers to a message of a current session."""
         if isinstance(message, Chunk):
             data = frames[1].buffer if len(frames) == 2 else memoryview(b"")
             return self.ingest.take_in(session, message, data, now)

@@ -103,7 +103,7 @@ class Roster:
         self.gone += _names(member.settings) if keep_name else []
 
     def state(self) -> RosterState:
-        """A copy, from which `restore_roster` goes on."""
+        """A copy of the roster, for `restore_roster`."""
         members = [
             MemberState(
                 settings=member.settings.model_dump(mode="json", exclude_none=True),
@@ -164,5 +164,5 @@ def _differences(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, An
 
 
 def _names(sae: SaeSettings) -> list[str]:
-    """Its names in snapshots."""
+    """The names of an SAE in snapshots."""
     return [sae.name, f"{sae.name}-ema"] if sae.ema_tokens else [sae.name]

@@ -56,7 +56,7 @@ class Schedule:
 
     @property
     def cooldown(self) -> Cooldown | None:
-        """The operator's, or one at the end of whichever budget is used up first; None while no end is in sight."""
+        """The cooldown that an operator requested, else one at the end of the smaller budget; None without a budget."""
         if self.requested is not None:
             return self.requested
         run_end = None if self.run_tokens is None else self.run_tokens - self.joined_at

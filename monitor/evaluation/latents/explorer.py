@@ -159,7 +159,7 @@ class Explorer:
         )
 
     def _explanation(self, source: SnapshotSae, latent: int) -> NGram | None:
-        """None where no n-gram predicts the latent at all."""
+        """The n-gram that predicts the latent best; None where none does at all."""
         explanation = explain(source.latents, latent)
         if not explanation.pattern:
             return None

@@ -1,4 +1,7 @@
-"""Failures: when a shard that gives trouble is tried again, and when it is quarantined.
+"""Failures: when a shard that gives trouble is leased again, and when it is quarantined.
+
+A leased shard is free again when its session ends, or when its producer reports it as broken (`Session.release`).
+Without trouble it is then the next to be leased, for the activations that it lacks; this module delays or stops that.
 
 A shard's faults and the deaths of producers are different things. That a producer reports its shard as broken counts
 against the shard once the same producer has served another one, or when there is no other left to serve: a producer
