@@ -626,19 +626,15 @@ def test_missing_model_turns_evaluation_off(run_file: Path, caplog: pytest.LogCa
     ("override", "reason"),
     [
         ("corpus.context=64", "corpus.context = 64 is longer than the 32 tokens that"),
-        ("model.name=BIDIRECTIONAL", "does not predict the next token; set monitor.evaluate = false"),
         ("model.name=SHORT", "held-out window 0, position 1: token id "),
     ],
 )
 def test_what_the_model_cannot_do_turns_evaluation_off(
     run_file: Path, model_folder: Path, tmp_path: Path, override: str, reason: str
 ):
-    """With the reason, before anything is measured: no loss is told of a model that sees what it should predict."""
-    for name, changes in (("BIDIRECTIONAL", {"is_causal": False}), ("SHORT", {})):
-        shutil.copytree(model_folder, tmp_path / name)
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
-        override = override.replace(name, str(tmp_path / name))
+    """With the reason, before anything is measured."""
+    shutil.copytree(model_folder, tmp_path / "SHORT")
+    override = override.replace("SHORT", str(tmp_path / "SHORT"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "SHORT")
     tokenizer.add_tokens([f"w{number}" for number in range(WORDS, 400)], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "SHORT")
@@ -647,6 +643,92 @@ def test_what_the_model_cannot_do_turns_evaluation_off(
     evaluator, _ = _evaluator(run_file, override)
     evaluator.look()
     assert evaluator.broken is not None and reason in evaluator.broken
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("bidirectional", "does not predict the next token"), ("headless", "has no head that gives logits")],
+)
+def test_model_without_predictions_is_measured_by_what_is_reconstructed(
+    run_file: Path, model_folder: Path, tmp_path: Path, kind: str, reason: str, caplog: pytest.LogCaptureFixture
+):
+    """The log says what is measured instead: FVU, L0, cosine and density, no CE; and latents have pages."""
+    folder = tmp_path / kind
+    shutil.copytree(model_folder, folder)
+    if kind == "headless":
+        transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    sae = _sae(0.5)
+    snapshot = publish_snapshot(run_file.parent / "demo", 1000, [sae])
+    evaluator, registry = _evaluator(run_file, f"model.name={folder}")
+    evaluator.look()
+    assert evaluator.broken is None and not evaluator.has_failed()
+    assert f"{folder} {reason}: its SAEs are measured by what they reconstruct" in caplog.text
+    result = json.loads((snapshot / "small" / "evaluation.json").read_text())
+    assert result["fvu"] > 0 and result["cosine"] == pytest.approx(1) and result["norm_ratio"] == pytest.approx(0.5)
+    assert result["l0"] == WIDTH and sum(result["density"]) == 2 * WIDTH and "explanation_f1" in result
+    assert not [name for name in result if name.startswith(("ce_", "kl", "ablation_", "predictions"))]
+    assert registry.get_sample_value("sluice_evaluation_l0", {"sae": "small"}) == WIDTH
+    explorer = evaluator._handle.explorer
+    assert explorer is not None
+    latent = explorer.latent("small", 0)
+    assert latent.contexts and latent.promoted is None
+    assert explorer.fires("small", "w1 w2 w3").firing
+
+
+HEAD = "blocks.1.attn.hook_z[1]"
+PLACES: dict[str, tuple[str, bool, slice]] = {
+    "blocks.1.attn.hook_z": ("model.layers.1.self_attn.o_proj", True, slice(None)),
+    HEAD: ("model.layers.1.self_attn.o_proj", True, slice(WIDTH // 2, WIDTH)),
+    "blocks.0.attn.hook_q": ("model.layers.0.self_attn.q_proj", False, slice(None)),
+    "blocks.0.attn.hook_v": ("model.layers.0.self_attn.v_proj", False, slice(None)),
+    "blocks.1.hook_attn_out": ("model.layers.1.self_attn", False, slice(None)),
+    "blocks.1.hook_mlp_in": ("model.layers.1.mlp", True, slice(None)),
+    "blocks.1.mlp.hook_post": ("model.layers.1.mlp.down_proj", True, slice(None)),
+    "hook_embed": ("model.embed_tokens", False, slice(None)),
+    "ln_final.hook_normalized": ("model.norm", False, slice(None)),
+    "model.layers.1.mlp.up_proj:input": ("model.layers.1.mlp.up_proj", True, slice(None)),
+}
+"""By hook, the module of the model, whether it is its input, and the channels."""
+
+
+@pytest.mark.parametrize("hook", PLACES)
+def test_reconstruction_takes_the_place_of_exactly_that_activation(
+    model_folder: Path, windows: Windows, tmp_path: Path, hook: str
+):
+    """CE with x_hat = x / 2, and of zero ablation, are those of plain transformers with a forward hook by hand."""
+    path, is_input, channels = PLACES[hook]
+    model = load_model(model_folder, [hook])
+    sae = _rewired(_sae(0.5, d_in=model.hooks[0].width), [hook])
+    result = _evaluate_one(model, windows, tmp_path, sae)
+    own = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    ids, kept = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
+    labels = torch.from_numpy(np.where(windows.padded, -100, windows.ids))
+
+    def loss(gain: float) -> float:
+        def change(x: torch.Tensor) -> torch.Tensor:
+            result = x.clone()
+            result[..., channels] = torch.where(kept[..., None], gain * x, x)[..., channels]
+            return result
+
+        def before(module: Any, args: tuple) -> tuple:
+            return (change(args[0]), *args[1:])
+
+        def after(module: Any, args: tuple, output: Any) -> Any:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        module = own.get_submodule(path)
+        handle = module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
+        with handle, torch.no_grad():
+            return float(own(ids, labels=labels).loss)
+
+    assert result["ce_sae"] == pytest.approx(loss(0.5), rel=1e-5)
+    assert result["ce_zero"] == pytest.approx(loss(0.0), rel=1e-5)
+    assert result["ce_clean"] == pytest.approx(loss(1.0), rel=1e-5)
+    assert result["fvu"] > 0 and result["rows"] == 5 * 7 - 2
+    assert result["ce_sae"] != pytest.approx(result["ce_clean"], rel=1e-5) or hook == "hook_embed"
 
 
 def test_summary_is_completed_without_losing_anything(run_file: Path):

@@ -214,7 +214,10 @@ def test_model_without_token_ids_is_refused(tmp_path):
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
     transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    assert "ViTModel has no embedding of token ids, so it reads no text; use a language model" in refusal(tmp_path)
+    assert (
+        "ViTModel has no embedding of token ids, so it reads no text; corpora are texts, and there is none of images"
+        in refusal(tmp_path)
+    )
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -23,7 +23,7 @@ def why_incompatible(model: LanguageModel, sae: InferenceSae) -> str | None:
                 f"sae {sae.name!r} {verb} {size} numbers at {', '.join(map(repr, hooks))}; the model's hooks "
                 f"are {model_hooks}: the run file's [model] is not the one of this snapshot"
             )
-    if not sae.hooks.is_transcoder:
+    if not sae.hooks.is_transcoder or not model.predicts:
         return None
     order = _order_of_hooks(model)
     (target,), last = sae.hooks.writes, max(sae.hooks.reads, key=order.index)

@@ -34,6 +34,9 @@ the stream drops because their norm at any of its hooks is beyond that hook's fr
 Cross-entropy is counted wherever a real token follows a real token, replaced or not, so ce_clean is the model's plain
 loss on this text. CE and KL are taken from logits in float32.
 
+A model that does not predict the next token (an encoder, a model without a head) has no CE and no KL: reconstructions
+and latents are measured all the same.
+
 The text is always the same (`held_out`), so that the numbers of snapshots compare. It is read once: a pass of the clean
 model and one with each SAE's reconstruction. What does not depend on the SAE is measured with the first, the means
 before it. Nothing but sums is stored.
@@ -56,6 +59,7 @@ from monitor.evaluation.passes import (
     NormBounds,
     Replacement,
     WindowBatch,
+    activations_by_hook,
     in_stream,
     passes,
     recording,
@@ -112,9 +116,19 @@ def evaluate(
     zeros = {hook: torch.zeros_like(mean) for hook, mean in means.items()}
     clean_ce = Mean()
     tallies = {sae.name: Tally(sae, means) for sae in saes}
-    ablations: set[Ablation] = {(kind, sae.hooks.writes, key) for sae in saes for kind in ("zero", "mean")}
+    ablations: set[Ablation] = {
+        (kind, sae.hooks.writes, key) for sae in saes for kind in ("zero", "mean") if model.predicts
+    }
     ablation_ce = {ablation: Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
     for batch in passes(model, windows, memory):
+        if not model.predicts:
+            activations = activations_by_hook(model, batch)
+            streamed = in_stream(activations, batch.kept, bounds)
+            activations = {hook: x[streamed].float() for hook, x in activations.items()}
+            for sae in saes:
+                _reconstruct(sae, activations, tallies[sae.name], memory)
+            between()
+            continue
         targets = batch.tokens[:, 1:][batch.predicted]
 
         def log_probabilities(replacements: dict[str, Replacement], batch: WindowBatch = batch) -> Tensor:
@@ -141,10 +155,9 @@ def evaluate(
     return {
         sae.name: _evaluation(
             sae,
-            clean_ce,
-            baseline.ce["zero", sae.hooks.writes, key],
-            baseline.ce["mean", sae.hooks.writes, key],
             tallies[sae.name],
+            clean_ce.count,
+            _predictions(clean_ce.value, baseline, sae.hooks.writes, key, tallies[sae.name]) if model.predicts else {},
         )
         for sae in saes
     }
@@ -162,11 +175,10 @@ def _mean_activations(
     model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None], memory: MemoryLimits
 ) -> dict[str, Tensor]:
     """The mean activation of each hook, float64 [width]; NaN where there are none."""
-    hooks = [hook.name for hook in model.hooks]
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in model.hooks}
     count = 0
     for batch in passes(model, windows, memory):
-        activations = dict(zip(hooks, model.activations(batch.tokens), strict=True))
+        activations = activations_by_hook(model, batch)
         streamed = in_stream(activations, batch.kept, bounds)
         for hook, x in activations.items():
             sums[hook] += x[streamed].double().sum(0)
@@ -198,9 +210,12 @@ def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
 
 
-def _evaluation(sae: InferenceSae, clean: Mean, ce_zero: float, ce_mean: float, tally: Tally) -> Evaluation:
-    ce_clean, ce_sae = clean.value, tally.ce.value
-    numbers = {
+def _predictions(
+    ce_clean: float, baseline: Baseline, writes: tuple[str, ...], bounds: BoundsKey, tally: Tally
+) -> dict[str, float | None]:
+    """The measures of the language model's predictions."""
+    ce_sae, ce_zero, ce_mean = tally.ce.value, baseline.ce["zero", writes, bounds], baseline.ce["mean", writes, bounds]
+    return {
         "ce_clean": ce_clean,
         "ce_sae": ce_sae,
         "ce_zero": ce_zero,
@@ -209,9 +224,13 @@ def _evaluation(sae: InferenceSae, clean: Mean, ce_zero: float, ce_mean: float, 
         "ce_recovered": _recovered(ce_zero, ce_sae, ce_clean),
         "ce_recovered_mean_ablation": _recovered(ce_mean, ce_sae, ce_clean),
         "kl": tally.kl.value,
-        **tally.fit(),
-        "l0": tally.l0,
     }
+
+
+def _evaluation(
+    sae: InferenceSae, tally: Tally, predictions: int, prediction_measures: dict[str, float | None]
+) -> Evaluation:
+    numbers = {**prediction_measures, **tally.fit(), "l0": tally.l0}
     values: dict[str, Value] = {name: finite(value) for name, value in numbers.items()}
     if len(sae.hooks.writes) > 1:
         values["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
@@ -221,7 +240,7 @@ def _evaluation(sae: InferenceSae, clean: Mean, ce_zero: float, ce_mean: float, 
         hooks=sae.hooks,
         density=tuple(tally.density()),
         rows=tally.activations,
-        predictions=clean.count,
+        predictions=predictions or None,
     )
 
 

@@ -228,7 +228,7 @@ class Evaluator:
         evaluation = read_evaluation(snapshot.folder, sae) or Evaluation()
         weights, latents = load_sae(folder, model.device), load_latents(folder / LATENTS)
         values = {**evaluation.values, "explanation_f1": mean_f1(latents, self._between)}
-        if count := self._settings.monitor.ablated_latents:
+        if (count := self._settings.monitor.ablated_latents) and model.predicts:
             values |= ablation_effects(model, weights, latents, count, self._between)
         if (texts := inputs.labelled_texts) is not None:
             values["probe_accuracy"] = probe_accuracy(model, weights, texts, snapshot.norm_bounds, self._between)

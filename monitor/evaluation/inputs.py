@@ -18,7 +18,6 @@ from monitor.settings import MonitorSettings
 from monitor.snapshot_index import manifest_of
 from producer.corpus import open_corpus
 from producer.corpus.windows import Windows, check_packing, tokens_fingerprint
-from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from trainer.snapshot import Manifest
@@ -95,8 +94,13 @@ def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
     log.info("loading %s and held-out text, to evaluate with", settings.model.name)
     corpus = open_corpus(corpus_settings)
     model = load_language_model(settings.model, whole=True)
-    if not model.causal:
-        raise ModelError(f"{settings.model.name} does not predict the next token; set monitor.evaluate = false")
+    if not model.predicts:
+        log.info(
+            "%s %s: its SAEs are measured by what they reconstruct (FVU, cosine, L0, density, latents), and not by "
+            "cross-entropy, KL and effects of ablation",
+            settings.model.name,
+            "has no head that gives logits" if model.causal else "does not predict the next token",
+        )
     check_packing(model.tokenizer, corpus_settings, model.vocabulary)
     model.check_context(corpus_settings.context)
     windows, latent_windows = (

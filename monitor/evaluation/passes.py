@@ -29,6 +29,8 @@ class WindowBatch(NamedTuple):
     """Positions that producers send unless their norm is beyond a bound, bool [windows, context]."""
     predicted: Tensor
     """Positions where a token that is no padding follows one that is none, bool [windows, context − 1]."""
+    padding: Tensor
+    """Positions without text, bool [windows, context]."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,14 @@ def passes(model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAUL
     for start in range(0, len(windows.ids), count):
         batch = slice(start, start + count)
         real = ~windows.padded[batch]
-        parts = (windows.ids[batch], windows.kept[batch], real[:, :-1] & real[:, 1:])
+        parts = (windows.ids[batch], windows.kept[batch], real[:, :-1] & real[:, 1:], ~real)
         yield WindowBatch(*(torch.from_numpy(part).to(model.device) for part in parts))
+
+
+def activations_by_hook(model: LanguageModel, batch: WindowBatch) -> dict[str, Tensor]:
+    """The activations [windows, context, width] of a pass, by hook."""
+    names = [hook.name for hook in model.hooks]
+    return dict(zip(names, model.activations(batch.tokens, batch.padding), strict=True))
 
 
 def recording(hooks: Sequence[str], recorded: dict[str, Tensor]) -> dict[str, Replacement]:

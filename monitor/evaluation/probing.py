@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.held_out import EvaluationError
-from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, in_stream, passes
+from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, activations_by_hook, in_stream, passes
 from producer.corpus import CorpusError
 from producer.corpus.jsonl import read_records
 from producer.corpus.windows import Windows, windows_of
@@ -124,10 +124,9 @@ def _text_means(
     model: LanguageModel, sae: InferenceSae, windows: Windows, bounds: NormBounds, between: Callable[[], None]
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """(x, latents, is_used): means over each text's tokens, float32 [texts, d]; texts without a token are not used."""
-    hooks = [hook.name for hook in model.hooks]
     x_means, latent_means, is_used = [], [], []
     for batch in passes(model, windows):
-        activations = dict(zip(hooks, model.activations(batch.tokens), strict=True))
+        activations = activations_by_hook(model, batch)
         streamed = in_stream(activations, batch.kept, bounds)
         for text, positions in enumerate(streamed):
             is_used.append(bool(positions.any()))

@@ -36,6 +36,8 @@ class BlockParts:
     mlp_in: HookLocation | None = None
     mlp_post: HookLocation | None = None
     mlp_out: HookLocation | None = None
+    has_versions: bool = False
+    """The residual stream is several tensors in one, as in Gemma 3n."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,8 @@ def record_call(network: Any, block: nn.Module, path: str, ids: Tensor) -> Block
 def find_parts(call: BlockCall) -> BlockParts:
     """The parts of a block: sequential blocks have all, parallel ones no resid_mid, others none."""
     x = call.input
+    if x.ndim > 3:
+        return BlockParts(has_versions=True)
     output, submodules = _trace(call, x.clone())
     return _find_sequential(call, x, output, submodules) or _find_parallel(call, x, output, submodules) or BlockParts()
 
@@ -104,11 +108,16 @@ def find_parts(call: BlockCall) -> BlockParts:
 def missing_part_message(kind: str, parts: BlockParts, block: nn.Module, path: str) -> str:
     """The sentence that says why a block lacks one of the parts, and what to hook instead."""
     name, children = type(block).__name__, ", ".join(f"{path}.{name}" for name, _ in block.named_children())
+    if parts.has_versions:
+        return (
+            f"{name} carries several versions of the residual stream side by side (AltUp), so {kind} is not defined; "
+            f"use a module path inside the block: {children}"
+        )
     if parts.mlp_out is None:
         return (
             f"{name} does not return resid_mid + mlp_out (post-norm blocks such as BERT's normalise that "
             f"sum, others scale it), so {kind} is not defined; use hook_resid_pre, hook_resid_post or a module path: "
-            f"{children}; or attn.hook_z"
+            f"{children}"
         )
     if kind == "resid_mid":
         return (

@@ -71,8 +71,8 @@ class _Layout:
 
 def find_attention(call: BlockCall, config: Any) -> AttentionParts:
     """The parts of the attention in a block. `config` is the text model's."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1 or call.input.shape[1] <= QUERY_POSITION + 1:
+    heads = getattr(config, "decoder_attention_heads", None) or getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1 or call.input.shape[-2] <= QUERY_POSITION + 1:
         return AttentionParts()
     experiment = _Experiment(call)
     for path, layout in _value_candidates(experiment, config, heads):
@@ -90,8 +90,8 @@ def missing_attention_message(kind: str, parts: AttentionParts, block: nn.Module
         return (
             f"{name} has no attention whose values leave a projection of its own and reach an output projection "
             "unchanged but for the weights of attention (state-space and convolution blocks have none, some models "
-            f"normalise values or share those of another block), so {kind} is not defined; use hook_attn_out or a "
-            f"module path: {children}"
+            f"normalise values or share those of another block), so {kind} is not defined; use a module path: "
+            f"{children}"
         )
     return (
         f"in {name}, {kind} is not what one projection gives (latent attention puts keys together from two, some "
@@ -112,7 +112,7 @@ class _Experiment:
 
     def __init__(self, call: BlockCall) -> None:
         self._call = call
-        self._tokens = call.input.shape[:-1]
+        self._tokens = call.input.shape[-3:-1]
         self.widths: dict[str, int] = {}
         """Of the outputs, by path, in the order of their calls: one activation for each token, in a single call."""
         self.inputs = self._first_run()
@@ -259,10 +259,11 @@ def _queries_and_keys(
     if layout is not None:
         keys = [experiment.output(values, layout.k)]
         if layout.q is not None:
-            queries = [experiment.output(values, layout.q)]
-            if experiment.reach(queries[0], z) != (True, False):
-                return None, None
-    halves = [half for query in queries for half in _halves(experiment, query, heads)]
+            query, key = experiment.output(values, layout.q), keys[0]
+            is_order = experiment.reach(query, z) == (True, False) and experiment.reach(key, z)[1]
+            return (query, key) if is_order else (None, None)
+    # Not where keys and values share a projection: halves of latent attention's queries are with and without positions.
+    halves = [half for query in queries for half in _halves(experiment, query, heads)] if layout is None else []
     for query in (*queries, *halves):
         for key in keys:
             if experiment.keeps(z, (query.location, key.location)):
@@ -272,7 +273,7 @@ def _queries_and_keys(
             # A norm with a bias follows (StableLM), so that nothing can be negated without a trace.
             if layout is None and query.width * groups == key.width * heads:
                 return query, key
-    return (queries[0] if layout is None or layout.q is None else None) if queries else None, None
+    return queries[0] if queries else None, None
 
 
 def _halves(experiment: _Experiment, query: _Output, heads: int) -> list[_Output]:

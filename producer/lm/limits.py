@@ -39,7 +39,7 @@ def vocabulary_size(settings: ModelSettings, network: Any) -> int:
     if not isinstance(size, int):
         raise ModelError(
             f"model.name = {settings.name!r}: {type(network).__name__} has no embedding of token ids, so it reads no "
-            "text; use a language model"
+            "text; corpora are texts, and there is none of images: use a language model"
         )
     return size
 

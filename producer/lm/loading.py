@@ -39,7 +39,7 @@ def load_language_model(settings: ModelSettings, *, whole: bool = False) -> Lang
         pretrained = load_pretrained(settings, _dtype(settings.dtype, device))
         chain = find_blocks(pretrained)
         context_limit = find_context_limit(pretrained.network, chain.decoder, chain.blocks)
-        model_fingerprint = fingerprint(pretrained.network)
+        model_fingerprint = fingerprint(pretrained)
         check_tokenizer(pretrained)
         replace_unknown_padding(pretrained.tokenizer, pretrained.vocabulary)
         check_weights(pretrained, chain.blocks, whole)
@@ -67,6 +67,7 @@ def load_language_model(settings: ModelSettings, *, whole: bool = False) -> Lang
             hooks=tuple(hooks),
             self_check=self_check,
             causal=causal,
+            predicts=whole and causal and pretrained.has_head,
             masks_padding=can_mask_padding,
             whole=whole,
             layers_total=chain.layers,

@@ -128,18 +128,21 @@ class _Locator:
         return find_attention(self._call(layer), self._chain.decoder.config.get_text_config())
 
     def _final_norm(self, name: str) -> HookLocation:
-        """The output of the module after the last block that has one gain per channel and gives the model's output."""
-        network, last = self._pretrained.network, self._chain.blocks[-1]
+        """The output of the module that the last block's goes to, if that has one gain per channel.
+
+        OLMo's has none: it is known by its output, which is the decoder's.
+        """
+        network, last, decoder = self._pretrained.network, self._chain.blocks[-1], self._chain.decoder
         outputs: dict[nn.Module, Tensor] = {}
         inputs: dict[nn.Module, Tensor] = {}
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            x, y = module_input(args, kwargs), module_output(output)
+            x, y = module_input(args, kwargs), getattr(output, "last_hidden_state", module_output(output))
             if isinstance(x, Tensor) and isinstance(y, Tensor):
                 inputs[module], outputs[module] = x.clone(), y.clone()
 
-        norms = [module for module in self._chain.decoder.modules() if not list(module.children())]
-        handles = [module.register_forward_hook(record, with_kwargs=True) for module in (*norms, last)]
+        norms = [module for module in decoder.modules() if not list(module.children())]
+        handles = [module.register_forward_hook(record, with_kwargs=True) for module in (*norms, last, decoder)]
         try:
             network(input_ids=self._probe)
         finally:
@@ -148,8 +151,11 @@ class _Locator:
         stream = outputs[last]
         for module in norms:
             gain, x = getattr(module, "weight", None), inputs.get(module)
-            has_gain = isinstance(gain, Tensor) and gain.shape == stream.shape[-1:]
-            if has_gain and x is not None and x.shape == stream.shape and torch.equal(x, stream):
+            if x is None or x.shape != stream.shape or not torch.equal(x, stream):
+                continue
+            y, result = outputs[module], outputs.get(decoder, stream)
+            is_result = y.shape == result.shape and torch.equal(y, result) and not torch.equal(y, x)
+            if is_result or (isinstance(gain, Tensor) and gain.shape == stream.shape[-1:]):
                 return self._module(name, module)
         raise self._error(
             name,

@@ -33,6 +33,8 @@ class LanguageModel:
     self_check: SelfCheck
     causal: bool
     """False for encoders, whatever their class is called: their positions see each other in both directions."""
+    predicts: bool
+    """`logits` predict the next token: the model is whole and causal, and its head comes from its checkpoint."""
     masks_padding: bool
     """An encoder's attention mask keeps padding from its activations; otherwise windows are cut to their text."""
     whole: bool
@@ -110,7 +112,7 @@ class LanguageModel:
 
     def unembedding(self) -> Unembedding:
         """The map from the last residual stream to logits. Raises ModelError for a model without a head."""
-        unembedding = find_unembedding(self.network) if self.whole else None
+        unembedding = find_unembedding(self.network) if self.predicts else None
         if unembedding is None:
             raise ModelError(f"model.name = {self.settings.name!r} has no unembedding; use a whole, causal model")
         return unembedding

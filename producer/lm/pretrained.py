@@ -39,6 +39,10 @@ class PretrainedModel:
     """A transformers model, of the class users know it by."""
     has_causal_head: bool
     """The model was loaded as a causal language model, which its attention may yet contradict."""
+    has_head: bool
+    """The checkpoint holds a head that gives logits."""
+    own_prefix: str
+    """What paths of modules begin with here and not in the class that the checkpoint names; mostly empty."""
     vocabulary: int
     """Token ids the model has: 0 to vocabulary − 1."""
     revision: str | None
@@ -60,7 +64,9 @@ def load_pretrained(settings: ModelSettings, dtype: torch.dtype) -> PretrainedMo
             source, config=config, dtype=dtype, output_loading_info=True, **options
         )
     vocabulary = vocabulary_size(settings, network)
-    has_causal_head = auto_class is transformers.AutoModelForCausalLM
+    has_causal_head = auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    is_headless = _is_headless(network)
+    random_parameters = tuple(sorted(report["missing_keys"]))
     network.eval().requires_grad_(False)
     for part in (network.config, network.config.get_text_config()):
         part.use_cache = False
@@ -72,18 +78,26 @@ def load_pretrained(settings: ModelSettings, dtype: torch.dtype) -> PretrainedMo
         dtype=dtype,
         network=network,
         has_causal_head=has_causal_head,
+        has_head=network.get_output_embeddings() is not None and not (is_headless and random_parameters),
+        own_prefix=f"{network.base_model_prefix}." if is_headless and network.base_model is not network else "",
         vocabulary=vocabulary,
         revision=getattr(config, "_commit_hash", None),
-        random_parameters=tuple(sorted(report["missing_keys"])),
+        random_parameters=random_parameters,
     )
 
 
-def fingerprint(network: Any) -> str:
-    """A hash of the configuration and of some numbers of every weight, so that each fine-tuned copy has its own."""
+def fingerprint(pretrained: PretrainedModel) -> str:
+    """A hash of the configuration and of some numbers of every weight, so that each fine-tuned copy has its own.
+
+    Parameters that the checkpoint does not hold are others each time, and do not count.
+    """
+    network = pretrained.network
     volatile = ("_name_or_path", "transformers_version", "dtype", "use_cache")
     config = {key: value for key, value in network.config.to_diff_dict().items() if key not in volatile}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in network.named_parameters():
+        if name in pretrained.random_parameters:
+            continue
         sample = weight.flatten()[:: max(1, weight.numel() // 16)]
         digest.update(name.encode() + sample.float().numpy().tobytes())
     return digest.hexdigest()
@@ -121,7 +135,7 @@ def check_weights(pretrained: PretrainedModel, blocks: nn.ModuleList, whole: boo
     """Raises ModelError when the blocks, the embedding or, if `whole`, the head have random parameters."""
     network = pretrained.network
     parts = [blocks, network.get_input_embeddings()]
-    if whole and network.get_output_embeddings() is not None:
+    if whole and pretrained.has_head:
         parts.append(network.get_output_embeddings())
     prefixes = tuple(f"{path}." for path, module in network.named_modules() if any(module is part for part in parts))
     if names := [name for name in pretrained.random_parameters if name.startswith(prefixes)]:
@@ -179,14 +193,22 @@ def _check_config(settings: ModelSettings, config: Any) -> None:
 
 
 def _auto_class(config: Any) -> Any:
-    """The class users know the model by: with its causal head, else its masked one, else bare."""
+    """The class users know the model by: with its causal head, its masked one, or one that also reads images."""
     kind, remote_classes = type(config), getattr(config, "auto_map", None) or {}
     is_masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if "AutoModelForCausalLM" in remote_classes or (kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not is_masked):
         return transformers.AutoModelForCausalLM
     if is_masked or "AutoModelForMaskedLM" in remote_classes:
         return transformers.AutoModelForMaskedLM
+    if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModel
+
+
+def _is_headless(network: Any) -> bool:
+    """Whether the checkpoint is of a bare model, as encoders for sentences are, whatever class it was loaded by."""
+    architectures = getattr(network.config, "architectures", None) or []
+    return type(network.base_model).__name__ in architectures and type(network).__name__ not in architectures
 
 
 @contextmanager

@@ -104,9 +104,8 @@ def hook_points(
             continue
         layer = observation.depths[0] - (0 if block is not None and location.side == "input" else 1)
         width = observation.activations[0].numel() // probe.numel()
-        hooks.append(
-            HookPoint(name, location.path, max(0, layer), width, location.side, location.element, location.channels)
-        )
+        path = location.path.removeprefix(pretrained.own_prefix)
+        hooks.append(HookPoint(name, path, max(0, layer), width, location.side, location.element, location.channels))
     faults = faults or [
         non_finite_hook_message(hook.name, pretrained.settings.name, pretrained.dtype)
         for hook, observation in zip(hooks, observations, strict=True)
@@ -196,7 +195,13 @@ def _fault(observation: Observation, ids: Tensor) -> str | None:
     x = observation.activations[0]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return f"this module returns {type(x).__name__}, not activations"
-    if tuple(x.shape[:-1]) not in (tuple(ids.shape), (ids.numel(),)):
+    if x.ndim == 4 and x.shape[1:3] == ids.shape:
+        return (
+            f"this module gives {len(x)} versions of each activation (AltUp), shape {list(x.shape)}, and none is the "
+            "residual stream"
+        )
+    shape = [size for size in x.shape[:-1] if size != 1]  # DeepSeek's keys and values come as [windows, 1, context, …]
+    if shape not in ([size for size in ids.shape if size != 1], [ids.numel()]):
         return f"this module gives shape {list(x.shape)} for {ids.numel()} tokens, not one activation for each token"
     return None
 

@@ -26,7 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, NormBounds, in_stream, passes, refuse_unknown_bounds
+from monitor.evaluation.passes import (
+    DEFAULT_MEMORY,
+    MemoryLimits,
+    NormBounds,
+    activations_by_hook,
+    in_stream,
+    passes,
+    refuse_unknown_bounds,
+)
 from producer.corpus.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.saes.inference import InferenceSae
@@ -129,24 +137,23 @@ def gather_latents(
     hook that the model lacks.
     """
     bounds = dict(norm_bounds or {})
-    hooks = [hook.name for hook in model.hooks]
-    refuse_unknown_bounds(hooks, bounds)
+    refuse_unknown_bounds([hook.name for hook in model.hooks], bounds)
     activations: list[tuple[Tensor, Tensor, Tensor]] = []
     streamed: list[Tensor] = []
     context = windows.ids.shape[1]
     count = windows_before = 0
-    for tokens, is_kept, _ in passes(model, windows, memory):
+    for batch in passes(model, windows, memory):
         if count >= memory.firings:
             break
-        outputs = dict(zip(hooks, model.activations(tokens), strict=True))
-        is_streamed = in_stream(outputs, is_kept, bounds)
+        outputs = activations_by_hook(model, batch)
+        is_streamed = in_stream(outputs, batch.kept, bounds)
         x = torch.cat([outputs[hook][is_streamed].float() for hook in sae.hooks.reads], 1)
         positions = is_streamed.flatten().nonzero().squeeze(1) + windows_before * context
         row, latent, value = encode_sparse(sae, x, memory)
         activations.append((latent, positions.cpu()[row].int(), value))
         count += len(value)
         streamed.append(is_streamed.cpu())
-        windows_before += len(tokens)
+        windows_before += len(batch.tokens)
         after_pass()
     latent, position, value = (torch.cat(parts) for parts in zip(*activations, strict=True))
     return _by_latent(windows, torch.cat(streamed), latent, position, value, sae.W_enc.shape[1])

@@ -258,8 +258,8 @@ class Explorer:
     def _activations(self, source: SnapshotSae, windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(position, latent, value) of all activations; positions count the tokens that the SAE is shown."""
         hooks = [hook.name for hook in self._model.hooks]
-        outputs = dict(zip(hooks, self._model.activations(torch.from_numpy(windows.ids)), strict=True))
-        is_kept = torch.from_numpy(windows.kept)
+        ids, is_kept, padding = map(torch.from_numpy, (windows.ids, windows.kept, windows.padded))
+        outputs = dict(zip(hooks, self._model.activations(ids, padding), strict=True))
         x = torch.cat([outputs[hook].cpu()[is_kept].float() for hook in source.inference.hooks.reads], 1)
         position, latent, value = encode_sparse(source.inference, x)
         return position.numpy(), latent.numpy(), value.numpy()

@@ -19,7 +19,7 @@ from producer.lm.errors import ModelError
 from producer.lm.model import LanguageModel
 from producer.lm.unembedding import Unembedding
 
-RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "hook_embed")
 """Ends of the names of hooks whose activations are, or are added to, the residual stream."""
 TOKENS_SHOWN = 12
 
@@ -37,12 +37,14 @@ class LogitLens:
     def effect(self, hook: str, decoder_row: Tensor) -> Tensor | None:
         """The change of the logits, [vocabulary]; None where `hook` is no part of the residual stream.
 
+        Of a module path, that is told by its width: the output of a module of that width is taken to be one.
         `decoder_row` [d_out] ends with what is written at `hook`: a crosscoder's row has its other hooks before it.
         """
         width = self._widths.get(hook)
         if self._unembedding is None or width != len(self._unembedding.gain):
             return None
-        if not hook.endswith(self._residual_hooks):
+        is_named = ".hook_" in f".{hook}"
+        if (is_named and not hook.endswith(self._residual_hooks)) or hook.endswith(":input"):
             return None
         logits = self._unembedding.logits(decoder_row[-width:].to(self._unembedding.gain.device)).cpu()
         return logits - logits.mean()
