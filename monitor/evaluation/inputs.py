@@ -87,7 +87,7 @@ class EvaluationInputs:
 
 
 def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
-    """Loads the language model and the texts, slowly. Raises ModelError, CorpusError or EvaluationError."""
+    """Loads the model and the texts, which takes a while. Raises ModelError, CorpusError or EvaluationError."""
     assert settings.model is not None, "why_not_evaluated() comes first"
     corpus_settings, monitor = settings.corpus, settings.monitor
     torch.set_num_threads(monitor.evaluation_threads)
