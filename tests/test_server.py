@@ -84,7 +84,7 @@ def test_half_requests_lock_nobody_out(start: Start):
 
 
 @pytest.mark.parametrize(
-    "request",
+    "sent",
     [
         HALF,
         b"",
@@ -93,10 +93,10 @@ def test_half_requests_lock_nobody_out(start: Start):
     ],
     ids=["head", "nothing", "body", "second request"],
 )
-def test_a_request_that_trickles_in_is_cut_off(request: bytes):
+def test_a_request_that_trickles_in_is_cut_off(sent: bytes):
     """A byte now and then does not earn more time: neither for a head, a body, nor a second request."""
     port, close = start_metrics_server(new_registry(), "127.0.0.1", 0, limits=ServerLimits(head_seconds=0.5))
-    with connect(port, request) as plain:
+    with connect(port, sent) as plain:
         began = time.monotonic()
         with pytest.raises(ConnectionError):
             while time.monotonic() - began < 5:
