@@ -21,6 +21,7 @@ from producer.common.fields import (
     Natural,
     PathText,
     Port,
+    PositionRange,
     Positive,
     SecondsOrNever,
     SocketSeconds,
@@ -152,6 +153,13 @@ class CorpusSettings(Table):
     """Fraction of shards, chosen by hash, never trained on: the evaluation's text."""
     roles: list[Literal["system", "user", "assistant", "tool"]] = Field(default=[], examples=[["assistant"]])
     """Stream only what messages of these roles say, for kind chat; without any, every token of the conversation."""
+    packing: Literal["pack", "separate", "separate_masked"] = "pack"
+    """pack: documents follow each other through windows. separate: each document has windows of its own, padded.
+    separate_masked: those share windows, and none attends to another or counts its positions; refused for language
+    models in which that is not the same."""
+    positions: list[PositionRange] = Field(default=[], examples=[["8:"]])
+    """Positions of a window whose activations are streamed, as slices of Python: `8:`, `0:64:2`, `-16:`; `not 0:8`
+    leaves out; each applies to what the ones before left. Without any, all."""
     epochs: Natural = 1
     """Passes over the corpus before the data counts as finished; 0 goes on for ever."""
     context: Annotated[Whole, Field(gt=0, le=2**17)] = 256
@@ -174,6 +182,13 @@ class CorpusSettings(Table):
             raise ValueError(
                 'corpus.kind = "chat" needs either corpus.paths, such as paths = ["chats/*.jsonl"], or corpus.dataset'
             )
+        if not any(self.streamed_positions):
+            raise ValueError(
+                f"corpus.positions = {show_value(self.positions)} leaves none of the {self.context} positions of a "
+                "window; correct the ranges, or raise corpus.context"
+            )
+        if self.packing != "pack" and self.kind == "synthetic":
+            raise ValueError(f'corpus.packing = "{self.packing}" is of documents, and corpus.kind "synthetic" has none')
         if self.roles and self.kind != "chat":
             raise ValueError(
                 f'corpus.roles = {show_value(self.roles)} are of conversations, and corpus.kind is "{self.kind}"; '
@@ -188,6 +203,16 @@ class CorpusSettings(Table):
                 'corpus.kind = "synthetic" needs a table [corpus.synthetic] with d_in, features and shards'
             )
         return self
+
+    @property
+    def streamed_positions(self) -> list[bool]:
+        """For each position of a window, whether `positions` has it."""
+        streamed = [not self.positions or self.positions[0].startswith("not ")] * self.context
+        for text in self.positions:
+            numbers = [int(number) if number else None for number in text.removeprefix("not ").split(":")]
+            for position in range(self.context)[slice(*numbers)]:
+                streamed[position] = not text.startswith("not ")
+        return streamed
 
 
 class SyntheticSettings(Table):

@@ -96,6 +96,9 @@ class LanguageModelSource:
                 len(unknown), *next((token, number) for number, token in unknown.items()),
             )  # fmt: skip
         self.model.check_context(self.context)
+        if settings.corpus.packing == "separate_masked":
+            difference = self.model.check_shared_windows(self.context)
+            log.info("documents that share a window against each alone: largest difference %.3g of the rms", difference)
         check, dtype = self.model.self_check, str(self.model.dtype).removeprefix("torch.")
         log.info(
             "%s runs in %s%s on %s",
@@ -217,7 +220,9 @@ class LanguageModelSource:
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
         padded = windows.padded[indices]
         return self.model.activations(
-            torch.from_numpy(windows.ids[indices]), torch.from_numpy(padded) if padded.any() else None
+            torch.from_numpy(windows.ids[indices]),
+            torch.from_numpy(padded) if padded.any() else None,
+            None if windows.positions is None else torch.from_numpy(windows.positions[indices]),
         )
 
 
@@ -234,6 +239,7 @@ class SyntheticSource:
         self._shards: dict[int, np.ndarray] = {}
         """Activations of the shard that is worked on and of the one that is read ahead."""
         self.context = settings.corpus.context
+        self._streamed = settings.corpus.streamed_positions
         self.shards = self.data.shards
         self.hooks = [Hook(name="synthetic", module="synthetic", width=self.data.d_in)]
         self.batch_windows = max(1, CPU_TOKENS // self.context)
@@ -243,6 +249,8 @@ class SyntheticSource:
             "context": self.context,
             "outlier_factor": settings.corpus.outlier_factor,
         }
+        if settings.corpus.positions:
+            self.facts["positions"] = list(settings.corpus.positions)
         if settings.run.deterministic:
             self.facts["deterministic"] = True
 
@@ -252,7 +260,8 @@ class SyntheticSource:
     def windows(self, shard: int) -> Windows:
         count = len(self._shard(shard)) // self.context
         shape = (count, self.context)
-        return Windows(np.zeros(shape, np.int64), np.ones(shape, bool), np.zeros(shape, bool))
+        kept = np.broadcast_to(np.array(self._streamed), shape).copy()
+        return Windows(np.zeros(shape, np.int64), kept, np.zeros(shape, bool))
 
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
         activations = self._shard(shard)

@@ -77,8 +77,17 @@ def write_chats(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def write_texts(folder: Path) -> None:
+    """Documents of 1 to 90 tokens."""
+    lines = [json.dumps({"text": "0123456789"[number % 7 :] * (1 + number * 7 % 9)}) + "\n" for number in range(300)]
+    (folder / "a.jsonl").write_text("".join(lines))
+
+
+JSONL = 'kind = "jsonl"\npaths = ["DIR/data"]\nshard_bytes = 1500\n'
 CORPORA: dict[str, tuple[Callable[[Path], None], str]] = {
     "chat": (write_chats, 'kind = "chat"\npaths = ["DIR/data"]\nroles = ["assistant"]\nshard_bytes = 1500'),
+    "separate": (write_texts, JSONL + 'packing = "separate"\npositions = ["2:"]'),
+    "separate_masked": (write_texts, JSONL + 'packing = "separate_masked"'),
 }
 """What is written into DIR/data, and the lines of [corpus]."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from producer.corpus import Corpus, more_shards_advice
-from producer.corpus.windows import Windows, windows_of
+from producer.corpus.windows import Windows, separated, windows_of
 from producer.settings import CorpusSettings
 
 SHARDS_SHARING = 8
@@ -29,7 +29,7 @@ def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, t
     missing = tokens
     for index, shard in enumerate(shards):
         share = -(-missing // max(1, min(SHARDS_SHARING, len(shards)) - index))
-        parts.append(_beginning(windows_of(corpus.documents(shard), tokenizer, settings), share))
+        parts.append(_beginning(windows_of(corpus.documents(shard), tokenizer, separated(settings)), share))
         missing -= int(parts[-1].kept.sum())
         if missing <= 0:
             break

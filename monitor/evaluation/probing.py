@@ -26,7 +26,7 @@ from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, activations_by_hook, in_stream, passes
 from producer.corpus import CorpusError
 from producer.corpus.jsonl import read_records
-from producer.corpus.windows import Windows, windows_of
+from producer.corpus.windows import Windows, separated, windows_of
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from trainer.saes.inference import InferenceSae
@@ -57,7 +57,7 @@ def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) ->
     try:
         for place, record in read_records(path, settings):
             text, label = _parse(record, place)
-            windows = windows_of([text], tokenizer, settings)
+            windows = windows_of([text], tokenizer, separated(settings))
             if len(windows) and windows.kept[0].any():
                 texts.append((windows.ids[:1], windows.kept[:1], windows.padded[:1]))
                 labels.append(label)

@@ -27,6 +27,12 @@ def _check_device(name: str) -> str:
     raise ValueError('is no device; expected "auto", "cpu", "cuda", or one GPU by number, such as "cuda:1"')
 
 
+def _check_range(text: str) -> str:
+    if re.fullmatch(r"(not )?-?\d*:-?\d*(:[1-9]\d*)?", text) and not text.endswith(("-", "-:")) and "-:" not in text:
+        return text
+    raise ValueError('is no range of positions; expected a slice, such as "8:", "0:64:2" or "not 0:8"')
+
+
 Whole = Annotated[int, BeforeValidator(_to_whole)]
 """A whole number, which may be written as 1e6."""
 Positive = Annotated[Whole, Field(gt=0)]
@@ -48,6 +54,8 @@ HostName = Annotated[str, AfterValidator(check_host_name)]
 """A name by which others call a host."""
 Port = Annotated[int, AfterValidator(check_port)]
 """A port that a process listens on; 0 is any free one."""
+PositionRange = Annotated[str, AfterValidator(_check_range)]
+"""Positions of a window, as a slice."""
 Device = Annotated[str, AfterValidator(_check_device)]
 
 

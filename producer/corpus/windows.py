@@ -11,6 +11,11 @@ whatever order and by whichever producer they are read. Packing restarts with ea
     windows    ^ab$  ^cde  ^fg_
     kept       .xx.  .xxx  .xx.
 
+With corpus.packing = "separate", each document has windows of its own; with "separate_masked" these share windows, and
+`positions` says where each document begins, for the attention of the language model:
+
+    separate          ^ab_  ^cde  ^fg_          separate_masked, context 8     ^ab^cde_  ^fg_____
+
 Ids are never tested for truth: 0 is a real id, and Pythia's BOS. Where BOS and separator are the same token, a window
 whose text happens to begin with a separator starts with it twice; cutting there would make each window depend on all
 the ones before. A text that begins with BOS ("<s>Once upon") loses it where windows get their own.
@@ -35,6 +40,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OPEN_WINDOWS = 64
+"""Windows with room that a document may still go into."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """The windows of one shard."""
@@ -44,7 +53,9 @@ class Windows:
     kept: np.ndarray
     """Positions whose activations are streamed, bool [windows, context]; outliers among them are dropped later."""
     padded: np.ndarray
-    """Positions behind the shard's last token, bool [windows, context]; never kept."""
+    """Positions behind a window's last token, bool [windows, context]; never kept."""
+    positions: np.ndarray | None = None
+    """For windows that several documents share: each token's position in its own document, int64 [windows, context]."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,7 +69,17 @@ def windows_of(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
     """
     packing = _packing(tokenizer, settings)
     tokenized = DocumentTokenizer(tokenizer, settings).tokenize(documents)
-    return _cut(list(_stream(tokenized, packing)), packing)
+    if settings.packing == "pack":
+        return _kept_where_streamed(_cut(list(_stream(tokenized, packing)), packing), packing)
+    parts = [_cut([document], packing) for document in tokenized if len(document.ids)]
+    arrays = zip(*((part.ids, part.kept, part.padded) for part in parts), strict=True)
+    windows = _kept_where_streamed(Windows(*map(np.concatenate, arrays)) if parts else _cut([], packing), packing)
+    return share_windows(windows) if settings.packing == "separate_masked" else windows
+
+
+def separated(settings: CorpusSettings) -> CorpusSettings:
+    """Returns settings of the same activations in which documents share no window: for passes without `positions`."""
+    return settings.model_copy(update={"packing": "separate"}) if settings.packing == "separate_masked" else settings
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> str:
@@ -75,6 +96,8 @@ def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSetti
         [settings.context, settings.prepend_bos, settings.exclude_special],
         *DocumentTokenizer(tokenizer, settings).decisive,
     ]
+    if settings.packing != "pack" or settings.positions:
+        decisive.append([settings.packing, settings.positions])
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,6 +135,8 @@ class _Packing:
     """Ids whose positions are not kept."""
     has_roles: bool
     """Only tokens of some roles are kept: neither BOS nor separators."""
+    streamed: np.ndarray
+    """Positions that corpus.positions names, bool [context]."""
 
 
 def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _Packing:
@@ -131,6 +156,7 @@ def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _P
         pad=first_id(pad, eos, 0) or 0,
         dropped=_special_ids(tokenizer) if settings.exclude_special else frozenset(),
         has_roles=bool(settings.roles),
+        streamed=np.array(settings.streamed_positions),
     )
 
 
@@ -172,6 +198,42 @@ def _cut(documents: list[TokenizedDocument], packing: _Packing) -> Windows:
         wanted = np.pad(wanted, ((0, 0), (1, 0)), constant_values=not packing.has_roles)
     dropped = np.isin(ids, np.fromiter(packing.dropped, dtype=np.int64))
     return Windows(ids=ids, kept=wanted & ~padded & ~dropped, padded=padded)
+
+
+def _kept_where_streamed(windows: Windows, packing: _Packing) -> Windows:
+    """Keeps only what corpus.positions names."""
+    return Windows(windows.ids, windows.kept & packing.streamed, windows.padded)
+
+
+def share_windows(windows: Windows) -> Windows:
+    """Puts windows of one document each into as few windows, whole: each into the first that has room for it.
+
+    Only the last OPEN_WINDOWS are looked at, so that a shard of a million short documents is packed as fast.
+    """
+    context = windows.ids.shape[1]
+    lengths = (~windows.padded).sum(1)
+    rows = np.zeros(len(windows), dtype=np.int64)
+    columns = np.zeros(len(windows), dtype=np.int64)
+    filled: list[int] = []
+    for index, length in enumerate(lengths.tolist()):
+        start = max(0, len(filled) - OPEN_WINDOWS)
+        row = next((row for row in range(start, len(filled)) if filled[row] + length <= context), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        rows[index], columns[index] = row, filled[row]
+        filled[row] += length
+    shape = (len(filled), context)
+    ids = np.zeros(shape, dtype=np.int64)
+    kept, padded = np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)
+    positions = np.zeros(shape, dtype=np.int64)
+    source, position = np.nonzero(~windows.padded)
+    place = rows[source], columns[source] + position
+    ids[place], kept[place] = windows.ids[source, position], windows.kept[source, position]
+    padded[place], positions[place] = False, position
+    # Padding counts on, as if it were the last document's: nothing attends to it.
+    for row, length in enumerate(filled):
+        positions[row, length:] = positions[row, length - 1] + 1 + np.arange(context - length)
+    return Windows(ids, kept, padded, positions)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:

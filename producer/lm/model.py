@@ -6,6 +6,7 @@ Token ids are compared with the embedding before each pass: beyond it an embeddi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from producer.lm.errors import ModelError
 from producer.lm.hooks import HookPoint, hook_names, replacing_function
 from producer.lm.network import HookedNetwork
-from producer.lm.self_check import SelfCheck
+from producer.lm.self_check import TOLERANCE, SelfCheck
 from producer.lm.unembedding import Unembedding, find_unembedding
 from producer.settings import ModelSettings
 
+MIN_SHARED = 4
+"""Tokens of the shortest window that documents can share."""
 TEXT_AROUND = 8
 """Tokens shown on either side of one that the model does not know."""
 
@@ -72,11 +75,14 @@ class LanguageModel:
         added_tokens = self.tokenizer.added_tokens_decoder
         return {number: str(token) for number, token in sorted(added_tokens.items()) if number >= self.vocabulary}
 
-    def activations(self, tokens: Tensor, padding: Tensor | None = None) -> list[Tensor]:
+    def activations(
+        self, tokens: Tensor, padding: Tensor | None = None, positions: Tensor | None = None
+    ) -> list[Tensor]:
         """One `[windows, context, width]` per hook, in the order of the settings, on `device`, in `dtype`.
 
         `tokens` are ids, int64 `[windows, context]`. `padding` is bool of the same shape, True where a position holds
-        no text. Causal models need none for padding on the right: nothing before it can see it. What comes back are
+        no text. Causal models need none for padding on the right: nothing before it can see it. `positions`, int64 of
+        the same shape, is for windows that documents share, after `check_shared_windows`. What comes back are
         inference tensors: autograd takes only a clone of them. Several threads may call this at the same time.
         """
         if self.causal or padding is None or not padding.any():
@@ -84,7 +90,7 @@ class LanguageModel:
         elif not self.masks_padding:
             return self._activations_of_text(tokens, padding)
         self._check_window(tokens)
-        return self.network.activations(tokens, padding)
+        return self.network.activations(tokens, padding, positions)
 
     def logits(self, tokens: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """Logits `[windows, context, vocabulary]` of the whole model, with activations replaced under way.
@@ -157,6 +163,46 @@ class LanguageModel:
                 f"corpus.context = {context}: {name} cannot read a window of so many tokens "
                 f"({type(error).__name__}: {text[:200]}); lower corpus.context"
             ) from error
+
+    def check_shared_windows(self, context: int) -> float:
+        """Finds how documents that share a window are kept apart. Returns the largest difference from windows alone.
+
+        Raises ModelError, naming corpus.packing, for a model in which neither way gives the same activations.
+        """
+        name, difference = self.settings.name, float("inf")
+        if self.causal and context >= MIN_SHARED:
+            for way in ("positions", "mask"):
+                self.network.packed_attention = way
+                with suppress(
+                    TypeError, ValueError, RuntimeError, IndexError
+                ):  # it takes no positions, or no such mask
+                    difference, largest = self._shared_difference(context)
+                    if difference <= TOLERANCE[self.dtype]:
+                        return largest
+        self.network.packed_attention = None
+        reason = (
+            f"differ by {difference:.2g} of their rms from those of documents alone"
+            if difference < float("inf")
+            else "cannot be kept apart: it attends to later tokens, takes no positions, or the context is too short"
+        )
+        raise ModelError(
+            f'corpus.packing = "separate_masked": the activations of documents that share a window of {name} {reason}; '
+            'set corpus.packing = "separate", which gives the same activations in windows of their own'
+        )
+
+    def _shared_difference(self, context: int) -> tuple[float, float]:
+        """The difference between three documents in one window and each alone, both in rms: its rms and the largest."""
+        lengths = (context // 2, 1, context - context // 2 - 1)
+        ids = torch.randint(self.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        alone = zip(*(self.activations(part) for part in ids.split(lengths, 1)), strict=True)
+        differences, largest = [0.0], [0.0]
+        for x, parts in zip(self.activations(ids, positions=positions), alone, strict=True):
+            y = torch.cat(parts, 1).float()
+            relative = (x.float() - y) / y.square().mean().sqrt()
+            differences.append(relative.square().mean().sqrt().item())
+            largest.append(relative.abs().max().item())
+        return max(differences), max(largest)
 
     def _check_window(self, tokens: Tensor) -> None:
         context = tokens.shape[1]

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class HookedNetwork:
         """Numbers in memory."""
         self.layers_run = 0
         """Blocks that executed in the last pass, counted."""
+        self.packed_attention: Literal["positions", "mask"] | None = None
+        """How documents that share a window are kept apart: by positions that begin anew, or by a mask as well."""
         self._pass = threading.local()
         """State of each thread's pass: the activations so far, and the number of blocks that ran."""
         for block in blocks:
@@ -57,16 +59,17 @@ class HookedNetwork:
             ) from None
         self.device = device
 
-    def activations(self, ids: Tensor, padding: Tensor | None = None) -> list[Tensor]:
+    def activations(self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> list[Tensor]:
         """One `[windows, context, width]` per location, on `device`, in `dtype`, for token ids `[windows, context]`.
 
-        With `padding`, bool of the same shape, an attention mask hides those positions.
+        With `padding`, bool of the same shape, an attention mask hides those positions. With `positions`, int64 of the
+        same shape, a token attends only to those of its document, which begins where they are 0.
         """
         activations: dict[int, Tensor] = {}
         self._pass.activations = activations
         try:
             with torch.inference_mode(), suppress(StopForward):
-                self._run(ids, padding)
+                self._run(ids, padding, positions)
         finally:
             self._pass.activations = None
         return [activations[index].reshape(*ids.shape, -1).to(self.dtype) for index in range(len(self.locations))]
@@ -84,13 +87,26 @@ class HookedNetwork:
             raise ModelError(f"model.name = {self.name!r} has no head that gives logits; use a causal model")
         return output.logits
 
-    def _run(self, ids: Tensor, padding: Tensor | None = None) -> Any:
-        options = {} if padding is None else {"attention_mask": (~padding).to(self.device, torch.int64)}
+    def _run(self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Any:
+        options: dict[str, Tensor] = {}
+        if padding is not None:
+            options["attention_mask"] = (~padding).to(self.device, torch.int64)
+        if positions is not None:
+            options["position_ids"] = positions.to(self.device)
+            if self.packed_attention == "mask":
+                options["attention_mask"] = self._block_diagonal(options["position_ids"])
         self._pass.layers = 0
         try:
             return self.module(input_ids=ids.to(self.device, non_blocking=True), **options)
         finally:
             self.layers_run = self._pass.layers
+
+    def _block_diagonal(self, positions: Tensor) -> Tensor:
+        """The causal mask within each document, [windows, 1, context, context]: 0, or as low as numbers go."""
+        document = (positions == 0).cumsum(1)
+        visible = (document[:, :, None] == document[:, None, :]).tril()
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 
     def _count_block(self, *_: Any) -> None:
         self._pass.layers = getattr(self._pass, "layers", 0) + 1

@@ -10,7 +10,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "producer.produce": ("producer/produce.py", "test_produce"),
     "producer.packing": ("producer/packing.py", "test_produce", "test_evaluate"),
     "producer.source": ("producer/source.py", "test_produce"),
-    "producer.corpus.windows": ("producer/corpus/windows.py", "test_tokens"),
+    "producer.corpus.windows": ("producer/corpus/windows.py", "test_tokens", "test_packing"),
     "producer.corpus.files": ("producer/corpus/files.py", "test_corpus"),
     "producer.corpus.pieces": ("producer/corpus/pieces.py", "test_corpus"),
     "producer.corpus.tokenizing": ("producer/corpus/tokenizing.py", "test_tokens", "test_chat"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from producer.corpus.windows import Windows, windows_of
+from producer.corpus.windows import Windows, separated, windows_of
 from producer.settings import CorpusSettings
 
 ANCHOR = "a"
@@ -66,7 +66,7 @@ class Texts:
     def windows(self, text: str, settings: CorpusSettings) -> Windows:
         """The windows of a text, cut as the corpus is."""
         with self._lock:
-            return windows_of([text], self._tokenizer, settings)
+            return windows_of([text], self._tokenizer, separated(settings))
 
     def _goes_on(self, ids: Sequence[int], following: int) -> bool:
         """Whether the bytes of `ids` end in the middle of a character that the following token continues."""
