@@ -20,7 +20,6 @@ from producer.corpus import open_corpus
 from producer.corpus.windows import windows_of
 from producer.settings import ProducerSettings
 from tests.small_chats import chat_tokenizer, write_chat_model
-from trainer.state.checkpoint import load_newest
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 32
@@ -79,7 +78,7 @@ def write_chats(folder: Path) -> None:
 
 def write_texts(folder: Path) -> None:
     """Documents of 1 to 90 tokens."""
-    lines = [json.dumps({"text": "0123456789"[number % 7 :] * (1 + number * 7 % 9)}) + "\n" for number in range(300)]
+    lines = [json.dumps({"text": "0123456789"[number % 7 :] * (1 + number * 7 % 9)}) + "\n" for number in range(150)]
     (folder / "a.jsonl").write_text("".join(lines))
 
 
@@ -125,8 +124,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
 
 
 def tokens_in_checkpoint(folder: Path) -> int:
-    checkpoint = load_newest(folder / "run") if (folder / "run").exists() else None
-    return 0 if checkpoint is None else checkpoint.document.ledger.rows_trained
+    folders = sorted((folder / "run" / "checkpoint").glob("[0-9]*"), key=lambda path: path.name.split("-")[1])
+    return int(folders[-1].name.split("-")[0]) if folders else 0
 
 
 def names(shard: Any, window: Any, position: Any) -> np.ndarray:
@@ -145,6 +144,7 @@ def expected_names(run_file: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@pytest.mark.timeout(300)  # eight processes are started, one after the other
 @pytest.mark.parametrize("kind", CORPORA)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_killed_run_trains_each_name_exactly_once(
