@@ -20,6 +20,7 @@ from trainer.parallel.ranks import ALONE, Ranks
 from trainer.planning.exchange import exchanged_bytes
 from trainer.planning.workload import step_costs
 from trainer.report import SaeReport
+from trainer.saes.base import Sae
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Whitening
 from trainer.saes.gradients import SHARED, THROUGH_ENCODER
@@ -122,13 +123,9 @@ def sae_trainer_of(ranks: Ranks, table: Mapping[str, Any], clip: float) -> SaeTr
         return sae_trainer
 
     sae, sae_trainer = initialised(ALONE).sae, initialised(ranks)
-    if isinstance(sae, FixedK | JumpReLU):  # small, but above zero: AuxK has something to work with
-        sae.W_enc[1::4] *= 0.05
-        sae.b_enc[1::4] = 0.0
-    else:
-        sae.b_enc[1::4] = -50.0
+    silence_some(sae)
     weights = {name: value.double() for name, value in sae.parameters.items()}
-    sae_trainer.sae.parameters = {name: value.clone() for name, value in sae_trainer.sae.held(weights).items()}
+    sae_trainer.sae.parameters = {name: value.clone() for name, value in sae_trainer.sae.rows_of_rank(weights).items()}
     sae_trainer._reset_optimizer(sae_trainer.statistics.reference.double())
     if sae_trainer._average is not None:
         sae_trainer._average = AverageWeights(sae_trainer.sae.parameters, 500)
@@ -136,6 +133,16 @@ def sae_trainer_of(ranks: Ranks, table: Mapping[str, Any], clip: float) -> SaeTr
         parts = (whitening.centre, whitening.matrix, whitening.inverse)
         sae_trainer._whitening = Whitening(*(part.double() for part in parts))
     return sae_trainer
+
+
+def silence_some(sae: Sae) -> None:
+    """Changes every fourth latent such that it is hardly ever active."""
+    silent = torch.tensor([latent % 4 == 1 for latent in sae.latents])
+    if isinstance(sae, FixedK | JumpReLU):  # small, but above zero: AuxK has something to work with
+        sae.W_enc[silent] *= 0.05
+        sae.b_enc[silent] = 0.0
+    else:
+        sae.b_enc[silent] = -50.0
 
 
 def batch_of(settings: SaeSettings, seed: int) -> dict[str, Tensor]:
@@ -151,15 +158,15 @@ def train(ranks: Ranks, table: Mapping[str, Any], fault: str | None = None) -> T
     if fault is not None:
         FAULTS[fault][1](sae_trainer)
     gradients: dict[str, Tensor] = {}
-    complete = sae_trainer.sae.complete
+    sum_shared = sae_trainer.sae.sum_shared
 
     def remember(grads: dict[str, Tensor]) -> None:
-        complete(grads)
+        sum_shared(grads)
         assert THROUGH_ENCODER not in grads
         gradients.clear()
         gradients.update({name: value.clone() for name, value in grads.items()})
 
-    sae_trainer.sae.complete = remember  # type: ignore[method-assign]
+    sae_trainer.sae.sum_shared = remember  # type: ignore[method-assign]
     for step in range(1, STEPS + 1):
         sae_trainer.step(batch_of(sae_trainer.settings, step))
     return gradients, tensors_of(sae_trainer), sae_trainer.report(UNSCALED)
@@ -283,18 +290,18 @@ def norm_of_own_latents(sae_trainer: SaeTrainer) -> None:
 def b_dec_summed_over_ranks(sae_trainer: SaeTrainer) -> None:
     sae = sae_trainer.sae
 
-    def complete(grads: dict[str, Tensor]) -> None:
+    def sum_shared(grads: dict[str, Tensor]) -> None:
         grads["b_dec"] += grads.pop(THROUGH_ENCODER)[0]
         sae.ranks.sum(grads["b_dec"], "sums")
 
-    sae.complete = complete  # type: ignore[method-assign]
+    sae.sum_shared = sum_shared  # type: ignore[method-assign]
 
 
 def b_dec_without_other_ranks(sae_trainer: SaeTrainer) -> None:
-    def complete(grads: dict[str, Tensor]) -> None:
+    def sum_shared(grads: dict[str, Tensor]) -> None:
         grads["b_dec"] += grads.pop(THROUGH_ENCODER)[0]
 
-    sae_trainer.sae.complete = complete  # type: ignore[method-assign]
+    sae_trainer.sae.sum_shared = sum_shared  # type: ignore[method-assign]
 
 
 def k_aux_on_each_rank(sae_trainer: SaeTrainer) -> None:
@@ -348,8 +355,7 @@ def train_in_float32(ranks: Ranks, table: Mapping[str, Any]) -> dict[str, Tensor
         settings, optimizer, hooks, hook_widths(settings), torch.device("cpu"), torch.float32, ranks=ranks
     )
     sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED)
-    silent = torch.tensor([latent % 4 == 1 for latent in sae_trainer.sae.latents])
-    sae_trainer.sae.W_enc[silent] *= 0.05
+    silence_some(sae_trainer.sae)
     for step in range(1, 31):
         sae_trainer.step(rows_of(settings, BATCH, step))
     sae_trainer.calibrate(sae_trainer.sae, rows_of(settings, BATCH, 1000))

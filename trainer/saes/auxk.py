@@ -11,6 +11,7 @@ import math
 from torch import Tensor
 
 from trainer.kernels.select import candidates, largest, widen
+from trainer.parallel import products
 from trainer.parallel.blocks import blocks_of_subset, segment_ends
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
@@ -51,9 +52,9 @@ def add_auxk(
     else:
         own = candidates(pre_acts, min(k_aux, dead), sae.by_magnitude)
         latents = sae.choose_largest(own, k_aux, indices[own.column] + sae.latents.start).split(segment_ends(blocks))
-    difference = sae.multiply(latents, W_dec, blocks, len(y))[0] - error
+    difference = products.multiply(sae.ranks, latents, W_dec, blocks, len(y))[0] - error
     de_hat = difference * (2.0 * weight / spread)
     if dead:
-        dz = sae.sample(latents, de_hat, W_dec, blocks, len(y)).mul_(latents.value != 0)
+        dz = products.sample(latents, de_hat, W_dec, blocks, len(y)).mul_(latents.value != 0)
         add(grads, sae.backward(encoded.inputs, latents, dz, de_hat, indices), indices)
     losses["auxiliary"] = weight * difference.square().sum() / spread

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -40,8 +40,8 @@ from torch.nn.functional import linear
 from trainer.kernels.operands import Operands
 from trainer.kernels.select import DENSE_ABOVE, Latents, dense_if_many
 from trainer.kernels.sparse import Entries, kernels
-from trainer.parallel import selection
-from trainer.parallel.blocks import LatentBlock, blocks_of, blocks_of_subset, by_block, segment_ends
+from trainer.parallel import products, selection
+from trainer.parallel.blocks import blocks_of, blocks_of_subset, segment_ends
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.encoder import BlockwiseEncoder, Encoded
 from trainer.saes.gradients import SHARED, THROUGH_ENCODER, Gradients, Reconstruction
@@ -177,7 +177,7 @@ class Sae(ABC):
         if self.unit_decoder:
             normalise_rows(self.W_dec)
 
-    def held(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rows_of_rank(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of this rank's latents, and those that belong to no latent, of weights of all latents."""
         rows = slice(self.latents.start, self.latents.stop)
         return {name: value if name in SHARED else value[rows] for name, value in weights.items()}
@@ -186,13 +186,13 @@ class Sae(ABC):
 
     @abstractmethod
     def gradients(self, x: Tensor, y: Tensor, dead: Tensor, sparsity: float = 1.0) -> Gradients:
-        """The loss of a batch and its gradient. Collective; `complete` adds what ranks still have apart.
+        """The loss of a batch and its gradient. Collective; `sum_shared` adds what ranks still have apart.
 
         x [batch, d_in], y [batch, d_out] scaled; dead [latents of this rank]: those to revive; `sparsity`: share of the
         penalty.
         """
 
-    def complete(self, grads: dict[str, Tensor]) -> None:
+    def sum_shared(self, grads: dict[str, Tensor]) -> None:
         """Adds b_dec's gradient through the encoder of all ranks, once. Collective."""
         if (parts := grads.pop(THROUGH_ENCODER, None)) is not None:
             grads["b_dec"] += self.ranks.total(parts, "sums")
@@ -251,8 +251,8 @@ class Sae(ABC):
         """pre_acts [batch, n] in float32, as in inference; `latents` are indices [n] among those of this rank."""
         inputs, W_enc, b_enc = self._encoder_input(x), self.W_enc[latents], self.b_enc[latents]
         blocks = self.blocks if isinstance(latents, slice) else blocks_of_subset(self.blocks, latents)
-        products = [linear(inputs, W_enc[block.latents], b_enc[block.latents]) for block in blocks]
-        return products[0] if len(products) == 1 else torch.cat(products, 1)
+        parts = [linear(inputs, W_enc[block.latents], b_enc[block.latents]) for block in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.centred else x
@@ -278,41 +278,14 @@ class Sae(ABC):
             y_hat, g, square, sampled = latents.decode(W_dec, self.b_dec, y, weight)
             result = Reconstruction(y_hat, weight * square.sum(), g, g, sampled)
         else:
-            y_hats = self.multiply(latents, W_dec, self.blocks, len(y), levels)
+            y_hats = products.multiply(self.ranks, latents, W_dec, self.blocks, len(y), levels)
             y_hats = (y_hats.cumsum(0) if levels > 1 else y_hats) + self.b_dec
             errors = y_hats - y
             g = 2 * weight * errors
             dlevels = (g.flip(0).cumsum(0).flip(0) if levels > 1 else g).flatten(0, 1)
-            sampled = self.sample(latents, dlevels, W_dec, self.blocks, len(y))
+            sampled = products.sample(latents, dlevels, W_dec, self.blocks, len(y))
             result = Reconstruction(y_hats[-1], weight * errors.square().sum(), dlevels, g.sum(0), sampled)
         return result if skipped is None else replace(result, y_hat=result.y_hat + skipped)
-
-    def multiply(
-        self, latents: Latents, W_dec: Tensor, blocks: Sequence[LatentBlock], batch: int, levels: int = 1
-    ) -> Tensor:
-        """latents W_dec, the sum over the latents of all ranks: [levels, batch, d_out]. Collective.
-
-        The rows of W_dec stand for the latents of `blocks`.
-        """
-        if len(blocks) == 1 and blocks[0].levels == slice(0, levels):
-            parts = latents.multiply(W_dec)[None]
-        else:
-            parts = latents.value.new_zeros(len(blocks), levels * batch, W_dec.shape[1])
-            for part, (block, own, _) in zip(parts, by_block(latents, blocks), strict=True):
-                if len(block):
-                    block.rows_of(part, batch).copy_(own.multiply(W_dec[block.latents]))
-        return self.ranks.total(parts, "reconstructions").view(levels, batch, -1)
-
-    def sample(
-        self, latents: Latents, dlevels: Tensor, W_dec: Tensor, blocks: Sequence[LatentBlock], batch: int
-    ) -> Tensor:
-        """dlevels W_decᵀ at the entries: [entries] or as `latents.value`, with dlevels [levels × batch, d_out]."""
-        products = [
-            own.sample(block.rows_of(dlevels, batch), W_dec[block.latents])
-            for block, own, _ in by_block(latents, blocks)
-            if len(block)
-        ]
-        return products[0] if len(products) == 1 else torch.cat([latents.value.new_empty(0), *products])
 
     def backward(
         self,
@@ -331,38 +304,15 @@ class Sae(ABC):
         """
         blocks = self.blocks if subset is None else blocks_of_subset(self.blocks, subset)
         spare = self._spare_gradients if subset is None else {}
-        W_enc, W_dec = spare.pop("W_enc", None), spare.pop("W_dec", None)
-        if len(blocks) > 1:  # each block writes its rows
-            latents_in_all = blocks[-1].latents.stop
-            W_enc = dz.new_empty(latents_in_all, self.d_in) if W_enc is None else W_enc
-            W_dec = dz.new_empty(latents_in_all, self.d_out) if W_dec is None else W_dec
-        narrow = dlevels.to(self.matmul_dtype)
-        of_blocks: list[dict[str, Tensor]] = []
-        for block, own, entries in by_block(latents, blocks):
-            if not len(block):
-                continue
-            by_latent, rows = own.transpose(), block.rows_of(narrow, len(inputs))
-            of_blocks.append(
-                {
-                    "db_enc": by_latent.sums(dz[entries]),
-                    "W_enc": by_latent.multiply(dz[entries], inputs, None if W_enc is None else W_enc[block.latents]),
-                    "W_dec": by_latent.multiply(own.value, rows, None if W_dec is None else W_dec[block.latents]),
-                    **{name: by_latent.sums(value[entries]) for name, value in sums.items()},
-                }
-            )
-        if len(of_blocks) == 1:
-            grads = of_blocks[0]
-        else:
-            vectors = {name: torch.cat([of_block[name] for of_block in of_blocks]) for name in ("db_enc", *sums)}
-            assert W_enc is not None and W_dec is not None
-            grads = vectors | {"W_enc": W_enc, "W_dec": W_dec}
+        vectors = {"db_enc": dz, **sums}
+        grads = products.weight_gradients(latents, dz, inputs, dlevels.to(self.matmul_dtype), blocks, spare, vectors)
         db_enc = grads.pop("db_enc")
-        return {self.encoder_bias: db_enc} | grads | self.through_encoder(db_enc, subset)
+        return {self.encoder_bias: db_enc, **grads, **self.through_encoder(db_enc, subset)}
 
     def through_encoder(self, db_enc: Tensor, subset: Tensor | None = None) -> dict[str, Tensor]:
         """b_dec's gradient through the encoder, from ∂L/∂b_enc of all latents of this rank or of some (indices [n]).
 
-        Without other ranks it is that of b_dec; else the part of each block, for `complete`.
+        Without other ranks it is that of b_dec; else the part of each block, for `sum_shared`.
         """
         if not self.centred:
             return {}
@@ -372,11 +322,6 @@ class Sae(ABC):
             return {"b_dec": -(db_enc @ W_enc)}
         blocks = self.blocks if subset is None else blocks_of_subset(self.blocks, subset)
         return {THROUGH_ENCODER: torch.stack([-(db_enc[block.latents] @ W_enc[block.latents]) for block in blocks])}
-
-    def sums(self, latents: Latents, value: Tensor) -> Tensor:
-        """The sum of `value` at the entries of each latent of this rank, split as `latents` are."""
-        parts = [own.transpose().sums(value[entries]) for _, own, entries in by_block(latents, self.blocks)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def output_gradients(self, x: Tensor, dy_hat: Tensor) -> dict[str, Tensor]:
         """Gradients of b_dec and W_skip as terms of y_hat, from ∂L/∂y_hat [batch, d_out]."""
@@ -398,22 +343,12 @@ class Sae(ABC):
         W_enc_rows, W_dec_rows = x.clone(), y.clone()
         normalise_rows(W_enc_rows)
         normalise_rows(W_dec_rows)
-        encoder_norm, decoder_norm = self._mean_norms(others)
+        encoder_norm, decoder_norm = products.mean_norms(self.ranks, (self.W_enc, self.W_dec), others, self.blocks)
         if not self.unit_decoder:
             W_dec_rows *= decoder_norm
         self.W_enc[latents] = 0.2 * encoder_norm * W_enc_rows
         self.b_enc[latents] = 0.0
         self.W_dec[latents] = W_dec_rows
-
-    def _mean_norms(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean norms of the rows of W_enc and W_dec of some latents of all ranks; bool [latents of this rank]."""
-        parts = []
-        for block in self.blocks:
-            chosen = latents[block.latents]
-            norms = [W[block.latents][chosen].norm(dim=1).sum().double() for W in (self.W_enc, self.W_dec)]
-            parts.append(torch.stack([*norms, chosen.sum().double()]))
-        encoder, decoder, count = self.ranks.total(torch.stack(parts), "scalars")
-        return (encoder / count).to(self.W_enc.dtype), (decoder / count).to(self.W_dec.dtype)
 
     # Publishing
 

@@ -12,7 +12,7 @@ SHARED = ("b_dec", "W_skip")
 """Parameters that belong to no single latent; all others have one row per latent."""
 THROUGH_ENCODER = "b_dec through the encoder"
 """Beside gradients while several ranks share an SAE: the part of b_dec's from each block of a rank's latents, [blocks,
-d]. `Sae.complete` sums it over all ranks."""
+d]. `Sae.sum_shared` sums it over all ranks."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ DATA_SHARE, RANDOM_SHARE = 0.8, 0.2
 """Weights of an activation and of a random direction in an initial direction "data"."""
 
 ROWS_AT_ONCE, LEAST_DRAWN = 4096, 16
-"""Rows that are drawn at a time, and fewest of the last time."""
+"""Rows that are result at a time, and fewest of the last time."""
 
 
 def initial_directions(settings: SaeSettings, x: Tensor, generator: torch.Generator, latents: range) -> Tensor:
@@ -36,16 +36,16 @@ def random_rows(rows: int, width: int, generator: torch.Generator, held: range) 
 
     Torch draws in groups of 16 numbers: cut at multiples of 16, with 16 or more at the end, the stream is the same.
     """
-    drawn = torch.empty(len(held), width)
+    result = torch.empty(len(held), width)
     begin = 0
     while begin < rows:
         end = begin + ROWS_AT_ONCE if begin + ROWS_AT_ONCE + LEAST_DRAWN <= rows else rows
         chunk = torch.randn(end - begin, width, generator=generator)
         first, last = max(begin, held.start), min(end, held.stop)
         if first < last:
-            drawn[first - held.start : last - held.start] = chunk[first - begin : last - begin]
+            result[first - held.start : last - held.start] = chunk[first - begin : last - begin]
         begin = end
-    return drawn
+    return result
 
 
 def normalise_rows(W: Tensor) -> None:

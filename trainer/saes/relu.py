@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.kernels.select import Latents, positive
+from trainer.parallel.products import sums
 from trainer.saes.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.folding import has_unit_rows
@@ -142,12 +143,12 @@ class ReLU(Sae):
         norms, directions = self._decoder_norms()
         size = latents.value * latents.at(norms)
         if self.settings.sparsity == "l1_norm":
-            dnorms = self.sums(latents, latents.value)
+            dnorms = sums(latents, latents.value, self.blocks)
             return weight * size.sum(), weight * latents.at(norms), weight * dnorms[:, None] * directions
         c = self.settings.tanh_scale
         tanh = (c * size).tanh()
         slope = c * (1 - tanh.square())
-        dnorms = self.sums(latents, latents.value * slope)
+        dnorms = sums(latents, latents.value * slope, self.blocks)
         return weight * tanh.sum(), weight * slope * latents.at(norms), weight * dnorms[:, None] * directions
 
     @property

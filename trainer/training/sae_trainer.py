@@ -107,7 +107,7 @@ class SaeTrainer:
             self._whitening = _to_device(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
-            self.sae.adopt(self.sae.held(start_weights(start, self.sae, self.input_transform(scales))))
+            self.sae.adopt(self.sae.rows_of_rank(start_weights(start, self.sae, self.input_transform(scales))))
             self.sae.after_step()
         self._reset_optimizer(centre.to(self.sae.b_dec.device))
         if self.settings.ema_tokens:
@@ -126,7 +126,7 @@ class SaeTrainer:
         dead = self.statistics.silent_for(self._revive_tokens)
         sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens))
         gradients = self.sae.gradients(x, y, dead, sparsity)
-        self.sae.complete(gradients.of)
+        self.sae.sum_shared(gradients.of)
         norm = self.optimizer.step(gradients.of, self.learning_rate)
         self.sae.recycle(gradients.of)
         before, self.tokens = self.tokens, self.tokens + len(x)
