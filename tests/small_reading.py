@@ -39,9 +39,9 @@ TEXT = [
 ]
 
 
-def small_model() -> LanguageModel:
+def small_model(*hooks: str) -> LanguageModel:
     torch.set_num_threads(1)
-    settings = ModelSettings(name="producer/demo_lm", hooks=[HOOK], device="cpu", dtype="float32")
+    settings = ModelSettings(name="producer/demo_lm", hooks=list(hooks or [HOOK]), device="cpu", dtype="float32")
     return load_language_model(settings, whole=True)
 
 

@@ -270,6 +270,17 @@ def test_only_what_reaches_the_residual_stream_promotes_tokens(explorer: Explore
     assert LogitLens(model, residual_hooks=("hook_mlp_out",)).effect(HOOK, row) is None
 
 
+def test_module_of_the_streams_width_promotes_tokens(explorer: Explorer):
+    """What a module at a path adds goes to the logits; a module's input and the queries of attention do not."""
+    row = explorer.open("planted").decoder_row(0)
+    path = "model.layers.0.self_attn.o_proj"
+    hooks = [path, f"{path}:input", "blocks.0.attn.hook_q", "blocks.0.hook_attn_out", "blocks.0.mlp.hook_post"]
+    lens = LogitLens(small_model(*hooks))
+    effect, expected = lens.effect(path, row), lens.effect("blocks.0.hook_attn_out", row)
+    assert effect is not None and expected is not None and torch.equal(effect, expected)
+    assert all(lens.effect(hook, row) is None for hook in (hooks[1], hooks[2], hooks[4]))
+
+
 def test_a_silent_latent_has_a_page_too(explorer: Explorer):
     """With nothing to show, but what it would do."""
     latent = explorer.latent("planted", SILENT)

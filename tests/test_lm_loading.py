@@ -19,10 +19,12 @@ from producer.lm.loading import load_language_model
 from producer.settings import ModelSettings
 from tests.small_language_models import (
     LAYERS,
+    SIZES,
     WIDTH,
     change_config,
     copy_of,
     load,
+    observe,
     refusal,
     save_tokenizer,
     tiny,
@@ -181,6 +183,25 @@ def test_fingerprint_tells_models_apart(tmp_path):
     model_copy = copy_of(tiny("llama"), tmp_path / "other")
     change_config(model_copy, rms_norm_eps=1e-3)
     assert load(model_copy, "blocks.0.hook_resid_pre").fingerprint != mine
+
+
+@pytest.mark.parametrize(
+    "kind, path, causal", [("BertModel", "encoder.layer.1", False), ("MistralModel", "layers.1", True)]
+)
+def test_checkpoint_without_a_head_is_named_by_its_own_class(tmp_path, kind, path, causal):
+    """Paths are that class's, a random head leaves the fingerprint alone, and nothing is predicted."""
+    config = AutoConfig.for_model(kind.removesuffix("Model").lower(), **SIZES)
+    network = getattr(transformers, kind)(config).eval()
+    network.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    whole, cut = (load(tmp_path, "blocks.1.hook_resid_post", path, whole=whole) for whole in (True, False))
+    assert [hook.path for hook in whole.hooks] == [path, path]
+    assert whole.fingerprint == cut.fingerprint
+    assert (whole.causal, whole.predicts) == (causal, False)
+    seen, _ = observe(network, windows(), outputs=(path,))
+    assert torch.equal(cut.activations(windows())[0], seen[path])
+    with pytest.raises(ModelError, match="has no unembedding"):
+        whole.unembedding()
 
 
 @pytest.mark.parametrize("hook", ["blocks.2.hook_resid_post", "blocks.2.hook_resid_mid", "blocks.3.hook_mlp_out"])
