@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused() -> None:
     full = buffer()
     insert(full, *SEQUENCE[4:])
     assert full.used_slots == CAPACITY
-    with pytest.raises(OverflowError, match="16 of 16 are taken"):
+    with pytest.raises(OverflowError, match="16 of 16 slots full"):
         insert(full, SEQUENCE[0])
 
 
