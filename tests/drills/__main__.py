@@ -51,6 +51,7 @@ DRILLS: dict[str, Drill] = {
     "trainer killed": processes.trainer_killed,
     "killed in a checkpoint": processes.killed_in_checkpoint,
     "killed in a snapshot": processes.killed_in_snapshot,
+    "ranks in turn": ranks.ranks_in_turn,
     "ranks killed": ranks.ranks_killed,
     "killed in a rank's shard": ranks.killed_in_a_shard,
     "checkpoint removed": processes.checkpoint_removed,

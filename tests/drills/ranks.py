@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.drills.scene import Outcome, Scene
+from trainer.snapshot import file_sha256, snapshot_name, snapshot_names
 
 RANKS = 2
 WIDE = ("sae.topk.d_sae=2048", "optimizer.batch=1024")
@@ -29,8 +30,8 @@ def ranks_killed(folder: Path, quick: bool) -> Outcome:
         producer = scene.producer()
         agent = scene.torchrun(RANKS, SECONDS_PER_STEP=0.05)
         for victim in victims:
-            before = scene.trained
-            scene.wait(lambda before=before: scene.trained > before, 90.0, "for the restarted ranks")
+            before = scene.trained_rows
+            scene.wait(lambda before=before: scene.trained_rows > before, 90.0, "for the restarted ranks")
             time.sleep(dice.uniform(0.0, 3.0))
             assert agent.poll() is None, "the run ended before a rank could be killed"
             if victim == "producer":
@@ -68,14 +69,38 @@ def killed_in_a_shard(folder: Path, quick: bool) -> Outcome:
                 assert agent.wait(90) != 0, f"rank {rank} should have died before {points[number - 1]!r}"
                 deaths += 1
                 if number % 2:
-                    trainer, before = scene.trainer(SECONDS_PER_STEP=0.05), scene.trained
-                    scene.wait(lambda before=before: scene.trained > before, 60.0, "for one rank")
+                    trainer, before = scene.trainer(SECONDS_PER_STEP=0.05), scene.trained_rows
+                    scene.wait(lambda before=before: scene.trained_rows > before, 60.0, "for one rank")
                     trainer.kill()
                     trainer.wait()
         assert scene.torchrun(RANKS).wait(300) == 0
         told = scene.outcome(deaths, epochs, note=f"{deaths} points of {RANKS} ranks")
         told.recovery = None  # they are killed again before they get anywhere
         return told
+
+
+def ranks_in_turn(folder: Path, quick: bool) -> Outcome:
+    """A deterministic run is stopped and resumed on 4, 2, 1 and 4 ranks: the weights of one rank, to the last bit."""
+    turns, tokens = ((2, 1), 8192) if quick else ((4, 2, 1, 4), 20_480)
+    settings = ("run.deterministic=true", f"run.tokens={tokens}", "checkpoint.every_seconds=0.3", "parallel.blocks=4")
+    wide = ("sae.topk.d_sae=4096", "optimizer.batch=1024")
+    weights: list[str] = []
+    for name, ranks in (("alone", (1,)), ("in turn", turns)):
+        with Scene(folder / name, *settings, *wide) as scene:
+            scene.producer()
+            for turn, count in enumerate(ranks, 1):
+                trainer = scene.torchrun(count) if count > 1 else scene.trainer(SECONDS_PER_STEP=0.05)
+                if turn < len(ranks):
+                    scene.wait_for_rows(tokens * turn // len(ranks))
+                    trainer.terminate()
+                trainer.wait(120)
+            newest = scene.run / "snapshots" / snapshot_names(scene.run)[-1]
+            weights.append(file_sha256(newest / "topk" / "sae_weights.safetensors"))
+            scene.judge_logs()
+            scene.judge_files()
+            assert newest.name == snapshot_name(tokens) and scene.trained_rows == tokens
+    assert weights[0] == weights[1], "the weights depend on the number of ranks"
+    return Outcome(len(turns), 2 * tokens, note=f"{', '.join(map(str, turns))} ranks; sha256 of the weights equal")
 
 
 def _ranks(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
