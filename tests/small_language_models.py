@@ -136,7 +136,7 @@ def whole_class(architecture: str) -> Any:
 
 
 def whole_model(architecture: str, folder: Path) -> nn.Module:
-    """The model as transformers alone would have it."""
+    """The model as transformers alone loads it."""
     return whole_class(architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -155,7 +155,7 @@ def windows(count: int = 3, context: int = CONTEXT) -> Tensor:
 def observe(
     network: nn.Module, tokens: Tensor, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Any]:
-    """What modules are given (`inputs`) and give (`outputs`) in a pass of the whole model, by path; and its result."""
+    """Runs the whole model; returns inputs of modules (`inputs`) and outputs (`outputs`) by path, and its result."""
     tensors: dict[str, Tensor] = {}
 
     def record_input(path: str, module: nn.Module, args: tuple) -> None:

@@ -1,7 +1,8 @@
 """A run whose latents are known: each fires on one word of the demo's language model, for the tests of what pages show.
 
-The hook is the model's first, where a row is the embedding of its token: a latent that reads along one embedding fires
-on that token and on no other. Its decoder row writes the token's own unembedding, so that is what it promotes.
+The hook is the model's first, where an activation is the embedding of its token: a latent that reads along one
+embedding fires on that token and on no other. Its decoder row writes the token's own unembedding, so that is what it
+promotes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from trainer.snapshot import Export
 
 HOOK = "blocks.0.hook_resid_pre"
 WORDS = (" import", " return", " class", " self", " socket", " def")
-"""What latents 0 to 5 fire on; no text says socket. Latent 6 is dense: it fires on all of them but socket."""
+"""Words that latents 0 to 5 fire on; no text contains socket. Latent 6 is dense: it fires on all of them but socket."""
 VALUE = 10.0
-"""How strongly."""
+"""Value of a latent on its word."""
 DENSE = len(WORDS)
 TEXT = [
     "import os, import sys and import <script>alert(1)</script>",

@@ -77,7 +77,7 @@ def publish_snapshot(directory: Path, tokens: int, exports: list[Export] | None 
 
 
 def finish_run(directory: Path, tokens: int, saes: tuple[str, ...] = ("small",)) -> None:
-    """The summary that ends a run."""
+    """Writes the summary that ends a run."""
     measures = {name: {"architecture": "jumprelu", "fvu": 0.25} for name in saes}
     replace_text(directory / "summary.json", json.dumps({"tokens": tokens, "seconds": 1.0, "saes": measures}))
 

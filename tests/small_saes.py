@@ -123,7 +123,7 @@ def sae_trainer_of(
 
 
 def rows_of(settings: SaeSettings, count: int, seed: int) -> dict[str, Tensor]:
-    """Rows of every hook, from sparse sums of fixed directions about a common mean: something to learn."""
+    """Activations [count, width] of every hook: sparse sums of fixed directions about a common mean."""
     generator = torch.Generator().manual_seed(seed)
     active = torch.rand(count, 24, generator=generator) * (torch.rand(count, 24, generator=generator) < 0.15)
     rows = {}
@@ -134,7 +134,7 @@ def rows_of(settings: SaeSettings, count: int, seed: int) -> dict[str, Tensor]:
 
 
 def train_sae(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer:
-    """An SAE trainer after some steps of 64 rows."""
+    """Returns an SAE trainer after some steps of 64 tokens."""
     sae_trainer = sae_trainer_of(settings, **optimizer)
     sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
     learn(sae_trainer, [rows_of(settings, 64, seed) for seed in range(1, steps + 1)])

@@ -1,6 +1,6 @@
-"""A stream small enough to check by hand, and both of its ends; for tests of sockets.
+"""A small stream and both of its ends, for tests of sockets.
 
-Every row of the corpus is its own name (shard, window, position), so that what arrives tells what was sent.
+Each activation of the corpus holds its own name (shard, window, position), so that a test can compare what arrives.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def stream_settings(endpoint: str, **changes: Any) -> StreamSettings:
 
 
 def named_source(shards: int = SHARDS) -> NamedSource:
-    """Rows that are their own names: two windows, 16 rows, in a chunk."""
+    """A source of activations that hold their own names: two windows, 16 tokens, in a chunk."""
     truth = SyntheticSettings(d_in=D_IN, features=8, shards=shards, shard_windows=WINDOWS)
     source = NamedSource(
         ProducerSettings(corpus=CorpusSettings(kind="synthetic", context=CONTEXT, held_out=0.0, synthetic=truth))
@@ -77,7 +77,7 @@ def every_name(shards: int = SHARDS) -> list[Name]:
 
 
 def hello_of(source: Source, dtype: str = "float32", **changes: Any) -> Hello:
-    """The HELLO that `python -m producer` says."""
+    """The HELLO that `python -m producer` sends."""
     facts: dict[str, Any] = {
         "producer": uuid.uuid4().hex,
         "session": uuid.uuid4().hex,
@@ -129,24 +129,24 @@ def trainer(
 
 
 def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seconds: float = 30) -> list[Name]:
-    """Takes `rows` rows, or all there are, and says that they are trained: their names, in the order of training."""
+    """Takes `rows` tokens, or all, marks them as trained, and returns their names in the order of training."""
     stop = threading.Event()
     timer = threading.Timer(seconds, stop.set)
     timer.start()
     names: list[Name] = []
-    while (rows is None or len(names) < rows) and (taken_batch := intake.take(batch, stop)) is not None:
-        intake.mark_trained(taken_batch)
-        shard, window, position, one = (column.tolist() for column in taken_batch.x[0][:, :4].int().T)
+    while (rows is None or len(names) < rows) and (next_batch := intake.take(batch, stop)) is not None:
+        intake.mark_trained(next_batch)
+        shard, window, position, one = (column.tolist() for column in next_batch.x[0][:, :4].int().T)
         assert set(one) == {1}
-        assert taken_batch.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
+        assert next_batch.position.tolist() == [w * CONTEXT + p for w, p in zip(window, position, strict=True)]
         names += zip(shard, window, position, strict=True)
     timer.cancel()
-    assert not stop.is_set(), f"{len(names)} rows came in {seconds} s, then no more"
+    assert not stop.is_set(), f"{len(names)} tokens came in {seconds} s, then no more"
     return names
 
 
 def finish(intake: Intake, *producers: Producing) -> list[Name]:
-    """Trains on all that is left, ends the run, and sees the producers off. The names, sorted."""
+    """Trains on the rest of the stream, ends the run and its producers, and returns the names, sorted."""
     names = train(intake)
     intake.drain(finished=True)
     for producer in producers:
@@ -165,7 +165,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 
 
 class Producing:
-    """What `python -m producer` does, in a thread: the real Link and Producer. Starts at once."""
+    """The real Link and Producer in a thread, as in `python -m producer`; starts at once."""
 
     def __init__(self, settings: StreamSettings, source: Source | None = None, hello: Hello | None = None) -> None:
         source = source or named_source()
@@ -185,18 +185,18 @@ class Producing:
 
     @property
     def refusal(self) -> Exception | None:
-        """What it has ended with so far."""
+        """The error that ended the producer, None while it runs."""
         return self._error
 
     def wait_for_end(self, seconds: float = 30) -> Exception | None:
-        """Waits for the end; what it ended with, None after a finished run."""
+        """Waits for the end and returns the error, None after a finished run."""
         self._thread.join(seconds)
         assert not self._thread.is_alive(), "the producer goes on"
         return self._error
 
 
 class Peer:
-    """A producer driven by hand: says what the test says, well-behaved or not."""
+    """A producer whose every message the test decides, valid or not."""
 
     def __init__(self, settings: StreamSettings, hello: Hello | None = None) -> None:
         self.source = named_source()
@@ -218,7 +218,7 @@ class Peer:
         self._context.destroy(linger=0)
 
     def join(self) -> Peer:
-        """A session of its own, with a lease to work on and credit."""
+        """Opens a session, and waits for a lease and credit."""
         self.leases, self.chunk_count = [], 0
         self._windows.clear()
         self.send(self.hello)
@@ -234,7 +234,7 @@ class Peer:
         self._socket.send_multipart(frames)
 
     def receive(self, kind: type[M], seconds: float = 10) -> M:
-        """The next message of this kind; others are passed over, but leases are kept."""
+        """Returns the next message of this kind; collects leases and skips all others."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if isinstance(message := self._poll(), kind):
@@ -250,7 +250,7 @@ class Peer:
         return message
 
     def send_chunk(self, payload: bytes | None = None, lease: Lease | None = None, **changes: Any) -> Chunk:
-        """Sends the next two windows of its first lease, or something else in their place."""
+        """Sends the next two windows of the first lease, with `changes` of the chunk's fields."""
         assert self.welcome is not None
         lease = lease or self.leases[0]
         first = self._windows.get(lease.shard, 0)
@@ -273,7 +273,7 @@ class Peer:
         return message
 
     def payload_of(self, shard: int, first_window: int) -> bytes:
-        """The payload of two windows as the corpus has them."""
+        """Payload of two windows of the corpus."""
         windows = self.source.windows(shard)
         (x,) = self.source.activations(shard, windows, np.arange(first_window, first_window + 2))
         return x.to(TORCH_DTYPE[self.hello.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -283,7 +283,7 @@ class Peer:
 
 
 class Tunnel:
-    """A TCP proxy before `endpoint`: sees what passes, and can be cut or blocked."""
+    """A TCP proxy before `endpoint` that records the traffic, and can break or block connections."""
 
     def __init__(self, endpoint: str) -> None:
         self.traffic = bytearray()
@@ -305,7 +305,7 @@ class Tunnel:
         self.break_connections()
 
     def break_connections(self) -> None:
-        """Every connection through the tunnel breaks; new ones can be made."""
+        """Breaks every connection through the tunnel; new ones can be made."""
         for end in self._sockets:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

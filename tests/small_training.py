@@ -1,8 +1,8 @@
-"""A whole training run on rows of known ground truth, in one process: corpus → wire → buffer → SAEs → snapshot.
+"""A whole training run on activations of known ground truth, in one process: corpus → wire → buffer → SAEs → snapshot.
 
 Everything is the real thing: a producer's thread sends the synthetic corpus over a socket,
-`trainer.training.loop.Loop` takes batches from the shuffling buffer, and what is judged is the snapshot it publishes,
-on raw rows it never saw.
+`trainer.training.loop.Loop` takes batches from the shuffling buffer, and `judge` measures the snapshot that it
+publishes on held-out raw activations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONTEXT = 128
 SHARD_WINDOWS = 64
 BATCH = 512
 ROWS = 1_200_000
-"""Enough for every candidate on every truth."""
+"""Tokens that suffice for every candidate on every truth."""
 
 SHARKEY = SaeSettings.of(name="topk-sharkey", architecture="topk", d_sae=1024, k=5, dead_tokens=100_000)
 AtStart = Callable[[Run], None]
@@ -91,7 +91,7 @@ def _candidate(settings: dict[str, Any]) -> SaeSettings:
 def truth(
     features: int = 128, d_in: int = 64, active: float = 3.0, tokens: int = 1_000_000, **more: Any
 ) -> CorpusSettings:
-    """Sharkey's recipe, with enough rows to train on for `tokens` and more that are held out."""
+    """Sharkey's recipe, with `tokens` to train on and held-out shards beside them."""
     shards = 2 + int(1.15 * tokens / (CONTEXT * SHARD_WINDOWS * (1 - HELD_OUT)))
     synthetic = SyntheticSettings(
         d_in=d_in, features=features, active=active, shards=shards, shard_windows=SHARD_WINDOWS, **more
@@ -110,10 +110,10 @@ def train_on_truth(
     seed: int = 0,
     at_start: AtStart | None = None,
 ) -> Run:
-    """Trains on `tokens` rows of the stream and publishes; `at_start` may change the SAEs before the first step."""
+    """Trains on `tokens` of the stream and publishes; `at_start` may change the SAEs before the first step."""
     # ipc addresses are short, temporary folders of tests are not.
-    with tempfile.TemporaryDirectory() as door:
-        stream = stream_settings(f"ipc://{door}/s")
+    with tempfile.TemporaryDirectory() as socket_folder:
+        stream = stream_settings(f"ipc://{socket_folder}/s")
         settings = TrainerSettings(
             run=RunSettings(directory=str(directory), tokens=tokens, threads=1, seed=seed),
             stream=stream,
@@ -172,14 +172,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class TruthScores:
-    """What a published SAE is worth against the truth, on raw rows that were held out."""
+    """Measures of a published SAE against the truth, on held-out raw activations."""
 
     cosine: Tensor
-    """For each true direction, the largest cosine with a decoder row: its mean is MMCS."""
+    """Largest cosine of each true direction with a row of the decoder; the mean is MMCS."""
     fvu: float
     l0: float
     dead: float
-    """Fraction of latents that no held-out row makes fire."""
+    """Fraction of latents that fire on no held-out token."""
     sae: InferenceSae
 
     @property
@@ -198,7 +198,7 @@ def judge_newest(run: Run, name: str) -> TruthScores:
 
 
 def judge(sae: InferenceSae, corpus: CorpusSettings) -> TruthScores:
-    """Judges an SAE that takes raw rows."""
+    """Judges an SAE that takes raw activations."""
     data = SyntheticActivations(corpus)
     x = torch.cat([torch.from_numpy(data.activations(shard)) for shard in data.held_out_shards[:2]])
     latents = sae.encode(x)

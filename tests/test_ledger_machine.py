@@ -73,7 +73,7 @@ Row = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """What one shard holds, and what happens to whoever works on it."""
+    """Contents of a shard, and the fate of a producer that works on it."""
 
     kept: np.ndarray
     """Bool [windows, CONTEXT]: its rows."""
@@ -236,20 +236,20 @@ def name_of(lease: Lease) -> dict[str, int]:
 
 
 def activations(shard: int, position: np.ndarray) -> torch.Tensor:
-    """Rows that carry their own name, [rows, WIDTH], so that what comes out of the buffer can be recognised."""
+    """Activations [tokens, WIDTH] that hold their own names, so that a batch can be checked."""
     return torch.tensor([[shard, at] for at in position.tolist()], dtype=torch.float32).reshape(-1, WIDTH)
 
 
 @dataclass
 class Books:
-    """What the model knows of one lineage: all of it is saved with a checkpoint and comes back with it."""
+    """The model's account of one lineage, saved and restored with a checkpoint."""
 
     had: dict[Name, set[int]] = field(default_factory=dict)
     trained: dict[Name, set[int]] = field(default_factory=dict)
     discarded: dict[Name, set[int]] = field(default_factory=dict)
     attempt: dict[Name, int] = field(default_factory=dict)
     quarantined: dict[Name, int | None] = field(default_factory=dict)
-    """Rows never received of each shard that is quarantined; None where nobody knows how many there are."""
+    """Tokens never received of each quarantined shard; None where their number is unknown."""
     served_shards: int = 0
     """Shards with rows that came whole."""
     reports: dict[Name, list[int]] = field(default_factory=dict)
@@ -258,7 +258,7 @@ class Books:
     """Those of which a producer said that another try is not worth it."""
 
     def restored(self) -> Books:
-        """After a restart: what was buffered is missing again, and set aside where nobody will be asked for it."""
+        """After a restart: what was buffered is missing again, and lost where its shard is quarantined."""
         books = deepcopy(self)
         for name, had in books.had.items():
             settled = books.trained.get(name, set()) | books.discarded.get(name, set())
@@ -510,7 +510,7 @@ class Stream(RuleBasedStateMachine):
         self.check_end()
 
     def check_memory_bound(self) -> None:
-        """Rows here and rows still allowed to come never exceed the buffer."""
+        """Tokens in memory and tokens under credit never exceed the buffer."""
         waiting = sum(
             self.chunk_rows[one] * (self.credit_numbers[one] - self.chunk_counts[one]) for one in self.credit_numbers
         )

@@ -94,7 +94,7 @@ def tensors(windows: int, widths: tuple[int, ...] = (3, 5), context: int = CONTE
 
 @dataclass
 class LeaseResult:
-    """What came for one lease."""
+    """Messages that came for one lease."""
 
     chunks: list[Chunk]
     payloads: list[bytes]
@@ -119,7 +119,7 @@ class LeaseResult:
 
 
 class Trainer:
-    """A trainer driven by hand: leases what the test says and keeps what comes."""
+    """A trainer whose every message the test decides; it collects what the producer sends."""
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
@@ -157,7 +157,7 @@ class Trainer:
         self.send(Credit(number=1000))
 
     def lease(self, shard: int = 0, had: np.ndarray | None = None) -> LeaseResult:
-        """Leases a shard and returns what came of it."""
+        """Leases a shard and returns everything that the producer sends for it."""
         self._attempt += 1
         self.send(Lease(shard=shard, epoch=0, attempt=self._attempt), b"" if had is None else pack_bits(had))
         sent = LeaseResult([], [], Drain(finished=False))

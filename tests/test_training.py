@@ -138,13 +138,13 @@ def test_bug_23_reports_change_nothing() -> None:
     assert all(torch.equal(before[name], value) for name, value in sae_trainer.state()[1].by_key().items())
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("topk", 2.0), ("topk transcoder", 4.0)])
-def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale: float) -> None:
+@pytest.mark.parametrize(("kind", "scale", "scaled_mse"), [("topk", 2.0, 1.719), ("topk transcoder", 4.0, 2.107)])
+def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale: float, scaled_mse: float) -> None:
     """Rows of hook 0 are learned times 2, those of hook 1 times 4: an error of the square of it is one of raw rows."""
     sae_trainer = train_sae(settings_of(kind), steps=2)
     mse = sae_trainer.statistics.summary().mse
 
-    assert mse > 0
+    assert mse == pytest.approx(scaled_mse, rel=0.01)
     assert sae_trainer.report({"a": 2.0, "b": 4.0}).mse == pytest.approx(mse / scale**2)
 
 

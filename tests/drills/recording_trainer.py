@@ -1,9 +1,9 @@
-"""The real trainer, which also writes down the content of every row it trains on.
+"""The real trainer, which also records the content of every activation it trains on.
 
     python tests/drills/recording_trainer.py ROWS_FILE RUN.toml [section.key=value …]
 
-Where `named_producer` streams, a row's content is its name, so ROWS_FILE tells which rows were trained, in
-which order. What a killed trainer wrote after its last checkpoint is cut off when the next one resumes, so that the
+Where `named_producer` streams, an activation's content is its name, so ROWS_FILE lists the trained tokens in
+order. What a killed trainer wrote after its last checkpoint is cut off when the next one resumes, so that the
 file always holds the surviving lineage. Whether memory keeps its bound is asked whenever the ledger's clock ticks,
 every few milliseconds. In the environment:
 
@@ -69,7 +69,7 @@ class RecordingLeaderRun(Recording, LeaderRun):
 
 
 def cut_on_resume() -> None:
-    """Cuts ROWS_FILE to the rows that the ledger of a checkpoint counts as trained."""
+    """Truncates ROWS_FILE to the tokens that the ledger of a checkpoint counts as trained."""
     restore = trainer.app.restore_ledger
 
     def restore_and_cut(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits]) -> None:

@@ -186,11 +186,11 @@ class Scene:
 
     @property
     def trained_rows(self) -> int:
-        """Rows written down so far, those of a crashed trainer included until the next one cuts them off."""
+        """Tokens recorded so far, including those of a crashed trainer until the next one truncates the file."""
         return self.rows_file.stat().st_size // 12 if self.rows_file.exists() else 0
 
     def wait(self, condition: Callable[[], object], seconds: float = 90.0, what: str = "") -> float:
-        """Waits until it holds; the seconds that took."""
+        """Waits until the condition holds; returns the seconds that took."""
         began = time.monotonic()
         while not condition():
             assert time.monotonic() - began < seconds, f"waited {seconds:g} s in vain {what}"
@@ -205,7 +205,7 @@ class Scene:
     def outcome(
         self, rounds: int, epochs: int, quarantined: set[int] | frozenset[int] = frozenset(), note: str = ""
     ) -> Outcome:
-        """Raises AssertionError unless each row of each shard but those `quarantined` was trained once per epoch."""
+        """Raises AssertionError unless each token of each shard but those `quarantined` was trained once per epoch."""
         shard, window, position = np.fromfile(self.rows_file, np.int32).reshape(-1, 3).T
         counts = np.bincount((shard * WINDOWS + window) * CONTEXT + position, minlength=SHARDS * WINDOWS * CONTEXT)
         expected = np.zeros_like(counts).reshape(SHARDS, -1)
@@ -226,14 +226,14 @@ class Scene:
         return outcome
 
     def judge_logs(self) -> None:
-        """Memory kept its bound at every look of the trainer, and nobody ended in a traceback."""
+        """Fails if an invariant was broken or a process ended in a traceback."""
         assert "an invariant is broken" not in self.log() + self.log("torchrun")
         assert "a command of rank 0 failed" not in self.log("torchrun")
         for what in ("trainer", "producer"):
             assert "Traceback" not in self.log(what), f"{what}: {self.log(what)[-2000:]}"
 
     def judge_files(self) -> None:
-        """What is on disk is whole: the newest checkpoint loads, every snapshot has its hashes, no litter."""
+        """Fails unless the newest checkpoint loads, every snapshot has its hashes and no temporary folder is left."""
         assert load_newest(self.run) is not None
         for name in snapshot_names(self.run):
             verify(self.run / "snapshots" / name)
