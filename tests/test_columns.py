@@ -58,3 +58,22 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     settings = write(tmp_path, "jsonl", [{"input_ids": [3, 50_000]}])
     with pytest.raises(CorpusError, match="the corpus holds id 50000, but the tokenizer has"):
         windows_of(documents(settings, "input_ids"), chat_tokenizer(), settings)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_zstd_files_are_read_as_gzip_files_are(tmp_path: Path, kind: str) -> None:
+    """Never cut; several frames follow each other, and a damaged file says so."""
+    pa = pytest.importorskip("pyarrow")
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS] if kind == "jsonl" else TEXTS
+    frames = [pa.compress(line.encode(), codec="zstd", asbytes=True) for line in lines]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    settings = CorpusSettings(kind=kind, paths=[str(tmp_path)], shard_bytes=10)  # type: ignore[arg-type]
+    corpus = open_corpus(settings)
+    assert corpus.shards == 1
+    assert list(corpus.documents(0)) == (TEXTS if kind == "jsonl" else ["".join(TEXTS)])
+    with pytest.raises(CorpusError, match=r"in one document, over corpus\.max_document_bytes = 9"):
+        list(open_corpus(settings.model_copy(update={"max_document_bytes": 9})).documents(0))
+    path.write_bytes(b"".join(frames)[:-3])
+    with pytest.raises(CorpusError, match=r"a\.jsonl\.zst.*damaged zstd file"):
+        list(open_corpus(settings).documents(0))

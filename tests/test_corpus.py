@@ -394,7 +394,7 @@ def test_many_faults_are_counted_rather_than_listed(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (gzip.compress(b"text"), "gzip data; end its name with .gz"),
-        (b"\x28\xb5\x2f\xfd\x04\x58" + b"\xff" * 99, "zstd data, which is not read; unpack it (zstd -d), or pack it"),
+        (b"\x28\xb5\x2f\xfd\x04\x58" + b"\xff" * 99, "zstd data; end its name with .zst"),
         (bz2.compress(b"text"), "bzip2 data, which is not read; unpack it (bunzip2)"),
         (lzma.compress(b"text"), "xz data, which is not read; unpack it (xz -d), or pack it with gzip"),
         (b"PK\x03\x04" + b"\0" * 60, "a zip archive, such as .npz files and those of torch.save; unpack it"),
@@ -651,7 +651,7 @@ def test_wrong_token_files_are_told_at_the_start(tmp_path: Path) -> None:
     assert first.endswith("a.bin: 3 bytes are no whole number of uint16; correct corpus.token_dtype")
     assert "c.bin: as uint16 the ids are 0, 0, 1, 0, … up to 63, where every second one is at most 0" in second
     assert second.endswith('as uint32 the ids are 0, 1, 2, 3, … up to 63; set corpus.token_dtype = "uint32"')
-    assert third.endswith("d.bin.gz: token files are read in place and cannot be compressed; gunzip it")
+    assert third.endswith("d.bin.gz: token files are read in place and cannot be compressed; unpack it")
 
 
 def test_files_with_headers_are_cut_into_windows_behind_the_header(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from producer.settings import CorpusSettings
 
 log = logging.getLogger(__name__)
 
+PACKED = (".gz", ".zst")
+"""Endings of packed files."""
 EDGE_BYTES = 64 * 1024
 """Bytes at the beginning and at the end of a file that its digest covers."""
 
@@ -41,7 +43,7 @@ class DataFile:
 
     @property
     def is_compressed(self) -> bool:
-        return self.path.suffix == ".gz"
+        return self.path.suffix in PACKED
 
 
 def find_files(settings: CorpusSettings, suffixes: tuple[str, ...]) -> list[DataFile]:
@@ -86,11 +88,11 @@ def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]] | 
 
 
 def files_in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Lists the files at any depth whose name, without .gz, ends in one of `suffixes`; hidden ones are left out."""
+    """Lists the files at any depth whose name, without .gz or .zst, ends in one of `suffixes`, but no hidden ones."""
     return [
         (path.relative_to(folder).as_posix(), path)
         for path in _walk(folder)
-        if path.name.removesuffix(".gz").endswith(suffixes)
+        if path.name.removesuffix(".gz").removesuffix(".zst").endswith(suffixes)
     ]
 
 

@@ -62,7 +62,8 @@ def _records(piece: Piece, longest: int) -> Iterator[tuple[str, dict[str, Any]]]
     """Yields (place, record) of each line that is not blank and begins in `piece`."""
     with open_file(piece.file) as stream:
         offset, end = line_borders(stream, piece, None)
-        stream.seek(offset)
+        if end is not None:
+            stream.seek(offset)
         while (end is None or offset < end) and (line := stream.readline(longest + len("\r\n"))):
             place = f"{piece.file.path}, line at byte {offset:,}"
             if len(line) > longest and len(line.rstrip(b"\r\n")) > longest:

@@ -2,7 +2,7 @@
 
 **A line belongs to the range in which its first byte lies.** Two neighbours compute their common border with the same
 function of the file, so nothing is lost or read twice, and no character is cut. Small files share a shard, so that
-shards stay near `shard_bytes`. A .gz file cannot be entered in the middle: it is never cut.
+shards stay near `shard_bytes`. A packed file cannot be entered in the middle: it is never cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opens the files of a corpus: unpacks .gz files, and refuses in words what is no UTF-8 text or is too long.
+"""Opens the files of a corpus: unpacks .gz and .zst files, and refuses in words what is no UTF-8 text or is too long.
 
 A file whose size changes while the run goes on is refused when it is read. No document is held that is longer than
 corpus.max_document_bytes, however it is packed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ HEAD_BYTES = 64 * 1024
 """Bytes at the beginning of a file that are checked when the corpus is opened."""
 CONTAINERS = (
     (b"\x1f\x8b\x08", "gzip data", "end its name with .gz"),
-    (b"\x28\xb5\x2f\xfd", "zstd data, which is not read", "unpack it (zstd -d), or pack it with gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd data", "end its name with .zst"),
     (b"\xfd7zXZ\0", "xz data, which is not read", "unpack it (xz -d), or pack it with gzip"),
     (b"\x04\x22\x4d\x18", "lz4 data, which is not read", "unpack it (lz4 -d), or pack it with gzip"),
     *((b"BZh%d1AY&SY" % level, "bzip2 data, which is not read", "unpack it (bunzip2)") for level in range(1, 10)),
@@ -37,7 +38,7 @@ CONTAINERS = (
 
 @contextmanager
 def open_file(file: DataFile) -> Iterator[BinaryIO]:
-    """Opens `file`, unpacked if it is .gz. Raises CorpusError if its size has changed or it cannot be unpacked."""
+    """Opens `file`, unpacked if it is packed. Raises CorpusError if its size has changed or it cannot be unpacked."""
     size = file.path.stat().st_size
     if size != file.size:
         raise CorpusError(
@@ -45,10 +46,29 @@ def open_file(file: DataFile) -> Iterator[BinaryIO]:
             "a corpus must not change during a run: restore the file, or start a new run"
         )
     try:
+        if file.path.suffix == ".zst":
+            with _open_zstd(file) as stream:
+                yield stream
+            return
         with cast(BinaryIO, gzip.open(file.path) if file.is_compressed else open(file.path, "rb")) as stream:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file.path}: damaged gzip file ({error}); replace it") from None
+
+
+@contextmanager
+def _open_zstd(file: DataFile) -> Iterator[BinaryIO]:
+    """Opens a .zst file, unpacked, by pyarrow; it can only be read from front to back."""
+    try:
+        import pyarrow  # of the extra `hf`
+    except ImportError as error:
+        need = f"{file.path}: .zst files need pyarrow, which cannot be imported ({error})"
+        raise CorpusError(f'{need}; pip install "sluice[hf]", or unpack it (zstd -d)') from None
+    try:
+        with pyarrow.input_stream(str(file.path), compression="zstd") as packed:
+            yield cast(BinaryIO, io.BufferedReader(packed))
+    except OSError as error:
+        raise CorpusError(f"{file.path}: damaged zstd file ({error}); replace it") from None
 
 
 def encoding_fault(file: DataFile) -> str | None:
@@ -78,7 +98,10 @@ def container_fault(head: bytes) -> str | None:
 
 
 def unpacks_beyond(file: DataFile, size: int) -> bool:
-    """Tells whether a .gz file holds more than `size` bytes: its last bytes say so, and unpacking confirms it."""
+    """Tells whether a packed file holds more than `size` bytes: a .gz file's end says so, and unpacking confirms it."""
+    if file.path.suffix == ".zst":
+        with open_file(file) as stream:
+            return sum(map(len, iter(lambda: stream.read(min(HEAD_BYTES, size + 1)), b""))) > size
     with file.path.open("rb") as stream:
         stream.seek(max(0, file.size - 4))
         stated = int.from_bytes(stream.read(4), "little")

@@ -41,7 +41,8 @@ class TextCorpus(FileCorpus):
         for piece in self._shard_pieces[shard]:
             with open_file(piece.file) as stream:
                 start, end = line_borders(stream, piece, LONGEST_LINE)
-                stream.seek(start)
+                if end is not None:
+                    stream.seek(start)
                 data = stream.read(self._longest + 1 if end is None else end - start)
             if end is None and len(data) > self._longest:
                 raise CorpusError(f"{piece.file.path}: {too_long(None, self._longest, 'split the file')}")

@@ -31,7 +31,7 @@ class TokenCorpus(FileCorpus):
 
     def _fault(self, file: DataFile) -> str | None:
         if file.is_compressed:
-            return f"{file.path}: token files are read in place and cannot be compressed; gunzip it"
+            return f"{file.path}: token files are read in place and cannot be compressed; unpack it"
         with open_file(file) as stream:
             if fault := container_fault(stream.read(HEAD_BYTES)):
                 return f"{file.path}: {fault}"
