@@ -14,7 +14,7 @@ from producer.settings import CorpusSettings, ModelSettings, ProducerSettings, S
 from producer.source import SyntheticSource, open_source
 from tests.small_chats import chat_tokenizer, write_chat_model
 from tests.small_language_models import CONTEXT, WORDS, load, tiny
-from tests.test_tokens import letters, marks, shown
+from tests.test_tokens import letters, marks, words_of
 
 SHARING = ("gpt2", "llama", "gpt_neox", "gemma2", "gemma3_text", "qwen2", "qwen3", "opt")
 REFUSED = ("mamba", "bert", "bloom")
@@ -30,7 +30,7 @@ TOKENIZER = letters("^", "$", "_", bos_token="^", eos_token="$", pad_token="_")
 def test_each_document_has_windows_of_its_own() -> None:
     """Without separators; a long one goes on in the next window, each with BOS, and the last of each is padded."""
     windows = windows_of(["ab", "cdefg", "", "h"], TOKENIZER, packing("separate"))
-    assert shown(windows, TOKENIZER) == ["^ab_", "^cde", "^fg_", "^h__"]
+    assert words_of(windows, TOKENIZER) == ["^ab_", "^cde", "^fg_", "^h__"]
     assert marks(windows.kept) == [".xx.", ".xxx", ".xx.", ".x.."]
     assert marks(windows.padded) == ["...x", "....", "...x", "..xx"]
     assert len(windows_of([""], TOKENIZER, packing("separate"))) == 0
@@ -168,5 +168,5 @@ def test_a_source_runs_shared_windows(tmp_path: Any) -> None:
     )
     source = open_source(settings)
     windows = source.windows(0)
-    assert shown(windows, chat_tokenizer())[0].startswith("<s>one<s>four")
+    assert words_of(windows, chat_tokenizer())[0].startswith("<s>one<s>four")
     assert source.activations(0, windows, np.array([0]))[0].shape == (1, 16, 8)

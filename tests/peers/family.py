@@ -187,6 +187,7 @@ def print_snapshot(sae_trainer: SaeTrainer, rows: Rows, directory: Path, calibra
     copies = {settings.name: sae_trainer.sae} | (
         {f"{settings.name}-ema": twin} if (twin := sae_trainer.ema_sae) else {}
     )
+    directory.mkdir(parents=True, exist_ok=True)
     exports = []
     for name, copy in copies.items():
         if calibrated:
