@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.peers.family import FAMILY, Zoo, begin, difference, print_snapshot, real_rows
+from tests.peers.family import FAMILY, Zoo, begin, difference, options_of, print_snapshot, real_rows
 from trainer.saes.export import main as export
 from trainer.saes.inference import InferenceSae, load_sae, margins
 from trainer.saes.settings import SaeSettings
@@ -152,7 +152,7 @@ def _export(folder: Path, format_name: str, target: Path) -> str:
 def start_difference(zoo: Zoo, name: str, directory: Path) -> float | None:
     """How far a run that starts from our own snapshot is from it before its first step; None when it is refused."""
     settings, folder = zoo.settings(name.removesuffix("-ema")), zoo.folder(name)
-    options = settings.model_dump(exclude_none=True, exclude_defaults=True)
+    options = options_of(settings)
     options |= {
         "start_from": str(folder),
         "architecture": "relu" if name in ("tied", "repair") else options["architecture"],

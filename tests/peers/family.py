@@ -156,6 +156,12 @@ class Zoo:
         return self[name].folder
 
 
+def options_of(settings: SaeSettings) -> dict[str, Any]:
+    """The [[sae]] table that gives these settings."""
+    changed = settings.model_dump(exclude_none=True, exclude_defaults=True)
+    return changed | {"architecture": settings.architecture}
+
+
 def begin(settings: SaeSettings, rows: Rows) -> SaeTrainer:
     """An SAE before its first step."""
     sae_trainer = SaeTrainer(

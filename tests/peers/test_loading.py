@@ -102,7 +102,7 @@ def test_dictionary_learning_gets_its_own_classes(name: str, class_name: str, co
 
 def test_saelens_splices_it_into_transformer_lens(peers: Peers, zoo: Zoo, tmp_path: Path) -> None:
     """By the hook's name in its metadata, without being told."""
-    save_file({"x": zoo.rows.of[1][:4].contiguous()}, tmp_path / "x")
+    save_file({"x": zoo.rows.of[READ][:4].contiguous()}, tmp_path / "x")
     job = {"library": "transformer_lens", "folder": str(zoo["topk"].folder), "x": str(tmp_path / "x")}
     (facts,) = peers.load([job | {"out": str(tmp_path / "out")}])
     tensors = load_file(tmp_path / "out")
