@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,8 @@ from producer.corpus import open_corpus
 from producer.corpus.windows import windows_of
 from producer.settings import ProducerSettings
 from tests.small_chats import chat_tokenizer, write_chat_model
+from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
 
-ROOT = Path(__file__).parent.parent
 CONTEXT = 32
 RUN = f"""
 [run]
@@ -92,40 +88,9 @@ CORPORA: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a trainer that records its rows or a producer of names, and ends them all."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def begin(what: str, *overrides: str) -> subprocess.Popen[bytes]:
-        programs = {
-            "trainer": [str(ROOT / "tests/drills/recording_trainer.py"), str(tmp_path / "rows")],
-            "producer": [str(ROOT / "tests/drills/named_producer.py")],
-        }
-        log = open(tmp_path / f"{what}.log", "ab")  # noqa: SIM115 (the child keeps it)
-        process = subprocess.Popen(
-            [sys.executable, *programs[what], str(tmp_path / "run.toml"), *overrides],
-            cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"SECONDS_PER_STEP": "0.03"},
-        )  # fmt: skip
-        processes.append(process)
-        return process
-
-    yield begin
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def tokens_in_checkpoint(folder: Path) -> int:
-    folders = sorted((folder / "run" / "checkpoint").glob("[0-9]*"), key=lambda path: path.name.split("-")[1])
-    return int(folders[-1].name.split("-")[0]) if folders else 0
+def start(tmp_path: Path) -> Iterator[Start]:
+    with small_processes(tmp_path, SECONDS_PER_STEP="0.03") as start:
+        yield start
 
 
 def names(shard: Any, window: Any, position: Any) -> np.ndarray:
@@ -148,7 +113,7 @@ def expected_names(run_file: Path) -> np.ndarray:
 @pytest.mark.parametrize("kind", CORPORA)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_killed_run_trains_each_name_exactly_once(
-    start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, kind: str, deterministic: bool
+    start: Start, tmp_path: Path, kind: str, deterministic: bool
 ) -> None:
     """Two epochs; a producer and the trainer are killed in the first."""
     write, lines = CORPORA[kind]
@@ -161,11 +126,11 @@ def test_a_killed_run_trains_each_name_exactly_once(
     mode = f"run.deterministic={str(deterministic).lower()}"
 
     trainer, victim = start("trainer", mode), start("producer", mode)
-    wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0 or trainer.poll() is not None)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0 or trainer.poll() is not None, 90)
     victim.kill()
     start("producer", mode)
     before = tokens_in_checkpoint(tmp_path)
-    wait_until(lambda: tokens_in_checkpoint(tmp_path) > before or trainer.poll() is not None)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > before or trainer.poll() is not None, 90)
     assert trainer.poll() is None, "the run ended before it could be killed"
     trainer.send_signal(signal.SIGKILL)
     trainer.wait(30)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from producer.wire import held_out_shards
+from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
 from trainer.saes.inference import check
 from trainer.snapshot import snapshot_names, verify
 from trainer.state.checkpoint import load_newest
 
-ROOT = Path(__file__).parent.parent
 SHARDS, WINDOWS, CONTEXT = 24, 32, 32
 
 RUN = f"""
@@ -67,40 +64,9 @@ def run_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path, run_file: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a trainer that records its rows, or a producer of named or of synthetic activations, and ends them all."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def begin(what: str, *overrides: str) -> subprocess.Popen[bytes]:
-        programs = {
-            "trainer": [str(ROOT / "tests/drills/recording_trainer.py"), str(tmp_path / "rows")],
-            "producer": [str(ROOT / "tests/drills/named_producer.py")],
-            "unnamed_producer": ["-m", "producer"],
-        }
-        log = open(tmp_path / f"{what}.log", "ab")  # noqa: SIM115 (the child keeps it)
-        process = subprocess.Popen(
-            [sys.executable, *programs[what], str(run_file), *overrides], cwd=ROOT, stdout=log, stderr=log
-        )
-        processes.append(process)
-        return process
-
-    yield begin
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def tokens_in_checkpoint(tmp_path: Path) -> int:
-    folders = sorted((tmp_path / "run" / "checkpoint").glob("[0-9]*"), key=lambda path: path.name.split("-")[1])
-    return int(folders[-1].name.split("-")[0]) if folders else 0
+def start(tmp_path: Path, run_file: Path) -> Iterator[Start]:
+    with small_processes(tmp_path) as start:
+        yield start
 
 
 def trained_rows(tmp_path: Path) -> np.ndarray:
@@ -116,7 +82,7 @@ def all_rows(epochs: int = 1) -> np.ndarray:
     return np.sort(np.tile(rows, epochs))
 
 
-def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Callable, tmp_path: Path) -> None:
+def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Start, tmp_path: Path) -> None:
     """Two producers, one epoch: each row once, exit codes 0, valid snapshots, a summary."""
     trainer, producers = start("trainer"), [start("producer"), start("producer")]
 
@@ -133,7 +99,7 @@ def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Callable, t
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_trains_every_row_exactly_once(start: Callable, tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupted_run_trains_every_row_exactly_once(start: Start, tmp_path: Path, how: signal.Signals) -> None:
     """The trainer is stopped or killed three times in mid-run and started again: nothing lost, nothing repeated.
 
     Over several epochs, so that later ones are counted too and a cut may fall across two.
@@ -154,7 +120,7 @@ def test_an_interrupted_run_trains_every_row_exactly_once(start: Callable, tmp_p
     np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs))
 
 
-def test_producers_may_be_killed_and_replaced(start: Callable, tmp_path: Path) -> None:
+def test_producers_may_be_killed_and_replaced(start: Start, tmp_path: Path) -> None:
     """A producer killed in mid-shard loses nothing: its rows are computed again by another, once."""
     trainer = start("trainer")
     for _ in range(3):
@@ -168,7 +134,7 @@ def test_producers_may_be_killed_and_replaced(start: Callable, tmp_path: Path) -
     np.testing.assert_array_equal(trained_rows(tmp_path), all_rows())
 
 
-def test_sigterm_writes_a_checkpoint(start: Callable, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint(start: Start, tmp_path: Path) -> None:
     """A stop in the first second, before any periodic checkpoint, keeps what was learned."""
     trainer, _ = start("trainer", "checkpoint.every_seconds=1000.0"), start("producer")
     wait_until(lambda: (tmp_path / "rows").exists() and (tmp_path / "rows").stat().st_size > 0)
@@ -180,7 +146,7 @@ def test_sigterm_writes_a_checkpoint(start: Callable, tmp_path: Path) -> None:
     assert saved.document.ledger.rows_trained > 0
 
 
-def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Path) -> None:
+def test_a_producer_with_another_corpus_is_refused(start: Start, tmp_path: Path) -> None:
     """Exit code 78, and the line names what differs with both values."""
     endless = "corpus.epochs=1000"
     start("trainer", endless), start("producer", endless)
@@ -191,7 +157,7 @@ def test_a_producer_with_another_corpus_is_refused(start: Callable, tmp_path: Pa
     assert "differs" in (tmp_path / "producer.log").read_text()
 
 
-def test_activations_that_do_not_vary_end_the_run_with_a_sentence(start: Callable, tmp_path: Path) -> None:
+def test_activations_that_do_not_vary_end_the_run_with_a_sentence(start: Start, tmp_path: Path) -> None:
     """All are zero: with a norm bound the producer notices at its start, without one the trainer; nobody is left."""
     zeros = "corpus.synthetic={d_in = 8, features = 16, shards = 24, shard_windows = 32, active = 1e-12}"
     trainer, careless = start("trainer", zeros), start("unnamed_producer", zeros, "corpus.outlier_factor=0.0")
@@ -208,7 +174,7 @@ def test_activations_that_do_not_vary_end_the_run_with_a_sentence(start: Callabl
     assert "Traceback" not in log + (tmp_path / "unnamed_producer.log").read_text()
 
 
-def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_path: Path) -> None:
+def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Start, tmp_path: Path) -> None:
     """One line within seconds, with what to do; exit code 1 when patience is over."""
     lonely = start("producer", "stream.patience_seconds=1.0")
 
@@ -219,7 +185,7 @@ def test_a_producer_without_a_trainer_says_so_and_gives_up(start: Callable, tmp_
     assert "Traceback" not in log
 
 
-def test_two_trainers_do_not_share_a_run_directory(start: Callable, tmp_path: Path) -> None:
+def test_two_trainers_do_not_share_a_run_directory(start: Start, tmp_path: Path) -> None:
     """The second one is refused in a line."""
     start("trainer")
     wait_until(lambda: (tmp_path / "run" / "settings.toml").exists())
@@ -228,7 +194,7 @@ def test_two_trainers_do_not_share_a_run_directory(start: Callable, tmp_path: Pa
     assert "belongs to a trainer that is running" in (tmp_path / "trainer.log").read_text()
 
 
-def test_a_complete_run_stays_complete(start: Callable, tmp_path: Path) -> None:
+def test_a_complete_run_stays_complete(start: Start, tmp_path: Path) -> None:
     """Started again after its end, the trainer says so, leaves with 0 and leaves summary and snapshots as they are."""
     trainer = start("trainer")
     start("producer")

@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.small_language_models import LAYERS, WIDTH, load, observe, refusal, tiny, whole_class, whole_model, windows
+from tests.small_language_models import (
+    BLOCKS,
+    LAYERS,
+    WIDTH,
+    load,
+    observe,
+    refusal,
+    tiny,
+    whole_class,
+    whole_model,
+    windows,
+)
 
 HEADS, SIZE = 2, 16
 
@@ -112,14 +123,6 @@ PLACES: dict[str, dict[str, Place]] = {
         **heads_of("attention.output.dense"),
     },
 }
-BLOCK = {
-    "gpt2": "transformer.h",
-    "gpt_neox": "gpt_neox.layers",
-    "falcon": "transformer.h",
-    "bloom": "transformer.h",
-    "opt": "model.decoder.layers",
-    "bert": "bert.encoder.layer",
-}
 EMBEDDINGS = {
     "gpt2": ("transformer.wte", "transformer.ln_f"),
     "llama": ("model.embed_tokens", "model.norm"),
@@ -130,7 +133,7 @@ EMBEDDINGS = {
 
 
 def placed(architecture: str, place: Place, layer: int = 1) -> str:
-    return f"{BLOCK.get(architecture, 'model.layers')}.{layer}.{place.module}"
+    return f"{BLOCKS.get(architecture, 'model.layers')}.{layer}.{place.module}"
 
 
 @pytest.mark.parametrize("architecture", PLACES)

@@ -5,29 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.test_end_to_end import (
-    ROOT,
-    RUN,
-    all_rows,
-    tokens_in_checkpoint,
-    trained_rows,
-    wait_until,
-)
+from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
+from tests.test_end_to_end import RUN, all_rows, trained_rows
 from trainer.control.ctl import CtlError, ask
 from trainer.saes.inference import check
 from trainer.snapshot import snapshot_names, verify
 from trainer.state.checkpoint import complete_folders, load_newest
-
-Start = Callable[..., subprocess.Popen[bytes]]
 
 RECOVERY_SECONDS = 15.0
 """In which all ranks have ended after one was killed; machines under load get twice as much."""
@@ -35,34 +26,10 @@ RECOVERY_SECONDS = 15.0
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a trainer that records its rows, on one rank or under torchrun, or a producer; ends them all."""
-    path, processes = tmp_path / "run.toml", list[subprocess.Popen[bytes]]()
     text = RUN.replace("batch = 128", "batch = 1024").replace("d_sae = 32", "d_sae = 2048")
-    path.write_text(text.replace("DIR", str(tmp_path)))
-
-    def begin(what: str, *overrides: str, ranks: int = 1) -> subprocess.Popen[bytes]:
-        program = ["tests/drills/named_producer.py"]
-        if what == "trainer":
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-            program = [*torchrun, "tests/drills/recording_trainer.py", str(tmp_path / "rows")]
-        with open(tmp_path / f"{what}.log", "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, *program, str(path), *overrides],
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "SECONDS_PER_STEP": "0.05", "OMP_NUM_THREADS": "1"},
-            )
-        processes.append(process)
-        return process
-
-    yield begin
-    for process in processes:
-        if process.poll() is None:
-            for worker in workers(process):
-                os.kill(worker, signal.SIGKILL)
-            process.kill()
-            process.wait()
+    (tmp_path / "run.toml").write_text(text.replace("DIR", str(tmp_path)))
+    with small_processes(tmp_path, SECONDS_PER_STEP="0.05", OMP_NUM_THREADS="1") as start:
+        yield start
 
 
 def workers(torchrun: subprocess.Popen[bytes]) -> list[int]:
