@@ -26,6 +26,7 @@ from producer.corpus.windows import Windows, check_packing, tokens_fingerprint, 
 from producer.lm.errors import ModelError, non_finite_message
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
+from producer.lm.precision import dtype_name
 from producer.settings import ProducerSettings
 from producer.wire import Hook
 
@@ -99,7 +100,7 @@ class LanguageModelSource:
         if settings.corpus.packing == "separate_masked":
             difference = self.model.check_shared_windows(self.context)
             log.info("documents that share a window against each alone: largest difference %.3g of the rms", difference)
-        check, dtype = self.model.self_check, str(self.model.dtype).removeprefix("torch.")
+        check, dtype = self.model.self_check, dtype_name(self.model.dtype)
         log.info(
             "%s runs in %s%s on %s",
             settings.model.name, dtype, " (model.dtype = auto)" if settings.model.dtype == "auto" else "",

@@ -23,11 +23,11 @@ from trainer.report import SaeReport
 from trainer.saes.base import Sae
 from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Whitening
-from trainer.saes.gradients import SHARED, THROUGH_ENCODER
+from trainer.saes.gradients import THROUGH_ENCODER
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.initial import random_rows
 from trainer.saes.jumprelu import JumpReLU
-from trainer.saes.settings import SaeSettings
+from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
 from trainer.saes.topk import FixedK
 from trainer.settings import OptimizerSettings, TrainerSettings
 from trainer.training.averaging import AverageWeights
@@ -173,7 +173,7 @@ def train(ranks: Ranks, table: Mapping[str, Any], fault: str | None = None) -> T
 
 
 def tensors_of(sae_trainer: SaeTrainer) -> dict[str, Tensor]:
-    """Weights, moments, averages and counters by name; names of shared ones end in one of SHARED."""
+    """Weights, moments, averages and counters by name; names of shared ones end in one of SHARED_PARAMETERS."""
     _, tensors = sae_trainer.state()
     by_part = {
         "weight": tensors.parameters,
@@ -192,7 +192,7 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all latents; those that are shared must be equal on all ranks."""
     whole = {}
     for name in parts[0]:
-        if name.split()[-1] in (*SHARED, THRESHOLD):
+        if name.split()[-1] in (*SHARED_PARAMETERS, THRESHOLD):
             assert all(torch.equal(part[name], parts[0][name]) for part in parts), name
             whole[name] = parts[0][name]
         else:

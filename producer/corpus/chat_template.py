@@ -46,14 +46,14 @@ class RenderedChat:
 
     text: str
     spans: list[tuple[int, int]] | None
-    """Ranges of characters that the wanted roles wrote, in order; None where every role is wanted."""
+    """Ranges of characters that the roles of corpus.roles wrote, in order; None without corpus.roles."""
 
 
 class ChatTemplate:
     """The template of a tokenizer. Raises CorpusError for a tokenizer without one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, roles: Collection[str]) -> None:
-        """`roles` are those whose texts are wanted; without any, everything is."""
+        """`roles` are those whose texts are streamed; without any, everything is."""
         if not getattr(tokenizer, "chat_template", None):
             raise CorpusError(
                 'corpus.kind = "chat" needs a chat template, and the tokenizer has none; use the chat model\'s own '
@@ -113,7 +113,7 @@ class ChatTemplate:
     def _marked_spans(
         self, messages: list[dict[str, Any]], conversation: Conversation, text: str
     ) -> list[tuple[int, int]]:
-        """Returns the ranges of `text` that the wanted roles wrote."""
+        """Returns the ranges of `text` that these roles wrote."""
         if _MARK.search(text):
             raise CorpusError(
                 f"{conversation.place}: holds a character of Unicode's private planes, by which the texts of roles are "

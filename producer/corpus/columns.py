@@ -92,8 +92,8 @@ class Column:
                 if text is not None:
                     yield refuse_long(text, self._longest, place)
         else:
-            found = ", ".join(sorted(entry.__name__ for entry in types))
-            raise CorpusError(f"{place}: {column_not_text(self._name, f'a list of {found}')}")
+            types_text = ", ".join(sorted(entry.__name__ for entry in types))
+            raise CorpusError(f"{place}: {column_not_text(self._name, f'a list of {types_text}')}")
 
     def _check_size(self, size: int, place: str) -> None:
         if size > self._longest:

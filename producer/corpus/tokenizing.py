@@ -30,7 +30,7 @@ class TokenizedDocument:
 
     ids: np.ndarray
     """int64 [tokens]"""
-    wanted: np.ndarray
+    in_roles: np.ndarray
     """bool [tokens]: those that corpus.roles names; without corpus.roles, all."""
     is_closed: bool
     """The document ends with the token that separates documents, perhaps with spaces behind it."""
@@ -99,11 +99,11 @@ class DocumentTokenizer:
             front = int(self._adds_bos and len(tokens) > 0)
             back = len(tokens) - int(self._adds_eos and len(tokens) > front)
             front += self._count_own_bos(chat.text, tokens[front:])
-            wanted = np.ones(len(tokens), dtype=bool)
+            in_roles = np.ones(len(tokens), dtype=bool)
             if chat.spans is not None:
-                wanted = overlapping(np.array(encoded["offset_mapping"][index]).reshape(-1, 2), chat.spans)
+                in_roles = overlapping(np.array(encoded["offset_mapping"][index]).reshape(-1, 2), chat.spans)
             ids = np.array(tokens[front:back], dtype=np.int64)
-            yield TokenizedDocument(ids, wanted[front:back], self._is_closed(ids, chat.text))
+            yield TokenizedDocument(ids, in_roles[front:back], self._is_closed(ids, chat.text))
 
     def _is_closed(self, ids: np.ndarray, text: str) -> bool:
         """Tells whether a text ends with the separator. Templates put a line end behind it, which counts as nothing."""
@@ -140,10 +140,10 @@ class DocumentTokenizer:
 
 def overlapping(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     """Tells for each token, [tokens, 2] offsets, whether it holds a character of one of the `spans`: bool [tokens]."""
-    wanted = np.zeros(len(offsets), dtype=bool)
+    overlaps = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
-        wanted |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1])
-    return wanted
+        overlaps |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1])
+    return overlaps
 
 
 def first_id(*ids: int | None) -> int | None:

@@ -190,14 +190,14 @@ def _cut(documents: list[TokenizedDocument], packing: _Packing) -> Windows:
     padding = TokenizedDocument(np.full(missing, packing.pad), np.zeros(missing, dtype=bool), is_closed=True)
     parts = [*documents, padding]
     ids = np.concatenate([part.ids for part in parts]).reshape(-1, packing.text)
-    wanted = np.concatenate([part.wanted for part in parts]).reshape(-1, packing.text)
+    in_roles = np.concatenate([part.in_roles for part in parts]).reshape(-1, packing.text)
     padded = np.zeros((len(ids), packing.context), dtype=bool)
     padded[-1:, packing.context - missing :] = True
     if packing.bos is not None:
         ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=packing.bos)
-        wanted = np.pad(wanted, ((0, 0), (1, 0)), constant_values=not packing.has_roles)
+        in_roles = np.pad(in_roles, ((0, 0), (1, 0)), constant_values=not packing.has_roles)
     dropped = np.isin(ids, np.fromiter(packing.dropped, dtype=np.int64))
-    return Windows(ids=ids, kept=wanted & ~padded & ~dropped, padded=padded)
+    return Windows(ids=ids, kept=in_roles & ~padded & ~dropped, padded=padded)
 
 
 def _kept_where_streamed(windows: Windows, packing: _Packing) -> Windows:

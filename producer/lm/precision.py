@@ -23,6 +23,11 @@ def fastest_dtype(rows: int, d_in: int, d_out: int, device: torch.device) -> tor
     return torch.bfloat16 if WORTH * bfloat16 < float32 else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without the module, such as "bfloat16": the attribute of torch that it is."""
+    return str(dtype).removeprefix("torch.")
+
+
 def use_deterministic_algorithms() -> None:
     """Makes a GPU give the same bits each time; torch warns of operations that cannot. Call before its first use.
 

@@ -80,9 +80,13 @@ class Ranks:
         """This process holds all latents, and sums over them in any order."""
         return self.size == 1 and self.blocks == 1
 
+    def latent_cuts(self, d_sae: int) -> list[int]:
+        """Where d_sae latents are cut into those of the ranks, [P + 1] from 0 to d_sae."""
+        return latent_cuts(d_sae, self.size, self._latents_per_unit)
+
     def latents(self, d_sae: int) -> range:
         """The latents that this rank holds."""
-        cuts = latent_cuts(d_sae, self.size, self._latents_per_unit)
+        cuts = self.latent_cuts(d_sae)
         return range(cuts[self.rank], cuts[self.rank + 1])
 
     def latent_blocks(self, d_sae: int) -> list[range]:
@@ -218,8 +222,7 @@ class World:
             torch.cuda.set_device(device)
         group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=self._timeout)
         ranks = Ranks(self.rank, self.size, group, blocks, device=device)
-        with _peers():
-            ranks.sum(torch.zeros(1, device=device), "start")
+        ranks.sum(torch.zeros(1, device=device), "start")
         return ranks
 
     def send(self, message: bytes) -> None:

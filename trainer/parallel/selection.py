@@ -75,9 +75,9 @@ def largest_of(ranks: Ranks, candidates: Entries, count: int, first: int) -> tup
     if place.surplus <= 0:
         return candidates, value_of(place.bits)
     is_tie = bits == place.bits
-    chosen = bits > place.bits
-    chosen |= is_tie & _first_ties(ranks, candidates, is_tie, count - place.above, first)
-    return candidates.where(chosen), value_of(place.bits)
+    is_largest = bits > place.bits
+    is_largest |= is_tie & _first_ties(ranks, candidates, is_tie, count - place.above, first)
+    return candidates.where(is_largest), value_of(place.bits)
 
 
 def nth_largest(ranks: Ranks, value: Tensor, n: int) -> float:

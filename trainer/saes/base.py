@@ -44,10 +44,10 @@ from trainer.parallel import products, selection
 from trainer.parallel.blocks import blocks_of, blocks_of_subset, segment_ends
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.encoder import BlockwiseEncoder, Encoded
-from trainer.saes.gradients import SHARED, THROUGH_ENCODER, Gradients, Reconstruction
+from trainer.saes.gradients import THROUGH_ENCODER, Gradients, Reconstruction
 from trainer.saes.initial import initial_bias, initial_directions, normalise_rows
 from trainer.saes.published import Activation, SaeWeights
-from trainer.saes.settings import SaeSettings
+from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
 
 NO_GRADIENTS: Mapping[str, Tensor] = {}
 RATE_ROWS = 8192
@@ -180,7 +180,7 @@ class Sae(ABC):
     def rows_of_rank(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of this rank's latents, and those that belong to no latent, of weights of all latents."""
         rows = slice(self.latents.start, self.latents.stop)
-        return {name: value if name in SHARED else value[rows] for name, value in weights.items()}
+        return {name: value if name in SHARED_PARAMETERS else value[rows] for name, value in weights.items()}
 
     # Training
 
@@ -238,10 +238,10 @@ class Sae(ABC):
 
         `candidates` are the k largest that this rank has; `latent` [entries] numbers them among all latents.
         """
-        chosen = selection.largest(self.ranks, candidates, k, latent, self.by_magnitude)
+        largest = selection.largest(self.ranks, candidates, k, latent, self.by_magnitude)
         if not self.by_magnitude:
-            chosen = chosen.with_value(chosen.value.relu())
-        return dense_if_many(chosen, self.dense_above)
+            largest = largest.with_value(largest.value.relu())
+        return dense_if_many(largest, self.dense_above)
 
     def aux_latents(self, dead: Tensor) -> Tensor:
         """Indices [n] of the latents in an auxiliary loss that revives them; dead [d_sae] bool."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.kernels.select import Latents
+from trainer.saes.settings import SHARED_PARAMETERS
 
-SHARED = ("b_dec", "W_skip")
-"""Parameters that belong to no single latent; all others have one row per latent."""
 THROUGH_ENCODER = "b_dec through the encoder"
 """Beside gradients while several ranks share an SAE: the part of b_dec's from each block of a rank's latents, [blocks,
 d]. `Sae.sum_shared` sums it over all ranks."""
@@ -50,7 +49,7 @@ def add(grads: dict[str, Tensor], more: dict[str, Tensor], latents: Tensor | Non
     for name, value in more.items():
         if name not in grads:
             grads[name] = value
-        elif latents is None or name in SHARED or name == THROUGH_ENCODER:
+        elif latents is None or name in SHARED_PARAMETERS or name == THROUGH_ENCODER:
             grads[name] += value
         else:
             grads[name].index_add_(0, latents, value)

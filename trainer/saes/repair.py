@@ -23,9 +23,9 @@ from torch import Tensor
 from trainer.kernels.select import positive
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.base import Sae
-from trainer.saes.gradients import SHARED, Gradients, add
+from trainer.saes.gradients import Gradients, add
 from trainer.saes.relu import RELU
-from trainer.saes.settings import CostTerms, SaeSettings
+from trainer.saes.settings import SHARED_PARAMETERS, CostTerms, SaeSettings
 
 TRAINABLE = {
     "scale": {"scale"},
@@ -52,7 +52,7 @@ class RepairSettings(SaeSettings):
         return False
 
     def cost_terms(self) -> CostTerms:
-        return replace(super().cost_terms(), latent_parameters=len(TRAINABLE[self.train] - set(SHARED)))
+        return replace(super().cost_terms(), latent_parameters=len(TRAINABLE[self.train] - set(SHARED_PARAMETERS)))
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

@@ -29,6 +29,9 @@ from trainer.saes import registry
 
 Revival = Literal["auxk", "pre_act", "resample", "none"]
 
+SHARED_PARAMETERS = ("b_dec", "W_skip")
+"""Parameters of an SAE that belong to no single latent; all others have one row per latent."""
+
 
 @dataclass(frozen=True)
 class CostTerms:

@@ -220,8 +220,8 @@ class TopK(FixedK):
         latents = []
         for k, entries in zip(ks, encoded.latents, strict=True):
             assert isinstance(entries, Entries)
-            chosen = self.choose_largest(entries, k, entries.column + self.latents.start)
-            latents.append(chosen.split(self.ends))
+            largest_of_all = self.choose_largest(entries, k, entries.column + self.latents.start)
+            latents.append(largest_of_all.split(self.ends))
         return replace(encoded, latents=latents)
 
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:

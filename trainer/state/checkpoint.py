@@ -162,11 +162,11 @@ def _tensors_of_share(folder: Path, document: CheckpointDocument, share: Share) 
             whole = [LatentRange(TENSORS, 0, files[TENSORS].get_slice(key).get_shape()[0])]
             ranges = document.latents.get(sae, whole)
             _require_cover(sae, ranges)
-            wanted = share(ranges[-1].end)
+            latents = share(ranges[-1].end)
             pieces = [
-                files[one.file].get_slice(key)[max(wanted.start, one.first) - one.first : wanted.stop - one.first]
+                files[one.file].get_slice(key)[max(latents.start, one.first) - one.first : latents.stop - one.first]
                 for one in ranges
-                if one.first < wanted.stop and wanted.start < one.end
+                if one.first < latents.stop and latents.start < one.end
             ]
             tensors[key] = torch.cat(pieces)
     return tensors

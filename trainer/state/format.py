@@ -31,6 +31,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from producer.wire import Hello, unpack_bits
+from trainer.saes.settings import SHARED_PARAMETERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,10 +180,6 @@ class CheckpointDocument:
 
 
 # The tensors ----------------------------------------------------------------------------------------------------------
-
-
-SHARED_PARAMETERS = ("b_dec", "W_skip")
-"""Parameters that belong to no single latent; all others have one row per latent."""
 
 
 @dataclass(frozen=True)

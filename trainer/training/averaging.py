@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 
 from trainer.saes.base import Sae
-from trainer.saes.gradients import SHARED
+from trainer.saes.settings import SHARED_PARAMETERS
 
 
 class AverageWeights:
@@ -27,7 +27,7 @@ class AverageWeights:
 
     def replace_latents(self, parameters: dict[str, Tensor], latents: Tensor) -> None:
         """Takes the present weights of `latents` (indices), whose earlier ones mean nothing any more."""
-        for name in self.parameters.keys() - set(SHARED):
+        for name in self.parameters.keys() - set(SHARED_PARAMETERS):
             self.parameters[name][latents] = parameters[name][latents]
 
     def copy_of(self, sae: Sae) -> Sae:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from producer.common.parsing import parse_object
 from producer.common.run_file import show_settings
+from producer.lm.precision import dtype_name
 from producer.wire import Hello
 from trainer.parallel.commands import (
     Attach,
@@ -39,10 +40,10 @@ from trainer.parallel.commands import (
 )
 from trainer.parallel.ranks import Ranks, World
 from trainer.report import RanksReport, SaeReport
-from trainer.saes.settings import SaeSettings
+from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import FileRecord
-from trainer.state.format import SHARED_PARAMETERS, RunState, SaeTensors
+from trainer.state.format import RunState, SaeTensors
 from trainer.state.run_directory import RunDirectoryError
 from trainer.stream.buffer import Batch
 from trainer.stream.payload import TORCH_DTYPE
@@ -94,7 +95,7 @@ class SharedRun(Run):
 
     def _collected(self, calibrated: CalibratedSae) -> CalibratedSae:
         """On rank 0 with the rows of all ranks; on the others with their own."""
-        cuts = self.latent_cuts(calibrated.sae_trainer)
+        cuts = self.ranks.latent_cuts(calibrated.sae_trainer.settings.d_sae)
         counts = [end - first for first, end in pairwise(cuts)]
         config, weights = calibrated.exported
         collected: dict[str, Tensor] = {}
@@ -165,7 +166,7 @@ class LeaderRun(SharedRun):
         self._leader = leader
         self._checkpoint = checkpoint
         self._traffic: list[dict[str, int]] = []
-        matmul = {each.settings.name: _dtype_name(each) for each in self.sae_trainers}
+        matmul = {each.settings.name: dtype_name(each.sae.matmul_dtype) for each in self.sae_trainers}
         leader.announce(Begin(stream=stream, roster=self.roster.state(), matmul=matmul))
 
     def restore(self, state: RunState, tensors: dict[str, SaeTensors]) -> None:
@@ -176,7 +177,7 @@ class LeaderRun(SharedRun):
     def attach(self, sae: SaeSettings, joined_at: int, matmul: torch.dtype | None = None) -> SaeTrainer:
         sae_trainer = super().attach(sae, joined_at, matmul)
         table = sae.model_dump(mode="json", exclude_none=True)
-        self._leader.announce(Attach(sae=table, joined_at=joined_at, matmul=_dtype_name(sae_trainer)))
+        self._leader.announce(Attach(sae=table, joined_at=joined_at, matmul=dtype_name(sae_trainer.sae.matmul_dtype)))
         return sae_trainer
 
     def detach(self, member: Member) -> None:
@@ -232,7 +233,3 @@ class LeaderRun(SharedRun):
         if errors := [answer["error"] for answer in answers if "error" in answer]:
             raise OSError("; ".join(errors))
         records |= {answer["file"]: FileRecord(answer["bytes"], answer["sha256"]) for answer in answers if answer}
-
-
-def _dtype_name(sae_trainer: SaeTrainer) -> str:
-    return str(sae_trainer.sae.matmul_dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from trainer.kernels.operands import Operands
 from trainer.kernels.sparse import kernels
 from trainer.parallel.blocks import LatentBlock
 from trainer.parallel.ranks import ALONE, Ranks
-from trainer.saes.gradients import SHARED
+from trainer.saes.settings import SHARED_PARAMETERS
 from trainer.settings import OptimizerSettings
 from trainer.state.format import AdamState
 
@@ -69,10 +69,10 @@ class RowAdam:
         parts: dict[str, list[Tensor]] = {}
         for name, W in self.parameters.items():
             parts[name] = []
-            for block in [slice(None)] if name in SHARED else self._blocks:
+            for block in [slice(None)] if name in SHARED_PARAMETERS else self._blocks:
                 tangent_to = _rows(W[block]) if name in self._unit else None
                 parts[name].append(kernels(W.device).project(_rows(grads[name][block]), tangent_to).double().sum())
-        of_latents = [name for name in parts if name not in SHARED]
+        of_latents = [name for name in parts if name not in SHARED_PARAMETERS]
         if of_latents and not self._ranks.is_whole:
             by_block = torch.stack([torch.stack(parts[name]) for name in of_latents], 1)
             for name, total in zip(of_latents, self._ranks.total(by_block, "scalars"), strict=True):
@@ -82,7 +82,7 @@ class RowAdam:
     def reset_moments(self, latents: Tensor) -> None:
         """Zeroes the moments of `latents` (indices), whose weights were drawn anew."""
         for name, moments in self._moments.items():
-            if name not in SHARED:
+            if name not in SHARED_PARAMETERS:
                 for moment in moments:
                     moment[latents] = 0.0
 

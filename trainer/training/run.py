@@ -21,7 +21,7 @@ from torch import Tensor
 
 from producer.lm.precision import fastest_dtype
 from producer.wire import Hello
-from trainer.parallel.ranks import ALONE, Ranks, latent_cuts
+from trainer.parallel.ranks import ALONE, Ranks
 from trainer.phases import SaePhase
 from trainer.report import RanksReport, SaeReport
 from trainer.saes.base import Sae
@@ -324,16 +324,12 @@ class Run:
         ranges: dict[str, list[LatentRange]] = {}
         for sae_trainer in self.sae_trainers:
             if sae_trainer.has_weights:
-                cuts = self.latent_cuts(sae_trainer)
+                cuts = self.ranks.latent_cuts(sae_trainer.settings.d_sae)
                 files = [shard_name(rank, self.ranks.size) for rank in range(self.ranks.size)]
                 ranges[sae_trainer.settings.name] = [
                     LatentRange(file, first, end) for file, (first, end) in zip(files, pairwise(cuts), strict=True)
                 ]
         return ranges
-
-    def latent_cuts(self, sae_trainer: SaeTrainer) -> list[int]:
-        """Where the latents are cut into those of the ranks."""
-        return latent_cuts(sae_trainer.settings.d_sae, self.ranks.size)
 
     def write_shards(self, folder: Path) -> AbstractContextManager[dict[str, FileRecord]]:
         """Lets the other ranks write their rows into a folder while the block runs; the dict has their files then."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from producer.lm.precision import dtype_name
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.phases import SaePhase
 from trainer.report import SaeReport
@@ -281,7 +282,7 @@ class SaeTrainer:
             joined_at=self.schedule.joined_at,
             cooldown=None if cooldown is None else (cooldown.start, cooldown.end),
             seed=self._seed,
-            matmul=str(self.sae.matmul_dtype).removeprefix("torch."),
+            matmul=dtype_name(self.sae.matmul_dtype),
         )
         tensors = SaeTensors(
             parameters=self.sae.parameters,
