@@ -76,13 +76,20 @@ class CpuBudget:
 class CpuThrottle:
     """ASGI: each request, and each further chunk of a response, waits until the budget allows it."""
 
-    def __init__(self, app: ASGIApp, is_training: Callable[[], bool], budget: CpuBudget | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        is_training: Callable[[], bool],
+        budget: CpuBudget | None = None,
+        cpu_seconds: Callable[[], float] | None = None,
+    ) -> None:
+        """`cpu_seconds` gives the CPU seconds that the service has used; the default reads its threads' clocks."""
         self._app = app
         self._is_training = is_training
         self._training_checked_at = -TRAINING_CHECK_SECONDS
         self._must_wait = True
         self._budget = budget or CpuBudget(SHARE * (os.cpu_count() or 1))
-        self._clock = ServiceClock()
+        self._cpu_seconds = cpu_seconds or ServiceClock().read
         self._queue = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +126,7 @@ class CpuThrottle:
             self._must_wait = await anyio.to_thread.run_sync(self._is_training)
 
     def _seconds_left(self) -> float:
-        return self._budget.update(time.monotonic(), self._clock.read())
+        return self._budget.update(time.monotonic(), self._cpu_seconds())
 
 
 class ServiceClock:
