@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.link import PackedChunk
 from producer.source import Source
 from producer.wire import DTYPE_BYTES, MAX_CHUNK_POSITIONS, TARGET_CHUNK_BYTES, pack_bits

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from producer.corpus import CorpusError
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.link import Finished, Link, PackedChunk, SessionLost
 from producer.lm.errors import ModelError
 from producer.packing import TORCH_DTYPE, LeasedShard, Packer

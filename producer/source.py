@@ -21,8 +21,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from producer.corpus import Corpus, open_corpus
+from producer.corpus.rendering.windows import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.corpus.synthetic import SyntheticActivations
-from producer.corpus.windows import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.lm.errors import ModelError, non_finite_message
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monitor.evaluation.ablation import POSITIONS, ablation_effects, effective_number
 from monitor.evaluation.latents.activations import LatentActivations, gather_latents
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from trainer.saes.inference import InferenceSae
 

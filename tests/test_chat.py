@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from producer.corpus import CorpusError, open_corpus
 from producer.corpus.base import Conversation, Document
-from producer.corpus.chat import read_conversation
-from producer.corpus.windows import tokens_fingerprint, windows_of
+from producer.corpus.rendering.windows import tokens_fingerprint, windows_of
+from producer.corpus.sources.chat import read_conversation
 from producer.settings import CorpusSettings
 from tests.small_chats import (
     CALL,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from producer.corpus import CorpusError, open_corpus
-from producer.corpus.windows import windows_of
+from producer.corpus.rendering.windows import windows_of
 from producer.settings import CorpusSettings
 from tests.small_chats import chat_tokenizer
 

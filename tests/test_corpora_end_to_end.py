@@ -13,7 +13,7 @@ import pytest
 
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
-from producer.corpus.windows import windows_of
+from producer.corpus.rendering.windows import windows_of
 from producer.settings import ProducerSettings
 from tests.small_chats import chat_tokenizer, write_chat_model
 from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until

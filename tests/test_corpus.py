@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from producer.corpus import Corpus, CorpusError, open_corpus
 from producer.corpus.registry import KINDS
-from producer.corpus.stdlib import StdlibCorpus
+from producer.corpus.sources.stdlib import StdlibCorpus
 from producer.corpus.synthetic import SyntheticActivations
 from producer.settings import CorpusSettings, SyntheticSettings
 from tests.drills.named_producer import NamedActivations
@@ -134,7 +134,7 @@ def test_shard_that_does_not_exist_is_refused(tmp_path: Path, shard: int) -> Non
 def test_importing_is_light() -> None:
     """No heavy library is imported before a kind needs it."""
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}"
-    code = f"import sys, producer.corpus, producer.corpus.windows; print({heavy} & set(sys.modules))"
+    code = f"import sys, producer.corpus, producer.corpus.rendering.windows; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -35,7 +35,7 @@ from monitor.settings import MonitorSettings
 from monitor.summary import complete_summary
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.packing import pack_activations
 from producer.settings import CorpusSettings

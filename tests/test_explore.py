@@ -32,7 +32,7 @@ from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from tests.small_reading import DENSE, HOOK, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of

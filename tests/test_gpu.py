@@ -23,7 +23,7 @@ from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.latents.activations import gather_latents
 from monitor.evaluation.probing import LabelledTexts, probe_accuracy
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from tests.small_model import HOOK, WIDTH, load_model, write_model
 from tests.small_run import by_key, checkpoint_of, identity_sae, publish_snapshot

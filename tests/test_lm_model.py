@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
-from producer.corpus.windows import windows_of
+from producer.corpus.rendering.windows import windows_of
 from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings
 from tests.small_language_models import (

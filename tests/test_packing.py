@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from producer.corpus.windows import Windows, tokens_fingerprint, windows_of
+from producer.corpus.rendering.windows import Windows, tokens_fingerprint, windows_of
 from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings, SyntheticSettings
 from producer.source import SyntheticSource, open_source

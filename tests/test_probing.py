@@ -22,7 +22,7 @@ from monitor.evaluation.probing import (
     read_labelled_texts,
     split_sides,
 )
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model

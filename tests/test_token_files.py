@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from producer.corpus.token_layouts import Layout, read_layout
+from producer.corpus.sources.token_layouts import Layout, read_layout
 
 FORMATS = ("<u2", "<u4", "<i8", ">u2", ">u4", ">i8")
 SETTINGS = {"uint16": "<u2", "uint32": "<u4", "int32": "<i4", "int64": "<i8"}

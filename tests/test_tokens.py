@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from producer.corpus import CorpusError
-from producer.corpus.tokenizing import BATCH_DOCUMENTS
-from producer.corpus.windows import Windows, check_packing, tokens_fingerprint, windows_of
+from producer.corpus.rendering.tokenizing import BATCH_DOCUMENTS
+from producer.corpus.rendering.windows import Windows, check_packing, tokens_fingerprint, windows_of
 from producer.settings import CorpusSettings
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

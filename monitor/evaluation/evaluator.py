@@ -68,7 +68,7 @@ from monitor.evaluation.passes import (
 )
 from monitor.evaluation.results import Evaluation, Value
 from monitor.evaluation.tallies import Mean, Tally
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite

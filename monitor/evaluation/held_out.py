@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from producer.corpus import Corpus, more_shards_advice
-from producer.corpus.windows import Windows, separated, windows_of
+from producer.corpus.rendering.windows import Windows, separated, windows_of
 from producer.settings import CorpusSettings
 
 SHARDS_SHARING = 8

@@ -17,7 +17,7 @@ from monitor.evaluation.probing import LabelledTexts, read_labelled_texts
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import manifest_of
 from producer.corpus import open_corpus
-from producer.corpus.windows import Windows, check_packing, tokens_fingerprint
+from producer.corpus.rendering.windows import Windows, check_packing, tokens_fingerprint
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from trainer.snapshot import Manifest

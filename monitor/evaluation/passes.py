@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.held_out import EvaluationError
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 
 NormBounds = Mapping[str, float]

@@ -11,23 +11,13 @@ In reading order:
 
     base            Corpus and CorpusError: what every kind promises
     registry        open_corpus: the kinds, one line for each
-    stdlib          kind `stdlib`: the sources of Python's standard library
-    files           which files corpus.paths names, and what identifies them
-    reading         opening files: unpacking, encodings, limits, and formats that are refused
-    pieces          files cut into byte ranges, and the corpora made of them
-    chat            the layouts in which data sets hold conversations, as one
-    columns         what corpus.column holds: texts, token ids, messages
-    text jsonl token_files      kinds that are made of pieces
-    token_layouts   which numbers a file of token ids holds
-    parquet huggingface         kinds that a library reads
-    chat_template   conversations as text, and which characters each role wrote
-    tokenizing      documents → token ids
-    windows         token ids → windows
+    sources/        the kinds: where documents come from, and how data is cut into shards
+    rendering/      documents → token ids → windows, the same for every kind
     synthetic       activations of known ground truth: no text, and so no Corpus
 
-A new kind is one module, one line in `registry`, and its name in `producer.settings`. The package imports settings,
-parsing and the wire's arithmetic of the producer, and neither torch nor, before a kind needs it, pyarrow or datasets.
-The producer's sources import it, and so may the monitor, which evaluates on the text that was held out.
+A new kind is one module of `sources`, one line in `registry`, and its name in `producer.settings`. The package imports
+settings, parsing and the wire's arithmetic of the producer, and neither torch nor, before a kind needs it, pyarrow or
+datasets. The producer's sources import it, and so may the monitor, which evaluates on the text that was held out.
 
 Faults of the data raise CorpusError, and reading again will not help. Anything else that travels out of `documents`,
 such as an OSError of the network, may be worth another attempt.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from producer.corpus.base import Corpus, CorpusError
-from producer.corpus.files import find_files
-from producer.corpus.huggingface import HuggingFaceCorpus
-from producer.corpus.jsonl import JsonlCorpus
-from producer.corpus.parquet import SUFFIXES as PARQUET
-from producer.corpus.parquet import ParquetCorpus
-from producer.corpus.stdlib import StdlibCorpus
-from producer.corpus.text import TextCorpus
-from producer.corpus.token_files import TokenCorpus
+from producer.corpus.sources.files import find_files
+from producer.corpus.sources.huggingface import HuggingFaceCorpus
+from producer.corpus.sources.jsonl import JsonlCorpus
+from producer.corpus.sources.parquet import SUFFIXES as PARQUET
+from producer.corpus.sources.parquet import ParquetCorpus
+from producer.corpus.sources.stdlib import StdlibCorpus
+from producer.corpus.sources.text import TextCorpus
+from producer.corpus.sources.token_files import TokenCorpus
 from producer.settings import CorpusSettings
 
 

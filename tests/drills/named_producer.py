@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import producer.source
 from producer.__main__ import main as real_main
+from producer.corpus.rendering.windows import Windows
 from producer.corpus.synthetic import SyntheticActivations
-from producer.corpus.windows import Windows
 from producer.settings import CorpusSettings, ProducerSettings
 from producer.source import LanguageModelSource, SyntheticSource
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from producer.corpus import open_corpus
-from producer.corpus.windows import windows_of
+from producer.corpus.rendering.windows import windows_of
 from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
 from trainer.saes.folding import side_by_side

@@ -35,7 +35,7 @@ from monitor.evaluation.passes import (
     passes,
     refuse_unknown_bounds,
 )
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from trainer.saes.inference import InferenceSae
 from trainer.state.durable import new_file

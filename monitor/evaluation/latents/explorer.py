@@ -34,7 +34,7 @@ from monitor.evaluation.latents.views import (
 )
 from monitor.run_directory import NotFoundError, snapshots_until
 from monitor.snapshot_index import manifest_of
-from producer.corpus.windows import Windows
+from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from trainer.snapshot import SnapshotError

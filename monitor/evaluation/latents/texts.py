@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from producer.corpus.windows import Windows, separated, windows_of
+from producer.corpus.rendering.windows import Windows, separated, windows_of
 from producer.settings import CorpusSettings
 
 ANCHOR = "a"

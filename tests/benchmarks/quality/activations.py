@@ -18,7 +18,7 @@ from torch import Tensor
 
 from monitor.evaluation.held_out import held_out_windows
 from producer.corpus import open_corpus
-from producer.corpus.windows import Windows, windows_of
+from producer.corpus.rendering.windows import Windows, windows_of
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings, ModelSettings

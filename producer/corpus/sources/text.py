@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from producer.corpus.base import CorpusError
-from producer.corpus.files import DataFile
-from producer.corpus.pieces import BLOCK_BYTES, FileCorpus, line_borders
-from producer.corpus.reading import decode, encoding_fault, open_file, too_long, unpacks_beyond
+from producer.corpus.sources.files import DataFile
+from producer.corpus.sources.pieces import BLOCK_BYTES, FileCorpus, line_borders
+from producer.corpus.sources.reading import decode, encoding_fault, open_file, too_long, unpacks_beyond
 from producer.settings import CorpusSettings
 
 LONGEST_LINE = 16 * BLOCK_BYTES

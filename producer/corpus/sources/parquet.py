@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from producer.corpus.base import Corpus, CorpusError, Document, column_not_text, import_library, raise_faults
-from producer.corpus.columns import SET_CHAT, Column
-from producer.corpus.files import DataFile, describe_files, find_files
-from producer.corpus.reading import open_file
+from producer.corpus.sources.columns import SET_CHAT, Column
+from producer.corpus.sources.files import DataFile, describe_files, find_files
+from producer.corpus.sources.reading import open_file
 from producer.settings import CorpusSettings
 
 BATCH_ROWS = 256

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 from producer.corpus.base import CorpusError
-from producer.corpus.files import DataFile
+from producer.corpus.sources.files import DataFile
 
 HEAD_BYTES = 64 * 1024
 """Bytes at the beginning of a file that are checked when the corpus is opened."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, ClassVar
 
 from producer.corpus.base import Corpus, CorpusError, raise_faults
-from producer.corpus.files import DataFile, describe_files, find_files
-from producer.corpus.reading import open_file
+from producer.corpus.sources.files import DataFile, describe_files, find_files
+from producer.corpus.sources.reading import open_file
 from producer.settings import CorpusSettings
 
 BLOCK_BYTES = 64 * 1024

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from producer.corpus.base import Conversation, CorpusError, Document
-from producer.corpus.chat_template import ChatTemplate, RenderedChat
+from producer.corpus.rendering.chat_template import ChatTemplate, RenderedChat
 from producer.settings import CorpusSettings
 
 if TYPE_CHECKING:

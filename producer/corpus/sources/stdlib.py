@@ -9,7 +9,7 @@ from pathlib import Path
 from platform import python_version
 
 from producer.corpus.base import Corpus, CorpusError
-from producer.corpus.files import EDGE_BYTES, edge_digest
+from producer.corpus.sources.files import EDGE_BYTES, edge_digest
 from producer.settings import CorpusSettings
 
 SHARDS = 64

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from producer.corpus.base import Corpus, CorpusError, Document, import_library, raise_faults
-from producer.corpus.columns import Column
-from producer.corpus.files import data_file, files_in_folder
+from producer.corpus.sources.columns import Column
+from producer.corpus.sources.files import data_file, files_in_folder
 from producer.settings import CorpusSettings
 
 log = logging.getLogger(__name__)

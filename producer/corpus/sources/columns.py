@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from producer.corpus.base import CorpusError, Document, column_missing, column_not_text
-from producer.corpus.chat import BESIDE_COLUMNS, CHAT_COLUMNS, holds_messages, read_conversation
-from producer.corpus.reading import refuse_long, too_long
+from producer.corpus.sources.chat import BESIDE_COLUMNS, CHAT_COLUMNS, holds_messages, read_conversation
+from producer.corpus.sources.reading import refuse_long, too_long
 from producer.settings import CorpusSettings
 
 BYTES_PER_TOKEN = 4

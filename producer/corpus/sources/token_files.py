@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from producer.corpus.files import DataFile
-from producer.corpus.pieces import FileCorpus, Piece, cut_file
-from producer.corpus.reading import HEAD_BYTES, container_fault, open_file
-from producer.corpus.token_layouts import Layout, read_layout
+from producer.corpus.sources.files import DataFile
+from producer.corpus.sources.pieces import FileCorpus, Piece, cut_file
+from producer.corpus.sources.reading import HEAD_BYTES, container_fault, open_file
+from producer.corpus.sources.token_layouts import Layout, read_layout
 from producer.settings import CorpusSettings
 
 

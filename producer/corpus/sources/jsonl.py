@@ -9,10 +9,10 @@ from typing import Any
 
 from producer.common.parsing import ParseError, parse_object
 from producer.corpus.base import CorpusError, Document, raise_faults
-from producer.corpus.columns import Column
-from producer.corpus.files import DataFile, data_file
-from producer.corpus.pieces import FileCorpus, Piece, line_borders
-from producer.corpus.reading import decode, encoding_fault, open_file, too_long
+from producer.corpus.sources.columns import Column
+from producer.corpus.sources.files import DataFile, data_file
+from producer.corpus.sources.pieces import FileCorpus, Piece, line_borders
+from producer.corpus.sources.reading import decode, encoding_fault, open_file, too_long
 from producer.settings import CorpusSettings
 
 

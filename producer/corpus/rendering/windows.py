@@ -33,7 +33,7 @@ import numpy as np
 
 from producer.common.parsing import parse_object
 from producer.corpus.base import CorpusError, Document
-from producer.corpus.tokenizing import DocumentTokenizer, TokenizedDocument, first_id
+from producer.corpus.rendering.tokenizing import DocumentTokenizer, TokenizedDocument, first_id
 from producer.settings import CorpusSettings
 
 if TYPE_CHECKING:
