@@ -4,6 +4,7 @@
     app             the monitor as a process
     settings        [monitor] of the run file
     files           JSON and TOML that other processes write
+    json_lines      files to which they append
     run_directory   a run directory: state, reports, snapshots
     snapshot_index  the snapshots in it, cached
     summary         summary.json, completed with the evaluation
@@ -12,7 +13,8 @@
     metrics         Prometheus metrics of the monitor, and the list of all
     evaluation/     SAEs measured with the language model; latents
     http/           the HTTP service and its pages
-    cli/            pull, top, compare
+    export/         metrics and latents in the formats of other programs
+    cli/            pull, top, compare, export
     grafana/        dashboards
     prometheus/     alerts
 

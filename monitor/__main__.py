@@ -33,9 +33,16 @@ Beside it, for a monitor that is running:
 and for snapshots on disk:
   {shell_command("monitor", "compare", "A", "B")}
       what changed between two of them
+  {shell_command("monitor", "export", "RUN", "--to", "DIR")}
+      the numbers of a run as CSV, Parquet, for TensorBoard or Weights & Biases
 Each has a --help of its own."""
 
-COMMANDS = {"pull": "monitor.cli.pull", "top": "monitor.cli.top", "compare": "monitor.cli.compare"}
+COMMANDS = {
+    "pull": "monitor.cli.pull",
+    "top": "monitor.cli.top",
+    "compare": "monitor.cli.compare",
+    "export": "monitor.cli.export",
+}
 """Commands, and the modules whose `main` they are."""
 
 UNTIL_EVALUATED = "--until-evaluated"

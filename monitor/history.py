@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from monitor.evaluation.measures import Measure, Stage, measures
 from monitor.evaluation.results import Evaluation
-from producer.common.parsing import ParseError, parse_object
+from monitor.json_lines import JsonLines
 from trainer.report import DENSITY_EDGES
 
 Columns = dict[str, dict[str, list[Any]]]
@@ -26,8 +25,6 @@ MAX_POINTS = 3_000
 """With so many points of training, every second one is dropped; of an SAE's evaluations, no more are returned."""
 RUN_KEYS = ("time", "tokens", "tokens_per_second", "buffer_rows", "step_seconds")
 """Columns of the run, as reports name them."""
-MAX_READ_BYTES = 64 << 20
-"""Bytes read at a time; the rest is read at later looks."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,15 @@ class _EvaluationPoint:
 
 
 @dataclass(frozen=True)
-class _Rollback:
+class Rollback:
     """A trainer has resumed from a checkpoint, behind what was reported."""
 
     time: float
     tokens: int
 
-    def drops(self, tokens: int, point: _EvaluationPoint) -> bool:
-        """Whether a snapshot is of the weights that were given up."""
-        return point.time < self.time and tokens > self.tokens
+    def drops(self, tokens: int, measured_at: float) -> bool:
+        """Whether a snapshot after so many tokens is of the weights that were given up."""
+        return measured_at < self.time and tokens > self.tokens
 
 
 EvaluationPoints = dict[tuple[str, int], _EvaluationPoint]
@@ -57,8 +54,8 @@ class History:
     """Follows one run directory, which need not exist yet. Safe to use from several threads."""
 
     def __init__(self, run_directory: Path, max_points: int = MAX_POINTS) -> None:
-        self._reports = _JsonLines(run_directory / "metrics.jsonl")
-        self._evaluations = _JsonLines(run_directory / FILE)
+        self._reports = JsonLines(run_directory / "metrics.jsonl")
+        self._evaluations = JsonLines(run_directory / FILE)
         self._max_points = max_points
         self._lock = threading.Lock()
         self._training_keys = [measure.name for measure in _curve_measures(Stage.TRAINING)]
@@ -73,7 +70,7 @@ class History:
     def _reset(self) -> None:
         self._points: list[dict[str, Any]] = []
         self._evaluation_points: EvaluationPoints = {}
-        self._rollbacks: list[_Rollback] = []
+        self._rollbacks: list[Rollback] = []
         self._newest_report: dict[str, Any] = {"tokens": 0, "saes": []}
         self._stride = 1
         """One in so many reports is a point."""
@@ -131,7 +128,7 @@ class History:
     def _add_report(self, report: dict[str, Any]) -> None:
         report = {"time": 0.0, "saes": [], **report, "tokens": report.get("tokens") or 0}
         if report["tokens"] < self._newest_report["tokens"]:
-            self._rollbacks.append(_Rollback(report["time"], report["tokens"]))
+            self._rollbacks.append(Rollback(report["time"], report["tokens"]))
             self._evaluations_version += 1
             self._points = [point for point in self._points if point["tokens"] < report["tokens"]]
             self._report_count = len(self._points) * self._stride
@@ -153,46 +150,6 @@ def append_evaluation(run_directory: Path, sae: str, evaluation: Evaluation, tim
         file.write(line + "\n")
 
 
-class _JsonLines:
-    """The JSON objects of a file that grows by lines; one that is half written waits for its end."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._inode: int | None = None
-
-    def is_replaced(self) -> bool:
-        """Whether another run's file is in the place of the one that was read; if so, it is read from the start."""
-        try:
-            status = self._path.stat()
-        except OSError:
-            return False
-        replaced = self._inode is not None and (status.st_ino != self._inode or status.st_size < self._offset)
-        if replaced:
-            self.rewind()
-        self._inode = status.st_ino
-        return replaced
-
-    def rewind(self) -> None:
-        self._offset = 0
-
-    def read_new(self) -> Iterator[dict[str, Any]]:
-        """Objects appended since the last call."""
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._offset)
-                text = file.read(MAX_READ_BYTES)
-        except OSError:
-            return
-        end = text.rfind(b"\n") + 1
-        self._offset += end
-        for line in text[:end].splitlines():
-            try:
-                yield parse_object(line, finite=True)
-            except ParseError:
-                continue  # a line that a full disk cut short
-
-
 def _curve_measures(stage: Stage) -> list[Measure]:
     return [measure for measure in measures(stage) if measure.in_history]
 
@@ -203,11 +160,11 @@ def _point(report: dict[str, Any], training_keys: list[str]) -> dict[str, Any]:
     return point
 
 
-def _evaluation_columns(points: EvaluationPoints, rollbacks: list[_Rollback], max_points: int) -> Columns:
+def _evaluation_columns(points: EvaluationPoints, rollbacks: list[Rollback], max_points: int) -> Columns:
     """Evaluations as columns by SAE, in the order of tokens, without those that a rollback drops; thinned if many."""
     remaining: dict[str, list[tuple[int, Evaluation]]] = {}
     for (sae, tokens), point in sorted(points.items(), key=lambda item: item[0]):
-        if not any(rollback.drops(tokens, point) for rollback in rollbacks):
+        if not any(rollback.drops(tokens, point.time) for rollback in rollbacks):
             remaining.setdefault(sae, []).append((tokens, point.evaluation))
     columns: Columns = {}
     for sae, evaluations in remaining.items():

@@ -3,6 +3,7 @@
     pull            the command that fetches snapshots
     top             the command that shows a run
     compare         the command that compares two snapshots
+    export          the command that writes a run for other programs
     arguments       arguments that commands have in common
     client          HTTP to a monitor
     errors          its errors
@@ -10,6 +11,8 @@
     run_view        a run, polled and drawn
     terminal        tables of a run
     comparison_tables   tables of a comparison
+    export_run      an export
+    progress        bars
 
 Imported by `__main__` and the demo.
 """

@@ -89,6 +89,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "producer.common.metrics": ("producer/common/metrics.py", "test_metrics"),
     "trainer.metrics": ("trainer/metrics.py", "test_metrics"),
     "monitor.history": ("monitor/history.py", "test_history"),
+    "monitor.json_lines": ("monitor/json_lines.py", "test_history"),
     "monitor.files": ("monitor/files.py", "test_service", "test_parsing"),
     "monitor.run_directory": ("monitor/run_directory.py", "test_service", "test_evaluate"),
     "monitor.snapshot_index": ("monitor/snapshot_index.py", "test_snapshot_index", "test_service"),

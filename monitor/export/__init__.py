@@ -1,0 +1,10 @@
+"""How do the numbers and latents of a run reach other programs?
+
+    records        metrics.jsonl and evaluations.jsonl as rows of tables
+    files          CSV and Parquet
+    event_files    TensorBoard
+    wandb_runs     Weights & Biases
+    errors         errors of an export
+
+Imported by cli/ and, for live runs of Weights & Biases, by the monitor itself.
+"""
