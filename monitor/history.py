@@ -170,7 +170,10 @@ def _evaluation_columns(points: EvaluationPoints, rollbacks: list[Rollback], max
     for sae, evaluations in remaining.items():
         step = -(-len(evaluations) // max_points)
         thinned = evaluations[::-1][::step][::-1]  # the newest always
-        columns[sae] = {"tokens": [tokens for tokens, _ in thinned]}
+        columns[sae] = {
+            "tokens": [tokens for tokens, _ in thinned],
+            "time": [points[sae, tokens].time for tokens, _ in thinned],
+        }
         for measure in _curve_measures(Stage.HELD_OUT):
             columns[sae][measure.name] = [evaluation.value(measure) for _, evaluation in thinned]
     return columns

@@ -156,8 +156,124 @@ def test_a_sentence_shows_its_latents(page):
     page.click("#firings a[data-at]:has-text('import')")
     page.wait_for_selector("#firings a.at")
     assert page.locator(f'#firings-table tr[data-href="/latents/planted/{WORDS.index(" class")}"]').count() == 0
+    page.click("#firings-table a")
+    page.wait_for_selector("h2:text('Where it fires most')")
+    page.go_back()
+    page.wait_for_selector("#firings a.at")
     page.click("#clear")
-    assert page.inner_text("#firings") == ""
+    until(page, "document.querySelector('#firings').innerText === ''")
+    assert "text=" not in page.url
+
+
+def test_sorting_by_keyboard_keeps_the_focus(page):
+    """The next Tab goes on from the heading that was chosen."""
+    page.focus("a[data-order=density]")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("th[aria-sort] a[data-order=density]")
+    assert page.evaluate("document.activeElement.dataset.order") == "density"
+
+
+def test_shading_shows_in_forced_colours_and_in_print(browser, address: str):
+    """A strong token differs from a weak one where the system chooses the colours, and printers keep the shade."""
+    page = new_page(browser, forced_colors="active")
+    page.goto(f"{address}/latents/planted/0")
+    background = "getComputedStyle(document.querySelector('.example .t')).backgroundColor"
+    assert page.evaluate(background) != page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert page.evaluate("getComputedStyle(document.querySelector('.example .t')).forcedColorAdjust") == "none"
+    page.emulate_media(media="print", forced_colors="none")
+    assert page.evaluate("getComputedStyle(document.querySelector('.example .t')).printColorAdjust") == "exact"
+    page.close()
+
+
+def test_values_of_tokens_by_keyboard_and_by_tap(browser, address: str):
+    """The arrow keys in a text lead from value to value, and stay on this latent; a tap shows the same."""
+    page = new_page(browser)
+    page.goto(f"{address}/latents/planted/0")
+    page.wait_for_load_state("load")
+    page.focus(".example .text")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#token-value") == "import: 10"
+    page.keyboard.press("Escape")
+    assert page.locator("#token-value").count() == 0
+    page.click(".example .t")
+    assert page.inner_text("#token-value") == "import: 10" and page.url.endswith("/planted/0")
+    page.close()
+
+
+TICKS = "[...document.querySelectorAll('#chart-training-fvu .ytick text')].map((tick) => tick.textContent)"
+
+
+def test_a_logarithmic_axis_has_numbers(page, folder: Path):
+    """At least two in any range, also when one has zoomed in."""
+    report(folder, 5500, 0.2)
+    until(page, f"{TICKS}.length > 0")
+    for high, low in ((0.95, 0.55), (0.047, 0.022), (0.48, 0.21), (0.9, 0.03), (0.029, 0.021)):
+        page.evaluate(
+            "(range) => Plotly.relayout('chart-training-fvu', {'yaxis.range': range.map(Math.log10)})", [low, high]
+        )
+        until(page, f"{TICKS}.filter(Boolean).length >= 2")
+
+
+def test_a_chart_without_values_has_no_axis(page, folder: Path):
+    """A run younger than dead_tokens: nothing is measured, which is said."""
+    with open(folder / "run" / "metrics.jsonl", "a") as file:
+        sae = {"name": "planted", "fvu": 0.1, "l0": 3.0, "dead_latents_ratio": None, "density": [0] * 14}
+        line = {"time": 0.0, "tokens": 10, "tokens_per_second": 5.0, "state": "training", "saes": [sae]}
+        file.write(json.dumps(line) + "\n")
+    chart = page.locator("#chart-training-dead_latents_ratio")
+    playwright.expect(chart.locator(".annotation")).to_have_text("nothing measured yet")
+    assert chart.locator(".ytick").count() == 0
+
+
+def test_firing_rates_are_a_histogram(page, folder: Path):
+    """Bars are as wide as their bins, from edge to edge, and as high as latents per decade."""
+    density = [0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 5, 2]  # 3 from 10^-3 to 10^-2.5, 5 from 10^-0.5 on, 2 silent
+    sae = {"name": "planted", "fvu": 0.1, "l0": 3.0, "dead_latents_ratio": 0.0, "density": density}
+    with open(folder / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"time": 1.0, "tokens": 6000, "tokens_per_second": 5.0, "saes": [sae]}) + "\n")
+    until(page, "document.querySelector('#chart-density').data?.[0]?.y.includes(6)")
+    bars = page.evaluate(
+        "(({x, y, width}) => x.map((low, i) => [low, width[i] / 0.9, y[i]]))"
+        "(document.querySelector('#chart-density').data[0])"
+    )
+    shown = [[round(part, 6) for part in bar] for bar in bars if bar[2]]
+    assert shown == [[-10, 1, 2], [-3, 0.5, 6], [-0.5, 0.5, 10]]
+
+
+def test_curves_have_a_legend_and_leave_as_files(page, folder: Path):
+    """A name hides its curve in all charts; CSV has the points, PNG the picture."""
+    report(folder, 7000, 0.125)
+    until(page, "document.querySelector('#chart-training-fvu').data?.[0]?.y.at(-1) === 0.125")
+    page.click("#legend button:has-text('planted')")
+    until(page, "document.querySelector('#chart-training-fvu').data.length === 0")
+    page.click("#legend button:has-text('planted')")
+    until(page, "document.querySelector('#chart-training-fvu').data.length === 1")
+    with page.expect_download() as csv:
+        page.click("button[aria-label='FVU as CSV']")
+    lines = Path(csv.value.path()).read_text().splitlines()
+    assert lines[0] == "curve,tokens,FVU" and lines[-1] == "planted,7000,0.125"
+    with page.expect_download() as png:
+        page.click("button[aria-label='FVU as PNG']")
+    assert png.value.suggested_filename == "run-training-fvu.png"
+    assert Path(png.value.path()).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page.select_option("#x-axis", "time")
+    until(page, "document.querySelector('#chart-training-fvu').layout.xaxis.type === 'date'")
+
+
+WIDTHS = (400, 800, 1440)
+
+
+@pytest.mark.parametrize("path", ["/", "/?sae=planted&text=we import a class", "/latents/planted/0", "/nothing"])
+def test_axe_finds_nothing(browser, address: str, path: str):
+    """On phones, tablets and desktops, light and dark."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
+    for width, scheme in zip(WIDTHS, ("light", "dark", "light"), strict=True):
+        page = new_page(browser, viewport={"width": width, "height": 900}, bypass_csp=True, color_scheme=scheme)
+        page.goto(address + path)
+        page.wait_for_load_state("load")
+        violations = axe.run(page).response["violations"]
+        page.close()
+        assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == [], width
 
 
 def test_a_latent_is_opened_and_left_by_keyboard(page, address: str):
@@ -253,6 +369,8 @@ def test_a_narrow_window_loses_nothing(browser, address: str):
         page.goto(address + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert page.is_visible("text=export") and page.is_visible("#next")
+    page.goto(address)
+    assert page.is_visible(".sections a:text('Latents')")
     page.close()
 
 

@@ -21,6 +21,7 @@ from monitor.evaluation.latents.activations import LatentActivations, births, ga
 from monitor.evaluation.latents.examples import example_at
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.latents.logit_lens import LogitLens
+from monitor.evaluation.latents.search import DensityRange, LatentSearch, SearchError
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import NGram
 from monitor.evaluation.passes import MemoryLimits
@@ -153,6 +154,39 @@ def test_table_is_searched_by_token_and_by_number(explorer: Explorer):
     assert WORDS.index(" class") in indices("CLAS") and WORDS.index(" return") not in indices("CLAS")
     assert indices("3") == [3]
     assert indices("99") == [] == indices("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ("import sys", [" import"]),  # several tokens
+        ("import, 0", [" import"]),
+        ("import, class", []),  # latent 6, which fires on both, has neither among its eight strongest firings
+        ('"import "', [" import"]),
+        ("/import (sys|never)/", [" import"]),
+        ("/\\bCLASS\\b/", [" class"]),
+    ],
+)
+def test_table_is_searched_by_text(explorer: Explorer, search: str, words: list[str]):
+    """By the held-out text that a latent's strongest firings are in; terms between commas hold together."""
+    sparse = {row.index for row in explorer.table("planted", search=search).latents} - {DENSE}
+    assert sparse == {WORDS.index(word) for word in words}
+
+
+def test_table_is_narrowed_by_density(explorer: Explorer):
+    """Silent latents, and the one that fires on most words."""
+    indices = lambda density: [row.index for row in explorer.table("planted", density=density).latents]  # noqa: E731
+    assert indices("0:0") == [SILENT]
+    densest = explorer.open("planted").latents.density.max()
+    assert indices(f"{densest}:1") == [DENSE]
+
+
+def test_a_search_that_takes_too_long_is_given_up(explorer: Explorer):
+    """An expression whose time doubles with each character of the text."""
+    with pytest.raises(SearchError, match=r"takes more than 0.1 s"):
+        LatentSearch(explorer._texts, seconds=0.1).matching(
+            explorer.open("planted"), "/(.|.|.)*(.|.|.)*(.|.|.)*\\Z\\A/", DensityRange()
+        )
 
 
 def test_table_comes_in_pages(explorer: Explorer):

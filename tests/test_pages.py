@@ -11,8 +11,8 @@ from starlette.testclient import TestClient
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.results import Evaluation
 from monitor.http.explorer_handle import ExplorerHandle
-from monitor.http.html import density_share, percentage, shaded, visible
-from monitor.http.live_page import measure_rows
+from monitor.http.html import STATIC, density_share, percentage, shaded, visible
+from monitor.http.live_page import PALETTE, headline, measure_rows
 from monitor.http.service import make_app
 from producer.common.metrics import new_registry
 from tests.small_reading import WORDS, read_run, small_model
@@ -101,9 +101,86 @@ def test_a_text_with_a_token_that_the_model_lacks_is_told(client: TestClient, ex
 
 
 def test_people_are_told_on_a_page(client: TestClient):
-    """What programs get as JSON; the words of the address are no markup there."""
-    answer = client.get("/latents/<b>x/0", headers={"Accept": "text/html"})
-    assert answer.status_code == 404 and "Not here" in answer.text and "<b>x" not in answer.text
+    """What programs get as JSON, wherever people go; the words of the address are no markup there."""
+    for address in ("/latents/<b>x/0", "/nothing", "/v2", "/favicon.ico"):
+        answer = client.get(address, headers={"Accept": "text/html"})
+        assert answer.status_code == 404 and "<h1" in answer.text and "<b>x" not in answer.text
+    for_programs = client.get("/v1/nothing", headers={"Accept": "text/html"})
+    assert "/v1/latents" in for_programs.json()["error"] and "/v1/history" in for_programs.json()["error"]
+
+
+@pytest.mark.parametrize(("address", "query"), [("/latents/planted", "?sae=planted"), ("/latents", "")])
+def test_a_shortened_address_leads_to_the_table(client: TestClient, address: str, query: str):
+    """As people do who cut a latent's address."""
+    answer = client.get(address, follow_redirects=False)
+    assert answer.status_code == 307 and answer.headers["location"] == f"/{query}#latents"
+
+
+def test_a_sentence_stays_in_the_address(client: TestClient):
+    """The page is sent with what fires on it, below a heading of its own, and with a mistake where there is one."""
+    page = client.get("/?sae=planted&text=we import a class&at=1").text
+    assert "<h3>Latents that fire on one token of this text</h3>" in page and 'id="firings-table"' in page
+    assert ">we import a class</textarea>" in page and "<h3>All latents</h3>" in page
+    assert "the text has tokens 0 to" in client.get("/?sae=planted&text=we import&at=99").text
+
+
+def test_a_search_that_cannot_be_understood_is_told(client: TestClient):
+    """On the page beside the table's place, and to programs with a status."""
+    answer = client.get("/v1/latents/planted?search=/(/")
+    assert answer.status_code == 400 and "/(/ is no regular expression" in answer.json()["error"]
+    assert "Not understood" in client.get("/?search=/(/").text
+    answer = client.get("/v1/latents/planted?density=2:1")
+    assert answer.status_code == 400 and "expected LOW:HIGH" in answer.json()["error"]
+
+
+def test_counts_of_silent_latents_are_told_apart(client: TestClient):
+    """Three are on the page, of texts of different length: one paragraph names them."""
+    page = client.get("/").text
+    assert page.count("<b>dead</b> ones were silent in training") == 1
+    assert "silent on these" in page
+
+
+def test_all_headings_of_columns_are_headings(client: TestClient):
+    """For those who hear a table: each has words, and says that it is a column's."""
+    for address in ("/", "/latents/planted/0", "/?text=import"):
+        headings = re.findall(r"<th[ >].*?</th>", client.get(address).text, re.DOTALL)
+        assert headings and all('scope="col"' in heading for heading in headings)
+        assert all(re.sub(r"<[^>]*>", "", heading).strip() for heading in headings)
+
+
+def contrast(a: str, b: str) -> float:
+    """Contrast ratio of two colours, #rrggbb (WCAG 2.2)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_can_be_told_from_their_grounds(theme: str):
+    """Text 4.5, and curves, edges and the ring of the focus 3, as WCAG asks."""
+    blocks = (STATIC / "style.css").read_text().split("color-scheme: dark;")
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", blocks[0] if theme == "light" else blocks[1]))
+    for ground in (colours["card"], colours["paper"]):
+        for name in ("edge", "mark"):
+            assert contrast(colours[name], ground) >= 3, (name, ground)
+        assert min(contrast(colour, ground) for colour in PALETTE) >= 3
+    for ground in (colours["card"], colours["paper"], colours["soft"]):
+        for name in ("ink", "dim", "gold", "good", "bad", "blue"):
+            assert contrast(colours[name], ground) >= 4.5, (name, ground)
+
+
+def test_a_finished_run_tells_when_it_ended_and_how_long_it_took():
+    """And has no empty line where the bottleneck stood."""
+    report = {"time": 1_700_000_000.0, "tokens": 5, "saes": []}
+    summary = {"tokens": 5, "seconds": 600.0, "tokens_per_second": 0.5, "outcome": "finished"}
+    finished = headline({"state": "finished", "report": report, "summary": summary, "settings": None})
+    assert ("10 min", "of training") in finished.facts
+    assert finished.note == "Its last report is of 2023-11-14 22:13 UTC."
 
 
 def test_who_has_the_parts_is_not_sent_them_again(client: TestClient):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from math import log10
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from monitor.evaluation.latents.views import Histogram
+from monitor.evaluation.latents.views import Histogram, LatentTable
 from producer.common.formatting import format_bytes, format_count
 
 HERE = Path(__file__).parent
@@ -38,7 +39,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, percentage, format_bytes, format_count, visible, shaded, density_share, histogram_bars)
+    filters = (
+        *(number, percentage, moment, format_bytes, format_count, visible, shaded, density_share, histogram_bars),
+        criteria,
+    )
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {
         "latent_address": latent_address,
@@ -64,6 +68,22 @@ def percentage(value: Any) -> str:
     if not isinstance(value, int | float):
         return DASH
     return "0 %" if value == 0 else f"{100 * value:.2g} %" if value < 0.0995 else f"{100 * value:.0f} %"
+
+
+def moment(time: str | float) -> str:
+    """A time as 2026-11-28 05:33 UTC, from seconds since the Unix epoch or from ISO 8601; other text stays."""
+    try:
+        parsed = datetime.fromisoformat(time) if isinstance(time, str) else datetime.fromtimestamp(time, UTC)
+    except (ValueError, OverflowError, OSError):
+        return str(time)
+    return f"{parsed.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def criteria(table: LatentTable) -> str:
+    """What an empty table was asked for: `fires most strongly in “x” with a density of 0.1:1`."""
+    search = f"fires most strongly in “{table.search}”" if table.search else ""
+    density = f"has a density from {table.density.replace(':', ' to ')}" if table.density else ""
+    return " and ".join(filter(None, (search, density)))
 
 
 def density_share(density: float) -> float:

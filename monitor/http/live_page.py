@@ -15,15 +15,25 @@ from markupsafe import Markup
 
 from monitor.evaluation.measures import MEASURES, Measure, Stage, measures
 from monitor.evaluation.results import Evaluation, value_of
-from monitor.http.html import number, render
+from monitor.http.html import moment, number, render
 from monitor.run_directory import SILENT_SECONDS, SnapshotEntry, hooks_of
 from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
 from producer.common.shell import shell_command
 from trainer.report import STEADY_PHASES, StreamReport, describe_bottleneck
 
-PALETTE = ("#d6951b", "#3f7fc4", "#4a9c6d", "#b0558f", "#7a6ac9", "#c2603a", "#5b9aa0", "#8f8a3c")
-"""One colour per SAE in charts and tables, distinct on light and dark backgrounds and for the colour-blind."""
+PALETTE = ("#bd7d0c", "#3f7fc4", "#46966a", "#b0558f", "#7a6ac9", "#c2603a", "#4f8f95", "#8f8a3c")
+"""One colour per SAE in charts and tables, distinct for the colour-blind; contrast 3 and more on light and on dark."""
+DENSITIES = (
+    ("", "any"),
+    ("0:0", "silent"),
+    ("1e-9:1e-4", "up to 0.01 %"),
+    ("1e-4:1e-3", "0.01 to 0.1 %"),
+    ("1e-3:1e-2", "0.1 to 1 %"),
+    ("1e-2:0.1", "1 to 10 %"),
+    ("0.1:1", "over 10 %"),
+)
+"""Densities that the table can be narrowed to, as `Explorer.table` takes them, and words for them."""
 SNAPSHOTS_SHOWN = 20
 """The newest; the page asks for its parts every two seconds."""
 
@@ -55,8 +65,8 @@ class Headline:
     progress: float
     """Share of the run's tokens that are trained; 0 where it has no end."""
     facts: list[Fact]
-    bottleneck: str
-    """A sentence on what training waits for; empty where that is unknown."""
+    note: str
+    """A sentence on what training waits for, or on when the run ended; empty where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +117,20 @@ class LatentSection:
     selected: str | None
     """The SAE whose latents are shown."""
     search: str
+    density: str
+    """The value of DENSITIES that is selected."""
+    text: str
+    """The sentence whose firing latents are shown; empty for none."""
     table: str
     """HTML: the table, or why there is none."""
+    firings: str
+    """HTML: the latents that fire on `text`, or why there are none."""
+
+    @property
+    def densities(self) -> list[tuple[str, str]]:
+        """Densities to choose from: values, and words for them."""
+        chosen = [] if self.density in dict(DENSITIES) else [(self.density, self.density)]
+        return [*DENSITIES, *chosen]
 
 
 @dataclass(frozen=True)
@@ -161,10 +183,17 @@ def _live(run: Run, snapshots: RunSnapshots) -> dict[str, Any]:
         "headline": headline(run),
         "saes": saes,
         "headings": [measure.page_heading for measure in _columns()],
+        "dead_tokens": _dead_tokens(run["settings"] or {}),
         "measures": measure_rows([sae.evaluation for sae in saes]),
         "snapshots": [_snapshot_row(entry) for entry in snapshots.newest],
         "older": max(0, snapshots.count - len(snapshots.newest)),
     }
+
+
+def _dead_tokens(settings: Mapping[str, Any]) -> str:
+    """The numbers of tokens after which latents count as dead, as the run's SAEs have them."""
+    counts = sorted({sae["dead_tokens"] for sae in settings.get("sae", []) if "dead_tokens" in sae})
+    return " or ".join(f"{count:,}" for count in counts) or "dead_tokens"
 
 
 def colours_of(run: Run, snapshots: RunSnapshots) -> dict[str, str]:
@@ -191,7 +220,7 @@ def headline(run: Run) -> Headline:
         source=f"{model['name']} at {', '.join(model.get('hooks', []))}" if model.get("name") else "",
         progress=1.0 if run["state"] == "finished" else min(1.0, tokens / target) if tokens and target else 0.0,
         facts=[*_progress(run), *_quarantined(run)],
-        bottleneck=_bottleneck(run),
+        note=_ended(run) if run["state"] == "finished" else _bottleneck(run),
     )
 
 
@@ -234,7 +263,9 @@ def _progress(run: Run) -> list[Fact]:
         return [("", "waiting for the trainer's first report: it fills its buffer before the first step")]
     if run["state"] == "finished":
         rate = (run["summary"] or {}).get("tokens_per_second")
-        return [(f"{tokens:,}", "tokens trained"), (number(rate, ",.0f"), "tokens/s")]
+        facts = [(f"{tokens:,}", "tokens trained"), (number(rate, ",.0f"), "tokens/s")]
+        seconds = (run["summary"] or {}).get("seconds")
+        return [*facts, *([(format_duration(seconds), "of training")] if isinstance(seconds, int | float) else [])]
     target, rate = report.get("target_tokens"), report.get("tokens_per_second") or 0.0
     facts = [(f"{tokens:,}", f"of {target:,} tokens trained" if target else "tokens trained")]
     if _is_silent(run):
@@ -250,6 +281,12 @@ def _progress(run: Run) -> list[Fact]:
             (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {format_count(capacity)} activations filled")
         )
     return facts
+
+
+def _ended(run: Run) -> str:
+    """When a finished run made its last report."""
+    ended = (run["report"] or {}).get("time")
+    return f"Its last report is of {moment(ended)}." if ended else ""
 
 
 def _bottleneck(run: Run) -> str:
@@ -339,7 +376,7 @@ def charts() -> list[PageChart]:
             for measure in MEASURES
             if measure.chart
         ),
-        PageChart("density", "Firing rates", "latents by log10 of their recent rate"),
+        PageChart("density", "Firing rates", "latents per decade of their recent rate"),
         PageChart("speed", "Speed", "tokens trained per second"),
     ]
 

@@ -6,7 +6,8 @@ GET /parts, /parts/latents, /parts/fires parts of the live page, as HTML, for it
 GET /static/{name}
 GET /v1/history                          curves as columns; with ?generation=, &since= and &evaluated= only newer points
 GET /v1/latents                          the SAEs, each with the newest snapshot whose latents can be read
-GET /v1/latents/{sae}                    the table, sorted and searched as on the page; ?limit= up to 500
+GET /v1/latents/{sae}                    the table, sorted and searched as on the page; ?density=LOW:HIGH, ?limit= up
+                                         to 500
 GET /v1/latents/{sae}/fires?text=        the latents that fire on a text; with &at= on one of its tokens
 GET /v1/latents/{sae}/{index}            one latent; ?snapshot= in that one
 """
@@ -20,10 +21,11 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast, get_args
+from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from monitor.evaluation.latents.views import Latent, LatentTable, Order, TextFirings, to_json
@@ -42,7 +44,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-SCRIPTS = ("live_page.js", "latent.js", "theme.js")
+SCRIPTS = ("page.js", "charts.js", "live_page.js", "latent.js", "theme.js")
 PLOTLY = "plotly.min.js"
 TABLE_ROWS = 50
 MOST_TABLE_ROWS = 500
@@ -55,6 +57,8 @@ def page_routes(run_directory: Path, handle: ExplorerHandle) -> list[Route]:
     pages = _Pages(run_directory, handle)
     return [
         Route("/", pages.live_page),
+        Route("/latents", _to_table),
+        Route("/latents/{sae}", _to_table),
         Route("/latents/{sae}/{index:int}", pages.latent_page),
         Route("/latents/{sae}/{index:int}/export", pages.export),
         Route("/parts", pages.parts),
@@ -142,8 +146,24 @@ class _Pages:
         names = [sae["name"] for sae in saes_with_latents(self._directory)]
         requested = request.query_params.get("sae")
         selected = requested if requested in names else names[0] if names else None
-        search = request.query_params.get("search", "")
-        return LatentSection(names, selected, search, self._table_or_reason(request, selected))
+        query = request.query_params
+        text = query.get("text", "")
+        return LatentSection(
+            names,
+            selected,
+            query.get("search", ""),
+            query.get("density", ""),
+            text,
+            table=self._table_or_reason(request, selected),
+            firings=self._firings_or_reason(request, selected) if selected and text.strip() else "",
+        )
+
+    def _firings_or_reason(self, request: Request, sae: str) -> str:
+        """The latents that fire on the text of the address as HTML, or why there are none."""
+        try:
+            return text_firings(self._firings(request, sae))
+        except HTTPException as error:
+            return _empty("Not shown", error.detail)
 
     def _table_or_reason(self, request: Request, sae: str | None) -> str:
         """The table as HTML, or why there is none."""
@@ -160,6 +180,8 @@ class _Pages:
                 return _empty("No such SAE", f"{error}.")
             text = "The language model reads held-out text with this SAE, which mostly takes a minute."
             return _empty("Being computed", text)
+        except ValueError as error:
+            return _empty("Not understood", f"{error}.")
 
     def _explorer(self) -> Explorer:
         if self._handle.explorer is None:
@@ -179,16 +201,23 @@ class _Pages:
             offset=_integer(request, "offset", 0, least=0),
             limit=min(MOST_TABLE_ROWS, _integer(request, "limit", TABLE_ROWS, least=1)),
             snapshot=query.get("snapshot"),
+            density=query.get("density", ""),
         )
 
     def _latent(self, request: Request) -> Latent:
         index, snapshot = request.path_params["index"], request.query_params.get("snapshot")
         return _with_status(lambda: self._explorer().latent(_sae(request), index, snapshot))
 
-    def _firings(self, request: Request) -> TextFirings:
+    def _firings(self, request: Request, sae: str = "") -> TextFirings:
         at = _integer(request, "at", -1)
         text = request.query_params.get("text", "")
-        return _with_status(lambda: self._explorer().fires(_sae(request), text, None if at < 0 else at))
+        return _with_status(lambda: self._explorer().fires(sae or _sae(request), text, None if at < 0 else at))
+
+
+def _to_table(request: Request) -> Response:
+    """Leads people who shorten an address to the table of latents."""
+    sae = request.path_params.get("sae")
+    return RedirectResponse(f"/?{urlencode({'sae': sae})}#latents" if sae else "/#latents")
 
 
 def _with_status(answer: Callable[[], View]) -> View:
@@ -219,7 +248,7 @@ def _integer(request: Request, name: str, default: int, least: int = -1) -> int:
 def error_page(message: str, error: HTTPException) -> Response:
     """A page for people with what programs get as JSON."""
     title = "Not yet" if error.status_code == 503 else "Not here"
-    html = render("error.html", title=title, text=message[:1].upper() + message[1:])
+    html = render("error.html", title=title, text=f"{message[:1].upper()}{message[1:]}.")
     return _html(html, error.status_code)
 
 

@@ -53,7 +53,11 @@ LONGEST_WAIT_SECONDS = 300.0
 POLL_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
 NICE = 19
-PATHS = "/, /v1/run, /v1/snapshots, /v1/snapshots/latest, /healthz, /readyz, /metrics"
+PATHS = "/, /v1/run, /v1/history, /v1/snapshots, /v1/snapshots/latest, /v1/latents, /healthz, /readyz, /metrics"
+
+
+FOR_PROGRAMS = ("/v1/", "/parts", "/static/", "/metrics", "/healthz", "/readyz")
+"""Beginnings of the addresses whose errors are JSON for people too."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,6 @@ def _error_response(request: Request, error: Exception) -> Response:
         message = f"no {request.url.path!r} here; there are {PATHS}"
     if error.status_code == 405:
         message = f"{request.method} is not served: this service only reads"
-    if request.url.path.startswith("/latents/") and "text/html" in request.headers.get("accept", ""):
+    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith(FOR_PROGRAMS):
         return error_page(message, error)
     return JSONResponse({"error": message}, error.status_code, headers=error.headers)

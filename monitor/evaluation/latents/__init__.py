@@ -4,6 +4,7 @@
     explanation     the n-gram that best predicts where a latent fires
     views           latents as a reader sees them: records, and their JSON
     explorer        answers to the questions of readers
+    search          latents by text, number and density
     snapshot_saes   SAEs of snapshots, mapped from their files
     examples        firings in their text
     logit_lens      what a latent's direction adds to the logits

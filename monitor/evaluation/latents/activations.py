@@ -91,13 +91,13 @@ class LatentActivations:
         return strongest
 
     @cached_property
-    def top_ids(self) -> np.ndarray:
-        """The tokens where each latent fires most strongly, int64 [d_sae, TOP_TOKENS]; −1 where there are fewer."""
+    def top_positions(self) -> np.ndarray:
+        """Where each latent fires most strongly, int64 [d_sae, TOP_TOKENS]; −1 where there are fewer firings."""
         firings = self.starts[:-1, None] + np.arange(TOP_TOKENS)
         exists = firings < self.starts[1:, None]
-        top_ids = np.full(firings.shape, -1, np.int64)
-        top_ids[exists] = self.ids.ravel()[self.positions[firings[exists]]]
-        return top_ids
+        top_positions = np.full(firings.shape, -1, np.int64)
+        top_positions[exists] = self.positions[firings[exists]]
+        return top_positions
 
     def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
         """(positions, values) of one latent, strongest first."""

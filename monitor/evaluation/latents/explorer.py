@@ -18,6 +18,7 @@ from monitor.evaluation.latents.activations import GONE, TOP_TOKENS, encode_spar
 from monitor.evaluation.latents.examples import distinct_examples, histogram, quantile_examples, strongest_example
 from monitor.evaluation.latents.explanation import explain
 from monitor.evaluation.latents.logit_lens import LogitLens, strongest_effects
+from monitor.evaluation.latents.search import DensityRange, LatentSearch
 from monitor.evaluation.latents.snapshot_saes import SnapshotSae, SnapshotSaes
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import (
@@ -61,6 +62,7 @@ class Explorer:
         self._texts = Texts(model.tokenizer)
         self._saes = SnapshotSaes(run_directory)
         self._lens = LogitLens(model)
+        self._search = LatentSearch(self._texts)
         self._encoding = threading.Lock()
         """Held while a text is encoded: that takes memory for all latents of some tokens."""
 
@@ -72,15 +74,15 @@ class Explorer:
 
     def table(
         self, sae: str, order: Order = "strongest", descending: bool = True, search: str = "", offset: int = 0,
-        limit: int = 50, snapshot: str | None = None,
+        limit: int = 50, snapshot: str | None = None, density: str = "",
     ) -> LatentTable:  # fmt: skip
-        """A page of the table: latents whose top tokens contain `search`, or the one of that number.
+        """A page of the table: the latents for which `search` and `density` hold, as `search` has them.
 
-        Raises NotFoundError. A `search` in quotes is always a token. Silent latents come last, whatever the order, but
-        by index. An `offset` beyond the end is the last page.
+        Raises NotFoundError, and SearchError for a search that cannot be understood. Silent latents come last, whatever
+        the order, but by index. An `offset` beyond the end is the last page.
         """
         source = self.open(sae, snapshot)
-        matching = self._matching(source, search.strip())
+        matching = self._search.matching(source, search.strip(), DensityRange.parse(density))
         ranked = matching[_rank(source, matching, order, descending)]
         offset = min(offset, max(0, len(matching) - 1) // limit * limit)
         return LatentTable(
@@ -93,23 +95,11 @@ class Explorer:
             order=order,
             descending=descending,
             search=search,
+            density=density,
             offset=offset,
             limit=limit,
             latents=[self._row(source, int(latent)) for latent in ranked[offset : offset + limit]],
         )
-
-    def _matching(self, source: SnapshotSae, search: str) -> np.ndarray:
-        """The latents that a search finds, in ascending order."""
-        indices = np.arange(source.latents.d_sae)
-        if not search:
-            return indices
-        if search.isdecimal() and len(search) < 10:
-            return indices[indices == int(search)]
-        search = (search[1:-1] if len(search) > 2 and search[0] == search[-1] == '"' else search).casefold()
-        top_ids = source.latents.top_ids
-        tokens = np.unique(top_ids[top_ids >= 0])
-        matching_tokens = [token for token in tokens if search in self._texts.of(int(token)).casefold()]
-        return indices[np.isin(top_ids, matching_tokens).any(1)]
 
     def _row(self, source: SnapshotSae, latent: int) -> LatentRow:
         example = strongest_example(source.latents, self._texts, latent)

@@ -70,12 +70,14 @@ class LatentTable:
     rows: int
     """Held-out tokens."""
     matching: int
-    """Number of latents that match `search`."""
+    """Number of latents that match `search` and `density`."""
     silent: int
     """Number of the SAE's latents that never fire on the held-out tokens."""
     order: Order
     descending: bool
     search: str
+    density: str
+    """LOW:HIGH, both included; empty for any."""
     offset: int
     limit: int
     latents: list[LatentRow]

@@ -2,26 +2,10 @@
 "use strict";
 
 const POLL_MS = 2000;
-const byId = (id) => document.getElementById(id);
 
 // --- Parts that the server renders -----------------------------------------------------------------------------------
 
 let colours = {};
-
-async function fetchOk(address, signal) {
-  const response = await fetch(address, { signal });
-  if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error ?? `${response.status}`);
-  return response;
-}
-
-// Replaces the content of an element; its <details> that are open stay open.
-function replaceContent(id, html) {
-  const element = byId(id);
-  if (element.dataset.html === html) return;
-  const open = [...element.querySelectorAll("details[open]")].map((details) => details.dataset.key);
-  element.innerHTML = element.dataset.html = html;
-  for (const details of element.querySelectorAll("details")) details.open = open.includes(details.dataset.key);
-}
 
 async function refreshParts() {
   const content = await (await fetchOk("/parts")).json();
@@ -43,17 +27,18 @@ function updateSaeOptions(saes) {
 
 // --- Curves ----------------------------------------------------------------------------------------------------------
 
-const curves = { generation: -1, next: 0, tokens: [], tokens_per_second: [], saes: {}, edges: [], density: {}, evaluated: -1, evaluations: {} };
+const curves = { generation: -1, next: 0, tokens: [], time: [], tokens_per_second: [], saes: {}, edges: [], density: {}, evaluated: -1, evaluations: {} };
+const RUN_COLUMNS = ["tokens", "time", "tokens_per_second"];
 
 // Fetches the points that are not here yet; true when there are any.
 async function refreshCurves() {
   const query = new URLSearchParams({ generation: curves.generation, since: curves.next, evaluated: curves.evaluated });
   const update = await (await fetchOk(`/v1/history?${query}`)).json();
   if (update.generation !== curves.generation || update.since === 0) {
-    Object.assign(curves, { tokens: [], tokens_per_second: [], saes: {} });
+    Object.assign(curves, { tokens: [], time: [], tokens_per_second: [], saes: {} });
   }
   const length = curves.tokens.length;
-  for (const key of ["tokens", "tokens_per_second"]) curves[key].push(...update[key]);
+  for (const key of RUN_COLUMNS) curves[key].push(...update[key]);
   for (const name of new Set([...Object.keys(curves.saes), ...Object.keys(update.saes)])) {
     const columns = (curves.saes[name] ??= {});
     for (const { measure } of measures("training")) {
@@ -73,77 +58,85 @@ function measures(stage) {
   return [...document.querySelectorAll(`[data-stage="${stage}"]`)].map((element) => element.dataset);
 }
 
+const isByTime = () => byId("x-axis").value === "time";
+const xOf = ({ tokens, time }) => (isByTime() ? time.map((seconds) => new Date(1000 * seconds)) : tokens);
+
 function trainingLines(measure) {
-  return Object.entries(curves.saes).map(([name, columns]) => line(name, curves.tokens, columns[measure]));
+  const span = Number(byId("smoothing").value);
+  const x = xOf(curves);
+  return Object.entries(curves.saes).map(([name, columns]) => line(name, colours[name], x, smoothed(columns[measure], span)));
 }
 
 function evaluationLines(measure) {
   return Object.entries(curves.evaluations).map(([name, columns]) =>
-    line(name, columns.tokens, columns[measure], "lines+markers"),
+    line(name, colours[name], xOf(columns), columns[measure], { mode: "lines+markers" }),
   );
 }
 
-function line(name, x, y, mode = "lines") {
-  const dash = name.endsWith("-ema") ? "dot" : "solid";
-  return { name, x, y, mode, type: "scatter", line: { color: colours[name], width: 1.8, dash }, marker: { size: 6 } };
-}
-
-// Latents by firing rate; the leftmost bar has the silent ones.
+// Latents by decade of their firing rate. Bins differ in width, so their height is the number of latents per decade; the
+// leftmost bin has all rates below it, and the silent latents have a place of their own, each one decade wide.
 function densities() {
-  return Object.entries(curves.density).map(([name, counts]) => {
-    const [rates, silent] = [counts.slice(0, -1), counts.at(-1)];
+  const shown = Object.entries(curves.density).filter(([name, counts]) => counts.length && !hiddenCurves.has(name));
+  const { edges } = curves;
+  const lows = [edges[0] - 3, edges[0] - 1, ...edges.slice(0, -1)];
+  const widths = [1, 1, ...edges.slice(1).map((edge, index) => edge - edges[index])];
+  return shown.map(([name, counts], place) => {
+    const ordered = [counts.at(-1), ...counts.slice(0, -1)];
     return {
       name,
-      x: ["silent", ...curves.edges.map((edge) => `${edge}`)],
-      y: [silent, ...rates],
       type: "bar",
+      x: lows,
+      y: ordered.map((count, index) => count / widths[index]),
+      offset: widths.map((width) => width * (0.05 + (0.9 * place) / shown.length)),
+      width: widths.map((width) => (0.9 * width) / shown.length),
+      customdata: ordered.map((count, index) => [
+        count,
+        index === 0 ? "silent" : index === 1 ? `rate below 10^${edges[0]}` : `rate 10^${lows[index]} to 10^${lows[index] + widths[index]}`,
+      ]),
+      hovertemplate: "%{customdata[1]}: %{customdata[0]:,} latents",
       marker: { color: colours[name] },
     };
   });
 }
 
 const CHARTS = {
-  density: { traces: densities, y: { rangemode: "tozero" }, x: { type: "category", tickangle: 0, tickfont: { size: 9 } } },
+  density: {
+    traces: densities,
+    y: { rangemode: "tozero" },
+    x: () => ({
+      rangemode: "normal",
+      tickangle: 0,
+      tickvals: [curves.edges[0] - 2.5, ...curves.edges.filter(Number.isInteger)],
+      ticktext: ["silent", ...curves.edges.filter(Number.isInteger).map((edge) => `10<sup>${edge}</sup>`)],
+    }),
+    hovermode: "closest",
+  },
   speed: {
-    traces: () => [{ ...line("tokens/s", curves.tokens, curves.tokens_per_second), line: { color: css("--dim"), width: 1.5 } }],
+    traces: () => [line("tokens/s", css("--dim"), xOf(curves), smoothed(curves.tokens_per_second, Number(byId("smoothing").value)))],
     y: { rangemode: "tozero" },
   },
 };
 
 for (const [stage, tracesOf] of Object.entries({ training: trainingLines, "held-out": evaluationLines })) {
   for (const { measure, scale, tickFormat } of measures(stage)) {
-    const y = scale === "log" ? { type: "log", dtick: "D2" } : { rangemode: "tozero" };
+    // Few ticks: Plotly then labels 1, 2 and 5 of each decade and, within one decade, round steps.
+    const y = scale === "log" ? { type: "log", nticks: 3 } : { rangemode: "tozero" };
     if (tickFormat) y.tickformat = tickFormat;
     CHARTS[`${stage}-${measure}`] = { traces: () => tracesOf(measure), y };
   }
 }
 
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
 function draw() {
   if (typeof Plotly === "undefined") return;
-  for (const [name, { traces, x, y }] of Object.entries(CHARTS)) {
-    const visible = traces().filter((trace) => trace.x.length);
-    const notice = { text: "nothing measured yet", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
-    const axis = { visible: visible.length > 0, gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
-    const layout = {
-      uirevision: "same",
-      margin: { l: 44, r: 8, t: 6, b: 30 },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: css("--dim"), size: 11, family: "system-ui, sans-serif" },
-      showlegend: false,
-      annotations: visible.length ? [] : [notice],
-      hovermode: name === "density" ? "x" : "x unified",
-      hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
-      bargap: 0.15,
-      xaxis: { ...axis, ...(x ?? { rangemode: "tozero", exponentformat: "SI" }) },
-      yaxis: { ...axis, exponentformat: "SI", nticks: 5, ...y },
-    };
-    Plotly.react(`chart-${name}`, visible, layout, { displayModeBar: false, responsive: true });
+  drawLegend(byId("legend"), colours, draw);
+  for (const [name, { traces, x, y, hovermode }] of Object.entries(CHARTS)) {
+    const element = byId(`chart-${name}`);
+    element.dataset.x = name === "density" ? "log10_rate" : byId("x-axis").value;
+    plot(element, traces(), { x: x ? x() : isByTime() ? { type: "date", rangemode: "normal" } : { type: "linear" }, y, hovermode });
   }
 }
 
+for (const id of ["x-axis", "smoothing"]) byId(id).addEventListener("change", draw);
 addEventListener("theme", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
@@ -156,57 +149,41 @@ const tableState = {};
   for (const key of ["order", "descending", "offset"]) if (query.has(key)) tableState[key] = query.get(key);
 }
 let tableRequest, firingsRequest;
-let shownText = "";
+let shownText = byId("text").value;
+let shownAt = new URLSearchParams(location.search).get("at") ?? undefined;
 
 function tableQuery() {
-  const query = { sae: byId("sae").value, search: byId("search").value.trim(), ...tableState };
+  const form = Object.fromEntries(new FormData(byId("search-form")));
+  const query = { ...form, search: form.search.trim(), ...tableState };
+  if (shownText.trim()) Object.assign(query, { text: shownText, ...(shownAt === undefined ? {} : { at: shownAt }) });
   return new URLSearchParams(Object.entries(query).filter(([, value]) => value !== ""));
 }
 
 // What the reader asked for stays in the address, which can be sent to others, and in the way back from a latent.
+function keepInAddress(anchor) {
+  const query = tableQuery();
+  sessionStorage.setItem("table", query);
+  history.replaceState(null, "", `/?${query}#${anchor}`);
+}
+
 async function showTable(isRequested = true) {
   tableRequest?.abort();
   tableRequest = new AbortController();
-  const query = tableQuery();
-  if (await load("table", `/parts/latents?${query}`, tableRequest.signal)) {
-    sessionStorage.setItem("table", query);
-    if (isRequested) history.replaceState(null, "", `/?${query}#latents`);
-  }
+  if ((await load("table", `/parts/latents?${tableQuery()}`, tableRequest.signal)) && isRequested) keepInAddress("latents");
 }
 
 // The latents that fire on the text in the box or, with `at`, on one token of the text that is already shown.
-async function showFirings(at) {
+async function showFirings(at, isRequested = true) {
   firingsRequest?.abort();
   firingsRequest = new AbortController();
-  if (at === undefined) shownText = byId("text").value;
-  if (!shownText.trim()) return replaceContent("firings", "");
-  const query = new URLSearchParams({ sae: byId("sae").value, text: shownText, ...(at === undefined ? {} : { at }) });
-  await load("firings", `/parts/fires?${query}`, firingsRequest.signal);
-}
-
-// Loads HTML, or an error message, into an element; true when there was no error.
-async function load(id, address, signal) {
-  byId(id).classList.add("waiting");
-  try {
-    replaceContent(id, await (await fetchOk(address, signal)).text());
-    return true;
-  } catch (error) {
-    if (error.name !== "AbortError") replaceContent(id, errorHtml(error));
-    return false;
-  } finally {
-    if (!signal.aborted) byId(id).classList.remove("waiting");
+  if (isRequested && at === undefined) shownText = byId("text").value;
+  shownAt = at;
+  if (!shownText.trim()) replaceContent("firings", "");
+  else {
+    const query = new URLSearchParams({ sae: byId("sae").value, text: shownText, ...(at === undefined ? {} : { at }) });
+    if (!(await load("firings", `/parts/fires?${query}`, firingsRequest.signal))) return;
   }
-}
-
-function errorText(error) {
-  return error instanceof TypeError ? "The monitor does not answer." : error.message;
-}
-
-function errorHtml(error) {
-  const paragraph = document.createElement("p");
-  paragraph.className = "empty error";
-  paragraph.textContent = errorText(error);
-  return paragraph.outerHTML;
+  if (isRequested) keepInAddress("latents");
 }
 
 function addListeners() {
@@ -219,7 +196,11 @@ function addListeners() {
   byId("sae").addEventListener("change", () => {
     delete tableState.offset;
     showTable();
-    showFirings();
+    if (shownText.trim()) showFirings();
+  });
+  byId("density").addEventListener("change", () => {
+    delete tableState.offset;
+    showTable();
   });
   byId("search-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -258,30 +239,28 @@ function onClick(event) {
     event.preventDefault();
     showFirings(token.dataset.at);
   } else if (event.target.id === "clear") {
-    byId("text").value = shownText = "";
-    replaceContent("firings", "");
+    byId("text").value = "";
+    showFirings();
+    byId("text").focus();
   } else if (row && !event.target.closest("a") && !String(getSelection())) {
     location.href = row.dataset.href;
   }
 }
 
 function onKey(event) {
-  if (event.key === "Escape") event.target.blur();
+  if (event.key === "Escape" && isTyping(event)) event.target.blur();
   if (isTyping(event)) return;
-  const rows = [...document.querySelectorAll("#latents tr[data-href]")];
-  const selected = rows.findIndex((row) => row.classList.contains("selected"));
+  const links = [...document.querySelectorAll("#latents tr[data-href] a")].filter((link) => link.checkVisibility());
   const step = { j: 1, k: -1 }[event.key];
   if (event.key === "/") {
     event.preventDefault();
     byId("search").focus();
     byId("search").select();
-  } else if (step && rows.length) {
-    const row = rows[Math.min(Math.max(selected + step, 0), rows.length - 1)];
-    rows[selected]?.classList.remove("selected");
-    row.classList.add("selected");
-    row.scrollIntoView({ block: "nearest" });
-  } else if (event.key === "Enter" && selected >= 0 && event.target === document.body) {
-    location.href = rows[selected].dataset.href;
+  } else if (step && links.length) {
+    const focused = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+    const link = links[Math.min(Math.max(focused + step, 0), links.length - 1)];
+    link.focus({ preventScroll: true });
+    link.closest("tr").scrollIntoView({ block: "nearest" });
   } else if (event.key === "[" || event.key === "]") {
     byId(event.key === "[" ? "previous-page" : "next-page")?.click();
   }
@@ -300,7 +279,10 @@ async function poll(isFirst) {
     if ((await refreshCurves()) || isFirst) draw();
     const snapshot = content.latents.find((sae) => sae.name === byId("sae").value)?.snapshot;
     const version = `${content.ready} ${snapshot}`;
-    if (tableVersion !== undefined && tableVersion !== version) showTable(false);
+    if (tableVersion !== undefined && tableVersion !== version) {
+      showTable(false);
+      if (shownText.trim()) showFirings(shownAt, false);
+    }
     tableVersion = version;
     byId("connection").textContent = "";
   } catch (error) {
