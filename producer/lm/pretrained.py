@@ -24,6 +24,7 @@ from torch import nn
 
 from producer.common.addresses import model_directory
 from producer.lm.errors import ModelError
+from producer.lm.gguf import SUFFIX, drop_quantization, gguf_options
 from producer.lm.limits import vocabulary_size
 from producer.settings import ModelSettings
 
@@ -53,8 +54,8 @@ class PretrainedModel:
 
 def load_pretrained(settings: ModelSettings, dtype: torch.dtype) -> PretrainedModel:
     """The model that `settings` name, in `dtype`, ready for passes without cache and gradients."""
-    source = _source(settings.name)
-    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    source, gguf = _source(settings.name)
+    options = gguf | {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     with _explain_errors(settings), torch.inference_mode(False):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         _check_config(settings, config)
@@ -63,6 +64,8 @@ def load_pretrained(settings: ModelSettings, dtype: torch.dtype) -> PretrainedMo
         network, report = auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, **options
         )
+    if gguf:
+        drop_quantization(network)
     vocabulary = vocabulary_size(settings, network)
     has_causal_head = auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     is_headless = _is_headless(network)
@@ -162,8 +165,8 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _source(name: str) -> str:
-    """A folder when there is one of that name, else a name on the hub."""
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """What to load from, and how: a folder or a GGUF file when there is one of that name, else a name on the hub."""
     folder = model_directory(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -171,9 +174,13 @@ def _source(name: str) -> str:
                 f"model.name = {name!r}: this folder holds no config.json; expected a Hugging Face model, as "
                 "save_pretrained writes it"
             )
-        return str(folder)
+        return str(folder), {}
     if folder.exists():
-        raise ModelError(f"model.name = {name!r}: this is a file; name the folder that holds the model")
+        if folder.suffix.lower() == SUFFIX:
+            return gguf_options(folder)
+        raise ModelError(
+            f"model.name = {name!r}: this is a file; name the folder that holds the model, or a {SUFFIX} file"
+        )
     if name.startswith(("/", ".")) or name.count("/") > 1:
         hub_hint = (
             f', or, for the model on the hub, write "{name[2:]}"'
@@ -181,7 +188,7 @@ def _source(name: str) -> str:
             else ""
         )
         raise ModelError(f"model.name = {name!r}: no such folder (seen from {Path.cwd()}); correct the path{hub_hint}")
-    return name
+    return name, {}
 
 
 def _check_config(settings: ModelSettings, config: Any) -> None:

@@ -80,7 +80,7 @@ def completions(line: str, cwd: Path, output: Path) -> set[str]:
         ("sluice-trainer mine.toml optimizer.l", {"optimizer.learning_rate="}),
         ("sluice-trainer ctl folder ret", {"retry-quarantined"}),
         ("sluice-trainer export folder --format sae", {"saelens"}),
-        ("sluice-producer ", {"keys", "mine.toml"}),
+        ("sluice-producer ", {"keys", "fetch-example", "mine.toml"}),
         ("sluice-monitor mine.toml monitor.tok", {"monitor.token_file="}),
         ("sluice-monitor pull http://x --fol", {"--follow"}),
     ],
