@@ -79,6 +79,6 @@ class MonitorSettings(BaseModel):
             return "corpus.kind is synthetic: there is no language model"
         if self.model is None:
             return "table [model] is missing"
-        if self.corpus.held_out == 0.0:
+        if not any(corpus.held_out for corpus in self.corpus.texts):
             return "corpus.held_out is 0: there is no text that was not trained on"
         return None

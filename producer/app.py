@@ -61,7 +61,7 @@ def _open(settings: ProducerSettings) -> tuple[Source, list[float] | None]:
     source = open_source(settings)
     keep_freed_memory()
     source.choose_batch()
-    held_out = set(held_out_shards(source.shards, settings.corpus.held_out))
+    held_out = set(held_out_shards(source.shards, source.held_out))
     training_shards = (shard for shard in range(source.shards) if shard not in held_out)
     return source, norm_bounds(source, training_shards, settings.corpus.outlier_factor)
 
@@ -74,13 +74,14 @@ def _hello(settings: ProducerSettings, source: Source, bounds: list[float] | Non
         name=f"{socket.gethostname()}:{os.getpid()}",
         fingerprint=fingerprint(source.facts),
         shards=source.shards,
-        held_out=settings.corpus.held_out,
+        held_out=source.held_out,
         context=source.context,
         hooks=source.hooks,
         dtype=settings.stream.dtype,
         chunk_rows=source.context * chunk_windows,
         norm_bounds=bounds,
         provenance=source.facts | source.measurements,
+        corpora=source.corpora,
     )
 
 

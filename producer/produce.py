@@ -96,7 +96,7 @@ class Producer:
         """Sends all that the trainer lacks of one shard. A shard that cannot be read or run is reported, not fatal."""
         try:
             began = time.monotonic()
-            windows = self._text.windows(lease.shard)
+            windows = self._text.windows(lease.shard, lease.epoch)
             self._text_seconds += time.monotonic() - began
             received = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
             leased = LeasedShard(lease.shard, windows, windows.kept & ~received, norm_bounds)
@@ -125,8 +125,8 @@ class Producer:
         for indices in batches(leased.windows, positions, self._source.batch_windows):
             if not leased.missing[indices].any():
                 continue
-            if (next_shard := self._link.next_shard) is not None:
-                self._text.prefetch(next_shard)
+            if (lease := self._link.following_lease) is not None:
+                self._text.prefetch(lease.shard, lease.epoch)
             yield indices
 
     def _run_on_cpu(self, leased: LeasedShard) -> Iterator[list[PackedChunk]]:
@@ -189,20 +189,21 @@ class TextPrefetcher:
     All shards are read in one thread: a tokenizer is not thread-safe.
     """
 
-    def __init__(self, read: Callable[[int], Windows]) -> None:
+    def __init__(self, read: Callable[[int, int], Windows]) -> None:
         self._read = read
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
-        self._next: tuple[int, Future[Windows]] | None = None
+        self._next: tuple[tuple[int, int], Future[Windows]] | None = None
 
-    def prefetch(self, shard: int) -> None:
+    def prefetch(self, shard: int, epoch: int) -> None:
         """Begins to read this shard, for which `windows` will probably be called next."""
-        if self._next is None or self._next[0] != shard:
+        name = shard, epoch
+        if self._next is None or self._next[0] != name:
             self._cancel()
-            self._next = shard, self._thread.submit(self._read, shard)
+            self._next = name, self._thread.submit(self._read, shard, epoch)
 
-    def windows(self, shard: int) -> Windows:
-        """Returns the windows of this shard; raises what reading it raises."""
-        self.prefetch(shard)
+    def windows(self, shard: int, epoch: int) -> Windows:
+        """Returns the windows of this shard in this epoch; raises what reading it raises."""
+        self.prefetch(shard, epoch)
         assert self._next is not None
         future, self._next = self._next[1], None
         return future.result()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from producer.common.addresses import is_loopback, unreachable
 from producer.common.fields import (
+    CorpusName,
     Device,
     Endpoint,
     Host,
@@ -120,13 +121,27 @@ class ModelSettings(Table):
         return hooks
 
 
+SHARED_BY_MIXTURE = ("context", "epochs", "outlier_factor")
+"""Settings that the corpora of a mixture share."""
+
+
 class CorpusSettings(Table):
     """[corpus]: which text, how it becomes windows of tokens, and which positions are streamed."""
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "chat", "synthetic"] = "stdlib"
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "chat", "mixture", "synthetic"] = (
+        "stdlib"
+    )
     """stdlib: Python's own sources. text, jsonl, parquet: files. huggingface: a dataset by name (extra `hf`).
     tokens: flat binary files of token ids. chat: messages in jsonl, parquet or a dataset, rendered by the tokenizer's
-    chat template. synthetic: vectors of known ground truth, without a language model."""
+    chat template. mixture: several corpora; tables [[corpus]] stand for it. synthetic: vectors of known ground truth,
+    without a language model."""
+    name: CorpusName | None = Field(default=None, examples=["web"])
+    """Name of a corpus of a mixture, in metrics and evaluations; without it, its kind."""
+    weight: float | None = Field(default=None, gt=0.0, examples=[0.25])
+    """Share of the text that a corpus of a mixture has, relative to the weights of the others; without it, 1."""
+    mixture: list[CorpusSettings] | None = Field(default=None, min_length=1)
+    """[[corpus]]: the corpora of a mixture. An epoch lasts until each was read once; meanwhile others are read
+    again."""
     paths: list[PathText] = Field(default=[], examples=[["a.txt", "b.txt"]])
     """Files, folders or globs for text, jsonl, parquet, tokens and chat."""
     column: str = "text"
@@ -174,6 +189,57 @@ class CorpusSettings(Table):
     keeps all."""
     synthetic: SyntheticSettings | None = None
     """[corpus.synthetic], for kind synthetic."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables_as_mixture(cls, table: Any) -> Any:
+        """Takes tables [[corpus]] as one of kind mixture, and gives each corpus of it what they share."""
+        if isinstance(table, list):
+            entries = [entry for entry in table if isinstance(entry, dict)]
+            shared = {key: entry[key] for entry in reversed(entries) for key in SHARED_BY_MIXTURE if key in entry}
+            table = {"kind": "mixture", "mixture": table} | shared
+        if not isinstance(table, dict) or not isinstance(table.get("mixture"), list):
+            return table
+        shared = {key: table[key] for key in SHARED_BY_MIXTURE if key in table}
+        parts = [shared | entry if isinstance(entry, dict) else entry for entry in table["mixture"]]
+        return {"held_out": 0.0} | table | {"mixture": parts}
+
+    @model_validator(mode="after")
+    def _mixture_is_of_texts(self) -> CorpusSettings:
+        if (self.kind == "mixture") != (self.mixture is not None):
+            raise ValueError(
+                'corpus.kind = "mixture" and the tables [[corpus.mixture]] go together; write tables [[corpus]] instead'
+            )
+        if self.mixture is None:
+            return self
+        for part in self.mixture:
+            if part.kind in ("mixture", "synthetic"):
+                raise ValueError(f'a corpus of a mixture has kind = "{part.kind}"; each must be a text')
+            for key in SHARED_BY_MIXTURE:
+                if getattr(part, key) != getattr(self, key):
+                    raise ValueError(
+                        f"corpus.{key} is {show_value(getattr(self, key))} in one [[corpus]] and "
+                        f"{show_value(getattr(part, key))} in another; the corpora of a mixture share it: set it once"
+                    )
+        names = [part.label for part in self.mixture]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two [[corpus]] are named {show_value(repeated[0])}; give each a name of its own")
+        others = type(self).model_fields.keys() - {"kind", "mixture", "held_out", *SHARED_BY_MIXTURE}
+        if strange := sorted(key for key in others if getattr(self, key) != type(self).model_fields[key].default):
+            raise ValueError(f"corpus.{strange[0]} stands in each [[corpus]] of a mixture, and not above them")
+        if self.held_out:
+            raise ValueError("corpus.held_out stands in each [[corpus]] of a mixture, and not above them")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name of a corpus of a mixture."""
+        return self.name or self.kind
+
+    @property
+    def texts(self) -> list[CorpusSettings]:
+        """The corpora of a mixture; of any other kind, itself."""
+        return [self] if self.mixture is None else self.mixture
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> CorpusSettings:

@@ -20,15 +20,15 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from producer.corpus import Corpus, open_corpus
-from producer.corpus.rendering.windows import Windows, check_packing, tokens_fingerprint, windows_of
+from producer.corpus import Text, open_text
+from producer.corpus.rendering.windows import Windows
 from producer.corpus.synthetic import SyntheticActivations
 from producer.lm.errors import ModelError, non_finite_message
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.lm.precision import dtype_name
 from producer.settings import ProducerSettings
-from producer.wire import Hook
+from producer.wire import CorpusShare, Hook
 
 log = logging.getLogger("sluice.producer")
 
@@ -49,6 +49,10 @@ class Source(Protocol):
     hooks: list[Hook]
     context: int
     shards: int
+    held_out: float
+    """Fraction of the shards that are never trained on."""
+    corpora: list[CorpusShare]
+    """Of a mixture."""
     batch_windows: int
     concurrent_passes: int
     """Number of forward passes that run side by side."""
@@ -70,7 +74,7 @@ class Source(Protocol):
         """Measurements of the start, for the stream's HELLO and the snapshots; they decide no activation."""
         ...
 
-    def windows(self, shard: int) -> Windows: ...
+    def windows(self, shard: int, epoch: int = 0) -> Windows: ...
 
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
         """Computes the activations of the windows with these indices: [len(indices), context, width] per hook."""
@@ -82,14 +86,13 @@ class LanguageModelSource:
 
     def __init__(self, settings: ProducerSettings) -> None:
         assert settings.model is not None
-        self._settings = settings.corpus
         self._batch_is_set = settings.model.batch_windows is not None or settings.run.deterministic
         self.context = settings.corpus.context
         # The corpus first: a wrong path should not wait for a model to load.
-        self._corpus: Corpus = open_corpus(settings.corpus)
-        log.info("corpus: %s", self._corpus.description)
+        self._text: Text = open_text(settings.corpus)
+        log.info("corpus: %s", self._text.description)
         self.model: LanguageModel = load_language_model(settings.model)
-        check_packing(self.model.tokenizer, settings.corpus, self.model.vocabulary)
+        self._text.check_packing(self.model.tokenizer, self.model.vocabulary)
         if unknown := self.model.unknown_tokens:
             log.info(
                 "the tokenizer has %d token(s) that the model does not know, such as %r (id %d): a shard whose text "
@@ -97,7 +100,7 @@ class LanguageModelSource:
                 len(unknown), *next((token, number) for number, token in unknown.items()),
             )  # fmt: skip
         self.model.check_context(self.context)
-        if settings.corpus.packing == "separate_masked":
+        if self._text.has_shared_windows:
             difference = self.model.check_shared_windows(self.context)
             log.info("documents that share a window against each alone: largest difference %.3g of the rms", difference)
         check, dtype = self.model.self_check, dtype_name(self.model.dtype)
@@ -111,7 +114,7 @@ class LanguageModelSource:
             check.max_difference, check.scale, "passed" if check.passed else "FAILED",
         )  # fmt: skip
         self.device = self.model.device
-        self.shards = self._corpus.shards
+        self.shards, self.held_out, self.corpora = self._text.shards, self._text.held_out, self._text.shares
         self.hooks = [Hook(name=hook.name, module=hook.path, width=hook.width) for hook in self.model.hooks]
         on_gpu = self.device.type == "cuda"
         self.concurrent_passes = 1 if on_gpu else min(MAX_CONCURRENT_PASSES, torch.get_num_threads())
@@ -122,12 +125,12 @@ class LanguageModelSource:
             "model_revision": self.model.revision or settings.model.revision,
             "model_weights": self.model.fingerprint,
             "model_dtype": dtype,
-            "corpus": self._corpus.description,
-            "corpus_fingerprint": self._corpus.fingerprint,
-            "tokens_fingerprint": tokens_fingerprint(self.model.tokenizer, settings.corpus),
+            "corpus": self._text.description,
+            "corpus_fingerprint": self._text.fingerprint,
+            "tokens_fingerprint": self._text.tokens_fingerprint(self.model.tokenizer),
             "context": self.context,
-            "prepend_bos": settings.corpus.prepend_bos,
-            "exclude_special": settings.corpus.exclude_special,
+            "prepend_bos": self._text.common("prepend_bos"),
+            "exclude_special": self._text.common("exclude_special"),
             "outlier_factor": settings.corpus.outlier_factor,
         } | (self._arithmetic_facts() if settings.run.deterministic else {})
 
@@ -213,8 +216,8 @@ class LanguageModelSource:
             },
         }
 
-    def windows(self, shard: int) -> Windows:
-        windows = windows_of(self._corpus.documents(shard), self.model.tokenizer, self._settings)
+    def windows(self, shard: int, epoch: int = 0) -> Windows:
+        windows = self._text.windows(shard, epoch, self.model.tokenizer)
         self.model.check_ids(torch.from_numpy(windows.ids))  # before any activation of the shard is sent
         return windows
 
@@ -241,7 +244,8 @@ class SyntheticSource:
         """Activations of the shard that is worked on and of the one that is read ahead."""
         self.context = settings.corpus.context
         self._streamed = settings.corpus.streamed_positions
-        self.shards = self.data.shards
+        self.corpora: list[CorpusShare] = []
+        self.shards, self.held_out = self.data.shards, settings.corpus.held_out
         self.hooks = [Hook(name="synthetic", module="synthetic", width=self.data.d_in)]
         self.batch_windows = max(1, CPU_TOKENS // self.context)
         self.facts: dict[str, JsonValue] = {
@@ -258,7 +262,7 @@ class SyntheticSource:
     def choose_batch(self) -> None:
         """There is nothing to choose: a pass is a copy."""
 
-    def windows(self, shard: int) -> Windows:
+    def windows(self, shard: int, epoch: int = 0) -> Windows:
         count = len(self._shard(shard)) // self.context
         shape = (count, self.context)
         kept = np.broadcast_to(np.array(self._streamed), shape).copy()

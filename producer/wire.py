@@ -72,6 +72,15 @@ class Hook(BaseModel):
     width: Annotated[int, Field(gt=0, le=2**20)]
 
 
+class CorpusShare(BaseModel):
+    """One corpus of a mixture."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    name: Word
+    shards: Annotated[int, Field(gt=0, le=2**24)]
+    """Its shards in each epoch of the mixture; they are numbered behind those of the corpora before it."""
+
+
 class Hello(Message):
     """producer → trainer: who the producer is and what it would stream. Answered by WELCOME or REJECT."""
 
@@ -95,11 +104,19 @@ class Hello(Message):
     """Per hook, the norm above which an activation is an outlier; the HELLO that settles the run decides for all."""
     provenance: dict[Word, JsonValue]
     """Facts for the snapshot: model, revision, corpus, exclusions, self-check."""
+    corpora: Annotated[list[CorpusShare], Field(max_length=256)] = []
+    """Of a mixture; which shard of a corpus a number stands for may differ from epoch to epoch."""
 
     @model_validator(mode="after")
     def _one_bound_per_hook(self) -> Hello:
         if self.norm_bounds is not None and len(self.norm_bounds) != len(self.hooks):
             raise ValueError(f"{len(self.norm_bounds)} norm_bounds for {len(self.hooks)} hooks")
+        return self
+
+    @model_validator(mode="after")
+    def _corpora_have_all_shards(self) -> Hello:
+        if self.corpora and (counted := sum(corpus.shards for corpus in self.corpora)) != self.shards:
+            raise ValueError(f"its corpora have {counted} shards of {self.shards}")
         return self
 
 

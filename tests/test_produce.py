@@ -76,7 +76,7 @@ class Tensors:
     def hooks(self) -> list[Hook]:
         return [Hook(name=f"hook {n}", module=f"{n}", width=x.shape[-1]) for n, x in enumerate(self.x)]
 
-    def windows(self, shard: int) -> Windows:
+    def windows(self, shard: int, epoch: int = 0) -> Windows:
         return Windows(np.zeros(self.kept.shape, np.int64), self.kept, np.zeros(self.kept.shape, bool))
 
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
@@ -298,9 +298,9 @@ def test_time_spent_on_text_is_told(manual_trainer: Trainer, endpoint: str) -> N
     """A tokenizer that takes a tenth of a second for a shard is seen among the producer's waits."""
 
     class Slow(Tensors):
-        def windows(self, shard: int) -> Windows:
+        def windows(self, shard: int, epoch: int = 0) -> Windows:
             time.sleep(0.1)
-            return super().windows(shard)
+            return super().windows(shard, epoch)
 
     source = tensors(1)
     producer = start(endpoint, Slow(source.x, source.kept))
@@ -389,7 +389,7 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
     """Once, and by one thread alone; what reading it raises is raised when it is asked for."""
     readers: dict[int, str] = {}
 
-    def read(shard: int) -> Windows:
+    def read(shard: int, epoch: int) -> Windows:
         assert shard not in readers
         readers[shard] = threading.current_thread().name
         if shard == 2:
@@ -397,15 +397,15 @@ def test_the_next_shard_is_read_while_the_present_one_is_worked_on() -> None:
         return tensors(shard + 1).windows(0)
 
     text = TextPrefetcher(read)
-    assert len(text.windows(0)) == 1
-    text.prefetch(1)
-    text.prefetch(1)
-    assert len(text.windows(1)) == 2
-    text.prefetch(2)
+    assert len(text.windows(0, 0)) == 1
+    text.prefetch(1, 0)
+    text.prefetch(1, 0)
+    assert len(text.windows(1, 0)) == 2
+    text.prefetch(2, 0)
     with pytest.raises(OSError, match="gone"):
-        text.windows(2)
-    text.prefetch(3)
-    assert len(text.windows(4)) == 5  # the lease went to somebody else
+        text.windows(2, 0)
+    text.prefetch(3, 0)
+    assert len(text.windows(4, 0)) == 5  # the lease went to somebody else
     text.close()
 
     assert {readers[shard] for shard in (0, 1, 2, 4)} == {"text_0"}
@@ -590,10 +590,10 @@ def test_a_shard_without_rows_is_done_at_once(manual_trainer: Trainer, endpoint:
 class Torn(Tensors):
     """Shard 1 cannot be read; shard 2 breaks in its second pass."""
 
-    def windows(self, shard: int) -> Windows:
+    def windows(self, shard: int, epoch: int = 0) -> Windows:
         if shard == 1:
             raise OSError("the disk has a hole")
-        return super().windows(shard)
+        return super().windows(shard, epoch)
 
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
         if shard == 2 and 2 in indices:

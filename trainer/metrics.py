@@ -49,6 +49,8 @@ STEP = (
            lambda r: one_of(REPORTED_PHASES, r.state), "state"),
     Metric("sluice_tokens_trained_total", "counter", "tokens",
            "Tokens trained on in this run; a restart continues from the checkpoint's count.", lambda r: r.tokens),
+    Metric("sluice_corpus_tokens_trained_total", "counter", "tokens",
+           "Tokens trained on of each corpus of a mixture.", lambda r: r.stream.tokens_by_corpus, "corpus"),
     Metric("sluice_target_tokens", "gauge", "tokens", "Tokens after which the run ends, if it has an end.",
            lambda r: r.target_tokens),
     Metric("sluice_steps_total", "counter", "steps", "Training steps of this run.", lambda r: r.step),

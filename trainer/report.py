@@ -80,6 +80,8 @@ class StreamReport:
     """Tokens that producers may still send under the credit granted."""
     sessions_lost: int = 0
     """Producers that fell silent, or were refused during their session."""
+    tokens_by_corpus: dict[str, int] = field(default_factory=dict)
+    """Tokens trained of each corpus of a mixture."""
     data_wait_ratio: float = 0.0
     """Share of the last ten seconds in which training waited for activations."""
     credit_wait_ratio: float = 0.0

@@ -37,6 +37,9 @@ loss on this text. CE and KL are taken from logits in float32.
 A model that does not predict the next token (an encoder, a model without a head) has no CE and no KL: reconstructions
 and latents are measured all the same.
 
+The text of a mixture is measured corpus by corpus too: ce_delta_by_corpus, fvu_by_corpus and l0_by_corpus. The variance
+in fvu_by_corpus is about the mean of all activations, so that the corpora compare, and their errors add up.
+
 The text is always the same (`held_out`), so that the numbers of snapshots compare. It is read once: a pass of the clean
 model and one with each SAE's reconstruction. What does not depend on the SAE is measured with the first, the means
 before it. Nothing but sums is stored.
@@ -44,7 +47,7 @@ before it. Nothing but sums is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,10 +99,12 @@ def evaluate(
     norm_bounds: NormBounds | None = None,
     between: Callable[[], None] = lambda: None,
     memory: MemoryLimits = DEFAULT_MEMORY,
+    corpora: Mapping[str, slice] | None = None,
 ) -> dict[str, Evaluation]:
     """Measures all `saes` over one pass of the clean model; returns their evaluations by name.
 
-    `between` is called after each forward pass and may raise. Values that are not finite, and ratios without a
+    `between` is called after each forward pass and may raise; `corpora` are the windows of each corpus of a mixture,
+    and together all of them. Values that are not finite, and ratios without a
     denominator, are None. Raises EvaluationError for a sae that does not fit the model, a bound of a hook that is
     not here, or bounds that no activation is within.
     """
@@ -114,19 +119,20 @@ def evaluate(
         baseline.means[key] = _mean_activations(model, windows, bounds, between, memory)
     means = baseline.means[key]
     zeros = {hook: torch.zeros_like(mean) for hook, mean in means.items()}
-    clean_ce = Mean()
-    tallies = {sae.name: Tally(sae, means) for sae in saes}
+    parts = corpora or {"": slice(None)}
+    clean_ce = {corpus: Mean() for corpus in parts}
+    tallies = {sae.name: {corpus: Tally(sae, means) for corpus in parts} for sae in saes}
     ablations: set[Ablation] = {
         (kind, sae.hooks.writes, key) for sae in saes for kind in ("zero", "mean") if model.predicts
     }
     ablation_ce = {ablation: Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
-    for batch in passes(model, windows, memory):
+    for corpus, batch in _corpus_passes(model, windows, parts, memory):
         if not model.predicts:
             activations = activations_by_hook(model, batch)
             streamed = in_stream(activations, batch.kept, bounds)
             activations = {hook: x[streamed].float() for hook, x in activations.items()}
             for sae in saes:
-                _reconstruct(sae, activations, tallies[sae.name], memory)
+                _reconstruct(sae, activations, tallies[sae.name][corpus], memory)
             between()
             continue
         targets = batch.tokens[:, 1:][batch.predicted]
@@ -138,29 +144,58 @@ def evaluate(
 
         recorded: dict[str, Tensor] = {}
         log_clean = log_probabilities(recording(hooks, recorded))
-        clean_ce.add(_cross_entropy(log_clean, targets))
+        clean_ce[corpus].add(_cross_entropy(log_clean, targets))
         streamed = in_stream(recorded, batch.kept, bounds)
         activations = {hook: x[streamed].float() for hook, x in recorded.items()}
         for (kind, ablated_hooks, _), ce in ablation_ce.items():
             constants = {hook: means[hook] if kind == "mean" else zeros[hook] for hook in ablated_hooks}
             ce.add(_cross_entropy(log_probabilities(splicing(streamed, constants)), targets))
         for sae in saes:
-            tally = tallies[sae.name]
+            tally = tallies[sae.name][corpus]
             log_sae = log_probabilities(splicing(streamed, _reconstruct(sae, activations, tally, memory)))
             tally.ce.add(_cross_entropy(log_sae, targets))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
-    if windows.kept.any() and not all(tally.activations for tally in tallies.values()):
+    clean, totals = Mean(), {sae.name: Tally(sae, means) for sae in saes}
+    for corpus in parts:
+        clean.include(clean_ce[corpus])
+        for name, total in totals.items():
+            total.include(tallies[name][corpus])
+    if windows.kept.any() and not all(tally.activations for tally in totals.values()):
         raise EvaluationError(_nothing_within(windows, bounds))  # a ce_delta of 0 would look like a perfect SAE
     baseline.ce |= {ablation: ce.value for ablation, ce in ablation_ce.items()}
     return {
         sae.name: _evaluation(
             sae,
-            tallies[sae.name],
-            clean_ce.count,
-            _predictions(clean_ce.value, baseline, sae.hooks.writes, key, tallies[sae.name]) if model.predicts else {},
+            totals[sae.name],
+            clean.count,
+            _predictions(clean.value, baseline, sae.hooks.writes, key, totals[sae.name]) if model.predicts else {},
+            _by_corpus(tallies[sae.name], clean_ce if model.predicts else None) if corpora else {},
         )
         for sae in saes
     }
+
+
+def _corpus_passes(
+    model: LanguageModel, windows: Windows, corpora: Mapping[str, slice], memory: MemoryLimits
+) -> Iterator[tuple[str, WindowBatch]]:
+    """Batches of windows, each of one corpus."""
+    for corpus, part in corpora.items():
+        some = Windows(windows.ids[part], windows.kept[part], windows.padded[part])
+        for batch in passes(model, some, memory):
+            yield corpus, batch
+
+
+def _by_corpus(tallies: Mapping[str, Tally], clean_ce: Mapping[str, Mean] | None) -> dict[str, Value]:
+    """The measures of each corpus of a mixture."""
+    values: dict[str, Value] = {
+        "fvu_by_corpus": {corpus: finite(tally.fit()["fvu"]) for corpus, tally in tallies.items()},
+        "l0_by_corpus": {corpus: finite(tally.l0) for corpus, tally in tallies.items()},
+    }
+    if clean_ce is not None:
+        values["ce_delta_by_corpus"] = {
+            corpus: finite(tally.ce.value - clean_ce[corpus].value) for corpus, tally in tallies.items()
+        }
+    return values
 
 
 def _nothing_within(windows: Windows, bounds: NormBounds) -> str:
@@ -228,12 +263,17 @@ def _predictions(
 
 
 def _evaluation(
-    sae: InferenceSae, tally: Tally, predictions: int, prediction_measures: dict[str, float | None]
+    sae: InferenceSae,
+    tally: Tally,
+    predictions: int,
+    prediction_measures: dict[str, float | None],
+    corpus_measures: dict[str, Value],
 ) -> Evaluation:
     numbers = {**prediction_measures, **tally.fit(), "l0": tally.l0}
     values: dict[str, Value] = {name: finite(value) for name, value in numbers.items()}
     if len(sae.hooks.writes) > 1:
         values["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
+    values |= corpus_measures
     values["dense_latents"], values["dead_latents"] = tally.dense_latents, tally.dead_latents
     return Evaluation(
         values=values,

@@ -174,8 +174,15 @@ class Evaluator:
         compatible = self._load_compatible(inputs, snapshot, saes)
         if not compatible:
             return
+        text = inputs.text
         results = evaluate(
-            inputs.model, inputs.windows, compatible, inputs.baseline, snapshot.norm_bounds, self._between
+            inputs.model,
+            text.windows,
+            compatible,
+            inputs.baseline,
+            snapshot.norm_bounds,
+            self._between,
+            corpora=text.corpora,
         )
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from producer.corpus import Corpus, more_shards_advice
+from producer.corpus import Corpus, Text, more_shards_advice
 from producer.corpus.rendering.windows import Windows, separated, windows_of
 from producer.settings import CorpusSettings
+
+log = logging.getLogger("sluice.monitor")
 
 SHARDS_SHARING = 8
 """Shards that held-out windows come from, so that one odd file does not decide the numbers."""
@@ -16,6 +20,42 @@ SHARDS_SHARING = 8
 
 class EvaluationError(ValueError):
     """The run cannot be evaluated, or a snapshot not with this model and text; `str(error)` says what to do."""
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Windows of text never trained on."""
+
+    windows: Windows
+    corpora: dict[str, slice]
+    """Windows of each corpus of a mixture, one behind the other; empty for one corpus alone."""
+
+
+def held_out_text(text: Text, tokenizer: Any, tokens: int) -> HeldOutText:
+    """Gathers `tokens` kept positions of text never trained on, of each corpus of a mixture its share.
+
+    Raises EvaluationError where there is no text.
+    """
+    if not text.shares:
+        part = text.parts[0]
+        return HeldOutText(held_out_windows(part.corpus, tokenizer, part.settings, tokens), {})
+    windows: list[Windows] = []
+    corpora: dict[str, slice] = {}
+    first = 0
+    for part in text.parts:
+        if not part.settings.held_out:
+            continue
+        try:
+            gathered = held_out_windows(part.corpus, tokenizer, part.settings, max(1, round(tokens * part.share)))
+        except EvaluationError as error:
+            log.warning("[[corpus]] %s is not evaluated on: %s", part.name, error)
+            continue
+        windows.append(gathered)
+        corpora[part.name] = slice(first, first + len(gathered))
+        first += len(gathered)
+    if not windows:
+        raise EvaluationError("no corpus of the mixture holds out any text; raise held_out in a [[corpus]]")
+    return HeldOutText(_joined(windows), corpora)
 
 
 def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, tokens: int) -> Windows:
@@ -35,6 +75,10 @@ def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, t
             break
     if missing == tokens:
         raise EvaluationError(_no_text(corpus, settings))
+    return _joined(parts)
+
+
+def _joined(parts: list[Windows]) -> Windows:
     arrays = zip(*((windows.ids, windows.kept, windows.padded) for windows in parts), strict=True)
     return Windows(*map(np.concatenate, arrays))
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from monitor.evaluation.evaluator import Baseline
-from monitor.evaluation.held_out import EvaluationError, held_out_windows
+from monitor.evaluation.held_out import EvaluationError, HeldOutText, held_out_text
 from monitor.evaluation.passes import NormBounds
 from monitor.evaluation.probing import LabelledTexts, read_labelled_texts
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import manifest_of
-from producer.corpus import open_corpus
-from producer.corpus.rendering.windows import Windows, check_packing, tokens_fingerprint
+from producer.corpus import open_text
+from producer.corpus.rendering.windows import Windows
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from trainer.snapshot import Manifest
@@ -65,7 +65,7 @@ class EvaluationInputs:
     """The language model and the texts."""
 
     model: LanguageModel
-    windows: Windows
+    text: HeldOutText
     """Text that SAEs are measured on."""
     latent_windows: Windows
     """Text on which the activations of their latents are gathered."""
@@ -92,7 +92,7 @@ def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
     corpus_settings, monitor = settings.corpus, settings.monitor
     torch.set_num_threads(monitor.evaluation_threads)
     log.info("loading %s and held-out text, to evaluate with", settings.model.name)
-    corpus = open_corpus(corpus_settings)
+    text = open_text(corpus_settings)
     model = load_language_model(settings.model, whole=True)
     if not model.predicts:
         log.info(
@@ -101,12 +101,13 @@ def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
             settings.model.name,
             "has no head that gives logits" if model.causal else "does not predict the next token",
         )
-    check_packing(model.tokenizer, corpus_settings, model.vocabulary)
+    text.check_packing(model.tokenizer, model.vocabulary)
     model.check_context(corpus_settings.context)
-    windows, latent_windows = (
-        held_out_windows(corpus, model.tokenizer, corpus_settings, max(1, tokens))
+    held_out, latents_text = (
+        held_out_text(text, model.tokenizer, max(1, tokens))
         for tokens in (monitor.evaluation_tokens, monitor.latents_tokens)
     )
+    windows, latent_windows = held_out.windows, latents_text.windows
     model.check_ids(torch.from_numpy(np.concatenate([windows.ids, latent_windows.ids])), "held-out window")
     log.info(
         "evaluating with %s on %s held-out activations in %s windows",
@@ -115,11 +116,11 @@ def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
         f"{len(windows):,}",
     )
     stream_facts = {
-        "corpus_fingerprint": corpus.fingerprint,
-        "tokens_fingerprint": tokens_fingerprint(model.tokenizer, corpus_settings),
-        "held_out": corpus_settings.held_out,
+        "corpus_fingerprint": text.fingerprint,
+        "tokens_fingerprint": text.tokens_fingerprint(model.tokenizer),
+        "held_out": text.held_out,
     }
-    return EvaluationInputs(model, windows, latent_windows, stream_facts, _load_labelled_texts(settings, model))
+    return EvaluationInputs(model, held_out, latent_windows, stream_facts, _load_labelled_texts(settings, model))
 
 
 def _load_labelled_texts(settings: MonitorSettings, model: LanguageModel) -> LabelledTexts | None:

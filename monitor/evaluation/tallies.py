@@ -24,6 +24,10 @@ class Mean:
         self.sum += float(values.double().sum())
         self.count += values.numel()
 
+    def include(self, other: Mean) -> None:
+        """Adds the values of another mean."""
+        self.sum, self.count = self.sum + other.sum, self.count + other.count
+
     @property
     def value(self) -> float:
         return self.sum / self.count if self.count else float("nan")
@@ -37,18 +41,26 @@ class Fit:
         self.error = self.variance = self.spread = self.covariance = 0.0
         """Sums of ‖y − y_hat‖², and about the mean of ‖y‖², ‖y_hat‖² and y·y_hat"""
         self.cosine, self.norm_ratio = Mean(), Mean()
-        self._square = 0.0
+        self.square = 0.0
+        """Sum of ‖y‖²."""
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
         y, y_hat = y.double(), y_hat.double()
         self.error += float((y - y_hat).square().sum())
         self.cosine.add(torch.cosine_similarity(y, y_hat, dim=1))
         self.norm_ratio.add(y_hat.norm(dim=1) / y.norm(dim=1))
-        self._square += float(y.square().sum())
+        self.square += float(y.square().sum())
         y, y_hat = y - self._mean, y_hat - self._mean
         self.variance += float(y.square().sum())
         self.spread += float(y_hat.square().sum())
         self.covariance += float((y * y_hat).sum())
+
+    def include(self, other: Fit) -> None:
+        """Adds the activations of another fit about the same mean."""
+        for name in ("error", "variance", "spread", "covariance", "square"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.cosine.include(other.cosine)
+        self.norm_ratio.include(other.norm_ratio)
 
     @property
     def fvu(self) -> float | None:
@@ -57,7 +69,7 @@ class Fit:
     @property
     def weight(self) -> float:
         """1 over the mean square of an element of y, up to a factor that all hooks share."""
-        return len(self._mean) / self._square if self._square else 0.0
+        return len(self._mean) / self.square if self.square else 0.0
 
 
 class Tally:
@@ -71,6 +83,15 @@ class Tally:
         """Number of firings of each latent."""
         self.fits = {hook: Fit(means[hook]) for hook in sae.hooks.writes}
         """Sums for each hook that the SAE writes."""
+
+    def include(self, other: Tally) -> None:
+        """Adds the activations of another tally of the same SAE."""
+        self.ce.include(other.ce)
+        self.kl.include(other.kl)
+        self.activations += other.activations
+        self.firings += other.firings
+        for hook, fit in self.fits.items():
+            fit.include(other.fits[hook])
 
     def fit(self) -> dict[str, float | None]:
         """Measures of the reconstruction over all hooks.

@@ -27,6 +27,12 @@ def _check_device(name: str) -> str:
     raise ValueError('is no device; expected "auto", "cpu", "cuda", or one GPU by number, such as "cuda:1"')
 
 
+def _check_corpus_name(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
+        return name
+    raise ValueError('is no name; expected letters, digits, ".", "-" and "_", such as "web"')
+
+
 def _check_range(text: str) -> str:
     if re.fullmatch(r"(not )?-?\d*:-?\d*(:[1-9]\d*)?", text) and not text.endswith(("-", "-:")) and "-:" not in text:
         return text
@@ -56,6 +62,8 @@ Port = Annotated[int, AfterValidator(check_port)]
 """A port that a process listens on; 0 is any free one."""
 PositionRange = Annotated[str, AfterValidator(_check_range)]
 """Positions of a window, as a slice."""
+CorpusName = Annotated[str, AfterValidator(_check_corpus_name)]
+"""The name of one corpus of a mixture."""
 Device = Annotated[str, AfterValidator(_check_device)]
 
 

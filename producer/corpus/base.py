@@ -47,6 +47,10 @@ Document: TypeAlias = str | np.ndarray | Conversation
 """A text, int64 token ids, or a conversation."""
 
 
+BYTES_PER_TOKEN = 4
+"""About how many bytes of text one token stands for."""
+
+
 class Corpus(ABC):
     """Numbered shards of documents. The same settings and the same data give the same object anywhere."""
 
@@ -60,10 +64,20 @@ class Corpus(ABC):
     """Never trained on: the evaluation's text."""
     training_shards: list[int]
     """All the others."""
+    text_bytes: list[int] | None
+    """About how many bytes of text each shard holds; None where nobody knows before it is read."""
 
-    def __init__(self, settings: CorpusSettings, shards: int, contents: str, identity: object) -> None:
+    def __init__(
+        self,
+        settings: CorpusSettings,
+        shards: int,
+        contents: str,
+        identity: object,
+        text_bytes: list[int] | None = None,
+    ) -> None:
         """`contents` describes it; `identity` is the JSON data that, with kind and shards, decides its documents."""
         self.shards = shards
+        self.text_bytes = text_bytes
         self.held_out_shards = held_out_shards(shards, settings.held_out)
         self.training_shards = sorted(set(range(shards)) - set(self.held_out_shards))
         self.description = describe_shards(contents, shards, settings.held_out)

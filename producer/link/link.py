@@ -58,11 +58,11 @@ class Link:
             return lease, mask, state.session.welcome
 
     @property
-    def next_shard(self) -> int | None:
-        """The shard that `next_lease` will give after the present one, where the trainer has leased it already."""
+    def following_lease(self) -> Lease | None:
+        """The lease that `next_lease` will give after the present one, where the trainer has granted it already."""
         with self._state.changed:
             leases = self._state.session.leases
-            return leases[1][0].shard if len(leases) > 1 else None
+            return leases[1][0] if len(leases) > 1 else None
 
     def send_chunk(self, lease: Lease, chunk: PackedChunk) -> None:
         """Sends one chunk of the lease as soon as credit allows.

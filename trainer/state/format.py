@@ -153,6 +153,8 @@ class LedgerState:
     auth_failures: int
     breaches: dict[str, int]
     open: list[OpenShardState]
+    trained_by_corpus: dict[str, int] = field(default_factory=dict)
+    """Tokens of each corpus of a mixture."""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from producer.corpus.base import CorpusError, Document, column_missing, column_not_text
+from producer.corpus.base import BYTES_PER_TOKEN, CorpusError, Document, column_missing, column_not_text
 from producer.corpus.sources.chat import BESIDE_COLUMNS, CHAT_COLUMNS, holds_messages, read_conversation
 from producer.corpus.sources.reading import refuse_long, too_long
 from producer.settings import CorpusSettings
 
-BYTES_PER_TOKEN = 4
-"""About how many bytes of text one token id stands for."""
 SET_CHAT = 'set corpus.kind = "chat", which renders them by the tokenizer\'s chat template'
 
 

@@ -46,7 +46,8 @@ class HuggingFaceCorpus(Corpus):
         access = "streamed" if settings.streaming else "downloaded"
         contents = f"{self._name}, commit {commit or 'unknown'}, {access}"
         identity = [settings.subset, settings.split, settings.column, settings.streaming, *_origin(settings, commit)]
-        super().__init__(settings, shards, contents, identity)
+        text_bytes = None if settings.streaming else [self._dataset.data.nbytes // shards] * shards
+        super().__init__(settings, shards, contents, identity, text_bytes)
 
     @classmethod
     def more_shards_advice(cls, settings: CorpusSettings) -> str:

@@ -29,11 +29,13 @@ class ParquetCorpus(Corpus):
         self._longest = settings.max_document_bytes
         files = [file for file in find_files(settings, SUFFIXES) if file.size]
         raise_faults(fault for file in files if (fault := self._fault(file)))
-        self._groups = [(file, group) for file in files for group in self._groups_of(file)]
+        groups = [(file, *group) for file in files for group in self._groups_of(file)]
+        self._groups = [(file, number) for file, number, _ in groups]
         if not self._groups:
             raise CorpusError(f"corpus.paths = {settings.paths}: the parquet files hold no rows; name files with text")
         identity = [[[file.name, file.size, file.digest] for file in files], settings.column]
-        super().__init__(settings, len(self._groups), describe_files(settings, files), identity)
+        text_bytes = [size for _, _, size in groups]
+        super().__init__(settings, len(self._groups), describe_files(settings, files), identity, text_bytes)
 
     def _fault(self, file: DataFile) -> str | None:
         try:
@@ -88,9 +90,16 @@ class ParquetCorpus(Corpus):
             return False
         return bool({"role", "from"} & {field.name for field in entry})
 
-    def _groups_of(self, file: DataFile) -> list[int]:
+    def _groups_of(self, file: DataFile) -> list[tuple[int, int]]:
+        """Returns (number, bytes of the columns that are read) of each row group with rows."""
         metadata = self._parquet.read_metadata(file.path)
-        return [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
+        roots = self._column.roots(metadata.schema.to_arrow_schema().names)
+        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+        return [
+            (number, sum(_column_bytes(group, index, roots) for index in range(group.num_columns)))
+            for number, group in enumerate(groups)
+            if group.num_rows
+        ]
 
     def _read(self, shard: int) -> Iterator[Document]:
         file, group = self._groups[shard]
@@ -107,3 +116,10 @@ class ParquetCorpus(Corpus):
                     row += 1
             except (self._arrow.ArrowException, UnicodeDecodeError) as error:
                 raise CorpusError(f"{file.path}, row group {group}: damaged ({error}); replace the file") from None
+
+
+def _column_bytes(group: Any, index: int, roots: list[str]) -> int:
+    """Bytes of a column chunk, unpacked, where it belongs to one of the columns that are read."""
+    chunk = group.column(index)
+    path = chunk.path_in_schema
+    return chunk.total_uncompressed_size if any(path == root or path.startswith(f"{root}.") for root in roots) else 0

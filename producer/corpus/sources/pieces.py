@@ -55,7 +55,8 @@ class FileCorpus(Corpus):
         self._shard_pieces = group_pieces(pieces, shard_bytes)
         identity = [[[file.name, file.size, file.digest] for file in files], shard_bytes, align, *more_identity]
         identity += self._formats(files)
-        super().__init__(settings, len(self._shard_pieces), describe_files(settings, files), identity)
+        text_bytes = [sum(map(self._text_bytes, pieces)) for pieces in self._shard_pieces]
+        super().__init__(settings, len(self._shard_pieces), describe_files(settings, files), identity, text_bytes)
 
     @classmethod
     def more_shards_advice(cls, settings: CorpusSettings) -> str:
@@ -72,6 +73,10 @@ class FileCorpus(Corpus):
 
     def _pieces(self, file: DataFile, shard_bytes: int) -> list[Piece]:
         return cut_file(file, shard_bytes)
+
+    def _text_bytes(self, piece: Piece) -> int:
+        """About how many bytes of text a piece stands for."""
+        return piece.weight
 
     def _formats(self, files: Sequence[DataFile]) -> list[object]:
         """Returns what else of the files decides the documents, as JSON data."""

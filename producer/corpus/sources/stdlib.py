@@ -26,6 +26,7 @@ class StdlibCorpus(Corpus):
         root = Path(sysconfig.get_paths()["stdlib"])
         self._files: list[list[Path]] = [[] for _ in range(SHARDS)]
         identity = []
+        text_bytes = [0] * SHARDS
         self.skipped = 0
         """Files left out because they are not valid UTF-8; Python's own tests hold some."""
         for path in sorted(root.rglob("*.py")):
@@ -37,13 +38,15 @@ class StdlibCorpus(Corpus):
                 self.skipped += 1
                 continue
             name = relative.as_posix()
-            self._files[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % SHARDS].append(path)
+            shard = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % SHARDS
+            self._files[shard].append(path)
+            text_bytes[shard] += len(data)
             identity.append([name, len(data), edge_digest(data[:EDGE_BYTES], data[-EDGE_BYTES:])])
         if not identity:
             raise CorpusError(f'corpus.kind = "stdlib": {root} holds no Python sources; choose another kind')
         skipped = f"{self.skipped} skipped: not UTF-8"
         contents = f"standard library of Python {python_version()}, {len(identity):,} files ({skipped})"
-        super().__init__(settings, SHARDS, contents, identity)
+        super().__init__(settings, SHARDS, contents, identity, text_bytes)
 
     def _read(self, shard: int) -> Iterator[str]:
         for path in self._files[shard]:

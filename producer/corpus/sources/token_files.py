@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from producer.corpus.base import BYTES_PER_TOKEN
 from producer.corpus.sources.files import DataFile
 from producer.corpus.sources.pieces import FileCorpus, Piece, cut_file
 from producer.corpus.sources.reading import HEAD_BYTES, container_fault, open_file
@@ -47,6 +48,10 @@ class TokenCorpus(FileCorpus):
     def _pieces(self, file: DataFile, shard_bytes: int) -> list[Piece]:
         layout = self._layouts[file.path]
         return cut_file(file, shard_bytes, self._context * layout.dtype.itemsize, layout.start)
+
+    def _text_bytes(self, piece: Piece) -> int:
+        ids = (piece.end - piece.start) // self._layouts[piece.file.path].dtype.itemsize
+        return BYTES_PER_TOKEN * ids
 
     def _formats(self, files: Sequence[DataFile]) -> list[object]:
         """Returns what decides the ids beside corpus.token_dtype: the headers, where they say something else."""

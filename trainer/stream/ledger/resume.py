@@ -10,7 +10,7 @@ from collections import Counter
 
 from trainer.state.format import LedgerState, OpenShardState, QuarantinedShardState, ShardBits
 from trainer.stream.ledger.ledger import Ledger
-from trainer.stream.ledger.shards import OpenShard, QuarantinedShard, ShardState, count_bits
+from trainer.stream.ledger.shards import QuarantinedShard, ShardState, count_bits
 
 
 def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
@@ -34,6 +34,7 @@ def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
         errors=dict(ledger.errors),
         auth_failures=ledger.auth_failures,
         breaches=dict(ledger.invariants.violations),
+        trained_by_corpus=dict(ledger.shards.tokens_by_corpus),
         open=[
             OpenShardState(
                 serial=shard.serial,
@@ -66,19 +67,14 @@ def restore_ledger(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits
     ledger.shards.seed = state.seed  # the cursor is one into that seed's order
     if state.stream is not None:
         ledger.shards.go_on(state.stream, state.epoch, state.cursor)
+    ledger.shards.tokens_by_corpus = Counter(state.trained_by_corpus)
     ledger.shards.trained_in_epoch = state.finished_in_epoch
     ledger.shards.next_serial = state.next_serial
     ledger.shards.quarantined = [QuarantinedShard(**vars(shard)) for shard in state.set_aside]
     for entry in state.open:
-        shard = OpenShard(
-            serial=entry.serial,
-            epoch=entry.epoch,
-            shard=entry.shard,
-            attempt=entry.attempt,
-            rows=entry.rows,
-            failures=entry.failures,
-            deaths=entry.deaths,
-        )
+        shard = ledger.shards.new_shard(entry.serial, entry.epoch, entry.shard)
+        shard.attempt, shard.rows = entry.attempt, entry.rows
+        shard.failures, shard.deaths = entry.failures, entry.deaths
         shard.trained, shard.dropped = bits[entry.serial].unpack(entry.positions)
         shard.mask = shard.trained | shard.dropped
         if entry.given_up:

@@ -91,6 +91,8 @@ class OpenShard:
     """Names the (epoch, shard) pair inside the buffer."""
     epoch: int
     shard: int
+    corpus: str | None = None
+    """Name of its corpus in a mixture."""
     attempt: int = 0
     state: ShardState = ShardState.FREE
     holder: str | None = None
@@ -198,6 +200,8 @@ class ShardQueue:
         self.open: dict[int, OpenShard] = {}
         """Open shards by serial, in the order of serials."""
         self.quarantined: list[QuarantinedShard] = []
+        self.tokens_by_corpus: Counter[str] = Counter()
+        """Tokens trained of each corpus of a mixture."""
         self.epoch = 0
         self.trained_in_epoch = 0
         self.cursor = 0
@@ -238,11 +242,15 @@ class ShardQueue:
             assert self._stream is not None
             self.go_on(self._stream, self.epoch + 1, cursor=0)
             self.trained_in_epoch = 0
-        shard = OpenShard(self.next_serial, self.epoch, int(self._order[self.cursor]))
+        shard = self.new_shard(self.next_serial, self.epoch, int(self._order[self.cursor]))
         self.open[shard.serial] = shard
         self.next_serial += 1
         self.cursor += 1
         return shard
+
+    def new_shard(self, serial: int, epoch: int, number: int) -> OpenShard:
+        """A shard of the stream of which nothing has arrived."""
+        return OpenShard(serial, epoch, number, corpus_of(self._stream, number) if self._stream else None)
 
     def _may_begin_epoch(self) -> bool:
         """There is another epoch, and this one shows that shards can be served: else all epochs would pass at once."""
@@ -298,8 +306,11 @@ class ShardQueue:
         wrong = []
         for number in np.unique(serial).tolist():
             shard = self.open[number]
-            if not shard.mark_trained(position[serial == number]):
+            positions = position[serial == number]
+            if not shard.mark_trained(positions):
                 wrong.append(shard)
+            if shard.corpus is not None:
+                self.tokens_by_corpus[shard.corpus] += len(positions)
             self.close_if_trained(shard)
         return wrong
 
@@ -364,9 +375,31 @@ class ShardQueue:
 
 
 def epoch_order(stream: Hello, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch's training shards are leased: a function of seed and epoch."""
-    training = np.delete(np.arange(stream.shards), held_out_shards(stream.shards, stream.held_out))
-    return np.random.default_rng((seed, epoch)).permutation(training)
+    """The order in which an epoch's training shards are leased: a function of seed and epoch.
+
+    The shards of each corpus of a mixture are spread evenly, so that any part of the epoch has about its shares.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    if not stream.corpora:
+        training = np.delete(np.arange(stream.shards), held_out_shards(stream.shards, stream.held_out))
+        return generator.permutation(training)
+    places = [(np.arange(corpus.shards) + generator.random()) / corpus.shards for corpus in stream.corpora]
+    order = np.argsort(np.concatenate(places), kind="stable")
+    firsts = np.cumsum([0, *(corpus.shards for corpus in stream.corpora)])
+    shuffled = [
+        first + generator.permutation(corpus.shards) for first, corpus in zip(firsts, stream.corpora, strict=False)
+    ]
+    return np.concatenate(shuffled)[order]
+
+
+def corpus_of(stream: Hello, shard: int) -> str | None:
+    """The name of the corpus that a shard of a mixture belongs to; None for one corpus alone."""
+    end = 0
+    for corpus in stream.corpora:
+        end += corpus.shards
+        if shard < end:
+            return corpus.name
+    return None
 
 
 def count_bits(bits: np.ndarray) -> int:

@@ -31,4 +31,5 @@ def stream_report(ledger: Ledger) -> StreamReport:
         breaches=ledger.invariants.counts(),
         credit_rows_outstanding=ledger.tokens_credited,
         sessions_lost=ledger.sessions_lost,
+        tokens_by_corpus=dict(ledger.shards.tokens_by_corpus),
     )
