@@ -9,16 +9,18 @@ import logging
 import os
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monitor.export.errors import ExportError
 from monitor.http.access import TokenError, read_token
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
 from monitor.metrics import MonitorMetrics
 from monitor.run_directory import is_finished, is_training, why_not_ready
-from monitor.settings import MonitorSettings
+from monitor.settings import MonitorSettings, MonitorTable
 from monitor.snapshot_index import index_of
 from monitor.summary import complete_summary
 from producer.common.metrics import new_registry, start_metrics_server
@@ -39,7 +41,7 @@ def run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event)
     """Serves and evaluates until `stop` is set, or the finished run is evaluated; returns the exit code."""
     try:
         return _run(settings, until_evaluated, stop)
-    except TokenError as error:
+    except (TokenError, ExportError) as error:
         log.error("%s", error)
         return 2
     except OSError as error:
@@ -50,6 +52,7 @@ def run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event)
 def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event) -> int:
     directory, table = settings.run.folder, settings.monitor
     token = None if table.token_file is None else read_token(Path(table.token_file).absolute())
+    wandb = _wandb(directory, table)
     registry = new_registry()
     follower = RunFollower(settings, MonitorMetrics(registry), stop)
     metrics_port, close_metrics = start_metrics_server(
@@ -72,11 +75,22 @@ def _run(settings: MonitorSettings, until_evaluated: bool, stop: threading.Event
             metrics_port,
         )
         try:
-            return follower.follow(until_evaluated)
+            with wandb:
+                return follower.follow(until_evaluated)
         finally:
             close_service()
     finally:
         close_metrics()
+
+
+def _wandb(directory: Path, table: MonitorTable) -> AbstractContextManager[None]:
+    """The block in which the run is sent to Weights & Biases, if it is. Raises ExportError where it cannot be."""
+    if not table.wandb:
+        return nullcontext()
+    from monitor.export.wandb_live import live_runs, require_login
+
+    require_login()
+    return live_runs(directory, table.poll_seconds)
 
 
 class RunFollower:

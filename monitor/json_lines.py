@@ -15,9 +15,10 @@ MAX_READ_BYTES = 64 << 20
 class JsonLines:
     """The JSON objects of a file that grows by lines; one that is half written waits for its end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """`offset` is the number of bytes that were read before."""
         self._path = path
-        self._offset = 0
+        self._offset = offset
         self._inode: int | None = None
 
     def is_replaced(self) -> bool:

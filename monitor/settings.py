@@ -45,6 +45,10 @@ class MonitorTable(MetricsSettings):
     probe_file: PathText | None = Field(default=None, examples=["probes.jsonl"])
     """JSON lines {"text": …, "label": …}: if set, how well a few latents predict the labels is measured."""
 
+    wandb: bool = False
+    """Send the run's numbers to Weights & Biases while it trains; needs the extra `wandb`, and `wandb login` or
+    WANDB_MODE=offline. The environment names the project: WANDB_PROJECT, WANDB_ENTITY."""
+
     @model_validator(mode="after")
     def _check_access(self) -> MonitorTable:
         if self.port and self.port == self.service_port:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import monitor.app
 from monitor.cli.export import main
 from monitor.evaluation.results import Evaluation
 from monitor.export.records import ColumnType, Record, Table, scan
+from monitor.export.wandb_live import live_runs, require_login
 from monitor.history import append_evaluation
+from monitor.settings import MonitorSettings, MonitorTable
+from producer.settings import RunSettings
 from tests.small_run import start_run
 
 
@@ -131,6 +136,37 @@ def test_wandb(run: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [row["evaluation/ce_delta"] for row in runs["run", "run/topk"] if "evaluation/ce_delta" in row] == [0.2]
     assert [row["run/state"] for row in runs["run", "run/stream"]] == ["training"] * 3
+
+
+def test_wandb_live(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was appended is sent until the monitor ends; the next one goes on there, in runs of the same ids."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    require_login()
+    with live_runs(run, poll_seconds=0.01):
+        pass
+    add_report(run, 350, 8.0, topk=0.2)
+    add_evaluation(run, 350, 9.0, ce_delta=0.1)
+    with live_runs(run, poll_seconds=0.01):
+        pass
+
+    topk = [path for path in run.glob("wandb/offline-run-*/run-*.wandb") if path.stem.endswith("topk")]
+    assert len(topk) == 2 and topk[0].stem == topk[1].stem
+    tokens = [[row["tokens"] for row in read_wandb(path)[1]] for path in topk]
+    assert sorted(tokens) == [[100, 200, 300, 150, 250, 300, 150], [350, 350]]
+
+
+def test_wandb_without_a_key_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, with exit code 2, and not by a question in the terminal."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    run = RunSettings(directory=str(tmp_path / "run"))
+    settings = MonitorSettings(run=run, monitor=MonitorTable(wandb=True, port=0, service_port=0))
+
+    assert monitor.app.run(settings, until_evaluated=False, stop=threading.Event()) == 2
+    assert "monitor.wandb = true needs a key: run `wandb login` or set WANDB_API_KEY" in caplog.text
 
 
 def read_wandb(path: Path) -> tuple[tuple[str, str], list[dict[str, Any]]]:

@@ -4,7 +4,8 @@
     files          CSV and Parquet
     event_files    TensorBoard
     wandb_runs     Weights & Biases
+    wandb_live     the same while a run trains
     errors         errors of an export
 
-Imported by cli/ and, for live runs of Weights & Biases, by the monitor itself.
+Imported by cli/ and, for live runs of Weights & Biases, by the monitor as a process.
 """

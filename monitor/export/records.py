@@ -128,11 +128,14 @@ def report_records(report: Mapping[str, Any]) -> Iterator[Record]:
             yield Record(Table.TRAINING, time, tokens, name, dict(_flatten(values)))
 
 
-def evaluation_record(sae: str, evaluation: Evaluation, time: float) -> Record:
-    """The row of one evaluation, measured at `time`."""
+def evaluation_record(line: Mapping[str, Any]) -> Record | None:
+    """The row of one line of evaluations.jsonl; None for a line that names no SAE or no snapshot."""
+    evaluation, sae = Evaluation.from_json(line), line.get("sae")
+    if not isinstance(sae, str) or evaluation.snapshot_tokens is None:
+        return None
     facts = {"rows": evaluation.rows, "predictions": evaluation.predictions, "seconds": evaluation.seconds}
-    values = dict(_flatten({key: value for key, value in evaluation.values.items() if key != "time"} | facts))
-    return Record(Table.EVALUATION, time, evaluation.snapshot_tokens or 0, sae, values)
+    values = {key: value for key, value in evaluation.values.items() if key != "time"}
+    return Record(Table.EVALUATION, _time(line), evaluation.snapshot_tokens, sae, dict(_flatten(values | facts)))
 
 
 def _reports(directory: Path, on_progress: OnProgress) -> Iterator[dict[str, Any]]:
@@ -155,9 +158,8 @@ def _evaluation_records(directory: Path, rollbacks: list[Rollback]) -> list[Reco
     """The newest evaluation of each SAE of each snapshot that the run did not go back behind, by tokens."""
     newest: dict[tuple[int, str], Record] = {}
     for line in _all_objects(JsonLines(directory / EVALUATIONS)):
-        evaluation = Evaluation.from_json(line)
-        if isinstance(sae := line.get("sae"), str) and evaluation.snapshot_tokens is not None:
-            newest[evaluation.snapshot_tokens, sae] = evaluation_record(sae, evaluation, _time(line))
+        if (record := evaluation_record(line)) is not None:
+            newest[record.tokens, str(record.sae)] = record
     return [
         record
         for (tokens, _), record in sorted(newest.items())
