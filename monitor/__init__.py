@@ -14,7 +14,8 @@
     evaluation/     SAEs measured with the language model; latents
     http/           the HTTP service and its pages
     export/         metrics and latents in the formats of other programs
-    cli/            pull, top, compare, export
+    publishing/     snapshots on the Hugging Face hub
+    cli/            pull, top, compare, export, publish
     grafana/        dashboards
     prometheus/     alerts
 

@@ -33,6 +33,8 @@ Beside it, for a monitor that is running:
 and for snapshots on disk:
   {shell_command("monitor", "compare", "A", "B")}
       what changed between two of them
+  {shell_command("monitor", "publish", "SNAPSHOT", "REPO")}
+      put one on the Hugging Face hub, with a model card
   {shell_command("monitor", "export", "RUN", "--to", "DIR")}
       the numbers of a run as CSV, Parquet, for TensorBoard or Weights & Biases
 Each has a --help of its own."""
@@ -42,6 +44,7 @@ COMMANDS = {
     "top": "monitor.cli.top",
     "compare": "monitor.cli.compare",
     "export": "monitor.cli.export",
+    "publish": "monitor.cli.publish",
 }
 """Commands, and the modules whose `main` they are."""
 

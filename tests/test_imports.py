@@ -25,7 +25,7 @@ CONTRACTS = {
     },
     "trainer": {
         "trainer.snapshot", "trainer.report", "trainer.phases", "trainer.metrics", "trainer.settings",
-        "trainer.state.durable", "trainer.saes.hooks", "trainer.saes.inference",
+        "trainer.state.durable", "trainer.saes.hooks", "trainer.saes.inference", "trainer.saes.description",
     },
     "monitor": set(),
 }  # fmt: skip

@@ -4,6 +4,7 @@
     top             the command that shows a run
     compare         the command that compares two snapshots
     export          the command that writes a run for other programs
+    publish         the command that puts a snapshot on the Hugging Face hub
     arguments       arguments that commands have in common
     client          HTTP to a monitor
     errors          its errors
@@ -12,6 +13,7 @@
     terminal        tables of a run
     comparison_tables   tables of a comparison
     export_run      an export
+    publish_run     a publication
     progress        bars
 
 Imported by `__main__` and the demo.

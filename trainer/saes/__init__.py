@@ -13,6 +13,7 @@
     published     published weights, and how their latents are computed
     inference     raw activations → latents → reconstruction; writing with a self-test
     formats       the formats of other libraries
+    description   an SAE in words: its equations
     export        `python -m trainer export`
     start         training that starts from published weights
 
@@ -23,5 +24,6 @@ with weights as a snapshot has them on disk; the monitor evaluates it. Elsewhere
 and statistics to an `Sae`, a `training.Member` is its entry in a run, and a `snapshot.Export` holds the files of a
 published one.
 
-Imported by training/ and planning/; `settings` by `trainer.settings`; `hooks` and `inference` by the monitor.
+Imported by training/ and planning/; `settings` by `trainer.settings`; `hooks`, `inference` and `description` by the
+monitor.
 """
