@@ -11,9 +11,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-
 HTTP_LIBRARIES = ("httpx", "httpx2", "requests")
-"""Libraries that one release or another of huggingface_hub speaks HTTP with; their errors of connections come through."""
+"""What some release of huggingface_hub speaks HTTP with; errors of connections are that library's own."""
 
 
 class HubError(Exception):
