@@ -184,11 +184,13 @@ def _page(run_file: str, overrides: list[str]) -> str:
 
 def _note(directory: Path, processes: dict[str, subprocess.Popen[bytes]], page: str) -> str:
     names = index_of(directory).names()
+    if not names and (last_report(directory) or {}).get("state") == "filling":
+        return f"filling the buffer before the first step · page at {page}"
     published = f"{len(names)} snapshot(s), newest {names[-1]}" if names else "no snapshot yet"
     if processes["trainer"].poll() is not None:
         return "training is done; the last snapshot is measured, and its latents are looked at"
     if not (directory / "metrics.jsonl").exists():
-        return "starting: loading the language model, filling the buffer"
+        return f"starting: loading the language model · page at {page}"
     return f"{published} · page at {page}"
 
 

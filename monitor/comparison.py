@@ -14,7 +14,9 @@ Needs numpy alone, and besides the two decoders a block of BLOCK_BYTES.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,13 @@ DIGITS = 6
 """Digits of a cosine in the result."""
 BLOCK_BYTES = 64 << 20
 """Size of the cosines that are held at a time."""
+
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (SAE, latents matched, latents to match)."""
+
+
+def _ignore_progress(sae: str, done: int, total: int) -> None: ...
 
 
 class CompareError(ValueError):
@@ -183,13 +192,13 @@ class Comparison:
         return {"a": self.a, "b": self.b, "only_a": self.only_a, "only_b": self.only_b, "saes": saes}
 
 
-def compare(a: Path, b: Path) -> Comparison:
+def compare(a: Path, b: Path, on_progress: OnProgress = _ignore_progress) -> Comparison:
     """Compares the folders of two snapshots or two SAEs. Raises CompareError."""
     saes_a, saes_b = find_saes(a), find_saes(b)
     if len(saes_a) == len(saes_b) == 1:  # names may differ
         (name_a, sae_a), (name_b, sae_b) = *saes_a.items(), *saes_b.items()
         title = name_a if name_a == name_b else f"{name_a} → {name_b}"
-        return Comparison(str(a), str(b), [], [], {title: compare_saes(sae_a, sae_b)})
+        return Comparison(str(a), str(b), [], [], {title: compare_saes(sae_a, sae_b, on_progress)})
     names = [name for name in saes_a if name in saes_b]
     if not names:
         raise CompareError(
@@ -201,7 +210,7 @@ def compare(a: Path, b: Path) -> Comparison:
         str(b),
         only_a=[name for name in saes_a if name not in saes_b],
         only_b=[name for name in saes_b if name not in saes_a],
-        saes={name: compare_saes(saes_a[name], saes_b[name]) for name in names},
+        saes={name: compare_saes(saes_a[name], saes_b[name], on_progress) for name in names},
     )
 
 
@@ -224,17 +233,17 @@ def _load_sae(folder: Path, metrics: dict[str, Any]) -> ComparedSae:
     return ComparedSae(folder, metrics, read_evaluation(folder.parent, folder.name) or Evaluation())
 
 
-def compare_saes(a: ComparedSae, b: ComparedSae) -> SaeComparison:
+def compare_saes(a: ComparedSae, b: ComparedSae, on_progress: OnProgress = _ignore_progress) -> SaeComparison:
     """Numbers and latents of two SAEs. Raises CompareError."""
     numbers_a, numbers_b = a.numbers(), b.numbers()
     numbers = {name: (numbers_a.get(name), numbers_b.get(name)) for name in {**numbers_a, **numbers_b}}
-    return SaeComparison(numbers, compare_latents(a, b))
+    return SaeComparison(numbers, compare_latents(a, b, on_progress))
 
 
 # --- Latents ---------------------------------------------------------------------------------------------------------
 
 
-def compare_latents(a: ComparedSae, b: ComparedSae) -> LatentComparison:
+def compare_latents(a: ComparedSae, b: ComparedSae, on_progress: OnProgress = _ignore_progress) -> LatentComparison:
     """Compares the decoder rows and firing rates of two SAEs. Raises CompareError."""
     decoder_a, decoder_b = _unit_decoder(a), _unit_decoder(b)
     if decoder_a.shape[1] != decoder_b.shape[1]:
@@ -244,10 +253,14 @@ def compare_latents(a: ComparedSae, b: ComparedSae) -> LatentComparison:
         )
     rate_a, rate_b = _firing_rates(a, len(decoder_a)), _firing_rates(b, len(decoder_b))
     if len(decoder_a) == len(decoder_b):
-        return compare_same_width(decoder_a, decoder_b, rate_a, rate_b)
+        return compare_same_width(decoder_a, decoder_b, rate_a, rate_b, partial(on_progress, a.folder.name))
     lives_a, lives_b = rate_a >= DEAD_RATE, rate_b >= DEAD_RATE
-    cosine_a, _ = best_matches(decoder_a, decoder_b, np.flatnonzero(lives_a))
-    cosine_b, _ = best_matches(decoder_b, decoder_a, np.flatnonzero(lives_b))
+    cosine_a, _ = best_matches(
+        decoder_a, decoder_b, np.flatnonzero(lives_a), on_rows=partial(on_progress, a.folder.name)
+    )
+    cosine_b, _ = best_matches(
+        decoder_b, decoder_a, np.flatnonzero(lives_b), on_rows=partial(on_progress, b.folder.name)
+    )
     return DifferentWidths(
         latents=[len(decoder_a), len(decoder_b)],
         live=[int(lives_a.sum()), int(lives_b.sum())],
@@ -257,7 +270,11 @@ def compare_latents(a: ComparedSae, b: ComparedSae) -> LatentComparison:
 
 
 def compare_same_width(
-    decoder_a: np.ndarray, decoder_b: np.ndarray, rate_a: np.ndarray, rate_b: np.ndarray
+    decoder_a: np.ndarray,
+    decoder_b: np.ndarray,
+    rate_a: np.ndarray,
+    rate_b: np.ndarray,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> SameWidth:
     """Compares latents by index; decoders have rows of unit norm [d_sae, d_out], rates are [d_sae]."""
     lives_a, lives_b = rate_a >= DEAD_RATE, rate_b >= DEAD_RATE
@@ -265,7 +282,7 @@ def compare_same_width(
     cosine = np.einsum("ij,ij->i", decoder_a, decoder_b)
     match_cosine, match = cosine.copy(), np.arange(len(cosine))
     unsure = live[cosine[live] < SAME_COSINE]
-    best, index = best_matches(decoder_a, decoder_b, unsure)
+    best, index = best_matches(decoder_a, decoder_b, unsure, on_rows=on_rows)
     better = best > cosine[unsure]
     match_cosine[unsure[better]], match[unsure[better]] = best[better], index[better]
     turned = live[cosine[live] < TURNED_COSINE]
@@ -288,7 +305,11 @@ def compare_same_width(
 
 
 def best_matches(
-    decoder_a: np.ndarray, decoder_b: np.ndarray, rows: np.ndarray, block_bytes: int = BLOCK_BYTES
+    decoder_a: np.ndarray,
+    decoder_b: np.ndarray,
+    rows: np.ndarray,
+    block_bytes: int = BLOCK_BYTES,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(cosine, index) of the row of `decoder_b` nearest to each of `rows` of `decoder_a`; rows have unit norm."""
     cosine, index = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
@@ -298,6 +319,7 @@ def best_matches(
         cosines = decoder_a[rows[block]] @ decoder_b.T
         index[block] = cosines.argmax(axis=1)
         cosine[block] = np.take_along_axis(cosines, index[block][:, None], axis=1)[:, 0]
+        on_rows(min(start + step, len(rows)), len(rows))
     return cosine, index
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from monitor.evaluation.measures import Measure, Stage, measures
 from monitor.evaluation.results import Evaluation
 from monitor.json_lines import JsonLines
+from trainer.phases import RunPhase
 from trainer.report import DENSITY_EDGES
 
 Columns = dict[str, dict[str, list[Any]]]
@@ -126,6 +127,8 @@ class History:
         return self._evaluation_cache[1]
 
     def _add_report(self, report: dict[str, Any]) -> None:
+        if report.get("state") == RunPhase.FILLING and not report.get("saes"):
+            return  # the buffer is being filled before the first step: there is nothing to draw
         report = {"time": 0.0, "saes": [], **report, "tokens": report.get("tokens") or 0}
         if report["tokens"] < self._newest_report["tokens"]:
             self._rollbacks.append(Rollback(report["time"], report["tokens"]))

@@ -57,6 +57,23 @@ def test_what_is_the_same_has_not_changed(tmp_path: Path):
     assert latents["cosine"]["same_index"]["counts"][-1] == D_SAE and latents["cosine"]["same_index"]["mean"] == 1.0
 
 
+def test_the_table_says_what_is_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In words: a smaller FVU is better, and colours are not everybody's."""
+    before, after = sae(), sae()
+    after = replace(after, metrics=after.metrics | {"fvu": 0.125, "l0": 5.0})
+    a, b = publish_snapshot(tmp_path, 1000, [before]), publish_snapshot(tmp_path, 2000, [after])
+    assert main([str(a), str(b)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fvu", "0.25", "0.125", "-0.125", "better"] in lines and ["l0", "4", "5", "+1", "worse"] in lines
+
+
+def test_matching_reports_its_progress():
+    """Blocks of rows, up to all of them."""
+    rows, reported = np.eye(4, dtype=np.float32), []
+    best_matches(rows, rows, np.arange(4), block_bytes=32, on_rows=lambda done, total: reported.append((done, total)))
+    assert reported == [(2, 4), (4, 4)]
+
+
 def test_births_and_deaths_are_found_by_firing_rates(tmp_path: Path):
     """Born is who fires in the second alone, died who fires in the first alone; who is silent in both is neither."""
     latents = latents_of(tmp_path, sae(dead=(1, 2)), sae(dead=(2, 3)))
@@ -124,7 +141,7 @@ def test_numbers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not {"seconds", "snapshot", "kl"} & set(numbers)
     assert main([str(a), str(b)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["ce_delta", "0.125", "0.0625", "-0.0625"] in lines
+    assert ["ce_delta", "0.125", "0.0625", "-0.0625", "better"] in lines
     assert not [line for line in lines if line[:1] == ["fvu"]]
 
 

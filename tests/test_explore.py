@@ -196,6 +196,18 @@ def test_table_comes_in_pages(explorer: Explorer):
     assert {page.matching for page in pages} == {len(WORDS) + 1}
 
 
+def test_the_first_latents_of_an_sae_come_first(tmp_path: Path, model: LanguageModel):
+    """Where snapshots come faster than they are looked at, there would be none until the end."""
+    follower = Evaluator(
+        read_run_file(MonitorSettings, str(run_file(tmp_path)), []), MonitorMetrics(new_registry()), threading.Event()
+    )
+    inputs = follower._load()
+    folders = [publish_snapshot(tmp_path / "run", tokens, [planted_sae(model)]) for tokens in (1000, 2000, 3000)]
+    for folder in folders[:2]:  # neither is the newest
+        follower._process(inputs, folder.name)
+    assert [(folder / "planted" / LATENTS).is_file() for folder in folders] == [True, False, False]
+
+
 # --- One latent ------------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,15 @@ def test_a_run_that_does_not_exist_has_no_points(run: Path):
     assert columns["tokens"] == [] and columns["saes"] == {} and columns["next"] == 0
 
 
+def test_filling_the_buffer_is_no_point(run: Path):
+    """Nothing is trained yet: the curves begin with the first step."""
+    history = History(run)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"tokens": 0, "time": 1.0, "state": "filling", "buffer_rows": 5, "saes": []}\n')
+    add_report(run, 10, a=0.5)
+    assert history.columns()["tokens"] == [10]
+
+
 def test_only_what_is_new_is_told(run: Path):
     """To who has seen the points before it; everything to others."""
     history = History(run)

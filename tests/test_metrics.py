@@ -333,6 +333,15 @@ def test_occupied_port_is_named():
         start_metrics_server(new_registry(), "127.0.0.1", port)
 
 
+def test_a_buffer_that_fills_is_in_the_history(tmp_path: Path):
+    """The page and `top` read it there; while nothing comes, no line is added."""
+    with Reporter(tmp_path, TrainerMetrics(new_registry(), {}, 1.0)) as reporter:
+        for rows in (5, 5, 7):
+            reporter.on_fill(replace(REPORT, state="filling", buffer_rows=rows, saes=()))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["buffer_rows"] for line in lines] == [5, 7]
+
+
 def test_a_full_disk_costs_the_history_a_line_and_not_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Not a whole line is no line: what follows must not be appended to half of one."""
     (tmp_path / "full").mkdir()

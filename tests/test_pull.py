@@ -175,7 +175,9 @@ def test_manifest_that_leads_out_of_the_folder_is_refused(
 def test_command_prints_the_folder(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """stdout is the folder and nothing else, so that a script can use it."""
     assert main([url.removeprefix("http://"), "--to", str(tmp_path / "here")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'here' / '000000001000'}\n"
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / 'here' / '000000001000'}\n"
+    assert "small/sae_weights.safetensors  " in output.err  # in a pipe, a line for each file as it comes
 
 
 def test_wrong_usage_is_2_and_no_server_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

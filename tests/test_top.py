@@ -75,6 +75,14 @@ def test_a_silent_run_is_not_shown_as_training(
     assert expected in out and hidden not in out
 
 
+def test_a_buffer_that_is_being_filled_is_shown(run_directory: Path, url: str, capsys: pytest.CaptureFixture[str]):
+    """How full it is, before there is any SAE."""
+    report(run_directory, 0, state="filling", saes=[], tokens_per_second=0.0)
+    assert main([url]) == 0
+    output = capsys.readouterr().out
+    assert "3 tokens · filling · 1 producer" in output and "left" not in output
+
+
 def test_before_the_first_report_and_after_the_last(run_directory: Path, url: str, capsys: pytest.CaptureFixture[str]):
     """Waiting says for what; a finished run shows its results."""
     assert main([url]) == 0

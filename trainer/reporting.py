@@ -25,6 +25,8 @@ class Reporter:
     def __init__(self, directory: Path, metrics: TrainerMetrics) -> None:
         self.last: StepReport | None = None
         self._logged_at = time.monotonic()
+        self._filled_rows = 0
+        """Activations in the buffer at the last line that was written while it was being filled."""
         self._history = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed on exit)
         self._metrics = metrics
 
@@ -36,12 +38,15 @@ class Reporter:
 
     def on_fill(self, report: StepReport) -> None:
         self._metrics.update(report)
+        if report.buffer_rows != self._filled_rows:  # a trainer that waits for producers writes nothing
+            self._filled_rows = report.buffer_rows
+            self._append(_line(report))
 
     def on_report(self, report: StepReport) -> None:
         self._log(report, self.last)
         self.last = report
         self._metrics.update(report)
-        self._append(json.dumps(_without_nan(report.as_json())).encode() + b"\n")
+        self._append(_line(report))
 
     def _append(self, line: bytes) -> None:
         """Appends a line to metrics.jsonl. A full disk costs this line, never the training."""
@@ -76,6 +81,10 @@ class Reporter:
 
     def on_save(self) -> None:
         self._metrics.set_checkpoint_time(time.time())
+
+
+def _line(report: StepReport) -> bytes:
+    return json.dumps(_without_nan(report.as_json())).encode() + b"\n"
 
 
 def _without_nan(value: Any) -> Any:

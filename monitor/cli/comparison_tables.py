@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from monitor.comparison import (
@@ -18,6 +20,7 @@ from monitor.comparison import (
     CosineDistribution,
     DifferentWidths,
     Incomparable,
+    OnProgress,
     SameWidth,
     compare,
 )
@@ -33,7 +36,8 @@ WAYS = {"same_index": "same index", "matched": "best match", "a_in_b": "of A in 
 def run(a: Path, b: Path, as_json: bool) -> int:
     """Compares two folders, and prints the result. Returns the exit code."""
     try:
-        comparison = compare(a, b)
+        with _progress() as on_progress:
+            comparison = compare(a, b, on_progress)
     except CompareError as error:
         print(error, file=sys.stderr)
         return 2
@@ -42,6 +46,21 @@ def run(a: Path, b: Path, as_json: bool) -> int:
     else:
         show(comparison)
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """A bar for each SAE whose latents are being matched, on a terminal alone."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def on_progress(sae: str, done: int, total: int) -> None:
+            if sae not in bars:
+                bars[sae] = progress.add_task(f"matching latents of {sae}", total=None)
+            progress.update(bars[sae], completed=done, total=total)
+
+        yield on_progress
 
 
 def show(comparison: Comparison) -> None:
@@ -73,10 +92,13 @@ def _numbers_table(numbers: dict[str, tuple[float | None, float | None]]) -> Tab
     table.add_column("")
     for heading in ("A", "B", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for name, (a, b) in numbers.items():
         if a != b:
-            change = "" if a is None or b is None else _colored(_number(b - a, "+"), b - a, _better(name))
-            table.add_row(name, _number(a), _number(b), change)
+            change, verdict = "", ""
+            if a is not None and b is not None:
+                change, verdict = _number(b - a, "+"), _verdict(b - a, _better(name))
+            table.add_row(name, _number(a), _number(b), change, verdict)
     return table
 
 
@@ -86,11 +108,11 @@ def _better(name: str) -> Better | None:
     return next(directions, None)
 
 
-def _colored(text: str, change: float, better: Better | None) -> str:
-    """Green where the change is an improvement, red where it is not."""
+def _verdict(change: float, better: Better | None) -> str:
+    """`better` in green or `worse` in red; empty where neither direction is good."""
     if better is None:
-        return text
-    return f"[{'green' if (change > 0) == (better is Better.HIGHER) else 'red'}]{text}[/]"
+        return ""
+    return "[green]better[/]" if (change > 0) == (better is Better.HIGHER) else "[red]worse[/]"
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from monitor.cli.client import Monitor, read_body
 from monitor.cli.errors import Gone, MonitorError, UsageError
+from producer.common.formatting import format_bytes
 from producer.common.parsing import parse_object
 from trainer.snapshot import (
     FORMAT,
@@ -334,9 +335,12 @@ def _print_error(message: str) -> None:
 
 @contextmanager
 def _progress() -> Iterator[OnProgress]:
-    """Bars on a terminal, nothing in a pipe."""
+    """Bars on a terminal; in a pipe, a line for each file that has come."""
+    if not sys.stderr.isatty():
+        yield lambda path, done, size: _print_error(f"{path}  {format_bytes(size)}") if done == size else None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bars: dict[str, TaskID] = {}
 
         def on_progress(path: str, done: int, size: int) -> None:

@@ -160,7 +160,8 @@ def _draw_results(view: RunView, run: Run, summary: dict[str, Any], note: str, w
     if is_evaluated(summary) or report is None:
         return Group(results(summary, width), Text(f"  {note}", style="dim"))
     table = live(report | {"state": "finished", "stream": {"producers": {}}}, view.evaluations, None, note, width)
-    warning = Text("  its last snapshot has no numbers on held-out text so far", style="yellow")
+    activity = f": the monitor is {run['evaluation']}" if run.get("evaluation") else ""
+    warning = Text(f"  its last snapshot has no numbers on held-out text so far{activity}", style="yellow")
     return Group(table, warning)
 
 

@@ -27,7 +27,7 @@ from monitor.evaluation.results import Evaluation, read_evaluation, write_evalua
 from monitor.history import append_evaluation
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.metrics import MonitorMetrics
-from monitor.run_directory import LATENTS, is_finished
+from monitor.run_directory import LATENTS, is_finished, newest_with_latents
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
 from producer.corpus import CorpusError
@@ -74,6 +74,8 @@ class Evaluator:
         self._processed: set[SnapshotId] = set()
         self._failed: set[SnapshotId] = set()
         self._current: SnapshotId | None = None
+        self._passes = 0
+        """Passes of the language model, or other pieces, in the work that `_begin` announced."""
         self.broken: str | None = None
         self.moved_at: float | None = None
         """Monotonic time of the last forward pass while an evaluation runs, else None."""
@@ -108,6 +110,7 @@ class Evaluator:
             self._fail(name, f"snapshot {name} is not evaluated: {error}", is_unexpected)
         finally:
             self._current = self.moved_at = None
+            self._handle.activity = ""
         self._processed.add(newest)
 
     def has_failed(self) -> bool:
@@ -161,7 +164,9 @@ class Evaluator:
             self._evaluate(inputs, snapshot, missing)
         if self._settings.monitor.latents_tokens:
             for sae in snapshot.saes:
-                if self._is_newest(snapshot) and not (snapshot.folder / sae / LATENTS).is_file():
+                # The first latents of an SAE come first: a run whose snapshots come fast had none until its end.
+                is_due = self._is_newest(snapshot) or newest_with_latents(self._directory, sae) is None
+                if is_due and not (snapshot.folder / sae / LATENTS).is_file():
                     self._gather_latents(inputs, snapshot, sae)
             for sae in _saes_with_unmeasured_latents(snapshot):
                 if self._is_newest(snapshot):
@@ -175,6 +180,7 @@ class Evaluator:
         if not compatible:
             return
         text = inputs.text
+        self._begin(f"evaluating {', '.join(saes)} of {snapshot.name}")
         results = evaluate(
             inputs.model,
             text.windows,
@@ -217,6 +223,7 @@ class Evaluator:
         weights = load_sae(folder, inputs.model.device)
         if why_incompatible(inputs.model, weights):
             return
+        self._begin(f"gathering the latents of {sae} of {snapshot.name}")
         latents = gather_latents(inputs.model, inputs.latent_windows, weights, snapshot.norm_bounds, self._between)
         latents = replace(latents, born=self._births.births(snapshot.folder, sae))
         latents.save(folder / LATENTS)
@@ -232,6 +239,7 @@ class Evaluator:
         """Adds the measures that need the activations of the latents to an SAE's evaluation."""
         began = time.monotonic()
         folder, model = snapshot.folder / sae, inputs.model
+        self._begin(f"measuring the latents of {sae} of {snapshot.name}")
         evaluation = read_evaluation(snapshot.folder, sae) or Evaluation()
         weights, latents = load_sae(folder, model.device), load_latents(folder / LATENTS)
         values = {**evaluation.values, "explanation_f1": mean_f1(latents, self._between)}
@@ -242,9 +250,17 @@ class Evaluator:
         self._publish(snapshot, sae, replace(evaluation, values=values))
         log.info("%s of %s: latents measured (%.1f s)", sae, snapshot.name, time.monotonic() - began)
 
+    def _begin(self, activity: str) -> None:
+        """Announces a piece of work, on the page and in the log."""
+        self._handle.activity = activity
+        self._passes = 0
+        log.info("%s", activity)
+
     def _between(self) -> None:
         """Rests after each piece of work, so that the evaluation takes no more than its share of a run's time."""
         now = time.monotonic()
+        self._passes += 1
+        self._handle.activity = f"{self._handle.activity.partition(':')[0]}: {self._passes:,} passes done"
         worked = 0.0 if self.moved_at is None else now - self.moved_at
         finished = is_finished(self._directory)
         if finished and self._current not in (None, self._newest()):

@@ -18,6 +18,8 @@ class ExplorerHandle:
     """Why there is no explorer."""
     is_expected: bool = True
     """Whether an explorer may still come."""
+    activity: str = ""
+    """What the evaluating thread is doing, in words; empty while it waits."""
     incompatible_saes: dict[str, str] = field(default_factory=dict)
     """Why an SAE does not fit the language model, by the SAE's name."""
 

@@ -178,7 +178,8 @@ class _Pages:
                 return _empty("Not here", f"{self._handle.incompatible_saes[sae]}.")
             if sae not in [known_sae["name"] for known_sae in saes_with_latents(self._directory)]:
                 return _empty("No such SAE", f"{error}.")
-            text = "The language model reads held-out text with this SAE, which mostly takes a minute."
+            activity = f" Now {self._handle.activity}." if self._handle.activity else ""
+            text = f"The language model reads held-out text with this SAE, which mostly takes a minute.{activity}"
             return _empty("Being computed", text)
         except ValueError as error:
             return _empty("Not understood", f"{error}.")

@@ -83,8 +83,8 @@ def make_app(
 
     `unhealthy` returns the problem, if there is one; `handle` holds the explorer that answers questions about latents.
     """
-    routes = _Routes(run_directory, registry, unhealthy, page_sizes)
     handle = handle or ExplorerHandle(reason="This monitor does not evaluate.", is_expected=False)
+    routes = _Routes(run_directory, registry, unhealthy, page_sizes, handle)
     return Starlette(
         routes=[
             *page_routes(run_directory, handle),
@@ -139,15 +139,18 @@ class _Routes:
         registry: CollectorRegistry,
         unhealthy: Callable[[], str | None],
         page_sizes: PageSizes,
+        handle: ExplorerHandle,
     ) -> None:
         self.run_directory = run_directory
         self.registry = registry
         self.unhealthy = unhealthy
         self.page_sizes = page_sizes
+        self.handle = handle
         self.index = index_of(run_directory)
 
     def run(self, request: Request) -> Response:
-        return JSONResponse(read_run(self.run_directory), headers={"Cache-Control": MUTABLE})
+        content = {**read_run(self.run_directory), "evaluation": self.handle.activity or None}
+        return JSONResponse(content, headers={"Cache-Control": MUTABLE})
 
     def snapshots(self, request: Request) -> Response:
         limit, before = _parse_page(request, self.page_sizes)
