@@ -108,7 +108,7 @@ def _jumprelu(
 
 
 class Jump(torch.autograd.Function):
-    """z·H(z − θ) with the straight-through derivatives of `trainer.saes.jumprelu`."""
+    """z·H(z − θ) with the straight-through derivatives of `trainer.saes.architectures.jumprelu`."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_encoder: bool = True) -> Tensor:

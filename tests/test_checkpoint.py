@@ -39,7 +39,8 @@ from trainer.state.format import (
     has_latent_rows,
 )
 from trainer.stream.buffer import Batch
-from trainer.training.run import Run, roster_of
+from trainer.training.resuming import roster_of
+from trainer.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 

@@ -53,8 +53,9 @@ from trainer.stream.ledger.resume import restore_ledger
 from trainer.stream.ledger.shards import FailureReport
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.training.loop import STARVED_REPORT_SECONDS, Loop
+from trainer.training.resuming import roster_of
 from trainer.training.roster import Roster
-from trainer.training.run import Run, roster_of
+from trainer.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 TOP = {"name": "top", "architecture": "topk", "d_sae": 16, "k": 2}

@@ -26,7 +26,7 @@ from trainer.stream.ledger.credit import OrderedCredit
 from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.shards import QuarantinedShard
 from trainer.stream.router import IntakeError
-from trainer.training.run import buffer_of
+from trainer.training.resuming import buffer_of
 
 CAPACITY = 16
 

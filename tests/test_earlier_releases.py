@@ -33,7 +33,8 @@ from trainer.state.checkpoint import complete_folders, load_newest
 from trainer.state.format import CheckpointDocument, CheckpointTensors, encode_document, encode_tensors
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
 from trainer.stream.ledger.resume import ledger_state
-from trainer.training.run import Run, buffer_of, roster_of
+from trainer.training.resuming import buffer_of, roster_of
+from trainer.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.small_saes import FAMILY, NOBODY, UNSCALED, make, rows_of, settings_of, train_sae
-from trainer.saes.batchtopk import BatchTopK
+from trainer.saes.architectures.batchtopk import BatchTopK
 from trainer.saes.folding import InputTransform, fold, fold_norms, side_by_side, unfold, whitening_of
 from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
 from trainer.snapshot import SnapshotError, publish, read_sae
@@ -218,7 +218,7 @@ def test_gated_is_exactly_a_jumprelu() -> None:
     """π_mag where it exceeds max(θ, 0), θ = b_mag − exp(r_mag) b_gate: the same latents, in float64."""
     sae, x, y = make("gated")
     b_mag, rate = sae.parameters["b_mag"], sae.parameters["r_mag"].exp()
-    magnitude = sae._encoder_input(x) @ (rate[:, None] * sae.W_enc).T + b_mag
+    magnitude = sae.encoder_input(x) @ (rate[:, None] * sae.W_enc).T + b_mag
     theta = (b_mag - rate * sae.parameters["b_gate"]).clamp_min(0)
     latents = magnitude * (magnitude > theta)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import trainer.saes.topk
+import trainer.saes.architectures.topk
 from producer.corpus.synthetic import SyntheticActivations
 from tests.small_training import (
     ROWS,
@@ -27,7 +27,7 @@ from tests.small_training import (
     train_on_truth,
     truth,
 )
-from trainer.saes.auxk import add_auxk
+from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.training.run import Run
@@ -151,7 +151,7 @@ def without_encoder_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None
         if sae.settings.name == name:
             grads.update(before)
 
-    monkeypatch.setattr(trainer.saes.topk, "add_auxk", without_encoder)
+    monkeypatch.setattr(trainer.saes.architectures.topk, "add_auxk", without_encoder)
 
 
 @pytest.fixture(scope="module")

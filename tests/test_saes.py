@@ -23,11 +23,11 @@ from tests.small_saes import (
     settings_of,
     train_sae,
 )
+from trainer.saes.architectures.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.base import Sae
 from trainer.saes.folding import side_by_side
 from trainer.saes.inference import check, export, load_sae
 from trainer.saes.initial import geometric_median, initial_bias
-from trainer.saes.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
 from trainer.snapshot import publish

@@ -20,15 +20,15 @@ from trainer.parallel.ranks import ALONE, Ranks
 from trainer.planning.exchange import exchanged_bytes
 from trainer.planning.workload import step_costs
 from trainer.report import SaeReport
+from trainer.saes.architectures.batchtopk import BatchTopK
+from trainer.saes.architectures.jumprelu import JumpReLU
+from trainer.saes.architectures.topk import FixedK
 from trainer.saes.base import Sae
-from trainer.saes.batchtopk import BatchTopK
 from trainer.saes.folding import Whitening
 from trainer.saes.gradients import THROUGH_ENCODER
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.initial import random_rows
-from trainer.saes.jumprelu import JumpReLU
 from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
-from trainer.saes.topk import FixedK
 from trainer.settings import OptimizerSettings, TrainerSettings
 from trainer.training.averaging import AverageWeights
 from trainer.training.sae_trainer import SaeTrainer

@@ -48,11 +48,13 @@ from trainer.stream.ledger.resume import restore_ledger
 from trainer.stream.ledger.shards import Quarantine
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.stream.router import IntakeError
+from trainer.training.device import DeviceError, pick_device
 from trainer.training.leader import Leader, LeaderRun
 from trainer.training.loop import Loop, MakeRun
 from trainer.training.publishing import summary, write_settings
+from trainer.training.resuming import buffer_of, roster_of
 from trainer.training.roster import Roster
-from trainer.training.run import DeviceError, NoVariance, Run, buffer_of, pick_device, roster_of
+from trainer.training.run import NoVariance, Run
 
 log = logging.getLogger("sluice.trainer")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from producer.wire import Hello, Hook
+from trainer.saes.architectures.jumprelu import MINIMUM_THRESHOLD
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.jumprelu import MINIMUM_THRESHOLD
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.training.sae_trainer import SaeTrainer

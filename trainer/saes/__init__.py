@@ -6,9 +6,9 @@
     gradients     the results of a forward and a backward pass over one batch
     encoder       the encoder's product, in blocks
     initial       the values that parameters begin with
-    base          parameters, products and gradients that all SAEs share
-    auxk          a loss that revives dead latents
-    topk batchtopk jumprelu relu tied gated repair      one architecture each
+    parameters    the parameters of an SAE
+    base          products and gradients that all SAEs share
+    architectures one module each: topk, batchtopk, jumprelu, …
     folding       input scales and whitening folded into published weights
     published     published weights, and how their latents are computed
     inference     raw activations → latents → reconstruction; writing with a self-test

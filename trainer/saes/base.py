@@ -41,23 +41,19 @@ from trainer.kernels.operands import Operands
 from trainer.kernels.select import DENSE_ABOVE, Latents, dense_if_many
 from trainer.kernels.sparse import Entries, kernels
 from trainer.parallel import products, selection
-from trainer.parallel.blocks import blocks_of, blocks_of_subset, segment_ends
+from trainer.parallel.blocks import blocks_of_subset
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.encoder import BlockwiseEncoder, Encoded
 from trainer.saes.gradients import THROUGH_ENCODER, Gradients, Reconstruction
-from trainer.saes.initial import initial_bias, initial_directions, normalise_rows
+from trainer.saes.parameters import SaeParameters
 from trainer.saes.published import Activation, SaeWeights
-from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
+from trainer.saes.settings import SaeSettings
 
 NO_GRADIENTS: Mapping[str, Tensor] = {}
-RATE_ROWS = 8192
-"""Rows from which the initial firing rates of latents are estimated."""
-LATENTS_AT_ONCE = 4096
-"""Latents whose firing rates are estimated at a time."""
 
 
-class Sae(ABC):
-    """One SAE in training. `parameters` are float32 masters, which the optimizer changes in place.
+class Sae(SaeParameters, ABC):
+    """One SAE in training.
 
     A subclass is an architecture: it names its settings, and the activations that its snapshots are published with.
     """
@@ -67,12 +63,9 @@ class Sae(ABC):
     activations: ClassVar[tuple[Activation, ...]]
     """Activations of its snapshots; training may start from SAEs published with them (`startable`)."""
 
-    settings: SaeSettings
     matmul_dtype: torch.dtype = torch.float32
     dense_above = DENSE_ABOVE
     """Fraction of active latents above which a full matrix holds them: a matter of speed alone."""
-    encoder_bias = "b_enc"
-    """Name of the bias of the pre_acts among the parameters."""
     trainable: frozenset[str] | None = None
     """Names of the parameters that the optimizer changes; None for all."""
 
@@ -83,83 +76,12 @@ class Sae(ABC):
 
         `ranks` share its latents.
         """
-        self.settings = settings
-        self.ranks = ranks
-        self.widths = widths
-        self.d_in = sum(widths)
-        self.d_out = self.d_in if d_out is None else d_out
-        self.d_sae = settings.d_sae
-        self.is_transcoder = d_out is not None
-        self.centred = settings.centred
-        """b_dec is subtracted from x."""
-        self.unit_decoder = settings.unit_decoder
-        """Decoder rows are kept at unit norm; otherwise their norm is learned and folded into the encoder on export."""
-        self.by_magnitude = False
-        """Latents may be negative, and are selected by their magnitude."""
-        self.latents = ranks.latents(self.d_sae)
-        """The latents that this rank holds; d_sae is the number of all."""
-        self.blocks = blocks_of(ranks.latent_blocks(self.d_sae), settings.levels)
-        self.ends = segment_ends(self.blocks)
-        """Ends of the segments of this rank's latents: without other ranks one per level."""
+        super().__init__(settings, widths, d_out, ranks)
         if ranks.blocks > 1:
             self.dense_above = math.inf  # the bits of a dense product would depend on how many latents a rank holds
-        self.variance = 1.0
-        """Frozen total variance of scaled y: the unit of the reconstruction loss."""
-        self.parameters: dict[str, Tensor] = {
-            "W_enc": torch.zeros(len(self.latents), self.d_in),
-            "W_dec": torch.zeros(len(self.latents), self.d_out),
-            "b_enc": torch.zeros(len(self.latents)),
-            "b_dec": torch.zeros(self.d_out),
-        }
-        if settings.skip:
-            self.parameters["W_skip"] = torch.zeros(self.d_out, self.d_in)
         self.operands = Operands()
         self._encoder = BlockwiseEncoder()
         self._spare_gradients: dict[str, Tensor] = {}
-
-    # Parameters by name; architectures that store them otherwise override these
-
-    @property
-    def W_enc(self) -> Tensor:
-        return self.parameters["W_enc"]
-
-    @property
-    def W_dec(self) -> Tensor:
-        return self.parameters["W_dec"]
-
-    @property
-    def b_enc(self) -> Tensor:
-        return self.parameters[self.encoder_bias]
-
-    @property
-    def b_dec(self) -> Tensor:
-        return self.parameters["b_dec"]
-
-    # First weights
-
-    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        """Sets the parameters from a sample of scaled activations x [rows, d_in], y [rows, d_out]."""
-        self.variance = float((y - y.mean(0)).double().square().sum(1).mean())
-        directions = initial_directions(self.settings, x, generator, self.latents)
-        self.b_dec.copy_(initial_bias(y, self.settings.initial_bias))
-        self.W_enc.copy_(directions)
-        if self.is_transcoder:
-            # y_hat begins as the mean of the target, and pre_acts about zero, as in sparsify.
-            centre = initial_bias(x, self.settings.initial_bias)
-            self.b_enc.copy_(torch.cat([-(directions[block.latents] @ centre) for block in self.blocks]))
-        else:
-            self.W_dec.copy_(directions)
-
-    def equalise_rates(self, x: Tensor, rate: float, level: float) -> None:
-        """Sets b_enc such that each latent's pre_act exceeds `level` on the fraction `rate` of the rows x [rows, d_in].
-
-        Without it, directions of large variance win on nearly every row at first, and all others begin dead.
-        """
-        sample = self._encoder_input(x[:RATE_ROWS].to(self.W_enc.device))
-        rank = min(len(sample), max(1, round((1 - rate) * len(sample))))
-        weights = [W for block in self.blocks for W in self.W_enc[block.latents].split(LATENTS_AT_ONCE)]
-        quantiles = [(sample @ W.T).kthvalue(rank, dim=0).values for W in weights]
-        self.b_enc.copy_(level - torch.cat(quantiles))
 
     @classmethod
     def startable(cls, settings: SaeSettings) -> frozenset[str]:
@@ -169,18 +91,6 @@ class Sae(ABC):
     def adapt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published weights, scaled as this SAE's, in a form that it can hold. Raises SnapshotError without one."""
         return weights
-
-    def adopt(self, weights: dict[str, Tensor]) -> None:
-        """Sets the parameters that `weights`, in this SAE's layout and scale, contain; those of this rank's latents."""
-        for name in self.parameters.keys() & weights.keys():
-            self.parameters[name].copy_(weights[name])
-        if self.unit_decoder:
-            normalise_rows(self.W_dec)
-
-    def rows_of_rank(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of this rank's latents, and those that belong to no latent, of weights of all latents."""
-        rows = slice(self.latents.start, self.latents.stop)
-        return {name: value if name in SHARED_PARAMETERS else value[rows] for name, value in weights.items()}
 
     # Training
 
@@ -249,13 +159,10 @@ class Sae(ABC):
 
     def pre_acts(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
         """pre_acts [batch, n] in float32, as in inference; `latents` are indices [n] among those of this rank."""
-        inputs, W_enc, b_enc = self._encoder_input(x), self.W_enc[latents], self.b_enc[latents]
+        inputs, W_enc, b_enc = self.encoder_input(x), self.W_enc[latents], self.b_enc[latents]
         blocks = self.blocks if isinstance(latents, slice) else blocks_of_subset(self.blocks, latents)
         parts = [linear(inputs, W_enc[block.latents], b_enc[block.latents]) for block in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-    def _encoder_input(self, x: Tensor) -> Tensor:
-        return x - self.b_dec if self.centred else x
 
     def operand(self, name: str) -> Tensor:
         """A weight matrix in the type of products."""
@@ -330,26 +237,6 @@ class Sae(ABC):
             grads["W_skip"] = dy_hat.to(x.dtype).T @ x
         return grads
 
-    def reinitialise(self, latents: Tensor, x: Tensor, y: Tensor) -> None:
-        """Points `latents` (indices [n]) at the directions x [n, d_in] and y [n, d_out] (Bricken et al. 2023).
-
-        Encoder rows get a fifth of the mean norm of the other latents' (of all, when there are no others), so that
-        they begin with small activations. Collective; `latents` are those of this rank, perhaps none.
-        """
-        others = torch.ones(len(self.latents), dtype=torch.bool, device=latents.device)
-        others[latents] = False
-        if not self.ranks.count(int(others.sum())):
-            others[latents] = True
-        W_enc_rows, W_dec_rows = x.clone(), y.clone()
-        normalise_rows(W_enc_rows)
-        normalise_rows(W_dec_rows)
-        encoder_norm, decoder_norm = products.mean_norms(self.ranks, (self.W_enc, self.W_dec), others, self.blocks)
-        if not self.unit_decoder:
-            W_dec_rows *= decoder_norm
-        self.W_enc[latents] = 0.2 * encoder_norm * W_enc_rows
-        self.b_enc[latents] = 0.0
-        self.W_dec[latents] = W_dec_rows
-
     # Publishing
 
     def calibrate(self, x: Tensor) -> None:
@@ -367,12 +254,3 @@ class Sae(ABC):
     @abstractmethod
     def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         """(keys of SAELens' cfg.json, float32 weights for scaled activations with a row per latent of this rank)."""
-
-    def common_weights(self) -> dict[str, Tensor]:
-        """Copies of W_enc, W_dec, b_enc, b_dec and W_skip, decoder rows of unit norm where they are kept so."""
-        weights = {name: getattr(self, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-        if self.unit_decoder:
-            normalise_rows(weights["W_dec"])
-        if "W_skip" in self.parameters:
-            weights["W_skip"] = self.parameters["W_skip"].clone()
-        return weights

@@ -11,7 +11,7 @@ DATA_SHARE, RANDOM_SHARE = 0.8, 0.2
 """Weights of an activation and of a random direction in an initial direction "data"."""
 
 ROWS_AT_ONCE, LEAST_DRAWN = 4096, 16
-"""Rows that are result at a time, and fewest of the last time."""
+"""Rows that are drawn at a time, and the fewest of the last time."""
 
 
 def initial_directions(settings: SaeSettings, x: Tensor, generator: torch.Generator, latents: range) -> Tensor:

@@ -11,13 +11,13 @@ from functools import cache
 from typing import Any
 
 ARCHITECTURES: dict[str, str | type] = {
-    "topk": "trainer.saes.topk:TopK",
-    "batchtopk": "trainer.saes.batchtopk:BatchTopK",
-    "jumprelu": "trainer.saes.jumprelu:JumpReLU",
-    "relu": "trainer.saes.relu:ReLU",
-    "tied": "trainer.saes.tied:Tied",
-    "gated": "trainer.saes.gated:Gated",
-    "repair": "trainer.saes.repair:Repair",
+    "topk": "trainer.saes.architectures.topk:TopK",
+    "batchtopk": "trainer.saes.architectures.batchtopk:BatchTopK",
+    "jumprelu": "trainer.saes.architectures.jumprelu:JumpReLU",
+    "relu": "trainer.saes.architectures.relu:ReLU",
+    "tied": "trainer.saes.architectures.tied:Tied",
+    "gated": "trainer.saes.architectures.gated:Gated",
+    "repair": "trainer.saes.architectures.repair:Repair",
 }
 """Subclasses of `trainer.saes.base.Sae`, or MODULE:CLASS, by the value of `architecture` in a run file."""
 

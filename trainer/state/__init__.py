@@ -1,7 +1,8 @@
 """What is on disk, and does it survive a crash?
 
     durable           files and folders that are whole or absent
-    format            contents of a checkpoint as typed parts: keys, version, migrations
+    format            contents of a checkpoint as typed parts, and their keys
+    migrations        its version, and what brings older documents to it
     checkpoint        checkpoints as files
     audit             whether the contents of a checkpoint agree
     run_directory     the run directory of a trainer at work: locked and watched

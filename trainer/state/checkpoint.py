@@ -31,16 +31,15 @@ from trainer.state.durable import flush, new_folder, remove_folder, sweep
 from trainer.state.format import (
     Checkpoint,
     CheckpointDocument,
-    CheckpointFormatError,
     LatentRange,
     SaeTensors,
-    UnknownVersion,
     decode_document,
     decode_tensors,
     encode_document,
     encode_tensors,
     has_latent_rows,
 )
+from trainer.state.migrations import CheckpointFormatError, UnknownVersion
 
 NAME = re.compile(r"\d{12,}-\d{6,}")
 DOCUMENT, TENSORS = "state.json", "state.safetensors"

@@ -18,34 +18,24 @@ The tensors with one row per latent may be spread over files by ranges of latent
 them. Where it lists none, one file has all rows, as in version 3.
 
 No other module names a key. Whoever owns a part makes it in `state()` and takes it in `restore()`. The format changes
-with VERSION, and with an entry of MIGRATIONS that brings older documents to it. Light: no torch.
+with VERSION, and with an entry of MIGRATIONS (`migrations`) that brings older documents to it. Light: no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from producer.wire import Hello, unpack_bits
 from trainer.saes.settings import SHARED_PARAMETERS
+from trainer.state.migrations import VERSION, CheckpointFormatError, Json, migrated
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-VERSION = 4
-OLDEST_VERSION = 3
-"""The oldest version that the migrations begin with."""
-
-Json = dict[str, Any]
-
-
-class CheckpointFormatError(ValueError):
-    """The contents of a checkpoint are not what the format says. The message names the key."""
-
 
 # The document ---------------------------------------------------------------------------------------------------------
 
@@ -395,42 +385,6 @@ def _bits_of(serial: int, tensors: Mapping[str, Tensor]) -> Iterator[ShardBits]:
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose keys begin with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-# Versions -------------------------------------------------------------------------------------------------------------
-
-
-def _add_breaches(document: Json) -> Json:
-    """The first releases of version 3 counted no breaches of the ledger's invariants."""
-    ledger = document.get("ledger")
-    return document | {"ledger": {"breaches": {}} | ledger} if isinstance(ledger, dict) else document
-
-
-def _keep_latents_together(document: Json) -> Json:
-    """Version 3 knew one rank: no blocks, and all rows of latents in one file."""
-    return document | {"blocks": 1, "latents": {}}
-
-
-MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [(3, _add_breaches), (3, _keep_latents_together)]
-"""In order: the newest version whose documents need the change, and the change. It leaves its argument alone."""
-
-
-def migrated(document: Json) -> Json:
-    """The document in the present version. Raises CheckpointFormatError for a version that cannot be read."""
-    version = document.get("format")
-    if not isinstance(version, int) or not OLDEST_VERSION <= version <= VERSION:
-        raise UnknownVersion(version)
-    for newest, migrate in MIGRATIONS:
-        if version <= newest:
-            document = migrate(document)
-    return document
-
-
-class UnknownVersion(CheckpointFormatError):
-    """A checkpoint of a version that this release does not read."""
-
-    def __init__(self, version: object) -> None:
-        super().__init__(f"has format {version!r}, this version reads {VERSION}")
 
 
 _DOCUMENT = TypeAdapter(CheckpointDocument)

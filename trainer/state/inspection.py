@@ -19,7 +19,7 @@ from trainer.snapshot import SnapshotError, snapshot_names, verify
 from trainer.state.audit import ledger_faults, tensor_faults, violations
 from trainer.state.checkpoint import CheckpointError, complete_folders, read, start_fault
 from trainer.state.format import Checkpoint, CheckpointDocument, LedgerState, QuarantinedShardState
-from trainer.training.run import roster_of
+from trainer.training.resuming import roster_of
 
 MOST_NAMED = 20
 """Quarantined shards that are named one by one, the newest."""

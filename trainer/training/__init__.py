@@ -3,9 +3,12 @@
     loop          take a batch, step, report, publish, save, handle a request
     meter         rates between two reports
     run           the SAEs of a run, and what they share
+    device        the device that they train on, and the threads of a CPU
+    resuming      a run as a checkpoint holds it
     leader        the run of rank 0, which announces its changes to the other ranks
     follower      a rank that does what rank 0 announces
     sae_trainer   one SAE with optimizer, schedule and statistics
+    revival       new weights for dead latents
     optimizer     Adam for latents
     schedule      learning rates and phases, in tokens
     averaging     the mean of recent weights

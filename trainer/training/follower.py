@@ -38,9 +38,9 @@ from trainer.parallel.ranks import RankLostError, Ranks, World
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import read, save_shard, shard_name
+from trainer.training.device import DeviceError, pick_device
 from trainer.training.leader import SharedRun
 from trainer.training.roster import restore_roster
-from trainer.training.run import DeviceError, pick_device
 
 log = logging.getLogger("sluice.trainer")
 

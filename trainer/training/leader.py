@@ -47,8 +47,9 @@ from trainer.state.format import RunState, SaeTensors
 from trainer.state.run_directory import RunDirectoryError
 from trainer.stream.buffer import Batch
 from trainer.stream.payload import TORCH_DTYPE
+from trainer.training.device import pick_device
 from trainer.training.roster import Member, Roster
-from trainer.training.run import CalibratedSae, Run, pick_device
+from trainer.training.run import CalibratedSae, Run
 from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")

@@ -22,12 +22,13 @@ from trainer.report import StepReport
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
 from trainer.state import checkpoint
-from trainer.state.format import Checkpoint, CheckpointDocument, CheckpointTensors, RunState, SaeTensors
+from trainer.state.format import Checkpoint, RunState, SaeTensors
 from trainer.stream.buffer import Batch
 from trainer.stream.intake import Intake
 from trainer.stream.ledger.phase import StreamPhase
 from trainer.training.meter import Meter, measure
 from trainer.training.publishing import calibration_activations, publish_snapshot, run_facts, write_settings
+from trainer.training.resuming import checkpoint_of
 from trainer.training.roster import Member, Roster
 from trainer.training.run import Run
 
@@ -298,17 +299,12 @@ class Loop:
         return is_written
 
     def _save(self, directory: Path) -> None:
-        # Before there is a run, what an earlier trainer left is passed on.
-        run, saes = self._saved if self.run is None else self.run.state()
-        ledger, shards, buffer = self.intake.state()
         blocks, keep = self.settings.parallel.blocks, self.settings.checkpoint.keep
-        latents = {} if self.run is None else self.run.latent_ranges()
-        document = CheckpointDocument(run, self.roster.state(), ledger, buffer.random, blocks, latents)
-        saved = Checkpoint(document, CheckpointTensors(saes, shards, buffer.names))
-        if self.run is None:
-            checkpoint.save(directory, saved, keep)
+        if (run := self.run) is None:  # what an earlier trainer left is passed on
+            checkpoint.save(directory, checkpoint_of(self._saved, {}, self.roster, self.intake, blocks), keep)
         else:
-            checkpoint.save(directory, saved, keep, self.run.write_shards)
+            saved = checkpoint_of(run.state(), run.latent_ranges(), self.roster, self.intake, blocks)
+            checkpoint.save(directory, saved, keep, run.write_shards)
 
     def write_settings(self) -> None:
         """Writes settings.toml with the SAEs of this moment."""

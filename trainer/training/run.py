@@ -7,7 +7,6 @@ join and leave between two steps; the others do not notice.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -28,10 +27,11 @@ from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start, require_widths, start_weights
 from trainer.settings import TrainerSettings
-from trainer.state.checkpoint import CheckpointError, FileRecord, shard_name
-from trainer.state.format import BufferState, Checkpoint, CheckpointDocument, LatentRange, RunState, SaeTensors
-from trainer.stream.buffer import Batch, pool_rows
-from trainer.training.roster import Member, Roster, RosterError, restore_roster
+from trainer.state.checkpoint import FileRecord, shard_name
+from trainer.state.format import LatentRange, RunState, SaeTensors
+from trainer.stream.buffer import Batch
+from trainer.training.device import default_threads, make_thread_pool, pick_device
+from trainer.training.roster import Member, Roster
 from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
@@ -124,24 +124,13 @@ class Run:
         self._pool = self._make_thread_pool()
 
     def _make_thread_pool(self) -> ThreadPoolExecutor | None:
-        """Threads that step several SAEs at the same time on a CPU, each with its share of the cores.
-
-        The SAEs' steps are independent, and half of a step does not profit from a second thread: two SAEs on two cores
-        take little longer than one. A GPU is kept busy by one thread.
-        """
+        """Threads that step the SAEs on a CPU; a GPU is kept busy by one thread."""
         if self.device.type != "cpu":
             return None
-        cores = os.cpu_count() or 1
-        if self.settings.run.threads is not None:
-            self.roster.threads = self.settings.run.threads
-        elif self.roster.threads is None:
-            count = len(self.sae_trainers) if self.ranks.is_alone else 1
-            self.roster.threads = torch.get_num_threads() if count == 1 else max(1, cores // count)
-        threads = min(self.roster.threads, cores)
-        torch.set_num_threads(threads)
-        if not self.ranks.is_alone:
-            return None  # collectives must come in one order
-        return ThreadPoolExecutor(cores // threads, thread_name_prefix="sae")
+        is_alone = self.ranks.is_alone  # with others, collectives must come in one order
+        saes = len(self.sae_trainers) if is_alone else 1
+        self.roster.threads = self.settings.run.threads or self.roster.threads or default_threads(saes)
+        return make_thread_pool(self.roster.threads, can_overlap=is_alone)
 
     def _make_sae_trainer(self, member: Member, matmul: torch.dtype | None = None) -> SaeTrainer:
         sae, optimizer = member.settings, self.settings.optimizer
@@ -336,64 +325,10 @@ class Run:
         return nullcontext({})
 
     def restore(self, state: RunState, tensors: dict[str, SaeTensors]) -> None:
-        """Goes on from what `state` returned; the roster was handed in before, from `roster_of`."""
+        """Goes on from what `state` returned; the roster was handed in before, from `resuming.roster_of`."""
         self.step, self.seconds = state.step, state.seconds
         self.scales = None if state.scales is None else self.by_hook(state.scales)
         for sae_trainer in self.sae_trainers:
             name = sae_trainer.settings.name
             if name in state.saes:
                 sae_trainer.restore(state.saes[name], tensors[name])
-
-
-def roster_of(document: CheckpointDocument, settings: TrainerSettings) -> Roster:
-    """The roster of a checkpoint, checked against the run file. Raises CheckpointError, saying what to do."""
-    try:
-        roster = restore_roster(document.roster, settings.sae, settings.run.folder)
-    except RosterError as error:
-        raise CheckpointError(str(error)) from None
-    for sae in settings.sae:
-        if sae.name in roster.gone:
-            log.info("sae %s was detached from this run; the run file still names it", sae.name)
-    for member in roster.members:
-        if fault := settings.hook_fault(member.settings):
-            raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.folder}: {fault}")
-    return roster
-
-
-def buffer_of(checkpoint: Checkpoint, settings: TrainerSettings) -> BufferState:
-    """The buffer of a checkpoint. Raises CheckpointError when a deterministic run cannot go on from it."""
-    buffer = checkpoint.buffer
-    if settings.run.deterministic and checkpoint.tokens:
-        if buffer.names is None:
-            raise CheckpointError(
-                f"run.deterministic is set, and the run in {settings.run.folder} began without it: unset it, or use "
-                "a new run.directory"
-            )
-        if (rows := buffer.names.shape[1]) > (pool := pool_rows(settings.buffer.rows)):
-            raise CheckpointError(
-                f"buffer.rows = {settings.buffer.rows} holds {pool} rows to draw from, the checkpoint of "
-                f"{settings.run.folder} has {rows}: set it to what it was"
-            )
-    return buffer
-
-
-class DeviceError(ValueError):
-    """The device asked for is not here."""
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of optimizer.device; auto takes a GPU when there is one. Each rank of a machine has a GPU of its own.
-
-    Raises DeviceError.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank:
-        name = f"cuda:{local_rank}"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"optimizer.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            'set it to "auto" or "cpu", or install a torch build for your CUDA'
-        )
-    return device

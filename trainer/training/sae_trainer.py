@@ -27,6 +27,7 @@ from trainer.settings import OptimizerSettings
 from trainer.state.format import SaeState, SaeTensors, WhiteningState
 from trainer.training.averaging import AverageWeights
 from trainer.training.optimizer import RowAdam
+from trainer.training.revival import Revival, revive_tokens
 from trainer.training.schedule import Cooldown, Schedule, default_learning_rate, warmup_factor
 from trainer.training.statistics import Statistics
 
@@ -124,7 +125,7 @@ class SaeTrainer:
         x, y = self._whiten(x_scaled, y_scaled)
         cooldown = self.schedule.cooldown
         self.learning_rate = self.schedule.rate(self.tokens)
-        dead = self.statistics.silent_for(self._revive_tokens)
+        dead = self.statistics.silent_for(revive_tokens(self.settings))
         sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens))
         gradients = self.sae.gradients(x, y, dead, sparsity)
         self.sae.sum_shared(gradients.of)
@@ -136,12 +137,15 @@ class SaeTrainer:
             y_hat = gradients.y_hat if self._whitening is None else self._whitening.undo(gradients.y_hat)
             self.statistics.update(y_scaled, y_hat, gradients.fired)
             if cooldown is None or self.tokens < cooldown.start:  # after that the rate is too low to train new weights
-                self._replace_dead_latents(before, x, y, gradients.y_hat)
+                self._revival().replace(before, self.tokens, x, y, gradients.y_hat)
             if self._average is not None:
                 self._average.update(self.sae.parameters, len(x), self.tokens)
         else:
             self.skipped_steps += 1
         self._losses, self._grad_norm = gradients.loss, norm
+
+    def _revival(self) -> Revival:
+        return Revival(self.sae, self.optimizer, self.statistics, self._average, self._seed)
 
     def inputs_and_targets(self, activations: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(x [batch, d_in], y [batch, d_out]): what the SAE reads, and what it is to reconstruct."""
@@ -164,56 +168,6 @@ class SaeTrainer:
     def cool_down(self, now: bool = False) -> int:
         """Begins the cooldown, see `Schedule.cool_down`; returns its length in tokens."""
         return self.schedule.cool_down(self.tokens, now)
-
-    # Dead latents that get new weights
-
-    @property
-    def _revive_tokens(self) -> int:
-        return self.settings.revive_tokens or self.settings.dead_tokens
-
-    def _replace_dead_latents(self, before: int, x: Tensor, y: Tensor, y_hat: Tensor) -> None:
-        """Resampling (Bricken et al. 2023) when it is due, and new weights for latents that nothing else reaches.
-
-        `before` is the number of tokens before this batch.
-        """
-        interval = 2 * self._revive_tokens
-        if self.settings.revival == "resample" and before // interval < self.tokens // interval:
-            latents = self.statistics.silent_for(self._revive_tokens).nonzero().squeeze(1)
-            # A transcoder has no bias at its input; about zero, a large mean would make all these latents alike.
-            centre = self.sae.b_dec if self.sae.centred else x.mean(0)
-            self._redraw(latents, x, y, y_hat, x - centre, y - self.sae.b_dec)
-        if limit := self.settings.reinitialise_tokens:
-            latents = self.statistics.silent_for(limit).nonzero().squeeze(1)
-            if self.sae.ranks.count(len(latents)):
-                pre_acts = self.sae.pre_acts(x, latents)
-                unreachable = latents[(pre_acts.abs() if self.sae.by_magnitude else pre_acts).amax(0) <= 0]
-                error = y - y_hat
-                directions = error if not self.hooks.is_transcoder else x - x.mean(0)
-                self._redraw(unreachable, x, y, y_hat, directions, error)
-
-    def _redraw(
-        self, latents: Tensor, x: Tensor, y: Tensor, y_hat: Tensor, W_enc_rows: Tensor, W_dec_rows: Tensor
-    ) -> None:
-        """Points `latents` at activations drawn with a probability that grows as the square of their loss.
-
-        Encoder and decoder rows are taken from those of W_enc_rows [batch, d_in] and W_dec_rows [batch, d_out]. The
-        latents of all ranks share one draw, in which each rank's have a place of their own.
-        """
-        counts = self.sae.ranks.counts(len(latents))
-        total = min(sum(counts), len(x))
-        if not total:
-            return
-        first = min(sum(counts[: self.sae.ranks.rank]), total)
-        latents = latents[: total - first]
-        loss = (y - y_hat).double().square().sum(1).cpu()
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.tokens) % 2**63)
-        rows = torch.multinomial(loss.square() + 1e-30, total, generator=generator).to(x.device)
-        rows = rows[first : first + len(latents)]
-        self.sae.reinitialise(latents, W_enc_rows[rows], W_dec_rows[rows])
-        self.optimizer.reset_moments(latents)
-        self.statistics.tokens_since_fired[latents] = 0
-        if self._average is not None:
-            self._average.replace_latents(self.sae.parameters, latents)
 
     # Reports and snapshots; none of them changes anything. `calibrate` and `report` are collective
 

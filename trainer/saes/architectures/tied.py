@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from trainer.parallel.ranks import ALONE, Ranks
+from trainer.saes.architectures.relu import ReLU
 from trainer.saes.gradients import THROUGH_ENCODER, Gradients
-from trainer.saes.relu import ReLU
 from trainer.saes.settings import CostTerms, PenalisedSettings
 
 

@@ -33,7 +33,7 @@ from trainer.kernels.dense import product
 from trainer.kernels.select import positive, widen
 from trainer.parallel.blocks import blocks_of_subset
 from trainer.parallel.ranks import ALONE, Ranks
-from trainer.saes.auxk import add_auxk
+from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
 from trainer.saes.gradients import Gradients, add

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from trainer.kernels.select import positive
 from trainer.parallel.ranks import ALONE, Ranks
+from trainer.saes.architectures.relu import RELU
 from trainer.saes.base import Sae
 from trainer.saes.gradients import Gradients, add
-from trainer.saes.relu import RELU
 from trainer.saes.settings import SHARED_PARAMETERS, CostTerms, SaeSettings
 
 TRAINABLE = {

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.kernels.select import positive
 from trainer.parallel.ranks import ALONE, Ranks
-from trainer.saes.auxk import add_auxk
+from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.gradients import Gradients, add
 from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, jumprelu_of

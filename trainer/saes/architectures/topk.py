@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.kernels.select import candidates, largest
 from trainer.kernels.sparse import Entries
 from trainer.parallel.ranks import ALONE, Ranks
-from trainer.saes.auxk import add_auxk
+from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
 from trainer.saes.gradients import Gradients, Reconstruction, add

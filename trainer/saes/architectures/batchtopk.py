@@ -21,12 +21,12 @@ from torch import Tensor
 from trainer.kernels.select import dense_if_many, exceeding, largest_of, topk
 from trainer.kernels.sparse import Entries
 from trainer.parallel import selection
+from trainer.saes.architectures.jumprelu import JUMPRELU
+from trainer.saes.architectures.topk import TOPK, FixedK, FixedKSettings
 from trainer.saes.encoder import Encoded
 from trainer.saes.folding import grow
-from trainer.saes.jumprelu import JUMPRELU
 from trainer.saes.published import SaeWeights, linear_state, matrix_state, scalar_state
 from trainer.saes.settings import CostTerms, SaeSettings
-from trainer.saes.topk import TOPK, FixedK, FixedKSettings
 from trainer.snapshot import SnapshotError
 
 ROWS_AT_ONCE = 2048

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.kernels.select import Latents, positive
 from trainer.parallel.products import sums
-from trainer.saes.auxk import add_auxk
+from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.folding import has_unit_rows
 from trainer.saes.gradients import Gradients, add

@@ -1,0 +1,52 @@
+"""The version of a checkpoint's format, and what brings documents of older versions to it.
+
+Light: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+VERSION = 4
+OLDEST_VERSION = 3
+"""The oldest version that the migrations begin with."""
+
+Json = dict[str, Any]
+
+
+class CheckpointFormatError(ValueError):
+    """The contents of a checkpoint are not what the format says. The message names the key."""
+
+
+class UnknownVersion(CheckpointFormatError):
+    """A checkpoint of a version that this release does not read."""
+
+    def __init__(self, version: object) -> None:
+        super().__init__(f"has format {version!r}, this version reads {VERSION}")
+
+
+def _add_breaches(document: Json) -> Json:
+    """The first releases of version 3 counted no breaches of the ledger's invariants."""
+    ledger = document.get("ledger")
+    return document | {"ledger": {"breaches": {}} | ledger} if isinstance(ledger, dict) else document
+
+
+def _keep_latents_together(document: Json) -> Json:
+    """Version 3 knew one rank: no blocks, and all rows of latents in one file."""
+    return document | {"blocks": 1, "latents": {}}
+
+
+MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [(3, _add_breaches), (3, _keep_latents_together)]
+"""In order: the newest version whose documents need the change, and the change. It leaves its argument alone."""
+
+
+def migrated(document: Json) -> Json:
+    """The document in the present version. Raises CheckpointFormatError for a version that cannot be read."""
+    version = document.get("format")
+    if not isinstance(version, int) or not OLDEST_VERSION <= version <= VERSION:
+        raise UnknownVersion(version)
+    for newest, migrate in MIGRATIONS:
+        if version <= newest:
+            document = migrate(document)
+    return document
