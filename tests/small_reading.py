@@ -23,8 +23,7 @@ from producer.common.run_file import read_run_file
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.settings import ModelSettings
-from tests.small_run import publish_snapshot, start_run
-from trainer.snapshot import Export
+from tests.small_run import Export, publish_snapshot, start_run
 
 HOOK = "blocks.0.hook_resid_pre"
 WORDS = (" import", " return", " class", " self", " socket", " def")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from trainer.snapshot import Export, publish
+from trainer.snapshot import SPARSITY, WEIGHTS, Draft, new_snapshot, snapshot_folder
 from trainer.state.durable import replace_text
 from trainer.state.format import (
     AdamState,
@@ -47,6 +48,33 @@ hooks = ["blocks.0.hook_resid_post"]
     return directory
 
 
+@dataclass(frozen=True)
+class Export:
+    """A published SAE in memory, for snapshots that no trainer wrote."""
+
+    name: str
+    cfg: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    firing_rate: np.ndarray
+    """[d_sae], 0 for a latent that never fired."""
+    selftest: dict[str, np.ndarray]
+    """x [n, d_in], latents [n, d_sae], x_hat [n, d_out]."""
+    metrics: dict[str, Any]
+
+    def write(self, draft: Draft) -> None:
+        folder = draft.folder / self.name
+        folder.mkdir()
+        (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=1, allow_nan=False))
+        save_file({name: np.ascontiguousarray(array) for name, array in self.weights.items()}, folder / WEIGHTS)
+        sparsity = np.log10(np.maximum(self.firing_rate, 1e-10)).astype(np.float32)
+        save_file({"sparsity": sparsity}, folder / SPARSITY)
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in self.selftest.items()},
+            folder / "selftest.safetensors",
+        )
+        draft.add(self.name, self.metrics)
+
+
 def identity_sae(name: str, d_in: int = D_IN, hook: str = "blocks.0.hook_resid_post", gain: float = 1.0) -> Export:
     """An SAE whose latents are the positive and the negative part of x: x_hat = gain · x."""
     one = np.eye(d_in, dtype=np.float32)
@@ -73,7 +101,15 @@ def identity_sae(name: str, d_in: int = D_IN, hook: str = "blocks.0.hook_resid_p
 def publish_snapshot(directory: Path, tokens: int, exports: list[Export] | None = None, **run: Any) -> Path:
     """One snapshot of an SAE called `small`, or of `exports`; `run` goes into the manifest."""
     directory.mkdir(parents=True, exist_ok=True)
-    return publish(directory, tokens, exports or [identity_sae("small")], run, check=lambda folder: None)
+    return publish(directory, tokens, exports or [identity_sae("small")], run)
+
+
+def publish(directory: Path, tokens: int, exports: list[Export], run: dict[str, Any]) -> Path:
+    """A snapshot of SAEs in memory; returns its folder."""
+    with new_snapshot(directory, tokens, run) as draft:
+        for export in exports:
+            export.write(draft)
+    return snapshot_folder(directory, tokens)
 
 
 def finish_run(directory: Path, tokens: int, saes: tuple[str, ...] = ("small",)) -> None:

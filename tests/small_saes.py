@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from tests import dense_reference as reference
 from trainer.saes import registry
 from trainer.saes.base import Sae
+from trainer.saes.folding import InputTransform
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
+from trainer.saes.writing import SaeFiles
 from trainer.settings import OptimizerSettings
+from trainer.snapshot import new_snapshot, snapshot_folder
 from trainer.training.sae_trainer import SaeTrainer
 
 D_IN, D_OUT, D_SAE, BATCH = 12, 9, 32, 20
@@ -144,3 +148,21 @@ def train_sae(settings: SaeSettings, steps: int, **optimizer: Any) -> SaeTrainer
 def learn(sae_trainer: SaeTrainer, batches: Sequence[Mapping[str, Tensor]]) -> None:
     for rows in batches:
         sae_trainer.step(rows)
+
+
+def publish_sae(
+    directory: Path,
+    sae: Sae,
+    transform: InputTransform,
+    firing_rate: Tensor,
+    x: Tensor,
+    metadata: dict[str, Any] | None = None,
+    numbers: dict[str, Any] | None = None,
+    name: str = "s",
+) -> Path:
+    """Publishes an SAE in a snapshot of its own, tested on raw activations x; returns its folder."""
+    directory.mkdir(exist_ok=True)
+    with new_snapshot(directory, 1000, {}) as draft:
+        weights = SaeFiles(sae, transform, firing_rate, metadata or {}).write(draft.folder / name, x)
+        draft.add(name, numbers or {}, weights)
+    return snapshot_folder(directory, 1000) / name

@@ -323,9 +323,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np, torch
-from tests.small_run import identity_sae, small_checkpoint
+from tests.small_run import identity_sae, publish, small_checkpoint
 from trainer.state.checkpoint import save
-from trainer.snapshot import publish
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 directory = Path(sys.argv[1])
@@ -334,7 +333,7 @@ sae.weights["W_enc"] = np.zeros((256, 256), np.float32)
 for write in (
     lambda: save(directory, small_checkpoint(2000, parameters={"large": torch.zeros(1 << 16)}), 2),
     lambda: save(directory, small_checkpoint(2000, run="x" * (1 << 17)), 2),
-    lambda: publish(directory, 2000, [sae], {}, lambda folder: None),
+    lambda: publish(directory, 2000, [sae], {}),
 ):
     try:
         write()
@@ -630,20 +629,20 @@ def test_a_snapshot_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "snapshots" / "LATEST").read_text() == "000000001000\n"
 
 
-KILLED_IN_CHECK = """
+KILLED_IN_DRAFT = """
 import os, signal, sys
 from pathlib import Path
 from tests.small_run import identity_sae
-from trainer.snapshot import publish
+from trainer.snapshot import new_snapshot
 
 directory, deadly = Path(sys.argv[1]), sys.argv[2]
 
-def check(folder):
-    assert (folder / "sae_weights.safetensors").exists()
-    if folder.name == deadly:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-publish(directory, 2000, [identity_sae("first"), identity_sae("second")], {}, check)
+with new_snapshot(directory, 2000, {}) as draft:
+    for name in ("first", "second"):
+        identity_sae(name).write(draft)
+        assert (draft.folder / name / "sae_weights.safetensors").exists()
+        if name == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -651,7 +650,7 @@ publish(directory, 2000, [identity_sae("first"), identity_sae("second")], {}, ch
 def test_a_publisher_killed_between_files_shows_nothing(tmp_path: Path, deadly: str) -> None:
     """Readers go on seeing the snapshot before; the litter is swept at the next start, and publishing works again."""
     publish_snapshot(tmp_path, 1000)
-    process = run_python(KILLED_IN_CHECK, tmp_path, deadly)
+    process = run_python(KILLED_IN_DRAFT, tmp_path, deadly)
 
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert snapshot_names(tmp_path) == ["000000001000"]

@@ -12,8 +12,7 @@ import pytest
 import monitor.cli.compare
 from monitor.cli.compare import main
 from monitor.comparison import EDGES, best_matches, compare
-from tests.small_run import identity_sae, publish_snapshot
-from trainer.snapshot import Export
+from tests.small_run import Export, identity_sae, publish_snapshot
 from trainer.state.durable import replace_text
 
 D_IN, D_SAE = 16, 32

@@ -25,7 +25,8 @@ from producer.common.run_file import read_run_file
 from tests.small_stream import wait_for
 from trainer.app import open_ledger
 from trainer.control import ctl
-from trainer.saes.inference import check, load_sae
+from trainer.saes.inference import load_sae
+from trainer.saes.selftest import check
 from trainer.settings import TrainerSettings
 from trainer.snapshot import read_selftest, snapshot_names, verify
 from trainer.state import check as check_command

@@ -12,7 +12,7 @@ import pytest
 
 from producer.wire import held_out_shards
 from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
-from trainer.saes.inference import check
+from trainer.saes.selftest import check
 from trainer.snapshot import snapshot_names, verify
 from trainer.state.checkpoint import load_newest
 

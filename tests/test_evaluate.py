@@ -40,10 +40,10 @@ from producer.lm.model import LanguageModel
 from producer.packing import pack_activations
 from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
-from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
+from tests.small_run import Export, finish_run, identity_sae, publish_snapshot, start_run
 from trainer.report import DENSITY_EDGES
 from trainer.saes.inference import load_sae
-from trainer.snapshot import Export, retire
+from trainer.snapshot import retire
 
 MLP_OUT = "blocks.1.hook_mlp_out"
 WIRED = [MLP_OUT, "blocks.1.hook_resid_mid", HOOK, "blocks.1.hook_resid_pre"]

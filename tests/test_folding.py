@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.small_saes import FAMILY, NOBODY, UNSCALED, make, rows_of, settings_of, train_sae
+from tests.small_saes import FAMILY, NOBODY, UNSCALED, make, publish_sae, rows_of, settings_of, train_sae
+from trainer.saes import folding
 from trainer.saes.architectures.batchtopk import BatchTopK
 from trainer.saes.folding import InputTransform, fold, fold_norms, side_by_side, unfold, whitening_of
-from trainer.saes.inference import InferenceSae, _agree, check, export, load_sae
-from trainer.snapshot import SnapshotError, publish, read_sae
+from trainer.saes.inference import InferenceSae, load_sae
+from trainer.saes.selftest import agree
+from trainer.snapshot import SnapshotError, read_sae
 from trainer.training.sae_trainer import SaeTrainer
 
 SCALES = {"a": 0.37, "b": 2.5}
@@ -31,7 +33,7 @@ def test_a_threshold_is_to_be_exceeded() -> None:
 def test_a_self_test_of_nan_fails() -> None:
     """NaN differs from everything by an amount that is not more than the tolerance, nor less."""
     with pytest.raises(SnapshotError, match="self-test of latents differs by nan"):
-        _agree("latents", torch.tensor([float("nan")]), torch.tensor([1.0]))
+        agree("latents", torch.tensor([float("nan")]), torch.tensor([1.0]))
 
 
 def publish_and_load(sae_trainer: SaeTrainer, directory: Path) -> InferenceSae:
@@ -40,11 +42,8 @@ def publish_and_load(sae_trainer: SaeTrainer, directory: Path) -> InferenceSae:
     scaled = rows_of(settings, 512, 77)
     sae_trainer.calibrate(sae_trainer.sae, scaled)
     raw = raw_inputs(sae_trainer, scaled)
-    exported = export(
-        sae_trainer.sae, sae_trainer.input_transform(SCALES), "s", sae_trainer.statistics.firing_rate(), raw, {}, {}
-    )
-    directory.mkdir(exist_ok=True)
-    return load_sae(publish(directory, 1000, [exported], {}, check) / "s")
+    transform, rate = sae_trainer.input_transform(SCALES), sae_trainer.statistics.firing_rate()
+    return load_sae(publish_sae(directory, sae_trainer.sae, transform, rate, raw))
 
 
 def raw_inputs(sae_trainer: SaeTrainer, scaled: dict[str, Tensor]) -> Tensor:
@@ -117,16 +116,17 @@ def test_latents_come_out_in_the_units_of_the_raw_rows(kind: str, tmp_path: Path
     )
 
 
-def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(tmp_path: Path) -> None:
-    """The self-test on disk fails when weights and expected latents do not belong together; nothing appears."""
+def test_bug_13_a_forgotten_threshold_is_caught_before_publishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-test on disk fails when weights are not those of training in other units; nothing appears."""
+    monkeypatch.setattr(folding, "IN_LATENT_UNITS", {"b_enc", "b_gate", "b_mag"})
     sae, x, _ = make("jumprelu", torch.float32)
     sae.after_step()
     transform = InputTransform(torch.full((12,), 0.5), torch.full((12,), 0.5))
-    exported = export(sae, transform, "s", torch.full((32,), 0.1), x / 0.5, {}, {})
-    exported.weights["threshold"] = exported.weights["threshold"] * 0.5
 
     with pytest.raises(SnapshotError, match="self-test"):
-        publish(tmp_path, 1000, [exported], {}, check)
+        publish_sae(tmp_path, sae, transform, torch.full((32,), 0.1), x / 0.5)
     assert not (tmp_path / "snapshots" / "LATEST").exists()
     assert [path for path in (tmp_path / "snapshots").iterdir()] == []
 
@@ -232,16 +232,8 @@ def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path
     sae_trainer = train_sae(settings, steps=60)
     sae_trainer.calibrate(sae_trainer.sae, rows_of(settings, 8192, 5))
     fresh = rows_of(settings, 8192, 6)
-    exported = export(
-        sae_trainer.sae,
-        sae_trainer.input_transform(UNSCALED),
-        "s",
-        sae_trainer.statistics.firing_rate(),
-        fresh["a"][:512],
-        {},
-        {},
-    )
-    sae = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "s")
+    transform, rate = sae_trainer.input_transform(UNSCALED), sae_trainer.statistics.firing_rate()
+    sae = load_sae(publish_sae(tmp_path, sae_trainer.sae, transform, rate, fresh["a"][:512]))
     l0 = float((sae.encode(fresh["a"]) > 0).sum(1).double().mean())
 
     assert settings.k is not None

@@ -34,6 +34,7 @@ from tests.small_saes import (
     dense_loss,
     learn,
     make,
+    publish_sae,
     rows_of,
     sae_trainer_of,
     settings_of,
@@ -45,10 +46,11 @@ from tests.test_produce import LeaseResult, Tensors, Trainer, finish, tensors
 from trainer.kernels.select import exceeding, largest, largest_of, positive, topk
 from trainer.kernels.sparse import Entries, occurrences
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.inference import check, export, load_sae
+from trainer.saes.inference import load_sae
+from trainer.saes.selftest import check
 from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
-from trainer.snapshot import publish, snapshot_names, verify
+from trainer.snapshot import snapshot_names, verify
 from trainer.state.checkpoint import load_newest, save
 from trainer.state.format import SaeTensors
 from trainer.training.sae_trainer import SaeTrainer
@@ -229,16 +231,8 @@ def test_an_sae_learns_on_the_gpu(kind: str, dtype: torch.dtype, tmp_path: Path)
             losses.append(sae_trainer.report(UNSCALED).loss["reconstruction"])
     report = sae_trainer.report(UNSCALED)
     sae_trainer.calibrate(sae_trainer.sae, {"a": truth(4096, 1000)})
-    exported = export(
-        sae_trainer.sae,
-        sae_trainer.input_transform({"a": 0.5}),
-        "s",
-        sae_trainer.statistics.firing_rate(),
-        truth(512, 1) / 0.5,
-        {},
-        {},
-    )
-    folder = publish(tmp_path, 1000, [exported], {}, check)
+    transform, rate = sae_trainer.input_transform({"a": 0.5}), sae_trainer.statistics.firing_rate()
+    folder = publish_sae(tmp_path, sae_trainer.sae, transform, rate, truth(512, 1) / 0.5).parent
 
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert sae_trainer.skipped_steps == 0

@@ -20,7 +20,7 @@ from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.common.run_file import read_run_file
 from tests.small_reading import HOOK, run_file, small_model
-from tests.small_run import publish_snapshot
+from tests.small_saes import publish_sae
 from tests.test_ctl import Trainer
 from trainer.kernels.select import Latents, positive
 from trainer.planning import estimate
@@ -29,8 +29,9 @@ from trainer.saes.base import Sae
 from trainer.saes.folding import InputTransform
 from trainer.saes.formats import convert, read_published
 from trainer.saes.gradients import Gradients, add
-from trainer.saes.inference import check, export, load_sae
-from trainer.saes.published import Activation, FormatError
+from trainer.saes.inference import load_sae
+from trainer.saes.published import ALL_LATENTS, Activation, FormatError
+from trainer.saes.selftest import check
 from trainer.saes.settings import CostTerms, SaeSettings
 from trainer.snapshot import snapshot_names
 
@@ -82,8 +83,8 @@ class Peak(Sae):
         add(grads, self.output_gradients(x, main.dy_hat))
         return Gradients(grads, {"reconstruction": main.loss}, main.y_hat, latents)
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"architecture": "peak", "share": self.settings.share}, self.common_weights()
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        return {"architecture": "peak", "share": self.settings.share}, self.common_weights(latents)
 
 
 def peaks(pre_acts: Tensor, share: float) -> Latents:
@@ -159,12 +160,12 @@ def evaluated(tmp_path: Path) -> Iterator[Path]:
     every_token = torch.ones(x.shape[1])
     metadata = {"hook_name": HOOK, "settings": TABLE}
     numbers = {"architecture": "peak", "hook": HOOK, "d_sae": 16}
-    one = export(sae, InputTransform(every_token, every_token), "p", torch.full((16,), 0.5), x, metadata, numbers)
-    snapshot = publish_snapshot(tmp_path / "run", 1000, [one])
+    transform = InputTransform(every_token, every_token)
+    published = publish_sae(tmp_path / "run", sae, transform, torch.full((16,), 0.5), x, metadata, numbers, "p")
     follower = Evaluator(settings, MonitorMetrics(CollectorRegistry()), threading.Event())
     follower.look()
     assert not follower.has_failed()
-    yield snapshot / "p"
+    yield published
 
 
 def test_it_is_evaluated_and_exported(evaluated: Path) -> None:

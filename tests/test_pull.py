@@ -24,8 +24,8 @@ from monitor.cli.errors import MonitorError
 from monitor.cli.pull import main
 from monitor.http.service import PageSizes, make_app, start_service
 from producer.common.metrics import new_registry
-from tests.small_run import finish_run, identity_sae, publish_snapshot, start_run
-from trainer.snapshot import Export, retire, verify
+from tests.small_run import Export, finish_run, identity_sae, publish_snapshot, start_run
+from trainer.snapshot import FileParts, new_snapshot, part_sha256, retire, snapshot_name, verify
 from trainer.state.durable import replace_text
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +120,37 @@ def test_broken_connections_do_not_start_over(run_directory: Path, url: str, tmp
     publish_snapshot(run_directory, 2000, [_large_sae()])
     with _breaking_line(int(url.rpartition(":")[2]), after_bytes=400_000) as port:
         verify(pull(Monitor(f"127.0.0.1:{port}"), tmp_path / "here", pause_seconds=0.01))
+
+
+def test_a_file_in_parts_goes_on_at_the_first_part_that_is_not_right(run_directory: Path, url: str, tmp_path: Path):
+    """Of four parts the first is here and right, the second damaged: the second on are fetched, in one request each."""
+    source = _publish_in_parts(run_directory, 2000, part_bytes=400_000)
+    partial = tmp_path / "here" / ".part-000000002000" / f"{WEIGHTS}.part"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(source.read_bytes()[:600_000] + b"damaged" + source.read_bytes()[600_007:900_000])
+    sizes: list[int] = []
+
+    def on_progress(path: str, received: int, size: int) -> None:
+        if path == WEIGHTS:
+            sizes.append(received)
+
+    folder = pull(Monitor(url), tmp_path / "here", on_progress=on_progress)
+
+    verify(folder)
+    assert (folder / WEIGHTS).read_bytes() == source.read_bytes()
+    assert 400_000 < sizes[0] <= 400_000 + 262_144 and sizes == sorted(sizes) and sizes[-1] == source.stat().st_size
+
+
+def test_a_damaged_part_is_named(run_directory: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The parts before it stay, so that a mended server is not asked for them again."""
+    source = _publish_in_parts(run_directory, 2000, part_bytes=400_000)
+    whole = source.read_bytes()
+    source.write_bytes(whole[:500_000] + b"damaged" + whole[500_007:])
+
+    assert main([url, "--to", str(tmp_path / "here")]) == 1
+    assert "(bytes 400,000 to 800,000" in capsys.readouterr().err
+    partial = tmp_path / "here" / ".part-000000002000" / f"{WEIGHTS}.part"
+    assert partial.read_bytes() == whole[:400_000]
 
 
 def test_damaged_file_is_refused(run_directory: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -414,6 +445,17 @@ def _killed_at_last(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 def _large_sae() -> Export:
     """An SAE whose weights take 1.2 MB, so that they cross in several pieces."""
     return identity_sae("small", d_in=int(np.sqrt(1.2e6 / 16)))
+
+
+def _publish_in_parts(directory: Path, tokens: int, part_bytes: int) -> Path:
+    """A snapshot whose weights have a hash for each part; returns their file."""
+    sae = _large_sae()
+    with new_snapshot(directory, tokens, {}) as draft:
+        sae.write(draft)
+        path = draft.folder / WEIGHTS
+        hashes = [part_sha256(path, begin, part_bytes) for begin in range(0, path.stat().st_size, part_bytes)]
+        draft.add("small", sae.metrics, FileParts(part_bytes, tuple(hashes)))
+    return directory / "snapshots" / snapshot_name(tokens) / WEIGHTS
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

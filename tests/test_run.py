@@ -30,8 +30,7 @@ from trainer.stream.ledger.ledger import Ledger, Limits
 from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.shards import Quarantine, QuarantinedShard
 from trainer.training.loop import Loop, next_batch_size, try_to_write
-from trainer.training.publishing import _export as published
-from trainer.training.publishing import summary
+from trainer.training.publishing import _numbers, summary
 from trainer.training.roster import Roster, restore_roster
 from trainer.training.run import NoVariance, Run, scale_of
 
@@ -137,11 +136,10 @@ def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
         run.train_step(batch)
     assert run.scales is not None
     report = SimpleNamespace(saes=[sae_trainer.report(run.scales) for sae_trainer in run.publishable])
-    exports = [
-        published(run, calibrated, report, batches(1)[0].x, {"id": "r"})  # type: ignore[arg-type]
-        for calibrated in run.calibrated(batches(1)[0].x)
-    ]
-    reports = {export.name: export.metrics for export in exports}
+    reports = {
+        calibrated.name: _numbers(calibrated, report)  # type: ignore[arg-type]
+        for calibrated in run.calibrated(batches(1)[0].x, tmp_path)
+    }
 
     assert {name: numbers["hook"] for name, numbers in reports.items()} == {
         "first": HOOKS[0], "second": HOOKS[1], "both": HOOKS[0], "both-ema": HOOKS[0],

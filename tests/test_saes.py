@@ -18,6 +18,7 @@ from tests.small_saes import (
     dead_latents,
     learn,
     make,
+    publish_sae,
     rows_of,
     sae_trainer_of,
     settings_of,
@@ -26,11 +27,10 @@ from tests.small_saes import (
 from trainer.saes.architectures.jumprelu import INITIAL_L0, JumpReLU
 from trainer.saes.base import Sae
 from trainer.saes.folding import side_by_side
-from trainer.saes.inference import check, export, load_sae
+from trainer.saes.inference import load_sae
 from trainer.saes.initial import geometric_median, initial_bias
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
-from trainer.snapshot import publish
 from trainer.training.sae_trainer import SaeTrainer
 
 SHARED = ("b_dec", "W_skip")
@@ -333,11 +333,8 @@ def suppressed(directory: Path) -> tuple[Path, Tensor]:
     settings = SaeSettings.of(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
     sae_trainer = train_sae(settings, steps=300)
     x = rows_of(settings, 1024, 77)["a"]
-    exported = export(
-        sae_trainer.sae, sae_trainer.input_transform(UNSCALED), "s", sae_trainer.statistics.firing_rate(), x, {}, {}
-    )
-    directory.mkdir(exist_ok=True)
-    return publish(directory, 1000, [exported], {}, check) / "s", x
+    transform, rate = sae_trainer.input_transform(UNSCALED), sae_trainer.statistics.firing_rate()
+    return publish_sae(directory, sae_trainer.sae, transform, rate, x), x
 
 
 @pytest.fixture(scope="module")
@@ -374,8 +371,8 @@ def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
     """Through start, training and export every row keeps its active latents; less is unexplained, less suppressed."""
     folder, x = shrunk
     initial, mended = repairing(folder, train, 0), repairing(folder, train, 150)
-    exported = export(mended.sae, mended.input_transform(UNSCALED), "r", mended.statistics.firing_rate(), x, {}, {})
-    after = load_sae(publish(tmp_path, 1000, [exported], {}, check) / "r")
+    transform, rate = mended.input_transform(UNSCALED), mended.statistics.firing_rate()
+    after = load_sae(publish_sae(tmp_path, mended.sae, transform, rate, x))
     support = load_sae(folder).encode(x) > 0
     (fvu, shrinkage), (fvu_after, shrinkage_after) = quality(initial, x), quality(mended, x)
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
 from tests.test_end_to_end import RUN, all_rows, trained_rows
 from trainer.control.ctl import CtlError, ask
-from trainer.saes.inference import check
+from trainer.saes.selftest import check
 from trainer.snapshot import snapshot_names, verify
 from trainer.state.checkpoint import complete_folders, load_newest
 

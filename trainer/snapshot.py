@@ -5,10 +5,12 @@
         <sae name>/sae_weights.safetensors      W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_dec [d_out], and per latent
                                                 b_enc (, threshold), or b_gate, b_mag, r_mag; transcoders: W_skip
         <sae name>/sparsity.safetensors         log10 firing rate of each latent
-        <sae name>/selftest.safetensors         raw activations with the latents and reconstruction they must give
+        <sae name>/selftest.safetensors         x, raw activations, with the latents and the x_hat they must give;
+                                                of more than 2¹⁸ latents the active ones: latents.row, .index, .value
         <sae name>/evaluation.json              added later by the monitor: numbers on held-out text
         <sae name>/latents.safetensors          added later by the monitor: examples and statistics of each latent
-        manifest.json                           written last: every file with its size and sha256
+        manifest.json                           written last: every file with its size and sha256, a large one with
+                                                those of its parts
         pinned                                  an empty file, present while the snapshot is pinned
     snapshots/LATEST                     the newest complete snapshot's name
     snapshots/superseded/                those beyond the checkpoint that a run was resumed from; readers ignore it
@@ -26,7 +28,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -34,12 +37,17 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from producer.common.parsing import ParseError, read_object
 from trainer.state.durable import flush, make_folder, move_folder, new_folder, remove_folder, replace_text
 
-FORMAT = 1
+FORMAT, PARTS_FORMAT = 1, 2
+"""Of a manifest; the second where some file is so large that it is hashed in parts."""
+FORMATS = (FORMAT, PARTS_FORMAT)
+WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
+LARGE_BYTES, PART_BYTES = 4 * 2**30, 2**30
+"""Size from which a file is hashed in parts, and size of a part."""
 NAME = re.compile(r"\d{12,}")
 PINNED = "pinned"
 SUPERSEDED = "superseded"
@@ -52,18 +60,18 @@ class SnapshotError(ValueError):
 
 
 @dataclass(frozen=True)
-class Export:
-    """One SAE ready to be published: inference weights that take raw activations."""
+class FileParts:
+    """Hashes of a large file, which is checked and fetched part by part."""
 
-    name: str
-    cfg: dict[str, Any]
-    """SAELens' cfg.json, its `metadata` included."""
-    weights: dict[str, np.ndarray]
-    firing_rate: np.ndarray
-    """[d_sae], 0 for a latent that never fired."""
-    selftest: dict[str, np.ndarray]
-    """x [n, d_in], latents [n, d_sae], x_hat [n, d_out]."""
-    metrics: dict[str, Any]
+    bytes: int
+    """Of each part but the last."""
+    sha256: tuple[str, ...]
+    """In hex."""
+
+    @property
+    def digest(self) -> str:
+        """One hash for the whole file: that of the hashes of its parts, one after another."""
+        return hashlib.sha256(b"".join(map(bytes.fromhex, self.sha256))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,24 @@ class SnapshotFile:
     """Below the snapshot's folder."""
     bytes: int
     sha256: str
-    """In hex."""
+    """In hex; `FileParts.digest` of a file with parts."""
+    parts: FileParts | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry in manifest.json."""
+        hashes = {"sha256": self.sha256} if self.parts is None else {"parts": asdict(self.parts)}
+        return {"path": self.path, "bytes": self.bytes, **hashes}
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> SnapshotFile:
+        """The reverse of `entry`. Raises ValueError, LookupError or TypeError for anything else."""
+        if (document := entry.get("parts")) is None:
+            bytes.fromhex(entry["sha256"])
+            return cls(entry["path"], int(entry["bytes"]), entry["sha256"])
+        parts = FileParts(int(document["bytes"]), tuple(document["sha256"]))
+        if parts.bytes < 1 or len(parts.sha256) != -(-int(entry["bytes"]) // parts.bytes):
+            raise ValueError(f"{entry['path']}: {len(parts.sha256)} parts of {parts.bytes} bytes are not all of it")
+        return cls(entry["path"], int(entry["bytes"]), parts.digest, parts)
 
 
 @dataclass(frozen=True)
@@ -97,58 +122,90 @@ def snapshot_name(tokens: int) -> str:
     return f"{tokens:012d}"
 
 
-def publish(
-    run_directory: Path,
-    tokens: int,
-    exports: list[Export],
-    run: dict[str, Any],
-    check: Callable[[Path], None],
-) -> Path:
-    """Writes one snapshot, checks it, and only then makes it visible. Returns its folder.
+class Draft:
+    """A snapshot being written, which nobody sees yet."""
 
-    `run` describes the run in the manifest (id, settings, stream). `check` is called with each SAE's folder and raises
-    SnapshotError when the weights on disk do not compute what those in memory do.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saes: dict[str, dict[str, Any]] = {}
+        """Numbers of training, by the name of the SAE."""
+        self._parts: dict[str, FileParts] = {}
+
+    def add(self, name: str, numbers: dict[str, Any], weights: FileParts | None = None) -> None:
+        """Adds an SAE, whose files are in its folder; `weights` are the parts of its weights' file if that is large."""
+        self.saes[name] = numbers
+        if weights is not None:
+            self._parts[f"{name}/{WEIGHTS}"] = weights
+
+    def discard(self, name: str) -> None:
+        """Removes what was written of an SAE."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def files(self) -> Iterator[SnapshotFile]:
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            name, size = path.relative_to(self.folder).as_posix(), path.stat().st_size
+            parts = self._parts.get(name)
+            yield SnapshotFile(name, size, file_sha256(path) if parts is None else parts.digest, parts)
+
+
+def snapshot_folder(run_directory: Path, tokens: int) -> Path:
+    return run_directory / "snapshots" / snapshot_name(tokens)
+
+
+@contextmanager
+def new_snapshot(run_directory: Path, tokens: int, run: dict[str, Any]) -> Iterator[Draft]:
+    """Writes one snapshot: the block adds SAEs to the draft; after it the snapshot becomes visible, with a manifest.
+
+    `run` describes the run in the manifest (id, settings, stream). Nothing appears when the block fails.
     """
-    final = run_directory / "snapshots" / snapshot_name(tokens)
-    if is_complete(final):
-        replace_text(final.parent / "LATEST", final.name + "\n")
-        return final
+    final = snapshot_folder(run_directory, tokens)
     shutil.rmtree(final, ignore_errors=True)
     with new_folder(final) as folder:
-        for export in exports:
-            _write_sae(folder / export.name, export)
-            check(folder / export.name)
+        draft = Draft(folder)
+        yield draft
         manifest = Manifest(
             name=final.name,
             tokens=tokens,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            saes={export.name: export.metrics for export in exports},
+            saes=draft.saes,
             run=run,
-            files=tuple(_describe(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()),
+            files=tuple(draft.files()),
         )
-        document = {"format": FORMAT, **asdict(manifest)}
-        (folder / "manifest.json").write_text(json.dumps(document, indent=1, allow_nan=False))
-    replace_text(final.parent / "LATEST", final.name + "\n")
-    return final
+        (folder / "manifest.json").write_text(json.dumps(_document(manifest), indent=1, allow_nan=False))
+    set_latest(final)
 
 
-def _write_sae(folder: Path, export: Export) -> None:
-    folder.mkdir()
-    (folder / "cfg.json").write_text(json.dumps(export.cfg, indent=1, allow_nan=False))
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in export.weights.items()},
-        folder / "sae_weights.safetensors",
-    )
-    with np.errstate(divide="ignore"):
-        sparsity = np.log10(export.firing_rate).astype(np.float32)
-    save_file({"sparsity": np.maximum(sparsity, -10.0, dtype=np.float32)}, folder / "sparsity.safetensors")
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in export.selftest.items()}, folder / "selftest.safetensors"
-    )
+def _document(manifest: Manifest) -> dict[str, Any]:
+    """The contents of manifest.json."""
+    has_parts = any(file.parts for file in manifest.files)
+    fields = {key: value for key, value in vars(manifest).items() if key != "files"}
+    files = [file.entry() for file in manifest.files]
+    return {"format": PARTS_FORMAT if has_parts else FORMAT, **fields, "files": files}
 
 
-def _describe(folder: Path, path: Path) -> SnapshotFile:
-    return SnapshotFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
+def set_latest(folder: Path) -> None:
+    """Makes a snapshot the newest."""
+    replace_text(folder.parent / "LATEST", folder.name + "\n")
+
+
+def part_sha256(path: Path, offset: int, size: int) -> str:
+    """The sha256 of a part of a file, which may end earlier."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while size and (chunk := file.read(min(size, 1 << 20))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.hexdigest()
+
+
+def is_intact(path: Path, file: SnapshotFile) -> bool:
+    """Whether the bytes on disk are those of the manifest."""
+    if not path.is_file() or path.stat().st_size != file.bytes:
+        return False
+    if (parts := file.parts) is None:
+        return file_sha256(path) == file.sha256
+    return all(part_sha256(path, i * parts.bytes, parts.bytes) == digest for i, digest in enumerate(parts.sha256))
 
 
 def file_sha256(path: Path) -> str:
@@ -178,8 +235,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise SnapshotError(f"{folder} holds no manifest.json: it is not a complete snapshot") from None
     except (OSError, ParseError) as error:
         raise SnapshotError(f"{folder}/manifest.json cannot be read: {error}") from None
-    if document.get("format") != FORMAT:
-        raise SnapshotError(f"{folder} has format {document.get('format')!r}; this version reads format {FORMAT}")
+    if document.get("format") not in FORMATS:
+        raise SnapshotError(
+            f"{folder} has format {document.get('format')!r}; this version reads formats {FORMAT} and {PARTS_FORMAT}"
+        )
     if missing := _missing_parts(document):
         raise SnapshotError(f"{folder}/manifest.json lacks {', '.join(missing)}; fetch or publish the snapshot again")
     return Manifest(
@@ -188,7 +247,7 @@ def read_manifest(folder: Path) -> Manifest:
         created=document["created"],
         saes=document["saes"],
         run=document["run"],
-        files=tuple(SnapshotFile(entry["path"], entry["bytes"], entry["sha256"]) for entry in document["files"]),
+        files=tuple(map(SnapshotFile.from_entry, document["files"])),
     )
 
 
@@ -199,13 +258,18 @@ def _missing_parts(document: dict[str, Any]) -> list[str]:
     if not missing and not all(isinstance(metrics, dict) for metrics in document["saes"].values()):
         missing.append("an object for each of saes")
     if not missing and not all(map(_is_file_entry, document["files"])):
-        missing.append("path, bytes and sha256 of each of files")
+        missing.append("path, bytes and hashes of each of files")
     return missing
 
 
 def _is_file_entry(entry: object) -> bool:
-    types = {"path": str, "bytes": int, "sha256": str}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in types.items())
+    if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("bytes"), int)):
+        return False
+    try:
+        SnapshotFile.from_entry(entry)
+    except (ValueError, LookupError, TypeError):
+        return False
+    return True
 
 
 def verify(folder: Path) -> Manifest:
@@ -213,7 +277,7 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     for file in manifest.files:
         path = folder / file.path
-        if not path.is_file() or path.stat().st_size != file.bytes or file_sha256(path) != file.sha256:
+        if not is_intact(path, file):
             raise SnapshotError(f"{path} is missing or differs from the manifest; fetch the snapshot again")
     return manifest
 
@@ -222,7 +286,7 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(cfg, weights) from one SAE's folder. Raises SnapshotError."""
     try:
         cfg = read_object(folder / "cfg.json")
-        weights = load_file(folder / "sae_weights.safetensors")
+        weights = load_file(folder / WEIGHTS)
     except Exception as error:
         raise SnapshotError(f"{folder} holds no readable SAE: {error}") from None
     return cfg, weights
@@ -242,7 +306,7 @@ def read_selftest(folder: Path) -> dict[str, np.ndarray]:
 
 def read_sparsity(folder: Path) -> np.ndarray:
     """log10 firing rate of each latent [d_sae]; −10 where it never fired."""
-    with safe_open(folder / "sparsity.safetensors", "np") as file:
+    with safe_open(folder / SPARSITY, "np") as file:
         return file.get_tensor("sparsity")
 
 

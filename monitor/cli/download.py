@@ -3,9 +3,10 @@
     python -m monitor pull http://127.0.0.1:8710 --to snapshots
     python -m monitor pull http://127.0.0.1:8710 --to snapshots --follow
 
-A snapshot is gathered in `.part-NAME`, each file as `FILE.part` until its sha256 is the manifest's. The manifest comes
-last, and only then is the folder renamed to its name: a folder of that name is complete. After a kill or a broken
-connection, the next call goes on from there, with Range. A snapshot that the server retires meanwhile is given up for
+A snapshot is gathered in `.part-NAME`, each file as `FILE.part` until its sha256 is the manifest's; of a large file the
+manifest has one for each part, which is fetched and checked by itself. The manifest comes last, and only then is the
+folder renamed to its name: a folder of that name is complete. After a kill or a broken connection, the next call goes
+on from there, with Range. A snapshot that the server retires meanwhile is given up for
 the newest one. The server is not trusted with paths: a manifest that leads out of the folder is refused.
 
 `follow` goes on until the run is finished: it fetches each new snapshot, and evaluations as they come. It waits for a
@@ -14,6 +15,7 @@ service that does not answer for a while.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -22,7 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
@@ -32,11 +33,12 @@ from monitor.cli.errors import Gone, MonitorError, UsageError
 from producer.common.formatting import format_bytes
 from producer.common.parsing import parse_object
 from trainer.snapshot import (
-    FORMAT,
+    FORMATS,
     NAME,
     SnapshotError,
     SnapshotFile,
-    file_sha256,
+    is_intact,
+    part_sha256,
     read_manifest,
     snapshot_name,
     verify,
@@ -167,24 +169,16 @@ def _fetch_manifest(monitor: Monitor, name: str | None) -> _Manifest:
         text = read_body(response).decode("utf-8", "replace")
     try:
         manifest = parse_object(text)
-        if manifest["format"] != FORMAT:
-            raise MonitorError(f"{address} has format {manifest['format']!r}, not {FORMAT}: update Sluice")
+        if manifest["format"] not in FORMATS:
+            raise MonitorError(f"{address} has format {manifest['format']!r}, not {FORMATS}: update Sluice")
         if not NAME.fullmatch(manifest["name"]) or name not in (None, manifest["name"]):
             raise MonitorError(f"{address} gives a snapshot called {manifest['name']!r}; refused")
-        files, saes = _files_of(manifest), list(manifest["saes"])
+        files, saes = list(map(SnapshotFile.from_entry, manifest["files"])), list(manifest["saes"])
         for file_path in (*(file.path for file in files), *(f"{sae}/evaluation.json" for sae in saes)):
             _check_path(file_path)
         return _Manifest(manifest["name"], files, saes, text)
     except (ValueError, KeyError, TypeError) as error:
         raise MonitorError(f"{address} is no manifest ({error!r}); is this the address of a Sluice monitor?") from None
-
-
-def _files_of(manifest: dict[str, Any]) -> list[SnapshotFile]:
-    """The files of a manifest. Raises ValueError, KeyError or TypeError for anything else."""
-    files = [SnapshotFile(entry["path"], int(entry["bytes"]), entry["sha256"]) for entry in manifest["files"]]
-    for file in files:
-        bytes.fromhex(file.sha256)
-    return files
 
 
 def _check_path(path: str) -> None:
@@ -224,30 +218,61 @@ def _check_existing(final: Path, manifest: _Manifest) -> None:
 
 
 def _fetch_file(transfer: _Transfer, address: str, file: SnapshotFile) -> None:
-    """Fetches one file of the manifest, or the rest of it. With a wrong hash it is fetched once more, in full."""
+    """Fetches one file of the manifest, or the rest of it, part by part where it has parts.
+
+    A part with a wrong hash is fetched once more, from its start.
+    """
     whole = transfer.folder / file.path
-    part = whole.with_name(whole.name + ".part")
-    if whole.is_file() and file_sha256(whole) == file.sha256:
+    partial = whole.with_name(whole.name + ".part")
+    if is_intact(whole, file):
         return
     whole.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        _download_with_retries(transfer, address, part, file)
-        if part.stat().st_size == file.bytes and file_sha256(part) == file.sha256:
-            part.replace(whole)
-            return
-        part.unlink()
-    raise MonitorError(
-        f"{transfer.monitor.base}{address} differs from what the manifest says (sha256 {file.sha256[:12]}…), twice; "
-        "the file is damaged on the server or on the way: tell its operator"
-    )
+    for part in _parts(file):
+        for _ in range(2):
+            _download_with_retries(transfer, address, partial, file, part)
+            if part_sha256(partial, part.begin, part.end - part.begin) == part.sha256:
+                break
+            _shorten(partial, part.begin)
+        else:
+            raise MonitorError(
+                f"{transfer.monitor.base}{address} differs from what the manifest says (bytes {part.begin:,} to "
+                f"{part.end:,}, sha256 {part.sha256[:12]}…), twice; the file is damaged on the server or on the way: "
+                "tell its operator"
+            )
+    _shorten(partial, file.bytes)
+    partial.replace(whole)
 
 
-def _download_with_retries(transfer: _Transfer, address: str, part: Path, file: SnapshotFile) -> None:
-    """Downloads a file; each try continues from the bytes that have arrived. Raises ConnectionError after TRIES."""
+@dataclass(frozen=True)
+class _Part:
+    """A part of a file that has a hash of its own; of most files all of it."""
+
+    begin: int
+    end: int
+    sha256: str
+
+
+def _parts(file: SnapshotFile) -> Iterator[_Part]:
+    if file.parts is None:
+        yield _Part(0, file.bytes, file.sha256)
+        return
+    for number, sha256 in enumerate(file.parts.sha256):
+        begin = number * file.parts.bytes
+        yield _Part(begin, min(begin + file.parts.bytes, file.bytes), sha256)
+
+
+def _shorten(path: Path, size: int) -> None:
+    """Cuts off what lies beyond `size` bytes."""
+    if path.stat().st_size > size:
+        os.truncate(path, size)
+
+
+def _download_with_retries(transfer: _Transfer, address: str, partial: Path, file: SnapshotFile, part: _Part) -> None:
+    """Downloads a part; each try continues from the bytes that have arrived. Raises ConnectionError after TRIES."""
     pause = transfer.pause_seconds
     for tries_left in reversed(range(TRIES)):
         try:
-            return _download(transfer, address, part, file)
+            return _download(transfer, address, partial, file, part)
         except ConnectionError as error:
             if not tries_left:
                 raise ConnectionError(f"the connection broke {TRIES} times ({error})") from None
@@ -255,26 +280,25 @@ def _download_with_retries(transfer: _Transfer, address: str, part: Path, file: 
         pause *= 2
 
 
-def _download(transfer: _Transfer, address: str, part: Path, file: SnapshotFile) -> None:
-    """Appends to `part` until it is as long as the manifest says. Raises ConnectionError where it ends early."""
-    size = part.stat().st_size if part.is_file() else 0
-    if size > file.bytes:
-        size = 0
-    if size == file.bytes and part.is_file():
+def _download(transfer: _Transfer, address: str, partial: Path, file: SnapshotFile, part: _Part) -> None:
+    """Appends to `partial` until it reaches the end of the part. Raises ConnectionError where it ends early."""
+    size = partial.stat().st_size if partial.is_file() else 0
+    if size >= part.end and partial.is_file():
         return
-    headers = {"Range": f"bytes={size}-", "If-Range": f'"sha256-{file.sha256}"'} if size else {}
-    with transfer.monitor.open(address, headers) as response, open(part, "r+b" if size else "wb") as output:
+    is_rest = size > 0 or part.end < file.bytes
+    headers = {"Range": f"bytes={size}-{part.end - 1}", "If-Range": f'"sha256-{file.sha256}"'} if is_rest else {}
+    with transfer.monitor.open(address, headers) as response, open(partial, "r+b" if size else "wb") as output:
         if response.status_code != 206:
             size = 0  # the server has another file, or does not know ranges
         output.truncate(size)
         output.seek(size)
         for chunk in response.iter_raw():
-            size += output.write(chunk[: file.bytes - size])
+            size += output.write(chunk[: part.end - size])
             transfer.on_progress(file.path, size, file.bytes)
-            if size == file.bytes:
+            if size == part.end:
                 break
-    if size < file.bytes:
-        raise ConnectionError(f"{transfer.monitor.base}{address} ended {file.bytes - size:,} bytes early")
+    if size < part.end:
+        raise ConnectionError(f"{transfer.monitor.base}{address} ended {part.end - size:,} bytes early")
 
 
 def _fetch_evaluations(monitor: Monitor, folder: Path) -> bool:

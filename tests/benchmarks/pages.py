@@ -26,8 +26,7 @@ from producer.common.metrics import new_registry
 from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
 from tests.benchmarks.measure import Figure, Options, Result
-from tests.small_run import publish_snapshot, start_run
-from trainer.snapshot import Export
+from tests.small_run import Export, publish_snapshot, start_run
 
 D_SAE, L0, ROWS, WIDTH, CONTEXT = 131_072, 64, 65_536, 768, 256
 HOOK = "blocks.0.hook_resid_post"

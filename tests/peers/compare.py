@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.peers.family import FAMILY, Zoo, begin, difference, options_of, print_snapshot, real_rows
 from trainer.saes.export import main as export
-from trainer.saes.inference import InferenceSae, load_sae, margins
+from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError
 
@@ -127,7 +127,9 @@ class Comparison:
 
 def is_clear_cut(sae: InferenceSae, x: Tensor) -> Tensor:
     """Rows on which no latent is within rounding of jumping, [rows] bool; nearly all are."""
-    clear = margins(sae, x) > CLOSE_CALL * sae.pre_acts(x).square().mean().sqrt()
+    pre_acts = sae.pre_acts(x)
+    margins = sae.activation.margins(pre_acts, sae.weights, sae.cfg)
+    clear = margins > CLOSE_CALL * pre_acts.square().mean().sqrt()
     assert clear.float().mean() > 0.9
     return clear
 

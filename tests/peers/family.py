@@ -15,11 +15,12 @@ from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings
 from trainer.saes.folding import side_by_side
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.inference import InferenceSae, check, export, load_sae
+from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import read_start
+from trainer.saes.writing import SaeFiles
 from trainer.settings import OptimizerSettings
-from trainer.snapshot import publish
+from trainer.snapshot import new_snapshot, snapshot_folder
 from trainer.training.run import scale_of
 from trainer.training.sae_trainer import SaeTrainer
 
@@ -194,13 +195,14 @@ def print_snapshot(sae_trainer: SaeTrainer, rows: Rows, directory: Path, calibra
         {f"{settings.name}-ema": twin} if (twin := sae_trainer.ema_sae) else {}
     )
     directory.mkdir(parents=True, exist_ok=True)
-    exports = []
-    for name, copy in copies.items():
-        if calibrated:
-            sae_trainer.calibrate(copy, scaled)
-        rate, transform = sae_trainer.statistics.firing_rate(), sae_trainer.input_transform(rows.scales)
-        exports.append(export(copy, transform, name, rate, x, metadata, {}))
-    return publish(directory, 1 + sae_trainer.tokens, exports, {"id": "peers"}, check)
+    tokens = 1 + sae_trainer.tokens
+    with new_snapshot(directory, tokens, {"id": "peers"}) as draft:
+        for name, copy in copies.items():
+            if calibrated:
+                sae_trainer.calibrate(copy, scaled)
+            rate, transform = sae_trainer.statistics.firing_rate(), sae_trainer.input_transform(rows.scales)
+            draft.add(name, {}, SaeFiles(copy, transform, rate, metadata).write(draft.folder / name, x))
+    return snapshot_folder(directory, tokens)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -84,11 +84,12 @@ class Report(_Message):
     kind: Literal["report"] = "report"
 
 
-class Collect(_Message):
-    """Calibrates the SAEs for a snapshot and sends their rows to rank 0; `tokens` activations of each hook follow."""
+class Publish(_Message):
+    """Calibrates the SAEs and writes this rank's latents into a snapshot; `tokens` activations of each hook follow."""
 
-    kind: Literal["collect"] = "collect"
+    kind: Literal["publish"] = "publish"
     tokens: int
+    folder: str
 
 
 class SaveShard(_Message):
@@ -120,7 +121,7 @@ Command = (
     | Detach
     | CoolDown
     | Report
-    | Collect
+    | Publish
     | SaveShard
     | Idle
     | End

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,6 +32,8 @@ from trainer.parallel.environment import LATENTS_PER_UNIT
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """torch 2.13 has renamed it."""
+
+ANSWER_BYTES = 4096
 
 
 @dataclass
@@ -55,7 +57,9 @@ class Ranks:
         latents_per_unit: int = LATENTS_PER_UNIT,
         device: str | torch.device = "cpu",
     ) -> None:
-        """`blocks` is the number of blocks of latents whose sums are added in order, a multiple of `size`.
+        """`group` None is that of all ranks, on the host.
+
+        `blocks` is the number of blocks of latents whose sums are added in order, a multiple of `size`.
 
         1: each rank sums over its latents as it likes, and a collective over ranks. `device` is that of the tensors
         in collectives.
@@ -159,6 +163,40 @@ class Ranks:
         """The numbers of all ranks."""
         return [number] if self.is_alone else self.gather(self._scalar(number), purpose).tolist()
 
+    def gather_rows(self, rows: Tensor, purpose: str) -> Tensor:
+        """The rows of all ranks one after another; each rank may have another number of them."""
+        if self.is_alone:
+            return rows
+        counts = self.counts(len(rows), purpose)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        pieces = self.gather(padded, purpose)
+        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks, each cut off after ANSWER_BYTES. For ranks whose tensors are on the host."""
+        own = torch.zeros(ANSWER_BYTES, dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(text.encode()[:ANSWER_BYTES] or b"\0"), dtype=torch.uint8)
+        own[: len(encoded)] = encoded
+        texts = self.gather(own, "texts")
+        return [one.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for one in texts]
+
+    @contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Raises OSError on every rank when the block raises it on one, so that all give up together.
+
+        Collective, of ranks whose tensors are on the host; the block must not be.
+        """
+        fault = ""
+        try:
+            yield
+        except OSError as error:
+            if self.is_alone:
+                raise
+            fault = str(error) or type(error).__name__
+        if not self.is_alone and any(faults := self.gather_texts(fault)):
+            raise OSError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(faults) if text))
+
     def _scalar(self, number: int) -> Tensor:
         return torch.tensor(number, device=self.device)
 
@@ -199,7 +237,6 @@ class RankLostError(Exception):
 CONTROL_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others. Rank 0 sends something every few seconds, also while it waits itself."""
 SHORT_MESSAGE_BYTES = 1016
-ANSWER_BYTES = 4096
 
 
 class World:
@@ -215,6 +252,7 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         with _peers():
             dist.barrier()  # gloo connects at the first collective, which can hang when a rank dies before it
+        self._host = self.host_ranks(blocks=1)
 
     def ranks(self, device: torch.device, blocks: int) -> Ranks:
         """The placement group of all ranks, for tensors on `device`. To be called by all ranks."""
@@ -224,6 +262,10 @@ class World:
         ranks = Ranks(self.rank, self.size, group, blocks, device=device)
         ranks.sum(torch.zeros(1, device=device), "start")
         return ranks
+
+    def host_ranks(self, blocks: int) -> Ranks:
+        """All ranks, for tensors on the host."""
+        return Ranks(self.rank, self.size, None, blocks)
 
     def send(self, message: bytes) -> None:
         """Sends a message from rank 0 to all others."""
@@ -251,27 +293,7 @@ class World:
 
     def gather_texts(self, text: str) -> list[str]:
         """The texts of all ranks, each cut off after ANSWER_BYTES."""
-        own = torch.zeros(ANSWER_BYTES, dtype=torch.uint8)
-        encoded = torch.frombuffer(bytearray(text.encode()[:ANSWER_BYTES] or b"\0"), dtype=torch.uint8)
-        own[: len(encoded)] = encoded
-        texts = torch.zeros(self.size, ANSWER_BYTES, dtype=torch.uint8)
-        with _peers():
-            _all_gather(texts.view(-1), own)
-        return [one.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for one in texts]
-
-    def collect_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor | None:
-        """The rows that the ranks hold, one after another, on rank 0's host; None on the others. `counts` by rank."""
-        rows = rows.detach().cpu().contiguous()
-        with _peers():
-            if self.rank:
-                if len(rows):
-                    dist.send(rows.view(-1).view(torch.uint8), 0)
-                return None
-            pieces = [rows, *(rows.new_empty(count, *rows.shape[1:]) for count in counts[1:])]
-            for rank, piece in enumerate(pieces):
-                if rank and len(piece):
-                    dist.recv(piece.view(-1).view(torch.uint8), rank)
-        return torch.cat(pieces)
+        return self._host.gather_texts(text)
 
     def close(self) -> None:
         """Leaves the groups, at an end that all ranks know of."""

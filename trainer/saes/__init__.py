@@ -11,7 +11,10 @@
     architectures one module each: topk, batchtopk, jumprelu, …
     folding       input scales and whitening folded into published weights
     published     published weights, and how their latents are computed
-    inference     raw activations → latents → reconstruction; writing with a self-test
+    inference     raw activations → latents → reconstruction
+    partwise      the same with some latents in memory at a time, on all ranks that share an SAE
+    selftest      what a published SAE must compute, and whether it does
+    writing       the files of an SAE in a snapshot, written by all ranks that share it
     formats       the formats of other libraries
     description   an SAE in words: its equations
     export        `python -m trainer export`
@@ -21,8 +24,7 @@ Four types stand for an SAE here. `SaeSettings` is its table in the run file. `S
 in float32, one row per latent, for scaled activations. `SaeWeights` is a published SAE to convert: weights of the same
 layout, for raw activations, with the cfg.json of whatever library wrote it. `InferenceSae` is a published SAE to run,
 with weights as a snapshot has them on disk; the monitor evaluates it. Elsewhere, a `training.SaeTrainer` adds optimizer
-and statistics to an `Sae`, a `training.Member` is its entry in a run, and a `snapshot.Export` holds the files of a
-published one.
+and statistics to an `Sae`, and a `training.Member` is its entry in a run.
 
 Imported by training/ and planning/; `settings` by `trainer.settings`; `hooks`, `inference` and `description` by the
 monitor.

@@ -46,7 +46,7 @@ from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.encoder import BlockwiseEncoder, Encoded
 from trainer.saes.gradients import THROUGH_ENCODER, Gradients, Reconstruction
 from trainer.saes.parameters import SaeParameters
-from trainer.saes.published import Activation, SaeWeights
+from trainer.saes.published import ALL_LATENTS, Activation, SaeWeights
 from trainer.saes.settings import SaeSettings
 
 NO_GRADIENTS: Mapping[str, Tensor] = {}
@@ -252,5 +252,8 @@ class Sae(SaeParameters, ABC):
         return sae.activation.to_dictionary_learning(sae)
 
     @abstractmethod
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """(keys of SAELens' cfg.json, float32 weights for scaled activations with a row per latent of this rank)."""
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """(keys of SAELens' cfg.json, float32 weights for scaled activations).
+
+        The weights have a row for each of `latents`, which are counted from the first of this rank.
+        """

@@ -94,7 +94,7 @@ def write(folders: dict[str, Path], format_name: str, target: Path) -> str | Non
     Raises SnapshotError when one cannot be read, or fails its self-test.
     """
     from trainer.saes import formats
-    from trainer.saes.inference import check
+    from trainer.saes.selftest import check
 
     try:
         with new_folder(target) as temporary:

@@ -13,6 +13,7 @@ from trainer.parallel import products
 from trainer.parallel.blocks import blocks_of, segment_ends
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.initial import initial_bias, initial_directions, normalise_rows
+from trainer.saes.published import ALL_LATENTS
 from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
 
 RATE_ROWS = 8192
@@ -142,9 +143,10 @@ class SaeParameters:
         """x [rows, d_in] of scaled activations, centred where this SAE centres its input."""
         return x - self.b_dec if self.centred else x
 
-    def common_weights(self) -> dict[str, Tensor]:
+    def common_weights(self, latents: slice = ALL_LATENTS) -> dict[str, Tensor]:
         """Copies of W_enc, W_dec, b_enc, b_dec and W_skip, decoder rows of unit norm where they are kept so."""
-        weights = {name: getattr(self, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        weights = {name: getattr(self, name)[latents].clone() for name in ("W_enc", "W_dec", "b_enc")}
+        weights["b_dec"] = self.b_dec.clone()
         if self.unit_decoder:
             normalise_rows(weights["W_dec"])
         if "W_skip" in self.parameters:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from trainer.saes import registry
 from trainer.saes.folding import recentre
 
 TRANSCODER = "transcoder"
+ALL_LATENTS = slice(None)
 
 
 class FormatError(ValueError):
@@ -82,6 +83,11 @@ class Activation(ABC):
     """Names of its weights of length d_sae; the first is the bias of the pre-activations."""
     unit_rows: ClassVar[bool] = True
     """Decoder norms may be folded into the encoder: no choice of latents changes."""
+    decided_by: ClassVar[Literal["latent", "largest", "row"]] = "row"
+    """What decides whether a latent is active: itself; whether it is among the k largest of its row (`k` in cfg.json);
+    or all of the row in another way. The first two are computed on a part of the latents at a time."""
+    by_magnitude: ClassVar[bool] = False
+    """Of the k largest: by magnitude, and signs are kept."""
 
     @abstractmethod
     def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:

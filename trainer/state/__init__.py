@@ -1,6 +1,7 @@
 """What is on disk, and does it survive a crash?
 
     durable           files and folders that are whole or absent
+    tensor_file       one file of tensors that several processes write
     format            contents of a checkpoint as typed parts, and their keys
     migrations        its version, and what brings older documents to it
     checkpoint        checkpoints as files

@@ -13,7 +13,7 @@ from producer.common.formatting import format_bytes
 from producer.common.parsing import ParseError, parse_json
 from producer.common.run_file import read_run_file
 from producer.common.toml import SettingsError
-from trainer.saes.inference import check
+from trainer.saes.selftest import check
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError, snapshot_names, verify
 from trainer.state.audit import ledger_faults, tensor_faults, violations

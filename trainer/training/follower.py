@@ -20,13 +20,13 @@ from producer.lm.precision import use_deterministic_algorithms
 from trainer.parallel.commands import (
     Attach,
     Begin,
-    Collect,
     CoolDown,
     Detach,
     End,
     Idle,
     Initialise,
     Open,
+    Publish,
     Report,
     Restore,
     SaveShard,
@@ -40,6 +40,7 @@ from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import read, save_shard, shard_name
 from trainer.training.device import DeviceError, pick_device
 from trainer.training.leader import SharedRun
+from trainer.training.publishing import write_latents
 from trainer.training.roster import restore_roster
 
 log = logging.getLogger("sluice.trainer")
@@ -91,9 +92,8 @@ class Follower:
                 case Initialise(tokens=tokens, scales=scales):
                     self.run.scales = self.run.by_hook(scales)
                     self.run.draw_weights(self.run.share_sample(tokens, []))
-                case Collect(tokens=tokens):
-                    for _ in self.run.calibrated(self.run.share_sample(tokens, [])):
-                        pass
+                case Publish(tokens=tokens, folder=folder):
+                    write_latents(self.run, self.run.share_sample(tokens, []), Path(folder))
                 case Attach(sae=sae, joined_at=joined_at, matmul=matmul):
                     self.run.attach(SaeSettings.model_validate(sae), joined_at, getattr(torch, matmul))
                 case Detach(sae=name):

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from producer.wire import Hello
 from trainer.parallel.commands import (
     Attach,
     Begin,
-    Collect,
     Command,
     CoolDown,
     Detach,
@@ -32,6 +30,7 @@ from trainer.parallel.commands import (
     Idle,
     Initialise,
     Open,
+    Publish,
     Report,
     Restore,
     SaveShard,
@@ -40,7 +39,7 @@ from trainer.parallel.commands import (
 )
 from trainer.parallel.ranks import Ranks, World
 from trainer.report import RanksReport, SaeReport
-from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
+from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import FileRecord
 from trainer.state.format import RunState, SaeTensors
@@ -73,6 +72,7 @@ class SharedRun(Run):
     ) -> None:
         super().__init__(settings, stream, roster, ranks, matmul, local_rank)
         self.world = world
+        self.host_ranks = world.host_ranks(ranks.blocks)
 
     def share_activations(self, hooks: Collection[str], tokens: int, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw activations [tokens, width] of these hooks from rank 0, which has them in `x`, on each rank's device."""
@@ -93,23 +93,6 @@ class SharedRun(Run):
         hooks = [hook.name for hook in self.stream.hooks]
         activations = self.share_activations(hooks, tokens, self.by_hook(x) if x else {})
         return [value.cpu() for value in activations.values()]
-
-    def _collected(self, calibrated: CalibratedSae) -> CalibratedSae:
-        """On rank 0 with the rows of all ranks; on the others with their own."""
-        cuts = self.ranks.latent_cuts(calibrated.sae_trainer.settings.d_sae)
-        counts = [end - first for first, end in pairwise(cuts)]
-        config, weights = calibrated.exported
-        collected: dict[str, Tensor] = {}
-        for name, value in weights.items():
-            is_shared = name in SHARED_PARAMETERS
-            collected[name] = value if is_shared else self._collect_rows(value, counts)
-        rate = self._collect_rows(calibrated.firing_rate, counts)
-        sae_trainer, sae = calibrated.sae_trainer, calibrated.sae
-        return CalibratedSae(sae_trainer, sae, calibrated.is_average, (config, collected), rate)
-
-    def _collect_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
-        collected = self.world.collect_rows(rows, counts)
-        return rows if collected is None else collected
 
 
 class Leader:
@@ -217,10 +200,10 @@ class LeaderRun(SharedRun):
             exchange_seconds=dict(self.ranks.traffic.seconds),
         )
 
-    def calibrated(self, activations: list[Tensor]) -> Iterator[CalibratedSae]:
+    def calibrated(self, activations: list[Tensor], folder: Path) -> Iterator[CalibratedSae]:
         tokens = len(activations[0])
-        self._leader.announce(Collect(tokens=tokens))
-        return super().calibrated(self.share_sample(tokens, activations))
+        self._leader.announce(Publish(tokens=tokens, folder=str(folder)))
+        return super().calibrated(self.share_sample(tokens, activations), folder)
 
     @contextmanager
     def write_shards(self, folder: Path) -> Iterator[dict[str, FileRecord]]:

@@ -166,7 +166,11 @@ class Loop:
     def begin(self, run: Run) -> None:
         """Trains `run`, whose roster is this loop's, from now on."""
         self.run = run
+        run.on_progress = self._move
         self._meter.restart(self.tokens)
+
+    def _move(self) -> None:
+        self.moved_at = time.monotonic()
 
     def _begin_run(self) -> None:
         """Restores the run that was saved, or makes a new one, once the shape of the stream is known."""

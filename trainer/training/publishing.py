@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,9 +13,19 @@ from torch import Tensor
 from producer.common.run_file import show_settings
 from trainer.report import SaeReport, StepReport
 from trainer.saes.folding import side_by_side
-from trainer.saes.inference import check, export
+from trainer.saes.writing import SaeFiles
 from trainer.settings import TrainerSettings
-from trainer.snapshot import Export, SnapshotError, finite, publish, retire
+from trainer.snapshot import (
+    FileParts,
+    SnapshotError,
+    finite,
+    is_complete,
+    new_snapshot,
+    read_manifest,
+    retire,
+    set_latest,
+    snapshot_folder,
+)
 from trainer.state.durable import replace_text
 from trainer.stream.intake import Intake
 from trainer.training.roster import Roster
@@ -48,45 +60,62 @@ def publish_snapshot(run: Run, report: StepReport, activations: list[Tensor], fa
     `activations` are raw ones of every hook, for calibration and self-test; `facts` is the manifest's part on the run.
     """
     directory = run.settings.run.folder
-    exports: list[Export] = []
-    for calibrated in run.calibrated(activations):
-        try:
-            exports.append(_export(run, calibrated, report, activations, facts))
-        except SnapshotError as error:
-            log.error("sae %s is left out of this snapshot: %s", _name(calibrated), error)
-    if not exports:
-        raise SnapshotError("there is no SAE to publish")
-    publish(directory, report.tokens, exports, facts, check)
+    folder = snapshot_folder(directory, report.tokens)
+    if is_complete(folder):
+        set_latest(folder)
+        return list(read_manifest(folder).saes)
+    with new_snapshot(directory, report.tokens, facts) as draft:
+        for calibrated in run.calibrated(activations, draft.folder):
+            metadata = _metadata(run, calibrated.sae_trainer, report, facts)
+            try:
+                weights = _write(run, calibrated, draft.folder, activations, metadata)
+            except SnapshotError as error:
+                log.error("sae %s is left out of this snapshot: %s", calibrated.name, error)
+                draft.discard(calibrated.name)
+            else:
+                draft.add(calibrated.name, _numbers(calibrated, report), weights)
+        if not draft.saes:
+            raise SnapshotError("there is no SAE to publish")
+        names = list(draft.saes)
     retire(directory, run.settings.snapshots.keep, run.settings.snapshots.keep_every_tokens)
-    return [export.name for export in exports]
+    return names
 
 
-def _name(calibrated: CalibratedSae) -> str:
-    name = calibrated.sae_trainer.settings.name
-    return f"{name}-ema" if calibrated.is_average else name
+def write_latents(run: Run, activations: list[Tensor], folder: Path) -> None:
+    """The part of a rank other than 0 in a snapshot: writes its latents, or gives up where rank 0 does."""
+    try:
+        for calibrated in run.calibrated(activations, folder):
+            with suppress(SnapshotError):
+                _write(run, calibrated, folder, activations, {})
+    except OSError:
+        return  # all ranks were told, and rank 0 logs it
 
 
-def _export(
-    run: Run, calibrated: CalibratedSae, report: StepReport, activations: list[Tensor], facts: dict[str, Any]
-) -> Export:
-    """The files of one SAE, or of its EMA copy."""
+def _write(
+    run: Run, calibrated: CalibratedSae, folder: Path, activations: list[Tensor], metadata: dict[str, Any]
+) -> FileParts | None:
+    """Writes the files of one SAE, or of its EMA copy, into its folder. Collective."""
     assert run.scales is not None
     sae_trainer = calibrated.sae_trainer
     x = side_by_side(run.by_hook(activations), sae_trainer.hooks.reads)[:SELFTEST_CANDIDATES].float()
-    numbers = numbers_of(sae_trainer, _of(report, sae_trainer))
-    if calibrated.is_average:
-        # The numbers of training were measured on the other weights.
-        numbers |= dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
-    return export(
+    files = SaeFiles(
         calibrated.sae,
         sae_trainer.input_transform(run.scales),
-        _name(calibrated),
         calibrated.firing_rate,
-        x,
-        _metadata(run, sae_trainer, report, facts),
-        numbers,
-        calibrated.exported,
+        metadata,
+        run.host_ranks,
+        run.on_progress,
     )
+    return files.write(folder / calibrated.name, x)
+
+
+def _numbers(calibrated: CalibratedSae, report: StepReport) -> dict[str, Any]:
+    """Numbers of an SAE for the manifest; of an EMA copy without those that were measured on the other weights."""
+    sae_trainer = calibrated.sae_trainer
+    numbers = numbers_of(sae_trainer, _of(report, sae_trainer))
+    if calibrated.is_average:
+        numbers |= dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
+    return numbers
 
 
 def numbers_of(sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:

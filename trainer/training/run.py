@@ -7,7 +7,7 @@ join and leave between two steps; the others do not notice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -84,10 +84,14 @@ class CalibratedSae:
     sae_trainer: SaeTrainer
     sae: Sae
     is_average: bool
-    exported: tuple[dict[str, object], dict[str, Tensor]]
-    """What `Sae.export` returns, with the rows of all latents."""
     firing_rate: Tensor
-    """[d_sae]"""
+    """Of this rank's latents."""
+
+    @property
+    def name(self) -> str:
+        """Its folder in a snapshot."""
+        name = self.sae_trainer.settings.name
+        return f"{name}-ema" if self.is_average else name
 
 
 class Run:
@@ -117,6 +121,10 @@ class Run:
         self.scales: dict[str, float] | None = None
         """By the name of the hook: its activations are multiplied by it, so that an element's variance is 1. Frozen."""
         self.last_batch: Batch | None = None
+        self.host_ranks = ranks
+        """The same ranks, for tensors on the host."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called as a snapshot or a checkpoint is being written, which may take long."""
         self.device = pick_device(settings.optimizer.device, local_rank)
         self.sae_trainers = [
             self._make_sae_trainer(each, (matmul or {}).get(each.name)) for each in self.roster.members
@@ -282,20 +290,18 @@ class Run:
         """The number of ranks, and what they have exchanged."""
         return RanksReport()
 
-    def calibrated(self, activations: list[Tensor]) -> Iterator[CalibratedSae]:
-        """Every SAE that has trained, with what inference needs fitted to raw activations of every hook."""
+    def calibrated(self, activations: list[Tensor], folder: Path) -> Iterator[CalibratedSae]:
+        """Every SAE that has trained, with what inference needs fitted to raw activations of every hook.
+
+        On many ranks each of them is then written into `folder` by all, before the next one comes.
+        """
         assert self.scales is not None
         scaled = {hook: x.float() * self.scales[hook] for hook, x in self.by_hook(activations).items()}
         for sae_trainer in self.publishable:
             for sae in filter(None, (sae_trainer.sae, sae_trainer.ema_sae)):
                 sae_trainer.calibrate(sae, scaled)
                 is_average = sae is not sae_trainer.sae
-                rate = sae_trainer.statistics.firing_rate()
-                yield self._collected(CalibratedSae(sae_trainer, sae, is_average, sae.export(), rate))
-
-    def _collected(self, calibrated: CalibratedSae) -> CalibratedSae:
-        """`calibrated` with the rows of all latents, from this rank's."""
-        return calibrated
+                yield CalibratedSae(sae_trainer, sae, is_average, sae_trainer.statistics.firing_rate())
 
     # Checkpoints
 

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from tests.benchmarks.quality.activations import HOOK
 from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.inference import export
 from trainer.saes.settings import SaeSettings
+from trainer.saes.writing import SaeFiles
 from trainer.settings import OptimizerSettings
+from trainer.snapshot import WEIGHTS
 from trainer.training.run import scale_of
 from trainer.training.sae_trainer import SaeTrainer
 
@@ -62,15 +62,13 @@ def main() -> None:
     x = torch.cat(newest)
     sae_trainer.calibrate(sae_trainer.sae, {HOOK: x * scale})
     rate = sae_trainer.statistics.firing_rate()
-    exported = export(
-        sae_trainer.sae, sae_trainer.input_transform({HOOK: scale}), "sae", rate, x[:1024], {"hook_name": HOOK}, {}
-    )
-    assert exported.cfg["apply_b_dec_to_input"]
+    files = SaeFiles(sae_trainer.sae, sae_trainer.input_transform({HOOK: scale}), rate, {"hook_name": HOOK})
+    assert files.cfg["apply_b_dec_to_input"]
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: torch.from_numpy(value).contiguous() for name, value in exported.weights.items()}
-    save_file(weights, folder / "sae.safetensors")
+    files.write(folder / "published", x[:1024])
+    (folder / "published" / WEIGHTS).replace(folder / "sae.safetensors")
     seconds = time.monotonic() - began
-    report = {"architecture": exported.cfg["architecture"], "k": cell["k"], "seconds": seconds}
+    report = {"architecture": files.cfg["architecture"], "k": cell["k"], "seconds": seconds}
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

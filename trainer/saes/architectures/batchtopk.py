@@ -25,7 +25,7 @@ from trainer.saes.architectures.jumprelu import JUMPRELU
 from trainer.saes.architectures.topk import TOPK, FixedK, FixedKSettings
 from trainer.saes.encoder import Encoded
 from trainer.saes.folding import grow
-from trainer.saes.published import SaeWeights, linear_state, matrix_state, scalar_state
+from trainer.saes.published import ALL_LATENTS, SaeWeights, linear_state, matrix_state, scalar_state
 from trainer.saes.settings import CostTerms, SaeSettings
 from trainer.snapshot import SnapshotError
 
@@ -143,7 +143,7 @@ class BatchTopK(FixedK):
             return "MatryoshkaBatchTopKSAE", matrix_state(centred) | scalars | {"group_sizes": sizes}
         return "BatchTopKSAE", linear_state(centred) | scalars
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        weights = self.common_weights()
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        weights = self.common_weights(latents)
         weights["threshold"] = torch.full_like(weights["b_enc"], self.threshold)
         return {"architecture": JUMPRELU.architecture}, weights

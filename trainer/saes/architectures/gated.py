@@ -27,7 +27,7 @@ from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.gradients import Gradients, add
-from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, jumprelu_of
+from trainer.saes.published import ALL_LATENTS, Activation, SaeWeights, distance_to_threshold, jumprelu_of
 from trainer.saes.settings import CostTerms, PenalisedSettings, Revival
 
 
@@ -51,6 +51,7 @@ class GatedActivation(Activation):
 
     name = "gated"
     architecture = "gated"
+    decided_by = "latent"
     has_transcoder = False
     vectors = ("b_gate", "b_mag", "r_mag")
 
@@ -132,9 +133,9 @@ class Gated(Sae):
         self.parameters["b_mag"][latents] = 0.0
         self.parameters["r_mag"][latents] = 0.0
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        weights = self.common_weights()
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        weights = self.common_weights(latents)
         weights["b_gate"] = weights.pop("b_enc")
         return {"architecture": GATED.architecture}, weights | {
-            name: self.parameters[name].clone() for name in ("b_mag", "r_mag")
+            name: self.parameters[name][latents].clone() for name in ("b_mag", "r_mag")
         }

@@ -37,7 +37,7 @@ from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
 from trainer.saes.gradients import Gradients, add
-from trainer.saes.published import Activation, SaeWeights, distance_to_threshold, matrix_state
+from trainer.saes.published import ALL_LATENTS, Activation, SaeWeights, distance_to_threshold, matrix_state
 from trainer.saes.settings import ASSUMED_L0, CostTerms, NestedSettings, PenalisedSettings, Revival
 
 INITIAL_L0 = 4.0
@@ -128,6 +128,7 @@ class JumpReLUActivation(Activation):
 
     name = "jumprelu"
     architecture = "jumprelu"
+    decided_by = "latent"
     vectors = ("b_enc", "threshold")
 
     def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
@@ -274,5 +275,6 @@ class JumpReLU(Sae):
         if not self._log:
             self.parameters[self._parameter].clamp_min_(MINIMUM_THRESHOLD)
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"architecture": JUMPRELU.architecture}, self.common_weights() | {"threshold": self.threshold.clone()}
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        weights = self.common_weights(latents) | {"threshold": self.threshold[latents].clone()}
+        return {"architecture": JUMPRELU.architecture}, weights

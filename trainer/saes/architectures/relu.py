@@ -28,7 +28,7 @@ from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.folding import has_unit_rows
 from trainer.saes.gradients import Gradients, add
-from trainer.saes.published import Activation, SaeWeights, jumprelu_of, linear_state
+from trainer.saes.published import ALL_LATENTS, Activation, SaeWeights, jumprelu_of, linear_state
 from trainer.saes.settings import PenalisedSettings, Revival
 
 INITIAL_NORM = 0.1
@@ -83,6 +83,7 @@ class ReLUActivation(Activation):
 
     name = "relu"
     architecture = "standard"
+    decided_by = "latent"
 
     def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         return pre_acts.relu()
@@ -162,5 +163,5 @@ class ReLU(Sae):
         directions = [block / norm.clamp_min(1e-12) for block, norm in zip(blocks, norms, strict=True)]
         return torch.cat(norms, 1).sum(1), torch.cat(directions, 1)
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"architecture": RELU.architecture}, self.common_weights()
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        return {"architecture": RELU.architecture}, self.common_weights(latents)

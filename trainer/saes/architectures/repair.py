@@ -25,6 +25,7 @@ from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.architectures.relu import RELU
 from trainer.saes.base import Sae
 from trainer.saes.gradients import Gradients, add
+from trainer.saes.published import ALL_LATENTS
 from trainer.saes.settings import SHARED_PARAMETERS, CostTerms, SaeSettings
 
 TRAINABLE = {
@@ -93,8 +94,8 @@ class Repair(Sae):
         super().after_step()
         self.parameters["scale"].clamp_min_(MINIMUM_SCALE)
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        weights, scale = self.common_weights(), self.parameters["scale"]
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        weights, scale = self.common_weights(latents), self.parameters["scale"][latents]
         weights["W_enc"] *= scale[:, None]
         weights["b_enc"] *= scale
         return {"architecture": RELU.architecture}, weights

@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.architectures.relu import ReLU
 from trainer.saes.gradients import THROUGH_ENCODER, Gradients
+from trainer.saes.published import ALL_LATENTS
 from trainer.saes.settings import CostTerms, PenalisedSettings
 
 
@@ -67,6 +68,6 @@ class Tied(ReLU):
         gradients.of.pop(THROUGH_ENCODER, None)
         return gradients
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        keys, weights = super().export()
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
+        keys, weights = super().export(latents)
         return keys, weights | {"W_enc": weights["W_dec"].clone()}

@@ -27,7 +27,14 @@ from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
 from trainer.saes.gradients import Gradients, Reconstruction, add
-from trainer.saes.published import Activation, FormatError, SaeWeights, linear_state, scalar_state
+from trainer.saes.published import (
+    ALL_LATENTS,
+    Activation,
+    FormatError,
+    SaeWeights,
+    linear_state,
+    scalar_state,
+)
 from trainer.saes.settings import CostTerms, NestedSettings, Positive, Revival, SaeSettings
 
 INITIAL_PRE_ACT = 1.0
@@ -93,6 +100,7 @@ class TopKActivation(Activation):
     name = "topk"
     architecture = "topk"
     unit_rows = False
+    decided_by = "largest"
 
     def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         value, index = torch.topk(pre_acts, cfg["k"], dim=-1)
@@ -127,6 +135,7 @@ class AbsTopKActivation(TopKActivation):
 
     name = "abstopk"
     architecture = "abstopk"
+    by_magnitude = True
 
     def encode(self, pre_acts: Tensor, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> Tensor:
         index = torch.topk(pre_acts.abs(), cfg["k"], dim=-1).indices
@@ -224,8 +233,8 @@ class TopK(FixedK):
             latents.append(largest_of_all.split(self.ends))
         return replace(encoded, latents=latents)
 
-    def export(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+    def export(self, latents: slice = ALL_LATENTS) -> tuple[dict[str, object], dict[str, Tensor]]:
         # SAELens' fold_W_dec_norm needs the flag; with unit rows it changes nothing.
         architecture = ABSTOPK.architecture if self.by_magnitude else TOPK.architecture
         keys: dict[str, object] = {"architecture": architecture, "k": self.k}
-        return keys | {"rescale_acts_by_decoder_norm": self.unit_decoder}, self.common_weights()
+        return keys | {"rescale_acts_by_decoder_norm": self.unit_decoder}, self.common_weights(latents)
