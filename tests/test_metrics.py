@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ from producer.metrics import ProducerMetrics
 from producer.report import ProducerReport
 from trainer import metrics as trainer_metrics
 from trainer.metrics import TrainerMetrics
-from trainer.report import DENSITY_EDGES, RanksReport, SaeReport, StepReport, StreamReport
+from trainer.report import (
+    DENSITY_EDGES,
+    RankReport,
+    RanksReport,
+    SaeReport,
+    StepReport,
+    StreamReport,
+    describe_bottleneck,
+)
 from trainer.reporting import Reporter
 
 PROMISED = re.findall(
@@ -160,6 +168,10 @@ ELSEWHERE = {
     "sluice_evaluated_snapshot_tokens": "snapshot_tokens",
     "sluice_evaluation_seconds": "seconds",
     "sluice_ranks": "count",
+    "sluice_rank_step_seconds": "step_seconds",
+    "sluice_rank_exchange_seconds": "exchange_seconds",
+    "sluice_rank_memory_bytes": "memory_bytes",
+    "sluice_rank_active_latents": "active_latents",
 }
 """Metrics whose field is not the name itself."""
 MEASURES = {name: next(NUMBERS) for name in (
@@ -174,11 +186,12 @@ MEASURES = {name: next(NUMBERS) for name in (
     [
         (trainer_metrics.STEP, [report := numbered(StepReport, stream=numbered(StreamReport)), report.stream]),
         (trainer_metrics.RANKS, [numbered(RanksReport)]),
+        ([one for one in trainer_metrics.RANK if one.name != "sluice_rank_work_seconds"], [numbered(RankReport)]),
         (trainer_metrics.SAE, [numbered(SaeReport)]),
         (producer_metrics.PRODUCER, [numbered(ProducerReport)]),
         (metrics.evaluation_metrics(), [Evaluation.from_json(MEASURES)]),
     ],
-    ids=["step", "ranks", "sae", "producer", "evaluation"],
+    ids=["step", "ranks", "rank", "sae", "producer", "evaluation"],
 )
 def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[Metric, ...], reports: list[Any]):
     """No two numbers of the report are the same: which one is shown tells which field was read."""
@@ -202,6 +215,53 @@ def test_each_metric_shows_the_number_that_it_is_named_for(table: tuple[Metric, 
             assert expected[name].items() <= number.items()
         else:
             assert number == expected[name], metric.name
+
+
+RANKS = RanksReport(
+    count=3,
+    each=(
+        RankReport(0, step_seconds=1.0, exchange_seconds=0.5, memory_bytes=10, active_latents=4.0),
+        RankReport(1, step_seconds=1.0, exchange_seconds=0.3, memory_bytes=10, active_latents=9.0),
+        RankReport(2, step_seconds=1.0, exchange_seconds=0.5, memory_bytes=10, active_latents=4.0),
+    ),
+)
+"""Rank 1 waits for nobody: three tenths of a step are what exchange costs, and its work takes .7 s, not .5."""
+
+
+def test_each_rank_has_series_of_its_own():
+    """Labelled by its number; work is the step without exchanges. A trainer alone has none."""
+    registry = CollectorRegistry()
+    trainer = TrainerMetrics(registry, {})
+    trainer.update(REPORT)
+    assert registry.get_sample_value("sluice_rank_step_seconds", {"rank": "0"}) is None
+    trainer.update(replace(REPORT, ranks=RANKS))
+    assert registry.get_sample_value("sluice_rank_work_seconds", {"rank": "1"}) == pytest.approx(0.7)
+    assert registry.get_sample_value("sluice_rank_active_latents", {"rank": "1"}) == 9.0
+
+
+def test_the_bottleneck_may_be_the_ranks():
+    """A slow rank, then costly exchange, are said of a trainer that is not waiting for producers."""
+    slow = replace(RANKS.each[1], exchange_seconds=0.05)
+    waiting = StreamReport(producers={"working": 1}, data_wait_ratio=0.5)
+    busy = StreamReport(producers={"working": 1}, credit_wait_ratio=0.5)
+    sentence = "the trainer is the bottleneck: producers wait 50% of the time for room in the buffer"
+
+    assert describe_bottleneck("training", busy, replace(RANKS, each=(RANKS.each[0], slow, RANKS.each[2]))) == (
+        f"{sentence}; rank 1 is slow: its work takes 1.9 times that of the median"
+    )
+    assert describe_bottleneck("training", busy, replace(RANKS, each=(RANKS.each[0], RANKS.each[2]))) == (
+        f"{sentence}; exchange between ranks takes 50% of a step: use fewer ranks, or a larger batch"
+    )
+    assert describe_bottleneck("training", busy, RanksReport()) == sentence
+    assert "rank" not in describe_bottleneck("training", waiting, RANKS)
+
+
+@pytest.mark.parametrize("document", [None, [], {"count": "x"}, {"count": 2, "each": [{"rank": 0}, 3]}])
+def test_reports_without_ranks_are_read(document: Any):
+    """Those of earlier releases, and what a damaged line may hold."""
+    assert RanksReport.from_json(document).each == ()
+    assert RanksReport.from_json(asdict(RANKS)) == RANKS
+    assert RANKS.facts == ["3 ranks", "exchange 30% of a step", "slowest rank 1, 1.40 × the median"]
 
 
 def test_unknown_values_are_absent_and_nan_is_shown():

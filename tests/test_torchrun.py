@@ -114,6 +114,7 @@ def test_an_operator_commands_all_ranks(start: Start, tmp_path: Path) -> None:
     wait_until(lambda: tokens_in_checkpoint(tmp_path) > tokens + 5000)
     ranks = ask(run, {"command": "status"})["ranks"]
     assert ranks["count"] == 2 and ranks["exchange_bytes"]["activations"] > 0
+    assert [rank["rank"] for rank in ranks["each"]] == [0, 1] and all(rank["step_seconds"] for rank in ranks["each"])
     ask(run, {"command": "detach", "name": "wide", "now": True})
     wait_until(lambda: any((run / "snapshots").glob("*/wide-ema")))
     trainer.terminate()

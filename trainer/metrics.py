@@ -120,6 +120,23 @@ RANKS = (
            lambda r: r.exchange_seconds, "purpose"),
 )
 
+RANK = (
+    Metric("sluice_rank_step_seconds", "gauge", "seconds",
+           "Mean duration of a step on a rank between the last two reports, in seconds, exchanges included.",
+           lambda r: r.step_seconds),
+    Metric("sluice_rank_work_seconds", "gauge", "seconds",
+           "The same without exchanges, in which a rank waits for the others: the slowest rank has the largest.",
+           lambda r: r.work_seconds),
+    Metric("sluice_rank_exchange_seconds", "gauge", "seconds",
+           "Mean time of a step that a rank spends in exchanges; the least of all ranks is what exchange costs.",
+           lambda r: r.exchange_seconds),
+    Metric("sluice_rank_memory_bytes", "gauge", "bytes", "Memory that a rank holds on its device.",
+           lambda r: r.memory_bytes),
+    Metric("sluice_rank_active_latents", "gauge", "latents",
+           "Mean number of a rank's latents that are active on an activation, of all SAEs: its share of sparse work.",
+           lambda r: r.active_latents),
+)
+
 SAE = (
     Metric("sluice_l0", "gauge", "latents", "Mean number of latents active on an activation.", lambda s: s.l0),
     Metric("sluice_mse", "gauge", "squared activation",
@@ -175,7 +192,9 @@ class TrainerMetrics(Collector):
         yield from families(MILESTONES, [((), self._milestones)])
         yield from families(STEP, [((), report)] if report else [])
         yield from families(RANKS, [((), report.ranks)] if report else [])
+        each = report.ranks.each if report else ()
+        yield from families(RANK, [((str(rank.rank),), rank) for rank in each], ("rank",))
         yield from families(SAE, [((sae.name,), sae) for sae in saes], ("sae",))
 
     def describe(self) -> Iterator[Family]:
-        return metric_names(MILESTONES + STEP + RANKS + SAE)
+        return metric_names(MILESTONES + STEP + RANKS + RANK + SAE)

@@ -6,12 +6,23 @@ sockets or files.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from statistics import median_low
+from typing import Any
 
 from trainer.phases import RunPhase
 
 DENSITY_EDGES = (-7.0, -6.0, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
 """Upper edges of the density histogram's bins, in log10 of the firing rate."""
+
+
+NOTICEABLE_WAIT_RATIO = 0.05
+"""Share of the time from which one side of the stream is said to wait for the other."""
+SLOW_RATIO = 1.3
+"""Of a rank's work to that of the median, from which it is called slow."""
+COSTLY_EXCHANGE_RATIO = 0.25
+"""Share of a step from which exchange is called costly."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,26 @@ class SaeReport:
 
 
 @dataclass(frozen=True)
+class RankReport:
+    """One rank of several, between two reports. Times are means over steps, on the host."""
+
+    rank: int
+    step_seconds: float
+    exchange_seconds: float
+    """Of a step, waiting for other ranks included. On a GPU exchanges run later: there it is the time to enqueue them.
+    """
+    memory_bytes: int
+    """Held on its device."""
+    active_latents: float
+    """Mean number of its latents that are active on an activation, of all SAEs."""
+
+    @property
+    def work_seconds(self) -> float:
+        """Of a step, outside exchanges: the slowest rank is the one whose work takes longest."""
+        return max(0.0, self.step_seconds - self.exchange_seconds)
+
+
+@dataclass(frozen=True)
 class RanksReport:
     """What the ranks of a run have exchanged since they started, by purpose; a trainer alone exchanges nothing."""
 
@@ -50,6 +81,57 @@ class RanksReport:
     """Bytes received, of all ranks together."""
     exchange_seconds: dict[str, float] = field(default_factory=dict)
     """Of rank 0, on the host. On a GPU collectives run later: there it is the time to enqueue them."""
+    each: tuple[RankReport, ...] = ()
+    """By rank; none of a trainer alone."""
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any] | None) -> RanksReport:
+        """From a line of metrics.jsonl; earlier releases wrote no ranks, or less about them."""
+        if not isinstance(document, Mapping) or not isinstance(count := document.get("count"), int):
+            return cls()
+        names = [one.name for one in fields(RankReport)]
+        ranks = [rank for rank in document.get("each") or [] if isinstance(rank, Mapping)]
+        whole = [rank for rank in ranks if all(isinstance(rank.get(name), int | float) for name in names)]
+        return cls(count=count, each=tuple(RankReport(**{name: rank[name] for name in names}) for rank in whole))
+
+    @property
+    def exchange_ratio(self) -> float | None:
+        """Share of a step that exchange takes: of the rank that waits least for the others. None when unknown."""
+        ratios = [rank.exchange_seconds / rank.step_seconds for rank in self.each if rank.step_seconds]
+        return min(ratios) if ratios else None
+
+    @property
+    def slowest(self) -> tuple[RankReport, float] | None:
+        """(the rank whose work takes longest, as a multiple of the median's); None when unknown."""
+        if len(self.each) < 2 or not (typical := median_low(rank.work_seconds for rank in self.each)):
+            return None
+        slowest = max(self.each, key=lambda rank: rank.work_seconds)
+        return slowest, slowest.work_seconds / typical
+
+    @property
+    def bottleneck(self) -> str | None:
+        """A sentence on ranks that hold up the trainer; None where they do not."""
+        slowest, ratio = self.slowest, self.exchange_ratio
+        if slowest is not None and slowest[1] >= SLOW_RATIO:
+            return f"rank {slowest[0].rank} is slow: its work takes {slowest[1]:.1f} times that of the median"
+        if ratio is not None and ratio >= COSTLY_EXCHANGE_RATIO:
+            return f"exchange between ranks takes {ratio:.0%} of a step: use fewer ranks, or a larger batch"
+        return None
+
+    @property
+    def facts(self) -> list[str]:
+        """Short notes on the ranks, for people; none of a trainer alone."""
+        if self.count < 2:
+            return []
+        facts = [f"{self.count} ranks"]
+        if (ratio := self.exchange_ratio) is not None:
+            facts.append(f"exchange {ratio:.0%} of a step")
+        if (slowest := self.slowest) is not None:
+            facts.append(f"slowest rank {slowest[0].rank}, {slowest[1]:.2f} × the median")
+        return facts
+
+
+ONE_RANK = RanksReport()
 
 
 @dataclass(frozen=True)
@@ -91,7 +173,7 @@ class StreamReport:
     def bottleneck(self) -> str:
         """A sentence on which side waits for the other while the run trains."""
         data, credit = self.data_wait_ratio, self.credit_wait_ratio
-        if max(data, credit) < 0.05:
+        if max(data, credit) < NOTICEABLE_WAIT_RATIO:
             return "neither side waits for the other"
         if data > credit:
             return f"the producers are the bottleneck: training waits {data:.0%} of the time for activations"
@@ -123,12 +205,12 @@ class StepReport:
     """Expected number of others from the same window in an activation's batch; NaN before the first batch."""
     stream: StreamReport
     saes: tuple[SaeReport, ...]
-    ranks: RanksReport = RanksReport()
+    ranks: RanksReport = ONE_RANK
 
     @property
     def bottleneck(self) -> str:
         """A sentence on what holds up training."""
-        return describe_bottleneck(self.state, self.stream)
+        return describe_bottleneck(self.state, self.stream, self.ranks)
 
     def as_json(self) -> dict:
         """The line of metrics.jsonl."""
@@ -139,7 +221,7 @@ STEADY_PHASES = (RunPhase.TRAINING, RunPhase.STARVED)
 """Phases in which the rate tells how long the rest will take."""
 
 
-def describe_bottleneck(phase: str, stream: StreamReport) -> str:
+def describe_bottleneck(phase: str, stream: StreamReport, ranks: RanksReport = ONE_RANK) -> str:
     """A sentence on what holds up training: neither side is the bottleneck of a run that does not train."""
     match phase:
         case RunPhase.PAUSED:
@@ -150,4 +232,6 @@ def describe_bottleneck(phase: str, stream: StreamReport) -> str:
             return "the buffer is being filled: training begins when it is"
         case RunPhase.STARVED if not sum(stream.producers.values()):
             return "no producer is at work: training waits for activations"
-    return stream.bottleneck
+    if stream.data_wait_ratio >= NOTICEABLE_WAIT_RATIO or (cause := ranks.bottleneck) is None:
+        return stream.bottleneck
+    return f"{stream.bottleneck}; {cause}"

@@ -16,7 +16,7 @@ from monitor.evaluation.measures import Stage, measures
 from monitor.evaluation.results import Evaluation, value_of
 from monitor.run_directory import hooks_of
 from producer.common.formatting import format_duration
-from trainer.report import STEADY_PHASES
+from trainer.report import STEADY_PHASES, RanksReport
 
 Report = Mapping[str, Any]
 BAR = 20
@@ -60,6 +60,10 @@ def _progress(report: Report, elapsed: float | None, length: int) -> RenderableT
         state.append(format_duration(elapsed))
     bar = ProgressBar(total=capacity, completed=buffered, width=length, complete_style="cyan", finished_style="cyan")
     grid.add_row("buffer", bar, " · ".join(state))
+    ranks = RanksReport.from_json(report.get("ranks"))
+    if ranks.facts:
+        bar = ProgressBar(total=1.0, completed=ranks.exchange_ratio or 0.0, width=length, complete_style="magenta")
+        grid.add_row("ranks", bar, " · ".join(ranks.facts))
     return grid
 
 

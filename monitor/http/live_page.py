@@ -20,7 +20,7 @@ from monitor.run_directory import SILENT_SECONDS, SnapshotEntry, hooks_of
 from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
 from producer.common.shell import shell_command
-from trainer.report import STEADY_PHASES, StreamReport, describe_bottleneck
+from trainer.report import STEADY_PHASES, RanksReport, StreamReport, describe_bottleneck
 
 PALETTE = ("#bd7d0c", "#3f7fc4", "#46966a", "#b0558f", "#7a6ac9", "#c2603a", "#4f8f95", "#8f8a3c")
 """One colour per SAE in charts and tables, distinct for the colour-blind; contrast 3 and more on light and on dark."""
@@ -280,6 +280,8 @@ def _progress(run: Run) -> list[Fact]:
         facts.append(
             (f"{report['buffer_rows'] / capacity:.0%}", f"of the buffer's {format_count(capacity)} activations filled")
         )
+    if ranks := RanksReport.from_json(report.get("ranks")).facts:
+        facts.append(("", ", ".join(ranks)))
     return facts
 
 
@@ -296,7 +298,8 @@ def _bottleneck(run: Run) -> str:
     stream = run["report"].get("stream") or {}
     data, credit = stream.get("data_wait_ratio") or 0.0, stream.get("credit_wait_ratio") or 0.0
     reported = StreamReport(stream.get("producers") or {}, data_wait_ratio=data, credit_wait_ratio=credit)
-    sentence = describe_bottleneck(run["report"].get("state") or "training", reported)
+    ranks = RanksReport.from_json(run["report"].get("ranks"))
+    sentence = describe_bottleneck(run["report"].get("state") or "training", reported, ranks)
     return f"{sentence[:1].upper()}{sentence[1:]}."
 
 

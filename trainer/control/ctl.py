@@ -20,6 +20,7 @@ from producer.common.parsing import ParseError, parse_object
 from producer.common.shell import shell_command
 from producer.common.toml import SettingsError, read_toml, show_value
 from trainer.control.requests import Answer, socket_address
+from trainer.report import RanksReport
 
 ANSWER_SECONDS = 600.0
 """How long the client waits for the trainer, which may be writing a large checkpoint."""
@@ -189,7 +190,8 @@ def _show(status: Answer) -> None:
         exchanged = ranks["exchange_bytes"]
         largest = sorted(exchanged, key=exchanged.__getitem__, reverse=True)[:3]
         purposes = ", ".join(f"{purpose} {format_bytes(exchanged[purpose])}" for purpose in largest)
-        console.print(f"{ranks['count']} ranks · exchanged {format_bytes(sum(exchanged.values()))}: {purposes}")
+        facts = " · ".join(RanksReport.from_json(ranks).facts)
+        console.print(f"{facts} · exchanged {format_bytes(sum(exchanged.values()))}: {purposes}")
     _show_trouble(console, status)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     # Numbers are never cut; a hook's name may be long, and is shown only where there are several.

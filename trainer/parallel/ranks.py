@@ -44,6 +44,10 @@ class Traffic:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Time on the host. Work on a GPU runs later: there it is the time to enqueue it."""
 
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
 
 class Ranks:
     """The ranks of one placement group, as one of them sees them. Collectives must be called by all, in one order."""

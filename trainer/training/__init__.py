@@ -5,6 +5,7 @@
     run           the SAEs of a run, and what they share
     device        the device that they train on, and the threads of a CPU
     resuming      a run as a checkpoint holds it
+    rank_meter    how long the steps of a rank take, and its exchanges
     leader        the run of rank 0, which announces its changes to the other ranks
     follower      a rank that does what rank 0 announces
     sae_trainer   one SAE with optimizer, schedule and statistics

@@ -83,10 +83,10 @@ class Follower:
                 case Idle():
                     pass
                 case TrainStep(tokens=tokens):
-                    self.run.step_on(self.run.share_activations(self.run.hooks_in_training(), tokens, {}))
+                    self.run.shared_step(tokens, {})
                 case Report():
                     self.run.reports()
-                    self._world.gather_texts(json.dumps(self.run.ranks.traffic.received_bytes))
+                    self._world.gather_texts(self.run.report_text())
                 case SaveShard(folder=folder):
                     self._world.gather_texts(self._save_shard(Path(folder)))
                 case Initialise(tokens=tokens, scales=scales):

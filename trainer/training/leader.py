@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from trainer.parallel.commands import (
     encode_command,
 )
 from trainer.parallel.ranks import Ranks, World
-from trainer.report import RanksReport, SaeReport
+from trainer.report import RankReport, RanksReport, SaeReport
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import FileRecord
@@ -47,6 +48,7 @@ from trainer.state.run_directory import RunDirectoryError
 from trainer.stream.buffer import Batch
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.training.device import pick_device
+from trainer.training.rank_meter import RankMeter
 from trainer.training.roster import Member, Roster
 from trainer.training.run import CalibratedSae, Run
 from trainer.training.sae_trainer import SaeTrainer
@@ -73,6 +75,17 @@ class SharedRun(Run):
         super().__init__(settings, stream, roster, ranks, matmul, local_rank)
         self.world = world
         self.host_ranks = world.host_ranks(ranks.blocks)
+        self._rank_meter = RankMeter(world.rank, ranks)
+
+    def shared_step(self, tokens: int, x: Mapping[str, Tensor]) -> None:
+        """One step on activations of rank 0, which has them in `x`."""
+        with self._rank_meter.step():
+            self.step_on(self.share_activations(self.hooks_in_training(), tokens, x))
+
+    def report_text(self) -> str:
+        """This rank's answer to Report, JSON."""
+        report = self._rank_meter.report(sum(one.statistics.active_latents() for one in self.publishable))
+        return json.dumps({"received_bytes": self.ranks.traffic.received_bytes, "rank": asdict(report)})
 
     def share_activations(self, hooks: Collection[str], tokens: int, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw activations [tokens, width] of these hooks from rank 0, which has them in `x`, on each rank's device."""
@@ -150,6 +163,7 @@ class LeaderRun(SharedRun):
         self._leader = leader
         self._checkpoint = checkpoint
         self._traffic: list[dict[str, int]] = []
+        self._rank_reports: tuple[RankReport, ...] = ()
         matmul = {each.settings.name: dtype_name(each.sae.matmul_dtype) for each in self.sae_trainers}
         leader.announce(Begin(stream=stream, roster=self.roster.state(), matmul=matmul))
 
@@ -179,16 +193,17 @@ class LeaderRun(SharedRun):
         return self.draw_weights(self.share_sample(tokens, sample))
 
     def train_step(self, batch: Batch) -> None:
-        tokens, hooks = len(batch.x[0]), self.hooks_in_training()
+        tokens = len(batch.x[0])
         self._leader.announce(TrainStep(tokens=tokens))
-        self.step_on(self.share_activations(hooks, tokens, self.by_hook(batch.x)))
+        self.shared_step(tokens, self.by_hook(batch.x))
         self.last_batch = batch
 
     def reports(self) -> tuple[SaeReport, ...]:
         self._leader.announce(Report())
         reports = super().reports()
-        texts = self.world.gather_texts(json.dumps(self.ranks.traffic.received_bytes))
-        self._traffic = [parse_object(text) for text in texts]
+        answers = [parse_object(text) for text in self.world.gather_texts(self.report_text())]
+        self._traffic = [answer["received_bytes"] for answer in answers]
+        self._rank_reports = tuple(RankReport(**answer["rank"]) for answer in answers)
         return reports
 
     def ranks_report(self) -> RanksReport:
@@ -198,6 +213,7 @@ class LeaderRun(SharedRun):
             count=self.ranks.size,
             exchange_bytes={each: sum(traffic.get(each, 0) for traffic in self._traffic) for each in purposes},
             exchange_seconds=dict(self.ranks.traffic.seconds),
+            each=self._rank_reports,
         )
 
     def calibrated(self, activations: list[Tensor], folder: Path) -> Iterator[CalibratedSae]:

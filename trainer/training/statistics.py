@@ -94,6 +94,10 @@ class Statistics:
         """Fraction of the window's tokens on which each latent fired, float64 [latents of this rank]."""
         return self.firings / self.sums[0].clamp_min(1.0)
 
+    def active_latents(self) -> float:
+        """Mean number of this rank's latents active on an activation of the window."""
+        return float(self.firing_rate().sum())
+
     def density(self) -> tuple[int, ...]:
         """Latents per bin of DENSITY_EDGES by log10 firing rate, then those that did not fire in the window.
 

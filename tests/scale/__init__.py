@@ -1,0 +1,1 @@
+"""What many ranks are measured by: `make scale` (tests/scale/__main__.py)."""
