@@ -21,10 +21,9 @@ from producer.lm.loading import load_language_model
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
 from producer.wire import CorpusShare, WireError, decode, encode
 from tests.small_chats import chat_tokenizer, write_chat_model
-from tests.small_run import identity_sae, ledger_through_json
+from tests.small_run import identity_sae, ledger_through_json, publish_snapshot
 from tests.small_stream import hello_of, named_source, new_ledger, stream_settings
 from trainer.saes.inference import load_sae
-from trainer.snapshot import publish
 from trainer.stream.ledger.ledger import Ledger
 from trainer.stream.ledger.resume import ledger_state, restore_ledger
 from trainer.stream.ledger.shards import corpus_of, epoch_order
@@ -255,7 +254,7 @@ def test_each_corpus_is_evaluated_by_itself(tmp_path: Path) -> None:
     held_out = held_out_text(text, model.tokenizer, 40)
     ranges = {name: (part.start, part.stop) for name, part in held_out.corpora.items()}
     assert list(ranges) == ["a", "b"] and ranges["b"] == (ranges["a"][1], len(held_out.windows))
-    folder = publish(tmp_path, 1, [identity_sae("sae", d_in=8, gain=0.5)], {}, lambda folder: None)
+    folder = publish_snapshot(tmp_path, 1, [identity_sae("sae", d_in=8, gain=0.5)])
     (result,) = evaluate(
         model, held_out.windows, [load_sae(folder / "sae")], Baseline(), corpora=held_out.corpora
     ).values()
