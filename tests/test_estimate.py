@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -184,7 +185,7 @@ def test_what_comes_too_late_is_told_before_the_run(capsys: pytest.CaptureFixtur
     assert "optimizer.warmup_tokens = 100_000 is longer than run.tokens = 60_000: the learning rate never" in text
 
 
-def test_what_shards_is_not_sluice_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_never_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [GROWTH, "--width", "4096", "--machine", "h200", "--gpus", "24"]
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -252,3 +253,37 @@ def test_threads_are_those_that_learn_side_by_side(monkeypatch: pytest.MonkeyPat
         return training_threads(TrainerSettings.model_validate({"run": run, "model": model, "sae": tables}))
 
     assert (threads(1, 2), threads(4, 2), threads(3, None), threads(1, None)) == (2, 8, 6, 8)
+
+
+def start_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert (
+        main([GROWTH, "--width", "4096", "--machine", "h200", "--model-parameters", "4e9", "--json", *arguments]) == 0
+    )
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_commands_that_start_a_large_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """24 ranks on 3 machines of 8, and as many producers as their rate asks for."""
+    estimate = start_of(capsys, "--gpus", "24")
+    start = estimate["start"]
+
+    assert (start["ranks"], start["machines"], start["intakes"]) == (24, 3, 1)
+    assert start["trainer"].startswith("torchrun --nnodes 3 --rdzv-endpoint HOST:29500 --nproc-per-node 8 ")
+    assert start["trainer"].endswith(f"-m trainer {GROWTH}")
+    assert start["producers"] == math.ceil(estimate["tokens_per_second"] / estimate["producer_tokens_per_second"])
+    assert start["fault"] is None
+
+
+def test_one_machine_and_one_process_are_started_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start_of(capsys, "--gpus", "8")["start"]["trainer"].startswith("torchrun --standalone --nproc-per-node 8 ")
+    assert "torchrun" not in start_of(capsys)["start"]["trainer"]
+
+
+def test_a_stream_that_one_intake_cannot_take_bounds_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A small SAE on eight GPUs takes more than the 1.9 GB/s of one socket: the days follow from the socket."""
+    small = start_of(capsys, "--gpus", "8", "sae.0.d_sae=65536", "run.tokens=40_000_000_000")
+    intake_rate = 1.9e9 / (2 * 4096)
+
+    assert small["tokens_per_second"] > intake_rate and small["start"]["intakes"] > 1
+    assert small["start"]["intake_rate"] == pytest.approx(intake_rate)
+    assert small["days"] == pytest.approx(40e9 / intake_rate / 86400)

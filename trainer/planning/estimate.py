@@ -31,8 +31,8 @@ from trainer.settings import TrainerSettings
 PURPOSE = """Predicts the speed, the memory and the duration of a run from two numbers of a machine: the rate of its
 encoder product and the bandwidth of its memory. Without options they are measured here, in about two seconds.
 
-Several GPUs: `--gpus N`, or `--days D` for the fewest. That is what a trainer would need whose latents are sharded over
-GPUs by torchrun. Nobody has measured it: NCCL over several GPUs is untested."""
+Several GPUs: `--gpus N`, or `--days D` for the fewest, as ranks under torchrun that share the latents of each SAE. The
+commands that start the run are printed too. Nobody has measured it: NCCL over several GPUs is untested."""
 
 
 def main(arguments: list[str]) -> int:
@@ -99,7 +99,8 @@ def _estimate(settings: TrainerSettings, options: argparse.Namespace) -> Estimat
     model = language_model_size(settings, options.width, options.model_parameters)
     machine = _machine(settings, options, model.width)
     saes = step_costs(settings, model.width, machine.number_bytes)
-    return Estimate.of(settings, model, machine, saes, _sharded(settings, options, model, machine, saes))
+    sharded = _sharded(settings, options, model, machine, saes)
+    return Estimate.of(settings, model, machine, saes, options.run_file, sharded)
 
 
 def _sharded(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from producer.common.formatting import format_bytes
 from trainer.planning import cost
 from trainer.planning.cost import Machine, StepCost
 from trainer.planning.sharding import USABLE, ShardedStep, fewest_gpus
+from trainer.planning.starting import Start
 from trainer.planning.workload import LanguageModelSize
 from trainer.saes.settings import ASSUMED_L0
 from trainer.settings import TrainerSettings
@@ -54,6 +56,7 @@ class Estimate:
     """The run file puts the language model and the SAEs on the same device."""
     sharded: ShardedStep | None
     """The step on the number of GPUs given by `--gpus` or `--days`; None without them."""
+    start: Start
     warnings: list[str]
     """Warnings about the settings."""
 
@@ -64,21 +67,35 @@ class Estimate:
         model: LanguageModelSize,
         machine: Machine,
         saes: list[StepCost],
+        run_file: Path,
         sharded: ShardedStep | None = None,
     ) -> Estimate:
         """The estimate for a run file; `saes` are its SAEs on that machine."""
         widths = [model.width] * len(settings.hooks)
+        forward = None if model.parameters is None else cost.forward_seconds(model.parameters, model.width, machine)
+        rate = _rate(saes, machine, sharded)
+        start = Start.of(
+            settings,
+            run_file,
+            1 if sharded is None else sharded.gpus,
+            machine.per_node,
+            rate,
+            token_bytes(settings, model),
+            None if forward is None else rate * forward,
+            sum(map(cost.checkpoint_bytes, saes)),
+        )
         return cls(
             saes=saes,
             machine=machine,
             tokens=settings.run.tokens,
             token_bytes=token_bytes(settings, model),
             buffer=cost.buffer_bytes(settings.buffer.rows, widths, _stored_bytes(settings)),
-            forward=None if model.parameters is None else cost.forward_seconds(model.parameters, model.width, machine),
+            forward=forward,
             snapshot_every=settings.snapshots.every_tokens,
             checkpoint_every=settings.checkpoint.every_seconds,
             shares_machine=settings.model is not None and settings.model.device == settings.optimizer.device,
             sharded=sharded,
+            start=start,
             warnings=settings.warnings(),
         )
 
@@ -94,7 +111,12 @@ class Estimate:
     @property
     def rate(self) -> float:
         """Tokens per second of the trainer: of one device, or of all GPUs that were asked for."""
-        return self.batch / (self.step_seconds if self.sharded is None else self.sharded.step_seconds)
+        return _rate(self.saes, self.machine, self.sharded)
+
+    @property
+    def run_rate(self) -> float:
+        """Tokens per second of the run: those of the trainer, if the stream brings as many."""
+        return min(self.rate, self.start.intake_rate)
 
     @property
     def parts(self) -> dict[str, float]:
@@ -137,7 +159,8 @@ class Estimate:
             },
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.rate,
-            "days": None if self.tokens is None else self.tokens / self.rate / 86400,
+            "days": None if self.tokens is None else self.tokens / self.run_rate / 86400,
+            "start": self.start.as_json(),
             "memory": self.memory,
             "wire_bytes_per_token": self.token_bytes,
             "producer_tokens_per_second": None if self.forward is None else 1 / self.forward,
@@ -164,6 +187,7 @@ class Estimate:
             if self.shares_machine and self.sharded is None:
                 both = 1 / (1 / self.rate + self.forward)
                 sentences.append(f"Where the two share one machine: {both:,.0f} tokens/s.")
+        sentences += self.start.sentences(self.rate)
         sentences += self._memory_sentences()
         if assumed := [sae.name for sae in self.saes if sae.l0_is_assumed]:
             sentences.append(
@@ -183,6 +207,12 @@ class Estimate:
         fewest = fewest_gpus(self.saes, self.machine, self.token_bytes, None, None)
         remedy = "" if fewest is None else f"; {fewest.gpus} GPUs hold it"
         return [f"It does not fit: {format_bytes(self.sharded.memory)} on each GPU{remedy}."]
+
+
+def _rate(saes: list[StepCost], machine: Machine, sharded: ShardedStep | None) -> float:
+    """Tokens per second of the trainer."""
+    seconds = sum(cost.step_seconds(sae, machine) for sae in saes) if sharded is None else sharded.step_seconds
+    return max(sae.batch for sae in saes) / seconds
 
 
 def token_bytes(settings: TrainerSettings, model: LanguageModelSize) -> int:

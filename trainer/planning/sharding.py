@@ -1,4 +1,4 @@
-"""Cost of a step whose latents are sharded over several GPUs, which Sluice's trainer does not do.
+"""Cost of a step whose latents are sharded over several ranks, each with a GPU of its own.
 
 The collectives are counted from the links of one machine and from the network between machines.
 """

@@ -21,6 +21,7 @@ def show(estimate: Estimate) -> None:
     )
     console.print(_steps(estimate) if estimate.sharded is None else _sharded_steps(estimate.sharded))
     console.print(_totals(estimate))
+    console.print(_start(estimate))
     for sentence in estimate.sentences():
         console.print(sentence, highlight=False)
     if estimate.sharded is not None:
@@ -57,7 +58,7 @@ def _totals(estimate: Estimate) -> Table:
     table = _table("The run", "")
     table.add_row("tokens/s of the trainer", f"{estimate.rate:,.0f}")
     if estimate.tokens is not None:
-        table.add_row(f"for {estimate.tokens:,} tokens", format_duration(estimate.tokens / estimate.rate))
+        table.add_row(f"for {estimate.tokens:,} tokens", format_duration(estimate.tokens / estimate.run_rate))
     table.add_row(
         "on the wire",
         f"{format_bytes(estimate.token_bytes)} per token, {format_bytes(estimate.token_bytes * estimate.rate)}/s",
@@ -76,6 +77,16 @@ def _totals(estimate: Estimate) -> Table:
         "a snapshot", f"{format_bytes(snapshot)} every {format_duration(estimate.snapshot_every / estimate.rate)}"
     )
     table.add_row("a checkpoint", f"{format_bytes(checkpoint)} every {format_duration(estimate.checkpoint_every)}")
+    return table
+
+
+def _start(estimate: Estimate) -> Table:
+    """The commands that start the run."""
+    table = Table(title="To start it", title_justify="left")
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    for row in estimate.start.rows():
+        table.add_row(*row)
     return table
 
 
