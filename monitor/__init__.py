@@ -13,9 +13,10 @@
     metrics         Prometheus metrics of the monitor, and the list of all
     evaluation/     SAEs measured with the language model; latents
     http/           the HTTP service and its pages
+    runs/           several runs side by side
     export/         metrics and latents in the formats of other programs
     publishing/     snapshots on the Hugging Face hub
-    cli/            pull, top, compare, export, publish
+    cli/            pull, top, compare, serve, export, publish
     grafana/        dashboards
     prometheus/     alerts
 

@@ -30,9 +30,11 @@ Beside it, for a monitor that is running:
       fetch the newest snapshot, or with --follow each new one
   {shell_command("monitor", "top", "URL")}
       the run's live table in this terminal
-and for snapshots on disk:
+and for runs and snapshots on disk:
   {shell_command("monitor", "compare", "A", "B")}
       what changed between two of them
+  {shell_command("monitor", "serve", "RUN_DIR", "RUN_DIR")}
+      a page on which several runs stand beside each other
   {shell_command("monitor", "publish", "SNAPSHOT", "REPO")}
       put one on the Hugging Face hub, with a model card
   {shell_command("monitor", "export", "RUN", "--to", "DIR")}
@@ -43,6 +45,7 @@ COMMANDS = {
     "pull": "monitor.cli.pull",
     "top": "monitor.cli.top",
     "compare": "monitor.cli.compare",
+    "serve": "monitor.cli.serve",
     "export": "monitor.cli.export",
     "publish": "monitor.cli.publish",
 }

@@ -13,8 +13,10 @@ import pytest
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.service import make_app, start_service
+from monitor.runs.service import make_runs_app
 from producer.common.metrics import new_registry
 from tests.small_reading import WORDS, read_run, small_model
+from tests.test_runs import add_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -260,20 +262,54 @@ def test_curves_have_a_legend_and_leave_as_files(page, folder: Path):
     until(page, "document.querySelector('#chart-training-fvu').layout.xaxis.type === 'date'")
 
 
+@pytest.fixture(scope="module")
+def runs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two runs, one of which is evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    add_run(folder / "a", k=32, ce_delta=0.5)
+    add_run(folder / "b", k=64, l0=8.0, fvu=0.125)
+    port, close = start_service(make_runs_app([folder]), "127.0.0.1", 0, lambda: False)
+    yield f"http://127.0.0.1:{port}"
+    close()
+
+
+def test_runs_are_drawn_over_each_other(browser, runs_address: str):
+    """One curve for each SAE of each run, and a frontier through the best of them."""
+    page = new_page(browser, viewport={"width": 1400, "height": 900})
+    page.goto(runs_address)
+    until(page, "document.querySelector('#chart-training-fvu')?.data?.length === 2")
+    names = page.evaluate("document.querySelector('#chart-training-fvu').data.map((trace) => trace.name)")
+    assert sorted(names) == ["a/small", "b/small"]
+    frontier = page.evaluate("document.querySelector('#chart-frontier-fvu').data.map(({ name, x, y }) => [name, x, y])")
+    assert frontier == [["frontier", [4], [0.25]], ["a/small", [4], [0.25]], ["b/small", [8], [0.125]]]
+    page.click("#legend button:has-text('b/small')")
+    until(page, "document.querySelector('#chart-training-fvu').data.length === 1")
+    page.close()
+
+
+def test_axe_finds_nothing_on_the_page_of_runs(browser, runs_address: str):
+    """On phones, tablets and desktops."""
+    check_with_axe(browser, runs_address)
+
+
 WIDTHS = (400, 800, 1440)
+
+
+def check_with_axe(browser, address: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
+    for width, scheme in zip(WIDTHS, ("light", "dark", "light"), strict=True):
+        page = new_page(browser, viewport={"width": width, "height": 900}, bypass_csp=True, color_scheme=scheme)
+        page.goto(address)
+        page.wait_for_load_state("load")
+        violations = axe.run(page).response["violations"]
+        page.close()
+        assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == [], width
 
 
 @pytest.mark.parametrize("path", ["/", "/?sae=planted&text=we import a class", "/latents/planted/0", "/nothing"])
 def test_axe_finds_nothing(browser, address: str, path: str):
     """On phones, tablets and desktops, light and dark."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
-    for width, scheme in zip(WIDTHS, ("light", "dark", "light"), strict=True):
-        page = new_page(browser, viewport={"width": width, "height": 900}, bypass_csp=True, color_scheme=scheme)
-        page.goto(address + path)
-        page.wait_for_load_state("load")
-        violations = axe.run(page).response["violations"]
-        page.close()
-        assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == [], width
+    check_with_axe(browser, address + path)
 
 
 def test_a_latent_is_opened_and_left_by_keyboard(page, address: str):

@@ -3,6 +3,7 @@
     pull            the command that fetches snapshots
     top             the command that shows a run
     compare         the command that compares two snapshots
+    serve           the command that serves several runs
     export          the command that writes a run for other programs
     publish         the command that puts a snapshot on the Hugging Face hub
     arguments       arguments that commands have in common

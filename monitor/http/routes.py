@@ -44,7 +44,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-SCRIPTS = ("page.js", "charts.js", "live_page.js", "latent.js", "theme.js")
+SCRIPTS = ("page.js", "charts.js", "live_page.js", "runs.js", "latent.js", "theme.js")
 PLOTLY = "plotly.min.js"
 TABLE_ROWS = 50
 MOST_TABLE_ROWS = 500
@@ -85,14 +85,14 @@ class _Pages:
 
     def live_page(self, request: Request) -> Response:
         run = read_run(self._directory)
-        return _html(run_page(run, self._snapshots(), self._latent_section(request), str(request.base_url)))
+        return html_response(run_page(run, self._snapshots(), self._latent_section(request), str(request.base_url)))
 
     def latent_page(self, request: Request) -> Response:
-        return _html(latent_page(self._latent(request)))
+        return html_response(latent_page(self._latent(request)))
 
     def export(self, request: Request) -> Response:
         latent = self._latent(request)
-        response = _html(latent_page(latent, exported=True))
+        response = html_response(latent_page(latent, exported=True))
         name = f"{latent.sae}-{latent.index}-{latent.snapshot}.html"
         response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
         return response
@@ -110,10 +110,10 @@ class _Pages:
         return tagged_json(request, json.dumps(content, ensure_ascii=False, allow_nan=False).encode(), MUTABLE)
 
     def table_part(self, request: Request) -> Response:
-        return _html(self._table_or_reason(request, _sae(request) or None))
+        return html_response(self._table_or_reason(request, _sae(request) or None))
 
     def firings_part(self, request: Request) -> Response:
-        return _html(text_firings(self._firings(request)))
+        return html_response(text_firings(self._firings(request)))
 
     # JSON
 
@@ -250,10 +250,10 @@ def error_page(message: str, error: HTTPException) -> Response:
     """A page for people with what programs get as JSON."""
     title = "Not yet" if error.status_code == 503 else "Not here"
     html = render("error.html", title=title, text=f"{message[:1].upper()}{message[1:]}.")
-    return _html(html, error.status_code)
+    return html_response(html, error.status_code)
 
 
-def _html(text: str, status: int = 200) -> Response:
+def html_response(text: str, status: int = 200) -> Response:
     return HTMLResponse(text, status, {"Content-Security-Policy": POLICY, "Cache-Control": MUTABLE})
 
 
