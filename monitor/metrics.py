@@ -108,7 +108,8 @@ class MonitorMetrics(Collector):
 def all_metrics() -> tuple[Metric, ...]:
     """Every metric of the three processes: what dashboards and alerts may name."""
     return (
-        *(trainer_metrics.MILESTONES + trainer_metrics.STEP + trainer_metrics.RANKS + trainer_metrics.SAE),
+        *(trainer_metrics.MILESTONES + trainer_metrics.STEP + trainer_metrics.SAE),
+        *(trainer_metrics.RANKS + trainer_metrics.RANK),
         *(producer_metrics.PRODUCER_INFO + producer_metrics.PRODUCER),
         *(STATUS + evaluation_metrics()),
     )

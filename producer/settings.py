@@ -29,6 +29,7 @@ from producer.common.fields import (
     Table,
     Whole,
 )
+from producer.common.hook_ranges import expand_ranges
 from producer.common.shell import shell_command
 from producer.common.toml import show_value
 
@@ -103,7 +104,7 @@ class ModelSettings(Table):
     """Hooks to read, by TransformerLens' names: `blocks.6.hook_resid_post` (also resid_pre, attn_out, resid_mid,
     mlp_in, mlp_out), `blocks.6.mlp.hook_post`, `blocks.6.attn.hook_z` (also q, k, v; one head: `hook_z[3]`),
     `hook_embed`, `ln_final.hook_normalized`; or a module path of the model, for its input `PATH:input`, for the second
-    of a tuple `PATH[1]`."""
+    of a tuple `PATH[1]`. `blocks.{0..3}.hook_resid_post` stands for layers 0 to 3."""
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -115,7 +116,8 @@ class ModelSettings(Table):
 
     @field_validator("hooks")
     @classmethod
-    def _each_once(cls, hooks: list[str]) -> list[str]:
+    def _expand(cls, hooks: list[str]) -> list[str]:
+        hooks = expand_ranges(hooks)
         if repeated := sorted({hook for hook in hooks if hooks.count(hook) > 1}):
             raise ValueError(f"names {', '.join(repeated)} more than once; name each hook once")
         return hooks

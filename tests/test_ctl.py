@@ -409,6 +409,21 @@ def test_an_sae_goes_on_from_a_snapshot(trainer: Trainer) -> None:
     torch.testing.assert_close(again["b_dec"], first["b_dec"], rtol=1e-4, atol=1e-4)
 
 
+def test_a_pattern_names_several_saes(trainer: Trainer) -> None:
+    """Both leave at one command. A pattern that means none, or an SAE of each layer where no layer is streamed, is
+    refused."""
+    trainer.produce()
+    for name in ("late.0", "late.1"):
+        trainer.ask("attach", sae={"name": name, "architecture": "topk", "d_sae": 8, "k": 2})
+    layers = {"name": "mlp", "architecture": "topk", "d_sae": 8, "k": 2, "hook": "blocks.*.hook_mlp_out"}
+
+    assert "matches no hook that is streamed; model.hooks has synthetic" in trainer.refusal_of("attach", sae=layers)
+    assert "no SAE is named like 'early.*'" in trainer.refusal_of("detach", name="early.*")
+    said = trainer.ask("detach", name="late.*", now=True)["said"]
+    assert said.count("leaves") + said.count("has left") == 2
+    wait_for(lambda: not any(name.startswith("late") for name in trainer.names()))
+
+
 def test_the_last_sae_stays(trainer: Trainer) -> None:
     """A run without SAEs is none; the sentence says how to end it instead."""
     trainer.produce().ask("detach", name="jump", now=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from producer.common.addresses import split_endpoint
 from producer.common.fields import Device, Natural, Positive, SecondsOrNever, Table
+from producer.common.hook_ranges import expand_ranges
 from producer.common.toml import show_value
 from producer.settings import (
     CorpusSettings,
@@ -19,6 +20,7 @@ from producer.settings import (
     deterministic_fault,
 )
 from trainer.saes.hooks import SaeHooks
+from trainer.saes.patterns import expand_saes
 from trainer.saes.settings import SaeSettings
 
 
@@ -137,6 +139,19 @@ class TrainerSettings(BaseModel):
     snapshots: SnapshotSettings = SnapshotSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     monitor: MetricsSettings = MetricsSettings()
+
+    @classmethod
+    def expand(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with a table for each SAE, also where a table is a pattern. Raises SettingsError."""
+        model, saes = document.get("model"), document.get("sae")
+        names = model.get("hooks") if isinstance(model, dict) else None
+        if not isinstance(saes, list) or not isinstance(names, list):
+            return document
+        try:
+            hooks = expand_ranges(name for name in names if isinstance(name, str))
+        except ValueError:
+            return document  # the validation of [model] tells it
+        return document | {"sae": expand_saes(saes, hooks)}
 
     @model_validator(mode="after")
     def _check_tables(self) -> TrainerSettings:

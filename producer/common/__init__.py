@@ -5,6 +5,7 @@
     run_file    the run file: its tables, overrides, and every fault at once
     command_line    RUN.toml [section.key=value …]
     fields      types of the values in a run file
+    hook_ranges ranges of layers in the names of hooks
     addresses   paths, endpoints and ports
     toml        TOML as an operator reads and writes it
     explain     faults of settings in sentences

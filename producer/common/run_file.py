@@ -45,7 +45,12 @@ def read_run_file(kind: type[S], path: str | Path, overrides: list[str]) -> S:
 
 
 def settings_from(kind: type[S], document: dict[str, Any]) -> S:
-    """Validates `document` as settings of this kind. Raises SettingsError naming every fault, one a line."""
+    """Validates `document` as settings of this kind. Raises SettingsError naming every fault, one a line.
+
+    A kind that has tables which stand for several has a class method `expand`, from one document to another.
+    """
+    if (expand := getattr(kind, "expand", None)) is not None:
+        document = expand(document)
     try:
         return kind.model_validate(document)
     except ValidationError as error:

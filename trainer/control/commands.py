@@ -17,6 +17,7 @@ from trainer.control.requests import Answer, Request, refusal
 from trainer.parallel.placement import sae_fault
 from trainer.phases import SaePhase
 from trainer.report import RanksReport, SaeReport
+from trainer.saes.patterns import expand_sae, names_matching
 from trainer.saes.settings import SaeSettings
 from trainer.snapshot import SnapshotError, finite, snapshot_name
 from trainer.training.loop import Loop
@@ -133,71 +134,101 @@ def snapshot(loop: Loop, _: Arguments) -> Answer:
 
 
 def cooldown(loop: Loop, arguments: Arguments) -> Answer:
-    """Lets an SAE's learning rate fall to zero; the SAE stays, finished."""
+    """Lets the learning rate of an SAE, or of all that a pattern names, fall to zero; they stay, finished."""
     run = _require_run(loop)
-    member = loop.roster.find(_text(arguments, "name"))
-    sae_trainer = run.sae_trainer(member)
-    name = sae_trainer.settings.name
-    if sae_trainer.phase is SaePhase.FINISHED:
-        return {"said": f"{name} is finished already", "rows_left": 0}
-    if not sae_trainer.tokens:
-        raise CommandError(f"{name} has learned nothing yet; `detach` takes it away")
-    tokens = run.cool_down(member)
-    _save(loop)
-    return {"said": f"{name} cools down over the next {tokens:,} tokens and is finished then", "rows_left": tokens}
+    members = _members(loop, arguments)
+    if untrained := [member.name for member in members if not run.sae_trainer(member).tokens]:
+        raise CommandError(f"{', '.join(untrained)} has learned nothing yet; `detach` takes it away")
+    sentences: list[str] = []
+    left: list[int] = []
+    for member in members:
+        if run.sae_trainer(member).phase is SaePhase.FINISHED:
+            sentences.append(f"{member.name} is finished already")
+            continue
+        left.append(run.cool_down(member))
+        sentences.append(f"{member.name} cools down over the next {left[-1]:,} tokens and is finished then")
+    if left:
+        _save(loop)
+    return {"said": "; ".join(sentences), "rows_left": max(left, default=0)}
 
 
 def attach(loop: Loop, arguments: Arguments) -> Answer:
-    """Adds an SAE to the stream; it trains from the next batch on."""
+    """Adds an SAE to the stream, or one for each layer of a pattern; they train from the next batch on."""
     run = _require_run(loop)
     if loop.intake.is_winding_down:
         raise CommandError("the run is draining and leaves soon; start it again, then attach")
-    table = arguments.get("sae")
-    if not isinstance(table, dict):
+    if not isinstance(table := arguments.get("sae"), dict):
         raise CommandError("attach needs the keys of an SAE")
+    saes = [_checked_sae(loop, run, each) for each in expand_sae(table, loop.settings.hooks)]
+    for sae in saes:
+        try:
+            run.attach(sae, loop.tokens)
+        except RuntimeError as error:  # torch's type for no memory
+            raise CommandError(f"sae {sae.name!r} finds no room: {error}", 1) from None
+    names = [sae.name for sae in saes]
+    if run.scales is not None and loop.intake.is_ready(loop.settings.optimizer.batch):
+        loop.draw_weights(run)
+        if lost := set(names) - {member.name for member in loop.roster.members}:
+            raise CommandError(f"sae {', '.join(sorted(lost))} could not begin; the trainer's log says why", 1)
+    loop.write_settings()
+    _save(loop)
+    has_weights = not {one.settings.name for one in run.lacking_weights} & set(names)
+    verbs = ("has joined", "learns", "begins") if len(names) == 1 else ("have joined", "learn", "begin")
+    when = f"{verbs[1]} from the next batch on" if has_weights else f"{verbs[2]} with the next activations"
+    return {"said": f"{', '.join(names)} {verbs[0]} at {loop.tokens:,} tokens and {when}", "joined_at": loop.tokens}
+
+
+def _checked_sae(loop: Loop, run: Run, table: Arguments) -> SaeSettings:
+    """The settings of an SAE that may join."""
     sae = settings_from(SaeSettings, table)
     if fault := loop.settings.hook_fault(sae):
         raise CommandError(f"sae {sae.name!r}: {fault}")
     if fault := sae_fault(sae, loop.settings.parallel, run.ranks.size):
         raise CommandError(fault)
-    try:
-        sae_trainer = run.attach(sae, loop.tokens)
-    except RuntimeError as error:  # torch's type for no memory
-        raise CommandError(f"sae {sae.name!r} finds no room: {error}", 1) from None
-    if run.scales is not None and loop.intake.is_ready(loop.settings.optimizer.batch):
-        loop.draw_weights(run)
-        if sae_trainer not in run.sae_trainers:
-            raise CommandError(f"sae {sae.name!r} could not begin; the trainer's log says why", 1)
-    loop.write_settings()
-    _save(loop)
-    when = "learns from the next batch on" if sae_trainer.has_weights else "begins with the next activations"
-    return {"said": f"{sae.name} has joined at {loop.tokens:,} tokens and {when}", "joined_at": loop.tokens}
+    return sae
 
 
 def detach(loop: Loop, arguments: Arguments) -> Answer:
-    """Cools an SAE down, publishes it and removes it from the run; `now` skips the cooldown."""
+    """Cools an SAE, or all that a pattern names, down, publishes and removes them; `now` skips the cooldown."""
     run, now = _require_run(loop), arguments.get("now", False)
-    member = loop.roster.find(_text(arguments, "name"))
+    members = _members(loop, arguments)
     if not isinstance(now, bool):
         raise CommandError("now must be true or false")
-    if all(other.leaving for other in loop.roster.members if other is not member):
+    if all(other.leaving for other in loop.roster.members if other not in members):
+        names = ", ".join(member.name for member in members)
         raise CommandError(
-            f"{member.name} is the last SAE of the run: attach another first, or end the run with "
-            f"`cooldown {member.name}`"
+            f"{names} {'is' if len(members) == 1 else 'are'} the last SAE of the run: attach another first, or end the "
+            f"run with `cooldown {arguments['name']}`"
         )
+    answers = [_detach(run, member, now) for member in members]
+    loop.write_settings()
+    _save(loop)
+    sentences, left = zip(*answers, strict=True)
+    return {"said": "; ".join(sentences), "rows_left": max(left)}
+
+
+def _detach(run: Run, member: Member, now: bool) -> tuple[str, int]:
+    """(what happens to an SAE that leaves, tokens until then)"""
     sae_trainer = run.sae_trainer(member)
     if not sae_trainer.tokens:
         run.detach(member)
-        loop.write_settings()
-        _save(loop)
-        return {"said": f"{member.name} has left; it had learned nothing, so nothing is published", "rows_left": 0}
+        return f"{member.name} has left; it had learned nothing, so nothing is published", 0
     member.leaving, member.ended = True, False
     tokens = 0 if sae_trainer.phase is SaePhase.FINISHED else run.cool_down(member, now)
-    _save(loop)
     then = "is published and leaves"
     if tokens:
         then = f"cools down over the next {tokens:,} tokens, is published then and leaves"
-    return {"said": f"{member.name} {then}", "rows_left": tokens}
+    return f"{member.name} {then}", tokens
+
+
+def _members(loop: Loop, arguments: Arguments) -> list[Member]:
+    """The SAEs that `name` means, by their own name or by a pattern such as `mlp.*`."""
+    pattern = _text(arguments, "name")
+    names = names_matching(pattern, [member.name for member in loop.roster.members])
+    if not names:
+        known = ", ".join(member.name for member in loop.roster.members)
+        raise CommandError(f"no SAE is named like {pattern!r}; those of this run are {known}")
+    return [loop.roster.find(name) for name in names]
 
 
 def pause(loop: Loop, _: Arguments) -> Answer:

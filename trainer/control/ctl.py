@@ -22,6 +22,7 @@ from producer.common.toml import SettingsError, read_toml, show_value
 from trainer.control.requests import Answer, socket_address
 from trainer.report import RanksReport
 
+NAME_HELP = "name of the SAE, or a pattern in quotes, such as 'mlp.*'"
 ANSWER_SECONDS = 600.0
 """How long the client waits for the trainer, which may be writing a large checkpoint."""
 
@@ -152,12 +153,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command("status", "show the run, its stream and its SAEs")
     command("snapshot", "publish a snapshot now")
-    command("cooldown", "let an SAE's learning rate fall to zero; it is finished then, and stays").add_argument("name")
+    command("cooldown", "let an SAE's learning rate fall to zero; it is finished then, and stays").add_argument(
+        "name", help=NAME_HELP
+    )
     command("attach", "add an SAE to the live stream").add_argument(
-        "sae", type=path_argument, metavar="SAE.toml", help="the keys of one [[sae]] table of a run file"
+        "sae",
+        type=path_argument,
+        metavar="SAE.toml",
+        help="the keys of one [[sae]] table of a run file",
     )
     detach = command("detach", "cool an SAE down, publish it and remove it")
-    detach.add_argument("name")
+    detach.add_argument("name", help=NAME_HELP)
     detach.add_argument("--now", action="store_true", help="without the cooldown")
     for name, purpose in (
         ("pin", "keep a snapshot for good, also when no trainer is at work"),

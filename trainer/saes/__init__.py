@@ -1,6 +1,7 @@
 """What is an SAE: its equations, its gradients, and its published form?
 
     settings      [[sae]]: keys that every architecture has
+    patterns      one table for an SAE of each layer
     registry      which architectures there are
     hooks         which hooks of the language model an SAE reads and writes
     gradients     the results of a forward and a backward pass over one batch

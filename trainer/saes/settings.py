@@ -84,7 +84,8 @@ class SaeSettings(Table):
     a key, not an architecture.)"""
 
     hook: str | None = None
-    """Which of model.hooks it reads; without it, the only one."""
+    """Which of model.hooks it reads; without it, the only one. `blocks.*.hook_resid_post` makes an SAE of each layer,
+    called NAME.LAYER; `*` in hooks and target is the same layer."""
     hooks: list[str] | None = Field(default=None, examples=[["blocks.6.hook_resid_post", "blocks.7.hook_resid_post"]])
     """Several of model.hooks under one code: a crosscoder."""
     target: str | None = None
@@ -119,6 +120,8 @@ class SaeSettings(Table):
     """Decoder rows at the start: random, or towards activations of the data."""
     whitening: bool = False
     """Train on activations whose covariance is the identity; undone in every snapshot."""
+    seed: Natural | None = None
+    """Seed of its first weights; without it, from run.seed and its place among the SAEs."""
     start_from: PathText | None = Field(default=None, examples=["runs/gpt2/snapshots/000020000256/topk"])
     """Folder of an SAE to go on from: one of a Sluice snapshot, one that SAELens saved, or one of sparsify."""
 

@@ -151,7 +151,7 @@ class Run:
         else:
             dtype = getattr(torch, optimizer.matmul)
         log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
-        seed = self.settings.run.seed * 1000 + member.number
+        seed = self.settings.run.seed * 1000 + member.number if sae.seed is None else sae.seed
         return SaeTrainer(
             sae,
             optimizer,
