@@ -100,9 +100,15 @@ class Producer:
             self._text_seconds += time.monotonic() - began
             received = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
             leased = LeasedShard(lease.shard, windows, windows.kept & ~received, norm_bounds)
-            self._dropped["excluded"] += int((~windows.kept).sum())
+            windows_counted = 0
             for chunks in self._run_on_gpu(leased) if self._on_gpu else self._run_on_cpu(leased):
+                for chunk in chunks:
+                    # With the chunk, and not with the lease: else the ratio of a slow producer is that of one shard.
+                    end = chunk.first_window + chunk.windows
+                    self._dropped["excluded"] += int((~windows.kept[windows_counted:end]).sum())
+                    windows_counted = end
                 self._send(lease, chunks)
+            self._dropped["excluded"] += int((~windows.kept[windows_counted:]).sum())
         except SessionLost:
             raise
         except Exception as error:

@@ -21,6 +21,7 @@ from producer.keys import connect_encrypted
 from producer.link import Link
 from producer.packing import chunk_windows_of
 from producer.produce import Producer
+from producer.report import ProducerReport
 from producer.settings import CorpusSettings, ProducerSettings, StreamSettings, SyntheticSettings
 from producer.source import Source, fingerprint
 from producer.wire import (
@@ -167,11 +168,17 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 class Producing:
     """The real Link and Producer in a thread, as in `python -m producer`; starts at once."""
 
-    def __init__(self, settings: StreamSettings, source: Source | None = None, hello: Hello | None = None) -> None:
+    def __init__(
+        self,
+        settings: StreamSettings,
+        source: Source | None = None,
+        hello: Hello | None = None,
+        on_report: Callable[[ProducerReport], None] = lambda report: None,
+    ) -> None:
         source = source or named_source()
         self.link = Link(settings, hello or hello_of(source, settings.dtype))
         chunk_windows = chunk_windows_of(source, settings.dtype)
-        self.producer = Producer(source, self.link, settings.dtype, chunk_windows, lambda report: None)
+        self.producer = Producer(source, self.link, settings.dtype, chunk_windows, on_report)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

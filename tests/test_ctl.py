@@ -242,6 +242,8 @@ class Trainer:
         self.settings = settings_for(directory, **changes)
         self.stop = threading.Event()
         self.reports: list[StepReport] = []
+        self.published: list[int] = []
+        """Tokens of each snapshot that was announced."""
         self.producer: Producing | None = None
         self.phase: RunPhase | None = None
         """In which the loop has ended."""
@@ -313,7 +315,9 @@ class Trainer:
         self.reports.append(report)
 
     def on_fill(self, report: StepReport) -> None: ...
-    def on_publish(self, tokens: int) -> None: ...
+    def on_publish(self, tokens: int) -> None:
+        self.published.append(tokens)
+
     def on_save(self) -> None: ...
 
 
@@ -346,6 +350,16 @@ def test_a_trainer_without_producers_answers(trainer: Trainer) -> None:
     for command, fields in (("snapshot", {}), ("attach", {"sae": WIDE}), ("detach", {"name": "top"})):
         assert "no producer has come yet" in trainer.refusal_of(command, **fields)
     assert time.monotonic() - began < 2
+
+
+def test_a_snapshot_that_is_due_at_the_end_is_announced_once(tmp_path: Path) -> None:
+    """The last of a run is the same weights after the same tokens."""
+    tokens = 8 * CHUNK_ROWS
+    settings = {"run": {"directory": str(tmp_path / "run"), "threads": 1, "tokens": tokens}}
+    with Trainer(tmp_path / "run", snapshots={"every_tokens": tokens // 2}, **settings).at_work() as trainer:
+        trainer.produce()
+        wait_for(lambda: trainer.phase is RunPhase.FINISHED)
+    assert trainer.published == [tokens // 2, tokens]
 
 
 def test_an_sae_joins_learns_and_leaves(trainer: Trainer) -> None:

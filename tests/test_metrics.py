@@ -28,6 +28,7 @@ from producer.metrics import ProducerMetrics
 from producer.report import ProducerReport
 from trainer import metrics as trainer_metrics
 from trainer.metrics import TrainerMetrics
+from trainer.phases import RunPhase
 from trainer.report import (
     DENSITY_EDGES,
     RankReport,
@@ -421,6 +422,17 @@ def test_a_full_disk_costs_the_history_a_line_and_not_the_training(tmp_path: Pat
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         reporter.on_report(REPORT)
     assert [json.loads(line)["tokens"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1000] * 3
+
+
+def test_a_run_that_starves_again_and_again_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Its producers are the bottleneck, and the lines on its progress say so."""
+    starved = replace(REPORT, state=RunPhase.STARVED, stream=StreamReport(producers={"working": 2}))
+    with Reporter(tmp_path, TrainerMetrics(new_registry(), {}, 1.0)) as reporter:
+        for _ in range(5):
+            reporter.on_report(starved)
+            reporter.on_report(replace(REPORT, state=RunPhase.TRAINING))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["the buffer is under half full and training waits; producers at work: 2"]
 
 
 @contextmanager

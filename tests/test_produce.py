@@ -24,6 +24,7 @@ from producer.corpus.rendering.windows import Windows
 from producer.lm.errors import ModelError
 from producer.packing import MAX_CHUNK_ROWS, chunk_slices, chunk_windows, pack_activations
 from producer.produce import TextPrefetcher
+from producer.report import ProducerReport
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
 from producer.source import CALIBRATION_SECONDS, LanguageModelSource, Source, fingerprint, norm_bounds
 from producer.wire import (
@@ -240,6 +241,25 @@ def test_outliers_are_dropped_by_name(manual_trainer: Trainer, endpoint: str) ->
     assert sent.positions(CONTEXT) == [p for p in np.flatnonzero(source.kept).tolist() if p not in outliers]
     assert max(float(rows.norm(dim=1).max()) for rows in sent.rows(source, "float32")) < 10
     assert producer.producer.report().rows_dropped == {"excluded": 4, "outlier": 2}
+
+
+def test_what_is_excluded_is_counted_with_its_chunk(manual_trainer: Trainer, endpoint: str) -> None:
+    """Of a shard that is half sent, half of the excluded positions count: the ratio is not that of the whole shard."""
+    source = tensors(4)
+    ratios: list[tuple[int, int]] = []
+
+    def count(report: ProducerReport) -> None:
+        ratios.append((report.tokens, report.rows_dropped.get("excluded", 0)))
+
+    producer = Producing(stream_settings(endpoint, dtype="float32"), source, hello_of(source, "float32"), count)
+    manual_trainer.welcome()
+    manual_trainer.lease()
+    finish(manual_trainer, producer)
+
+    excluded = (~source.kept).sum(1)
+    kept = source.kept.sum(1)
+    expected = {(int(kept[:n].sum()), int(excluded[:n].sum())) for n in range(len(kept) + 1)}
+    assert len(set(ratios)) > 1 and set(ratios) <= expected
 
 
 def test_a_chunk_may_hold_outliers_only(manual_trainer: Trainer, endpoint: str) -> None:

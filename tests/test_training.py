@@ -31,7 +31,7 @@ from trainer.training.optimizer import RowAdam
 from trainer.training.run import Run, scale_of
 from trainer.training.sae_trainer import SaeTrainer
 from trainer.training.schedule import Cooldown, default_learning_rate, warmup_factor
-from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics
+from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics, half_life_tokens
 
 
 def nothing_fired(rows: int, d_sae: int) -> Entries:
@@ -61,9 +61,8 @@ def test_statistics_equal_a_two_pass_computation_in_float64() -> None:
         xs.append(x.double())
         x_hats.append(x_hat.double())
         statistics.update(x, x_hat, nothing_fired(512, 4))
-    weight = torch.cat(
-        [torch.full((512,), 0.5 ** (512 * age / HALF_LIFE_TOKENS)) for age in range(39, -1, -1)]
-    ).double()
+    assert half_life_tokens(40 * 512) == 20_000
+    weight = torch.cat([torch.full((512,), 0.5 ** (512 * age / 20_000)) for age in range(39, -1, -1)]).double()
     x, x_hat = torch.cat(xs), torch.cat(x_hats)
     centre = (weight[:, None] * x).sum(0) / weight.sum()
     error = (weight * (x - x_hat).square().sum(1)).sum()
@@ -174,12 +173,25 @@ def test_density_sorts_latents_by_their_firing_rate() -> None:
     assert {edge: count for edge, count in density.items() if count} == {0.0: 1, -1.0: 1, "never": 1}
 
 
+def test_the_numbers_of_a_short_run_are_not_its_past() -> None:
+    """The window is a twentieth of the run, between 20,000 and 100,000 tokens: after 400,000 tokens at FVU 1 and half
+    as many at FVU 0.25, it is 0.25 and not the 0.43 that a window of 100,000 tokens has."""
+    assert [half_life_tokens(tokens) for tokens in (0, 400_000, 1_000_000, 9_000_000)] == [2e4, 2e4, 5e4, 1e5]
+    statistics = Statistics(1, torch.zeros(1))
+    x = torch.tensor([[1.0], [-1.0]]).repeat(5000, 1)
+    for batch in range(60):
+        statistics.update(x, torch.zeros_like(x) if batch < 40 else 0.5 * x, nothing_fired(len(x), 1))
+
+    assert statistics.summary().fvu == pytest.approx(0.25, abs=0.01)
+
+
 def test_a_latent_that_was_silent_for_long_has_not_fired_in_the_window() -> None:
     """One firing, ten half-lives ago, is a thousandth of one by now: too little to count, and no bin of its own."""
     statistics = Statistics(2, torch.zeros(1))
     statistics.update(torch.zeros(1, 1), torch.zeros(1, 1), largest(torch.tensor([[1.0, -1.0]]), 1))
     assert statistics.density()[-1] == 1
     rows = 10 * HALF_LIFE_TOKENS
+    statistics.tokens = 20 * HALF_LIFE_TOKENS  # a run so old that the half-life is the longest
     statistics.update(torch.zeros(rows, 1), torch.zeros(rows, 1), nothing_fired(rows, 2))
 
     assert float(statistics.firings[0]) == pytest.approx(2**-10)

@@ -192,7 +192,7 @@ class StepReport:
     target_tokens: int | None
     """Tokens after which the run ends; None when it has no end."""
     tokens_per_second: float
-    """Rate since the previous report."""
+    """Rate over the last half minute; less where training began, or went on after a pause, within it."""
     step_seconds: float
     """Mean duration of a step since the previous report, waiting excluded."""
     data_wait_seconds: float

@@ -17,6 +17,9 @@ log = logging.getLogger("sluice.trainer")
 
 PROGRESS_SECONDS = 30.0
 """Between two lines of the log on the progress of training."""
+STARVED_SECONDS = 600.0
+"""Between two warnings that training waits. A run whose producers are its bottleneck starves again and again, and the
+lines on its progress say so."""
 
 
 class Reporter:
@@ -27,6 +30,10 @@ class Reporter:
         self._logged_at = time.monotonic()
         self._filled_rows = 0
         """Activations in the buffer at the last line that was written while it was being filled."""
+        self._warned_at: float | None = None
+        """When the log last said that training waits;"""
+        self._starved = 0
+        """how often it has begun to wait since then."""
         self._history = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed on exit)
         self._metrics = metrics
 
@@ -41,6 +48,10 @@ class Reporter:
         if report.buffer_rows != self._filled_rows:  # a trainer that waits for producers writes nothing
             self._filled_rows = report.buffer_rows
             self._append(_line(report))
+        if time.monotonic() - self._logged_at >= PROGRESS_SECONDS:
+            self._logged_at = time.monotonic()
+            share = report.buffer_rows / report.buffer_capacity_rows
+            log.info("the buffer is being filled: %s tokens, %.0f%%", f"{report.buffer_rows:,}", 100 * share)
 
     def on_report(self, report: StepReport) -> None:
         self._log(report, self.last)
@@ -71,13 +82,22 @@ class Reporter:
         if before is not None and (lost := stream.sessions_lost - before.stream.sessions_lost) > 0:
             log.warning("%d producer(s) lost; what they had leased goes to others", lost)
         if report.state is RunPhase.STARVED and (before is None or before.state is not RunPhase.STARVED):
-            producers = sum(stream.producers.values())
-            log.warning("the buffer is under half full and training waits; producers at work: %d", producers)
+            self._warn_of_starvation(sum(stream.producers.values()))
         if time.monotonic() - self._logged_at >= PROGRESS_SECONDS:
             self._logged_at = time.monotonic()
             saes = " · ".join(f"{sae.name} fvu {sae.fvu:.4f} l0 {sae.l0:.1f}" for sae in report.saes)
             log.info("%s tokens · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
             log.info("%s", report.bottleneck)
+
+    def _warn_of_starvation(self, producers: int) -> None:
+        """Warns that training waits: at once, then every STARVED_SECONDS with the number of times."""
+        self._starved += 1
+        now = time.monotonic()
+        if self._warned_at is not None and now - self._warned_at < STARVED_SECONDS:
+            return
+        times = f" ({self._starved} times since the last such line)" if self._starved > 1 else ""
+        log.warning("the buffer is under half full and training waits%s; producers at work: %d", times, producers)
+        self._warned_at, self._starved = now, 0
 
     def on_save(self) -> None:
         self._metrics.set_checkpoint_time(time.time())

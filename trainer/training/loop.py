@@ -40,7 +40,7 @@ REPORT_SECONDS = 2.0
 STARVED_REPORT_SECONDS = 5.0
 PAUSED_REPORT_SECONDS = 30.0
 REMINDER_SECONDS = 15.0
-"""Between two lines of the log that say that no producer has come yet."""
+"""Between two lines of the log that say that nothing has come yet."""
 RETRY_SECONDS = 30.0
 """After a last snapshot of an SAE could not be written."""
 
@@ -104,6 +104,8 @@ class Loop:
         self._next_snapshot = (self.tokens // every + 1) * every
         self._next_checkpoint = time.monotonic() + settings.checkpoint.every_seconds
         self._retry_release_at = 0.0
+        self._published: tuple[int, frozenset[str]] = (0, frozenset())
+        """Tokens of the last snapshot, and the SAEs in it."""
 
     def train(self) -> RunPhase:
         """Trains until the run is over or the trainer is asked to stop; returns the run's phase then.
@@ -167,7 +169,7 @@ class Loop:
         """Trains `run`, whose roster is this loop's, from now on."""
         self.run = run
         run.on_progress = self._move
-        self._meter.restart(self.tokens)
+        self._meter.begin(self.tokens)
 
     def _move(self) -> None:
         self.moved_at = time.monotonic()
@@ -184,9 +186,12 @@ class Loop:
     def _wait_for_stream(self) -> None:
         self._inbox.wait(0.05)
         self._begin_run()
-        if time.monotonic() - self._reminded_at > REMINDER_SECONDS:
+        if self.run is None and time.monotonic() - self._reminded_at > REMINDER_SECONDS:
             self._reminded_at = time.monotonic()
-            log.info("still no producer: start one with `%s`", shell_command("producer", "RUN.toml"))
+            if producers := sum(self.intake.stream_report().producers.values()):
+                log.info("no activation yet; producers that compute their first ones: %d", producers)
+            else:
+                log.info("still no producer: start one with `%s`", shell_command("producer", "RUN.toml"))
 
     def _rest(self) -> None:
         """Waits a moment of a pause. Producers stop by themselves when the buffer is full."""
@@ -252,7 +257,9 @@ class Loop:
         self.report()
         if phase is not RunPhase.FINISHED:
             return
-        if not self.publish():
+        names = {sae_trainer.settings.name for sae_trainer in run.publishable}
+        is_published = self._published[0] == self.tokens and names <= self._published[1]
+        if not is_published and not self.publish():
             raise SnapshotError(
                 "the last snapshot could not be written: mend what the log says, then start the trainer again; "
                 "it goes on from its checkpoint"
@@ -269,7 +276,10 @@ class Loop:
         report = measure(run, self.intake, self._meter)
         if report.state is not RunPhase.PAUSED:
             run.seconds += self._meter.seconds
-        self._meter.restart(report.tokens)
+        if report.state is RunPhase.PAUSED or run.scales is None:
+            self._meter.begin(report.tokens)  # what does not train has no rate
+        else:
+            self._meter.restart(report.tokens)
         self.last_report = report
         if run.scales is None:
             self._listener.on_fill(report)
@@ -291,6 +301,7 @@ class Loop:
         report, facts = measure(run, self.intake, self._meter), run_facts(run, self.intake)
         names: list[str] = []
         if try_to_write("snapshot", lambda: names.extend(publish_snapshot(run, report, activations, facts))):
+            self._published = (report.tokens, frozenset(names))
             self._listener.on_publish(report.tokens)
         return names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from trainer.phases import RunPhase
 from trainer.report import StepReport
@@ -12,18 +13,28 @@ from trainer.training.run import Run
 
 SHORTEST_INTERVAL_SECONDS = 1.0
 """A rate over less than this says little."""
+RATE_SECONDS = 30.0
+"""A rate is over about so long, where the run is as old: a slow run does not take a step in every interval."""
 
 
 class Meter:
-    """Counts steps and seconds since the last report."""
+    """Counts steps and seconds since the last report, and tokens over the last half minute."""
 
     def __init__(self, tokens: int) -> None:
+        self.begin(tokens)
+
+    def begin(self, tokens: int) -> None:
+        """Forgets earlier intervals, as after a pause, and begins one."""
         self._last_rate = 0.0
+        self._marks: deque[tuple[float, int]] = deque()
+        """Beginnings of the last intervals, and the tokens trained by then."""
         self._begin_interval(tokens)
 
     def _begin_interval(self, tokens: int) -> None:
         self._began_at = time.monotonic()
-        self._tokens_at_begin = tokens
+        self._marks.append((self._began_at, tokens))
+        while len(self._marks) > 1 and self._marks[1][0] <= self._began_at - RATE_SECONDS:
+            self._marks.popleft()
         self._steps = 0
         self._step_seconds = 0.0
 
@@ -41,8 +52,9 @@ class Meter:
         return self._step_seconds / max(self._steps, 1)
 
     def rate(self, tokens: int) -> float:
-        """Tokens per second; `tokens` are those trained by now."""
-        return (tokens - self._tokens_at_begin) / max(self.seconds, 1e-9)
+        """Tokens per second over the last RATE_SECONDS; `tokens` are those trained by now."""
+        began_at, tokens_at_begin = self._marks[0]
+        return (tokens - tokens_at_begin) / max(time.monotonic() - began_at, 1e-9)
 
     def recent_rate(self, tokens: int) -> float:
         """Like `rate`; just after a report, the rate in that report."""

@@ -20,7 +20,16 @@ from trainer.report import DENSITY_EDGES
 from trainer.state.format import StatisticsState
 
 HALF_LIFE_TOKENS = 100_000
-"""An activation this old counts half."""
+"""An activation this old counts half, once the SAE has trained on RUN_SHARE times as many;"""
+SHORTEST_HALF_LIFE_TOKENS = 20_000
+"""and one this old at first."""
+RUN_SHARE = 20
+"""In between, the half-life is this part of the tokens trained, so that the numbers of a short run are not its past."""
+
+
+def half_life_tokens(tokens: int) -> float:
+    """After how many tokens an activation counts half, when the SAE has trained on `tokens`."""
+    return min(HALF_LIFE_TOKENS, max(SHORTEST_HALF_LIFE_TOKENS, tokens / RUN_SHARE))
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,9 @@ class Statistics:
     def update(self, x: Tensor, x_hat: Tensor, fired: Latents) -> None:
         """Adds one batch: x and x_hat [batch, d]; a value of `fired` other than zero counts as a firing. Collective."""
         tokens = len(x)
-        decay = 0.5 ** (tokens / HALF_LIFE_TOKENS)
         counts = fired.firings()
         self.tokens += tokens
+        decay = 0.5 ** (tokens / half_life_tokens(self.tokens))
         self.tokens_since_fired.add_(tokens).masked_fill_(counts > 0, 0)
         self.firings.mul_(decay).add_(counts)
         sum_x, sum_x_hat, squares = kernels(x.device).moments(x, x_hat, self.reference)
