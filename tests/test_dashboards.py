@@ -20,13 +20,14 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from monitor.grafana.generate import DASHBOARDS, FOLDER, main
 from monitor.grafana.panels import COLUMNS
 from monitor.metrics import all_metrics
-from trainer.metrics import MILESTONES, SAE, STEP
+from monitor.settings import MonitorTable
+from trainer.metrics import MILESTONES, RANKS, SAE, STEP
 
 register_default_plugins()
 
 ONE_SCREEN = 24
 """Height, in Grafana's units of 38 pixels, that a screen of 1080 lines leaves under browser and header."""
-OF_OTHERS = {"up", "scrape_duration_seconds"} | {
+OF_OTHERS = {"up", "scrape_duration_seconds", "ALERTS"} | {
     f"process_{name}"
     for name in ("resident_memory_bytes", "cpu_seconds_total", "open_fds", "max_fds", "start_time_seconds")
 }
@@ -85,13 +86,13 @@ def test_panels_say_what_they_show(board: dict[str, Any]) -> None:
 
 
 def test_queries_name_only_metrics_that_exist(board: dict[str, Any]) -> None:
-    """And choose by run, so that two runs in one Prometheus do not mix."""
+    """And choose by runs, so that other runs in one Prometheus do not mix in."""
     parts = ("", "_sum", "_count", "_bucket")
     existing_names = OF_OTHERS | {f"{metric.name}{part}" for metric in all_metrics() for part in parts}
     for expr in expressions(board):
-        names = set(re.findall(r"\b(?:sluice|process|scrape)_\w+|\bup\b", expr))
+        names = set(re.findall(r"\b(?:sluice|process|scrape)_\w+|\bup\b|ALERTS", expr))
         assert names and names <= existing_names, names - existing_names
-        assert expr.count('run="$run"') == len(re.findall(r"\{", expr)) > 0
+        assert expr.count('run=~"$run"') == len(re.findall(r"\{", expr)) > 0
 
 
 def test_what_the_trainer_says_is_shown() -> None:
@@ -103,7 +104,7 @@ def test_what_the_trainer_says_is_shown() -> None:
         "sluice_steps_total": "tokens are shown",
     }
     queries = " ".join(expr for name in DASHBOARDS for expr in expressions(read(name)))
-    hidden = {metric.name for metric in MILESTONES + STEP + SAE if not re.search(rf"\b{metric.name}", queries)}
+    hidden = {metric.name for metric in MILESTONES + STEP + RANKS + SAE if not re.search(rf"\b{metric.name}", queries)}
     assert hidden == set(elsewhere)
 
 
@@ -134,7 +135,8 @@ def test_every_bottleneck_has_a_word() -> None:
 
     def word(value: float) -> str:
         """The text of the first range that holds the value, as in Grafana, which takes a bound of null for 0."""
-        ranges = [mapping["options"] for mapping in panel["fieldConfig"]["defaults"]["mappings"]]
+        mappings = panel["fieldConfig"]["defaults"]["mappings"]
+        ranges = [mapping["options"] for mapping in mappings if mapping["type"] == "range"]
         return next(one["result"]["text"] for one in ranges if (one["from"] or 0) <= value <= (one["to"] or 0))
 
     assert [word(value) for value in (-1, -0.995, -0.06)] == ["the trainer"] * 3
@@ -142,26 +144,84 @@ def test_every_bottleneck_has_a_word() -> None:
     assert [word(value) for value in (0.06, 0.9, 1)] == ["the producers"] * 3
 
 
+def panel_of(board: dict[str, Any], title: str, kind: str | None = None) -> dict[str, Any]:
+    return next(one for one in board["panels"] if one["title"] == title and kind in (None, one["type"]))
+
+
+def test_runs_lie_over_each_other(board: dict[str, Any]) -> None:
+    """Several can be chosen; every series keeps its run, and its legend says it. Only the heat map adds runs up."""
+    assert next(one for one in board["templating"]["list"] if one["name"] == "run")["multi"] is True
+    for panel in board["panels"]:
+        for target in panel["targets"] if panel["type"] != "heatmap" else ():
+            assert target["legendFormat"].startswith("{{run}}"), panel["title"]
+            assert all("run" in labels.split(", ") for labels in re.findall(r" by \((.*?)\)", target["expr"]))
+
+
+def test_a_number_is_green_only_where_it_is_good() -> None:
+    """Those with limits are judged; the others have the colour of text."""
+
+    def color(title: str, value: float) -> str:
+        steps = panel_of(read("training"), title, "stat")["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        return [step["color"] for step in steps if step["value"] is None or value >= step["value"]][-1]
+
+    assert [color("FVU", value) for value in (0.05, 0.4, 0.8)] == ["green", "orange", "red"]
+    assert [color("ΔCE", value) for value in (0.04, 0.5, 3.2)] == ["green", "orange", "red"]
+    assert [color("Dead latents", value) for value in (0.02, 0.2, 0.5)] == ["green", "orange", "red"]
+    assert [color(title, 1) for title in ("L0", "Tokens trained", "Time left")] == ["text"] * 3
+
+
+def test_gaps_stay_open(board: dict[str, Any]) -> None:
+    """A curve by time bridges scrapes that failed, for a minute, and not hours without a trainer."""
+    for panel in board["panels"]:
+        if panel["type"] == "timeseries":
+            assert panel["fieldConfig"]["defaults"]["custom"]["spanNulls"] == 60_000
+
+
+def test_every_dashboard_shows_firing_alerts_and_leads_to_the_live_page(board: dict[str, Any]) -> None:
+    """The alerts of the chosen runs, by name. The page's address is a variable; it begins as the service's default."""
+    (query,) = panel_of(board, "Alerts")["targets"]
+    assert 'ALERTS{run=~"$run", alertstate="firing"' in query["expr"] and "{{alertname}}" in query["legendFormat"]
+    (link,) = [one for one in board["links"] if one["type"] == "link"]
+    assert link["url"] == "${page}"
+    address = next(one for one in board["templating"]["list"] if one["name"] == "page")
+    service = MonitorTable()
+    assert address["query"] == address["current"]["value"] == f"http://{service.host}:{service.service_port}"
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
-def test_curves_by_tokens_go_on_while_tokens_stand_still(tmp_path: Path) -> None:
-    """Grafana's trend panel draws nothing where an x does not exceed the one before, as in a pause."""
-    panels = [panel for panel in read("training")["panels"] if panel["type"] == "trend"]
-    assert len(panels) == 3
-    names = ('sluice_tokens_trained_total{run="demo"}', 'sluice_evaluated_snapshot_tokens{run="demo", sae="topk"}')
-    values = (("$run", "demo"), ("$sae", ".*"), ("$__from", "0"), ("$__range_s", "3600"))
+def test_curves_by_tokens_have_a_table_of_tokens_and_one_of_values(tmp_path: Path) -> None:
+    """By curve, and of the same curves at all times: before a snapshot is evaluated, too, and while tokens stand still.
+
+    What Grafana makes of the tables: tests/grafana.
+    """
+    series = {
+        'sluice_fvu{run="demo", sae="topk", instance="t"}': "0.5 0.4 0.4",
+        'sluice_l0{run="demo", sae="topk", instance="t"}': "32x2",
+        'sluice_ce_delta{run="demo", sae="topk", instance="m"}': "_ 0.25 0.25",
+        'sluice_tokens_trained_total{run="demo", instance="t"}': "256 512 512",
+        'sluice_evaluated_snapshot_tokens{run="demo", sae="topk", instance="m"}': "_ 128 128",
+    }
+    trained = [256, 512, 512]
+    tables = {
+        "FVU by tokens": (trained, [0.5, 0.4, 0.4]),
+        "L0 by tokens": (trained, [32, 32, 32]),
+        "ΔCE by tokens": ([0, 128, 128], [None, 0.25, 0.25]),  # NaN, which promtool cannot compare
+    }
+    labels = '{curve="demo topk", run="demo", sae="topk"}'
     expected = []
-    for expr in (panel["targets"][0]["expr"] for panel in panels):
-        for variable, value in values:
-            expr = expr.replace(variable, value)
-        expected += [
-            {"expr": expr, "eval_time": f"{second}s", "exp_samples": [{"labels": "{}", "value": 512 + second / 3600}]}
-            for second in (0, 10, 20)
-        ]
-    series = [{"series": name, "values": "512x2"} for name in names]
+    for title, columns in tables.items():
+        for target, values in zip(panel_of(read("training"), title)["targets"], columns, strict=True):
+            assert target["format"] == "table"
+            expr = target["expr"].replace("$run", "demo").replace("$sae", ".*")
+            expected += [
+                {"expr": expr, "eval_time": f"{10 * at}s", "exp_samples": [{"labels": labels, "value": value}]}
+                for at, value in enumerate(values)
+                if value is not None
+            ]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    tests = [{"interval": "10s", "input_series": inputs, "promql_expr_test": expected}]
     file = tmp_path / "tests.yml"
-    file.write_text(
-        yaml.safe_dump({"tests": [{"interval": "10s", "input_series": series, "promql_expr_test": expected}]})
-    )
+    file.write_text(yaml.safe_dump({"evaluation_interval": "10s", "tests": tests}))
     process = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
 

@@ -119,7 +119,8 @@ def test_it_is_in_the_dashboard(registered: None) -> None:
     """In the panel that it names, with its help text."""
     panel = next(panel for panel in training().panels or [] if panel.title == "Held out")
     query = panel.targets[-1]
-    assert (query.expr, query.legend_format) == ('sluice_gini{run="$run", sae=~"$sae"}', "{{sae}} Gini")
+    assert query.expr.startswith('max by (run, sae) (sluice_gini{run=~"$run", sae=~"$sae"})')
+    assert query.legend_format == "{{run}} {{sae}} Gini"
     assert GINI.help in panel.description
 
 

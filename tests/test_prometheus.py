@@ -44,7 +44,7 @@ def test_promtool_finds_no_fault(command: list[str]) -> None:
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
     """What is wrong, how one sees it, and what a person does now; and there are a firing and a silent case of it."""
-    assert set(alert["annotations"]) == {"summary", "description", "action", "runbook"}
+    assert set(alert["annotations"]) == {"summary", "description", "action", "runbook_url"}
     assert alert["labels"]["severity"] in ("critical", "warning")
     cases = [test["name"] for test in load("tests.yml")["tests"]]
     assert f"{alert['alert']} fires" in cases and f"{alert['alert']} is silent" in cases
@@ -53,7 +53,8 @@ def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_every_alert_has_its_section_of_the_runbook(alert: dict[str, Any]) -> None:
     """What it means, how to look, what to do and what is safe, behind the link that the alert carries."""
-    path, _, anchor = alert["annotations"]["runbook"].partition("#")
+    base, path, anchor = re.fullmatch(r"(.*}})?(.*)#(.*)", alert["annotations"]["runbook_url"]).groups()
+    assert base == "{{ with $externalLabels.repository }}{{ . }}/{{ end }}"
     sections = re.split(r"(?m)^## ", (FOLDER.parent.parent / path).read_text())
     (section,) = [one for one in sections if one.splitlines()[0].lower() == anchor]
     assert section.splitlines()[0] == alert["alert"]

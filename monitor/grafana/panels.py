@@ -7,7 +7,8 @@
     dashboard     rows of panels, with Sluice's variables, its link and the snapshots as annotations
 
 A panel is explained by the help texts of the metrics in its queries, so that there is one explanation of each.
-Queries are abbreviated as ABBREVIATIONS says. They name `$run` and `$sae`, never a scrape job.
+Queries are abbreviated as ABBREVIATIONS says. They name `$run` and `$sae`, never a scrape job. Several runs can be
+chosen: every series keeps its run, and every legend begins with it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from grafana_foundation_sdk.models.common import (
     BigValueTextMode,
     GraphDrawStyle,
     HeatmapCellLayout,
+    LineStyle,
     ScaleDistribution,
     ScaleDistributionConfig,
     SortOrder,
@@ -45,9 +47,23 @@ SCHEMA_VERSION = 39
 COLUMNS = 24
 
 SOURCE = models.DataSourceRef("prometheus", "${datasource}")
-ABBREVIATIONS = {"{RUN": '{run="$run"', "{SAE": '{run="$run", sae=~"$sae"', "[RATE]": "[$__rate_interval]"}
+ABBREVIATIONS = {"{RUN": '{run=~"$run"', "{SAE": '{run=~"$run", sae=~"$sae"', "[RATE]": "[$__rate_interval]"}
 
 GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
+NEUTRAL = "text"
+"""The colour of text: of values that are neither good nor bad."""
+
+LONGEST_BRIDGED_GAP = 60_000.0
+"""Milliseconds without a value that a curve by time bridges, as after scrapes that failed; longer gaps stay open."""
+NOTHING_YET = models.SpecialValueMap(
+    models.DashboardSpecialValueMapOptions(
+        models.SpecialValueMatch.NULL_AND_NAN, models.ValueMappingResult("–", NEUTRAL, index=0)
+    )
+)
+"""Shows a dash, in no colour that would mean something, where there is no value."""
+DASHED = LineStyle(fill="dash", dash=[6, 4])
+PAGE = "http://127.0.0.1:8710"
+"""Where the monitor serves the live page by default; also behind `kubectl port-forward` and `ssh -L`."""
 
 Panel = stat.Panel | timeseries.Panel | trend.Panel | heatmap.Panel
 AnyPanel = TypeVar("AnyPanel", stat.Panel, timeseries.Panel, trend.Panel, heatmap.Panel)
@@ -64,19 +80,30 @@ def expand(expr: str) -> str:
     return expr
 
 
-def query(expr: str, legend: str = "__auto") -> prometheus.Dataquery:
-    """A query over the range of the dashboard; `legend` may name labels as {{label}}."""
+def query(expr: str, legend: str = "") -> prometheus.Dataquery:
+    """A query over the range of the dashboard, named by the run and `legend`, which may name labels as {{label}}."""
+    legend = f"{{{{run}}}} {legend}".strip()
     return prometheus.Dataquery().datasource(SOURCE).expr(expand(expr)).legend_format(legend).range()
 
 
 def curves(panel: str) -> list[prometheus.Dataquery]:
     """A query for each measure that has a curve in the panel of this title, one curve per SAE."""
     return [
-        query(f"{measure.metric}{{SAE}}", f"{{{{sae}}}} {curve.legend}".strip())
+        query(by_sae(measure), f"{{{{sae}}}} {curve.legend}".strip())
         for measure in MEASURES
         for curve in measure.curves
         if curve.panel == panel
     ]
+
+
+def by_sae(measure: Measure) -> str:
+    """A measure, by run and SAE. Where it has not been taken yet it is NaN.
+
+    Grafana gives colours by the order of curves: so every SAE has its place, and one colour in all panels.
+    """
+    reported = "max by (run, sae) (sluice_fvu{SAE})"
+    values = f"max by (run, sae) ({measure.metric}{{SAE}})"
+    return values if values == reported else f"{values} or NaN * {reported}"
 
 
 def explain(queries: Sequence[prometheus.Dataquery], note: str) -> str:
@@ -114,23 +141,36 @@ def value_texts(texts: Mapping[str, tuple[str, str]]) -> models.ValueMap:
 
 
 def number(
-    title: str, expr: str, unit: str = "short", legend: str = "__auto", limits: builders.ThresholdsConfig | None = None,
+    title: str, expr: str, unit: str = "short", legend: str = "", limits: builders.ThresholdsConfig | None = None,
     text: BigValueTextMode = BigValueTextMode.AUTO, decimals: int | None = None, note: str = "",
     mappings: Sequence[models.ValueMapping] = (), colors: Mapping[str, str] | None = None,
 ) -> stat.Panel:  # fmt: skip
-    """The present value, large; one per series. `colors` is {name of a series: its colour}, the others go by limits."""
+    """The present value, large; one per series. Without `limits` it is neither good nor bad.
+
+    `colors` is {end of a series' name: its colour}; the others go by limits.
+    """
     # Of this moment: over a range, a state that was left an hour ago would be shown beside the present one.
     panel = describe(stat.Panel(), title, [query(expr, legend).instant()], note)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).fields("").values(False))
     panel.text_mode(text).graph_mode(BigValueGraphMode.NONE)
-    panel.unit(unit).mappings(list(mappings)).thresholds(limits or thresholds((None, GREEN)))
+    panel.unit(unit).mappings([*mappings, NOTHING_YET]).thresholds(limits or thresholds((None, NEUTRAL)))
     panel.color_scheme(builders.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
     if decimals is not None:
         panel.decimals(decimals)
     for series, color in (colors or {}).items():
         fixed = models.FieldColor(models.FieldColorModeId.FIXED, color)
-        panel.override_by_name(series, [models.DynamicConfigValue("color", fixed)])
+        panel.override_by_regexp(f"/{series}$/", [models.DynamicConfigValue("color", fixed)])
     return panel
+
+
+def firing_alerts() -> stat.Panel:
+    """The names of the alerts that fire: orange for a warning, red for a critical one."""
+    firing = 'max by (run, alertname) (ALERTS{RUN, alertstate="firing", severity="%s"})'
+    none = 'label_replace(vector(0), "alertname", "none", "", "")'
+    expr = f"({firing % 'warning'} or 2 * {firing % 'critical'}) or on () {none}"
+    limits = thresholds((None, GREEN), (1, ORANGE), (2, RED))
+    note = "Rules of monitor/prometheus/alerts.yml; what to do about each: monitor/RUNBOOK.md."
+    return number("Alerts", expr, legend="{{alertname}}", limits=limits, text=BigValueTextMode.NAME, note=note)
 
 
 def measure_number(
@@ -143,19 +183,27 @@ def measure_number(
     return number(title, expr, unit, legend="{{sae}}", limits=limits, decimals=decimals, note=note)
 
 
-def draw_lines(panel: LinePanel, unit: str, log: bool, stacked: bool = False, top: float | None = None) -> LinePanel:
-    """Gives a panel thin lines from zero, or on a logarithmic scale, with a legend below."""
+def draw_lines(
+    panel: LinePanel, unit: str, log: bool, stacked: bool = False, bottom: float | None = None, top: float | None = None
+) -> LinePanel:
+    """Gives a panel thin lines from zero, or on a logarithmic scale, with a legend below.
+
+    Numbers on a logarithmic scale are written as powers of ten: Grafana gives all its ticks the same decimals, so that
+    the lower ones would all be 0.
+    """
     stacking = StackingMode.NORMAL if stacked else StackingMode.NONE
     scale = common.ScaleDistributionConfig()
     panel.unit(unit).color_scheme(builders.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC))
     panel.draw_style(GraphDrawStyle.LINE).line_width(1).fill_opacity(30 if stacked else 0)
-    panel.show_points(VisibilityMode.NEVER).span_nulls(True)
+    panel.show_points(VisibilityMode.NEVER).span_nulls(LONGEST_BRIDGED_GAP)
     panel.stacking(common.StackingConfig().mode(stacking).group("A"))
     panel.scale_distribution(scale.type(ScaleDistribution.LOG).log(10) if log else scale)
     panel.legend(common.VizLegendOptions().show_legend(True))
     panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.NONE))
-    if not log:
-        panel.min(0)
+    if log:
+        panel.unit("sci").decimals(2)
+    if bottom is not None or not log:
+        panel.min(bottom or 0)
     if top is not None:
         panel.max(top)
     return panel
@@ -163,38 +211,53 @@ def draw_lines(panel: LinePanel, unit: str, log: bool, stacked: bool = False, to
 
 def over_time(
     title: str, *queries: prometheus.Dataquery, unit: str = "short", log: bool = False, stacked: bool = False,
-    top: float | None = None, note: str = "",
+    bottom: float | None = None, top: float | None = None, note: str = "", empty: str | None = None,
 ) -> timeseries.Panel:  # fmt: skip
-    """Curves by time. Snapshots stand in them as annotations."""
-    return draw_lines(describe(timeseries.Panel(), title, queries, note), unit, log, stacked, top)
+    """Curves by time; those of held-out text are dashed. `empty` stands in a panel without any.
 
-
-def over_tokens(title: str, tokens: str, *queries: prometheus.Dataquery, log: bool = False) -> trend.Panel:
-    """Curves by tokens, which `tokens` counts: joined by time, then put in the order of tokens.
-
-    That order also mends what a trainer does that went back to its checkpoint, and counts some tokens again. Grafana
-    draws no curve whose x stands still, as in a pause or between two evaluations: so the share of the dashboard's range
-    that has passed is added, less than one token.
+    Snapshots stand in them as annotations.
     """
-    rising_tokens = f"{tokens} + (time() - $__from / 1000) / $__range_s"
-    panel = describe(trend.Panel(), title, [query(rising_tokens, "tokens"), *queries])
-    draw_lines(panel, "short", log).x_field("tokens")
+    panel = draw_lines(describe(timeseries.Panel(), title, queries, note), unit, log, stacked, bottom, top)
+    panel.override_by_regexp("/ held out$/", [models.DynamicConfigValue("custom.lineStyle", DASHED)])
+    return panel if empty is None else panel.no_value(empty)
+
+
+def over_tokens(title: str, tokens: str, log: bool = False) -> trend.Panel:
+    """The measure with a curve in the panel of this title, by tokens: one curve per run and SAE.
+
+    `tokens` is the expression of x, by run, or by run and SAE. Prometheus answers with two tables of time and curve:
+    of tokens and of values. Grafana merges them, and makes a matrix with a row per number of tokens and a column per
+    curve. So runs that trained at other times lie over each other; and x rises strictly, without which Grafana
+    draws nothing, where tokens stand still and where a trainer has gone back to its checkpoint.
+    """
+    (measure,) = [one for one in MEASURES for curve in one.curves if curve.panel == title]
+    values = by_sae(measure)
+    labels = "run, sae" if "by (run, sae)" in tokens else "run"
+    x, y = f"({values}) ^ 0 * on ({labels}) group_left () ({tokens})", values
+    named = [query(f'label_join({expr}, "curve", " ", "run", "sae")').format(PromQueryFormat.TABLE) for expr in (x, y)]
+    panel = draw_lines(describe(trend.Panel(), title, named), "short", log)
+    # A row has the values of the curves that were at this number of tokens; the others go on in another row.
+    panel.x_field("tokens").span_nulls(True)
     linear = ScaleDistributionConfig(ScaleDistribution.LINEAR)
-    properties = {"unit": "short", "custom.axisLabel": "tokens", "custom.scaleDistribution": linear}
+    properties = {"unit": "short", "decimals": None, "custom.axisLabel": "tokens", "custom.scaleDistribution": linear}
     panel.override_by_name("tokens", [models.DynamicConfigValue(*one) for one in properties.items()])
-    transformations = {
-        "joinByField": {"byField": "Time", "mode": "outer"},
-        "sortBy": {"fields": {}, "sort": [{"field": "tokens", "desc": False}]},
-        "organize": {"excludeByName": {"Time": True}, "indexByName": {}, "renameByName": {}},
-    }
-    for name, options in transformations.items():
+    matrix = {"columnField": "curve", "rowField": "Value #A", "valueField": "Value #B", "emptyValue": "null"}
+    corner = f"{matrix['rowField']}\\{matrix['columnField']}"
+    transformations = [
+        ("merge", {}),
+        ("sortBy", {"fields": {}, "sort": [{"field": "curve", "desc": False}]}),
+        ("groupingToMatrix", matrix),
+        ("sortBy", {"fields": {}, "sort": [{"field": corner, "desc": False}]}),
+        ("organize", {"excludeByName": {}, "indexByName": {}, "renameByName": {corner: "tokens"}}),
+    ]
+    for name, options in transformations:
         panel.with_transformation(models.DataTransformerConfig(name, options=options))
     return panel
 
 
 def heat_map(title: str, expr: str, label: str, note: str) -> heatmap.Panel:
     """A histogram's buckets over time, the fuller the brighter; `label` names the axis of the buckets."""
-    buckets = query(expr, "{{le}}").format(PromQueryFormat.HEATMAP)
+    buckets = query(expr).legend_format("{{le}}").format(PromQueryFormat.HEATMAP)
     panel = describe(heatmap.Panel(), title, [buckets], note)
     color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Viridis").fill("viridis")
     panel.color(color.scale(HeatmapColorScale.EXPONENTIAL).exponent(0.5).steps(64))
@@ -251,12 +314,16 @@ def dashboard(name: str, title: str, rows: Sequence[Row], by_sae: bool = False) 
     board.tooltip(models.DashboardCursorSync.CROSSHAIR).time("now-1h", "now").refresh("10s").timezone("browser")
     source = builders.DatasourceVariable("datasource").label("data").type("prometheus")
     board.with_variable(source.hide(models.VariableHide.DONT_HIDE))
-    board.with_variable(choice("run", "run", "label_values(sluice_run_info, run)"))
+    board.with_variable(choice("run", "runs", "label_values(sluice_run_info, run)").multi(True))
     if by_sae:
         saes = choice("sae", "SAE", "label_values(sluice_fvu{RUN}, sae)").multi(True).include_all(True).all_value(".*")
         board.with_variable(saes.current(models.VariableOption(selected=True, text="All", value="$__all")))
+    address = builders.TextBoxVariable("page").label("live page").default_value(PAGE)
+    board.with_variable(address.current(models.VariableOption(selected=True, text=PAGE, value=PAGE)))
     link = builders.DashboardLink("Sluice").type(models.DashboardLinkType.DASHBOARDS).tags(["sluice"])
     board.link(link.icon("external link").include_vars(True).keep_time(True))
+    page = builders.DashboardLink("Live page").type(models.DashboardLinkType.LINK).url("${page}").icon("external link")
+    board.link(page.tooltip("The monitor's page of the run: curves, snapshots, latents").target_blank(True))
     first_id = 1
     for row in rows:
         row.place(board, first_id)
