@@ -1,7 +1,8 @@
-"""The demo under a real Prometheus: every query of every dashboard and rule is asked, as Grafana would ask it.
+"""The demo under a real Prometheus: every query of every dashboard and rule is asked, and every panel is drawn.
 
-`make watch`; some two minutes. The configuration is ours, with other ports. What each query returned stands in
-runs/queries.md afterwards.
+`make watch`; some three minutes. The configuration is ours, with other ports. Panels are drawn by Grafana's own
+packages in Chromium, without a Grafana server. Afterwards runs/queries.md has what each query returned,
+runs/grafana-NAME.png how each dashboard looks, and runs/recorded.json.gz the answers that were drawn.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import yaml
 
 from deploy.demo import COMMANDS, RUN_FILE
 from monitor.grafana.generate import DASHBOARDS, FOLDER
+from tests.grafana.drawing import CHROMIUM, draw, faults, missing_packages
+from tests.grafana.recording import RECORDED, record, substitute, write
 
 pytestmark = [pytest.mark.watch, pytest.mark.timeout(900)]
 
@@ -32,17 +35,21 @@ ROOT = Path(__file__).parent.parent
 RULES = ROOT / "monitor" / "prometheus"
 RUN, SAES = "demo", ["jumprelu", "topk"]
 SCRAPE_SECONDS = 5
-RATE_INTERVAL = f"{4 * SCRAPE_SECONDS}s"
-"""What Grafana puts in the place of $__rate_interval."""
 PATIENCE_SECONDS = 600
+PAUSE_SECONDS = 4 * SCRAPE_SECONDS
+"""So long tokens stand still before the panels are drawn."""
 NOW = 0.0
 """Asks for this moment only, as the numbers at the top of a dashboard do."""
 
 EMPTY_IN_A_HEALTHY_RUN = {
-    'sum by (reason) (increase(sluice_rows_rejected_total{run="$run"}[$__rate_interval]))',
-    'sum by (kind) (increase(sluice_protocol_errors_total{run="$run"}[$__rate_interval]))',
+    'sum by (run, reason) (increase(sluice_rows_rejected_total{run=~"$run"}[$__rate_interval]))',
+    'sum by (run, kind) (increase(sluice_protocol_errors_total{run=~"$run"}[$__rate_interval]))',
+    'sum by (run, purpose) (rate(sluice_exchange_bytes_total{run=~"$run"}[$__rate_interval]))',
+    'sum by (run, purpose) (rate(sluice_exchange_seconds_total{run=~"$run"}[$__rate_interval]))',
+    'rate(sluice_corpus_tokens_trained_total{run=~"$run"}[$__rate_interval])',
 }
-"""Queries of panels without an answer: no row is rejected, no message dropped. All alerts are empty too."""
+"""Queries without an answer: no row is rejected, no message dropped, one rank exchanges nothing, and the corpus is no
+mixture. All alerts are empty too."""
 
 
 @dataclass
@@ -93,26 +100,81 @@ class Prometheus:
         return self.get(f"/api/v1/label/{label}/values", **{"match[]": selector})
 
 
-def test_every_query_of_a_dashboard_or_rule_is_answered_by_a_real_prometheus(tmp_path: Path) -> None:
-    """Each returns numbers, or is one of those that a healthy run leaves empty; then a fault is noticed."""
+@dataclass(frozen=True)
+class Demo:
+    """The three processes of the demo and the Prometheus that scrapes them."""
+
+    prometheus: Prometheus
+    processes: Processes
+    ports: dict[str, int]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """Runs until everything has been seen: training, an evaluated snapshot, a checkpoint."""
     with_apt()
+    folder = tmp_path_factory.mktemp("watch")
     ports = dict(zip(("trainer", "producer", "monitor", "service", "stream", "prometheus"), free_ports(6), strict=True))
-    processes = Processes(tmp_path)
+    processes = Processes(folder)
     try:
-        prometheus = start_prometheus(processes, tmp_path, ports)
+        prometheus = start_prometheus(processes, folder, ports)
         for name in COMMANDS:
-            processes.start(name, sys.executable, "-m", name, str(ROOT / RUN_FILE), *overrides(tmp_path, ports))
+            processes.start(name, sys.executable, "-m", name, str(ROOT / RUN_FILE), *overrides(folder, ports))
         wait_until(lambda: has_all_been_seen(prometheus), processes)
-        answers = list(everything(prometheus))
-        write_table(answers)
-        check_variables(prometheus)
-        check_prometheus_own_view(prometheus)
-        for answer in answers:
-            finite = [value for one in answer.series for value in one if value == value]
-            assert bool(finite) == (not must_be_empty(answer)), answer.line
-        check_that_a_lost_producer_is_noticed(prometheus, processes, ports)
+        yield Demo(prometheus, processes, ports, folder)
     finally:
         processes.stop()
+
+
+def test_every_query_of_a_dashboard_or_rule_is_answered_by_a_real_prometheus(demo: Demo) -> None:
+    """Each returns numbers, or is one of those that a healthy run leaves empty."""
+    answers = list(everything(demo.prometheus))
+    write_table(answers)
+    check_variables(demo.prometheus)
+    check_prometheus_own_view(demo.prometheus)
+    for answer in answers:
+        finite = [value for one in answer.series for value in one if value == value]
+        assert bool(finite) == (not must_be_empty(answer)), answer.line
+
+
+def test_every_panel_is_drawn(demo: Demo) -> None:
+    """By Grafana's own packages in Chromium, after a pause in which tokens stand still."""
+    ctl = [sys.executable, "-m", "trainer", "ctl", str(demo.folder / "run")]
+    subprocess.run([*ctl, "pause"], check=True, cwd=ROOT)
+    time.sleep(PAUSE_SECONDS)
+    subprocess.run([*ctl, "resume"], check=True, cwd=ROOT)
+    recording = ROOT / "runs" / "recorded.json.gz"
+    write(record(demo.prometheus.url, [RUN], time.time() - demo.prometheus.began), recording)
+    assert faults_of_drawn(recording, ROOT / "runs") == []
+
+
+def test_every_panel_of_two_runs_is_drawn(tmp_path: Path) -> None:
+    """From the recorded answers that the quick tests describe without a browser."""
+    assert faults_of_drawn(RECORDED, tmp_path) == []
+
+
+def test_a_lost_producer_is_noticed(demo: Demo) -> None:
+    """The only one is killed: the trainer lives on, and the alert begins to wait for its two minutes."""
+    demo.processes.named["producer"].kill()
+    demo.processes.named.pop("producer").wait()
+    wait_until(lambda: "SluiceNoProducers" in alerts(demo.prometheus), demo.processes)
+    with urllib.request.urlopen(f"http://127.0.0.1:{demo.ports['trainer']}/healthz", timeout=10) as response:
+        assert response.status == 200
+
+
+def faults_of_drawn(recording: Path, folder: Path) -> list[str]:
+    """What is wrong with the panels, each with its dashboard and title."""
+    assert missing_packages() is None, missing_packages()
+    assert CHROMIUM is not None, "Chromium is not installed: apt-get install chromium"
+    boards = {name: FOLDER / f"{name}.json" for name in DASHBOARDS}
+    drawn = draw(boards, recording, folder)
+    return [
+        f"{name}: {panel.title} {fault}"
+        for name, panels in drawn.items()
+        for panel, definition in zip(panels, json.loads(boards[name].read_text())["panels"], strict=True)
+        for fault in faults(panel, definition)
+    ]
 
 
 def everything(prometheus: Prometheus) -> Iterator[Answer]:
@@ -123,7 +185,7 @@ def everything(prometheus: Prometheus) -> Iterator[Answer]:
         targets += [(f"annotation {one['name']}", one) for one in board["annotations"]["list"]]
         for title, target in targets:
             seconds = NOW if target.get("instant") else None
-            answer = prometheus.ask(f"{name}: {title}", substituted(target["expr"]), seconds)
+            answer = prometheus.ask(f"{name}: {title}", substitute(target["expr"], [RUN]), seconds)
             answer.query = target["expr"]
             yield answer
     for rule in rules("recording.yml"):
@@ -139,9 +201,10 @@ def must_be_empty(answer: Answer) -> bool:
 
 def check_variables(prometheus: Prometheus) -> None:
     """The choices of run and SAE are those of the run."""
-    run, sae = json.loads((FOLDER / "training.json").read_text())["templating"]["list"][1:]
+    variables = {one["name"]: one for one in json.loads((FOLDER / "training.json").read_text())["templating"]["list"]}
+    run, sae = variables["run"], variables["sae"]
     assert prometheus.values(run["query"]["query"]) == [RUN]
-    assert prometheus.values(substituted(sae["query"]["query"])) == SAES
+    assert prometheus.values(substitute(sae["query"]["query"], [RUN])) == SAES
 
 
 def check_prometheus_own_view(prometheus: Prometheus) -> None:
@@ -151,15 +214,6 @@ def check_prometheus_own_view(prometheus: Prometheus) -> None:
     groups = prometheus.get("/api/v1/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
     assert [one for one in prometheus.get("/api/v1/alerts")["alerts"] if one["state"] == "firing"] == []
-
-
-def check_that_a_lost_producer_is_noticed(prometheus: Prometheus, processes: Processes, ports: dict[str, int]) -> None:
-    """The only one is killed: the trainer lives on, and the alert begins to wait for its two minutes."""
-    processes.named["producer"].kill()
-    processes.named.pop("producer").wait()
-    wait_until(lambda: "SluiceNoProducers" in alerts(prometheus), processes)
-    with urllib.request.urlopen(f"http://127.0.0.1:{ports['trainer']}/healthz", timeout=10) as response:
-        assert response.status == 200
 
 
 def alerts(prometheus: Prometheus) -> set[str]:
@@ -175,15 +229,6 @@ def has_all_been_seen(prometheus: Prometheus) -> bool:
         f"count_over_time(sluice_ce_delta[5m]) > {30 / SCRAPE_SECONDS}",
     ]
     return all(prometheus.ask("", query, NOW).series for query in answers)
-
-
-def substituted(expr: str) -> str:
-    """With a person's choices and Grafana's own numbers in the place of variables."""
-    values = {"$run": RUN, "$sae": "|".join(SAES)}
-    values |= {"$__rate_interval": RATE_INTERVAL, "$__from": "0", "$__range_s": "3600"}
-    for variable, value in values.items():
-        expr = expr.replace(variable, value)
-    return expr
 
 
 def rules(name: str) -> list[dict[str, Any]]:
