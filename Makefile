@@ -5,14 +5,20 @@ BIN := $(VENV)/bin
 GRAFANA := tests/grafana/node_modules/ready
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
+# Processes of `make test`, each with one thread of arithmetic; "logical" is one per core.
+WORKERS ?= logical
 
-.PHONY: demo test lint bench gpu peers proofs quality watch slurm drills clean
+.PHONY: demo test long lint bench gpu peers proofs quality watch slurm drills clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -q -m "not gpu and not peers and not proof and not watch and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal \
+		-m "not long and not gpu and not peers and not proof and not watch and not slurm"
+
+long: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -q -m long
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -109,6 +109,7 @@ def expected_names(run_file: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)  # eight processes are started, one after the other
 @pytest.mark.parametrize("kind", CORPORA)
 @pytest.mark.parametrize("deterministic", [False, True])

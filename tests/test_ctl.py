@@ -776,6 +776,7 @@ def all_rows(epochs: int = 1) -> np.ndarray:
     return np.sort(np.tile((shards[:, None] * SHARD_ROWS + np.arange(SHARD_ROWS)).ravel(), epochs))
 
 
+@pytest.mark.long
 def test_the_others_do_not_notice_by_a_bit(processes: Callable[[str], Processes]) -> None:
     """Two runs over the same rows, in one of which an SAE joins and leaves again, and another of the file leaves.
 
@@ -807,6 +808,7 @@ def test_the_others_do_not_notice_by_a_bit(processes: Callable[[str], Processes]
     assert {name: sae["tokens"] for name, sae in summary["saes"].items()} == {"top": len(all_rows()), "other": 1024}
 
 
+@pytest.mark.long
 def test_orders_survive_a_kill_and_a_drain(processes: Callable[[str], Processes]) -> None:
     """SIGKILL right after an answer: everything is as it was said. Then a drain; then the end, each row once."""
     run = processes("run")

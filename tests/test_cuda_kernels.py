@@ -423,6 +423,7 @@ assert compiled == kernels, compiled ^ kernels
 """
 
 
+@pytest.mark.long
 def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     """To machine code of a Hopper GPU, which needs none: types, shapes and names are what the compiler accepts."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

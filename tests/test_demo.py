@@ -54,6 +54,7 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     return processes
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     """Exit 0, a table of both SAEs with figures from held-out text, valid snapshots, and nothing left running."""
@@ -88,7 +89,7 @@ def _serves(line: str) -> bool:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("moment", ["at once", "in mid-run"])
+@pytest.mark.parametrize("moment", ["at once", pytest.param("in mid-run", marks=pytest.mark.long)])
 def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
     """The interrupt key at any moment: all processes are gone within seconds, and the terminal says so."""
     demo = subprocess.Popen(

@@ -36,6 +36,7 @@ SEQUENCE: list[Chunk] = [(serial, [2 * part, 2 * part + 1]) for serial in range(
 """24 rows: four serials of six."""
 
 
+@pytest.mark.long
 def test_the_weights_depend_neither_on_producers_nor_on_deaths(tmp_path: Path) -> None:
     """Real processes: one producer; or two, of which one is killed and replaced, and a trainer that is killed too."""
     lives = {"undisturbed": Fate(1), "killed": Fate(2, producers_killed=1, trainer_killed=1)}

@@ -15,6 +15,7 @@ from tests.drills.planting import Bug, PatternError, find, plant
 from tests.drills.scene import ROOT
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drill", [processes.killed_in_checkpoint, strangers.broken_shards])
 def test_a_drill_at_its_smallest(drill: Drill, tmp_path: Path) -> None:
     """It raises when its promise is broken, and checks every trained row by name."""

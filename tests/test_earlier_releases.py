@@ -81,6 +81,7 @@ def test_its_checkpoint_is_read_and_written_again_as_it_was(release: Path, name:
         assert torch.equal(torch.as_tensor(again[key]), value), key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_its_run_goes_on_and_ends(release: Path, name: str) -> None:
     """With the run file that it was started with; the deterministic one was paused. The directory is whole after it."""

@@ -98,6 +98,7 @@ def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Start, tmp_
         check(tmp_path / "run" / "snapshots" / name / "topk")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_trains_every_row_exactly_once(start: Start, tmp_path: Path, how: signal.Signals) -> None:
     """The trainer is stopped or killed three times in mid-run and started again: nothing lost, nothing repeated.
@@ -120,6 +121,7 @@ def test_an_interrupted_run_trains_every_row_exactly_once(start: Start, tmp_path
     np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs))
 
 
+@pytest.mark.long
 def test_producers_may_be_killed_and_replaced(start: Start, tmp_path: Path) -> None:
     """A producer killed in mid-shard loses nothing: its rows are computed again by another, once."""
     trainer = start("trainer")
@@ -194,6 +196,7 @@ def test_two_trainers_do_not_share_a_run_directory(start: Start, tmp_path: Path)
     assert "belongs to a trainer that is running" in (tmp_path / "trainer.log").read_text()
 
 
+@pytest.mark.long
 def test_a_complete_run_stays_complete(start: Start, tmp_path: Path) -> None:
     """Started again after its end, the trainer says so, leaves with 0 and leaves summary and snapshots as they are."""
     trainer = start("trainer")

@@ -766,6 +766,7 @@ def test_runs_that_cannot_be_evaluated_say_so(run_file: Path, overrides: list[st
 # --- The process -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_monitor_ends_once_the_finished_run_is_evaluated(run_file: Path):
     """--until-evaluated: exit code 0, evaluation.json beside the SAE, and its numbers in summary.json."""
     directory = run_file.parent / "demo"

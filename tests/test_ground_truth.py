@@ -62,12 +62,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Tens
     return run, began
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", QUICK)
 def test_every_true_feature_is_found(quick: tuple[Run, dict[str, Tensor]], name: str) -> None:
     """Rare ones too: the last feature is a quarter as frequent as the first."""
     assert_all_found(judge_newest(quick[0], name))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", QUICK)
 def test_random_directions_find_nothing(quick: tuple[Run, dict[str, Tensor]], name: str) -> None:
     """The control: before learning the mean best cosine is below 0.4."""
@@ -75,6 +77,7 @@ def test_random_directions_find_nothing(quick: tuple[Run, dict[str, Tensor]], na
     assert best_cosines(began[name], SyntheticActivations(run.settings.corpus)).mean() < 0.4
 
 
+@pytest.mark.long
 def test_the_first_prefix_holds_the_most_frequent_features(quick: tuple[Run, dict[str, Tensor]]) -> None:
     """64 latents that must reconstruct alone learn what pays most."""
     run, _ = quick

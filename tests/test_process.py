@@ -87,6 +87,7 @@ def test_nohup_is_obeyed(tmp_path: Path) -> None:
     assert process.wait(10) == 0 and (tmp_path / "file").read_text() == "left"
 
 
+@pytest.mark.long
 def test_a_trainer_and_a_producer_leave_on_signals_that_used_to_kill_them(tmp_path: Path) -> None:
     """SIGHUP without keys writes a checkpoint; SIGUSR2 gives a producer's leases back; the same commands finish."""
     with Scene(tmp_path, "checkpoint.every_seconds=1000.0") as scene:

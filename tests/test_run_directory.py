@@ -153,6 +153,7 @@ def test_a_folder_is_known_by_more_than_its_path(tmp_path: Path) -> None:
         assert directory.current_path is None and "was removed" in directory.fault()
 
 
+@pytest.mark.long
 def test_a_run_directory_that_moves_ends_its_trainer_with_a_checkpoint_in_it(tmp_path: Path) -> None:
     """`mv` of a live run: nothing is made anew under the old path, and the run goes on from where it is now.
 

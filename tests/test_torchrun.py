@@ -55,6 +55,7 @@ def weights(run: Path) -> bytes:
 DETERMINISTIC = ("run.deterministic=true", "run.tokens=20480", "parallel.blocks=2", "checkpoint.every_seconds=0.3")
 
 
+@pytest.mark.long
 def test_weights_and_rows_do_not_depend_on_the_number_of_ranks(start: Start, tmp_path: Path) -> None:
     """Alone; and on two ranks, then alone, then on two again: the same file to the last bit, the same rows in order."""
     trainer, producer = start("trainer", *DETERMINISTIC), start("producer", *DETERMINISTIC)
@@ -79,6 +80,7 @@ def test_weights_and_rows_do_not_depend_on_the_number_of_ranks(start: Start, tmp
     assert log.count("the same command goes on") == 2 and "[rank 1]" not in log
 
 
+@pytest.mark.long
 def test_the_death_of_a_rank_loses_no_token_and_repeats_none(start: Start, tmp_path: Path) -> None:
     """Rank 1 is killed, then rank 0, in mid-run: the other leaves at once, and a new start trains what is left."""
     epochs, passes = 4, ("corpus.epochs=4",)
@@ -98,6 +100,7 @@ def test_the_death_of_a_rank_loses_no_token_and_repeats_none(start: Start, tmp_p
     np.testing.assert_array_equal(trained_rows(tmp_path), all_rows(epochs))
 
 
+@pytest.mark.long
 def test_an_operator_commands_all_ranks(start: Start, tmp_path: Path) -> None:
     """Status tells of the ranks; an SAE joins, learns, is published and leaves; a checkpoint has each rank's rows."""
     endless = "corpus.epochs=1000"

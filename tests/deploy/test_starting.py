@@ -90,6 +90,7 @@ def answer(url: str, token: str | None = None) -> int:
         return error.code
 
 
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_the_services_of_compose_find_each_other(folder: Path) -> None:
     """Over an encrypted stream, with only their own secrets; the page asks for the token, and all stop cleanly."""

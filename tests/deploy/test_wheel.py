@@ -77,6 +77,7 @@ def test_it_holds_run_files_and_deployment_files(wheel: Path) -> None:
     assert not [name for name in names if name.startswith("deploy/secrets/")]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_the_demo_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     """`model.name = "demo"` is found, and the last command that is shown names the installed script."""
