@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-LIMIT = timedelta(seconds=60)
+LIMIT = timedelta(seconds=120)
 SIZES = (2, 4)
 
 

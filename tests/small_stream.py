@@ -57,8 +57,8 @@ def stream_settings(endpoint: str, **changes: Any) -> StreamSettings:
     quick: dict[str, Any] = {
         "dtype": "float32",
         "heartbeat_seconds": 0.1,
-        "dead_seconds": 5.0,
-        "patience_seconds": 20.0,
+        "dead_seconds": 30.0,  # a machine may stand still for some
+        "patience_seconds": 120.0,
     }
     return StreamSettings(endpoint=endpoint, **(quick | changes))
 
@@ -129,7 +129,7 @@ def trainer(
         yield intake
 
 
-def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seconds: float = 30) -> list[Name]:
+def train(intake: Intake, rows: int | None = None, batch: int = CHUNK_ROWS, seconds: float = 120) -> list[Name]:
     """Takes `rows` tokens, or all, marks them as trained, and returns their names in the order of training."""
     stop = threading.Event()
     timer = threading.Timer(seconds, stop.set)
@@ -155,7 +155,8 @@ def finish(intake: Intake, *producers: Producing) -> list[Name]:
     return sorted(names)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Waits until `condition` holds, for at most so long."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -195,7 +196,7 @@ class Producing:
         """The error that ended the producer, None while it runs."""
         return self._error
 
-    def wait_for_end(self, seconds: float = 30) -> Exception | None:
+    def wait_for_end(self, seconds: float = 120) -> Exception | None:
         """Waits for the end and returns the error, None after a finished run."""
         self._thread.join(seconds)
         assert not self._thread.is_alive(), "the producer goes on"
@@ -240,7 +241,7 @@ class Peer:
     def send_frames(self, *frames: bytes) -> None:
         self._socket.send_multipart(frames)
 
-    def receive(self, kind: type[M], seconds: float = 10) -> M:
+    def receive(self, kind: type[M], seconds: float = 60) -> M:
         """Returns the next message of this kind; collects leases and skips all others."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -26,7 +26,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trainer, _ = scene.trainer(SECONDS_PER_STEP=0.02), scene.producer()
         scene.wait_for_rows(20_000)
         trainer.terminate()
-        assert trainer.wait(30) == 0
+        assert trainer.wait(120) == 0
     return scene.run
 
 

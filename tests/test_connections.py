@@ -219,7 +219,7 @@ def test_who_never_gets_a_session_is_shown_out(says: bytes) -> None:
         producer = Producing(at(intake))
         wait_for(lambda: intake.ledger.identity.is_settled)
         with socket.create_connection(("127.0.0.1", int(intake.endpoint.rpartition(":")[2]))) as peer:
-            peer.settimeout(1.0)
+            peer.settimeout(60.0)
             peer.sendall(says)
             assert is_closed(peer)
 

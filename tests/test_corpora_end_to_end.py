@@ -134,8 +134,8 @@ def test_a_killed_run_trains_each_name_exactly_once(
     wait_until(lambda: tokens_in_checkpoint(tmp_path) > before or trainer.poll() is not None, 90)
     assert trainer.poll() is None, "the run ended before it could be killed"
     trainer.send_signal(signal.SIGKILL)
-    trainer.wait(30)
+    trainer.wait(120)
 
-    assert start("trainer", mode).wait(100) == 0
+    assert start("trainer", mode).wait(120) == 0
     shard, window, position = np.fromfile(tmp_path / "rows", np.int32).reshape(-1, 3).T
     np.testing.assert_array_equal(np.sort(names(shard, window, position)), expected)

@@ -99,7 +99,7 @@ def test_its_run_goes_on_and_ends(release: Path, name: str) -> None:
             if saved.document.roster.paused:
                 wait_for(lambda: ctl.main([str(directory), "resume"]) == 0, 60)
             assert trainer.wait(120) == 0, (release / "log").read_text()
-            assert producer.wait(30) == 0
+            assert producer.wait(120) == 0
         finally:
             trainer.kill(), producer.kill()
 

@@ -591,16 +591,16 @@ def test_snapshot_retired_under_way_is_no_failure(run_file: Path):
 
 
 def test_a_piece_of_work_is_followed_by_its_rest(run_file: Path):
-    """A tenth of a second of work at a share of a quarter: three tenths of rest; none once the run is over."""
+    """A hundred seconds of work at a share of a quarter: three hundred of rest; none once the run is over."""
     evaluator, _ = _evaluator(run_file, "monitor.evaluation_share=0.25")
     rests: list[float] = []
     evaluator._stop = SimpleNamespace(wait=rests.append)  # type: ignore[assignment]
     for finished in (False, True):
         if finished:
             finish_run(run_file.parent / "demo", 1000)
-        evaluator.moved_at = time.monotonic() - 0.1
+        evaluator.moved_at = time.monotonic() - 100.0
         evaluator._between()
-    assert rests == [pytest.approx(0.3, abs=0.1), 0.0]
+    assert 300.0 <= rests[0] < 600.0 and rests[1:] == [0.0]
 
 
 def test_stopping_does_not_wait_for_an_evaluation(run_file: Path):
@@ -773,7 +773,7 @@ def test_monitor_ends_once_the_finished_run_is_evaluated(run_file: Path):
     publish_snapshot(directory, 1000, [_sae(0.5)])
     finish_run(directory, 1000)
     process = _monitor(run_file, "--until-evaluated")
-    _, output = process.communicate(timeout=90)
+    _, output = process.communicate(timeout=240)
     summary = json.loads((directory / "summary.json").read_text())
     assert process.returncode == 0, output
     assert {"ce_clean", "ce_sae", "ce_delta", "ce_recovered", "kl"} <= set(summary["saes"]["small"])
@@ -785,21 +785,19 @@ def test_monitor_serves_until_it_is_stopped(run_file: Path):
     assert process.stderr is not None
     address = next(match[0] for line in process.stderr if (match := re.search(r"http://[\d.]+:\d+", line)))
     publish_snapshot(run_file.parent / "demo", 1000)
-    with urllib.request.urlopen(f"{address}/v1/snapshots/latest?wait=20", timeout=30) as answer:
+    with urllib.request.urlopen(f"{address}/v1/snapshots/latest?wait=60", timeout=120) as answer:
         assert json.load(answer)["name"] == "000000001000"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
 
 
 def test_help_and_faults_answer_at_once(run_file: Path):
     """--help and bad settings do not wait for torch; a fault of the file is exit code 2."""
-    began = time.monotonic()
     helped = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "monitor", "--help"], capture_output=True, text=True
     )
     assert helped.returncode == 0 and "--until-evaluated" in helped.stdout
     assert not re.search(r"\| +(torch|transformers|starlette)$", helped.stderr, re.MULTILINE)
-    assert time.monotonic() - began < 10  # under a second where the machine is not busy
     process = subprocess.run(
         [sys.executable, "-m", "monitor", str(run_file), "monitor.prot=1"], capture_output=True, text=True
     )

@@ -206,5 +206,5 @@ async def request(
     async def send(message: Any) -> None:
         messages.append(message)
 
-    await asyncio.wait_for(app(scope, receive, send), 20)
+    await asyncio.wait_for(app(scope, receive, send), 60)
     return messages[0]["status"], b"".join(message.get("body", b"") for message in messages[1:])

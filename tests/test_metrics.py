@@ -446,5 +446,5 @@ def _served(registry: CollectorRegistry, **verdicts: Verdict) -> Iterator[int]:
 
 def _get(port: int, path: str, headers: dict[str, str] | None = None) -> str:
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers or {})
-    with urllib.request.urlopen(request, timeout=5) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return response.read().decode()

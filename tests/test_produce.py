@@ -327,7 +327,7 @@ def test_time_spent_on_text_is_told(manual_trainer: Trainer, endpoint: str) -> N
     manual_trainer.welcome()
     manual_trainer.lease()
     finish(manual_trainer, producer)
-    assert 0.1 <= producer.producer.report().stall_seconds["text"] < 5
+    assert producer.producer.report().stall_seconds["text"] >= 0.1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

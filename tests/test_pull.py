@@ -367,7 +367,7 @@ def test_following_survives_a_killed_monitor(tmp_path: Path):
         finish_run(directory, 3000)
         stack.enter_context(_killed_at_last([*command, str(run_file)]))
         assert puller.stdout.read().split() == [str(tmp_path / "here" / "000000003000")]
-        assert puller.wait(30) == 0
+        assert puller.wait(120) == 0
     verify(tmp_path / "here" / "000000003000")
 
 

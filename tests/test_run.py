@@ -298,7 +298,9 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     )
     loop = Loop(run.settings, run.roster, intake, Inbox(threading.Event()), Silent(), handle)  # type: ignore[arg-type]
     loop.begin(run)
+    start = time.monotonic()
     loop._step(run, 32)  # type: ignore[arg-type]
+    longest_step = time.monotonic() - start
     time.sleep(0.1)
     loop.report()
     first = loop.last_report
@@ -310,7 +312,7 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     loop.report()
 
     assert (first.tokens, first.buffer_rows, first.buffer_capacity_rows, first.data_wait_seconds) == (32, 7, 9, 0.5)
-    assert 0 < first.tokens_per_second <= 320 and first.step_seconds < 0.05
+    assert 0 < first.tokens_per_second <= 320 and first.step_seconds <= longest_step
     assert (second.tokens, second.step_seconds) == (32, 0)
     assert 0 < second.tokens_per_second <= first.tokens_per_second
     assert training_seconds >= 0.1 and run.seconds == training_seconds

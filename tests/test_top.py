@@ -173,13 +173,13 @@ def test_a_terminal_shows_the_run_move_and_q_leaves(run_directory: Path, url: st
         assert "6,000 of 10,000" in _until(ours, "6,000 of")
         os.write(ours, b"q")
         assert "6,000 of 10,000" in _until(ours, "no snapshot yet\r\n")
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
     os.close(ours)
 
 
 def _until(terminal: int, expected: str) -> str:
     """The terminal's output, without colours, until it holds `expected`."""
-    output, deadline = "", time.monotonic() + 30
+    output, deadline = "", time.monotonic() + 60
     while expected not in output and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.5)[0]:
             output += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(terminal, 65536).decode(errors="replace"))

@@ -277,7 +277,7 @@ class Processes:
             process.terminate()
         for process in self.named.values():
             try:
-                process.wait(30)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

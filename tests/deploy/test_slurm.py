@@ -95,7 +95,7 @@ class Cluster:
         }
         munge = [f"--{name}={self.folder / file}" for name, file in options.items()]
         self._start("munged", "--foreground", "--force", f"--log-file={self.folder}/munge.log", *munge)
-        wait_until((self.folder / "munge.socket").exists, 20, "munged has made no socket")
+        wait_until((self.folder / "munge.socket").exists, 60, "munged has made no socket")
         self._start("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._start("slurmd", "-D", "-N", node)
@@ -105,7 +105,7 @@ class Cluster:
         for process in reversed(self._processes):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(15)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 process.kill()
 

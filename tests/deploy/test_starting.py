@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def answer(url: str, token: str | None = None) -> int:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -133,7 +133,7 @@ def test_units_give_keys_as_the_stream_expects_them(folder: Path) -> None:
         environment = ENVIRONMENT | {"CREDENTIALS_DIRECTORY": str(credentials), "SLUICE_KEYS": keys[role]}
         for command in re.findall("ExecStartPre=(.+)", text):
             command = command.replace("/etc/sluice", f"{folder}/secrets")
-            subprocess.run(["sh", "-c", command], env=environment, check=True, timeout=30)
+            subprocess.run(["sh", "-c", command], env=environment, check=True, timeout=60)
     context = zmq.Context()
     server, client = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
     authenticator, _ = serve_encrypted(context, server, keys["trainer"])

@@ -35,7 +35,7 @@ SMALL = (
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    process = subprocess.run(build, capture_output=True, text=True, timeout=100, check=False)
+    process = subprocess.run(build, capture_output=True, text=True, timeout=240, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     (path,) = folder.glob("sluice_sae-*.whl")
     return path
@@ -52,7 +52,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-deps"]
     command = [*install, "--ignore-installed", str(wheel)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return folder / "bin"
 
@@ -78,11 +78,11 @@ def test_it_holds_run_files_and_deployment_files(wheel: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_demo_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     """`model.name = "demo"` is found, and the last command that is shown names the installed script."""
     overrides = [*SMALL, f"stream.endpoint=ipc://{tmp_path}/stream"]
-    process = run(installed / "sluice-demo", *overrides, cwd=tmp_path, timeout=200)
+    process = run(installed / "sluice-demo", *overrides, cwd=tmp_path, timeout=500)
     assert process.returncode == 0, process.stdout + process.stderr
     summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     assert set(summary["saes"]) == {"topk", "jumprelu"}
