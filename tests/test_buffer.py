@@ -1,4 +1,4 @@
-"""The shuffling buffer: every row once, in an order that mixes, in memory that does not grow."""
+"""The shuffling buffer: every token once, in an order that mixes, in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def filled(capacity: int, seed: int = 0) -> ShuffleBuffer:
 
 
 def test_every_row_comes_out_once_and_unchanged() -> None:
-    """12 rows in, three batches of 4 out: the same 12 names, each with its own activations."""
+    """12 tokens in, three batches of 4 out: the same 12 names, each with its own activations."""
     buffer = ShuffleBuffer(12, [2], torch.float32, seed=0)
     insert(buffer, 1, np.array([0, 2, 4, 6, 8]))
     insert(buffer, 2, np.arange(7))
@@ -100,7 +100,7 @@ def test_rows_keep_their_bits() -> None:
 
 
 def test_batch_is_a_copy() -> None:
-    """A step may keep or change its batch while new rows take the slots."""
+    """A step may keep or change its batch while new tokens take the slots."""
     buffer = filled(4)
     batch = buffer.draw(4)
     before = batch.x[0].clone()
@@ -112,7 +112,7 @@ def test_batch_is_a_copy() -> None:
 
 
 def test_full_buffer_refuses_and_stays_as_it_was() -> None:
-    """Overrunning it would overwrite rows; credit makes that impossible, and this says so if it ever happens."""
+    """Overrunning it would overwrite tokens; credit makes that impossible, and this says so if it ever happens."""
     buffer = filled(8)
     buffer.draw(3)
     with pytest.raises(OverflowError, match="4 activations do not fit: 5 of 8"):
@@ -128,7 +128,7 @@ def test_more_than_there_is_cannot_be_drawn() -> None:
 
 
 def test_chunk_without_rows_changes_nothing() -> None:
-    """A chunk whose rows are all outliers is empty."""
+    """A chunk whose tokens are all outliers is empty."""
     buffer = filled(8)
     buffer.draw(8)
     insert(buffer, 9, np.zeros(0, np.int64))
@@ -136,7 +136,7 @@ def test_chunk_without_rows_changes_nothing() -> None:
 
 
 def test_peek_takes_nothing_out() -> None:
-    """For estimating scale and centre before the first step; distinct rows, at most those there are."""
+    """For estimating scale and centre before the first step; distinct tokens, at most those there are."""
     buffer = filled(8)
     (x,) = buffer.peek(5)
     assert len({tuple(row) for row in x.tolist()}) == 5
@@ -148,7 +148,7 @@ def test_peek_takes_nothing_out() -> None:
 
 
 def test_memory_is_what_the_docstring_says() -> None:
-    """Capacity × row bytes, and 24 bytes of bookkeeping per slot."""
+    """Capacity × bytes of an activation, and 24 bytes of bookkeeping per slot."""
     buffer = ShuffleBuffer(1000, [8, 24], torch.bfloat16, seed=0)
     assert buffer.nbytes == 1000 * (2 * (8 + 24) + 24)
 
@@ -185,7 +185,7 @@ def resident_bytes() -> int:
 
 
 def test_draw_is_uniform_without_replacement() -> None:
-    """Two of six rows, 6000 times: each of the 15 pairs comes about 400 times, and each row about as often first."""
+    """Two of six tokens, 6000 times: each of the 15 pairs comes about 400 times, each token about as often first."""
     pairs: Counter[frozenset[int]] = Counter()
     firsts: Counter[int] = Counter()
     buffer = filled(6)
@@ -201,7 +201,7 @@ def test_draw_is_uniform_without_replacement() -> None:
 
 
 def test_old_and_new_rows_have_the_same_chance() -> None:
-    """40 rows have waited through many draws, 40 are new: a draw of 20 takes about 10 of each."""
+    """40 tokens have waited through many draws, 40 are new: a draw of 20 takes about 10 of each."""
     old_count = 0
     for seed in range(200):
         buffer = ShuffleBuffer(160, [2], torch.float32, seed)
@@ -238,25 +238,25 @@ def batch_of(*where: tuple[int, int]) -> Batch:
 
 
 def test_same_context_mates_by_hand() -> None:
-    """Contexts of 4: three rows of a window have 2 mates each, two of the next 1 each, one has none: 8 / 6."""
+    """Contexts of 4: three tokens of a window have 2 mates each, two of the next 1 each, one has none: 8 / 6."""
     batch = batch_of((0, 0), (0, 1), (0, 3), (0, 4), (0, 7), (1, 0))
     assert same_context_mates(batch, context=4) == pytest.approx(8 / 6)
 
 
 def test_windows_of_different_shards_are_different() -> None:
-    """The same position in two shards is no mate; a batch of one row has none."""
+    """The same position in two shards is no mate; a batch of one token has none."""
     assert same_context_mates(batch_of((0, 5), (1, 5), (2, 5)), context=4) == 0
     assert same_context_mates(batch_of((0, 5)), context=4) == 0
 
 
 def test_rows_in_the_order_of_the_text_are_all_mates() -> None:
-    """Without shuffling, a batch of whole contexts of T rows has T - 1 mates a row."""
+    """Without shuffling, a batch of whole contexts of T tokens has T - 1 mates a token."""
     position = np.arange(256)
     assert same_context_mates(Batch([], np.zeros_like(position), position), context=16) == 15
 
 
 def test_full_buffer_mixes_as_the_formula_says() -> None:
-    """B = 128 of M = 1024 rows in contexts of T = 16: (B - 1)(T - 1) / (M - 1) = 1.86 expected mates."""
+    """B = 128 of M = 1024 tokens in contexts of T = 16: (B - 1)(T - 1) / (M - 1) = 1.86 expected mates."""
     b, t, m = 128, 16, 1024
     buffer = filled(m)
     neighbours = []

@@ -202,7 +202,7 @@ def test_a_resume_that_would_be_refused_is_told(directory: Path, capsys: pytest.
 def test_a_ledger_that_does_not_balance_is_not_resumed(
     directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
-    """What `check` faults, the trainer refuses: it would train rows twice, or never."""
+    """What `check` faults, the trainer refuses: it would train tokens twice, or never."""
     monkeypatch.setattr("signal.signal", lambda *_: None)
     damage(directory)
 

@@ -92,7 +92,7 @@ def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_the_last_written_not_the_longest_trained(tmp_path: Path) -> None:
-    """A run resumed from 1,000 rows overtakes what was written at 3,000 before the crash."""
+    """A run resumed from 1,000 tokens overtakes what was written at 3,000 before the crash."""
     for tokens in (1000, 3000, 2000):
         save(tmp_path, small_checkpoint(tokens), keep=5)
 
@@ -477,7 +477,7 @@ def test_a_run_file_with_other_saes_is_refused(tmp_path: Path, change: dict[str,
 
 
 def test_the_first_report_after_a_resume_has_the_learning_rate(tmp_path: Path) -> None:
-    """A run that is paused or waits reports before its first step: 384 of 640 rows, cooled down from 320 on."""
+    """A run that is paused or waits reports before its first step: 384 of 640 tokens, cooled down from 320 on."""
     run = fresh_run(tmp_path, run={"directory": str(tmp_path), "tokens": 640}, **COOLED)
     run.initialise(batches(1)[0].x)
     learn(run, batches(6))
@@ -591,7 +591,7 @@ def test_a_pinned_snapshot_survives_a_return_to_an_older_checkpoint(tmp_path: Pa
 
 
 def test_superseded_snapshots_take_bounded_room(tmp_path: Path) -> None:
-    """Five returns to 1,000 rows: no start deletes one, and the next retirement keeps the newest two, whole."""
+    """Five returns to 1,000 tokens: no start deletes one, and the next retirement keeps the newest two, whole."""
     publish_snapshot(tmp_path, 1000)
     for _ in range(5):
         publish_snapshot(tmp_path, 2000)

@@ -329,7 +329,7 @@ def no_room(hello):  # type: ignore[no-untyped-def]
 
 
 def test_a_hello_of_an_absurd_width_is_refused_and_decides_nothing(endpoint: str) -> None:
-    """2^20 numbers a row in 128 rows are 537 MB, where there are 10: the answer says so, and the run goes on."""
+    """128 activations of 2^20 numbers are 537 MB, where there are 10: the answer says so, and the run goes on."""
     settings = stream_settings(endpoint)
     wide = hello_of(named_source(), hooks=[Hook(name="synthetic", module="m", width=2**20)], chunk_rows=8)
     with Intake(settings, new_ledger(settings), no_room) as intake, Peer(settings, wide) as peer:
@@ -410,7 +410,7 @@ def test_a_fault_in_a_handler_costs_one_session(
     when: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether it comes before its work or after: one REJECT, one traceback, and every row is trained once."""
+    """Whether it comes before its work or after: one REJECT, one traceback, and every token is trained once."""
     settings = stream_settings(endpoint)
     with trainer(settings, capacity=2 * CAPACITY) as intake, Peer(settings) as other, Peer(settings) as peer:
         other.join()
@@ -470,7 +470,7 @@ def test_a_fault_of_the_clock_is_survived_and_one_that_lasts_is_not(
 
 
 def test_an_ordered_buffer_that_fails_has_taken_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its free slots are as before, so that the rows can come again."""
+    """Its free slots are as before, so that the tokens can come again."""
     buffer = OrderedBuffer(8, [2], torch.float32, 0)
     with monkeypatch.context() as patch:
         patch.setattr(OrderedBuffer, "_put", raising)

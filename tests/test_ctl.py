@@ -286,7 +286,7 @@ class Trainer:
         return self
 
     def reach(self, rows: int) -> int:
-        """Waits until so many more rows are trained."""
+        """Waits until so many more tokens are trained."""
         target = self.intake.ledger.tokens_trained + rows
         wait_for(lambda: self.intake.ledger.tokens_trained >= target)
         return self.intake.ledger.tokens_trained
@@ -342,7 +342,7 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 
 
 def test_a_trainer_without_producers_answers(trainer: Trainer) -> None:
-    """And what needs rows is refused with what to do."""
+    """And what needs tokens is refused with what to do."""
     status = trainer.ask("status")
     assert (status["state"], status["tokens"], status["producers"]) == ("waiting", 0, {"working": 0, "idle": 0})
     assert [sae["phase"] for sae in status["saes"]] == ["waiting", "waiting"]
@@ -738,7 +738,7 @@ class Processes:
         wait_for(lambda: self.ask("status")["tokens"] >= rows, 60)
 
     def rows(self) -> np.ndarray:
-        """The names of the rows trained on, in their order."""
+        """The names of the tokens trained on, in their order."""
         shard, window, position = np.fromfile(self.folder / "rows", np.int32).reshape(-1, 3).T
         return (shard * WINDOWS + window) * CONTEXT + position
 
@@ -776,7 +776,7 @@ def all_rows(epochs: int = 1) -> np.ndarray:
 
 @pytest.mark.long
 def test_the_others_do_not_notice_by_a_bit(processes: Callable[[str], Processes]) -> None:
-    """Two runs over the same rows, in one of which an SAE joins and leaves again, and another of the file leaves.
+    """Two runs over the same tokens, in one of which an SAE joins and leaves again, and another of the file leaves.
 
     The whole corpus waits in the buffer before the first step, so that both draw the same batches.
     """
@@ -808,7 +808,7 @@ def test_the_others_do_not_notice_by_a_bit(processes: Callable[[str], Processes]
 
 @pytest.mark.long
 def test_orders_survive_a_kill_and_a_drain(processes: Callable[[str], Processes]) -> None:
-    """SIGKILL right after an answer: everything is as it was said. Then a drain; then the end, each row once."""
+    """SIGKILL right after an answer: everything is as it was said. Then a drain; then the end, each token once."""
     run = processes("run")
     more = ("corpus.epochs=5", "checkpoint.every_seconds=1000.0")
     trainer, producer = run.start("trainer", *more, pace=0.01), run.start("producer", *more)

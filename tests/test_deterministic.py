@@ -1,4 +1,4 @@
-"""Deterministic mode: what a run becomes does not depend on who brought its rows, when, or after how many deaths."""
+"""Deterministic mode: what a run becomes does not depend on who brought its tokens, when, or after how many deaths."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def buffer() -> OrderedBuffer:
 
 
 def insert(into: OrderedBuffer, *chunks: Chunk) -> None:
-    """Rows that are their own names."""
+    """Activations that are their own names."""
     for serial, positions in chunks:
         x = torch.tensor([[serial, position] for position in positions], dtype=torch.float32).reshape(-1, 2)
         into.insert([x], serial, np.array(positions, np.int64))
@@ -80,7 +80,7 @@ def test_batches_do_not_depend_on_the_order_of_arrival() -> None:
 
 
 def test_a_restored_buffer_goes_on_as_if_it_had_never_stopped() -> None:
-    """The rows that it names go back to their places, in whatever order they come, and new ones come after them."""
+    """The tokens that it names go back to their places, in whatever order they come, and new ones come after them."""
     one = buffer()
     insert(one, *SEQUENCE[:8])
     one.fill(oldest=2)
@@ -114,7 +114,7 @@ def test_rows_that_come_back_take_their_own_places() -> None:
 
 
 def test_what_is_looked_at_does_not_depend_on_the_refill() -> None:
-    """Thresholds of snapshots are estimated from rows that wait, and must be the same bits every time."""
+    """Thresholds of snapshots are estimated from tokens that wait, and must be the same bits every time."""
     empty, refilled = buffer(), buffer()
     for each in (empty, refilled):
         insert(each, *SEQUENCE[:4])
@@ -128,7 +128,7 @@ def test_what_is_looked_at_does_not_depend_on_the_refill() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    """Waiting rows take room as all others do."""
+    """Waiting tokens take room as all others do."""
     full = buffer()
     insert(full, *SEQUENCE[4:])
     assert full.used_slots == CAPACITY
@@ -212,13 +212,13 @@ def test_a_producer_is_told_what_to_set_as_well() -> None:
 
 
 def test_a_run_cannot_become_deterministic_on_the_way() -> None:
-    """Its checkpoint does not name the rows that were in the buffer."""
+    """Its checkpoint does not name the tokens that were in the buffer."""
     with pytest.raises(CheckpointError, match="began without it"):
         buffer_of(small_checkpoint(4096), settings())
 
 
 def test_a_producer_of_another_geometry_is_refused() -> None:
-    """What decides the bits of its rows is part of the fingerprint, and the refusal names it with both values."""
+    """The fingerprint has what decides the bits of its activations; the refusal names it with both values."""
     source, ledger = named_source(), new_ledger(stream_settings("ipc://here"))
     ours = {"deterministic": True, "threads": 1}
     ledger.hello(hello_of(source, provenance=ours), 0.0)

@@ -18,7 +18,7 @@ from tests.drills.scene import ROOT
 @pytest.mark.long
 @pytest.mark.parametrize("drill", [processes.killed_in_checkpoint, strangers.broken_shards])
 def test_a_drill_at_its_smallest(drill: Drill, tmp_path: Path) -> None:
-    """It raises when its promise is broken, and checks every trained row by name."""
+    """It raises when its promise is broken, and checks every trained token by name."""
     outcome = drill(tmp_path, True)
 
     assert outcome.rounds and outcome.rows

@@ -70,20 +70,20 @@ def start(tmp_path: Path, run_file: Path) -> Iterator[Start]:
 
 
 def trained_rows(tmp_path: Path) -> np.ndarray:
-    """Every row trained on in the surviving lineage, as one number each, sorted."""
+    """Every token trained on in the surviving lineage, as one number each, sorted."""
     shard, window, position = np.fromfile(tmp_path / "rows", np.int32).reshape(-1, 3).T
     return np.sort((shard * WINDOWS + window) * CONTEXT + position)
 
 
 def all_rows(epochs: int = 1) -> np.ndarray:
-    """Every row that should be: all shards but the held-out ones, once per epoch."""
+    """Every token that should be: all shards but the held-out ones, once per epoch."""
     shards = np.setdiff1d(np.arange(SHARDS), held_out_shards(SHARDS, 0.0625))
     rows = (shards[:, None] * WINDOWS * CONTEXT + np.arange(WINDOWS * CONTEXT)).ravel()
     return np.sort(np.tile(rows, epochs))
 
 
 def test_a_finite_corpus_is_trained_once_and_everybody_leaves(start: Start, tmp_path: Path) -> None:
-    """Two producers, one epoch: each row once, exit codes 0, valid snapshots, a summary."""
+    """Two producers, one epoch: each token once, exit codes 0, valid snapshots, a summary."""
     trainer, producers = start("trainer"), [start("producer"), start("producer")]
 
     assert trainer.wait(120) == 0
@@ -123,7 +123,7 @@ def test_an_interrupted_run_trains_every_row_exactly_once(start: Start, tmp_path
 
 @pytest.mark.long
 def test_producers_may_be_killed_and_replaced(start: Start, tmp_path: Path) -> None:
-    """A producer killed in mid-shard loses nothing: its rows are computed again by another, once."""
+    """A producer killed in mid-shard loses nothing: its tokens are computed again by another, once."""
     trainer = start("trainer")
     for _ in range(3):
         victim = start("producer")

@@ -67,7 +67,7 @@ def test_memory_is_four_bytes_a_parameter_and_eight_of_moments() -> None:
 
 
 def test_pre_activations_are_held_in_blocks() -> None:
-    """So much at a time as the SAEs themselves hold, or 256 rows."""
+    """So much at a time as the SAEs themselves hold, or 256 tokens."""
     (sae,) = step_costs_of({"name": "a", "architecture": "topk", "d_sae": 2**15, "k": 2})
     wide = StepCost("wide", "topk", 4, 4, 2**15, 4096, 2, 2)
 

@@ -160,7 +160,7 @@ def test_a_perfect_copy_has_the_same_direction_and_size(model: LanguageModel, wi
 
 
 def test_fit_agrees_with_a_direct_computation(model: LanguageModel, windows: Windows, tmp_path: Path):
-    """An x_hat of another direction and size in each row: cosine, norms and shrinkage from all rows at once."""
+    """Each activation has an x_hat of another direction and size: cosine, norms and shrinkage from all at once."""
     sae = _sae(1.0)
     sae.weights["W_dec"] *= np.linspace(0.2, 0.9, 2 * WIDTH, dtype=np.float32)[:, None]
     result = _evaluate_one(model, windows, tmp_path, sae)
@@ -175,7 +175,7 @@ def test_fit_agrees_with_a_direct_computation(model: LanguageModel, windows: Win
 
 
 def test_the_mean_recovers_nothing_of_mean_ablation(model: LanguageModel, windows: Windows, tmp_path: Path):
-    """An SAE that gives the mean of all rows, whatever it reads, is mean ablation itself."""
+    """An SAE that gives the mean of all activations, whatever it reads, is mean ablation itself."""
     mask = torch.from_numpy(windows.kept)
     mean = model.activations(torch.from_numpy(windows.ids))[0][mask].mean(0)
     sae = _sae(0.0)
@@ -190,7 +190,7 @@ def test_the_mean_recovers_nothing_of_mean_ablation(model: LanguageModel, window
 
 
 def test_latents_are_counted_by_how_often_they_fire(model: LanguageModel, windows: Windows, tmp_path: Path):
-    """Thresholds that let one latent fire on one row, one never, and the others on every second row or so."""
+    """Thresholds that let one latent fire on one token, one never, and the others on every second token or so."""
     x = model.activations(torch.from_numpy(windows.ids))[0][torch.from_numpy(windows.kept)]
     sae = _sae(1.0)
     sae.weights["threshold"][0] = float(x[:, 0].sort().values[-2])
@@ -207,7 +207,7 @@ def test_latents_are_counted_by_how_often_they_fire(model: LanguageModel, window
 
 
 def test_rows_outside_of_the_stream_stay_clean(model: LanguageModel, windows: Windows, tmp_path: Path):
-    """Positions that are not kept, and rows beyond the norm bound, are not replaced; without rows there is no FVU."""
+    """Positions that are not kept or beyond the norm bound are not replaced; without activations there is no FVU."""
     nothing = Windows(windows.ids, np.zeros_like(windows.kept), windows.padded)
     result = _evaluate(model, nothing, tmp_path, gain=0.0)
     assert (result["ce_delta"], result["rows"], result["fvu"], result["ce_recovered"]) == (0.0, 0, None, None)
@@ -298,7 +298,7 @@ def test_identity_crosscoder_loses_nothing(wired: LanguageModel, windows: Window
 
 
 def test_crosscoder_is_measured_at_all_its_hooks(wired: LanguageModel, windows: Windows, tmp_path: Path):
-    """One hook exact, one halved: what is put in are the clean rows' reconstructions, and every hook weighs alike."""
+    """One hook exact, one halved: the reconstructions of clean activations are put in, and every hook weighs alike."""
     hooks = [HOOK, MLP_OUT]
     sae = _rewired(_sae(1.0, d_in=2 * WIDTH), hooks)
     sae.weights["W_dec"][:, WIDTH:] *= 0.5
@@ -322,7 +322,7 @@ def test_crosscoder_is_measured_at_all_its_hooks(wired: LanguageModel, windows: 
 
 
 def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel, windows: Windows, tmp_path: Path):
-    """As the producer does: an SAE's rows are decided by all hooks of the stream, also by those it does not read."""
+    """As the producer does: an SAE's tokens are decided by all hooks of the stream, also by those it does not read."""
     ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     norms = [wired.activations(ids)[WIRED.index(hook)].norm(dim=-1) for hook in (HOOK, MLP_OUT)]
     bounds = {hook: float(norm[mask].median()) for hook, norm in zip((HOOK, MLP_OUT), norms, strict=True)}
@@ -335,7 +335,7 @@ def test_one_hook_beyond_its_bound_drops_the_row_everywhere(wired: LanguageModel
 
 
 def test_the_mean_of_mean_ablation_is_that_of_the_stream(model: LanguageModel, windows: Windows, tmp_path: Path):
-    """Rows beyond the norm bound count in it as little as they are replaced by it."""
+    """Activations beyond the norm bound count in it as little as they are replaced by it."""
     ids, mask = torch.from_numpy(windows.ids), torch.from_numpy(windows.kept)
     (x,) = model.activations(ids)
     bound = float(x.norm(dim=-1)[mask].median())
@@ -348,7 +348,7 @@ def test_the_mean_of_mean_ablation_is_that_of_the_stream(model: LanguageModel, w
 
 
 def test_rows_are_dropped_as_the_producer_drops_them():
-    """The same rows of the same activations, those included that are not finite."""
+    """The same positions of the same activations, those included that are not finite."""
     generator = torch.Generator().manual_seed(0)
     activations = {
         hook: torch.randn(3, 8, width, generator=generator).bfloat16() for hook, width in (("a", 4), ("b", 6))
@@ -363,7 +363,7 @@ def test_rows_are_dropped_as_the_producer_drops_them():
 
 
 def test_bounds_of_hooks_that_are_not_here_are_refused(model: LanguageModel, windows: Windows, tmp_path: Path):
-    """Which rows the stream had cannot be told without them."""
+    """Which tokens the stream had cannot be told without them."""
     folder = publish_snapshot(tmp_path, 1, [_sae(1.0)]) / "small"
     with pytest.raises(EvaluationError, match=f"by their norm at {re.escape(MLP_OUT)}"):
         _evaluate_folder(model, windows, folder, {MLP_OUT: 3.0})
@@ -388,7 +388,7 @@ def test_signed_latents_count_as_active(model: LanguageModel, windows: Windows, 
 
 
 def test_held_out_text_is_spread_and_never_trained_on(model: LanguageModel, run_file: Path):
-    """Windows come from several held-out shards, with just enough rows, the same ones every time."""
+    """Windows come from several held-out shards, with just enough tokens, the same ones every time."""
     settings = _settings(run_file).corpus
     corpus = open_corpus(settings)
     windows = held_out_windows(corpus, model.tokenizer, settings, tokens=100)
@@ -405,7 +405,7 @@ def test_held_out_text_is_spread_and_never_trained_on(model: LanguageModel, run_
 
 
 def test_scarce_text_is_used_up(model: LanguageModel, run_file: Path):
-    """More rows than there are: all that is held out is taken, and no more."""
+    """More tokens than there are: all that is held out is taken, and no more."""
     settings = _settings(run_file).corpus
     corpus = open_corpus(settings)
     windows = held_out_windows(corpus, model.tokenizer, settings, tokens=10**6)

@@ -59,7 +59,7 @@ def test_precision_and_recall_are_those_of_the_other_half():
 
 
 def test_a_latent_without_a_rule_is_explained_badly():
-    """What fires by chance on a tenth of the rows has no n-gram that holds on other text."""
+    """What fires by chance on a tenth of the tokens has no n-gram that holds on other text."""
     chance = np.random.default_rng(5)
     f1 = explain(_latents(lambda ids, place: bool(chance.random() < 0.1)), 0).f1
     assert f1 is not None and f1 < 0.4

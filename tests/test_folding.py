@@ -1,4 +1,4 @@
-"""What is published does on raw rows what training did on scaled ones: scales, whitening, norms, thresholds folded."""
+"""What is published does on raw activations what training did on scaled ones: scales, whitening, norms are folded."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def raw_inputs(sae_trainer: SaeTrainer, scaled: dict[str, Tensor]) -> Tensor:
 
 
 def raw_and_expected(sae_trainer: SaeTrainer) -> tuple[Tensor, Tensor]:
-    """(raw x, what training's forward pass makes of it in raw units), on rows nothing has seen."""
+    """(raw x, what training's forward pass makes of it in raw units), on activations nothing has seen."""
     scaled = rows_of(sae_trainer.settings, 256, 99)
     raw = raw_inputs(sae_trainer, scaled)
     transform, sae = sae_trainer.input_transform(SCALES), sae_trainer.sae
@@ -83,7 +83,7 @@ def test_bug_13_a_snapshot_reconstructs_raw_rows_as_training_did_scaled_ones(kin
 
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_whitening_is_undone_in_a_snapshot(kind: str, tmp_path: Path) -> None:
-    """Learned from whitened rows, used on raw ones: to 1e-5, for every autoencoder of one hook."""
+    """Learned from whitened activations, used on raw ones: to 1e-5, for every autoencoder of one hook."""
     sae_trainer = train_sae(settings_of(kind, whitening=True), steps=12)
     sae = publish_and_load(sae_trainer, tmp_path)
     raw, expected = raw_and_expected(sae_trainer)
@@ -192,7 +192,7 @@ def test_a_decoder_row_of_zeros_folds_to_a_silent_latent() -> None:
 
 
 def test_whitened_rows_have_the_identity_as_covariance() -> None:
-    """Of strongly correlated rows, but for the floor that keeps empty directions from being blown up."""
+    """Of strongly correlated activations, but for the floor that keeps empty directions from being blown up."""
     torch.manual_seed(0)
     x = torch.randn(20_000, 6) @ torch.randn(6, 6) + 5.0
     white = whitening_of(x)
@@ -204,7 +204,7 @@ def test_whitened_rows_have_the_identity_as_covariance() -> None:
 
 
 def test_a_direction_without_variance_does_not_explode() -> None:
-    """Rows in a plane of three dimensions: the third is left small, not divided by zero."""
+    """Activations in a plane of three dimensions: the third is left small, not divided by zero."""
     torch.manual_seed(0)
     x = torch.randn(1000, 3) * torch.tensor([1.0, 1.0, 0.0])
 
@@ -227,7 +227,7 @@ def test_gated_is_exactly_a_jumprelu() -> None:
 
 @pytest.mark.parametrize("kind", ["batchtopk", "batchtopk matryoshka", "batchtopk transcoder"])
 def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path) -> None:
-    """On fresh rows of the same distribution the mean L0 of the published SAE is k within 5 %."""
+    """On fresh activations of the same distribution the mean L0 of the published SAE is k within 5 %."""
     settings = settings_of(kind)
     sae_trainer = train_sae(settings, steps=60)
     sae_trainer.calibrate(sae_trainer.sae, rows_of(settings, 8192, 5))
@@ -241,7 +241,7 @@ def test_the_calibrated_threshold_gives_the_trained_l0(kind: str, tmp_path: Path
 
 
 def test_a_threshold_worked_out_on_paper() -> None:
-    """Ten rows, k = 1, identity encoder: the threshold is the eleventh largest value, which ten exceed."""
+    """Ten activations, k = 1, identity encoder: the threshold is the eleventh largest value, which ten exceed."""
     sae, _, _ = make("batchtopk", torch.float32, d_sae=12, k=1)
     assert isinstance(sae, BatchTopK)
     sae.parameters |= {"W_enc": torch.eye(12), "b_enc": torch.zeros(12), "b_dec": torch.zeros(12)}
@@ -253,7 +253,7 @@ def test_a_threshold_worked_out_on_paper() -> None:
 
 
 def test_too_few_positive_values_give_a_threshold_of_zero() -> None:
-    """When less than k per row is above zero everything above zero is kept."""
+    """When less than k per activation is above zero everything above zero is kept."""
     sae, x, _ = make("batchtopk", torch.float32)
     assert isinstance(sae, BatchTopK)
     sae.parameters["b_enc"] -= 100.0
@@ -264,7 +264,7 @@ def test_too_few_positive_values_give_a_threshold_of_zero() -> None:
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_37_a_published_sae_encodes_a_row_the_same_in_any_batch(kind: str, tmp_path: Path) -> None:
-    """Latents of a row do not depend on its neighbours; BatchTopK's neither."""
+    """Latents of an activation do not depend on its neighbours; BatchTopK's neither."""
     sae_trainer = train_sae(settings_of(kind), steps=5)
     sae = publish_and_load(sae_trainer, tmp_path)
     raw, _ = raw_and_expected(sae_trainer)

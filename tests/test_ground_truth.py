@@ -1,7 +1,7 @@
-"""Rows whose features are known: do the SAEs find them, through the real stream, buffer, loop and snapshot?
+"""Activations whose features are known: do the SAEs find them, through the real stream, buffer, loop and snapshot?
 
-Sharkey et al. 2022: 128 directions superposed in 64 dimensions, three of them active in a row on average. The whole
-list, and other variants of the truth, is run by `make proofs`; GROUND_TRUTH.md has its numbers.
+Sharkey et al. 2022: 128 directions superposed in 64 dimensions, three of them active on average. The whole list, and
+other variants of the truth, is run by `make proofs`; GROUND_TRUTH.md has its numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUICK_ROWS = 700_000
 
 
 def assert_all_found(sae: TruthScores) -> None:
-    """Every true feature has a latent of its own, and what is published reconstructs rows it never saw."""
+    """Every true feature has a latent of its own, and what is published reconstructs activations it never saw."""
     assert sae.mmcs >= 0.98
     assert sae.worst > 0.9
     assert sae.fvu <= 0.12
@@ -122,13 +122,13 @@ def small(name: str, architecture: str = "topk", **more: Any) -> SaeSettings:
 def shrink_encoders(sae: Sae) -> None:
     """Half the encoder is shrunk a hundredfold: those latents lose against all others.
 
-    With no bias at the start: beside one below zero, what is left of their rows would lift them on no row at all.
+    With no bias at the start: beside one below zero, what is left of their rows would lift them on no activation.
     """
     sae.W_enc[64:] *= 0.01
 
 
 def lower_biases(sae: Sae) -> None:
-    """Half the latents begin where no row lifts them above zero."""
+    """Half the latents begin where no activation lifts them above zero."""
     sae.b_enc[64:] = -20.0
 
 
@@ -201,7 +201,7 @@ def test_without_auxk_or_with_a_broken_one_they_stay_dead(revived: dict[str, Tru
 
 @pytest.mark.proof
 def test_what_auxk_cannot_reach_begins_anew(revived: dict[str, TruthScores]) -> None:
-    """AuxK's ReLU needs a row that lifts the latent above zero; `reinitialise_tokens` needs none."""
+    """AuxK's ReLU needs an activation that lifts the latent above zero; `reinitialise_tokens` needs none."""
     assert revived["buried"].mmcs < 0.88
     assert revived["buried"].dead > 0.3
     assert is_revived(revived["last-resort"])
@@ -210,7 +210,7 @@ def test_what_auxk_cannot_reach_begins_anew(revived: dict[str, TruthScores]) -> 
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
 @pytest.mark.proof
 def test_resampling_brings_dead_latents_back(architecture: str, tmp_path: Path) -> None:
-    """Latents that are moved onto rows with a large error find the features that are missing."""
+    """Latents that are moved onto activations with a large error find the features that are missing."""
     saes = [small("none", architecture, revive="none"), small("resample", architecture, revive="resample")]
     after = train_spoiled(saes, {"none": lower_biases, "resample": lower_biases}, tmp_path)
 

@@ -99,7 +99,7 @@ def test_a_paused_trainer_is_alive_and_says_how_to_go_on(health: tuple[Trainer, 
 
 
 def test_a_wedged_trainer_is_dead_until_it_moves(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that never ends, as a hung device makes it: there are rows, the loop stands still, and it is told."""
+    """A step that never ends, as a hung device makes it: there are tokens, the loop stands still, and it is told."""
     at_work, ask = health
     at_work.produce()
     assert at_work.loop.run is not None
@@ -123,7 +123,7 @@ def test_a_wedged_trainer_is_dead_until_it_moves(health: tuple[Trainer, Ask], mo
 
 
 def test_a_trainer_whose_stream_has_died_is_dead(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paused, it would not notice by itself: no step asks the stream for rows."""
+    """Paused, it would not notice by itself: no step asks the stream for tokens."""
     at_work, ask = health
     at_work.produce().ask("pause")
     monkeypatch.setattr(at_work.intake.ledger, "tick", lambda now: 1 / 0)

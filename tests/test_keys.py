@@ -174,7 +174,7 @@ def test_a_trainer_does_not_open_without_its_keys(keys: Path, missing: str) -> N
 
 
 def test_an_encrypted_stream_is_a_stream(keys: Path) -> None:
-    """Two producers with the right keys: every row once; nobody is counted as turned away."""
+    """Two producers with the right keys: every token once; nobody is counted as turned away."""
     with trainer(settings_with(keys)) as intake:
         settings = settings_with(keys, intake.endpoint)
 
@@ -183,7 +183,7 @@ def test_an_encrypted_stream_is_a_stream(keys: Path) -> None:
 
 
 def test_what_crosses_the_wire_cannot_be_read(keys: Path) -> None:
-    """Somebody in between sees neither headers nor rows."""
+    """Somebody in between sees neither headers nor tokens."""
     with trainer(settings_with(keys)) as intake, Tunnel(intake.endpoint) as tunnel:
         names = finish(intake, Producing(settings_with(keys, tunnel.endpoint)))
 

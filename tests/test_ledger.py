@@ -1,4 +1,4 @@
-"""The ledger by example. One shard here is 3 windows of 4 positions; the first of each window is dropped: 9 rows.
+"""The ledger by example. One shard here is 3 windows of 4 positions; the first of each window is dropped: 9 tokens.
 
 window   0        1        2
 position 0123     4567     89..
@@ -63,7 +63,7 @@ def make_ledger(
 
 
 def hello(producer: str = "ada", session: str | None = None, **changes: Any) -> Hello:
-    """Chunks of one window: 3 rows, but 4 in the unit of credit."""
+    """Chunks of one window: 3 tokens, but 4 in the unit of credit."""
     facts: dict[str, Any] = {
         "fingerprint": "corpus", "shards": 2, "held_out": 0.0, "context": CONTEXT, "dtype": "float32",
         "hooks": [Hook(name="blocks.0.hook_resid_post", module="h.0", width=WIDTH)], "chunk_rows": CONTEXT,
@@ -94,7 +94,7 @@ def name_of(lease: Lease) -> dict[str, int]:
 
 
 def window_chunk(lease: Lease, number: int, window: int, incarnation: str = "first", **changes: Any) -> Chunk:
-    """The 3 rows of one window."""
+    """The 3 tokens of one window."""
     fields: dict[str, Any] = name_of(lease) | {
         "number": number, "incarnation": incarnation, "first_window": window, "windows": 1, "rows": 3,
         "kept": pack_bits(np.array([0, 1, 1, 1], bool)), "outliers": b"",
@@ -256,7 +256,7 @@ def test_many_differences_are_told_from_the_first_one_on() -> None:
 
 @pytest.mark.parametrize("change", [{"chunk_rows": 7}, {"chunk_rows": 2**23}])
 def test_producer_with_too_large_chunks_is_refused_and_decides_nothing(change: dict[str, Any]) -> None:
-    """A buffer of 24 rows must hold four chunks, and a message has a largest size."""
+    """A buffer of 24 tokens must hold four chunks, and a message has a largest size."""
     ledger = make_ledger(capacity=24)
     (reject,) = rejects(ledger.hello(hello("eve", **change), now=0.0))
     assert not reject.retry
@@ -332,7 +332,7 @@ def test_endless_run_is_never_exhausted() -> None:
 
 
 def test_credit_is_absolute_and_fills_the_buffer_no_further() -> None:
-    """24 rows of buffer are 6 chunks of at most 4 rows."""
+    """24 tokens of buffer are 6 chunks of at most 4 tokens."""
     ledger = make_ledger(capacity=24)
     sends = join(ledger)
     (lease, _) = leases(sends)
@@ -403,7 +403,7 @@ def test_idle_producer_does_not_sit_on_the_credit_that_another_needs() -> None:
 
 
 def test_chunk_moves_its_rows_from_promised_to_buffered() -> None:
-    """The rows of window 1 are positions 5, 6 and 7."""
+    """The tokens of window 1 are positions 5, 6 and 7."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     accepted, sends = receive(ledger, "ada-1", window_chunk(lease, 1, window=1))
@@ -413,7 +413,7 @@ def test_chunk_moves_its_rows_from_promised_to_buffered() -> None:
 
 
 def test_outliers_are_discarded_by_name() -> None:
-    """A row named as an outlier is neither buffered nor asked for again."""
+    """A token named as an outlier is neither buffered nor asked for again."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     mask, outliers = pack_bits(np.array([0, 1, 0, 1], bool)), pack_bits(np.array([0, 0, 1, 0], bool))
@@ -425,7 +425,7 @@ def test_outliers_are_discarded_by_name() -> None:
 
 
 def test_chunk_of_outliers_alone_is_taken() -> None:
-    """It brings no row, uses its number, and is progress."""
+    """It brings no token, uses its number, and is progress."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     mask, outliers = pack_bits(np.zeros(4, bool)), pack_bits(np.array([0, 1, 1, 1], bool))
@@ -454,7 +454,7 @@ def test_chunk_of_outliers_alone_is_taken() -> None:
     ],
 )
 def test_faulty_chunk_ends_the_session(changes: dict[str, Any], code: str) -> None:
-    """Its rows are counted under the fault, none is taken, and leases and credit return; the producer may come back."""
+    """Its tokens are counted under the fault and not taken, leases and credit return; the producer may come back."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     chunk = window_chunk(lease, **({"number": 1, "window": 0} | changes))
@@ -467,7 +467,7 @@ def test_faulty_chunk_ends_the_session(changes: dict[str, Any], code: str) -> No
 
 
 def test_payload_of_another_size_ends_the_session() -> None:
-    """3 rows of 2 float32 are 24 bytes, not 23."""
+    """3 tokens of 2 float32 are 24 bytes, not 23."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     accepted, sends = ledger.chunk("ada-1", window_chunk(lease, 1, 0), payload_bytes=23, now=0.0)
@@ -484,7 +484,7 @@ def test_chunk_beyond_the_credit_ends_the_session() -> None:
 
 
 def test_row_is_never_taken_twice() -> None:
-    """A window that comes again in the same session ends it, even when only one row of it is old."""
+    """A window that comes again in the same session ends it, even when only one token of it is old."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     receive(ledger, "ada-1", window_chunk(lease, 1, 0, rows=1, kept=b"\x02"))
@@ -549,7 +549,7 @@ def test_lease_mask_never_exceeds_a_message() -> None:
 
 
 def test_shard_is_closed_when_its_last_row_is_trained() -> None:
-    """Received is not trained: the shard stays open until the step that consumes its last row."""
+    """Received is not trained: the shard stays open until the step that consumes its last token."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     send_windows(ledger, lease, 1, [0, 1, 2])
@@ -562,7 +562,7 @@ def test_shard_is_closed_when_its_last_row_is_trained() -> None:
 
 
 def test_books_that_do_not_balance_are_counted_and_told() -> None:
-    """A row that a step names twice, and a buffer that holds more than was received; kept over a restart."""
+    """A token that a step names twice, and a buffer that holds more than was received; kept over a restart."""
     ledger = make_ledger()
     first = leases(join(ledger))[0]
     send_windows(ledger, first, 1, [0, 1])
@@ -604,7 +604,7 @@ def test_end_of_an_old_attempt_ends_nothing() -> None:
 
 
 def test_an_empty_shard_is_believed_when_its_producer_serves_others() -> None:
-    """Zero rows of a lease that was not touched: three times, by a producer that brings rows of others in between."""
+    """Zero tokens of an untouched lease: three times, by a producer that brings tokens of others in between."""
     ledger = make_ledger()
     sends, now = join(ledger, shards=6), 0.0
     empty = leases(sends)[0].shard
@@ -637,7 +637,7 @@ def test_a_producer_that_calls_every_shard_empty_ends_none() -> None:
 
 
 def test_run_is_exhausted_when_every_shard_is_here() -> None:
-    """Received suffices: no further row will come, though some are not yet trained."""
+    """Received suffices: no further token will come, though some are not yet trained."""
     ledger = make_ledger()
     lease, other = leases(join(ledger))
     serve(ledger, other)
@@ -695,7 +695,7 @@ def test_a_producer_that_fails_on_everything_quarantines_nothing() -> None:
 
 
 def test_quarantine_can_be_undone_also_after_a_restart() -> None:
-    """Six of nine rows had come; the retry asks for the other three, under a new attempt, and the list is empty."""
+    """Six of nine tokens had come; the retry asks for the other three, under a new attempt, and the list is empty."""
     ledger = make_ledger(capacity=64)
     sends = join(ledger, shards=6)
     send_windows(ledger, leases(sends)[0], 1, [0, 1])
@@ -715,7 +715,7 @@ def test_quarantine_can_be_undone_also_after_a_restart() -> None:
 
 
 def test_what_an_older_release_set_aside_stays_listed() -> None:
-    """Its checkpoints keep no bits of closed shards: another try could train rows twice."""
+    """Its checkpoints keep no bits of closed shards: another try could train tokens twice."""
     ledger = make_ledger()
     join(ledger)
     document, bits = ledger_state(ledger)
@@ -738,7 +738,7 @@ def test_hopeless_shard_is_quarantined_at_once_but_not_before_another_is_served(
 
 
 def test_rows_that_never_came_of_a_short_shard_are_counted() -> None:
-    """A producer counts 9 rows and sends 6, three times: the 3 that are missing are quarantined by number."""
+    """A producer counts 9 tokens and sends 6, three times: the 3 that are missing are quarantined by number."""
     ledger = make_ledger()
     lease, other = leases(join(ledger))
     send_windows(ledger, lease, 1, [0, 1])
@@ -855,7 +855,7 @@ def test_a_run_that_waits_for_shards_in_trouble_says_so() -> None:
 
 
 def test_empty_chunk_is_no_sign_of_life_of_a_shard() -> None:
-    """A chunk that names no row must not hide that everyone dies on the shard."""
+    """A chunk that names no token must not hide that everyone dies on the shard."""
     ledger = make_ledger()
     nothing = {"rows": 0, "kept": pack_bits(np.zeros(4, bool))}
     die_on_it(
@@ -982,7 +982,7 @@ def test_everyone_is_told_of_the_end_and_so_is_who_comes_late() -> None:
 
 
 def test_winding_down_takes_in_what_was_granted_and_gives_nothing_more() -> None:
-    """Rows under credit still arrive and count; then the ledger is dry, but the data is not exhausted."""
+    """Tokens under credit still arrive and count; then the ledger is dry, but the data is not exhausted."""
     ledger = make_ledger(capacity=16)
     lease, _ = leases(join(ledger))
     granted = ledger.sessions["ada-1"].granted
@@ -1003,7 +1003,7 @@ def test_winding_down_takes_in_what_was_granted_and_gives_nothing_more() -> None
 
 
 def test_winding_down_does_not_wait_for_the_dead_or_the_idle() -> None:
-    """Credit of a producer that has no work, or that is no more, brings no row."""
+    """Credit of a producer that has no work, or that is no more, brings no token."""
     ledger = make_ledger()
     join(ledger)
     ledger.wind_down()
@@ -1020,7 +1020,7 @@ def test_winding_down_does_not_wait_for_the_dead_or_the_idle() -> None:
 
 
 def half_done() -> tuple[Ledger, Lease]:
-    """Window 0 is trained, window 1 buffered, one row of window 2 discarded, the rest of it missing."""
+    """Window 0 is trained, window 1 buffered, one token of window 2 discarded, the rest of it missing."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     send_windows(ledger, lease, 1, [0, 1])
@@ -1030,7 +1030,7 @@ def half_done() -> tuple[Ledger, Lease]:
 
 
 def test_after_a_crash_only_what_was_trained_or_discarded_is_had() -> None:
-    """The buffered rows are leased again; attempts go on from where they were."""
+    """The buffered tokens are leased again; attempts go on from where they were."""
     ledger, lease = half_done()
     successor = restart(ledger)
     assert (successor.tokens_trained, successor.tokens_buffered, successor.tokens_dropped) == (3, 0, 1)
@@ -1041,7 +1041,7 @@ def test_after_a_crash_only_what_was_trained_or_discarded_is_had() -> None:
 
 
 def test_crash_after_the_end_of_a_shard_reopens_it() -> None:
-    """All 9 rows had arrived and 3 were trained: the other 6 must come again."""
+    """All 9 tokens had arrived and 3 were trained: the other 6 must come again."""
     ledger = make_ledger()
     lease, _ = leases(join(ledger))
     send_windows(ledger, lease, 1, [0, 1, 2])
@@ -1083,7 +1083,7 @@ def test_order_of_shards_survives_a_restart_in_a_later_epoch() -> None:
 
 
 def test_restart_loses_nothing_of_a_shard_that_is_quarantined() -> None:
-    """6 of 9 rows had come and 3 of them were trained: 3 were missing, and with the crash 6 are."""
+    """6 of 9 tokens had come and 3 of them were trained: 3 were missing, and with the crash 6 are."""
     ledger = make_ledger()
     lease, other = leases(join(ledger))
     send_windows(ledger, lease, 1, [0, 1])
@@ -1137,7 +1137,7 @@ def best_of(repeats: int, work: Callable[[], object]) -> float:
 
 
 def test_chunk_and_report_are_cheap() -> None:
-    """A chunk of 4096 rows costs the ledger well under a millisecond, a report with 400 leases too."""
+    """A chunk of 4096 tokens costs the ledger well under a millisecond, a report with 400 leases too."""
     ledger = make_ledger(capacity=2**24)
     sends: list[Send] = []
     for turn in range(200):
@@ -1156,7 +1156,7 @@ def test_chunk_and_report_are_cheap() -> None:
 
 
 def test_step_of_a_large_shard_is_cheap() -> None:
-    """A step that trains 4096 rows of a shard of 8 million positions that is all here costs a few milliseconds."""
+    """A step that trains 4096 tokens of a shard of 8 million positions that is all here costs a few milliseconds."""
     ledger = make_ledger(capacity=2**24)
     lease, _ = leases(join(ledger, context=4096, chunk_rows=4096))
     shard = ledger.shards.open[0]
@@ -1178,7 +1178,7 @@ def test_welcome_precedes_leases_and_leases_precede_credit() -> None:
 
 
 def test_bounds_of_a_producer_that_left_without_a_row_decide_nothing() -> None:
-    """Until rows have settled the stream, the next producer's own bounds count."""
+    """Until tokens have settled the stream, the next producer's own bounds count."""
     ledger = make_ledger()
     join(ledger, "ada", norm_bounds=[5e-324])
     ledger.bye("ada-1", Bye(), 0.0)

@@ -3,7 +3,7 @@
 Producers behave, fall silent, repeat and lose messages, die, come back with old leases, or bring another corpus; the
 trainer crashes and comes back with its last checkpoint, winds down or takes its leave; shards fail, and are tried
 again. A model that shares no code with the ledger keeps the books from the messages alone, and the two are compared
-after every step. However an example ended, healthy producers must then be able to finish the run, and every row of
+after every step. However an example ended, healthy producers must then be able to finish the run, and every token of
 every epoch be accounted for.
 
     SLUICE_HYPOTHESIS_STEPS=400 pytest tests/test_ledger_machine.py      # 400 examples of 400 steps, at random
@@ -526,7 +526,7 @@ class Stream(RuleBasedStateMachine):
         self.tokens = self.ledger.tokens_trained
 
     def check_bits(self) -> None:
-        """The ledger's bits are the model's sets, for every open shard; a closed one has all its rows trained."""
+        """The ledger's bits are the model's sets, for every open shard; a closed one has all its tokens trained."""
         open_names = set()
         for shard in self.ledger.shards.open.values():
             name = (shard.epoch, shard.shard)
@@ -579,7 +579,7 @@ class Stream(RuleBasedStateMachine):
             assert others + quarantined == SHARDS - len(held_out_shards(SHARDS, HELD_OUT))
 
     def check_end(self) -> None:
-        """The data is exhausted when each row of each epoch has come, or its shard was given up."""
+        """The data is exhausted when each token of each epoch has come, or its shard was given up."""
         if self.ledger.shards.is_exhausted:
             for name in self.all_shards():
                 assert name in self.books.quarantined or self.books.had.get(name, set()) == self.corpus[name[1]].rows()
@@ -635,7 +635,7 @@ class Stream(RuleBasedStateMachine):
         )
 
     def balance(self) -> None:
-        """Every row of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
+        """Every token of every epoch is trained once, discarded by name, or in a shard that is listed as given up."""
         self.check()
         assert all(shard.state is ShardState.QUARANTINED for shard in self.ledger.shards.open.values())
         for name in self.all_shards():
@@ -659,7 +659,7 @@ class Stream(RuleBasedStateMachine):
         assert torch.equal(self.batch.x[0], expected), "a row came out of the buffer under another name"
 
     def step(self) -> None:
-        """The step whose batch is in hand is done: its rows are trained."""
+        """The step whose batch is in hand is done: its tokens are trained."""
         if self.batch is None:
             return
         for serial, at in self.names_in_batch():
@@ -740,7 +740,7 @@ class Stream(RuleBasedStateMachine):
         self.books.discarded.setdefault(name, set()).update(outliers)
 
     def may_receive(self, name: Name, chunk: Chunk) -> bool:
-        """Rows may come in any order."""
+        """Tokens may come in any order."""
         return True
 
     def dispatch(self, sends: list[Send]) -> None:
@@ -769,7 +769,7 @@ class Stream(RuleBasedStateMachine):
         self.record_quarantine()
 
     def record_quarantine(self) -> None:
-        """A shard given up is listed with the number of its rows that never came, where that can be known."""
+        """A shard given up is listed with the number of its tokens that never came, where that can be known."""
         for entry in self.ledger.shards.quarantined[self.quarantine_count :]:
             name = (entry.epoch, entry.shard)
             missing = len(self.corpus[name[1]].rows() - self.books.had.get(name, set()))

@@ -301,7 +301,7 @@ def test_density_is_one_cumulative_histogram():
 
 
 def test_producer_shows_its_last_report():
-    """Time in the model is a summary, dropped rows have reasons and a ratio, the cut model shows how deep it runs."""
+    """Time in the model is a summary, dropped tokens have reasons and a ratio, the cut model shows how deep it runs."""
     registry = CollectorRegistry()
     producer = ProducerMetrics(registry, {"model": "gpt2"})
     assert registry.get_sample_value("sluice_producer_rows_dropped_ratio") is None

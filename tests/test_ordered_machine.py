@@ -1,7 +1,7 @@
 """Deterministic mode against the same adversary as tests/test_ledger_machine.py: what is drawn never depends on it.
 
 Whatever was lost, repeated, killed or restored from a checkpoint, the batches of the surviving lineage are those that
-rows in perfect order give.
+tokens in perfect order give.
 
     SLUICE_HYPOTHESIS_STEPS=400 pytest tests/test_ordered_machine.py     # 400 examples of 400 steps, at random
 """
@@ -43,7 +43,7 @@ FAR = 1 << 30
 
 
 class OrderedStream(Stream):
-    """`Stream` in deterministic mode: rows wait for their turn, and draws are noted."""
+    """`Stream` in deterministic mode: tokens wait for their turn, and draws are noted."""
 
     buffer: OrderedBuffer
 
@@ -83,7 +83,7 @@ class OrderedStream(Stream):
 
     @move(chatty=st.booleans(), fingerprint=st.sampled_from(("ours", "theirs")))
     def join(self, chatty: bool, fingerprint: str) -> None:
-        """Every producer has the same rows per chunk."""
+        """Every producer has the same tokens per chunk."""
         if len(self.producers) < 4:
             self.add_producer(CHUNK_WINDOWS, chatty, fingerprint)
 
@@ -139,7 +139,7 @@ class OrderedStream(Stream):
         assert self.batches == self.batches_in_order()
 
     def batches_in_order(self) -> list[list[Name]]:
-        """The same draws from a buffer that is given row after row."""
+        """The same draws from a buffer that is given token after token."""
         ledger = self.ledger
 
         def order(epoch: int) -> np.ndarray:

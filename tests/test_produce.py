@@ -1,4 +1,4 @@
-"""From a lease to chunks: which windows are run, which rows are sent, and what is said about the others."""
+"""From a lease to chunks: which windows are run, which tokens are sent, and what is said about the others."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Tensors:
 
 
 def tensors(windows: int, widths: tuple[int, ...] = (3, 5), context: int = CONTEXT, **options: Any) -> Tensors:
-    """Random rows of norm below 10; the first position of each window is not kept, as a BOS would not be."""
+    """Random activations of norm below 10; the first position of each window is not kept, as a BOS would not be."""
     torch.manual_seed(0)
     mask = np.ones((windows, context), bool)
     mask[:, 0] = False
@@ -110,7 +110,7 @@ class LeaseResult:
         return positions
 
     def rows(self, source: Tensors, dtype: str) -> list[Tensor]:
-        """The rows of all chunks, per hook."""
+        """The activations of all chunks, per hook."""
         parts = []
         for chunk, payload in zip(self.chunks, self.payloads, strict=True):
             numbers = torch.frombuffer(bytearray(payload), dtype=TORCH_DTYPE[dtype]) if payload else torch.zeros(0)
@@ -209,7 +209,7 @@ def test_every_kept_row_is_sent_and_no_other(manual_trainer: Trainer, endpoint: 
 
 
 def test_what_the_trainer_has_is_neither_run_nor_sent(manual_trainer: Trainer, endpoint: str) -> None:
-    """A window all of whose rows are there does not go through the model; SHARD_END counts all rows all the same."""
+    """A window whose tokens are all there does not go through the model; SHARD_END counts all tokens nevertheless."""
     source = tensors(6)
     had = np.zeros((6, CONTEXT), bool)
     had[[0, 2, 3]] = True
@@ -226,7 +226,7 @@ def test_what_the_trainer_has_is_neither_run_nor_sent(manual_trainer: Trainer, e
 
 
 def test_outliers_are_dropped_by_name(manual_trainer: Trainer, endpoint: str) -> None:
-    """A row beyond the bound of any hook is named and not sent; positions that are not kept are not even named."""
+    """An activation beyond the bound of any hook is named, not sent; positions that are not kept are not even named."""
     source = tensors(4)
     source.x[0][0, 2] = 100.0
     source.x[1][3, 1] = 100.0
@@ -344,7 +344,7 @@ def test_what_is_not_finite_is_no_outlier(manual_trainer: Trainer, endpoint: str
 
 
 def test_the_first_pass_proposes_the_bounds() -> None:
-    """Per hook, the factor times the median norm of kept rows; a BOS as long as a tower moves nothing."""
+    """Per hook, the factor times the median norm of kept activations; a BOS as long as a tower moves nothing."""
     source = tensors(2, widths=(1, 4))
     source.x[0] = torch.arange(8.0).view(2, 4, 1)
     source.x[1] = 2 * torch.ones(2, 4, 4)
@@ -395,7 +395,7 @@ def test_overflow_on_the_first_text_is_told(dtype: str, advice: str) -> None:
 
 
 def test_the_bound_does_not_depend_on_the_size_of_a_pass() -> None:
-    """Passes are as large as is fast on the machine at hand; the rows that are kept must not depend on the machine."""
+    """Passes are as large as is fast on the machine at hand; which tokens are kept must not depend on the machine."""
     few, many = tensors(9, context=1024, batch_windows=2), tensors(9, context=1024, batch_windows=7)
 
     assert norm_bounds(few, [0], 10.0) == norm_bounds(many, [0], 10.0)
@@ -509,7 +509,7 @@ def test_the_size_of_a_pass_that_is_set_is_not_measured() -> None:
 
 
 def test_in_deterministic_mode_a_pass_always_takes_the_same_windows(manual_trainer: Trainer, endpoint: str) -> None:
-    """Whatever is wanted of it, since the last bits of a row may depend on the windows beside it; only that is sent."""
+    """Whatever is wanted: the last bits of an activation may depend on the windows beside it. Only that is sent."""
     source = tensors(7, batch_windows=3)
     source.facts = {"corpus": "tensors", "deterministic": True}
     had = np.ones((7, CONTEXT), bool)
@@ -552,7 +552,7 @@ def test_passes_are_cut_into_chunks(manual_trainer: Trainer, endpoint: str) -> N
 
 
 def test_rows_that_lie_far_apart_come_in_chunks_of_their_own(manual_trainer: Trainer, endpoint: str) -> None:
-    """The last missing rows of a long shard, at its two ends: no chunk names more positions than a message may."""
+    """The last missing tokens of a long shard, at its two ends: no chunk names more positions than a message may."""
     source = tensors(2000, widths=(1,), context=256)
     had = np.ones((2000, 256), bool)
     had[[0, 1, 1999], 7] = False
@@ -591,7 +591,7 @@ def test_credit_never_shrinks(manual_trainer: Trainer, endpoint: str) -> None:
 
 
 def test_a_shard_without_rows_is_done_at_once(manual_trainer: Trainer, endpoint: str) -> None:
-    """No text, or none that is kept: no pass, no chunk, and an end that counts zero rows."""
+    """No text, or none that is kept: no pass, no chunk, and an end that counts zero tokens."""
     source = tensors(3)
     source.kept[:] = False
     producer = start(endpoint, source)

@@ -66,7 +66,7 @@ def batches(count: int) -> list[Batch]:
 
 
 def test_each_sae_learns_its_own_hook(tmp_path: Path) -> None:
-    """Two SAEs of other widths from one batch; the rows handed in are left as they were."""
+    """Two SAEs of other widths from one batch; the activations handed in are left as they were."""
     run = two_hooks(tmp_path)
     some = batches(3)
     before = [x.clone() for x in some[0].x]
@@ -79,7 +79,7 @@ def test_each_sae_learns_its_own_hook(tmp_path: Path) -> None:
 
 
 def test_each_hook_has_its_own_scale_for_good(tmp_path: Path) -> None:
-    """Rows of hook 1 are five times as large; who joins later, when all are three times larger, changes nothing."""
+    """Activations of hook 1 are five times as large; an SAE that joins when all have grown changes nothing."""
     run, sample = two_hooks(tmp_path), batches(1)[0].x
     run.initialise(sample)
     assert run.scales is not None
@@ -119,7 +119,7 @@ def test_a_raised_budget_brings_a_finished_sae_back() -> None:
 
 @pytest.mark.parametrize(("trained_tokens", "rows"), [(0, 32), (64, 32), (96, 4), (100, 0), (128, 0)])
 def test_the_last_batch_fills_the_budget(tmp_path: Path, trained_tokens: int, rows: int) -> None:
-    """Of 100 rows, in batches of 32, four are left for the last one."""
+    """Of 100 tokens, in batches of 32, four are left for the last one."""
     settings = two_hooks(tmp_path).settings
     budget = settings.model_copy(update={"run": RunSettings(directory=str(tmp_path), tokens=100)})
 
@@ -169,7 +169,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_trainers_own_file_says_which_hooks_are_streamed() -> None:
-    """A first producer with the same hooks in another order would train each SAE on the other's rows: refused."""
+    """A first producer with the hooks in another order would train each SAE on the other's activations: refused."""
     hooks = [Hook(name=name, module="m", width=4) for name in HOOKS]
     limits = Limits(1024, 0, 1, 1.0, 10.0, 120.0, expected={"hooks": HOOKS})
     ledger = Ledger(limits, "run", "incarnation", ["ipc://x"])
@@ -211,7 +211,7 @@ def test_a_full_disk_does_not_end_training() -> None:
 
 
 class Snapshots(Loop):
-    """A loop that only counts: batches of a hundred rows, and when it would publish."""
+    """A loop that only counts: batches of a hundred tokens, and when it would publish."""
 
     def __init__(self, run: Run, intake: Any) -> None:
         self.stop = threading.Event()
@@ -227,7 +227,7 @@ class Snapshots(Loop):
 
 
 def test_a_trainer_restarted_more_often_than_it_publishes_publishes_all_the_same(tmp_path: Path) -> None:
-    """every_tokens = 1000, and a restart after every 300 rows: a snapshot at 1000 and one at 2000."""
+    """every_tokens = 1000, and a restart after every 300 tokens: a snapshot at 1000 and one at 2000."""
     run = two_hooks(tmp_path)
     run.settings = run.settings.model_copy(update={"snapshots": SnapshotSettings(every_tokens=1000)})
     intake = SimpleNamespace(tokens_trained=0, mark_trained=lambda batch: setattr(intake, "tokens_trained", batch))

@@ -53,7 +53,7 @@ def test_bug_38_the_seed_decides_the_weights() -> None:
 
 
 def test_the_geometric_median_shrugs_off_outliers() -> None:
-    """One row a thousand times too large moves the mean, hardly the median."""
+    """One activation a thousand times too large moves the mean, hardly the median."""
     torch.manual_seed(0)
     x = torch.randn(1000, 4) + 2.0
     x[0] = 1e4
@@ -120,7 +120,7 @@ def test_jumprelu_begins_with_a_given_l0() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "topk transcoder", "topk crosscoder"])
 def test_topk_latents_begin_equally_likely(kind: str) -> None:
-    """Each reaches 1 on k of d_sae rows, however little variance its direction has; "free" leaves the biases alone."""
+    """Each reaches 1 on k / d_sae of the activations, however little its direction varies; "free" leaves the biases."""
     settings = settings_of(kind)
     sae_trainer, rows = sae_trainer_of(settings), rows_of(settings, 4096, 0)
     sae_trainer.initialise(rows, UNSCALED)
@@ -135,7 +135,7 @@ def test_topk_latents_begin_equally_likely(kind: str) -> None:
 
 
 def test_directions_can_begin_at_the_data() -> None:
-    """initial_directions = "data": rows closer to the data's directions than random ones are."""
+    """initial_directions = "data": activations closer to the data's directions than random ones are."""
     best = {}
     for how in ("data", "random"):
         settings = settings_of("topk", initial_directions=how)
@@ -195,7 +195,7 @@ def test_permuting_latents_permutes_everything(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILY if "batchtopk" not in kind])
 def test_bug_37_a_row_is_encoded_the_same_in_any_batch(kind: str) -> None:
-    """Latents of a row do not depend on its neighbours, in training neither; BatchTopK's do so there on purpose."""
+    """An activation's latents do not depend on its neighbours, in training neither; BatchTopK's do there on purpose."""
     sae, x, y = make(kind)
     alone, together = sae.gradients(x[:1], y[:1], NOBODY), sae.gradients(x, y, NOBODY)
 
@@ -203,7 +203,7 @@ def test_bug_37_a_row_is_encoded_the_same_in_any_batch(kind: str) -> None:
 
 
 def test_batchtopk_spends_k_per_row_on_average() -> None:
-    """Exactly batch · k are active, and rows differ in how many they get."""
+    """Exactly batch · k are active, and activations differ in how many they get."""
     sae, x, y = make("batchtopk")
     active = (sae.gradients(x, y, NOBODY).fired.dense() != 0).sum(1)
 
@@ -279,7 +279,7 @@ def test_a_jumprelu_starts_anew_below_what_its_own_row_gives() -> None:
 
 
 def test_jumprelus_that_start_anew_are_quiet() -> None:
-    """Not half of all rows, as with a threshold near zero: half the dictionary moved at once would be an explosion."""
+    """They do not fire on half of all activations, as with a threshold near zero: that would be an explosion."""
     torch.manual_seed(0)
     sae, _, _ = make("jumprelu", torch.float32)
     x = torch.randn(2000, 12)
@@ -329,7 +329,7 @@ def test_thresholds_stay_above_zero() -> None:
 
 
 def suppressed(directory: Path) -> tuple[Path, Tensor]:
-    """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh rows)."""
+    """(folder of a ReLU SAE whose L1 has shrunk its latents, fresh activations)."""
     settings = SaeSettings.of(name="s", architecture="relu", penalty="l1", sparsity_weight=4.0, d_sae=D_SAE)
     sae_trainer = train_sae(settings, steps=300)
     x = rows_of(settings, 1024, 77)["a"]
@@ -357,7 +357,7 @@ def repairing(folder: Path, train: str, steps: int, scale: float = 1.0) -> SaeTr
 
 
 def quality(sae_trainer: SaeTrainer, x: Tensor) -> tuple[float, float]:
-    """(FVU, shrinkage) on rows nothing was trained on."""
+    """(FVU, shrinkage) on activations nothing was trained on."""
     x_hat = sae_trainer.sae.gradients(x, x, NOBODY).y_hat
     centred, decoded = x - x.mean(0), x_hat - x.mean(0)
     fvu = (x - x_hat).square().sum() / centred.square().sum()
@@ -368,7 +368,7 @@ def quality(sae_trainer: SaeTrainer, x: Tensor) -> tuple[float, float]:
 def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
     train: str, shrunk: tuple[Path, Tensor], tmp_path: Path
 ) -> None:
-    """Through start, training and export every row keeps its active latents; less is unexplained, less suppressed."""
+    """From start to export every activation keeps its active latents; less is unexplained, less suppressed."""
     folder, x = shrunk
     initial, mended = repairing(folder, train, 0), repairing(folder, train, 150)
     transform, rate = mended.input_transform(UNSCALED), mended.statistics.firing_rate()
@@ -411,7 +411,7 @@ def test_repair_begins_where_the_other_ended(shrunk: tuple[Path, Tensor]) -> Non
 
 
 def test_a_scale_that_would_be_negative_or_zero_stays_above(shrunk: tuple[Path, Tensor]) -> None:
-    """At zero the latent would be gone from every row, and below it would write backwards."""
+    """At zero the latent would be gone from every activation, and below it would write backwards."""
     sae_trainer = repairing(shrunk[0], "scale", 0)
     sae_trainer.sae.parameters["scale"].fill_(-1.0)
     before = sae_trainer.sae.gradients(shrunk[1], shrunk[1], NOBODY).fired.firings()

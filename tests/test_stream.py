@@ -69,7 +69,7 @@ def has_ipv6() -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("address", ["ipc", "tcp"])
 def test_every_row_arrives_exactly_once(endpoint: str, address: str, dtype: str) -> None:
-    """Three producers at once, each row under its own name, and nobody counted as lost at the end."""
+    """Three producers at once, each token under its own name, and nobody counted as lost at the end."""
     settings = stream_settings(endpoint if address == "ipc" else "tcp://127.0.0.1:*", dtype=dtype)
     with trainer(settings) as intake:
         settings = settings.model_copy(update={"endpoint": intake.endpoint})
@@ -88,7 +88,7 @@ def test_rows_arrive_over_ipv6() -> None:
 
 
 def test_a_slow_trainer_makes_producers_wait(endpoint: str) -> None:
-    """Rows buffered and rows that may still come never exceed the buffer, and producers know what they wait for."""
+    """Tokens buffered and tokens that may still come never exceed the buffer, and producers know what they wait for."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
         producers = [Producing(settings) for _ in range(3)]
@@ -108,7 +108,7 @@ def test_a_slow_trainer_makes_producers_wait(endpoint: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> None:
-    """Rows of two hooks of different width, any bits that are finite: the same bits, the hooks side by side."""
+    """Activations of two hooks of different width, any bits that are finite: the same bits, the hooks side by side."""
     settings = stream_settings(endpoint, dtype=dtype)
     hooks = [Hook(name="narrow", module="a", width=3), Hook(name="wide", module="b", width=5)]
     number = torch.float32 if dtype == "float32" else torch.bfloat16
@@ -214,7 +214,7 @@ def test_every_number_that_is_not_finite_is_seen_and_no_other(dtype: torch.dtype
 
 
 def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody takes rows: producers wait for room. Nobody brings any: training waits for rows."""
+    """Nobody takes tokens: producers wait for room. Nobody brings any: training waits for tokens."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
         intake._waits._samples[0] = (time.monotonic(), 0.0, 0.0)
@@ -236,7 +236,7 @@ def test_the_trainer_can_tell_which_side_waits(endpoint: str, monkeypatch: pytes
 
 
 def test_batches_are_drawn_from_a_buffer_that_is_half_full(endpoint: str) -> None:
-    """With fewer rows, those of a batch would be of few contexts: three chunks of eight are too few, four enough."""
+    """With fewer tokens, those of a batch would be of few contexts: three chunks of eight are too few, four enough."""
     with trainer(stream_settings(endpoint)) as intake, Peer(stream_settings(endpoint)) as peer:
         peer.join()
         for chunks in (1, 2, 3):
@@ -248,7 +248,7 @@ def test_batches_are_drawn_from_a_buffer_that_is_half_full(endpoint: str) -> Non
 
 
 def test_rows_that_the_ledger_knows_nothing_of_are_seen(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The audit looks into the real buffer, every second: rows in it that nobody has accounted for are a breach."""
+    """The audit looks into the real buffer, every second: tokens in it that nobody has accounted for are a breach."""
     with trainer(stream_settings(endpoint)) as intake, Peer(stream_settings(endpoint)) as peer:
         peer.join()
         wait_for(lambda: intake.buffer is not None)
@@ -283,7 +283,7 @@ def nan_in_the_middle(value: float) -> bytes:
     ],
 )
 def test_a_faulty_chunk_ends_its_session(endpoint: str, code: str, changes: dict) -> None:
-    """The peer is told why and may come again; its rows are counted and not taken, its leases return."""
+    """The peer is told why and may come again; its tokens are counted and not taken, its leases return."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         peer.join().send_chunk()
@@ -340,7 +340,7 @@ def test_a_chunk_beyond_credit_is_not_taken(endpoint: str) -> None:
 
 
 def test_a_producer_that_sends_nothing_but_nan_costs_no_shard(endpoint: str) -> None:
-    """It serves no shard, so that what it sends says nothing of its shard: another producer brings every row."""
+    """It serves no shard, so that what it sends says nothing of its shard: another producer brings every token."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake, Peer(settings) as peer:
         for _ in range(3):
@@ -371,7 +371,7 @@ def test_a_goodbye_is_read_although_its_producer_cannot_be_reached_any_more(endp
 
 
 def test_connections_that_break_cost_no_row(endpoint: str) -> None:
-    """Five times in mid-run every connection is cut: the producers come back under new sessions, each row once."""
+    """Five times in mid-run every connection is cut: the producers come back under new sessions, each token once."""
     settings = stream_settings("tcp://127.0.0.1:*")
     with trainer(settings) as intake, Tunnel(intake.endpoint) as tunnel:
         there = settings.model_copy(update={"endpoint": tunnel.endpoint})
@@ -577,7 +577,7 @@ def test_an_endpoint_that_is_no_address_is_said() -> None:
 
 
 def test_a_trainer_that_crashes_is_found_again(endpoint: str) -> None:
-    """A new start from the ledger's last state: the producers notice, and over both lives each row is trained once."""
+    """A new start from the ledger's last state: the producers notice, and each token is trained once in both lives."""
     settings = stream_settings(endpoint)
     with trainer(settings) as intake:
         producers = [Producing(settings) for _ in range(2)]

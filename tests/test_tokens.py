@@ -147,7 +147,7 @@ def test_bos_can_be_left_away(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_tokenizer_without_bos_gives_windows_without() -> None:
-    """Qwen has no BOS: prepend_bos has nothing to do, and no row is lost to it."""
+    """Qwen has no BOS: prepend_bos has nothing to do, and no token is lost to it."""
     qwen = letters("$", eos_token="$")
     assert words_of(windows_of(["ab", "cdef"], qwen, packing()), qwen) == ["ab$c", "def$"]
 
@@ -202,12 +202,12 @@ def test_padding_is_known_by_place_and_not_by_id() -> None:
 
 
 def test_special_tokens_are_kept_when_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
-    """With exclude_special = false, BOS and EOS are rows; padding still is not."""
+    """With exclude_special = false, BOS and EOS are kept; padding still is not."""
     assert marks(windows_of(["a", "b"], tokenizer, packing(5, exclude_special=False)).kept) == ["xxxx."]
 
 
 def test_special_tokens_without_a_role_are_not_kept() -> None:
-    """Llama 3's reserved tokens are merely marked as special in the vocabulary; their rows are dropped as well."""
+    """Llama 3's reserved tokens are merely marked as special in the vocabulary; they are dropped as well."""
     reserved = letters("^", "%", bos_token="^")
     windows = windows_of(["a%b"], reserved, packing())
     assert words_of(windows, reserved) == ["^a%b"]
@@ -274,7 +274,7 @@ def test_fingerprint_does_not_change_when_a_tokenizer_is_used() -> None:
 def test_fingerprint_changes_with_the_settings_of_packing(
     tokenizer: PreTrainedTokenizerFast, change: dict[str, Any]
 ) -> None:
-    """Each setting that decides windows or rows counts; how text is cut into shards is the corpus' own matter."""
+    """Each setting that decides windows or tokens counts; how text is cut into shards is the corpus' own matter."""
     assert tokens_fingerprint(tokenizer, packing(**change)) != tokens_fingerprint(tokenizer, packing())
     assert tokens_fingerprint(tokenizer, packing(shard_bytes=5)) == tokens_fingerprint(tokenizer, packing())
 

@@ -53,7 +53,7 @@ DETERMINISTIC = ("run.deterministic=true", "run.tokens=20480", "parallel.blocks=
 
 @pytest.mark.long
 def test_weights_and_rows_do_not_depend_on_the_number_of_ranks(start: Start, tmp_path: Path) -> None:
-    """Alone; and on two ranks, then alone, then on two again: the same file to the last bit, the same rows in order."""
+    """Alone; and on two ranks, then alone, then on two: the same file to the last bit, the same tokens in order."""
     trainer, producer = start("trainer", *DETERMINISTIC), start("producer", *DETERMINISTIC)
     assert (trainer.wait(120), producer.wait(120)) == (0, 0)
     expected, rows = weights(tmp_path / "run"), (tmp_path / "rows").read_bytes()

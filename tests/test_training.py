@@ -102,7 +102,7 @@ def test_bug_1_l0_counts_entries_that_are_not_zero(dense_above: float) -> None:
 
 
 def test_bug_9_deadness_is_counted_in_tokens() -> None:
-    """The same rows in batches of another size give the same dead latents."""
+    """The same tokens in batches of another size give the same dead latents."""
     x = torch.zeros(600, 2)
     pre_acts = torch.full((600, 3), -1.0)
     pre_acts[:, 0] = 1.0
@@ -119,7 +119,7 @@ def test_bug_9_deadness_is_counted_in_tokens() -> None:
 
 
 def test_deadness_is_unknown_until_enough_was_seen() -> None:
-    """Before dead_tokens rows, nobody can say; zero would be a claim."""
+    """Before dead_tokens tokens, nobody can say; zero would be a claim."""
     statistics = Statistics(3, torch.zeros(2))
     statistics.update(torch.zeros(10, 2), torch.zeros(10, 2), nothing_fired(10, 3))
 
@@ -139,7 +139,7 @@ def test_bug_23_reports_change_nothing() -> None:
 
 @pytest.mark.parametrize(("kind", "scale", "scaled_mse"), [("topk", 2.0, 1.719), ("topk transcoder", 4.0, 2.107)])
 def test_errors_are_told_in_the_units_of_what_is_reconstructed(kind: str, scale: float, scaled_mse: float) -> None:
-    """Rows of hook 0 are learned times 2, those of hook 1 times 4: an error of the square of it is one of raw rows."""
+    """Hook 0 is learned times 2, hook 1 times 4: an error divided by the square of it is one of raw activations."""
     sae_trainer = train_sae(settings_of(kind), steps=2)
     mse = sae_trainer.statistics.summary().mse
 
@@ -162,7 +162,7 @@ def test_bug_23_reading_statistics_changes_nothing() -> None:
 
 
 def test_density_sorts_latents_by_their_firing_rate() -> None:
-    """One latent on every row, one on a tenth, one never."""
+    """One latent on every token, one on a tenth, one never."""
     statistics = Statistics(3, torch.zeros(2))
     pre_acts = torch.full((1000, 3), -1.0)
     pre_acts[:, 0] = 1.0
@@ -259,7 +259,7 @@ def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bug_39_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
-    """One NaN row costs its step, not the run, and the count says so; the next step is as good as ever."""
+    """One NaN activation costs its step, not the run, and the count says so; the next step is as good as ever."""
     sae_trainer = train_sae(settings_of(kind, ema_tokens=64), steps=2)
     before = {name: value.clone() for name, value in sae_trainer.state()[1].by_key().items()}
     rows = rows_of(sae_trainer.settings, 64, 50)
@@ -288,7 +288,7 @@ def test_bug_12_decoder_rows_have_unit_norm_after_every_step(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_every_sae_learns(kind: str) -> None:
-    """The reconstruction loss falls on rows nothing was trained on."""
+    """The reconstruction loss falls on activations nothing was trained on."""
     few, many = train_sae(settings_of(kind), steps=1), train_sae(settings_of(kind), steps=60)
     rows = rows_of(few.settings, 512, 999)
 
@@ -317,7 +317,7 @@ def test_products_see_the_weights_of_this_moment(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
 def test_a_large_mean_changes_nothing(kind: str) -> None:
-    """The same rows, thirty standard deviations away: b_dec takes the mean, and all else is learned as before."""
+    """The same activations, thirty standard deviations away: b_dec takes the mean, all else is learned as before."""
     torch.manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(32, 16), dim=1)
     rows = (torch.rand(40_000, 32) * (torch.rand(40_000, 32) < 0.1)) @ directions
@@ -349,7 +349,7 @@ def test_an_sae_may_have_any_name() -> None:
 
 
 def test_bug_10_each_sae_counts_its_own_rows() -> None:
-    """Every row once, whatever the size of the batches, and however late it joined."""
+    """Every token once, whatever the size of the batches, and however late it joined."""
     settings = settings_of("topk")
     sae_trainer = SaeTrainer(
         settings,
@@ -427,7 +427,7 @@ def test_bug_11_a_restored_sae_trainer_goes_on_bit_for_bit(kind: str, extra: str
 
 
 def test_counts_survive_a_restart() -> None:
-    """Rows learned from, steps that were skipped, and when it joined: a counter never falls."""
+    """Tokens learned from, steps that were skipped, and when it joined: a counter never falls."""
     settings = settings_of("topk")
     before, after = train_sae(settings, steps=2), sae_trainer_of(settings)
     before.skipped_steps, before.schedule.joined_at = 3, 4096
@@ -528,7 +528,7 @@ def test_bug_11_a_run_of_every_architecture_resumes_from_disk_bit_for_bit(tmp_pa
 
 
 def test_the_warm_up_counts_tokens() -> None:
-    """Linear from the first row to the hundredth, then full; without one, full at once."""
+    """Linear from the first token to the hundredth, then full; without one, full at once."""
     assert [warmup_factor(tokens, 100) for tokens in (0, 49, 99, 10**9)] == [0.01, 0.5, 1.0, 1.0]
     assert warmup_factor(0, 0) == 1.0
 
@@ -541,7 +541,7 @@ def test_a_cooldown_falls_linearly_to_zero() -> None:
 
 
 def test_the_cooldown_of_a_budget() -> None:
-    """The last fifth of whichever ends first: the SAE's own rows, or the run's, counted from when it joined."""
+    """The last fifth of whichever ends first: the SAE's own tokens, or the run's, counted from when it joined."""
 
     def planned(tokens: int | None, run_tokens: int | None, joined_at: int = 0) -> Cooldown | None:
         settings = settings_of("topk") if tokens is None else settings_of("topk", tokens=tokens)
@@ -557,14 +557,14 @@ def test_the_cooldown_of_a_budget() -> None:
 
 
 def test_no_cooldown_at_all() -> None:
-    """optimizer.cooldown = 0: the rate stays to the last row."""
+    """optimizer.cooldown = 0: the rate stays to the last token."""
     settings = settings_of("topk", tokens=1000)
 
     assert sae_trainer_of(settings, cooldown=0.0, run_tokens=1000).schedule.cooldown is None
 
 
 def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
-    """640 rows: full for 512, then 1 and a half of the last two batches; then it learns no more."""
+    """640 tokens: full for 512, then 1 and a half of the last two batches; then it learns no more."""
     settings = settings_of("topk", tokens=640)
     sae_trainer = train_sae(settings, steps=7)
     rates = []
@@ -578,7 +578,7 @@ def test_an_sae_with_a_budget_cools_down_and_is_finished() -> None:
 
 
 def test_an_operator_asks_for_a_cooldown() -> None:
-    """Over a fifth of the rows seen, from now on; asking twice changes nothing; then it is finished."""
+    """Over a fifth of the tokens seen, from now on; asking twice changes nothing; then it is finished."""
     settings = settings_of("topk")
     sae_trainer = train_sae(settings, steps=10)
     first = sae_trainer.cool_down()
@@ -606,7 +606,7 @@ def test_the_default_learning_rate_falls_with_the_root_of_the_width() -> None:
 
 @pytest.mark.parametrize(("kind", "part"), [("relu l1", "sparsity"), ("jumprelu", "sparsity"), ("gated", "sparsity")])
 def test_the_penalty_warms_up(kind: str, part: str) -> None:
-    """With 640 rows of warm-up the first batch pays a 640th, the sixth (320 + 1) of 640 parts."""
+    """With 640 tokens of warm-up the first batch pays a 640th, the sixth (320 + 1) of 640 parts."""
     plain, warming = train_sae(settings_of(kind), 0), train_sae(settings_of(kind, sparsity_warmup_tokens=640), 0)
     rows = [rows_of(plain.settings, 64, 1)]
     paid = []
@@ -627,7 +627,7 @@ def test_the_penalty_warms_up(kind: str, part: str) -> None:
 
 
 def test_the_average_is_a_plain_mean_at_first() -> None:
-    """While fewer rows were seen than it spans, every step weighs the same."""
+    """While fewer tokens were seen than it spans, every step weighs the same."""
     settings = settings_of("topk", ema_tokens=10**9)
     sae_trainer = train_sae(settings, steps=0)
     weights: list[Tensor] = []
@@ -641,7 +641,7 @@ def test_the_average_is_a_plain_mean_at_first() -> None:
 
 
 def test_the_average_forgets_exponentially() -> None:
-    """Over 640 rows, a batch of 64 weighs 1 − exp(−1/10) once the plain mean would weigh less."""
+    """Over 640 tokens, a batch of 64 weighs 1 − exp(−1/10) once the plain mean would weigh less."""
     settings = settings_of("topk", ema_tokens=640)
     sae_trainer = train_sae(settings, steps=30)
     assert sae_trainer.ema_sae is not None
@@ -679,7 +679,7 @@ def dying(revive: str, **options: Any) -> SaeTrainer:
 
 
 def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> None:
-    """Every two spans of 128 rows: at 256, and not before, silent latents move and begin without a history."""
+    """Every two spans of 128 tokens: at 256, and not before, silent latents move and begin without a history."""
     sae_trainer = dying("resample", revive_tokens=128)
     before = {name: value.clone() for name, value in sae_trainer.sae.parameters.items()}
     learn(sae_trainer, [rows_of(sae_trainer.settings, 64, seed) for seed in range(3)])
@@ -713,7 +713,7 @@ def test_the_average_begins_anew_with_the_latents() -> None:
 
 
 def test_resampled_latents_point_at_rows_of_the_batch_with_a_large_loss() -> None:
-    """One row is far from everything: the first latent to move reads and writes its direction."""
+    """One activation is far from everything: the first latent to move reads and writes its direction."""
     sae_trainer = dying("resample", revive_tokens=128)
     sae_trainer.sae.b_enc[1:4] = 5.0  # only latent 0 is dead
     rows = rows_of(sae_trainer.settings, 64, 9)["a"]
@@ -744,7 +744,7 @@ def test_resampling_leaves_living_latents_alone() -> None:
 
 
 def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
-    """Silent for 192 rows and below zero on the whole batch: anew. Silent, but above zero somewhere: not."""
+    """Silent for 192 tokens and below zero on the whole batch: anew. Silent, but above zero somewhere: not."""
     settings = settings_of("jumprelu", revive_tokens=64, reinitialise_tokens=192, learning_rate=1e-9)
     sae_trainer = sae_trainer_of(settings)
     sae_trainer.initialise(rows_of(settings, 512, 0), UNSCALED)
@@ -763,7 +763,7 @@ def test_the_last_resort_is_for_what_nothing_else_reaches() -> None:
 
 
 def test_more_dead_latents_than_rows() -> None:
-    """As many move as there are rows to point at; the others wait for the next time."""
+    """As many move as there are activations to point at; the others wait for the next time."""
     sae_trainer = dying("resample", revive_tokens=4)
     sae_trainer.sae.b_enc.fill_(-50.0)
     learn(sae_trainer, [rows_of(sae_trainer.settings, 4, seed) for seed in range(2)])

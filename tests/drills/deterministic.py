@@ -2,9 +2,9 @@
 
     python -m tests.drills.deterministic [--quick]
 
-The same run several times over, each time under another fate; then every snapshot's weights are compared, and the rows
-that were trained on, in their order. On the synthetic source with SAEs of several kinds, and on the demo's language
-model, whose activations must be the same bits whoever computes them.
+The same run several times over, each time under another fate; then every snapshot's weights are compared, and the
+tokens that were trained on, in their order. On the synthetic source with SAEs of several kinds, and on the demo's
+language model, whose activations must be the same bits whoever computes them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def fates(quick: bool) -> dict[str, Fate]:
 
 
 def synthetic(folder: Path, quick: bool) -> Outcome:
-    """Four kinds of SAEs on rows that are their own names."""
+    """Four kinds of SAEs on activations that are their own names."""
     epochs = 2 if quick else 6
     overrides = (*ALWAYS, f"corpus.epochs={epochs}", "snapshots.every_tokens=20000")
     return compare(folder, RUN + SEVERAL_KINDS, overrides, epochs * EPOCH_ROWS, fates(quick), epochs)
@@ -175,7 +175,7 @@ def _ask(scene: Scene) -> None:
 
 
 def _fingerprint(scene: Scene, names: list[str]) -> str:
-    """sha256 over the weights of every SAE of these snapshots, and over the trained rows in their order."""
+    """sha256 over the weights of every SAE of these snapshots, and over the trained tokens in their order."""
     digest = hashlib.sha256(scene.rows_file.read_bytes())
     for name in names:
         for weights in sorted((scene.run / "snapshots" / name).glob("*/sae_weights.safetensors")):

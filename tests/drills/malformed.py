@@ -65,7 +65,7 @@ def malformed(folder: Path, quick: bool) -> Outcome:
 
 
 def rate(scene: Scene, meanwhile: Callable[[], object]) -> float:
-    """Trained rows per second."""
+    """Trained tokens per second."""
     began, before = time.monotonic(), scene.trained_rows
     meanwhile()
     return (scene.trained_rows - before) / (time.monotonic() - began)

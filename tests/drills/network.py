@@ -159,7 +159,7 @@ def _under(
     nobody_dies: bool = False,
     overrides: list[str] | None = None,
 ) -> Outcome:
-    """Two producers behind a proxy that does `harm` so many times; after each, rows come again."""
+    """Two producers behind a proxy that does `harm` so many times; after each, tokens come again."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     write_keys(folder / "keys")

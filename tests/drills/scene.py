@@ -1,7 +1,7 @@
 """What the drills share: a run on the synthetic source as real processes, and the judgement of what it trained.
 
-A row's content is its name, and the recording trainer writes down every row that it trains on: after a drill the
-surviving lineage is compared with the corpus, row by row.
+A token's content is its name, and the recording trainer writes down every token that it trains on: after a drill the
+surviving lineage is compared with the corpus, token by token.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Scene:
         assert not list(self.run.glob("*/.tmp-*")), "a temporary folder was left"
 
     def longest_standstill(self) -> float | None:
-        """In seconds, of the trained rows, from the first to the last."""
+        """In seconds, of the trained tokens, from the first to the last."""
         grown = [self.samples[0]] if self.samples else []
         for sample in self.samples:
             if sample.trained_bytes != grown[-1].trained_bytes:

@@ -32,7 +32,7 @@ TELLING_SECONDS = 5
 
 
 def other_streams(folder: Path, quick: bool) -> Outcome:
-    """Producers of another corpus, width, context, format, model or release: refused in a sentence, not a row taken."""
+    """Producers of another corpus, width, context, format, model or release: refused in a sentence, no token taken."""
     others = OTHERS[-2:] if quick else OTHERS
     with Scene(folder, "corpus.epochs=16") as scene:
         trainer, _ = scene.trainer(SECONDS_PER_STEP=0.1), scene.producer()
