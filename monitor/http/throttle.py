@@ -111,7 +111,9 @@ class CpuThrottle:
             await self._check_training()
             if not self._must_wait:
                 return
-            while (seconds_left := self._seconds_left()) < 0:
+            # Waiting uses CPU time, too: on a busy machine as much as is earned meanwhile.
+            deadline = time.monotonic() + self._budget.longest_wait_seconds
+            while (seconds_left := self._seconds_left()) < 0 and time.monotonic() < deadline:
                 await asyncio.sleep(-seconds_left / self._budget.rate)
             # The clock does not have what busy workers are about to use: with little left, one works at a time.
             deadline = time.monotonic() + self._budget.longest_wait_seconds

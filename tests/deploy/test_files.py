@@ -27,6 +27,7 @@ TYPOS = [
     ("compose/datasource.yml", "uid: sluice", "uid: sluce"),
     ("demo.toml", "learning_rate", "learning_rat"),
     ("gpt2.toml", "kind = \"huggingface\"", "kind = \"hugingface\""),
+    ("smollm2.toml", "hooks = [", "hoks = ["),
     ("chat.toml", "roles = [\"assistant\"]", "roles = [\"asistant\"]"),
     ("architectures.toml", "target_l0", "target_lo"),
     ("secrets.sh", "uid=${2:-}", "uid=${2:-"),
