@@ -41,6 +41,8 @@ MIN_SPEEDUP = 1.05
 """Passes of another size must be this much faster to be preferred."""
 BOUND_TOKENS = 4096
 """Tokens whose norms give the median. Not a forward pass: the bound must not depend on how large one is."""
+HEAVY = 3.0
+"""An activation is heavy whose norm is over so many times the median."""
 
 
 class Source(Protocol):
@@ -320,11 +322,35 @@ def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[fl
                 ]
                 for batch in np.array_split(indices, -(-len(indices) // source.batch_windows))
             ]
-            return [
-                factor * _median_norm(source, hook.name, np.concatenate(parts))
+            by_hook = {
+                hook.name: np.concatenate(parts)
                 for hook, parts in zip(source.hooks, zip(*norms, strict=True), strict=True)
-            ]
+            }
+            bounds = {hook: factor * _median_norm(source, hook, parts) for hook, parts in by_hook.items()}
+            for hook, bound in bounds.items():
+                log.info("%s: %s", hook, describe_norms(by_hook[hook], bound))
+            return list(bounds.values())
     return None
+
+
+def describe_norms(norms: np.ndarray, bound: float) -> str:
+    """The distribution of the norms of a hook's first activations, and what of it FVU will mostly be about.
+
+    Activations of norm up to `bound` are streamed. Those among them beyond HEAVY times the median are heavy.
+    """
+    median = float(np.median(norms))
+    streamed = norms[norms <= bound]
+    heavy = streamed[streamed > HEAVY * median]
+    tenth, most = np.quantile(norms, [0.1, 0.9])
+    text = f"norms: median {median:.4g}, from {tenth:.4g} to {most:.4g} in 80%, largest {norms.max():.4g}"
+    text += f"; {len(norms) - len(streamed):,} of {len(norms):,} are beyond the bound {bound:.4g} and dropped"
+    if not len(heavy):
+        return text
+    share = float(np.square(heavy, dtype=np.float64).sum() / np.square(streamed, dtype=np.float64).sum())
+    return (
+        f"{text}; {len(heavy) / len(streamed):.2%} of the others are over {HEAVY:g} × the median and hold {share:.0%} "
+        "of the sum of squares: FVU in all is as much about them; the evaluation shows it without them (fvu_typical)"
+    )
 
 
 def _median_norm(source: Source, hook: str, norms: np.ndarray) -> float:

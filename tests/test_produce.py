@@ -26,7 +26,14 @@ from producer.packing import MAX_CHUNK_ROWS, chunk_slices, chunk_windows, pack_a
 from producer.produce import TextPrefetcher
 from producer.report import ProducerReport
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
-from producer.source import CALIBRATION_SECONDS, LanguageModelSource, Source, fingerprint, norm_bounds
+from producer.source import (
+    CALIBRATION_SECONDS,
+    LanguageModelSource,
+    Source,
+    describe_norms,
+    fingerprint,
+    norm_bounds,
+)
 from producer.wire import (
     MAX_CHUNK_POSITIONS,
     TARGET_CHUNK_BYTES,
@@ -355,6 +362,14 @@ def test_the_first_pass_proposes_the_bounds() -> None:
     assert norm_bounds(source, [0, 1], 10.0) == [30.0, 40.0]
     assert norm_bounds(source, [0, 1], 0.0) is None
     assert source.forwarded == [[0, 1]]
+
+
+def test_the_norms_of_the_first_text_are_described() -> None:
+    """One in ten is four times as heavy as the others and has 16 of 25 parts of the squares; a sink is dropped."""
+    text = describe_norms(np.array([1.0] * 9 + [4.0, 150.0]), bound=10.0)
+    assert text.startswith("norms: median 1, from 1 to 4 in 80%, largest 150; 1 of 11 are beyond the bound 10 and")
+    assert "10.00% of the others are over 3 × the median and hold 64% of the sum of squares" in text
+    assert "heavy" not in describe_norms(np.ones(4), 10.0) and "dropped" in describe_norms(np.ones(4), 10.0)
 
 
 def test_a_row_as_long_as_its_bound_is_sent() -> None:

@@ -8,6 +8,13 @@
     kl            KL(P_clean ‖ P_sae), mean over predicted positions, nats per token.
     fvu           Σ‖y − y_hat‖² / Σ‖y − mean(y)‖², mean and sums over all held-out activations, in float64
                   (1 − SAELens' explained_variance).
+    fvu_typical   the same over activations whose norm is at most 3 × the median, about their own mean. In some models a
+                  few heavy activations, such as those of one frequent token, hold half of the variance: fvu is then
+                  mostly about them.
+    fvu_per_activation  mean over activations of ‖y − y_hat‖² / ‖y − mean(y)‖² (1 − SAELens' explained_variance_legacy):
+                  each counts once, whatever its norm.
+    fvu_by_norm, activations_by_norm, variance_by_norm  by bands of the norm in multiples of its median: FVU about the
+                  mean of all, so that errors add up, and the shares of the activations and of the variance.
     cosine        of y and y_hat, not about their means, mean over activations (SAELens' cossim).
     norm_ratio    ‖y_hat‖ / ‖y‖, mean over activations (SAELens' l2_ratio). Below 1 it need not be shrinkage: the best
                   linear estimate of a noisy y is shorter than y.
@@ -82,12 +89,21 @@ Ablation = tuple[Literal["zero", "mean"], tuple[str, ...], BoundsKey]
 """An ablation: the replacement of the activations of these hooks within these norm bounds."""
 
 
+@dataclass(frozen=True)
+class ActivationFacts:
+    """Facts about all activations of each hook."""
+
+    means: dict[str, Tensor]
+    """Their means, float64 [width]."""
+    median_norms: dict[str, float]
+
+
 @dataclass
 class Baseline:
     """Measurements that do not depend on the SAE."""
 
-    means: dict[BoundsKey, dict[str, Tensor]] = field(default_factory=dict)
-    """Mean activations, float64 [width], by norm bounds and hook."""
+    activations: dict[BoundsKey, ActivationFacts] = field(default_factory=dict)
+    """By norm bounds."""
     ce: dict[Ablation, float] = field(default_factory=dict)
 
 
@@ -115,13 +131,14 @@ def evaluate(
         if reason := why_incompatible(model, sae):
             raise EvaluationError(reason)
     key = tuple(sorted(bounds.items()))
-    if key not in baseline.means:
-        baseline.means[key] = _mean_activations(model, windows, bounds, between, memory)
-    means = baseline.means[key]
+    if key not in baseline.activations:
+        baseline.activations[key] = _survey(model, windows, bounds, between, memory)
+    facts = baseline.activations[key]
+    means = facts.means
     zeros = {hook: torch.zeros_like(mean) for hook, mean in means.items()}
     parts = corpora or {"": slice(None)}
     clean_ce = {corpus: Mean() for corpus in parts}
-    tallies = {sae.name: {corpus: Tally(sae, means) for corpus in parts} for sae in saes}
+    tallies = {sae.name: {corpus: Tally(sae, means, facts.median_norms) for corpus in parts} for sae in saes}
     ablations: set[Ablation] = {
         (kind, sae.hooks.writes, key) for sae in saes for kind in ("zero", "mean") if model.predicts
     }
@@ -155,7 +172,7 @@ def evaluate(
             log_sae = log_probabilities(splicing(streamed, _reconstruct(sae, activations, tally, memory)))
             tally.ce.add(_cross_entropy(log_sae, targets))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
-    clean, totals = Mean(), {sae.name: Tally(sae, means) for sae in saes}
+    clean, totals = Mean(), {sae.name: Tally(sae, means, facts.median_norms) for sae in saes}
     for corpus in parts:
         clean.include(clean_ce[corpus])
         for name, total in totals.items():
@@ -206,20 +223,25 @@ def _nothing_within(windows: Windows, bounds: NormBounds) -> str:
     )
 
 
-def _mean_activations(
+def _survey(
     model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None], memory: MemoryLimits
-) -> dict[str, Tensor]:
-    """The mean activation of each hook, float64 [width]; NaN where there are none."""
+) -> ActivationFacts:
+    """Facts about the activations in the stream; NaN where there are none."""
+    norms: dict[str, list[Tensor]] = {hook.name: [] for hook in model.hooks}
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in model.hooks}
     count = 0
     for batch in passes(model, windows, memory):
         activations = activations_by_hook(model, batch)
         streamed = in_stream(activations, batch.kept, bounds)
         for hook, x in activations.items():
-            sums[hook] += x[streamed].double().sum(0)
+            selected = x[streamed]
+            sums[hook] += selected.double().sum(0)
+            norms[hook].append(selected.float().norm(dim=1).cpu())
         count += int(streamed.sum())
         between()
-    return {hook: total / count for hook, total in sums.items()}
+    means = {hook: total / count for hook, total in sums.items()}
+    medians = {hook: float(torch.cat(parts).median()) if count else float("nan") for hook, parts in norms.items()}
+    return ActivationFacts(means, medians)
 
 
 def _reconstruct(
@@ -273,6 +295,7 @@ def _evaluation(
     values: dict[str, Value] = {name: finite(value) for name, value in numbers.items()}
     if len(sae.hooks.writes) > 1:
         values["fvu_by_hook"] = {hook: finite(fit.fvu) for hook, fit in tally.fits.items()}
+    values |= {name: {band: finite(share) for band, share in bands.items()} for name, bands in tally.by_norm().items()}
     values |= corpus_measures
     values["dense_latents"], values["dead_latents"] = tally.dense_latents, tally.dead_latents
     return Evaluation(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +34,54 @@ class Mean:
         return self.sum / self.count if self.count else float("nan")
 
 
-class Fit:
-    """How well y_hat fits y [n, width] at one hook; `mean` is y's over all parts."""
+NORM_BANDS = (1.0, 2.0, 3.0, 10.0)
+"""Borders of the bands of norms in which activations are told apart, as multiples of the median norm."""
+TYPICAL = 3.0
+"""An activation is heavy whose norm is more than so many times the median, and typical otherwise."""
+BAND_NAMES = (
+    f"up to {NORM_BANDS[0]:g}",
+    *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(NORM_BANDS)),
+    f"over {NORM_BANDS[-1]:g}",
+)
 
-    def __init__(self, mean: Tensor) -> None:
+
+class Band:
+    """The activations y of some band of norms: sums about the mean of all activations."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.count = 0
+        self.error = self.variance = 0.0
+        """Sums of ‖y − y_hat‖² and, about that mean, of ‖y‖²."""
+        self.deviation = torch.zeros(width, dtype=torch.float64, device=device)
+        """Sum of y about that mean."""
+
+    def add(self, centred: Tensor, errors: Tensor) -> None:
+        """Adds activations about the mean [n, width], and their ‖y − y_hat‖² [n]."""
+        self.count += len(centred)
+        self.error += float(errors.sum())
+        self.variance += float(centred.square().sum())
+        self.deviation += centred.sum(0)
+
+    def include(self, other: Band) -> None:
+        self.count, self.error = self.count + other.count, self.error + other.error
+        self.variance += other.variance
+        self.deviation += other.deviation
+
+    @property
+    def own_variance(self) -> float:
+        """Sum of ‖y‖² about the mean of this band."""
+        return self.variance - float(self.deviation.square().sum()) / self.count if self.count else 0.0
+
+
+class Fit:
+    """How well y_hat fits y [n, width] at one hook; `mean` is y's over all parts, `median_norm` that of ‖y‖."""
+
+    def __init__(self, mean: Tensor, median_norm: float) -> None:
         self._mean = mean
+        self._borders = torch.tensor(NORM_BANDS, dtype=torch.float64, device=mean.device) * median_norm
+        self.bands = [Band(len(mean), mean.device) for _ in BAND_NAMES]
+        self.ratios = Mean()
+        """‖y − y_hat‖² / ‖y − mean‖² of each activation."""
         self.error = self.variance = self.spread = self.covariance = 0.0
         """Sums of ‖y − y_hat‖², and about the mean of ‖y‖², ‖y_hat‖² and y·y_hat"""
         self.cosine, self.norm_ratio = Mean(), Mean()
@@ -46,7 +90,9 @@ class Fit:
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
         y, y_hat = y.double(), y_hat.double()
-        self.error += float((y - y_hat).square().sum())
+        errors = (y - y_hat).square().sum(1)
+        band_of = torch.bucketize(y.norm(dim=1), self._borders)
+        self.error += float(errors.sum())
         self.cosine.add(torch.cosine_similarity(y, y_hat, dim=1))
         self.norm_ratio.add(y_hat.norm(dim=1) / y.norm(dim=1))
         self.square += float(y.square().sum())
@@ -54,6 +100,10 @@ class Fit:
         self.variance += float(y.square().sum())
         self.spread += float(y_hat.square().sum())
         self.covariance += float((y * y_hat).sum())
+        self.ratios.add(errors / y.square().sum(1))
+        for index, band in enumerate(self.bands):
+            selected = band_of == index
+            band.add(y[selected], errors[selected])
 
     def include(self, other: Fit) -> None:
         """Adds the activations of another fit about the same mean."""
@@ -61,10 +111,22 @@ class Fit:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.cosine.include(other.cosine)
         self.norm_ratio.include(other.norm_ratio)
+        self.ratios.include(other.ratios)
+        for band, others in zip(self.bands, other.bands, strict=True):
+            band.include(others)
 
     @property
     def fvu(self) -> float | None:
         return self.error / self.variance if self.variance > 0 else None
+
+    @property
+    def typical(self) -> Band:
+        """All activations whose norm is at most TYPICAL times the median."""
+        together = Band(len(self._mean), self._mean.device)
+        for band, border in zip(self.bands, NORM_BANDS, strict=False):
+            if border <= TYPICAL:
+                together.include(band)
+        return together
 
     @property
     def weight(self) -> float:
@@ -75,13 +137,13 @@ class Fit:
 class Tally:
     """The sums of one SAE."""
 
-    def __init__(self, sae: InferenceSae, means: Mapping[str, Tensor]) -> None:
-        """`means` [width] are those of all activations, by hook."""
+    def __init__(self, sae: InferenceSae, means: Mapping[str, Tensor], median_norms: Mapping[str, float]) -> None:
+        """`means` [width] and `median_norms` are those of all activations, by hook."""
         self.ce, self.kl = Mean(), Mean()
         self.activations = 0
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
         """Number of firings of each latent."""
-        self.fits = {hook: Fit(means[hook]) for hook in sae.hooks.writes}
+        self.fits = {hook: Fit(means[hook], median_norms[hook]) for hook in sae.hooks.writes}
         """Sums for each hook that the SAE writes."""
 
     def include(self, other: Tally) -> None:
@@ -98,7 +160,7 @@ class Tally:
 
         Sums of squares are in the scale in which an element of a hook's activations has a mean square of 1.
         """
-        fits = self.fits.values()
+        fits = list(self.fits.values())
         error, variance, spread, covariance = (
             sum(getattr(fit, name) * fit.weight for fit in fits)
             for name in ("error", "variance", "spread", "covariance")
@@ -108,7 +170,25 @@ class Tally:
             "cosine": sum(fit.cosine.value for fit in fits) / len(fits),
             "norm_ratio": sum(fit.norm_ratio.value for fit in fits) / len(fits),
             "shrinkage": spread / covariance if covariance > 0 else None,
+            "fvu_per_activation": sum(fit.ratios.value for fit in fits) / len(fits),
+            "fvu_typical": _weighted_ratio(fits, [(fit.typical.error, fit.typical.own_variance) for fit in fits]),
         }
+
+    def by_norm(self) -> dict[str, dict[str, float | None]]:
+        """For each band of norms: its FVU, its share of the activations, and of the variance, over all hooks."""
+        fits = list(self.fits.values())
+        fvu: dict[str, float | None] = {}
+        activations: dict[str, float | None] = {}
+        variance: dict[str, float | None] = {}
+        for index, name in enumerate(BAND_NAMES):
+            bands = [fit.bands[index] for fit in fits]
+            if not (count := sum(band.count for band in bands)):
+                continue
+            fvu[name] = _weighted_ratio(fits, [(band.error, band.variance) for band in bands])
+            activations[name] = count / (len(fits) * self.activations)
+            shares = [(band.variance, fit.variance) for band, fit in zip(bands, fits, strict=True)]
+            variance[name] = _weighted_ratio(fits, shares)
+        return {"fvu_by_norm": fvu, "activations_by_norm": activations, "variance_by_norm": variance}
 
     @property
     def l0(self) -> float | None:
@@ -128,3 +208,10 @@ class Tally:
         edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64, device=fires.device)
         bins = torch.bucketize((self.firings[fires].double() / max(1, self.activations)).log10(), edges)
         return [*torch.bincount(bins, minlength=len(DENSITY_EDGES)).tolist(), int((~fires).sum())]
+
+
+def _weighted_ratio(fits: Sequence[Fit], sums: Sequence[tuple[float, float]]) -> float | None:
+    """A ratio of sums over the hooks, each weighed by its mean square; None where the denominator is 0."""
+    numerator = sum(fit.weight * above for fit, (above, _) in zip(fits, sums, strict=True))
+    denominator = sum(fit.weight * below for fit, (_, below) in zip(fits, sums, strict=True))
+    return numerator / denominator if denominator > 0 else None
