@@ -92,6 +92,15 @@ def test_what_is_asked_wrongly_is_told(client: TestClient):
         assert answer.status_code == status and words in answer.json().get("error", "")
 
 
+def test_a_script_that_reads_page_after_page_comes_to_an_end(client: TestClient):
+    """Beyond the last latent there is none; the page for people shows the last ones all the same."""
+    sizes = [
+        len(client.get(f"/v1/latents/planted?order=index&limit=3&offset={offset}").json()["latents"])
+        for offset in (0, 3, 6, 9, 900)
+    ]
+    assert sizes == [3, 3, 1, 0, 0]
+
+
 def test_a_text_with_a_token_that_the_model_lacks_is_told(client: TestClient, explorer: Explorer, monkeypatch):
     """Id, token and place, with the status of a question that cannot be answered."""
     monkeypatch.setattr(explorer._model, "vocabulary", 500)

@@ -17,6 +17,7 @@ from producer.settings import ModelSettings, RunSettings
 from producer.wire import Hello, Hook
 from tests.small_run import by_key
 from tests.small_training import Silent
+from trainer.app import early_end
 from trainer.control.commands import handle
 from trainer.control.requests import Inbox
 from trainer.phases import RunPhase
@@ -30,7 +31,7 @@ from trainer.stream.ledger.ledger import Ledger, Limits
 from trainer.stream.ledger.phase import StreamPhase
 from trainer.stream.ledger.shards import Quarantine, QuarantinedShard
 from trainer.training.loop import Loop, next_batch_size, try_to_write
-from trainer.training.publishing import _numbers, summary
+from trainer.training.publishing import _metadata, _numbers, summary
 from trainer.training.roster import Roster, restore_roster
 from trainer.training.run import NoVariance, Run, scale_of
 
@@ -316,6 +317,37 @@ def test_a_report_tells_of_the_time_since_the_one_before(tmp_path: Path) -> None
     assert (second.tokens, second.step_seconds) == (32, 0)
     assert 0 < second.tokens_per_second <= first.tokens_per_second
     assert training_seconds >= 0.1 and run.seconds == training_seconds
+
+
+def test_a_run_that_ends_before_its_target_says_so(tmp_path: Path) -> None:
+    """With the share that was trained, why, and what to do; a run that reached it says nothing."""
+    run = two_hooks(tmp_path)
+    settings = run.settings.model_copy(update={"run": RunSettings(directory=str(tmp_path), tokens=100_000)})
+    assert early_end(settings, 8641, run.roster) == (
+        "the run ended after 8,641 of run.tokens = 100,000 tokens (9%): the data is used up: raise corpus.epochs, or "
+        "name more text, for more"
+    )
+    assert early_end(settings, 100_000, run.roster) is None and early_end(run.settings, 5, run.roster) is None
+
+
+def test_metadata_name_no_hook_dataset_or_position_that_is_not_meant(tmp_path: Path) -> None:
+    """A crosscoder has no one hook, a sentence is no dataset, and what was never trained on stands beside."""
+    settings = two_hooks(tmp_path).settings
+    crosscoder = SaeSettings.of(name="cross", architecture="topk", hooks=HOOKS, d_sae=16, k=2)
+    settings = settings.model_copy(update={"sae": [settings.sae[0], crosscoder]})
+    hooks = [Hook(name=HOOKS[0], module="a:input", width=4), Hook(name=HOOKS[1], module="b", width=6)]
+    run = Run(settings, hello(hooks, corpus="files of text; 2 shards", exclude_special=True))
+    run.initialise(batches(1)[0].x)
+    run.train_step(batches(1)[0])
+    report = SimpleNamespace(saes=run.reports())
+    facts = {"id": "r", "stream": {"norm_bounds": {HOOKS[0]: 10.0}}}
+    first, cross = (_metadata(run, one, report, facts) for one in run.publishable)  # type: ignore[arg-type]
+
+    assert (first["hook_name"], first["hf_hook_name"]) == (HOOKS[0], "a:input")
+    assert (cross["hook_name"], cross["hf_hook_name"]) == (None, None)
+    assert (cross["hook_names"], cross["hf_hook_names"]) == (HOOKS, ["a:input", "b"])
+    assert (first["dataset_path"], first["corpus"]) == (None, "files of text; 2 shards")
+    assert first["not_trained_on"] == {"special_tokens": True, "norms_over": {HOOKS[0]: 10.0}}
 
 
 def test_the_summary_tells_what_was_quarantined(tmp_path: Path) -> None:

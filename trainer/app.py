@@ -248,6 +248,19 @@ def _train(
         _end(run_directory, loop, reporter, is_complete=phase is RunPhase.FINISHED)
 
 
+def early_end(settings: TrainerSettings, tokens: int, roster: Roster) -> str | None:
+    """Why a complete run has trained on fewer tokens than its target; None when it has not."""
+    target = settings.run.tokens
+    if target is None or tokens >= target:
+        return None
+    reason = (
+        "every SAE is finished"
+        if roster.is_finished
+        else "the data is used up: raise corpus.epochs, or name more text, for more"
+    )
+    return f"the run ended after {tokens:,} of run.tokens = {target:,} tokens ({tokens / target:.0%}): {reason}"
+
+
 def _refuse_to_begin(settings: TrainerSettings, roster: Roster, intake: Intake) -> None:
     """Sends producers away from a run that is complete. Raises IntakeError when it had failed."""
     intake.drain(finished=True)
@@ -278,6 +291,8 @@ def _end(run_directory: RunDirectory, loop: Loop, reporter: Reporter, is_complet
     if fault is not None:
         raise IntakeError(fault)
     if is_complete:
+        if early := early_end(loop.settings, loop.tokens, loop.roster):
+            log.warning("%s", early)
         log.info("finished: %s tokens, snapshots in %s", tokens, run_directory.path / "snapshots")
     elif not run_directory.is_in_place:
         raise RunDirectoryError(run_directory.fault())

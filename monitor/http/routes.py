@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -128,7 +129,12 @@ class _Pages:
         return JSONResponse(content, headers={"Cache-Control": MUTABLE})
 
     def table(self, request: Request) -> Response:
-        return _json(_with_status(lambda: self._table(request, _sae(request))))
+        table = _with_status(lambda: self._table(request, _sae(request)))
+        if (asked := _integer(request, "offset", 0, least=0)) >= table.matching:
+            table = replace(
+                table, offset=asked, latents=[]
+            )  # the page shows the last one; a script would go on for ever
+        return _json(table)
 
     def latent(self, request: Request) -> Response:
         return _json(self._latent(request))

@@ -143,12 +143,15 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
         "model_name": provenance.get("model"),
         "model_revision": provenance.get("model_revision"),
         "model_from_pretrained_kwargs": {},
-        "hook_name": hooks.reads[0],
-        "hf_hook_name": modules[hooks.reads[0]],
+        # A crosscoder has no one hook: naming its first would make others read it as an SAE of that one.
+        "hook_name": None if hooks.is_crosscoder else hooks.reads[0],
+        "hf_hook_name": None if hooks.is_crosscoder else modules[hooks.reads[0]],
         "context_size": run.stream.context,
         "prepend_bos": provenance.get("prepend_bos"),
         "exclude_special_tokens": provenance.get("exclude_special"),
-        "dataset_path": provenance.get("corpus"),
+        "dataset_path": _dataset(run.settings),
+        "corpus": provenance.get("corpus"),
+        "not_trained_on": _not_trained_on(run, facts),
         "sae_lens_training_version": None,
         "trained_with": "sluice",
         "tokens_trained": sae_trainer.tokens,
@@ -161,10 +164,24 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
         "num_dead_features": numbers.dead_latents,
     }
     if hooks.is_crosscoder:
-        metadata["hook_names"] = list(hooks.reads)
+        metadata |= {"hook_names": list(hooks.reads), "hf_hook_names": [modules[hook] for hook in hooks.reads]}
     if hooks.is_transcoder:
         metadata |= {"hook_name_out": hooks.writes[0], "hf_hook_name_out": modules[hooks.writes[0]]}
     return metadata
+
+
+def _dataset(settings: TrainerSettings) -> str | None:
+    """The name on the hub of the dataset that the run reads, where it is one dataset of the hub."""
+    return getattr(settings.corpus, "dataset", None)
+
+
+def _not_trained_on(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """Activations that the stream leaves out: what the SAE does on them means nothing, such as thousands of latents
+    that fire on a BOS."""
+    return {
+        "special_tokens": bool(run.stream.provenance.get("exclude_special")),
+        "norms_over": facts["stream"]["norm_bounds"],
+    }
 
 
 def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
@@ -195,6 +212,7 @@ def summary(run: Run, intake: Intake, report: StepReport, fault: str | None) -> 
         "outcome": "finished" if fault is None else "failed",
         "fault": fault,
         "tokens": report.tokens,
+        "target_tokens": run.settings.run.tokens,
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(report.tokens / max(run.seconds, 1e-9), 1),
         "rows_trained": intake.tokens_trained,
