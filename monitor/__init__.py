@@ -8,6 +8,7 @@
     run_directory   a run directory: state, reports, snapshots
     snapshot_index  the snapshots in it, cached
     summary         summary.json, completed with the evaluation
+    suite           SAEs as layers × sites
     comparison      the differences of two snapshots
     history         the curves of a run
     metrics         Prometheus metrics of the monitor, and the list of all

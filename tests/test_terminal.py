@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 
 from monitor.cli.terminal import live, results
 from monitor.evaluation.results import Evaluation
+from monitor.suite import suite_of
 
 UNKNOWN: dict[str, Any] = {"d_sae": 4096, "hook": "blocks.1.hook_resid_mid", "dead_latents_ratio": None}
 
@@ -43,6 +44,20 @@ def test_live_shows_averaged_copies_of_the_saes_in_training():
 def test_live_shows_any_state(state: str):
     """A run without an end, at no speed, and nothing known of its SAEs."""
     assert state in _drawn(live(_report(state), {}, 1.0, "note"))
+
+
+def test_live_shows_a_suite_as_layers_and_sites():
+    """A row for each layer, FVU, ΔCE and dead latents for each site; a place without an SAE is empty."""
+    names = [f"{site}.{layer}" for site in ("resid", "mlp") for layer in (0, 1, 10)] + ["attn.0"]
+    report = _report("training")
+    first = report["saes"][0]
+    report["saes"] = [first | {"name": name, "fvu": 0.01 * index} for index, name in enumerate(names)]
+    lines = _drawn(live(report, {"mlp.10": Evaluation(values={"ce_delta": 0.125})}, None, "", 120)).splitlines()
+
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.split() and line.split()[0].isdigit()}
+    assert list(rows) == ["0", "1", "10"]
+    assert rows["10"] == ["0.0200", "-", "-", "0.0500", "0.1250", "-", "-", "-", "-"]
+    assert suite_of(names[:5]) is None and suite_of([*names, "topk"]) is None
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])

@@ -15,6 +15,7 @@ from rich.text import Text
 from monitor.evaluation.measures import Stage, measures
 from monitor.evaluation.results import Evaluation, value_of
 from monitor.run_directory import hooks_of
+from monitor.suite import SUITE_MEASURES, Suite, suite_of
 from producer.common.formatting import format_duration
 from trainer.report import STEADY_PHASES, RanksReport
 
@@ -34,9 +35,10 @@ def live(
     """
     if report is None:
         return Text(f"  {note}" + ("" if elapsed is None else f"  ({elapsed:.0f} s)"), style="dim")
+    suite = suite_of([sae["name"] for sae in report["saes"]])
     return Group(
         _progress(report, elapsed, BAR if width >= 72 else BAR // 2),
-        _saes(report, evaluations, width),
+        _saes(report, evaluations, width) if suite is None else _suite(suite, report, evaluations),
         Text(f"  {note}", style="dim"),
     )
 
@@ -80,6 +82,25 @@ def _saes(report: Report, evaluations: Mapping[str, Evaluation], width: int) -> 
     for name, numbers, evaluation in _rows(report, evaluations):
         cells = [number(value_of(measure, numbers, evaluation), measure.format) for _, measure in columns]
         table.add_row(f"[bold]{escape(name)}[/]", *cells)
+    return table
+
+
+def _suite(suite: Suite, report: Report, evaluations: Mapping[str, Evaluation]) -> RenderableType:
+    """A row for each layer, a column for each site: FVU, ΔCE, share of dead latents."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("layer", justify="right")
+    headings = " ".join(f"{each.live_column.heading:>7}" for each in SUITE_MEASURES if each.live_column)
+    for site in suite.sites:
+        table.add_column(f"{escape(site)}\n{headings}", no_wrap=True)
+    reports = {sae["name"]: sae for sae in report["saes"]}
+    for layer in suite.layers:
+        cells: list[str] = []
+        for name in suite.row(layer):
+            numbers, evaluation = reports.get(name or "", {}), evaluations.get(name or "")
+            values = [value_of(each, numbers, evaluation) for each in SUITE_MEASURES]
+            texts = [number(value, each.format) for value, each in zip(values, SUITE_MEASURES, strict=True)]
+            cells.append(" ".join(f"{text:>7}" for text in texts))
+        table.add_row(str(layer), *cells)
     return table
 
 

@@ -7,6 +7,7 @@
     throttle        the share of CPU time that the service may use
     explorer_handle the explorer of latents, as the evaluating thread hands it to the service
     live_page       the page of a run
+    suite_table     its SAEs as layers × sites
     latent_pages    the pages of latents
     html            templates and their filters
     templates/      Jinja templates

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from monitor.evaluation.measures import MEASURES, Measure, Stage, measures
 from monitor.evaluation.results import Evaluation, value_of
 from monitor.http.html import moment, number, render
+from monitor.http.suite_table import suite_table
 from monitor.run_directory import SILENT_SECONDS, SnapshotEntry, hooks_of
 from producer.common.formatting import format_count, format_duration
 from producer.common.server import is_loopback_name
@@ -182,6 +183,7 @@ def _live(run: Run, snapshots: RunSnapshots) -> dict[str, Any]:
         "run": run,
         "headline": headline(run),
         "saes": saes,
+        "suite": suite_table({sae.name: sae.cells for sae in saes}, _columns()),
         "headings": [measure.page_heading for measure in _columns()],
         "dead_tokens": _dead_tokens(run["settings"] or {}),
         "measures": measure_rows([sae.evaluation for sae in saes]),
