@@ -8,6 +8,7 @@ evaluate with. The evaluation runs in the main thread at low priority, the servi
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from importlib import import_module
@@ -50,6 +51,9 @@ COMMANDS = {
     "publish": "monitor.cli.publish",
 }
 """Commands, and the modules whose `main` they are."""
+LOW_PRIORITY = {"compare", "export"}
+"""Those that compute at length, and give way to a trainer on the same machine."""
+NICE = 10
 
 UNTIL_EVALUATED = "--until-evaluated"
 
@@ -60,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     require_own_packages()
     arguments = command_arguments() if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
+        if arguments[0] in LOW_PRIORITY:
+            os.nice(NICE)
         return int(import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
     until_evaluated = UNTIL_EVALUATED in arguments
     arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import monitor.cli.compare
 from monitor.cli.compare import main
 from monitor.comparison import EDGES, best_matches, compare
 from tests.small_run import Export, identity_sae, publish_snapshot
@@ -17,12 +16,6 @@ from trainer.state.durable import replace_text
 
 D_IN, D_SAE = 16, 32
 """Of the SAE below: latents 0 to 15 stand for the positive, 16 to 31 for the negative part of each entry."""
-
-
-@pytest.fixture(autouse=True)
-def _same_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command lowers that of its process, which here is also that of all further tests."""
-    monkeypatch.setattr(monitor.cli.compare.os, "nice", lambda by: by)
 
 
 def sae(name: str = "small", dead: tuple[int, ...] = (), **rows: np.ndarray) -> Export:

@@ -859,6 +859,6 @@ def test_synthetic_data_is_no_corpus() -> None:
 
 
 def test_every_kind_of_the_settings_is_registered() -> None:
-    """A kind that the settings accept can be opened, but for the one that has no text."""
+    """A kind that the settings accept can be opened, but for the one without text and the one made of others."""
     kinds = get_args(CorpusSettings.model_fields["kind"].annotation)
-    assert {*kinds} == {*KINDS, "synthetic"}
+    assert {*kinds} == {*KINDS, "synthetic", "mixture"}

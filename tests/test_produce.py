@@ -716,7 +716,7 @@ def test_shards_that_always_fail_do_not_hold_up_the_run(endpoint: str) -> None:
     """With the real trainer: set aside after three tries and listed, while the outliers of the rest are discarded."""
     source = torn()
     source.x[0][1, 1] = 100.0
-    settings = stream_settings(endpoint)
+    settings = stream_settings(endpoint, dead_seconds=2.0)  # a failed shard is tried again after so long
     with trainer(settings) as intake:
         producer = Producing(settings, source, hello_of(source, norm_bounds=[10.0, 10.0]))
         rows = 0

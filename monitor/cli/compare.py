@@ -7,14 +7,10 @@ python -m monitor compare A/topk B/topk --json
 from __future__ import annotations
 
 import argparse
-import os
 
 from producer.common.addresses import path_argument
 from producer.common.completion import complete
 from producer.common.shell import shell_command
-
-NICE = 10
-"""It may run beside the training."""
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +24,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for scripts")
     complete(parser, arguments)
     options = parser.parse_args(arguments)
-    os.nice(NICE)
     from monitor.cli.comparison_tables import run  # imports numpy and rich, which `--help` does not wait for
 
     return run(options.A, options.B, options.json)

@@ -7,14 +7,11 @@ python -m monitor export runs/gpt2 --to out --format tensorboard
 from __future__ import annotations
 
 import argparse
-import os
 
 from producer.common.addresses import path_argument
 from producer.common.completion import complete
 from producer.common.shell import shell_command
 
-NICE = 10
-"""It may run beside the training."""
 FORMATS = {
     "csv": "run.csv, training.csv, evaluation.csv",
     "parquet": "the same tables; needs the extra `parquet`",
@@ -39,7 +36,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=FORMATS, default="csv", help="see below (default: %(default)s)")
     complete(parser, arguments)
     options = parser.parse_args(arguments)
-    os.nice(NICE)
     from monitor.cli.export_run import run  # imports rich, which `--help` does not wait for
 
     return run(options.run, options.to, options.format)

@@ -28,6 +28,7 @@ TYPOS = [
     ("demo.toml", "learning_rate", "learning_rat"),
     ("gpt2.toml", "kind = \"huggingface\"", "kind = \"hugingface\""),
     ("smollm2.toml", "hooks = [", "hoks = ["),
+    ("suite.toml", "hook = \"blocks.*.hook_resid_post\"", "hook = \"blocks.*.hook_resid_pots\""),
     ("chat.toml", "roles = [\"assistant\"]", "roles = [\"asistant\"]"),
     ("architectures.toml", "target_l0", "target_lo"),
     ("secrets.sh", "uid=${2:-}", "uid=${2:-"),
