@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-GRAFANA := tests/grafana/node_modules/ready
 # The pinned set that is tested; newer torch with CUDA works too: make demo PINS=
 PINS ?= -c deploy/pins.txt
 # Processes of `make test`, each with one thread of arithmetic; "logical" is one per core.
@@ -43,7 +42,7 @@ drills: $(VENV)/ready-dev
 	-@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e ".[fuzz]"  # the drill that needs it says so
 	$(BIN)/python -m tests.drills
 
-watch: $(VENV)/ready-dev $(GRAFANA)
+watch: $(VENV)/ready-dev $(VENV)-grafana/ready
 	$(BIN)/python -m pytest -q -m watch
 
 slurm: $(VENV)/ready-dev
@@ -73,11 +72,12 @@ $(VENV)-peers/ready: deploy/pins-peers.txt
 	@$(VENV)-peers/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-peers.txt --no-deps dictionary-learning
 	@touch $@
 
-$(GRAFANA): tests/grafana/package.json tests/grafana/package-lock.json
+$(VENV)-grafana/ready: tests/grafana/package.json tests/grafana/package-lock.json
 	@command -v npm > /dev/null || { echo "npm is not installed: apt-get install nodejs npm"; exit 1; }
-	@echo "setting up Grafana's packages in tests/grafana (once; some minutes, 600 MB)"
-	@cd tests/grafana && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@echo "setting up $(VENV)-grafana with Grafana's own packages (once; some minutes, 600 MB)"
+	@mkdir -p $(@D) && cp $^ $(@D)
+	@cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers runs .pytest_cache .hypothesis .mypy_cache .ruff_cache tests/grafana/node_modules tests/grafana/build
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-grafana runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

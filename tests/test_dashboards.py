@@ -21,7 +21,7 @@ from monitor.grafana.generate import DASHBOARDS, FOLDER, main
 from monitor.grafana.panels import COLUMNS
 from monitor.metrics import all_metrics
 from monitor.settings import MonitorTable
-from trainer.metrics import MILESTONES, RANKS, SAE, STEP
+from trainer.metrics import MILESTONES, RANK, RANKS, SAE, STEP
 
 register_default_plugins()
 
@@ -104,7 +104,9 @@ def test_what_the_trainer_says_is_shown() -> None:
         "sluice_steps_total": "tokens are shown",
     }
     queries = " ".join(expr for name in DASHBOARDS for expr in expressions(read(name)))
-    hidden = {metric.name for metric in MILESTONES + STEP + RANKS + SAE if not re.search(rf"\b{metric.name}", queries)}
+    hidden = {
+        metric.name for metric in MILESTONES + STEP + RANKS + RANK + SAE if not re.search(rf"\b{metric.name}", queries)
+    }
     assert hidden == set(elsewhere)
 
 

@@ -173,6 +173,7 @@ def resources() -> Dashboard:
     now = [
         number("Processes", "up{RUN}", legend=process, text=BigValueTextMode.VALUE_AND_NAME,
                mappings=[value_texts({"0": ("down", RED), "1": ("up", GREEN)})]),
+        number("Ranks", "sluice_ranks{RUN}"),
         number("Memory, all processes", "sum by (run) (process_resident_memory_bytes{RUN})", unit="bytes"),
         number("CPU cores, all processes", "sum by (run) (rate(process_cpu_seconds_total{RUN}[RATE]))", decimals=1),
         number("Since the last checkpoint", since_checkpoint, unit="s"),
@@ -203,17 +204,22 @@ def resources() -> Dashboard:
                   empty="no evaluation yet"),
         over_time("A scrape", query("scrape_duration_seconds{RUN}", process), unit="s"),
     ]  # fmt: skip
-    without_ranks = "One rank: nothing is exchanged."
+    by_rank, alone = "rank {{rank}}", "One rank alone."
     ranks = [
-        over_time("Ranks", query("sluice_ranks{RUN}", "ranks"), note="More than 1 under torchrun."),
+        over_time("A step, by rank", query("sluice_rank_step_seconds{RUN}", by_rank),
+                  query("sluice_rank_work_seconds{RUN}", f"{by_rank} without exchanges"), unit="s", empty=alone),
+        over_time("Exchanges in a step, by rank", query("sluice_rank_exchange_seconds{RUN}", by_rank),
+                  unit="s", empty=alone),
         over_time("Exchanged between ranks",
                   query("sum by (run, purpose) (rate(sluice_exchange_bytes_total{RUN}[RATE]))", "{{purpose}}"),
-                  unit="Bps", empty=without_ranks),
+                  unit="Bps", empty=alone),
         over_time("Time of rank 0 in exchanges",
                   query("sum by (run, purpose) (rate(sluice_exchange_seconds_total{RUN}[RATE]))", "{{purpose}}"),
-                  unit="percentunit", empty=without_ranks),
+                  unit="percentunit", empty=alone),
+        over_time("Memory, by rank", query("sluice_rank_memory_bytes{RUN}", by_rank), unit="bytes", empty=alone),
+        over_time("Active latents, by rank", query("sluice_rank_active_latents{RUN}", by_rank), empty=alone),
     ]  # fmt: skip
-    rows = [Row(4, now, widths=(11, 3, 3, 4, 3)), *(Row(5, panels) for panels in (machine, pace, ranks, upkeep))]
+    rows = [Row(4, now, widths=(9, 2, 3, 3, 4, 3)), *(Row(5, panels) for panels in (machine, pace, ranks, upkeep))]
     return dashboard("resources", "Sluice · resources", rows)
 
 

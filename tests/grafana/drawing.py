@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,9 +26,13 @@ from playwright.sync_api import Page, Route, sync_playwright
 from monitor.grafana.generate import FOLDER
 
 HERE = Path(__file__).parent
-PACKAGES = HERE / "node_modules"
-SET_UP = "make tests/grafana/node_modules/ready"
-BUNDLE = HERE / "build"
+SET_UP = ".venv-grafana/ready"
+"""What `make` sets up, and touches last."""
+PACKAGES = (HERE.parents[1] / SET_UP).parent / "node_modules"
+BUNDLE = PACKAGES.parent / "build"
+ENVIRONMENT = os.environ | {"NODE_PATH": str(PACKAGES)}
+LOADERS = ("--loader:.svg=dataurl", "--loader:.woff2=dataurl", "--loader:.ttf=empty")
+"""What becomes of files that Grafana's components import."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREEN = {"width": 1920, "height": 930}
 """What a screen of 1080 lines leaves under browser and header: 24 rows of 38 pixels."""
@@ -77,15 +82,15 @@ def missing_packages() -> str | None:
     """Why nothing can be described here; None if it can."""
     if shutil.which("node") is None:
         return "node is not installed, so no dashboard is drawn here: apt-get install nodejs npm"
-    if not (PACKAGES / "ready").is_file():
-        return f"Grafana's packages are not installed, so no dashboard is drawn here: {SET_UP}"
+    if not (HERE.parents[1] / SET_UP).is_file():
+        return f"Grafana's packages are not installed, so no dashboard is drawn here: make {SET_UP}"
     return None
 
 
 def describe(dashboard: Path, recording: Path) -> list[Panel]:
     """The panels of a dashboard as Grafana's library prepares them. Raises RuntimeError with Node's error."""
     command = ["node", str(HERE / "describe.js"), str(dashboard), str(recording)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     if process.returncode:
         raise RuntimeError(process.stderr)
     return [as_panel(one) for one in json.loads(process.stdout)]
@@ -106,7 +111,7 @@ def as_panel(shown: dict[str, Any]) -> Panel:
 
 def draw(dashboards: dict[str, Path], recording: Path, folder: Path, mode: str = "dark") -> dict[str, list[Panel]]:
     """Draws dashboards in Chromium, `mode` dark or light; their pictures are put into `folder`, by name."""
-    subprocess.run(["npm", "run", "--silent", "build"], cwd=HERE, check=True)
+    bundle()
     answers = json.loads(gzip.decompress(recording.read_bytes()))
     drawn = {}
     with sync_playwright() as playwright:
@@ -121,6 +126,18 @@ def draw(dashboards: dict[str, Path], recording: Path, folder: Path, mode: str =
             page.close()
         browser.close()
     return drawn
+
+
+def bundle() -> None:
+    """Makes one script, and one style sheet, of page.jsx and the packages that it imports."""
+    production = '--define:process.env.NODE_ENV="production"'
+    esbuild = [
+        str(PACKAGES / ".bin" / "esbuild"),
+        str(HERE / "page.jsx"),
+        "--bundle",
+        f"--outfile={BUNDLE / 'page.js'}",
+    ]
+    subprocess.run([*esbuild, *LOADERS, production, "--log-level=warning"], check=True, env=ENVIRONMENT)
 
 
 def look(page: Page) -> list[Panel]:

@@ -141,6 +141,15 @@ def test_alerts_are_named_in_their_colours(shown: Shown) -> None:
 
 
 @needs_packages
+def test_ranks_have_a_curve_each(shown: Shown) -> None:
+    """Of two ranks; a run of one rank says so in words."""
+    key = key_of("resources", "Active latents, by rank")
+    panels = shown("resources", {key: [series(30, 31, run="demo", rank="0"), series(34, 33, run="demo", rank="1")]})
+    assert [curve.name for curve in panels["Active latents, by rank"].curves] == ["demo rank 0", "demo rank 1"]
+    assert panels["Memory, by rank"].message == "One rank alone."
+
+
+@needs_packages
 def test_a_bad_value_is_not_green(shown: Shown) -> None:
     """An FVU of 0.8 and a ΔCE of 3.2 nats are red; what has not been measured is a dash without a colour."""
     answers = {key_of("training", title): [series(value, run="demo", sae="topk")]
