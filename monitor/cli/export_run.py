@@ -12,6 +12,7 @@ from monitor.export.event_files import write_tensorboard
 from monitor.export.files import write_csv, write_parquet
 from monitor.export.records import REPORTS, OnProgress, Records, scan
 from monitor.export.wandb_runs import write_wandb
+from producer.common.formatting import format_bytes
 from producer.common.shell import shell_command
 
 WRITERS: dict[str, Callable[[Records, Path, OnProgress], list[Path]]] = {
@@ -24,8 +25,8 @@ NEXT_STEPS = {"tensorboard": "tensorboard --logdir {}", "wandb": "wandb sync {}"
 """The command that shows what was written."""
 
 
-def run(directory: Path, to: Path, format_name: str) -> int:
-    """`python -m monitor export` with these arguments; returns the exit code."""
+def run_numbers(directory: Path, to: Path, format_name: str) -> int:
+    """Exports the numbers of a run; returns the exit code."""
     try:
         require_new(to)
         records = _scan(directory)
@@ -42,6 +43,27 @@ def run(directory: Path, to: Path, format_name: str) -> int:
         print(f"  {path}")
     if format_name in NEXT_STEPS:
         print(f"next: {NEXT_STEPS[format_name].format(' '.join(map(str, paths)))}")
+    return 0
+
+
+def run_latents(
+    directory: Path, to: Path, format_name: str, saes: list[str], model_id: str | None, set_name: str | None
+) -> int:
+    """Exports latents; returns the exit code."""
+    from monitor.export.latents.bulk import Naming, write_latents  # imports torch
+
+    try:
+        require_new(to)
+        with progress_bar(f"writing {format_name}") as on_progress:
+            folders = write_latents(directory, to, format_name, saes, Naming(model_id, set_name), on_progress)
+    except ExportError as error:
+        return fail(2, str(error))
+    except OSError as error:
+        return fail(1, str(error))
+    for folder in folders:
+        files = list(folder.iterdir())
+        size = format_bytes(sum(path.stat().st_size for path in files))
+        print(f"{folder}: {len(files)} files, {size}")
     return 0
 
 

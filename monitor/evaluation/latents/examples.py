@@ -6,6 +6,8 @@ in `LatentActivations.of(latent)`: 0 is the strongest.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from monitor.evaluation.latents.activations import LatentActivations
@@ -71,6 +73,39 @@ def example_at(
     around: tuple[int, int] = TOKENS_AROUND, times: int = 1,
 ) -> LatentExample:  # fmt: skip
     """The text of one firing, `around` tokens before and after it, with the latent's activation on each token."""
+    text = firing_window(latents, latent, firing, around)
+    return LatentExample(
+        value=float(latents.of(latent)[1][firing]),
+        times=times,
+        at=text.at,
+        cut_before=text.cut_before,
+        cut_after=text.cut_after,
+        tokens=texts.pieces(latents.ids[text.window, text.first : text.last].tolist()),
+        values=text.values,
+    )
+
+
+@dataclass(frozen=True)
+class FiringWindow:
+    """The tokens around one firing."""
+
+    window: int
+    first: int
+    last: int
+    """In the window, first:last are shown."""
+    at: int
+    """Index of the firing among them."""
+    cut_before: bool
+    """Whether the text goes on before them."""
+    cut_after: bool
+    values: list[float]
+    """The latent's activation on each of them."""
+
+
+def firing_window(
+    latents: LatentActivations, latent: int, firing: int, around: tuple[int, int] = TOKENS_AROUND
+) -> FiringWindow:
+    """The tokens of one firing, `around` of them before and after it."""
     positions, values = latents.of(latent)
     window, place = divmod(int(positions[firing]), latents.context)
     window_start = window * latents.context
@@ -80,13 +115,13 @@ def example_at(
     first, last = max(text[0], place - around[0]), min(text[1], place + around[1] + 1)
     is_near = (positions >= window_start + first) & (positions < window_start + last)
     activations = dict(zip((positions[is_near] - window_start).tolist(), values[is_near].tolist(), strict=True))
-    return LatentExample(
-        value=float(values[firing]),
-        times=times,
+    return FiringWindow(
+        window=window,
+        first=first,
+        last=last,
         at=place - first,
         cut_before=first > text[0],
         cut_after=last < text[1],
-        tokens=texts.pieces(latents.ids[window, first:last].tolist()),
         values=[activations.get(place, 0.0) for place in range(first, last)],
     )
 
