@@ -35,8 +35,9 @@ gpu: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python -m tests.benchmarks --device cuda
 
-peers: $(VENV)-peers/ready $(VENV)/ready-dev
-	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m pytest -q -m peers
+peers: $(VENV)-peers/ready $(VENV)-dashboards/ready $(VENV)/ready-dev
+	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python \
+	SLUICE_DASHBOARDS_PYTHON=$(CURDIR)/$(VENV)-dashboards/bin/python $(BIN)/python -m pytest -q -m peers
 
 drills: $(VENV)/ready-dev
 	-@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e ".[fuzz]"  # the drill that needs it says so
@@ -79,5 +80,14 @@ $(VENV)-grafana/ready: tests/grafana/package.json tests/grafana/package-lock.jso
 	@cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
+$(VENV)-dashboards/ready: deploy/pins-dashboards.txt
+	@echo "setting up $(VENV)-dashboards with SAEDashboard and Neuronpedia's package (once; some minutes)"
+	@$(PYTHON) -m venv $(VENV)-dashboards
+	@$(VENV)-dashboards/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-dashboards.txt torch
+	@$(VENV)-dashboards/bin/python -m pip install -qq --disable-pip-version-check -c deploy/pins-dashboards.txt sae-dashboard neuronpedia
+	@# Another library's dependencies, which are not used here and may be built for another torch.
+	@$(VENV)-dashboards/bin/python -m pip uninstall -qqy torchvision torchaudio
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-peers $(VENV)-grafana runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-dashboards $(VENV)-grafana runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -39,7 +39,7 @@ and for runs and snapshots on disk:
   {shell_command("monitor", "publish", "SNAPSHOT", "REPO")}
       put one on the Hugging Face hub, with a model card
   {shell_command("monitor", "export", "RUN", "--to", "DIR")}
-      the numbers of a run as CSV, Parquet, for TensorBoard or Weights & Biases
+      the numbers of a run as CSV, Parquet, for TensorBoard or Weights & Biases; its latents
 Each has a --help of its own."""
 
 COMMANDS = {
