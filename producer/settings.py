@@ -183,7 +183,8 @@ class CorpusSettings(Table):
     context: Annotated[Whole, Field(gt=0, le=2**17)] = 256
     """Tokens in one window, BOS included."""
     prepend_bos: bool = True
-    """Start each window with the tokenizer's BOS token, where it has one."""
+    """Start each window with the tokenizer's BOS token, where it has one; an encoder's begins with [CLS] and ends with
+    [SEP]."""
     exclude_special: bool = True
     """Stream no activation of a BOS, EOS, padding or other special token."""
     outlier_factor: float = Field(default=10.0, ge=0.0)

@@ -152,6 +152,19 @@ def test_tokenizer_without_bos_gives_windows_without() -> None:
     assert words_of(windows_of(["ab", "cdef"], qwen, packing()), qwen) == ["ab$c", "def$"]
 
 
+@pytest.mark.parametrize("bos", [{}, {"bos_token": "^"}])
+def test_windows_of_an_encoder_stand_between_cls_and_sep(bos: dict[str, str]) -> None:
+    """As it was trained, the last one too, whose padding follows; both are special, and no position is kept there."""
+    encoder = letters("^", "$", "_", cls_token="^", sep_token="$", pad_token="_", **bos)
+    windows = windows_of(["abc", "defg"], encoder, packing(5))
+    assert words_of(windows, encoder) == ["^abc$", "^$de$", "^fg$_"]
+    assert marks(windows.kept) == [".xxx.", "..xx.", ".xx.."]
+    assert marks(windows.padded) == [".....", ".....", "....x"]
+    assert words_of(windows_of(["abcde"], encoder, packing(5, prepend_bos=False)), encoder) == ["abcde"]
+    with pytest.raises(CorpusError, match="no room beside BOS"):
+        windows_of(["a"], encoder, packing(2))
+
+
 def test_bos_separates_where_there_is_no_eos() -> None:
     """Documents are kept apart by the one special token there is."""
     only_bos = letters("^", bos_token="^")

@@ -16,6 +16,8 @@ With corpus.packing = "separate", each document has windows of its own; with "se
 
     separate          ^ab_  ^cde  ^fg_          separate_masked, context 8     ^ab^cde_  ^fg_____
 
+Encoders were trained on windows between [CLS] and [SEP]: these begin and end each window, with corpus.prepend_bos.
+
 Ids are never tested for truth: 0 is a real id, and Pythia's BOS. Where BOS and separator are the same token, a window
 whose text happens to begin with a separator starts with it twice; cutting there would make each window depend on all
 the ones before. A text that begins with BOS ("<s>Once upon") loses it where windows get their own.
@@ -96,6 +98,8 @@ def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase, settings: CorpusSetti
         [settings.context, settings.prepend_bos, settings.exclude_special],
         *DocumentTokenizer(tokenizer, settings).decisive,
     ]
+    if packing.end is not None:
+        decisive.append(["end", packing.end])
     if settings.packing != "pack" or settings.positions:
         decisive.append([settings.packing, settings.positions])
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -110,6 +114,7 @@ def check_packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings, 
     documents = None if settings.kind == "tokens" else packing.separator
     for role, number, advice in (
         ("BOS, which begins each window", packing.bos, "set corpus.prepend_bos = false, or "),
+        ("[SEP], which ends each window", packing.end, "set corpus.prepend_bos = false, or "),
         ("EOS (or BOS), which separates documents", documents, ""),
         ("padding, which fills the last window of a shard", packing.pad, ""),
     ):
@@ -127,8 +132,10 @@ class _Packing:
 
     context: int
     text: int
-    """Tokens of the stream in one window: context, less one if there is a BOS."""
+    """Tokens of the stream in one window: context, less one if there is a BOS, and one if there is an end."""
     bos: int | None
+    end: int | None
+    """Token behind the text of each window: an encoder's [SEP]."""
     separator: int | None
     pad: int
     dropped: frozenset[int]
@@ -141,8 +148,11 @@ class _Packing:
 
 def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _Packing:
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    front = bos if settings.prepend_bos else None
-    text = settings.context - (front is not None)
+    begin, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    is_encoder = begin is not None and sep is not None and bos in (None, begin)
+    front = (begin if is_encoder else bos) if settings.prepend_bos else None
+    end = sep if is_encoder and settings.prepend_bos else None
+    text = settings.context - (front is not None) - (end is not None)
     if text < 1:
         raise CorpusError(
             f"corpus.context = {settings.context} leaves no room beside BOS; "
@@ -152,7 +162,8 @@ def _packing(tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> _P
         context=settings.context,
         text=text,
         bos=front,
-        separator=first_id(eos, bos),
+        end=end,
+        separator=first_id(end, eos, bos),
         pad=first_id(pad, eos, 0) or 0,
         dropped=_special_ids(tokenizer) if settings.exclude_special else frozenset(),
         has_roles=bool(settings.roles),
@@ -185,7 +196,7 @@ def _stream(documents: Iterable[TokenizedDocument], packing: _Packing) -> Iterat
 
 
 def _cut(documents: list[TokenizedDocument], packing: _Packing) -> Windows:
-    """Cuts the tokens of a shard into windows, each with BOS in front, and pads the last on the right."""
+    """Cuts the tokens of a shard into windows, each from BOS to its end, and pads the last on the right."""
     missing = -sum(len(document.ids) for document in documents) % packing.text
     padding = TokenizedDocument(np.full(missing, packing.pad), np.zeros(missing, dtype=bool), is_closed=True)
     parts = [*documents, padding]
@@ -196,6 +207,11 @@ def _cut(documents: list[TokenizedDocument], packing: _Packing) -> Windows:
     if packing.bos is not None:
         ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=packing.bos)
         in_roles = np.pad(in_roles, ((0, 0), (1, 0)), constant_values=not packing.has_roles)
+    if packing.end is not None:
+        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=packing.end)
+        in_roles = np.pad(in_roles, ((0, 0), (0, 1)), constant_values=not packing.has_roles)
+        if missing:
+            ids[-1, packing.context - 1 - missing :] = [packing.end] + missing * [packing.pad]
     dropped = np.isin(ids, np.fromiter(packing.dropped, dtype=np.int64))
     return Windows(ids=ids, kept=in_roles & ~padded & ~dropped, padded=padded)
 
