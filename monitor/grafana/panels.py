@@ -218,7 +218,7 @@ def over_time(
     Snapshots stand in them as annotations.
     """
     panel = draw_lines(describe(timeseries.Panel(), title, queries, note), unit, log, stacked, bottom, top)
-    panel.override_by_regexp("/ held out$/", [models.DynamicConfigValue("custom.lineStyle", DASHED)])
+    panel.override_by_regexp("/ held out/", [models.DynamicConfigValue("custom.lineStyle", DASHED)])
     return panel if empty is None else panel.no_value(empty)
 
 

@@ -23,8 +23,7 @@ function framesOf(panel, answers, step) {
   const several = panel.targets.length > 1;
   return panel.targets.flatMap((target) => {
     const series = answers[`${target.instant ? "now " : ""}${target.expr}`];
-    if (series === undefined) throw new Error(`no answer to ${target.expr}`);
-    if (series.length === 0) return [];
+    if (!series?.length) return [];
     if (target.format === 'table') return [table(target, series, several ? `Value #${target.refId}` : 'Value')];
     if (target.format === 'heatmap') return [histogram(target, series, step)];
     return series.map((one) => curve(target, one, step));

@@ -52,8 +52,22 @@ def questions() -> Iterator[Question]:
     """Those of all panels of all dashboards."""
     for board in dashboards().values():
         for panel in board["panels"]:
-            for target in panel["targets"]:
-                yield Question(target["expr"], bool(target.get("instant")))
+            yield from questions_of(panel)
+
+
+def questions_of(panel: dict[str, Any]) -> list[Question]:
+    """Those of one panel."""
+    return [Question(target["expr"], bool(target.get("instant"))) for target in panel["targets"]]
+
+
+def is_recorded(panel: dict[str, Any], recording: dict[str, Any]) -> bool:
+    """Whether a query of the panel is in a recording: a new panel's are not, before the next one is made."""
+    return any(question.key in recording["answers"] for question in questions_of(panel))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The recording in a file."""
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def substitute(expr: str, runs: Sequence[str], step: float = SCRAPE_SECONDS) -> str:
