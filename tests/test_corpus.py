@@ -620,7 +620,7 @@ def test_missing_package_names_the_extra_to_install(
     monkeypatch.setitem(sys.modules, module, None)
     message = refusal(tmp_path, kind=kind, dataset="any")
     assert message.startswith(f"corpus.kind = '{kind}' needs {module}, which cannot be imported")
-    assert message.endswith('pip install "sluice[hf]"')
+    assert message.endswith('pip install "sluice-sae[hf]"')
 
 
 # Token files

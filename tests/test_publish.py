@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +18,7 @@ from tests.small_hub import TOKEN, Hub, running_hub
 from tests.small_run import identity_sae, publish_snapshot
 from trainer.saes.description import equations_of
 from trainer.saes.registry import names
-from trainer.snapshot import read_manifest, verify
+from trainer.snapshot import SAELENS_LAYOUT, read_manifest, verify
 
 SETTINGS = {
     "run": {"directory": "/home/me/run"},
@@ -22,6 +26,16 @@ SETTINGS = {
     "sae": [{"name": "small", "d_sae": 8}, {"name": "other", "d_sae": 8}],
     "stream": {"keys": "/home/me/keys"},
 }
+
+SAELENS_KEYS: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+    "metadata": {"hook_name": "blocks.0.hook_resid_post", "sae_lens_version": SAELENS_LAYOUT},
+}
+"""Keys that a trainer writes and the small SAE lacks."""
 
 
 @pytest.fixture
@@ -100,6 +114,26 @@ def test_the_card_says_what_the_saes_are(snapshot: Path, tmp_path: Path) -> None
     ):
         assert line in card.splitlines(), line
     assert "2 sparse autoencoders of `tiny`, trained on 1.5 M tokens" in card
+
+
+@pytest.mark.peers
+@pytest.mark.timeout(600)
+def test_saelens_loads_what_was_published(snapshot: Path, hub: Hub, tmp_path: Path) -> None:
+    """By the lines of the card, in its own environment, from the hub."""
+    python = os.environ.get("SLUICE_PEERS_PYTHON")
+    if python is None:
+        pytest.skip("SLUICE_PEERS_PYTHON names no environment; run `make peers`")
+    saes = [replace(sae, cfg=sae.cfg | SAELENS_KEYS) for sae in (identity_sae("small"),)]
+    published = publish_snapshot(tmp_path / "published", 1000, saes, id="run-2")
+    assert main([str(published), "someone/saes"]) == 0
+
+    card = hub.repositories["someone/saes"]["README.md"].decode()
+    block = card.partition("```python\n")[2].partition("```")[0]
+    code = f"import torch\nactivations = torch.tensor([[1.0, -2.0, 0.0, 3.0]])\n{block}\nprint(latents.tolist())"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    process = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.splitlines()[-1] == "[[1.0, 0.0, 0.0, 3.0, 0.0, 2.0, 0.0, 0.0]]"
 
 
 @pytest.mark.parametrize("architecture", names())

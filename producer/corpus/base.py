@@ -124,7 +124,7 @@ def import_library(module: str, settings: CorpusSettings) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         need = f"corpus.kind = {settings.kind!r} needs {module}, which cannot be imported ({error})"
-        raise CorpusError(f'{need}; pip install "sluice[hf]"') from None
+        raise CorpusError(f'{need}; pip install "sluice-sae[hf]"') from None
 
 
 def raise_faults(faults: Iterable[str]) -> None:

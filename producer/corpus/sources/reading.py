@@ -63,7 +63,7 @@ def _open_zstd(file: DataFile) -> Iterator[BinaryIO]:
         import pyarrow  # of the extra `hf`
     except ImportError as error:
         need = f"{file.path}: .zst files need pyarrow, which cannot be imported ({error})"
-        raise CorpusError(f'{need}; pip install "sluice[hf]", or unpack it (zstd -d)') from None
+        raise CorpusError(f'{need}; pip install "sluice-sae[hf]", or unpack it (zstd -d)') from None
     try:
         with pyarrow.input_stream(str(file.path), compression="zstd") as packed:
             yield cast(BinaryIO, io.BufferedReader(packed))
