@@ -7,7 +7,7 @@ PINS ?= -c deploy/pins.txt
 # Processes of `make test`, each with one thread of arithmetic; "logical" is one per core.
 WORKERS ?= logical
 
-.PHONY: demo test long lint bench gpu peers proofs quality watch slurm drills clean
+.PHONY: demo test long lint bench gpu peers proofs quality watch scale slurm drills clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
@@ -42,6 +42,10 @@ peers: $(VENV)-peers/ready $(VENV)-dashboards/ready $(VENV)/ready-dev
 drills: $(VENV)/ready-dev
 	-@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e ".[fuzz]"  # the drill that needs it says so
 	$(BIN)/python -m tests.drills
+
+scale: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.drills --only rank
 
 watch: $(VENV)/ready-dev $(VENV)-grafana/ready
 	$(BIN)/python -m pytest -q -m watch

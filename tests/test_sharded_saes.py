@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from producer.settings import CorpusSettings, SyntheticSettings
 from tests.small_ranks import SIZES, SmallRanks
-from tests.small_saes import D_IN, FAMILY, HOOKS, UNSCALED, hook_widths, rows_of
+from tests.small_saes import D_IN, FAMILY, HOOKS, UNSCALED, hook_widths, publish_sae, rows_of
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.planning.exchange import exchanged_bytes
 from trainer.planning.workload import step_costs
@@ -29,6 +30,7 @@ from trainer.saes.gradients import THROUGH_ENCODER
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.initial import random_rows
 from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
+from trainer.saes.start import read_start
 from trainer.settings import OptimizerSettings, TrainerSettings
 from trainer.training.averaging import AverageWeights
 from trainer.training.sae_trainer import SaeTrainer
@@ -342,6 +344,41 @@ def test_planted_faults_are_caught(small_ranks: SmallRanks, fault: str) -> None:
     """Each makes the comparison with one process fail."""
     with pytest.raises(AssertionError):
         assert_parity(small_ranks, QUICK[FAULTS[fault][0]], (2,), fault)
+
+
+# First weights from a published SAE
+
+
+def started(ranks: Ranks, table: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of an SAE that begins with the weights of `start_from`, after three steps."""
+    settings = SaeSettings.of(**table)
+    hooks, optimizer = SaeHooks.from_settings(settings, HOOKS), OptimizerSettings(learning_rate=1e-3)
+    sae_trainer = SaeTrainer(
+        settings, optimizer, hooks, hook_widths(settings), torch.device("cpu"), torch.float32, ranks=ranks
+    )
+    sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED, read_start(settings))
+    for step in range(1, 4):
+        sae_trainer.step(rows_of(settings, BATCH, step))
+    return tensors_of(sae_trainer)
+
+
+@pytest.mark.parametrize(("published", "name"), [("topk", "topk"), ("relu l1", "repair")])
+def test_ranks_go_on_from_a_published_sae(small_ranks: SmallRanks, published: str, name: str, tmp_path: Path) -> None:
+    """Each takes its latents of the one file; with fixed blocks they train as one process does, to the bit."""
+    torch.manual_seed(0)
+    source = SaeSettings.of(**case(published))
+    widths, hooks = hook_widths(source), SaeHooks.from_settings(source, HOOKS)
+    first = SaeTrainer(source, OptimizerSettings(), hooks, widths, torch.device("cpu"), torch.float32)
+    rows = rows_of(source, 256, 3)
+    first.initialise(rows, UNSCALED)
+    transform, rate = first.input_transform(UNSCALED), first.statistics.firing_rate()
+    folder = publish_sae(tmp_path / "run", first.sae, transform, rate, rows["a"], {"hook_name": "a"})
+
+    table = case(name) | {"start_from": str(folder)}
+    expected = started(Ranks(0, 1, None, blocks=8, latents_per_unit=1), table)
+    for size in SIZES:
+        whole = joined(small_ranks.run(started, size, table, blocks=8))
+        assert sha256(whole) == sha256(expected)
 
 
 # Fixed blocks
