@@ -10,14 +10,16 @@
     summary         summary.json, completed with the evaluation
     suite           SAEs as layers × sites
     comparison      the differences of two snapshots
+    notes           labels, notes and bookmarks of latents
     history         the curves of a run
     metrics         Prometheus metrics of the monitor, and the list of all
     evaluation/     SAEs measured with the language model; latents
     http/           the HTTP service and its pages
     runs/           several runs side by side
+    interpretation/ latents explained by another language model, where asked for
     export/         metrics and latents in the formats of other programs
     publishing/     snapshots on the Hugging Face hub
-    cli/            pull, top, compare, serve, export, publish
+    cli/            pull, top, compare, serve, explain, export, publish
     grafana/        dashboards
     prometheus/     alerts
 

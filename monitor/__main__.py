@@ -31,6 +31,8 @@ Beside it, for a monitor that is running:
       fetch the newest snapshot, or with --follow each new one
   {shell_command("monitor", "top", "URL")}
       the run's live table in this terminal
+  {shell_command("monitor", "explain", "URL")}
+      what another language model, on a server that you name, says about latents
 and for runs and snapshots on disk:
   {shell_command("monitor", "compare", "A", "B")}
       what changed between two of them
@@ -47,6 +49,7 @@ COMMANDS = {
     "top": "monitor.cli.top",
     "compare": "monitor.cli.compare",
     "serve": "monitor.cli.serve",
+    "explain": "monitor.cli.explain",
     "export": "monitor.cli.export",
     "publish": "monitor.cli.publish",
 }

@@ -205,6 +205,44 @@ def test_values_of_tokens_by_keyboard_and_by_tap(browser, address: str):
     page.close()
 
 
+def test_a_text_is_tried_on_a_latent(page, address: str):
+    """Read, then steered with; the next token after the one that is chosen; a reload keeps all of it."""
+    page.goto(f"{address}/latents/planted/0")
+    page.wait_for_load_state("load")
+    page.fill("#try-text", "we import a class")
+    page.click("#try-form button")
+    playwright.expect(page.locator("#tried")).to_contain_text("fires on 1 of 4 tokens")
+    assert page.is_disabled("#try-strength")
+    page.select_option("#try-mode", "steer")
+    page.fill("#try-strength", "2")
+    page.click("#try-form button")
+    page.wait_for_selector("#effect-table")
+    page.click("#tried a[data-at='1']")
+    page.wait_for_selector("#tried a[data-at='1'].at")
+    page.reload()
+    page.wait_for_selector("#effect-table")
+    assert page.input_value("#try-mode") == "steer" and page.input_value("#try-strength") == "2"
+
+
+def test_a_note_is_written_with_the_token(browser, explorer: Explorer, folder: Path):
+    """In the browser that has shown it; the next reader sees it."""
+    app = make_app(folder / "run", new_registry(), token="a-token-of-sixteen-letters", handle=ExplorerHandle(explorer))
+    port, close = start_service(app, "127.0.0.1", 0, lambda: False)
+    page = new_page(browser)
+    page.goto(f"http://127.0.0.1:{port}/latents/planted/0?token=a-token-of-sixteen-letters")
+    page.wait_for_selector("#note-form")
+    page.wait_for_load_state("load")
+    page.fill("#note-form input[name=label]", "imports")
+    page.check("#note-form input[name=is_bookmarked]")
+    page.click("#note-form button")
+    playwright.expect(page.locator("#note-saved")).to_have_text("saved")
+    page.goto(f"http://127.0.0.1:{port}/?marked=bookmark")
+    assert page.locator("#latents-table tbody tr").count() == 1 and "imports" in page.inner_text("#latents-table")
+    page.close()
+    close()
+    (folder / "run" / "notes.json").unlink()
+
+
 TICKS = "[...document.querySelectorAll('#chart-training-fvu .ytick text')].map((tick) => tick.textContent)"
 
 
@@ -309,7 +347,9 @@ def check_with_axe(browser, address: str) -> None:
         assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == [], width
 
 
-@pytest.mark.parametrize("path", ["/", "/?sae=planted&text=we import a class", "/latents/planted/0", "/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/", "/?text=we import a class", "/latents/planted/0?text=we import&mode=ablate", "/nothing"]
+)
 def test_axe_finds_nothing(browser, address: str, path: str):
     """On phones, tablets and desktops, light and dark."""
     check_with_axe(browser, address + path)

@@ -212,7 +212,7 @@ def test_latents_are_there_as_json(client: TestClient):
     assert latent.keys() == {
         *("index", "density", "firings", "strongest", "norm", "age", "top_tokens", "sae", "snapshot", "d_sae", "rows"),
         *("hook", "target", "architecture", "explanation", "contexts", "lower", "histogram", "written_at", "promoted"),
-        *("suppressed", "nearest", "past"),
+        *("suppressed", "nearest", "past", "coactive", "scatter", "newest"),
     }
     assert latent["contexts"][0].keys() == {"value", "times", "at", "cut_before", "cut_after", "tokens", "values"}
     assert client.get("/v1/latents/planted/0?snapshot=000000001000").json()["age"] == 0

@@ -4,6 +4,7 @@
     top             the command that shows a run
     compare         the command that compares two snapshots
     serve           the command that serves several runs
+    explain         the command that asks another language model about latents
     export          the command that writes a run for other programs
     publish         the command that puts a snapshot on the Hugging Face hub
     arguments       arguments that commands have in common
@@ -13,6 +14,7 @@
     run_view        a run, polled and drawn
     terminal        tables of a run
     comparison_tables   tables of a comparison
+    explain_latents explanations of latents
     export_run      an export
     publish_run     a publication
     progress        bars

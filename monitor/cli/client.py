@@ -65,6 +65,10 @@ class Monitor:
         except httpx.TooManyRedirects:
             raise MonitorError(f"{address} redirects in a circle; is this the address of a Sluice monitor?") from None
 
+    def write_note(self, sae: str, latent: int, note: dict[str, Any]) -> None:
+        """Keeps a note of a latent. Raises MonitorError where the monitor refuses, and ConnectionError."""
+        _write(self._client, f"{self.base}/v1/notes/{urllib.parse.quote(sae)}/{latent}", note)
+
     def read(self, path: str, wait: float = 0.0) -> dict[str, Any] | None:
         """A JSON object; None where there is nothing new (204). Raises as `open` does."""
         with self.open(path, wait=wait) as response:
@@ -72,6 +76,20 @@ class Monitor:
                 return None
             text = read_body(response)
         return parse_document(text, self.base + path)
+
+
+def _write(client: httpx.Client, address: str, document: dict[str, Any]) -> None:
+    """PUTs a JSON object. Raises MonitorError or ConnectionError."""
+    try:
+        response = client.put(address, json=document, timeout=TIMEOUT_SECONDS)
+    except httpx.TransportError as error:
+        raise ConnectionError(f"the connection to {address} broke: {error or type(error).__name__}") from None
+    if not response.is_success:
+        try:
+            reason = str(parse_object(response.content)["error"])
+        except (ParseError, KeyError):
+            reason = response.reason_phrase
+        raise MonitorError(f"{address} answers {response.status_code}: {reason}")
 
 
 def _new_client(headers: dict[str, str]) -> httpx.Client:

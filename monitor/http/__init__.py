@@ -2,6 +2,8 @@
 
     service         routes of snapshots and their files
     routes          routes of pages, and of the JSON behind them
+    latent_routes   routes of single latents and of notes
+    requests        what a request asks for
     access          the token
     responses       responses that a client may have cached
     throttle        the share of CPU time that the service may use

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from monitor.evaluation.latents.views import Histogram, LatentTable
+from monitor.evaluation.latents.views import Histogram, LatentTable, Scatter
 from producer.common.formatting import format_bytes, format_count
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ def _environment() -> Environment:
     )
     filters = (
         *(number, percentage, moment, format_bytes, format_count, visible, shaded, density_share, histogram_bars),
-        criteria,
+        *(criteria, scatter_picture),
     )
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {
@@ -121,6 +121,7 @@ def _shaded_token(token: Markup, value: float, strongest: float, is_at: bool) ->
 
 # --- Histograms ------------------------------------------------------------------------------------------------------
 
+SCATTER_HEIGHT = 136
 WIDTH, HEIGHT = 360, 120
 """Size of the picture of a histogram."""
 
@@ -152,6 +153,42 @@ def histogram_bars(histogram: Histogram) -> list[Bar]:
         for index, count in enumerate(histogram.counts)
         if count
     ]
+
+
+@dataclass(frozen=True)
+class ScatterPicture:
+    """A scatter in the units of the picture; `path` has a dot for each latent."""
+
+    path: str
+    own: tuple[float, float] | None
+    """None for a silent latent."""
+    word: str
+    low_density: float
+    high_density: float
+    low: float
+    high: float
+
+
+def scatter_picture(scatter: Scatter) -> ScatterPicture:
+    """Density across, on a logarithmic scale, and norm or strongest activation upwards."""
+    densities = [*scatter.density, *([scatter.own_density] if scatter.own_density else [])] or [1.0]
+    values = [*scatter.value, scatter.own_value]
+    low_density, high_density, low, high = min(densities), max(densities), min(values), max(values)
+
+    def place(density: float, value: float) -> tuple[float, float]:
+        across = log10(density / low_density) / (log10(high_density / low_density) or 1.0)
+        return WIDTH * across, SCATTER_HEIGHT * (1 - (value - low) / ((high - low) or 1.0))
+
+    points = [place(density, value) for density, value in zip(scatter.density, scatter.value, strict=True)]
+    return ScatterPicture(
+        path="".join(f"M{x:.0f} {y:.0f}h0" for x, y in points),
+        own=place(scatter.own_density, scatter.own_value) if scatter.own_density else None,
+        word="norm" if scatter.by == "norm" else "strongest activation",
+        low_density=low_density,
+        high_density=high_density,
+        low=low,
+        high=high,
+    )
 
 
 def _log_share(count: int, highest: int) -> float:

@@ -6,10 +6,12 @@ export, a single file, is the same page.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from monitor.evaluation.latents.views import FiringLatent, Latent, LatentTable, Order, TextFirings
+from monitor.evaluation.latents.views import FiringLatent, Latent, LatentTable, Order, TextFirings, TriedText
 from monitor.http.html import render
+from monitor.notes import Note
 
 COLUMNS: dict[Order, tuple[str, str]] = {
     "index": ("latent", "its number in the SAE"),
@@ -38,9 +40,10 @@ class SortLink:
         return {"descending": " ↓", "ascending": " ↑", None: ""}[self.sort]
 
 
-def latent_table(table: LatentTable) -> str:
+def latent_table(table: LatentTable, notes: Mapping[int, Note], marked: str = "") -> str:
     """One page of the table. Its headings sort, by links that the script takes over."""
-    return render("latent_table.html", table=table, columns=[_column(name, table) for name in COLUMNS])
+    columns = [_column(name, table) for name in COLUMNS]
+    return render("latent_table.html", table=table, columns=columns, notes=notes, marked=marked)
 
 
 def _column(name: Order, table: LatentTable) -> SortLink:
@@ -77,6 +80,42 @@ def _firing_row(latent: FiringLatent, at: int | None) -> FiringRow:
     return FiringRow(latent, activation, scale=max(abs(latent.strongest), abs(activation)))
 
 
-def latent_page(latent: Latent, *, exported: bool = False) -> str:
-    """The page of one latent; exported, it stands alone: no links into the service, no script."""
-    return render("latent.html", title=f"{latent.sae} · latent {latent.index}", latent=latent, exported=exported)
+@dataclass(frozen=True)
+class NoteView:
+    """What people have said about a latent, and whether the reader may change it."""
+
+    note: Note | None
+    is_writable: bool = False
+
+
+def latent_page(
+    latent: Latent, view: NoteView = NoteView(None), *, exported: bool = False, text: str = "", tried: str = ""
+) -> str:  # fmt: skip
+    """The page of one latent; exported, it stands alone: no links into the service, no script.
+
+    `text` is one that is tried, and `tried` the HTML about it.
+    """
+    return render(
+        "latent.html",
+        title=f"{latent.sae} · latent {latent.index}",
+        latent=latent,
+        exported=exported,
+        note=view.note or Note(),
+        is_writable=view.is_writable,
+        text=text or _suggested_text(latent),
+        tried=tried,
+    )
+
+
+def _suggested_text(latent: Latent) -> str:
+    """The text up to the strongest firing: what follows it is what the latent changes most."""
+    if not latent.contexts:
+        return ""
+    strongest = latent.contexts[0]
+    return "".join(strongest.tokens[: strongest.at + 1])
+
+
+def tried_text(tried: TriedText) -> str:
+    """A text that was tried on one latent."""
+    scale = max(abs(tried.strongest), *(abs(value) for value in tried.values), 1e-12)
+    return render("tried_text.html", tried=tried, scale=scale)

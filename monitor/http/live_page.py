@@ -35,6 +35,8 @@ DENSITIES = (
     ("0.1:1", "over 10 %"),
 )
 """Densities that the table can be narrowed to, as `Explorer.table` takes them, and words for them."""
+MARKS = (("", "all"), ("bookmark", "bookmarked"), ("note", "with notes"))
+"""Latents that the table can be narrowed to by what people have left, and words for them."""
 SNAPSHOTS_SHOWN = 20
 """The newest; the page asks for its parts every two seconds."""
 
@@ -120,6 +122,8 @@ class LatentSection:
     search: str
     density: str
     """The value of DENSITIES that is selected."""
+    marked: str
+    """The value of MARKS that is selected."""
     text: str
     """The sentence whose firing latents are shown; empty for none."""
     table: str
@@ -152,6 +156,7 @@ def run_page(run: Run, snapshots: RunSnapshots, latents: LatentSection, base_url
         "live_page.html",
         title=run["directory"],
         charts=charts(),
+        marks=MARKS,
         latents=latents,
         latent_table=Markup(latents.table),
         pull=shell_command("monitor", "pull", address, anywhere=True)

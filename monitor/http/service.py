@@ -1,4 +1,4 @@
-"""The HTTP service: serves the snapshots of a run directory, and changes nothing in it.
+"""The HTTP service: serves the snapshots of a run directory, and changes nothing in it but notes.
 
     GET / and its parts                         the pages for people, and their JSON: `monitor.http.routes`
     GET /v1/run                                 settings, newest report, summary
@@ -41,8 +41,9 @@ from starlette.routing import Route
 from monitor.files import is_within
 from monitor.http.access import TokenGate
 from monitor.http.explorer_handle import ExplorerHandle
+from monitor.http.requests import error_page
 from monitor.http.responses import IMMUTABLE, MUTABLE, hashed_file, json_file, tagged_json
-from monitor.http.routes import error_page, page_routes
+from monitor.http.routes import page_routes
 from monitor.http.throttle import CpuThrottle
 from monitor.run_directory import read_page, read_run, why_not_ready
 from monitor.snapshot_index import index_of, manifest_of
@@ -53,7 +54,10 @@ LONGEST_WAIT_SECONDS = 300.0
 POLL_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
 NICE = 19
-PATHS = "/, /v1/run, /v1/history, /v1/snapshots, /v1/snapshots/latest, /v1/latents, /healthz, /readyz, /metrics"
+PATHS = (
+    "/, /docs, /v1/run, /v1/history, /v1/snapshots, /v1/snapshots/latest, /v1/latents, /v1/notes, /healthz, /readyz, "
+    "/metrics"
+)
 
 
 FOR_PROGRAMS = ("/v1/", "/parts", "/static/", "/metrics", "/healthz", "/readyz")
@@ -87,7 +91,7 @@ def make_app(
     routes = _Routes(run_directory, registry, unhealthy, page_sizes, handle)
     return Starlette(
         routes=[
-            *page_routes(run_directory, handle),
+            *page_routes(run_directory, handle, is_writable=token is not None),
             Route("/v1/run", routes.run),
             Route("/v1/snapshots", routes.snapshots),
             Route("/v1/snapshots/latest", routes.latest),
@@ -286,7 +290,7 @@ def _error_response(request: Request, error: Exception) -> Response:
     if error.status_code == 404 and message == "Not Found":
         message = f"no {request.url.path!r} here; there are {PATHS}"
     if error.status_code == 405:
-        message = f"{request.method} is not served: this service only reads"
+        message = f"{request.method} is not served here: this service only reads, but for notes"
     if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith(FOR_PROGRAMS):
         return error_page(message, error)
     return JSONResponse({"error": message}, error.status_code, headers=error.headers)

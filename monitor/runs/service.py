@@ -26,8 +26,9 @@ from starlette.routing import Route
 
 from monitor.history import History
 from monitor.http.access import TokenGate
+from monitor.http.requests import error_page, html_response
 from monitor.http.responses import MUTABLE, tagged_json
-from monitor.http.routes import error_page, html_response, static
+from monitor.http.routes import static
 from monitor.http.service import start_service
 from monitor.run_directory import is_training, read_run
 from monitor.runs.directories import find_runs

@@ -6,6 +6,9 @@
     explorer        answers to the questions of readers
     search          latents by text, number and density
     snapshot_saes   SAEs of snapshots, mapped from their files
+    text_reader     texts that somebody typed, read with an SAE
+    intervention    a latent ablated, and steered with
+    coactivation    latents that fire together, and one among all
     examples        firings in their text
     logit_lens      what a latent's direction adds to the logits
     texts           token ids as text

@@ -18,6 +18,8 @@ TOKENS_AROUND = (32, 16)
 """Tokens shown before and after a firing;"""
 TOKENS_AROUND_IN_TABLE = (6, 6)
 """in the table."""
+TOKENS_AROUND_FOR_MODELS = (20, 8)
+"""in texts that another language model is shown."""
 EXAMPLES = 16
 STRONGEST_FIRINGS = 32
 """Firings among which examples are chosen; weaker ones are shown by quantile."""
@@ -46,6 +48,37 @@ def distinct_examples(latents: LatentActivations, texts: Texts, latent: int) -> 
         firings.setdefault(nearby, []).append(firing)
     groups = list(firings.values())[:EXAMPLES]
     return [example_at(latents, texts, latent, group[0], times=len(group)) for group in groups]
+
+
+def spread_examples(latents: LatentActivations, texts: Texts, latent: int, count: int) -> list[LatentExample]:
+    """`count` firings from the strongest to the weakest, evenly by rank; all of them where there are fewer."""
+    firings = len(latents.of(latent)[1])
+    ranks = np.unique(np.linspace(0, max(0, firings - 1), min(count, firings)).round().astype(int))
+    return [example_at(latents, texts, latent, int(rank), TOKENS_AROUND_FOR_MODELS) for rank in ranks]
+
+
+def silent_examples(latents: LatentActivations, texts: Texts, latent: int, count: int) -> list[LatentExample]:
+    """Up to `count` pieces of text, as long as the others, in which the latent does not fire; always the same ones."""
+    before, after = TOKENS_AROUND_FOR_MODELS
+    fires = np.zeros((len(latents.ids), latents.context), bool)
+    fires.ravel()[latents.of(latent)[0]] = True
+    examples: list[LatentExample] = []
+    for position in np.random.default_rng(latent).permutation(np.flatnonzero(latents.streamed)):
+        if len(examples) == count:
+            break
+        window, place = divmod(int(position), latents.context)
+        text = np.flatnonzero(latents.streamed[window, max(0, place - before) : place + after + 1]) + max(
+            0, place - before
+        )
+        if not fires[window, text].any():
+            tokens = texts.pieces(latents.ids[window, text].tolist())
+            examples.append(
+                LatentExample(
+                    value=0.0, times=1, at=int((text < place).sum()), cut_before=True, cut_after=True, tokens=tokens,
+                    values=[0.0] * len(tokens),
+                )
+            )  # fmt: skip
+    return examples
 
 
 def quantile_examples(latents: LatentActivations, texts: Texts, latent: int) -> list[QuantileExamples]:

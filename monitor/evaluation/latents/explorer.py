@@ -6,7 +6,7 @@ Everything is read off the newest snapshot whose latents' activations are on dis
 from __future__ import annotations
 
 import re
-import threading
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from monitor.evaluation.latents.activations import GONE, TOP_TOKENS, encode_sparse, load_decoder
-from monitor.evaluation.latents.examples import distinct_examples, histogram, quantile_examples, strongest_example
+from monitor.evaluation.latents.activations import GONE, TOP_TOKENS, load_decoder
+from monitor.evaluation.latents.coactivation import coactive_latents, scatter
+from monitor.evaluation.latents.examples import (
+    distinct_examples,
+    histogram,
+    quantile_examples,
+    silent_examples,
+    spread_examples,
+    strongest_example,
+)
 from monitor.evaluation.latents.explanation import explain
+from monitor.evaluation.latents.intervention import Intervener, Mode
 from monitor.evaluation.latents.logit_lens import LogitLens, strongest_effects
 from monitor.evaluation.latents.search import DensityRange, LatentSearch
 from monitor.evaluation.latents.snapshot_saes import SnapshotSae, SnapshotSaes
+from monitor.evaluation.latents.text_reader import TextReader
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import (
+    CoactiveLatent,
     FiringLatent,
     Latent,
+    LatentExamples,
     LatentInSnapshot,
     LatentRow,
     LatentSummary,
@@ -32,10 +44,10 @@ from monitor.evaluation.latents.views import (
     NGram,
     Order,
     TextFirings,
+    TriedText,
 )
 from monitor.run_directory import NotFoundError, snapshots_until
 from monitor.snapshot_index import manifest_of
-from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
 from trainer.snapshot import SnapshotError
@@ -43,8 +55,6 @@ from trainer.snapshot import SnapshotError
 SNAPSHOTS_SHOWN = 24
 """Snapshots in which a latent is shown; of more, evenly spaced ones."""
 NEAREST = 12
-LONGEST_TEXT = 4_000
-"""Characters of a text whose firing latents are asked for."""
 LATENTS_SHOWN = 60
 """Latents that fire on a text."""
 
@@ -63,8 +73,8 @@ class Explorer:
         self._saes = SnapshotSaes(run_directory)
         self._lens = LogitLens(model)
         self._search = LatentSearch(self._texts)
-        self._encoding = threading.Lock()
-        """Held while a text is encoded: that takes memory for all latents of some tokens."""
+        self._reader = TextReader(model, self._texts, corpus)
+        self._intervener = Intervener(model, self._texts, self._reader)
 
     def open(self, sae: str, snapshot: str | None = None) -> SnapshotSae:
         """Opens one SAE of the newest snapshot, or of the one named. Raises NotFoundError."""
@@ -74,15 +84,17 @@ class Explorer:
 
     def table(
         self, sae: str, order: Order = "strongest", descending: bool = True, search: str = "", offset: int = 0,
-        limit: int = 50, snapshot: str | None = None, density: str = "",
+        limit: int = 50, snapshot: str | None = None, density: str = "", among: Collection[int] | None = None,
     ) -> LatentTable:  # fmt: skip
-        """A page of the table: the latents for which `search` and `density` hold, as `search` has them.
+        """A page of the table: the latents `among` those named for which `search` and `density` hold.
 
         Raises NotFoundError, and SearchError for a search that cannot be understood. Silent latents come last, whatever
         the order, but by index. An `offset` beyond the end is the last page.
         """
         source = self.open(sae, snapshot)
         matching = self._search.matching(source, search.strip(), DensityRange.parse(density))
+        if among is not None:
+            matching = matching[np.isin(matching, list(among))]
         ranked = matching[_rank(source, matching, order, descending)]
         offset = min(offset, max(0, len(matching) - 1) // limit * limit)
         return LatentTable(
@@ -122,9 +134,7 @@ class Explorer:
 
     def latent(self, sae: str, latent: int, snapshot: str | None = None) -> Latent:
         """Everything on the page of one latent. Raises NotFoundError."""
-        source, texts = self.open(sae, snapshot), self._texts
-        if not 0 <= latent < source.latents.d_sae:
-            raise NotFoundError(f"SAE {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
+        source, texts = self._open_latent(sae, latent, snapshot), self._texts
         hooks = source.inference.hooks
         effect = self._lens.effect(hooks.writes[-1], source.decoder_row(latent))
         promoted, suppressed = (None, None) if effect is None else strongest_effects(effect, texts)
@@ -146,7 +156,31 @@ class Explorer:
             suppressed=suppressed,
             nearest=self._nearest(source, latent),
             past=self._past(source, latent),
+            coactive=[
+                CoactiveLatent(**vars(self._summary(source, index)), together=together, phi=phi)
+                for index, together, phi in coactive_latents(source.latents, latent)
+            ],
+            scatter=scatter(source, latent),
+            newest=source.snapshot if snapshot is None else self.open(sae).snapshot,
         )
+
+    def examples(self, sae: str, latent: int, count: int, snapshot: str | None = None) -> LatentExamples:
+        """Up to `count` texts in which a latent fires, and as many in which it does not. Raises NotFoundError."""
+        source = self._open_latent(sae, latent, snapshot)
+        return LatentExamples(
+            sae=sae,
+            snapshot=source.snapshot,
+            index=latent,
+            firing=spread_examples(source.latents, self._texts, latent, count),
+            silent=silent_examples(source.latents, self._texts, latent, count),
+        )
+
+    def _open_latent(self, sae: str, latent: int, snapshot: str | None) -> SnapshotSae:
+        """The SAE that has this latent. Raises NotFoundError."""
+        source = self.open(sae, snapshot)
+        if not 0 <= latent < source.latents.d_sae:
+            raise NotFoundError(f"SAE {sae!r} has latents 0 to {source.latents.d_sae - 1}, not {latent}")
+        return source
 
     def _explanation(self, source: SnapshotSae, latent: int) -> NGram | None:
         """The n-gram that predicts the latent best; None where none does at all."""
@@ -207,15 +241,12 @@ class Explorer:
         NotFoundError, and ValueError for a text without tokens, one that is too long, or a token that it does not have.
         """
         source = self.open(sae)
-        windows = self._windows(text)
-        tokens = self._texts.pieces(windows.ids[windows.kept].tolist())
-        if at is not None and not 0 <= at < len(tokens):
-            raise ValueError(f"at = {at}: the text has tokens 0 to {len(tokens) - 1}")
-        with self._encoding:
-            position, latent, value = self._activations(source, windows)
-        counted = slice(None) if at is None else position == at
+        read = self._reader.read(source, text)
+        if at is not None and not 0 <= at < len(read.tokens):
+            raise ValueError(f"at = {at}: the text has tokens 0 to {len(read.tokens) - 1}")
+        counted = slice(None) if at is None else read.position == at
         strengths = np.zeros(source.latents.d_sae, np.float32)
-        np.maximum.at(strengths, latent[counted], np.abs(value[counted]))
+        np.maximum.at(strengths, read.latent[counted], np.abs(read.value[counted]))
         firing = np.flatnonzero(strengths)
         shares = strengths[firing] / np.maximum(np.abs(source.latents.strongest[firing]), strengths[firing])
         strongest = firing[np.argsort(-shares, kind="stable")][:LATENTS_SHOWN]
@@ -224,35 +255,22 @@ class Explorer:
             snapshot=source.snapshot,
             text=text,
             at=at,
-            tokens=tokens,
-            active=np.bincount(position, minlength=len(tokens)).tolist(),
+            tokens=read.tokens,
+            active=np.bincount(read.position, minlength=len(read.tokens)).tolist(),
             firing=len(firing),
             latents=[
-                FiringLatent(
-                    **vars(self._summary(source, int(index))),
-                    values=_along(position[latent == index], value[latent == index], len(tokens)),
-                )
+                FiringLatent(**vars(self._summary(source, int(index))), values=read.along(int(index)))
                 for index in strongest
             ],
         )
 
-    def _windows(self, text: str) -> Windows:
-        """The windows of a text. Raises ValueError for one that the SAE cannot be shown."""
-        if not text.strip() or len(text) > LONGEST_TEXT:
-            raise ValueError(f"a text of {len(text)} characters; expected 1 to {LONGEST_TEXT:,}, not only spaces")
-        windows = self._texts.windows(text, self._corpus)
-        if not windows.kept.any():
-            raise ValueError("this text has no token that an SAE is shown: special tokens are left out")
-        return windows
-
-    def _activations(self, source: SnapshotSae, windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(position, latent, value) of all activations; positions count the tokens that the SAE is shown."""
-        hooks = [hook.name for hook in self._model.hooks]
-        ids, is_kept, padding = map(torch.from_numpy, (windows.ids, windows.kept, windows.padded))
-        outputs = dict(zip(hooks, self._model.activations(ids, padding), strict=True))
-        x = torch.cat([outputs[hook].cpu()[is_kept].float() for hook in source.inference.hooks.reads], 1)
-        position, latent, value = encode_sparse(source.inference, x)
-        return position.numpy(), latent.numpy(), value.numpy()
+    def try_text(
+        self, sae: str, latent: int, text: str, mode: Mode | None = None, strength: float = 1.0, at: int | None = None,
+        snapshot: str | None = None,
+    ) -> TriedText:  # fmt: skip
+        """A text on one latent; see `Intervener.try_text`. Raises NotFoundError and ValueError."""
+        source = self._open_latent(sae, latent, snapshot)
+        return self._intervener.try_text(source, latent, text, mode, strength, at)
 
 
 def _rank(source: SnapshotSae, latents: np.ndarray, order: Order, descending: bool) -> np.ndarray:
@@ -263,13 +281,6 @@ def _rank(source: SnapshotSae, latents: np.ndarray, order: Order, descending: bo
         return rank
     is_silent = source.latents.firings[latents][rank] == 0
     return np.concatenate([rank[~is_silent], rank[is_silent]])
-
-
-def _along(positions: np.ndarray, values: np.ndarray, length: int) -> list[float]:
-    """`values` at their positions, zeros elsewhere."""
-    dense = np.zeros(length, np.float32)
-    dense[positions] = values
-    return dense.tolist()
 
 
 def _distinct(tokens: list[str]) -> list[str]:

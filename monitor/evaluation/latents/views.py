@@ -126,6 +126,27 @@ class NearLatent(LatentSummary):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoactiveLatent(LatentSummary):
+    """A latent of the same SAE that fires on the same tokens."""
+
+    together: int
+    """Held-out tokens on which both fire."""
+    phi: float
+    """Correlation of firing: 1 for latents that always fire together, 0 for independent ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """A latent among others of its SAE that fire, by density and by `by`."""
+
+    by: Literal["norm", "strongest"]
+    density: list[float]
+    value: list[float]
+    own_density: float
+    own_value: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentInSnapshot:
     """A latent as it was in one snapshot."""
 
@@ -167,6 +188,10 @@ class Latent(LatentSummary):
     nearest: list[NearLatent]
     past: list[LatentInSnapshot]
     """Oldest first."""
+    coactive: list[CoactiveLatent]
+    scatter: Scatter
+    newest: str
+    """The newest snapshot that has this SAE's latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +219,59 @@ class TextFirings:
     latents: list[FiringLatent]
 
 
-def to_json(view: LatentTable | Latent | TextFirings) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class TokenProbability:
+    """The probability that a token comes next, before and after an intervention."""
+
+    token: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenEffect:
+    """What the language model predicts next when a latent is ablated or steered with."""
+
+    mode: Literal["ablate", "steer"]
+    strength: float | None
+    """Of steering: a multiple of the latent's strongest activation."""
+    at: int
+    """The token after which is predicted."""
+    kl: list[float]
+    """KL(before ‖ after) of the next token after each token, in nats."""
+    next_tokens: list[TokenProbability]
+    """The likeliest before, and those that gain and lose most; the likeliest after first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedText:
+    """A text that somebody tried on one latent."""
+
+    sae: str
+    snapshot: str
+    index: int
+    text: str
+    is_cut: bool
+    """Whether the text goes on after `tokens`."""
+    tokens: list[str]
+    values: list[float]
+    """The latent's activation on each token."""
+    strongest: float
+    """Its strongest on held-out text."""
+    effect: NextTokenEffect | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentExamples:
+    """Texts in which a latent fires, strongest first, and texts in which it does not."""
+
+    sae: str
+    snapshot: str
+    index: int
+    firing: list[LatentExample]
+    silent: list[LatentExample]
+
+
+def to_json(view: LatentTable | Latent | TextFirings | TriedText | LatentExamples) -> bytes:
     """The record as a JSON object. Raises ValueError for NaN and infinities."""
     return json.dumps(view, default=vars, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -198,10 +198,12 @@ function addListeners() {
     showTable();
     if (shownText.trim()) showFirings();
   });
-  byId("density").addEventListener("change", () => {
-    delete tableState.offset;
-    showTable();
-  });
+  for (const id of ["density", "marked"]) {
+    byId(id).addEventListener("change", () => {
+      delete tableState.offset;
+      showTable();
+    });
+  }
   byId("search-form").addEventListener("submit", (event) => {
     event.preventDefault();
     showTable();
