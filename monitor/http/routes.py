@@ -115,9 +115,8 @@ class _Pages:
     def table(self, request: Request) -> Response:
         table = with_status(lambda: self._table(request, sae_of(request)))
         if (offset := integer(request, "offset", 0, least=0)) >= table.matching:
-            table = replace(
-                table, offset=offset, latents=[]
-            )  # the page shows the last one; a script would go on for ever
+            # The page shows the last one; a script would go on for ever.
+            table = replace(table, offset=offset, latents=[])
         return view_response(table)
 
     def firings(self, request: Request) -> Response:
