@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from producer.common.run_file import read_run_file
-from producer.corpus import open_corpus
-from producer.corpus.rendering.windows import windows_of
+from producer.corpus import open_text
 from producer.settings import ProducerSettings
+from producer.wire import held_out_shards
 from tests.small_chats import chat_tokenizer, write_chat_model
 from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
 
@@ -78,11 +79,26 @@ def write_texts(folder: Path) -> None:
     (folder / "a.jsonl").write_text("".join(lines))
 
 
+def write_mixture(folder: Path) -> None:
+    """Conversations, documents apart and documents in a row, in folders of their own."""
+    for name, write in (("chat", write_chats), ("apart", write_texts), ("packed", write_texts)):
+        (folder / name).mkdir()
+        write(folder / name)
+
+
+MIXTURE = """kind = "mixture"
+mixture = [
+    {name = "chat", kind = "chat", paths = ["DIR/data/chat"], roles = ["assistant"], shard_bytes = 1500, weight = 2},
+    {name = "apart", kind = "jsonl", paths = ["DIR/data/apart"], packing = "separate", shard_bytes = 1500},
+    {name = "packed", kind = "jsonl", paths = ["DIR/data/packed"], shard_bytes = 900, held_out = 0.2, weight = 1.5},
+]
+"""
 JSONL = 'kind = "jsonl"\npaths = ["DIR/data"]\nshard_bytes = 1500\n'
 CORPORA: dict[str, tuple[Callable[[Path], None], str]] = {
     "chat": (write_chats, 'kind = "chat"\npaths = ["DIR/data"]\nroles = ["assistant"]\nshard_bytes = 1500'),
     "separate": (write_texts, JSONL + 'packing = "separate"\npositions = ["2:"]'),
     "separate_masked": (write_texts, JSONL + 'packing = "separate_masked"'),
+    "mixture": (write_mixture, MIXTURE),
 }
 """What is written into DIR/data, and the lines of [corpus]."""
 
@@ -99,14 +115,28 @@ def names(shard: Any, window: Any, position: Any) -> np.ndarray:
 
 
 def expected_names(run_file: Path) -> np.ndarray:
-    """The name of each position that should be streamed in an epoch, read without any process."""
-    settings = read_run_file(ProducerSettings, run_file, []).corpus
-    corpus = open_corpus(settings)
-    parts = []
-    for shard in corpus.training_shards:
-        windows = windows_of(corpus.documents(shard), chat_tokenizer(), settings)
-        parts.append(names(shard, *np.nonzero(windows.kept)))
-    return np.concatenate(parts)
+    """The name of each position that should be streamed in two epochs, read without any process."""
+    text = open_text(read_run_file(ProducerSettings, run_file, []).corpus)
+    held_out = held_out_shards(text.shards, text.held_out)
+    return np.concatenate(
+        [
+            names(shard, *np.nonzero(text.windows(shard, epoch, chat_tokenizer()).kept))
+            for epoch in range(2)
+            for shard in range(text.shards)
+            if shard not in held_out
+        ]
+    )
+
+
+def expected_shares(run_file: Path) -> dict[str, int]:
+    """Tokens of each corpus of a mixture in two epochs, added up shard by shard."""
+    text = open_text(read_run_file(ProducerSettings, run_file, []).corpus)
+    counts: Counter[str] = Counter()
+    for epoch in range(2):
+        for shard in range(text.shards if text.shares else 0):
+            part, number = text.find(shard, epoch)
+            counts[part.name] += int(part.windows(number, chat_tokenizer()).kept.sum())
+    return counts
 
 
 @pytest.mark.long
@@ -116,14 +146,14 @@ def expected_names(run_file: Path) -> np.ndarray:
 def test_a_killed_run_trains_each_name_exactly_once(
     start: Start, tmp_path: Path, kind: str, deterministic: bool
 ) -> None:
-    """Two epochs; a producer and the trainer are killed in the first."""
+    """Two epochs; a producer and the trainer are killed in the first. Of a mixture, each corpus has its exact share."""
     write, lines = CORPORA[kind]
     (tmp_path / "data").mkdir()
     write(tmp_path / "data")
     write_chat_model(tmp_path / "model")
     run_file = tmp_path / "run.toml"
     run_file.write_text(RUN.replace("CORPUS", lines).replace("DIR", str(tmp_path)))
-    expected = np.sort(np.tile(expected_names(run_file), 2))
+    expected = np.sort(expected_names(run_file))
     mode = f"run.deterministic={str(deterministic).lower()}"
 
     trainer, victim = start("trainer", mode), start("producer", mode)
@@ -139,3 +169,5 @@ def test_a_killed_run_trains_each_name_exactly_once(
     assert start("trainer", mode).wait(120) == 0
     shard, window, position = np.fromfile(tmp_path / "rows", np.int32).reshape(-1, 3).T
     np.testing.assert_array_equal(np.sort(names(shard, window, position)), expected)
+    report = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report["stream"]["tokens_by_corpus"] == expected_shares(run_file)
