@@ -185,20 +185,24 @@ class Comparison:
     """SAEs that B has not."""
     only_b: list[str]
     saes: dict[str, SaeComparison]
+    revisions: tuple[str | None, str | None] = (None, None)
+    """Of a language model under training: the checkpoints that A and B were trained on last."""
 
     def as_json(self) -> dict[str, Any]:
         """The output of `compare --json`."""
         saes = {name: sae.as_json() for name, sae in self.saes.items()}
-        return {"a": self.a, "b": self.b, "only_a": self.only_a, "only_b": self.only_b, "saes": saes}
+        revisions = {"revisions": list(self.revisions)} if any(self.revisions) else {}
+        return {"a": self.a, "b": self.b, **revisions, "only_a": self.only_a, "only_b": self.only_b, "saes": saes}
 
 
 def compare(a: Path, b: Path, on_progress: OnProgress = _ignore_progress) -> Comparison:
     """Compares the folders of two snapshots or two SAEs. Raises CompareError."""
     saes_a, saes_b = find_saes(a), find_saes(b)
+    revisions = _revision(a), _revision(b)
     if len(saes_a) == len(saes_b) == 1:  # names may differ
         (name_a, sae_a), (name_b, sae_b) = *saes_a.items(), *saes_b.items()
         title = name_a if name_a == name_b else f"{name_a} → {name_b}"
-        return Comparison(str(a), str(b), [], [], {title: compare_saes(sae_a, sae_b, on_progress)})
+        return Comparison(str(a), str(b), [], [], {title: compare_saes(sae_a, sae_b, on_progress)}, revisions)
     names = [name for name in saes_a if name in saes_b]
     if not names:
         raise CompareError(
@@ -211,7 +215,16 @@ def compare(a: Path, b: Path, on_progress: OnProgress = _ignore_progress) -> Com
         only_a=[name for name in saes_a if name not in saes_b],
         only_b=[name for name in saes_b if name not in saes_a],
         saes={name: compare_saes(saes_a[name], saes_b[name], on_progress) for name in names},
+        revisions=revisions,
     )
+
+
+def _revision(folder: Path) -> str | None:
+    """The checkpoint of a language model under training that a snapshot, or the one around an SAE, was trained on."""
+    snapshot = folder if (folder / "manifest.json").is_file() else folder.parent
+    manifest = read_json(snapshot / "manifest.json", snapshot) or {}
+    stream = manifest.get("run", {}).get("stream", {})
+    return str(stream["revision"] or "its first weights") if "revision" in stream else None
 
 
 def find_saes(folder: Path) -> dict[str, ComparedSae]:

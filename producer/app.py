@@ -20,6 +20,7 @@ from producer.keys import KeysError
 from producer.link import Link, NoTrainer, RefusedByTrainer
 from producer.lm.errors import ModelError
 from producer.lm.precision import use_deterministic_algorithms
+from producer.lm.revisions import follows
 from producer.metrics import ProducerMetrics
 from producer.packing import chunk_windows_of
 from producer.produce import Producer
@@ -63,6 +64,8 @@ def _open(settings: ProducerSettings) -> tuple[Source, list[float] | None]:
     source.choose_batch()
     held_out = set(held_out_shards(source.shards, source.held_out))
     training_shards = (shard for shard in range(source.shards) if shard not in held_out)
+    if settings.model is not None and follows(settings.model):
+        return source, None  # each revision has its own
     return source, norm_bounds(source, training_shards, settings.corpus.outlier_factor)
 
 
@@ -92,10 +95,18 @@ def _serve(settings: ProducerSettings, source: Source, bounds: list[float] | Non
     registry = new_registry()
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})
     close_metrics = _serve_metrics(settings, registry, ProducerHealth(link, settings.stream.stall_seconds))
+    newest = source.find_newest()
+    link.announce_revision(newest.name, newest.number)  # with the first HELLO
     try:
         with link:
             producer = Producer(source, link, settings.stream.dtype, chunk_windows, metrics.update)
-            with MetricsTimer(lambda: metrics.update(producer.report())):
+
+            def look() -> None:
+                newest = source.find_newest()
+                link.announce_revision(newest.name, newest.number)
+                metrics.update(producer.report())
+
+            with MetricsTimer(look):
                 producer.run()
     finally:
         close_metrics()

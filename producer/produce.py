@@ -99,7 +99,9 @@ class Producer:
             windows = self._text.windows(lease.shard, lease.epoch)
             self._text_seconds += time.monotonic() - began
             received = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
-            leased = LeasedShard(lease.shard, windows, windows.kept & ~received, norm_bounds)
+            self._source.use_revision(lease.revision)
+            bounds = self._source.revision_bounds
+            leased = LeasedShard(lease.shard, windows, windows.kept & ~received, bounds or norm_bounds)
             windows_counted = 0
             for chunks in self._run_on_gpu(leased) if self._on_gpu else self._run_on_cpu(leased):
                 for chunk in chunks:
@@ -121,7 +123,8 @@ class Producer:
             )
             return
         tokens = int(windows.kept.sum())
-        self._link.end_shard(lease, ShardEnd(shard=lease.shard, epoch=lease.epoch, attempt=lease.attempt, rows=tokens))
+        end = ShardEnd(shard=lease.shard, epoch=lease.epoch, attempt=lease.attempt, rows=tokens, norm_bounds=bounds)
+        self._link.end_shard(lease, end)
         self._shards += 1
         self._on_report(self.report())
 

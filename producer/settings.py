@@ -100,6 +100,12 @@ class ModelSettings(Table):
     `./gpt2` is always a folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it, so that the stream stays the same."""
+    revisions: list[str] | None = Field(default=None, min_length=1, examples=[["step1000", "step2000"]])
+    """A model under training as it was saved: each epoch reads the next of these revisions on the hub, or folders
+    below `name`; the last one stays."""
+    watch: PathText | None = Field(default=None, examples=["out"])
+    """A folder into which a training run saves checkpoints: the newest complete one is read, and the next one as soon
+    as it is there. `name` is read before, and gives the tokenizer."""
     hooks: list[str] = Field(min_length=1, examples=[["blocks.6.hook_resid_post"]])
     """Hooks to read, by TransformerLens' names: `blocks.6.hook_resid_post` (also resid_pre, attn_out, resid_mid,
     mlp_in, mlp_out), `blocks.6.mlp.hook_post`, `blocks.6.attn.hook_z` (also q, k, v; one head: `hook_z[3]`),
@@ -113,6 +119,13 @@ class ModelSettings(Table):
     """Windows in one forward pass; without it, as many as are measured to be fast: about 4096 tokens on a CPU."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+
+    @model_validator(mode="after")
+    def _one_way_to_revisions(self) -> ModelSettings:
+        names = [name for name in ("revision", "revisions", "watch") if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise ValueError(f"model.{names[0]} and model.{names[1]} exclude each other; leave one out")
+        return self
 
     @field_validator("hooks")
     @classmethod
@@ -314,6 +327,8 @@ class SyntheticSettings(Table):
 
 def deterministic_fault(run: RunSettings, model: ModelSettings | None) -> str | None:
     """Names a setting that leaves a deterministic run to measurements, and what to set; None when none does."""
+    if run.deterministic and model is not None and model.watch is not None:
+        return "run.deterministic and model.watch exclude each other: when a checkpoint comes is chance; use revisions"
     if run.deterministic and model is not None and model.dtype == "auto":
         return 'run.deterministic needs model.dtype = "float32" or "bfloat16": "auto" is measured at each start'
     return None

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -27,8 +28,9 @@ from producer.lm.errors import ModelError, non_finite_message
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
 from producer.lm.precision import dtype_name
+from producer.lm.revisions import FIRST, Revision, describe, first_settings, follows, newest_checkpoint, settings_of
 from producer.settings import ProducerSettings
-from producer.wire import CorpusShare, Hook
+from producer.wire import CorpusShare, Hook, held_out_shards
 
 log = logging.getLogger("sluice.producer")
 
@@ -76,6 +78,19 @@ class Source(Protocol):
         """Measurements of the start, for the stream's HELLO and the snapshots; they decide no activation."""
         ...
 
+    def use_revision(self, name: str) -> None:
+        """Loads a revision of a language model under training. Raises ModelError."""
+        ...
+
+    def find_newest(self) -> Revision:
+        """Looks for the newest revision of a language model under training."""
+        ...
+
+    @property
+    def revision_bounds(self) -> list[float] | None:
+        """Norm bounds of the present revision, per hook; None where the run has one for all, or nothing is dropped."""
+        ...
+
     def windows(self, shard: int, epoch: int = 0) -> Windows: ...
 
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
@@ -93,7 +108,13 @@ class LanguageModelSource:
         # The corpus first: a wrong path should not wait for a model to load.
         self._text: Text = open_text(settings.corpus)
         log.info("corpus: %s", self._text.description)
-        self.model: LanguageModel = load_language_model(settings.model)
+        self._model_settings = settings.model
+        self.model: LanguageModel = load_language_model(first_settings(settings.model))
+        self._tokenizer = self.model.tokenizer
+        self._revision = settings.model.revisions[0] if settings.model.revisions else ""
+        self._newest = FIRST
+        self._outlier_factor = settings.corpus.outlier_factor
+        self._revision_bounds: list[float] | None = None
         self._text.check_packing(self.model.tokenizer, self.model.vocabulary)
         if unknown := self.model.unknown_tokens:
             log.info(
@@ -135,6 +156,40 @@ class LanguageModelSource:
             "exclude_special": self._text.common("exclude_special"),
             "outlier_factor": settings.corpus.outlier_factor,
         } | (self._arithmetic_facts() if settings.run.deterministic else {})
+        if follows(settings.model):
+            self.facts["model_revisions"] = describe(settings.model.revisions)
+
+    def use_revision(self, name: str) -> None:
+        if name != self._revision:
+            self._load_revision(name)
+        if follows(self._model_settings) and self._revision_bounds is None:
+            held_out = set(held_out_shards(self.shards, self.held_out))
+            shards = (shard for shard in range(self.shards) if shard not in held_out)
+            self._revision_bounds = norm_bounds(self, shards, self._outlier_factor)
+
+    def _load_revision(self, name: str) -> None:
+        began = time.monotonic()
+        model = load_language_model(settings_of(self._model_settings, name), tokenizer=self._tokenizer)
+        widths = {hook.name: hook.width for hook in model.hooks}
+        if widths != {hook.name: hook.width for hook in self.hooks} or model.vocabulary != self.model.vocabulary:
+            raise ModelError(
+                f"checkpoint {name} has hooks of widths {widths} and {model.vocabulary} token ids, and the run's model "
+                f"has {[hook.width for hook in self.hooks]} and {self.model.vocabulary}; it is of another model"
+            )
+        if self._text.has_shared_windows:
+            model.check_shared_windows(self.context)
+        self.model, self._revision, self._revision_bounds = model, name, None
+        log.info("loaded %s (weights %s) in %.1f s", name or "model.name", model.fingerprint[:12],
+                 time.monotonic() - began)  # fmt: skip
+
+    def find_newest(self) -> Revision:
+        if self._model_settings.watch is not None:
+            self._newest = newest_checkpoint(Path(self._model_settings.watch), self._newest)
+        return self._newest
+
+    @property
+    def revision_bounds(self) -> list[float] | None:
+        return self._revision_bounds
 
     def _arithmetic_facts(self) -> dict[str, JsonValue]:
         """Returns what decides the last bits of an activation: the sizes of products, and what computes them."""
@@ -219,7 +274,7 @@ class LanguageModelSource:
         }
 
     def windows(self, shard: int, epoch: int = 0) -> Windows:
-        windows = self._text.windows(shard, epoch, self.model.tokenizer)
+        windows = self._text.windows(shard, epoch, self._tokenizer)
         self.model.check_ids(torch.from_numpy(windows.ids))  # before any activation of the shard is sent
         return windows
 
@@ -239,6 +294,7 @@ class SyntheticSource:
     concurrent_passes = 1
     layers = (0, 0)
     measurements: ClassVar[dict[str, JsonValue]] = {}
+    revision_bounds = None
 
     def __init__(self, settings: ProducerSettings) -> None:
         self.data = SyntheticActivations(settings.corpus)
@@ -263,6 +319,12 @@ class SyntheticSource:
 
     def choose_batch(self) -> None:
         """There is nothing to choose: a pass is a copy."""
+
+    def use_revision(self, name: str) -> None:
+        """There is no language model."""
+
+    def find_newest(self) -> Revision:
+        return FIRST
 
     def windows(self, shard: int, epoch: int = 0) -> Windows:
         count = len(self._shard(shard)) // self.context

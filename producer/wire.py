@@ -104,6 +104,9 @@ class Hello(Message):
     """Per hook, the norm above which an activation is an outlier; the HELLO that settles the run decides for all."""
     provenance: dict[Word, JsonValue]
     """Facts for the snapshot: model, revision, corpus, exclusions, self-check."""
+    revision: Text = ""
+    """Newest checkpoint of a language model under training that this producer sees; empty for its first weights."""
+    revision_number: Count = 0
     corpora: Annotated[list[CorpusShare], Field(max_length=256)] = []
     """Of a mixture; which shard of a corpus a number stands for may differ from epoch to epoch."""
 
@@ -153,6 +156,8 @@ class Lease(Message):
     shard: Count
     epoch: Count
     attempt: Count
+    revision: Text = ""
+    """Of a language model under training: the checkpoint whose activations are asked for."""
 
 
 class Credit(Message):
@@ -190,6 +195,8 @@ class ShardEnd(Message):
     attempt: Count
     rows: Count
     """All activations of the shard, those masked by the lease included."""
+    norm_bounds: list[Annotated[float, Field(gt=0)]] | None = None
+    """Of a language model under training, whose revisions have bounds of their own: those of this shard's."""
 
 
 class ShardFail(Message):
@@ -208,6 +215,9 @@ class Heartbeat(Message):
 
     kind = "HEARTBEAT"
     progress: Count
+    revision: Text = ""
+    """As in HELLO."""
+    revision_number: Count = 0
 
 
 class Drain(Message):

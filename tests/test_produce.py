@@ -75,6 +75,10 @@ class Tensors:
     layers: ClassVar[tuple[int, int]] = (1, 2)
     measurements: ClassVar[dict[str, Any]] = {}
     facts: ClassVar[dict[str, Any]] = {"corpus": "tensors"}
+    revision_bounds: ClassVar[None] = None
+
+    def use_revision(self, name: str) -> None:
+        assert not name
 
     @property
     def context(self) -> int:

@@ -169,6 +169,8 @@ def open_ledger(settings: TrainerSettings, saved: Checkpoint | None) -> Ledger:
             "held_out": settings.corpus.held_out,
         }
         | ({"deterministic": True} if deterministic else {}),
+        revisions=tuple(settings.model.revisions or ()) if settings.model is not None else (),
+        watches_checkpoints=settings.model is not None and settings.model.watch is not None,
     )
     policy: CreditPolicy = FairCredit()
     if deterministic:

@@ -68,7 +68,11 @@ def show(comparison: Comparison) -> None:
     console = Console(highlight=False)
     for name, sae in comparison.saes.items():
         indent = " " * len(name)
-        console.print(f"\n[bold]{name}[/]   A {comparison.a}\n{indent}   B {comparison.b}", soft_wrap=True)
+        a, b = (
+            f"{side}, trained on {revision} of the language model" if revision else side
+            for side, revision in zip((comparison.a, comparison.b), comparison.revisions, strict=True)
+        )
+        console.print(f"\n[bold]{name}[/]   A {a}\n{indent}   B {b}", soft_wrap=True)
         if sae.numbers:
             console.print(_numbers_table(sae.numbers))
         if isinstance(sae.latents, Incomparable):

@@ -106,7 +106,7 @@ class Evaluator:
         except Exception as error:
             if not is_complete(self._directory / "snapshots" / name):
                 return  # retired meanwhile; the next look takes a newer one
-            is_unexpected = not isinstance(error, SnapshotError | EvaluationError)
+            is_unexpected = not isinstance(error, SnapshotError | EvaluationError | ModelError)
             self._fail(name, f"snapshot {name} is not evaluated: {error}", is_unexpected)
         finally:
             self._current = self.moved_at = None
@@ -155,6 +155,7 @@ class Evaluator:
     def _process(self, inputs: EvaluationInputs, name: str) -> None:
         """Whatever is missing beside the SAEs of a snapshot. Newer snapshots take precedence over its latents."""
         snapshot = PublishedSnapshot.read(self._directory / "snapshots" / name)
+        inputs = self._at_revision(inputs, snapshot)
         evaluations = {sae: read_evaluation(snapshot.folder, sae) for sae in snapshot.saes}
         self._metrics.retain(evaluations)
         for sae, evaluation in evaluations.items():
@@ -171,6 +172,16 @@ class Evaluator:
             for sae in _saes_with_unmeasured_latents(snapshot):
                 if self._is_newest(snapshot):
                     self._measure_latents(inputs, snapshot, sae)
+
+    def _at_revision(self, inputs: EvaluationInputs, snapshot: PublishedSnapshot) -> EvaluationInputs:
+        """The inputs with the checkpoint of the language model that a snapshot was trained on. Raises ModelError."""
+        if snapshot.revision == inputs.revision:
+            return inputs
+        assert self._settings.model is not None
+        log.info("loading checkpoint %s, which snapshot %s was trained on", snapshot.revision, snapshot.name)
+        self._inputs = inputs.at_revision(self._settings.model, snapshot.revision)
+        self._handle.explorer = Explorer(self._directory, self._inputs.model, self._settings.corpus)
+        return self._inputs
 
     def _evaluate(self, inputs: EvaluationInputs, snapshot: PublishedSnapshot, saes: list[str]) -> None:
         """Measures SAEs with the language model, all in the same passes."""

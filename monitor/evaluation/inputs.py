@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from producer.corpus import open_text
 from producer.corpus.rendering.windows import Windows
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
+from producer.lm.revisions import first_settings, settings_of
+from producer.settings import ModelSettings
 from trainer.snapshot import Manifest
 
 log = logging.getLogger("sluice.monitor")
@@ -55,6 +57,11 @@ class PublishedSnapshot:
         return self.manifest.run.get("stream", {})
 
     @property
+    def revision(self) -> str:
+        """The checkpoint of a language model under training whose activations were trained on last."""
+        return str(self.stream.get("revision", ""))
+
+    @property
     def norm_bounds(self) -> NormBounds | None:
         """For each hook, the norm beyond which that stream drops an activation."""
         return self.stream.get("norm_bounds")
@@ -74,6 +81,13 @@ class EvaluationInputs:
     labelled_texts: LabelledTexts | None
     """Texts of monitor.probe_file."""
     baseline: Baseline = field(default_factory=Baseline)
+    revision: str = ""
+    """Of a language model under training: the checkpoint that `model` is."""
+
+    def at_revision(self, settings: ModelSettings, revision: str) -> EvaluationInputs:
+        """Loads another checkpoint of a language model under training; the texts stay. Raises ModelError."""
+        model = load_language_model(settings_of(settings, revision), whole=True, tokenizer=self.model.tokenizer)
+        return replace(self, model=model, baseline=Baseline(), revision=revision)
 
     def check_stream(self, snapshot: PublishedSnapshot) -> None:
         """Raises EvaluationError for another stream: text is held out only from the same text, cut the same way."""
@@ -93,7 +107,7 @@ def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
     torch.set_num_threads(monitor.evaluation_threads)
     log.info("loading %s and held-out text, to evaluate with", settings.model.name)
     text = open_text(corpus_settings)
-    model = load_language_model(settings.model, whole=True)
+    model = load_language_model(first_settings(settings.model), whole=True)
     if not model.predicts:
         log.info(
             "%s %s: its SAEs are measured by what they reconstruct (FVU, cosine, L0, density, latents), and not by "
@@ -120,7 +134,9 @@ def load_inputs(settings: MonitorSettings) -> EvaluationInputs:
         "tokens_fingerprint": text.tokens_fingerprint(model.tokenizer),
         "held_out": text.held_out,
     }
-    return EvaluationInputs(model, held_out, latent_windows, stream_facts, _load_labelled_texts(settings, model))
+    labelled_texts = _load_labelled_texts(settings, model)
+    first = settings.model.revisions[0] if settings.model.revisions else ""
+    return EvaluationInputs(model, held_out, latent_windows, stream_facts, labelled_texts, revision=first)
 
 
 def _load_labelled_texts(settings: MonitorSettings, model: LanguageModel) -> LabelledTexts | None:

@@ -91,6 +91,11 @@ class Link:
             self._count_progress()
         self._wake_up.wake()
 
+    def announce_revision(self, name: str, number: int) -> None:
+        """Tells the trainer, with the next heartbeats, of the newest checkpoint of the language model."""
+        with self._state.changed:
+            self._state.revision = name, number
+
     def report_progress(self) -> None:
         """Tells the trainer, with the next heartbeat, that the loop works although no chunk is ready."""
         with self._state.changed:

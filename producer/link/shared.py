@@ -26,6 +26,8 @@ class SharedState:
         """The process leaves: send BYE and stop."""
         self.progress = 0
         """Chunks, shards and forward passes so far: what heartbeats tell the trainer."""
+        self.revision = ("", 0)
+        """Name and number of the newest checkpoint of the language model."""
         self.sessions = 0
         """Sessions that a trainer has accepted."""
 
@@ -34,7 +36,10 @@ class SharedState:
         with self.changed:
             self.session = session = ProducerSession(uuid.uuid4().hex, time.monotonic())
             self.outbox.clear()
-            self.outbox.append((hello.model_copy(update={"session": session.name}), None))
+            update: dict[str, object] = {"session": session.name}
+            if self.revision[0]:
+                update |= {"revision": self.revision[0], "revision_number": self.revision[1]}
+            self.outbox.append((hello.model_copy(update=update), None))
             self.changed.notify_all()
         return session
 

@@ -175,7 +175,8 @@ class SocketThread:
         now = time.monotonic()
         if session.is_heartbeat_due(now):
             session.heartbeat_sent_at = now
-            connection.send(Heartbeat(progress=self._state.progress))
+            name, number = self._state.revision
+            connection.send(Heartbeat(progress=self._state.progress, revision=name, revision_number=number))
         outbox = self._state.outbox
         while outbox:
             message, payload = outbox[0]

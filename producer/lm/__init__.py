@@ -8,6 +8,7 @@ the name of its class, and what comes after the last hook is removed. In reading
     errors       ModelError, and the sentences that several stages share
     precision    the number format that is fastest on this machine; deterministic algorithms
     pretrained   the whole model and its tokenizer, from a folder or the hub; its fingerprint
+    revisions    checkpoints of a model under training: which are there, and the settings that load one
     gguf         GGUF files as models, and as Hugging Face folders
     limits       vocabulary, longest window, the windows that models are probed with
     hooks        hook points; reading and replacing the input or output of a module

@@ -6,6 +6,8 @@ one before it is handed out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from producer.lm.blocks import cut_after, find_blocks
@@ -28,15 +30,16 @@ from producer.lm.self_check import compare, hook_points, masks_padding, sees_ahe
 from producer.settings import ModelSettings
 
 
-def load_language_model(settings: ModelSettings, *, whole: bool = False) -> LanguageModel:
+def load_language_model(settings: ModelSettings, *, whole: bool = False, tokenizer: Any = None) -> LanguageModel:
     """The model that `settings` name, checked against itself, on its device, ready to run.
 
     By default everything after the last hooked layer is dropped before the model moves to its device. With `whole`
-    nothing is dropped, and `logits` works. Raises ModelError for whatever an operator can mend.
+    nothing is dropped, and `logits` works. A checkpoint of a training run takes the `tokenizer` of the model that is
+    trained. Raises ModelError for whatever an operator can mend.
     """
     device = _device(settings.device)
     with quiet_transformers(), torch.inference_mode():
-        pretrained = load_pretrained(settings, _dtype(settings.dtype, device))
+        pretrained = load_pretrained(settings, _dtype(settings.dtype, device), tokenizer)
         chain = find_blocks(pretrained)
         context_limit = find_context_limit(pretrained.network, chain.decoder, chain.blocks)
         model_fingerprint = fingerprint(pretrained)

@@ -52,14 +52,18 @@ class PretrainedModel:
     """Parameters that the checkpoint does not hold, so that transformers filled them with random numbers."""
 
 
-def load_pretrained(settings: ModelSettings, dtype: torch.dtype) -> PretrainedModel:
-    """The model that `settings` name, in `dtype`, ready for passes without cache and gradients."""
+def load_pretrained(settings: ModelSettings, dtype: torch.dtype, tokenizer: Any = None) -> PretrainedModel:
+    """The model that `settings` name, in `dtype`, ready for passes without cache and gradients.
+
+    Without a `tokenizer` its own is loaded.
+    """
     source, gguf = _source(settings.name)
     options = gguf | {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     with _explain_errors(settings), torch.inference_mode(False):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         _check_config(settings, config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        if tokenizer is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         auto_class = _auto_class(config)
         network, report = auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, **options

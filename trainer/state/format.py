@@ -108,6 +108,7 @@ class OpenShardState:
     failures: int = 0
     deaths: int = 0
     given_up: bool = False
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,11 @@ class LedgerState:
     open: list[OpenShardState]
     trained_by_corpus: dict[str, int] = field(default_factory=dict)
     """Tokens of each corpus of a mixture."""
+    trained_by_revision: dict[str, int] = field(default_factory=dict)
+    """Tokens of each revision of the language model, in the order in which they came."""
+    newest_revision: str = ""
+    newest_revision_number: int = 0
+    revision_bounds: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,16 @@ class Intake:
 
     @property
     def norm_bounds(self) -> list[float] | None:
-        """For each hook, the norm beyond which producers drop an activation."""
-        return self.ledger.identity.norm_bounds
+        """For each hook, the norm beyond which producers drop an activation; of the revision that is trained on."""
+        revisions = self.ledger.shards.revisions
+        return revisions.bounds.get(revisions.last_trained or "", self.ledger.identity.norm_bounds)
+
+    @property
+    def revisions(self) -> dict[str, int] | None:
+        """Tokens trained of each revision of a language model under training; None for one that does not change."""
+        with self.lock:
+            revisions = self.ledger.shards.revisions
+            return None if revisions.last_trained is None else dict(revisions.tokens)
 
     @property
     def failure(self) -> BaseException | None:

@@ -141,7 +141,7 @@ def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict
     modules = {hook.name: hook.module for hook in run.stream.hooks}
     metadata = {
         "model_name": provenance.get("model"),
-        "model_revision": provenance.get("model_revision"),
+        "model_revision": facts["stream"].get("revision") or provenance.get("model_revision"),
         "model_from_pretrained_kwargs": {},
         # A crosscoder has no one hook: naming its first would make others read it as an SAE of that one.
         "hook_name": None if hooks.is_crosscoder else hooks.reads[0],
@@ -186,7 +186,8 @@ def _not_trained_on(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
 
 def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
     """The manifest's part on the run."""
-    hooks, bounds = run.stream.hooks, intake.norm_bounds
+    hooks, bounds, revisions = run.stream.hooks, intake.norm_bounds, intake.revisions
+    trained = {} if revisions is None else {"revision": [*revisions][-1], "tokens_by_revision": revisions}
     return {
         "id": intake.run_id,
         "settings": run.roster.resolve(run.settings).model_dump(mode="json", exclude_none=True),
@@ -196,6 +197,7 @@ def run_facts(run: Run, intake: Intake) -> dict[str, Any]:
             "shards": run.stream.shards,
             "held_out": run.stream.held_out,
             "hooks": [hook.model_dump() for hook in hooks],
+            **trained,
             "norm_bounds": bounds and {hook.name: bound for hook, bound in zip(hooks, bounds, strict=True)},
         },
         "epoch": intake.epoch,

@@ -6,6 +6,7 @@
     sessions     one producer's conversation with this trainer
     admission    which producers are turned away
     shards       the queue of shards, and the states that a shard goes through
+    revisions    which checkpoint of a language model under training a shard is leased with
     failures     when a shard is tried again, and when it is quarantined
     credit       who is leased which shard and may send how much: fairly, or in the corpus' order
     invariants   what must hold, checked while the trainer runs

@@ -84,11 +84,13 @@ class CreditPolicy(ABC):
                 continue
             if shard in free:
                 free.remove(shard)
+            if not shard.mask.any():
+                shard.revision = shards.revisions.of_epoch(shard.epoch)
             shard.lease(name)
             if not session.leases:
                 session.last_progress = now
             session.leases.append(shard)
-            lease = Lease(shard=shard.shard, epoch=shard.epoch, attempt=shard.attempt)
+            lease = Lease(shard=shard.shard, epoch=shard.epoch, attempt=shard.attempt, revision=shard.revision)
             sends.append(Send(name, lease, pack_bits(shard.mask) if shard.mask.any() else b""))
         return sends
 

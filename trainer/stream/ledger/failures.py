@@ -43,6 +43,10 @@ class Failures:
         self._notice_at: float | None = None
         """While only shards in trouble are left: when that was noticed, or said, last."""
 
+    def add_notice(self, sentence: str) -> None:
+        """Adds a sentence for the log."""
+        self._notices.append(sentence)
+
     def pop_notices(self) -> list[str]:
         """Notices for the operator since the last call, in sentences."""
         notices, self._notices = self._notices, []

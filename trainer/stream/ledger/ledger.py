@@ -43,6 +43,7 @@ from trainer.stream.ledger.failures import Failures
 from trainer.stream.ledger.identity import StreamIdentity
 from trainer.stream.ledger.invariants import Invariants
 from trainer.stream.ledger.phase import StreamPhase
+from trainer.stream.ledger.revisions import Revisions
 from trainer.stream.ledger.sessions import Send, Session
 from trainer.stream.ledger.shards import FailureReport, Quarantine, ShardQueue, count_bits
 
@@ -60,6 +61,10 @@ class Limits:
     stall_seconds: float
     expected: dict[str, Any] = field(default_factory=dict)
     """Facts of the stream in the trainer's own run file: `hooks` (names), dtype, context, held_out."""
+    revisions: tuple[str, ...] = ()
+    """model.revisions: one for each epoch."""
+    watches_checkpoints: bool = False
+    """model.watch is set: producers say which checkpoint of the language model is the newest."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Ledger:
         self.endpoints = endpoints
         self.identity = StreamIdentity(limits.expected, self.policy.fixed_chunks)
         self.sessions: dict[str, Session] = {}
-        self.shards = ShardQueue(limits.seed, limits.epochs)
+        self.shards = ShardQueue(limits.seed, limits.epochs, Revisions(limits.revisions, limits.watches_checkpoints))
         self.failures = Failures(self.shards, self.sessions, limits.dead_seconds, self.policy.counts_reports_at_once)
         self.tokens_received = self.tokens_trained = self.tokens_dropped = 0
         self.sessions_lost = self.auth_failures = 0
@@ -155,6 +160,7 @@ class Ledger:
             # Bounds and provenance of a producer that has left without an activation decide nothing.
             self.identity.adopt(hello)
         self.sessions[hello.session] = Session(hello, last_heard=now, last_progress=now)
+        self._note_revision(hello.revision, hello.revision_number)
         welcome = Welcome(
             session=hello.session,
             run=self.run,
@@ -213,6 +219,8 @@ class Ledger:
             # Text of which nothing is kept is rare, and a producer that skips its work looks the same.
             code, reason = "empty_shard", "no activation of it is kept"
         else:
+            if end.norm_bounds is not None and len(end.norm_bounds) == len(sender.hello.hooks):
+                self.shards.revisions.bounds.setdefault(shard.revision, end.norm_bounds)
             self.shards.complete(shard, end.rows)
             self.failures.confirm_reports(producer)
             return []
@@ -233,6 +241,7 @@ class Ledger:
     def heartbeat(self, session: str, beat: Heartbeat, now: float) -> list[Send]:
         """A producer lives, and says how far it is."""
         self.sessions[session].hear_heartbeat(beat.progress, now)
+        self._note_revision(beat.revision, beat.revision_number)
         return []
 
     def bye(self, session: str, bye: Bye, now: float) -> list[Send]:
@@ -304,6 +313,14 @@ class Ledger:
         return sends
 
     # Inside
+
+    def _note_revision(self, name: str, number: int) -> None:
+        """A producer sees this checkpoint of the language model."""
+        if self.shards.revisions.report(name, number):
+            self.failures.add_notice(
+                f"shards are leased with checkpoint {name} of the language model from now on, at "
+                f"{self.tokens_trained:,} tokens"
+            )
 
     def _reject_silent(self, now: float) -> list[Send]:
         sends = []

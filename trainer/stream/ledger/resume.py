@@ -35,6 +35,10 @@ def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
         auth_failures=ledger.auth_failures,
         breaches=dict(ledger.invariants.violations),
         trained_by_corpus=dict(ledger.shards.tokens_by_corpus),
+        trained_by_revision=dict(ledger.shards.revisions.tokens),
+        newest_revision=ledger.shards.revisions.newest,
+        newest_revision_number=ledger.shards.revisions.newest_number,
+        revision_bounds=dict(ledger.shards.revisions.bounds),
         open=[
             OpenShardState(
                 serial=shard.serial,
@@ -46,6 +50,7 @@ def ledger_state(ledger: Ledger) -> tuple[LedgerState, dict[int, ShardBits]]:
                 failures=shard.failures,
                 deaths=shard.deaths,
                 given_up=shard.state is ShardState.QUARANTINED,
+                revision=shard.revision,
             )
             for shard in shards
         ],
@@ -68,6 +73,9 @@ def restore_ledger(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits
     if state.stream is not None:
         ledger.shards.go_on(state.stream, state.epoch, state.cursor)
     ledger.shards.tokens_by_corpus = Counter(state.trained_by_corpus)
+    revisions = ledger.shards.revisions
+    revisions.tokens, revisions.bounds = Counter(state.trained_by_revision), dict(state.revision_bounds)
+    revisions.newest, revisions.newest_number = state.newest_revision, state.newest_revision_number
     ledger.shards.trained_in_epoch = state.finished_in_epoch
     ledger.shards.next_serial = state.next_serial
     ledger.shards.quarantined = [QuarantinedShard(**vars(shard)) for shard in state.set_aside]
@@ -75,6 +83,7 @@ def restore_ledger(ledger: Ledger, state: LedgerState, bits: dict[int, ShardBits
         shard = ledger.shards.new_shard(entry.serial, entry.epoch, entry.shard)
         shard.attempt, shard.rows = entry.attempt, entry.rows
         shard.failures, shard.deaths = entry.failures, entry.deaths
+        shard.revision = entry.revision
         shard.trained, shard.dropped = bits[entry.serial].unpack(entry.positions)
         shard.mask = shard.trained | shard.dropped
         if entry.given_up:

@@ -16,6 +16,7 @@ from enum import Enum
 import numpy as np
 
 from producer.wire import MAX_MASK_BYTES, Chunk, Hello, ShardEnd, ShardFail, held_out_shards
+from trainer.stream.ledger.revisions import Revisions
 
 MAX_POSITIONS = 8 * MAX_MASK_BYTES
 """Positions of the largest shard: what a lease's mask can name."""
@@ -93,6 +94,8 @@ class OpenShard:
     shard: int
     corpus: str | None = None
     """Name of its corpus in a mixture."""
+    revision: str = ""
+    """Of a language model under training: the checkpoint whose activations these are."""
     attempt: int = 0
     state: ShardState = ShardState.FREE
     holder: str | None = None
@@ -195,8 +198,9 @@ class OpenShard:
 class ShardQueue:
     """The shards of every epoch in the order in which they are leased, and those that are open."""
 
-    def __init__(self, seed: int, epochs: int | None) -> None:
+    def __init__(self, seed: int, epochs: int | None, revisions: Revisions) -> None:
         self.seed = seed
+        self.revisions = revisions
         self.open: dict[int, OpenShard] = {}
         """Open shards by serial, in the order of serials."""
         self.quarantined: list[QuarantinedShard] = []
@@ -311,6 +315,7 @@ class ShardQueue:
                 wrong.append(shard)
             if shard.corpus is not None:
                 self.tokens_by_corpus[shard.corpus] += len(positions)
+            self.revisions.tokens[shard.revision] += len(positions)
             self.close_if_trained(shard)
         return wrong
 
