@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from producer.common.run_file import read_run_file
 from producer.corpus import open_text
@@ -18,6 +20,7 @@ from producer.settings import ProducerSettings
 from producer.wire import held_out_shards
 from tests.small_chats import chat_tokenizer, write_chat_model
 from tests.small_processes import Start, small_processes, tokens_in_checkpoint, wait_until
+from trainer.snapshot import read_manifest, snapshot_names
 
 CONTEXT = 32
 RUN = f"""
@@ -60,37 +63,37 @@ producer_port = 0
 """
 
 
-def write_chats(folder: Path) -> None:
+def write_chats(folder: Path, count: int = 120) -> None:
     """Two files of conversations of many lengths, one of them ShareGPT's."""
     for name, keys, roles in (
         ("a", ("role", "content"), ("user", "assistant")),
         ("b", ("from", "value"), ("human", "gpt")),
     ):
         lines = []
-        for number in range(120):
+        for number in range(count):
             turns = [(roles[turn % 2], f"{number} " * (1 + (number * 7 + turn) % 9)) for turn in range(2 + number % 3)]
             lines.append({"conversations": [dict(zip(keys, turn, strict=True)) for turn in turns]})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_texts(folder: Path) -> None:
+def write_texts(folder: Path, count: int = 150) -> None:
     """Documents of 1 to 90 tokens."""
-    lines = [json.dumps({"text": "0123456789"[number % 7 :] * (1 + number * 7 % 9)}) + "\n" for number in range(150)]
+    lines = [json.dumps({"text": "0123456789"[number % 7 :] * (1 + number * 7 % 9)}) + "\n" for number in range(count)]
     (folder / "a.jsonl").write_text("".join(lines))
 
 
 def write_mixture(folder: Path) -> None:
     """Conversations, documents apart and documents in a row, in folders of their own."""
-    for name, write in (("chat", write_chats), ("apart", write_texts), ("packed", write_texts)):
+    for name, write, count in (("chat", write_chats, 25), ("apart", write_texts, 60), ("packed", write_texts, 60)):
         (folder / name).mkdir()
-        write(folder / name)
+        write(folder / name, count)
 
 
 MIXTURE = """kind = "mixture"
 mixture = [
-    {name = "chat", kind = "chat", paths = ["DIR/data/chat"], roles = ["assistant"], shard_bytes = 1500, weight = 2},
-    {name = "apart", kind = "jsonl", paths = ["DIR/data/apart"], packing = "separate", shard_bytes = 1500},
-    {name = "packed", kind = "jsonl", paths = ["DIR/data/packed"], shard_bytes = 900, held_out = 0.2, weight = 1.5},
+    {name = "chat", kind = "chat", paths = ["DIR/data/chat"], roles = ["assistant"], shard_bytes = 500, weight = 2},
+    {name = "apart", kind = "jsonl", paths = ["DIR/data/apart"], packing = "separate", shard_bytes = 500},
+    {name = "packed", kind = "jsonl", paths = ["DIR/data/packed"], shard_bytes = 300, held_out = 0.2, weight = 1.5},
 ]
 """
 JSONL = 'kind = "jsonl"\npaths = ["DIR/data"]\nshard_bytes = 1500\n'
@@ -171,3 +174,55 @@ def test_a_killed_run_trains_each_name_exactly_once(
     np.testing.assert_array_equal(np.sort(names(shard, window, position)), expected)
     report = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert report["stream"]["tokens_by_corpus"] == expected_shares(run_file)
+
+
+def train_on(model: Path, folder: Path, steps: int) -> Path:
+    """Trains the language model of a folder for a few steps, and saves it as a training run does."""
+    tokenizer = chat_tokenizer()
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    ids = torch.tensor([tokenizer("0123456789" * 3, add_special_tokens=False)["input_ids"]])
+    for _ in range(steps):
+        network(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_follows_a_model_under_training(start: Start, tmp_path: Path) -> None:
+    """Checkpoints come while it runs; each name is trained once, under one revision, which snapshots tell."""
+    (tmp_path / "data").mkdir()
+    write_texts(tmp_path / "data")
+    model = write_chat_model(tmp_path / "model")
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(RUN.replace("CORPUS", JSONL).replace("DIR", str(tmp_path)))
+    expected = np.sort(expected_names(run_file))
+    options = (f"model.watch={tmp_path}/out", "snapshots.every_tokens=2000", "snapshots.keep=100")
+
+    trainer, victim = start("trainer", *options), start("producer", *options)
+    snapshots = tmp_path / "run" / "snapshots"
+    wait_until(lambda: len(snapshot_names(tmp_path / "run")) > 0 or trainer.poll() is not None, 120)
+    first = train_on(model, tmp_path / "out" / "checkpoint-5", 5)
+    wait_until(lambda: "checkpoint checkpoint-5" in (tmp_path / "trainer.log").read_text(), 60)
+    victim.kill()
+    start("producer", *options)
+    before = tokens_in_checkpoint(tmp_path)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > before or trainer.poll() is not None, 90)
+    assert trainer.poll() is None, "the run ended before it could be killed"
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait(30)
+    train_on(first, tmp_path / "out" / "checkpoint-10", 5)
+
+    assert start("trainer", *options).wait(200) == 0
+    shard, window, position = np.fromfile(tmp_path / "rows", np.int32).reshape(-1, 3).T
+    np.testing.assert_array_equal(np.sort(names(shard, window, position)), expected)
+    streams = [read_manifest(snapshots / name).run["stream"] for name in snapshot_names(tmp_path / "run")]
+    assert list(dict.fromkeys(stream.get("revision", "") for stream in streams)) == [
+        "",
+        "checkpoint-5",
+        "checkpoint-10",
+    ]
+    assert sum(streams[-1]["tokens_by_revision"].values()) == len(expected)
+    assert list(streams[-1]["tokens_by_revision"]) == ["", "checkpoint-5", "checkpoint-10"]
