@@ -5,7 +5,7 @@
     settings      [run] [stream] [model] [corpus] of the run file
     produce       the loop: lease → windows → activations → chunks
     packing       activations of a forward pass → chunks
-    source        where activations come from: a language model on text, or synthetic data
+    sources/      where activations come from: a language model on text, saved activations, or synthetic data
     lm/           a language model whose activations can be read
     corpus/       text in shards, and documents → windows of token ids; synthetic data
     link/         the producer's end of the stream

@@ -25,7 +25,9 @@ from producer.metrics import ProducerMetrics
 from producer.packing import chunk_windows_of
 from producer.produce import Producer
 from producer.settings import ProducerSettings
-from producer.source import Source, fingerprint, norm_bounds, open_source
+from producer.sources.base import Source, fingerprint
+from producer.sources.norms import norm_bounds
+from producer.sources.opening import open_source
 from producer.wire import Hello, held_out_shards
 
 log = logging.getLogger("sluice.producer")

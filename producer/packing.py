@@ -17,7 +17,7 @@ from torch import Tensor
 
 from producer.corpus.rendering.windows import Windows
 from producer.link import PackedChunk
-from producer.source import Source
+from producer.sources.base import Source
 from producer.wire import DTYPE_BYTES, MAX_CHUNK_POSITIONS, TARGET_CHUNK_BYTES, pack_bits
 
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}

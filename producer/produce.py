@@ -27,7 +27,7 @@ from producer.link import Finished, Link, PackedChunk, SessionLost
 from producer.lm.errors import ModelError
 from producer.packing import TORCH_DTYPE, LeasedShard, Packer
 from producer.report import ProducerReport
-from producer.source import Source, batches, open_pass_threads
+from producer.sources.base import Source, batches, open_pass_threads
 from producer.wire import Lease, ShardEnd, ShardFail, unpack_bits
 
 log = logging.getLogger("sluice.producer")

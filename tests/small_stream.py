@@ -23,7 +23,7 @@ from producer.packing import chunk_windows_of
 from producer.produce import Producer
 from producer.report import ProducerReport
 from producer.settings import CorpusSettings, ProducerSettings, StreamSettings, SyntheticSettings
-from producer.source import Source, fingerprint
+from producer.sources.base import Source, fingerprint
 from producer.wire import (
     Bye,
     Chunk,

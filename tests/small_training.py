@@ -19,7 +19,7 @@ from torch import Tensor
 
 from producer.corpus.synthetic import SyntheticActivations
 from producer.settings import CorpusSettings, ProducerSettings, RunSettings, SyntheticSettings
-from producer.source import SyntheticSource
+from producer.sources.synthetic import SyntheticSource
 from producer.wire import Hello
 from tests.small_stream import Producing, hello_of, new_ledger, stream_settings, wait_for
 from trainer.control.commands import handle

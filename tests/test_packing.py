@@ -11,7 +11,8 @@ import torch
 from producer.corpus.rendering.windows import Windows, tokens_fingerprint, windows_of
 from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings, SyntheticSettings
-from producer.source import SyntheticSource, open_source
+from producer.sources.opening import open_source
+from producer.sources.synthetic import SyntheticSource
 from tests.small_chats import chat_tokenizer, write_chat_model
 from tests.small_language_models import CONTEXT, WORDS, load, tiny
 from tests.test_tokens import letters, marks, words_of

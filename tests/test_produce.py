@@ -26,14 +26,9 @@ from producer.packing import MAX_CHUNK_ROWS, chunk_slices, chunk_windows, pack_a
 from producer.produce import TextPrefetcher
 from producer.report import ProducerReport
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings
-from producer.source import (
-    CALIBRATION_SECONDS,
-    LanguageModelSource,
-    Source,
-    describe_norms,
-    fingerprint,
-    norm_bounds,
-)
+from producer.sources.base import Source, fingerprint
+from producer.sources.language_model import CALIBRATION_SECONDS, LanguageModelSource
+from producer.sources.norms import describe_norms, norm_bounds
 from producer.wire import (
     MAX_CHUNK_POSITIONS,
     TARGET_CHUNK_BYTES,

@@ -18,7 +18,7 @@ from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.revisions import FIRST, Revision, first_settings, newest_checkpoint, settings_of
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings, RunSettings
-from producer.source import LanguageModelSource
+from producer.sources.language_model import LanguageModelSource
 from producer.wire import Chunk, Heartbeat, Lease, pack_bits
 from tests.small_chats import write_chat_model
 from tests.small_run import ledger_through_json, publish_snapshot

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import save_file
 
 from producer.common.run_file import read_run_file
-from producer.source import LanguageModelSource, batches
+from producer.sources.base import batches
+from producer.sources.language_model import LanguageModelSource
 from producer.wire import held_out_shards
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result
 from trainer.settings import TrainerSettings

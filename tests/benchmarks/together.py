@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from monitor.run_directory import last_report
-from producer.source import LanguageModelSource
+from producer.sources.language_model import LanguageModelSource
 from tests.benchmarks.measure import Figure, Options, Result
 from tests.benchmarks.producer import RUN_FILE, RunningProducer, demo_settings
 from tests.benchmarks.subject import hello_of

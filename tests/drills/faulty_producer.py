@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from producer.source import SyntheticSource
+from producer.sources.synthetic import SyntheticSource
 from tests.drills.named_producer import main
 
 RAISE, NAN, INFINITE = (set(json.loads(os.environ[name])) for name in ("RAISE", "NAN", "INFINITE"))

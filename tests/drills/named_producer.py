@@ -17,12 +17,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import producer.source
+import producer.sources.opening
 from producer.__main__ import main as real_main
 from producer.corpus.rendering.windows import Windows
 from producer.corpus.synthetic import SyntheticActivations
 from producer.settings import CorpusSettings, ProducerSettings
-from producer.source import LanguageModelSource, SyntheticSource
+from producer.sources.language_model import LanguageModelSource
+from producer.sources.synthetic import SyntheticSource
 
 
 class NamedActivations(SyntheticActivations):
@@ -69,8 +70,8 @@ class NamedTextSource(LanguageModelSource):
 
 def main(arguments: list[str]) -> int:
     """Runs the producer with the named sources in the place of the real ones."""
-    producer.source.SyntheticSource = NamedSource  # type: ignore[misc]
-    producer.source.LanguageModelSource = NamedTextSource  # type: ignore[misc]
+    producer.sources.opening.SyntheticSource = NamedSource  # type: ignore[misc]
+    producer.sources.opening.LanguageModelSource = NamedTextSource  # type: ignore[misc]
     return real_main(arguments)
 
 
