@@ -81,6 +81,8 @@ class MonitorSettings(BaseModel):
             return "monitor.evaluate is false"
         if self.corpus.kind == "synthetic":
             return "corpus.kind is synthetic: there is no language model"
+        if self.corpus.kind == "activations":
+            return "corpus.kind is activations: there is no text"
         if self.model is None:
             return "table [model] is missing"
         if not any(corpus.held_out for corpus in self.corpus.texts):

@@ -143,13 +143,13 @@ SHARED_BY_MIXTURE = ("context", "epochs", "outlier_factor")
 class CorpusSettings(Table):
     """[corpus]: which text, how it becomes windows of tokens, and which positions are streamed."""
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "chat", "mixture", "synthetic"] = (
-        "stdlib"
-    )
+    kind: Literal[
+        "stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "chat", "mixture", "activations", "synthetic"
+    ] = "stdlib"
     """stdlib: Python's own sources. text, jsonl, parquet: files. huggingface: a dataset by name (extra `hf`).
     tokens: flat binary files of token ids. chat: messages in jsonl, parquet or a dataset, rendered by the tokenizer's
-    chat template. mixture: several corpora; tables [[corpus]] stand for it. synthetic: vectors of known ground truth,
-    without a language model."""
+    chat template. mixture: several corpora; tables [[corpus]] stand for it. activations: files of activations that
+    others saved, and synthetic: vectors of known ground truth, both without a language model."""
     name: CorpusName | None = Field(default=None, examples=["web"])
     """Name of a corpus of a mixture, in metrics and evaluations; without it, its kind."""
     weight: float | None = Field(default=None, gt=0.0, examples=[0.25])
@@ -158,7 +158,7 @@ class CorpusSettings(Table):
     """[[corpus]]: the corpora of a mixture. An epoch lasts until each was read once; meanwhile others are read
     again."""
     paths: list[PathText] = Field(default=[], examples=[["a.txt", "b.txt"]])
-    """Files, folders or globs for text, jsonl, parquet, tokens and chat."""
+    """Files, folders or globs for text, jsonl, parquet, tokens, chat and activations."""
     column: str = "text"
     """Field (jsonl) or column (parquet, huggingface) that holds the text, a list of texts, or token ids; `meta.body` is
     a field of a column. A chat's messages are also found as `messages` and `conversations`."""
@@ -229,7 +229,7 @@ class CorpusSettings(Table):
         if self.mixture is None:
             return self
         for part in self.mixture:
-            if part.kind in ("mixture", "synthetic"):
+            if part.kind in ("mixture", "activations", "synthetic"):
                 raise ValueError(f'a corpus of a mixture has kind = "{part.kind}"; each must be a text')
             for key in SHARED_BY_MIXTURE:
                 if getattr(part, key) != getattr(self, key):
@@ -259,7 +259,7 @@ class CorpusSettings(Table):
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> CorpusSettings:
-        if self.kind in ("text", "jsonl", "parquet", "tokens") and not self.paths:
+        if self.kind in ("text", "jsonl", "parquet", "tokens", "activations") and not self.paths:
             raise ValueError(f'corpus.kind = "{self.kind}" needs corpus.paths, such as paths = ["data/*.txt"]')
         if self.kind == "chat" and bool(self.paths) == bool(self.dataset):
             raise ValueError(
@@ -270,8 +270,10 @@ class CorpusSettings(Table):
                 f"corpus.positions = {show_value(self.positions)} leaves none of the {self.context} positions of a "
                 "window; correct the ranges, or raise corpus.context"
             )
-        if self.packing != "pack" and self.kind == "synthetic":
-            raise ValueError(f'corpus.packing = "{self.packing}" is of documents, and corpus.kind "synthetic" has none')
+        if self.packing != "pack" and self.kind in ("synthetic", "activations"):
+            raise ValueError(
+                f'corpus.packing = "{self.packing}" is of documents, and corpus.kind "{self.kind}" has none'
+            )
         if self.roles and self.kind != "chat":
             raise ValueError(
                 f'corpus.roles = {show_value(self.roles)} are of conversations, and corpus.kind is "{self.kind}"; '

@@ -7,6 +7,8 @@ fingerprint, so that two producers either stream the same activations or are not
     base             Source: what each of them offers; the batches and threads of forward passes
     norms            the norm beyond which an activation is dropped
     language_model   a language model that reads a corpus
+    saved            activations that others saved
+    saved_files      the files that hold them
     synthetic        sparse sums of known directions
     opening          open_source: the one that the run file names
 
