@@ -107,10 +107,12 @@ class Producer:
                 for chunk in chunks:
                     # With the chunk, and not with the lease: else the ratio of a slow producer is that of one shard.
                     end = chunk.first_window + chunk.windows
-                    self._dropped["excluded"] += int((~windows.kept[windows_counted:end]).sum())
+                    self._dropped.update(windows.exclusions(windows_counted, end))
                     windows_counted = end
                 self._send(lease, chunks)
-            self._dropped["excluded"] += int((~windows.kept[windows_counted:]).sum())
+            self._dropped.update(windows.exclusions(windows_counted, len(windows)))
+            if not self._shards:
+                _log_exclusions(lease.shard, windows)
         except SessionLost:
             raise
         except Exception as error:
@@ -123,8 +125,10 @@ class Producer:
             )
             return
         tokens = int(windows.kept.sum())
-        end = ShardEnd(shard=lease.shard, epoch=lease.epoch, attempt=lease.attempt, rows=tokens, norm_bounds=bounds)
-        self._link.end_shard(lease, end)
+        shard_end = ShardEnd(
+            shard=lease.shard, epoch=lease.epoch, attempt=lease.attempt, rows=tokens, norm_bounds=bounds
+        )
+        self._link.end_shard(lease, shard_end)
         self._shards += 1
         self._on_report(self.report())
 
@@ -190,6 +194,15 @@ class Producer:
             self._chunks += 1
             self._dropped["outlier"] += chunk.outlier_count
         self._on_report(self.report())
+
+
+def _log_exclusions(shard: int, windows: Windows) -> None:
+    """Says of a shard which of its positions are streamed, and why the others are not."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in windows.exclusions(0, len(windows)).items() if count)
+    log.info(
+        "shard %d: %s of %s positions are streamed; not: %s (outliers are counted in the metrics)",
+        shard, f"{int(windows.kept.sum()):,}", f"{windows.kept.size:,}", reasons or "none",
+    )  # fmt: skip
 
 
 class TextPrefetcher:

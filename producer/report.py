@@ -14,7 +14,8 @@ class ProducerReport:
     tokens: int = 0
     """Activations sent."""
     rows_dropped: dict[str, int] = field(default_factory=dict)
-    """Positions not sent, by reason: excluded (BOS, special tokens, padding) or outlier."""
+    """Positions not sent, by reason: padding, bos, special (tokens), role, position (corpus.positions) or outlier;
+    `excluded` where a source does not say which."""
     chunks: int = 0
     """Chunks sent."""
     shards: int = 0

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from producer.corpus.base import Conversation
 from producer.corpus.rendering.windows import Windows, tokens_fingerprint, windows_of
 from producer.lm.errors import ModelError
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings, SyntheticSettings
 from producer.sources.opening import open_source
 from producer.sources.synthetic import SyntheticSource
-from tests.small_chats import chat_tokenizer, write_chat_model
+from tests.small_chats import MESSAGES, chat_tokenizer, write_chat_model
 from tests.small_language_models import CONTEXT, WORDS, load, tiny
 from tests.test_tokens import letters, marks, words_of
 
@@ -171,3 +172,25 @@ def test_a_source_runs_shared_windows(tmp_path: Any) -> None:
     windows = source.windows(0)
     assert words_of(windows, chat_tokenizer())[0].startswith("<s>one<s>four")
     assert source.activations(0, windows, np.array([0]))[0].shape == (1, 16, 8)
+
+
+# What is left out, and why
+
+
+@pytest.mark.parametrize("kind", ["separate", "separate_masked"])
+def test_what_is_not_streamed_is_counted_by_reason(kind: str) -> None:
+    """Documents apart, with BOS; a document's EOS is special, and positions begin at 2."""
+    windows = windows_of(["ab$c", "de"], TOKENIZER, packing(kind, 8, positions=["2:"]))
+    text = {"bos": 2, "special": 1, "position": 2}
+    assert windows.exclusions(0, len(windows)) == text | {"padding": windows.padded.sum()}
+    assert sum(windows.exclusions(0, len(windows)).values()) == (~windows.kept).sum()
+
+
+def test_the_roles_that_are_left_out_are_counted() -> None:
+    """Of a chat, what the user says and the markers around it; each window has a BOS."""
+    settings = CorpusSettings(kind="chat", dataset="x", context=16, roles=["assistant"])
+    windows = windows_of([Conversation("here", MESSAGES)], chat_tokenizer(), settings)
+    counts = windows.exclusions(0, len(windows))
+    assert counts["bos"] == len(windows) and counts["role"] > counts["special"] > 0
+    assert sum(counts.values()) + windows.kept.sum() == windows.kept.size
+    assert windows.exclusions(0, 1)["bos"] == 1

@@ -114,6 +114,7 @@ def test_saved_activations_are_streamed_like_any(tmp_path: Path) -> None:
     """Through the real link and intake, each of them once."""
     save_file({HOOKS[0]: numbers(10, CONTEXT, 4)}, tmp_path / "a.safetensors")
     source = source_of(tmp_path, shard_bytes=3 * CONTEXT * 4)
+    source.batch_windows = 2
     settings = stream_settings(f"ipc://{tmp_path}/s")
     with trainer(settings) as intake:
         producer = Producing(settings, source)

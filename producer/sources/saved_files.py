@@ -93,7 +93,10 @@ class ArrowFile(ActivationFile):
         self._columns = [self._table.column(hook) for hook in hooks]
         if not self._table.num_rows:
             raise CorpusError(f"{file.path}: holds no rows; leave it out")
-        shapes = [[self._table.num_rows, *self._shape(hook, column)] for hook, column in zip(hooks, self._columns)]
+        shapes = [
+            [self._table.num_rows, *self._shape(hook, column)]
+            for hook, column in zip(hooks, self._columns, strict=True)
+        ]
         self.rows = _rows(file, hooks, shapes, context)
         self.widths = [shape[-1] for shape in shapes]
 

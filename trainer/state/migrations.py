@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-VERSION = 4
+VERSION = 5
 OLDEST_VERSION = 3
 """The oldest version that the migrations begin with."""
 
@@ -37,7 +37,34 @@ def _keep_latents_together(document: Json) -> Json:
     return document | {"blocks": 1, "latents": {}}
 
 
-MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [(3, _add_breaches), (3, _keep_latents_together)]
+PARTS_OF_LEDGER: Json = {
+    "trained_by_corpus": {},
+    "trained_by_revision": {},
+    "newest_revision": "",
+    "newest_revision_number": 0,
+    "revision_bounds": {},
+}
+PARTS_OF_STREAM: Json = {"revision": "", "revision_number": 0, "corpora": []}
+
+
+def _add_corpora_and_revisions(document: Json) -> Json:
+    """Up to version 4 a run had one corpus, and one revision of the language model."""
+    ledger = document.get("ledger")
+    if not isinstance(ledger, dict):
+        return document
+    ledger = PARTS_OF_LEDGER | ledger
+    if isinstance(ledger.get("stream"), dict):
+        ledger["stream"] = PARTS_OF_STREAM | ledger["stream"]
+    if isinstance(ledger.get("open"), list):
+        ledger["open"] = [{"revision": ""} | shard if isinstance(shard, dict) else shard for shard in ledger["open"]]
+    return document | {"ledger": ledger}
+
+
+MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [
+    (3, _add_breaches),
+    (3, _keep_latents_together),
+    (4, _add_corpora_and_revisions),
+]
 """In order: the newest version whose documents need the change, and the change. It leaves its argument alone."""
 
 

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+REASONS = ("excluded", "padding", "bos", "special", "role", "position")
+"""Why a position is not kept, by the number in `Windows.reasons`; the first where nobody says."""
+PADDING, BOS, SPECIAL, ROLE, POSITION = range(1, len(REASONS))
 OPEN_WINDOWS = 64
 """Windows with room that a document may still go into."""
 
@@ -58,9 +61,19 @@ class Windows:
     """Positions behind a window's last token, bool [windows, context]; never kept."""
     positions: np.ndarray | None = None
     """For windows that several documents share: each token's position in its own document, int64 [windows, context]."""
+    reasons: np.ndarray | None = None
+    """Why each position is not kept, a number of REASONS where it is not, uint8 [windows, context]."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def exclusions(self, first: int, end: int) -> dict[str, int]:
+        """Counts the positions of these windows that are not kept, by reason."""
+        excluded = ~self.kept[first:end]
+        if self.reasons is None:
+            return {REASONS[0]: int(excluded.sum())}
+        counts = np.bincount(self.reasons[first:end][excluded], minlength=len(REASONS))
+        return {reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count}
 
 
 def windows_of(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> Windows:
@@ -74,8 +87,7 @@ def windows_of(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
     if settings.packing == "pack":
         return _kept_where_streamed(_cut(list(_stream(tokenized, packing)), packing), packing)
     parts = [_cut([document], packing) for document in tokenized if len(document.ids)]
-    arrays = zip(*((part.ids, part.kept, part.padded) for part in parts), strict=True)
-    windows = _kept_where_streamed(Windows(*map(np.concatenate, arrays)) if parts else _cut([], packing), packing)
+    windows = _kept_where_streamed(_joined(parts) if parts else _cut([], packing), packing)
     return share_windows(windows) if settings.packing == "separate_masked" else windows
 
 
@@ -213,12 +225,28 @@ def _cut(documents: list[TokenizedDocument], packing: _Packing) -> Windows:
         if missing:
             ids[-1, packing.context - 1 - missing :] = [packing.end] + missing * [packing.pad]
     dropped = np.isin(ids, np.fromiter(packing.dropped, dtype=np.int64))
-    return Windows(ids=ids, kept=in_roles & ~padded & ~dropped, padded=padded)
+    reasons = np.where(dropped, np.uint8(SPECIAL), np.uint8(ROLE))
+    reasons[padded] = PADDING
+    if packing.bos is not None:
+        reasons[:, 0] = BOS
+    return Windows(ids=ids, kept=in_roles & ~padded & ~dropped, padded=padded, reasons=reasons)
+
+
+def _joined(parts: list[Windows]) -> Windows:
+    """Puts the windows of documents one behind the other."""
+    return Windows(
+        ids=np.concatenate([part.ids for part in parts]),
+        kept=np.concatenate([part.kept for part in parts]),
+        padded=np.concatenate([part.padded for part in parts]),
+        reasons=np.concatenate([part.reasons for part in parts if part.reasons is not None]),
+    )
 
 
 def _kept_where_streamed(windows: Windows, packing: _Packing) -> Windows:
     """Keeps only what corpus.positions names."""
-    return Windows(windows.ids, windows.kept & packing.streamed, windows.padded)
+    assert windows.reasons is not None
+    reasons = np.where(windows.kept, np.uint8(POSITION), windows.reasons)
+    return Windows(windows.ids, windows.kept & packing.streamed, windows.padded, reasons=reasons)
 
 
 def share_windows(windows: Windows) -> Windows:
@@ -246,10 +274,13 @@ def share_windows(windows: Windows) -> Windows:
     place = rows[source], columns[source] + position
     ids[place], kept[place] = windows.ids[source, position], windows.kept[source, position]
     padded[place], positions[place] = False, position
+    reasons = np.full(shape, PADDING, np.uint8)
+    assert windows.reasons is not None
+    reasons[place] = windows.reasons[source, position]
     # Padding counts on, as if it were the last document's: nothing attends to it.
     for row, length in enumerate(filled):
         positions[row, length:] = positions[row, length - 1] + 1 + np.arange(context - length)
-    return Windows(ids, kept, padded, positions)
+    return Windows(ids, kept, padded, positions, reasons)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
