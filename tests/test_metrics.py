@@ -154,7 +154,6 @@ ELSEWHERE = {
     "sluice_report_timestamp_seconds": "time",
     "sluice_tokens_trained_total": "tokens",
     "sluice_corpus_tokens_trained_total": "tokens_by_corpus",
-    "sluice_model_revision": "revision_number",
     "sluice_steps_total": "step",
     "sluice_buffer_same_context_mates": "same_context_mates",
     "sluice_tokens_discarded_total": "rows_discarded",

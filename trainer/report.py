@@ -166,8 +166,6 @@ class StreamReport:
     """Tokens trained of each corpus of a mixture."""
     revision: str = ""
     """Of a language model under training: the newest checkpoint that shards are leased with."""
-    revision_number: int | None = None
-    """The number in its name."""
     data_wait_ratio: float = 0.0
     """Share of the last ten seconds in which training waited for activations."""
     credit_wait_ratio: float = 0.0

@@ -143,8 +143,6 @@ def stream() -> Dashboard:
                   query("sluice_buffer_capacity_rows{RUN}", "capacity")),
         over_time("Mixing: others from a window in a batch",
                   query("sluice_buffer_same_context_mates{RUN}", "expected number")),
-        over_time("Checkpoint of the language model", query("sluice_model_revision{RUN}", "newest that is leased"),
-                  note="Where model.watch is set."),
         over_time("Shards of this pass", query("sluice_leases{RUN}", "{{state}}"),
                   query("sluice_suspect_shards{RUN} > 0", "on which producers are lost"), stacked=True),
     ]  # fmt: skip

@@ -33,5 +33,4 @@ def stream_report(ledger: Ledger) -> StreamReport:
         sessions_lost=ledger.sessions_lost,
         tokens_by_corpus=dict(ledger.shards.tokens_by_corpus),
         revision=ledger.shards.revisions.of_epoch(ledger.shards.epoch),
-        revision_number=ledger.shards.revisions.newest_number or None,
     )
