@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from producer.common.memory import free_memory
 from producer.keys import write_keys
 from producer.wire import Bye, Heartbeat, Hook, Reject, ShardEnd, ShardFail, encode
 from tests.drills.attacks import GREETING, connect, frame, unended
@@ -32,7 +33,6 @@ from tests.small_stream import (
     trainer,
     wait_for,
 )
-from trainer.planning.machine import free_memory
 from trainer.stream.buffer import OrderedBuffer, ShuffleBuffer
 from trainer.stream.connections import SLACK_BYTES, ConnectionLimits
 from trainer.stream.ingest import NoRoomError, check_room

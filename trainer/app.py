@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from producer.common.formatting import format_bytes
+from producer.common.memory import free_memory
 from producer.common.metrics import new_registry, start_metrics_server
 from producer.common.shell import shell_command
 from producer.keys import KeysError
@@ -29,7 +30,6 @@ from trainer.metrics import TrainerMetrics
 from trainer.parallel.environment import ONE_PROCESS, Launch
 from trainer.parallel.ranks import RankLostError, Ranks, World
 from trainer.phases import RunPhase
-from trainer.planning.machine import free_memory
 from trainer.reporting import Reporter
 from trainer.saes.start import check_starts
 from trainer.settings import TrainerSettings
@@ -46,6 +46,7 @@ from trainer.stream.ledger.credit import CreditPolicy, FairCredit, OrderedCredit
 from trainer.stream.ledger.ledger import Ledger, Limits
 from trainer.stream.ledger.resume import restore_ledger
 from trainer.stream.ledger.shards import Quarantine
+from trainer.stream.mixing import mixing_advice
 from trainer.stream.payload import TORCH_DTYPE
 from trainer.stream.router import IntakeError
 from trainer.training.device import DeviceError, pick_device
@@ -223,6 +224,8 @@ def _train(
         check_room(hello, settings.buffer.rows, free_memory())
         buffer = kind(settings.buffer.rows, widths, TORCH_DTYPE[hello.dtype], settings.run.seed)
         log.info("buffer: %s tokens, %s", f"{buffer.capacity:,}", format_bytes(buffer.nbytes))
+        if advice := mixing_advice(hello, buffer.capacity):
+            log.warning("%s", advice)
         return buffer
 
     buffer_state = buffer_of(saved, settings) if saved is not None else NEW_BUFFER

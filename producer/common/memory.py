@@ -1,12 +1,27 @@
-"""CONTRACT: how the C library treats memory that was freed. Shared by the language model and the SAEs."""
+"""CONTRACT: memory that is free, and how the C library treats what was freed. Shared by language model and SAEs."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**30
+
+
+def free_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that this process can still allocate, in the machine and in its control group; infinite when unknown."""
+    free = float("inf")
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in proc.read_text().splitlines() if line.startswith("MemAvailable:"))
+        free = 1024.0 * int(line.split()[1])
+    with suppress(OSError, ValueError):  # no limit where it reads "max"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, float(limit - used + int(cache.get("inactive_file", 0))))
+    return free
 
 
 def keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from producer.corpus import Text, open_text
 from producer.corpus.rendering.windows import Windows
+from producer.corpus.survey import survey_shards
 from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
@@ -43,6 +44,7 @@ class LanguageModelSource:
         # The corpus first: a wrong path should not wait for a model to load.
         self._text: Text = open_text(settings.corpus)
         log.info("corpus: %s", self._text.description)
+        self._survey = survey_shards(self._text)
         self._model_settings = settings.model
         self.model: LanguageModel = load_language_model(first_settings(settings.model))
         self._tokenizer = self.model.tokenizer
@@ -200,6 +202,8 @@ class LanguageModelSource:
         return {
             "layers_run": self.model.layers_run,
             "layers_total": self.model.layers_total,
+            "shard_tokens": self._survey.tokens,
+            "shard_unlikeness": self._survey.unlikeness,
             "self_check": {
                 "passed": check.passed,
                 "largest_difference": check.max_difference,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -74,16 +72,3 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def free_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process can still allocate, in the machine and in its control group; infinite when unknown."""
-    free = float("inf")
-    with suppress(OSError, ValueError, StopIteration):
-        line = next(line for line in proc.read_text().splitlines() if line.startswith("MemAvailable:"))
-        free = 1024.0 * int(line.split()[1])
-    with suppress(OSError, ValueError):  # no limit where it reads "max"
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, float(limit - used + int(cache.get("inactive_file", 0))))
-    return free

@@ -6,6 +6,7 @@
     handler       what each message does
     ingest        chunks into the buffer
     buffer        the shuffling buffer
+    mixing        whether the buffer will mix the shards of the stream
     payload       the bits of a chunk
     wait_times    how long training and producers wait for each other
     router        the socket
