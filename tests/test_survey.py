@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from producer.corpus import CorpusError, open_text
-from producer.corpus import survey as survey_module
 from producer.corpus.survey import survey_shards
 from producer.settings import CorpusSettings
 from tests.small_stream import hello_of, named_source
@@ -41,26 +40,20 @@ def test_shards_of_one_text_are_alike_and_those_of_many_are_not(tmp_path: Path) 
     assert results[0] < 0.05 < 0.35 < results[1] < 0.65 < results[2] == 1.0
 
 
-def test_a_shard_larger_than_memory_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_larger_than_memory_is_refused_at_the_start(tmp_path: Path) -> None:
     """With what it takes, what is free, and what to set."""
     text = text_of(tmp_path, [WORDS] * 2)
-    monkeypatch.setattr(survey_module, "free_memory", lambda: 1e5)
     with pytest.raises(
-        CorpusError, match=r"shard \d holds about .* of memory, of which 100 kB are free. Lower corpus.s"
+        CorpusError, match=r"shard \d holds about .* of which 100 kB are free. Lower corpus.shard_bytes"
     ):
-        survey_shards(text)
-    monkeypatch.setattr(survey_module, "free_memory", lambda: float("inf"))
-    survey_shards(text)
+        survey_shards(text, free_bytes=1e5)
 
 
-def test_a_shard_beyond_the_streams_names_is_refused_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_beyond_the_streams_names_is_refused_at_the_start(tmp_path: Path) -> None:
     """A lease names 67 million positions at most: here a thousand."""
     text = text_of(tmp_path, [WORDS] * 2)
-    monkeypatch.setattr(survey_module, "MAX_POSITIONS", 1000)
     with pytest.raises(CorpusError, match=r"tokens, and a shard may have 1,000. Lower corpus.shard_bytes = 20000"):
-        survey_shards(text)
+        survey_shards(text, max_positions=1000)
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,13 @@ class ShardSurvey:
     """From 0, alike, to 1, no word in common; None where it was not measured."""
 
 
-def survey_shards(text: Text) -> ShardSurvey:
-    """Measures the shards of a text. Raises CorpusError for shards that no producer can read."""
+def survey_shards(text: Text, free_bytes: float | None = None, max_positions: int = MAX_POSITIONS) -> ShardSurvey:
+    """Measures the shards of a text. Raises CorpusError for shards that no producer can read.
+
+    `free_bytes` of memory are those of this machine, unless they are given.
+    """
     for part in text.parts:
-        _check_largest(part, len(text.parts) > 1)
+        _check_largest(part, len(text.parts) > 1, free_memory() if free_bytes is None else free_bytes, max_positions)
     counts = [share.shards for share in text.shares] or [text.shards]
     if any(part.corpus.text_bytes is None for part in text.parts):
         return ShardSurvey(None, None)
@@ -57,18 +60,18 @@ def survey_shards(text: Text) -> ShardSurvey:
     return ShardSurvey(round(mean / BYTES_PER_TOKEN), _unlikeness(text))
 
 
-def _check_largest(part: Part, is_named: bool) -> None:
+def _check_largest(part: Part, is_named: bool, free: float, max_positions: int) -> None:
     sizes = part.corpus.text_bytes
     if not sizes:
         return
     shard = int(np.argmax(sizes))
     tokens = sizes[shard] // BYTES_PER_TOKEN
-    needed, free = MEMORY_PER_TOKEN * tokens, free_memory()
-    if tokens <= MAX_POSITIONS and needed <= free:
+    needed = MEMORY_PER_TOKEN * tokens
+    if tokens <= max_positions and needed <= free:
         return
     limit = (
-        f"a shard may have {MAX_POSITIONS:,}"
-        if tokens > MAX_POSITIONS
+        f"a shard may have {max_positions:,}"
+        if tokens > max_positions
         else f"reading it takes about {format_bytes(needed)} of memory, of which {format_bytes(int(free))} are free"
     )
     name = f"[[corpus]] {part.name}: " if is_named else ""

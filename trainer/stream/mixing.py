@@ -26,6 +26,7 @@ def mixing_advice(hello: Hello, capacity: int) -> str | None:
     return (
         f"shards are unlike (two of them have {unlikeness:.0%} fewer words in common than two halves of one), and the "
         f"buffer of {capacity:,} tokens holds {capacity / tokens:.2g} of them, of about {tokens:,} tokens each: "
-        f"batches will be of one or two shards at a time. Set corpus.shard_bytes = {shard_bytes}, or write parquet with row "
-        f"groups of about so many bytes, so that {SHARDS_MIXED} fit; or raise buffer.rows to {SHARDS_MIXED * tokens}"
+        "batches will be of one or two shards at a time. "
+        f"Set corpus.shard_bytes = {shard_bytes}, or write parquet with row groups of about so many bytes, so that "
+        f"{SHARDS_MIXED} fit; or raise buffer.rows to {SHARDS_MIXED * tokens}"
     )
