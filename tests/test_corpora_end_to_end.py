@@ -190,6 +190,7 @@ def train_on(model: Path, folder: Path, steps: int) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_killed_run_follows_a_model_under_training(start: Start, tmp_path: Path) -> None:
     """Checkpoints come while it runs; each name is trained once, under one revision, which snapshots tell."""
