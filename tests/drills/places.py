@@ -99,6 +99,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.metrics": ("trainer/metrics.py", "test_metrics"),
     "monitor.history": ("monitor/history.py", "test_history"),
     "monitor.json_lines": ("monitor/json_lines.py", "test_history"),
+    "monitor.export.records": ("monitor/export/records.py", "test_export_run"),
+    "monitor.publishing.folder": ("monitor/publishing/folder.py", "test_publish"),
     "monitor.files": ("monitor/files.py", "test_service", "test_parsing"),
     "monitor.run_directory": ("monitor/run_directory.py", "test_service", "test_evaluate"),
     "monitor.snapshot_index": ("monitor/snapshot_index.py", "test_snapshot_index", "test_service"),

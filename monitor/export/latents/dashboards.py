@@ -23,6 +23,8 @@ STRONGEST = 16
 INTERVALS = 5
 OF_INTERVAL = 4
 """Firings of each of the others."""
+AROUND = (24, 24)
+"""Tokens before and after a firing: as many on both sides, since SAEDashboard prints the middle one in bold."""
 LOGITS = 10
 """Tokens promoted, and tokens suppressed."""
 ALIGNED = 3
@@ -136,7 +138,7 @@ class Dashboards:
         return groups
 
     def _sequence(self, latent: int, firing: int) -> Sequence:
-        shown = firing_window(self._latents, latent, firing)
+        shown = firing_window(self._latents, latent, firing, AROUND)
         ids = self._latents.ids[shown.window].tolist()
         if shown.window not in self._pieces:
             self._pieces[shown.window] = self._texts.pieces(ids)
