@@ -78,7 +78,7 @@ def test_the_cells_of_the_notebook(run: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.peers
 @pytest.mark.timeout(600)
 def test_the_block_with_saelens(run: Path, tmp_path: Path) -> None:
-    """In SAELens' own environment, with nothing of ours installed."""
+    """And the cell of the notebook: in SAELens' own environment, with nothing of ours installed."""
     python = os.environ.get("SLUICE_PEERS_PYTHON")
     if python is None:
         pytest.skip("SLUICE_PEERS_PYTHON names no environment; run `make peers`")
@@ -90,12 +90,18 @@ def test_the_block_with_saelens(run: Path, tmp_path: Path) -> None:
     cfg |= {"dtype": "float32", "device": "cpu", "metadata": metadata, "apply_b_dec_to_input": True}  # as a trainer's
     cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
     (snapshot / "planted/cfg.json").write_text(json.dumps(cfg))
+    (cell,) = [cell for cell in cells() if "sae_lens" in cell]
     code = f"""
 from pathlib import Path
 import torch
 snapshot, name, activations = Path({str(snapshot)!r}), "planted", torch.zeros(1, 3, 256)
-{block}"""
+{block}
+latents = latents[0]
+{cell}"""
     process = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
 
     assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.splitlines()[-1] == f"blocks.0.hook_resid_pre torch.Size([1, 3, {len(WORDS) + 1}])"
+    assert process.stdout.splitlines()[-2:] == [
+        f"blocks.0.hook_resid_pre torch.Size([1, 3, {len(WORDS) + 1}])",
+        "largest difference: 0.0",
+    ]
