@@ -123,6 +123,16 @@ def test_single_shard_cannot_be_held_out_and_says_so(tmp_path: Path, caplog: pyt
     assert "Lower corpus.shard_bytes = 1000000" in caplog.text
 
 
+def test_few_shards_hold_out_more_than_asked_for_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 1 MB in two shards half is never trained on; sixteen shards hold out one, as asked."""
+    path = write(tmp_path / "a.txt", "line\n" * 400)
+    corpus_of(path, shard_bytes=1000, held_out=0.0625)
+    assert "1 of 2 shards are held out, 50% of the text instead of 6%. Lower corpus.shard_bytes = 1000." in caplog.text
+    caplog.clear()
+    corpus_of(path, shard_bytes=125, held_out=0.0625)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("shard", [-1, 1])
 def test_shard_that_does_not_exist_is_refused(tmp_path: Path, shard: int) -> None:
     """A wrong number, from wherever it comes, is an error and not another shard."""

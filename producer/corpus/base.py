@@ -20,6 +20,8 @@ from producer.wire import held_out_shards
 log = logging.getLogger(__name__)
 
 FAULTS_SHOWN = 10
+MOST_HELD_OUT = 2
+"""Times corpus.held_out; one shard at least is held out, which of a few is more."""
 
 
 class CorpusError(ValueError):
@@ -85,6 +87,12 @@ class Corpus(ABC):
         if settings.held_out and not self.held_out_shards:
             advice = self.more_shards_advice(settings)
             log.warning("%s: one shard leaves the evaluation without text. %s", contents, advice)
+        elif len(self.held_out_shards) > MOST_HELD_OUT * settings.held_out * shards:
+            log.warning(
+                "%s: %d of %d shards are held out, %.0f%% of the text instead of %.0f%%. %s",
+                contents, len(self.held_out_shards), shards, 100 * len(self.held_out_shards) / shards,
+                100 * settings.held_out, self.more_shards_advice(settings),
+            )  # fmt: skip
 
     @classmethod
     def more_shards_advice(cls, settings: CorpusSettings) -> str:
