@@ -1,6 +1,7 @@
 """The HTTP service: serves the snapshots of a run directory, and changes nothing in it but notes.
 
     GET / and its parts                         the pages for people, and their JSON: `monitor.http.routes`
+    GET /docs, /openapi.json                    the JSON API described: `monitor.http.openapi`
     GET /v1/run                                 settings, newest report, summary
     GET /v1/snapshots                           the newest complete snapshots, oldest first; ?limit= of them, older than
                                                 ?before=NAME; `next` is the address of older ones, `count` that of all
@@ -41,6 +42,7 @@ from starlette.routing import Route
 from monitor.files import is_within
 from monitor.http.access import TokenGate
 from monitor.http.explorer_handle import ExplorerHandle
+from monitor.http.openapi import openapi_routes
 from monitor.http.requests import error_page
 from monitor.http.responses import IMMUTABLE, MUTABLE, hashed_file, json_file, tagged_json
 from monitor.http.routes import page_routes
@@ -92,6 +94,7 @@ def make_app(
     return Starlette(
         routes=[
             *page_routes(run_directory, handle, is_writable=token is not None),
+            *openapi_routes(),
             Route("/v1/run", routes.run),
             Route("/v1/snapshots", routes.snapshots),
             Route("/v1/snapshots/latest", routes.latest),
