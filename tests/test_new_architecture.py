@@ -155,7 +155,7 @@ def evaluated(tmp_path: Path) -> Iterator[Path]:
     """The folder of one in a snapshot on the demo's language model, evaluated."""
     model = small_model()
     settings = read_run_file(MonitorSettings, run_file(tmp_path), [])
-    x = 3 * torch.randn(200, model.hooks[0].width)
+    x = 3 * torch.randn(200, model.hooks[0].width, generator=torch.Generator().manual_seed(0))
     sae = peak_sae(x.shape[1], x)
     every_token = torch.ones(x.shape[1])
     metadata = {"hook_name": HOOK, "settings": TABLE}

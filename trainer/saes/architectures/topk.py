@@ -6,6 +6,10 @@
 `variance` is frozen at the start, so that the loss is FVU and its scale never depends on a batch. The second term is
 `auxk.add_auxk`; w_aux = 1/32. Multi-TopK decodes the same pre_acts once more with 4 k latents, w_multi = 1/8 in the
 paper. With `abs`, TopK selects by |pre_acts| and there is no ReLU (arXiv 2510.00404).
+
+A step reads from top to bottom in `FixedK.gradients`: `select` multiplies by W_enc and keeps the k largest
+(`Sae.encode`), `Sae.reconstruct` multiplies them by W_dec and takes the loss, `backward_through` cuts the gradient
+where latents are zero, and `Sae.backward` takes it to the parameters.
 """
 
 from __future__ import annotations
