@@ -556,7 +556,7 @@ def test_page_shows_where_each_sae_sits(run_directory: Path, client: TestClient)
     assert "blocks.1.hook_resid_mid → blocks.1.hook_mlp_out" in page
     assert "blocks.2.hook_mlp_out + blocks.3.hook_mlp_out" in page
     averaged = page.split("</span>plain-ema</td>")[1].split("</tr>")[0]
-    assert averaged.count("–") == 11
+    assert averaged.count("–") == 12
     saes = client.get("/v1/snapshots").json()["snapshots"][0]["saes"]
     assert saes["trans"]["metrics"]["target"] == "blocks.1.hook_mlp_out" and saes["plain-ema"]["evaluation"] is None
 
