@@ -15,7 +15,7 @@ import pytest
 import monitor.app
 from monitor.cli.export import main
 from monitor.evaluation.results import Evaluation
-from monitor.export.records import ColumnType, Record, Table, scan
+from monitor.export.records import ColumnType, Record, RunTable, scan
 from monitor.export.wandb_live import live_runs, require_login
 from monitor.history import append_evaluation
 from monitor.settings import MonitorSettings, MonitorTable
@@ -59,14 +59,18 @@ def test_a_run_is_rows_of_three_tables(run: Path) -> None:
     records = scan(run)
     rows = list(records.rows())
 
-    assert [(row.tokens, row.sae) for row in rows if row.table is Table.RUN] == [(100, None), (150, None), (250, None)]
-    assert rows[1] == Record(Table.TRAINING, 1.0, 100, "topk", {"fvu": 0.5, "l0": 32, "loss.auxiliary": 0.5})
+    assert [(row.tokens, row.sae) for row in rows if row.table is RunTable.RUN] == [
+        (100, None),
+        (150, None),
+        (250, None),
+    ]
+    assert rows[1] == Record(RunTable.TRAINING, 1.0, 100, "topk", {"fvu": 0.5, "l0": 32, "loss.auxiliary": 0.5})
     assert rows[-1] == Record(
-        Table.EVALUATION, 7.0, 150, "topk", {"ce_delta": 0.2, "probe_accuracy.k1": 0.75, "rows": 100}
+        RunTable.EVALUATION, 7.0, 150, "topk", {"ce_delta": 0.2, "probe_accuracy.k1": 0.75, "rows": 100}
     )
     assert "fvu" not in rows[-3].values  # unknown
     assert (records.reports, records.evaluations, records.saes) == (3, 1, ("topk", "jump"))
-    assert records.columns[Table.RUN] == {"state": ColumnType.TEXT, "stream.epoch": ColumnType.INTEGER}
+    assert records.columns[RunTable.RUN] == {"state": ColumnType.TEXT, "stream.epoch": ColumnType.INTEGER}
 
 
 def test_a_run_that_goes_back_twice(tmp_path: Path) -> None:

@@ -292,14 +292,6 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return cfg, weights
 
 
-def read_sae_config(folder: Path) -> dict[str, Any]:
-    """cfg.json from one SAE's folder. Raises SnapshotError."""
-    try:
-        return read_object(folder / "cfg.json")
-    except (OSError, ParseError) as error:
-        raise SnapshotError(f"{folder} holds no readable SAE: {error}") from None
-
-
 def read_selftest(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "selftest.safetensors")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from monitor.export.errors import missing_extra
-from monitor.export.records import ColumnType, OnProgress, Record, Records, Table, Value
+from monitor.export.records import ColumnType, OnProgress, Record, Records, RunTable, Value
 from trainer.state.durable import new_file
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def _open(writer_type: Any, path: Path, columns: Mapping[str, ColumnType]) -> It
         temporary.chmod(0o644)
 
 
-def _columns(table: Table, columns: Mapping[str, ColumnType]) -> dict[str, ColumnType]:
+def _columns(table: RunTable, columns: Mapping[str, ColumnType]) -> dict[str, ColumnType]:
     """All columns of a table: where a row belongs first."""
     place = {"time": ColumnType.NUMBER, "tokens": ColumnType.INTEGER}
-    return place | ({} if table is Table.RUN else {"sae": ColumnType.TEXT}) | dict(columns)
+    return place | ({} if table is RunTable.RUN else {"sae": ColumnType.TEXT}) | dict(columns)
 
 
 def _cells(record: Record) -> dict[str, Value | None]:

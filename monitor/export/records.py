@@ -34,7 +34,7 @@ OnProgress = Callable[[float], None]
 """Called with the share of the work that is done, 0 to 1."""
 
 
-class Table(StrEnum):
+class RunTable(StrEnum):
     RUN = "run"
     TRAINING = "training"
     EVALUATION = "evaluation"
@@ -50,7 +50,7 @@ class ColumnType(StrEnum):
 class Record:
     """One row of a table."""
 
-    table: Table
+    table: RunTable
     time: float
     """Seconds since the Unix epoch: when it was reported, or measured."""
     tokens: int
@@ -66,7 +66,7 @@ class Records:
     """The rows of one run directory, as they were when it was scanned."""
 
     directory: Path
-    columns: dict[Table, dict[str, ColumnType]]
+    columns: dict[RunTable, dict[str, ColumnType]]
     """Columns of each table beside time, tokens and sae."""
     saes: tuple[str, ...]
     _is_current: bytearray = field(repr=False)
@@ -83,9 +83,9 @@ class Records:
         return len(self._evaluations)
 
     @property
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[RunTable]:
         """Tables that have rows."""
-        return [table for table in Table if self.columns[table]]
+        return [table for table in RunTable if self.columns[table]]
 
     def rows(self, on_progress: OnProgress = lambda share: None) -> Iterator[Record]:
         """All rows: those of the reports in the order in which they were made, then the evaluations by tokens."""
@@ -98,7 +98,7 @@ class Records:
 
 def scan(directory: Path, on_progress: OnProgress = lambda share: None) -> Records:
     """Reads a run directory once; its rows can then be read as often as is needed."""
-    columns: dict[Table, dict[str, ColumnType]] = {table: {} for table in Table}
+    columns: dict[RunTable, dict[str, ColumnType]] = {table: {} for table in RunTable}
     tokens, rollbacks, saes = array("q"), dict[int, Rollback](), dict[str, None]()
     newest = 0
     for report in _reports(directory, on_progress):
@@ -112,7 +112,7 @@ def scan(directory: Path, on_progress: OnProgress = lambda share: None) -> Recor
         newest = now
     evaluations = _evaluation_records(directory, list(rollbacks.values()))
     for record in evaluations:
-        _add_columns(columns[Table.EVALUATION], record.values)
+        _add_columns(columns[RunTable.EVALUATION], record.values)
         saes[str(record.sae)] = None
     return Records(directory, columns, tuple(saes), _current(tokens, rollbacks), tuple(evaluations))
 
@@ -121,11 +121,11 @@ def report_records(report: Mapping[str, Any]) -> Iterator[Record]:
     """The rows of one report: the run's, then one for each SAE."""
     time, tokens = _time(report), _tokens(report)
     rest = {key: value for key, value in report.items() if key not in ("time", "tokens", "saes")}
-    yield Record(Table.RUN, time, tokens, None, dict(_flatten(rest)))
+    yield Record(RunTable.RUN, time, tokens, None, dict(_flatten(rest)))
     for sae in report.get("saes") or []:
         if isinstance(sae, dict) and isinstance(name := sae.get("name"), str):
             values = {key: value for key, value in sae.items() if key != "name"}
-            yield Record(Table.TRAINING, time, tokens, name, dict(_flatten(values)))
+            yield Record(RunTable.TRAINING, time, tokens, name, dict(_flatten(values)))
 
 
 def evaluation_record(line: Mapping[str, Any]) -> Record | None:
@@ -135,7 +135,7 @@ def evaluation_record(line: Mapping[str, Any]) -> Record | None:
         return None
     facts = {"rows": evaluation.rows, "predictions": evaluation.predictions, "seconds": evaluation.seconds}
     values = {key: value for key, value in evaluation.values.items() if key != "time"}
-    return Record(Table.EVALUATION, _time(line), evaluation.snapshot_tokens, sae, dict(_flatten(values | facts)))
+    return Record(RunTable.EVALUATION, _time(line), evaluation.snapshot_tokens, sae, dict(_flatten(values | facts)))
 
 
 def _reports(directory: Path, on_progress: OnProgress) -> Iterator[dict[str, Any]]:

@@ -18,11 +18,12 @@ from safetensors import safe_open
 
 from monitor.evaluation.measures import MEASURES, Better, Measure, Stage
 from monitor.evaluation.results import Evaluation, read_evaluation, value_of
+from monitor.files import read_json
 from producer.common.formatting import format_count
 from producer.common.version import VERSION
 from trainer.saes.description import Equations, equations_of, is_in_saelens
 from trainer.saes.hooks import SaeHooks
-from trainer.snapshot import Manifest, SnapshotError, read_sae_config
+from trainer.snapshot import Manifest, SnapshotError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TAGS = ("sparse-autoencoder", "mechanistic-interpretability", "sluice")
@@ -83,7 +84,9 @@ def published_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sae(folder: Path, name: str, metrics: dict[str, Any]) -> CardSae:
-    cfg = read_sae_config(folder / name)
+    cfg = read_json(folder / name / "cfg.json", folder)
+    if cfg is None:
+        raise SnapshotError(f"{folder / name} holds no readable cfg.json")
     with safe_open(folder / name / "sae_weights.safetensors", "numpy") as file:
         weight_names = tuple(sorted(file.keys()))
     try:

@@ -19,7 +19,7 @@ from monitor.evaluation.latents.snapshot_saes import SnapshotSae, SnapshotSaes
 from monitor.evaluation.latents.texts import Texts
 from monitor.export.errors import ExportError
 from monitor.export.latents.dashboards import Dashboard, Dashboards
-from monitor.export.latents.neuronpedia import Source, upload_batch
+from monitor.export.latents.neuronpedia import NeuronpediaSource, upload_batch
 from monitor.export.latents.saedashboard import batch, sae_vis_data
 from monitor.export.records import OnProgress
 from monitor.run_directory import NotFoundError, saes_with_latents
@@ -63,7 +63,9 @@ def write_latents(
     model_id = naming.model_id or Path(settings.model.name).name.lower()
     total, written, folders = sum(sae.latents.d_sae for sae in sources), 0, []
     for sae in sources:
-        source = Source(model_id, _layer(sae), naming.set_name or f"{run_directory.resolve().name}-{sae.name}")
+        source = NeuronpediaSource(
+            model_id, _layer(sae), naming.set_name or f"{run_directory.resolve().name}-{sae.name}"
+        )
         format_batch = _formats(sae, source)[format_name]
         dashboards = Dashboards(sae, lens, texts)
         target = folder / sae.name
@@ -79,7 +81,7 @@ def write_latents(
     return folders
 
 
-def _formats(sae: SnapshotSae, source: Source) -> dict[str, Callable[[list[Dashboard]], Files]]:
+def _formats(sae: SnapshotSae, source: NeuronpediaSource) -> dict[str, Callable[[list[Dashboard]], Files]]:
     windows = (len(sae.latents.ids), sae.latents.context)
     text_name = str(sae.cfg.get("metadata", {}).get("dataset_path", ""))
     return {

@@ -20,7 +20,7 @@ DIGITS = 4
 
 
 @dataclass(frozen=True)
-class Source:
+class NeuronpediaSource:
     """Where latents stand in Neuronpedia."""
 
     model_id: str
@@ -34,7 +34,7 @@ class Source:
         return f"{self.layer}-{self.set_name}"
 
 
-def upload_batch(source: Source, dashboards: Iterable[Dashboard]) -> dict[str, Any]:
+def upload_batch(source: NeuronpediaSource, dashboards: Iterable[Dashboard]) -> dict[str, Any]:
     """The document of one batch; Neuronpedia takes 128 latents at most."""
     return {"modelId": source.model_id, "source": source.id, "features": [_feature(one) for one in dashboards]}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from monitor.evaluation.latents.views import Histogram
 from monitor.export.latents.dashboards import Dashboard, SequenceGroup
-from monitor.export.latents.neuronpedia import DIGITS, Source
+from monitor.export.latents.neuronpedia import DIGITS, NeuronpediaSource
 
 TICKS = 5
 
@@ -96,7 +96,9 @@ def _group(group: SequenceGroup, dashboard: Dashboard) -> Document:
     }
 
 
-def batch(source: Source, dashboards: Sequence[Dashboard], text_name: str, windows: tuple[int, int]) -> Document:
+def batch(
+    source: NeuronpediaSource, dashboards: Sequence[Dashboard], text_name: str, windows: tuple[int, int]
+) -> Document:
     """The document of `NeuronpediaDashboardBatch`. `windows` are the number and the length of those looked at."""
     return {
         "model_id": source.model_id,
