@@ -161,6 +161,8 @@ ELSEWHERE = {
     "sluice_feature_density": "density",
     "sluice_producer_layers": "layers_total",
     "sluice_evaluation_fvu": "fvu",
+    "sluice_evaluation_fvu_typical": "fvu_typical",
+    "sluice_evaluation_fvu_per_activation": "fvu_per_activation",
     "sluice_evaluation_l0": "l0",
     "sluice_evaluation_cosine": "cosine",
     "sluice_evaluation_shrinkage": "shrinkage",
@@ -176,9 +178,9 @@ ELSEWHERE = {
 }
 """Metrics whose field is not the name itself."""
 MEASURES = {name: next(NUMBERS) for name in (
-    "ce_delta", "ce_recovered", "ce_recovered_mean_ablation", "kl", "ce_clean", "ce_sae", "fvu", "l0", "cosine",
-    "shrinkage", "dense_latents", "dead_latents", "explanation_f1", "ablation_effects_ratio", "snapshot_tokens",
-    "seconds",
+    "ce_delta", "ce_recovered", "ce_recovered_mean_ablation", "kl", "ce_clean", "ce_sae", "fvu", "fvu_typical",
+    "fvu_per_activation", "l0", "cosine", "shrinkage", "dense_latents", "dead_latents", "explanation_f1",
+    "ablation_effects_ratio", "snapshot_tokens", "seconds",
 )} | {"probe_accuracy": {"some": next(NUMBERS)}}  # fmt: skip
 
 
