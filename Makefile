@@ -7,7 +7,7 @@ PINS ?= -c deploy/pins.txt
 # Processes of `make test`, each with one thread of arithmetic; "logical" is one per core.
 WORKERS ?= logical
 
-.PHONY: demo test long lint bench gpu peers proofs quality watch scale slurm drills clean
+.PHONY: demo test long lint bench gpu gpu-check peers proofs quality watch scale slurm drills clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
@@ -34,6 +34,9 @@ gpu: $(VENV)/ready-dev
 	$(BIN)/python -m tests.benchmarks.require_gpu
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python -m tests.benchmarks --device cuda
+
+gpu-check:  # installs nothing: in an image with torch, make gpu-check PYTHON=python3
+	$(PYTHON) -m tests.benchmarks.gpu_check
 
 peers: $(VENV)-peers/ready $(VENV)-dashboards/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python \

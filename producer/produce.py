@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from producer.sources.base import Source, batches, open_pass_threads
 from producer.wire import Lease, ShardEnd, ShardFail, unpack_bits
 
 log = logging.getLogger("sluice.producer")
+
+T = TypeVar("T")
 
 
 class Producer:
@@ -169,18 +172,16 @@ class Producer:
                 future.cancel()
 
     def _run_on_gpu(self, leased: LeasedShard) -> Iterator[list[PackedChunk]]:
-        """The chunks of each pass, in order; the next pass is under way when they are packed."""
-        pack_previous: Callable[[], list[PackedChunk]] | None = None
-        for indices in self._passes(leased):
+        """The chunks of each pass, in order; when they are packed, one pass for each GPU of the model is under way."""
+
+        def start_pass(indices: np.ndarray) -> Callable[[], list[PackedChunk]]:
             began = time.monotonic()
             activations = self._source.activations(leased.shard, leased.windows, indices)
             pass_end = torch.cuda.current_stream(self._source.device).record_event()
             self._count_pass(time.monotonic() - began)
-            if pack_previous is not None:
-                yield pack_previous()
-            pack_previous = partial(self._packer.pack, leased, indices, activations, pass_end)
-        if pack_previous is not None:
-            yield pack_previous()
+            return partial(self._packer.pack, leased, indices, activations, pass_end)
+
+        yield from run_ahead((start_pass(indices) for indices in self._passes(leased)), self._source.passes_under_way)
 
     def _count_pass(self, seconds: float) -> None:
         self._forward_seconds += seconds
@@ -203,6 +204,17 @@ def _log_exclusions(shard: int, windows: Windows) -> None:
         "shard %d: %s of %s positions are streamed; not: %s (outliers are counted in the metrics)",
         shard, f"{int(windows.kept.sum()):,}", f"{windows.kept.size:,}", reasons or "none",
     )  # fmt: skip
+
+
+def run_ahead(passes: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
+    """The results of `passes`, in order, each taken when `count` later ones have been started by the iteration."""
+    started: deque[Callable[[], T]] = deque()
+    for one in passes:
+        started.append(one)
+        if len(started) > count:
+            yield started.popleft()()
+    while started:
+        yield started.popleft()()
 
 
 class TextPrefetcher:

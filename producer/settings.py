@@ -15,6 +15,7 @@ from producer.common.addresses import is_loopback, unreachable
 from producer.common.fields import (
     CorpusName,
     Device,
+    Devices,
     Endpoint,
     Host,
     HostName,
@@ -113,6 +114,11 @@ class ModelSettings(Table):
     of a tuple `PATH[1]`. `blocks.{0..3}.hook_resid_post` stands for layers 0 to 3."""
     device: Device = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes the GPU when there is one. CUDA_VISIBLE_DEVICES decides which."""
+    devices: Devices = Field(default=[], examples=[["cuda:0", "cuda:1"]])
+    """Devices over which the blocks are spread, in place of `device` (extra `large`): GPUs, which share them evenly and
+    work on as many passes at a time; then `cpu` and `disk`, which hold what does not fit there, slowly."""
+    load: Literal["4bit", "8bit"] | None = None
+    """Quantise the weights when they are loaded (bitsandbytes, extra `quantized`). Without it, as the checkpoint is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the language model; auto is bfloat16 on a GPU, and on a CPU that is measured to be faster in it."""
     batch_windows: Positive | None = None
@@ -125,6 +131,17 @@ class ModelSettings(Table):
         names = [name for name in ("revision", "revisions", "watch") if getattr(self, name) is not None]
         if len(names) > 1:
             raise ValueError(f"model.{names[0]} and model.{names[1]} exclude each other; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelSettings:
+        if self.devices and self.device != "auto":
+            raise ValueError(
+                f"model.device = {show_value(self.device)} and model.devices = {show_value(self.devices)} both say "
+                "where the model is; leave one of them out"
+            )
+        if self.devices and self.load:
+            raise ValueError(f'model.load = "{self.load}" is for one device; leave model.devices out, or model.load')
         return self
 
     @field_validator("hooks")

@@ -67,6 +67,7 @@ class Tensors:
     """The windows of each forward pass."""
     device: ClassVar[torch.device] = torch.device("cpu")
     concurrent_passes: ClassVar[int] = 1
+    passes_under_way: ClassVar[int] = 1
     layers: ClassVar[tuple[int, int]] = (1, 2)
     measurements: ClassVar[dict[str, Any]] = {}
     facts: ClassVar[dict[str, Any]] = {"corpus": "tensors"}

@@ -33,6 +33,20 @@ def _check_corpus_name(name: str) -> str:
     raise ValueError('is no name; expected letters, digits, ".", "-" and "_", such as "web"')
 
 
+def _check_devices(names: list[str]) -> list[str]:
+    if strange := [name for name in names if not re.fullmatch(r"cuda:[0-9]+|cpu|disk", name)]:
+        raise ValueError(f'has {strange[0]!r}; expected GPUs by number, such as "cuda:0", then "cpu" and "disk"')
+    if names != sorted(names, key=_device_rank):
+        raise ValueError('is in another order than GPUs, "cpu", "disk", in which they are filled')
+    if names == ["disk"] or len(set(names)) < len(names):
+        raise ValueError('needs each device once, and one that computes: a GPU or "cpu"')
+    return names
+
+
+def _device_rank(name: str) -> int:
+    return ("cuda", "cpu", "disk").index(name.split(":")[0])
+
+
 def _check_range(text: str) -> str:
     if re.fullmatch(r"(not )?-?\d*:-?\d*(:[1-9]\d*)?", text) and not text.endswith(("-", "-:")) and "-:" not in text:
         return text
@@ -65,6 +79,8 @@ PositionRange = Annotated[str, AfterValidator(_check_range)]
 CorpusName = Annotated[str, AfterValidator(_check_corpus_name)]
 """The name of one corpus of a mixture."""
 Device = Annotated[str, AfterValidator(_check_device)]
+Devices = Annotated[list[str], AfterValidator(_check_devices)]
+"""Devices that share a model."""
 
 
 class Table(BaseModel):

@@ -1,13 +1,14 @@
 """How are the activations of a language model read?
 
-Any Hugging Face decoder or encoder is loaded, its blocks and hooks are located by rule and by probing rather than by
-the name of its class, and what comes after the last hook is removed. In reading order:
+Any Hugging Face decoder or encoder is loaded as far as the last hook, and its blocks and hooks are located by rule and
+by probing rather than by the name of its class. In reading order:
 
     model        LanguageModel: activations, logits with activations replaced, limits; what callers use
     loading      load_language_model: the stages below one after the other, on a number format and a device
     errors       ModelError, and the sentences that several stages share
     precision    the number format that is fastest on this machine; deterministic algorithms
-    pretrained   the whole model and its tokenizer, from a folder or the hub; its fingerprint
+    weights      which weights are loaded: the structure of a model, its parts, numbers of what is not loaded
+    pretrained   a model and its tokenizer, from a folder or the hub: the whole, or what hooks need of it
     revisions    checkpoints of a model under training: which are there, and the settings that load one
     gguf         GGUF files as models, and as Hugging Face folders
     limits       vocabulary, longest window, the windows that models are probed with
@@ -20,7 +21,7 @@ the name of its class, and what comes after the last hook is removed. In reading
     network      the hooked network that runs passes, from several threads at the same time
     unembedding  the final norm and the head, as a linear map
 
-The data moves through the stages in typed pieces that no later stage changes: PretrainedModel, BlockChain,
+The data moves through the stages in typed pieces that no later stage changes: ModelLayout, PretrainedModel, BlockChain,
 HookLocation, Observation, HookPoint, SelfCheck, HookedNetwork, LanguageModel. Only the modules of the network itself
 change, at the cut.
 

@@ -10,7 +10,7 @@ A probe runs through the block, and those submodules are taken for which resid_p
 resid_mid + mlp_out is resid_post, also when attn_out or resid_mid is replaced during the call. That covers OPT's fc2,
 Gemma's norm after the MLP and Bloom's MLP that adds the residual itself. mlp_in and mlp_post are what all of mlp_out
 goes through: with zeros there, mlp_out is the same for every token. A block that runs attention and MLP in parallel
-(Pythia) has no resid_mid; one that normalises after the addition (BERT) has none of the parts.
+(Pythia) has no resid_mid; one that normalises after the addition (BERT) or scales the sum has mlp_post alone.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def find_parts(call: BlockCall) -> BlockParts:
     if x.ndim > 3:
         return BlockParts(has_versions=True)
     output, submodules = _trace(call, x.clone())
-    return _find_sequential(call, x, output, submodules) or _find_parallel(call, x, output, submodules) or BlockParts()
+    parts = _find_sequential(call, x, output, submodules) or _find_parallel(call, x, output, submodules)
+    return parts or BlockParts(mlp_post=_find_nonlinearity(call, submodules))
 
 
 def missing_part_message(kind: str, parts: BlockParts, block: nn.Module, path: str) -> str:
@@ -196,6 +197,44 @@ def _find_hidden_layer(
         if _determines(call, location, mlp_out):
             return location
     return None
+
+
+def _find_nonlinearity(call: BlockCall, submodules: list[_SubmoduleCall]) -> HookLocation | None:
+    """The input of the last projection that a nonlinearity alone separates from an earlier one.
+
+    That is: half of the channels of the earlier output, changed at one position, change the same half there and nothing
+    else. Attention mixes positions, a norm mixes channels.
+    """
+    matrices = projections(call.block)
+    calls = sorted((one for one in submodules if one.path in matrices), key=lambda one: one.start)
+    for end in range(len(calls) - 1, 0, -1):
+        down = call.location(calls[end].path, "input")
+        if any(_acts_on_channels(call, call.location(up.path, "output"), down) for up in calls[:end]):
+            return down
+    return None
+
+
+def _acts_on_channels(call: BlockCall, source: HookLocation, target: HookLocation) -> bool:
+    """Whether each number at `target` depends on one at `source`: the same channel of the same token."""
+    tokens = call.input.shape[:2]
+    values: dict[str, Tensor] = {}
+
+    def change(x: Tensor) -> Tensor:
+        values["source"] = x
+        y = x.reshape(*tokens, -1).clone()
+        y[:, 0, : y.shape[-1] // 2] *= -2
+        return y.reshape(x.shape)
+
+    with attach(target, partial(_record, values, "before")):
+        call.repeat(call.input)
+    with attach(source, change), attach(target, partial(_record, values, "after")):
+        call.repeat(call.input)
+    if values["source"].shape != values["before"].shape:
+        return False
+    before, after = (values[name].reshape(*tokens, -1) for name in ("before", "after"))
+    half = before.shape[-1] // 2
+    is_same = torch.equal(after[:, 1:], before[:, 1:]) and torch.equal(after[:, 0, half:], before[:, 0, half:])
+    return is_same and not torch.equal(after, before)
 
 
 def _determines(call: BlockCall, source: HookLocation, target: HookLocation) -> bool:

@@ -7,8 +7,8 @@
     k  the projection whose output at one position reaches z at other positions; with q and k both negated, z stays
 
 Of queries, keys and values that share one projection, the channels are found among the orders in use: GPT-2's [q | k |
-v], GPT-NeoX' (q, k, v) for each head, Falcon's groups of queries with a key and a value. q, k and v are taken where
-they leave their projection, before norms and rotary position embeddings, as TransformerLens does.
+v], GPT-NeoX' (q, k, v) for each head, Falcon's groups of queries with a key and a value, CodeGen's quarters. q, k and v
+are taken where they leave their projection, before norms and rotary position embeddings, as TransformerLens does.
 
 A state-space, convolution or gated linear block has no such v, so it has no heads.
 """
@@ -220,6 +220,11 @@ def _layouts(width: int, heads: int, groups: int, value_size: int | None) -> lis
                     Channels(parts, part, 0, q), Channels(parts, part, q, q + k), Channels(parts, part, q + k, part)
                 )
             )
+    if not heads % 4 and not width % 12:  # CodeGen's, once computed on four devices: [q | v | k] in each quarter
+        part, size = width // 4, width // 12
+        layouts.append(
+            _Layout(Channels(4, part, 0, size), Channels(4, part, 2 * size, part), Channels(4, part, size, 2 * size))
+        )
     for count in dict.fromkeys([1, groups]):  # keys and values, whose queries are projected elsewhere
         part, rest = divmod(width, count)
         for size in {part // 2, value_size or 0}:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from producer.lm.errors import ModelError
+from producer.lm.errors import NoBlocksError
 from producer.lm.hooks import HookLocation, module_input, module_output
 from producer.lm.limits import probe_ids
 from producer.lm.pretrained import PretrainedModel
@@ -50,15 +50,15 @@ class BlockChain:
 
 
 def find_blocks(pretrained: PretrainedModel) -> BlockChain:
-    """The chain of blocks, in the decoder or the base model. Raises ModelError for a model without one."""
+    """The chain of blocks, in the decoder or the base model. Raises NoBlocksError for a model without one."""
     network = pretrained.network
     layers = network.config.get_text_config().num_hidden_layers
     for decoder in (network.get_decoder(), network.base_model):
         for module in decoder.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == layers and _is_chain(network, module):
+            if isinstance(module, nn.ModuleList) and len(module) == layers and _is_chain(pretrained, module):
                 paths = {module: path for path, module in network.named_modules()}
                 return BlockChain(decoder, paths[decoder], module, paths[module], layers)
-    raise ModelError(
+    raise NoBlocksError(
         f"model.name = {pretrained.settings.name!r}: {type(network).__name__} holds no chain of {layers} blocks to "
         "hook (models that share one block between layers, such as ALBERT, have none); use another model"
     )
@@ -82,7 +82,7 @@ def cut_after(network: nn.Module, chain: BlockChain, layers_needed: int, locatio
             module._parameters.clear()  # freed at once, and not when the garbage collector comes by
 
 
-def _is_chain(network: Any, blocks: nn.ModuleList) -> bool:
+def _is_chain(pretrained: PretrainedModel, blocks: nn.ModuleList) -> bool:
     """Whether the input of each block is the output of the one before; XLM's list of attentions is not such a chain."""
     calls: list[tuple[Any, Any]] = []
 
@@ -92,7 +92,7 @@ def _is_chain(network: Any, blocks: nn.ModuleList) -> bool:
     with ExitStack() as handles:
         for block in blocks:
             handles.callback(block.register_forward_hook(record, with_kwargs=True).remove)
-        network(input_ids=probe_ids(network))
+        pretrained.network(input_ids=probe_ids(pretrained.network, pretrained.device))
     pairs = itertools.pairwise(calls)
     return len(calls) == len(blocks) and all(y is x or _is_equal(y, x) for (_, y), (x, _) in pairs)
 
@@ -101,4 +101,4 @@ def _is_equal(y: Any, x: Any) -> bool:
     """Equality in which NaN equals NaN: a model that overflows is refused for that, not for having no blocks."""
     if not isinstance(y, Tensor) or not isinstance(x, Tensor) or y.shape != x.shape:
         return False
-    return torch.allclose(y, x, rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(y.to(x.device), x, rtol=0, atol=0, equal_nan=True)

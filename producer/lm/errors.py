@@ -9,6 +9,10 @@ class ModelError(ValueError):
     """The language model cannot be used as asked. `str(error)` is the whole message for the operator."""
 
 
+class NoBlocksError(ModelError):
+    """The language model has no chain of blocks."""
+
+
 def non_finite_message(model: str, dtype: str) -> str:
     """The sentence about NaN or infinite activations of `model`, which ran in `dtype`: "float16", "bfloat16", …"""
     if dtype == "float16":

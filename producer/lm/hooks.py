@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -141,18 +142,20 @@ def attach(location: HookLocation, function: HookFunction) -> Iterator[Removable
         handle.remove()
 
 
-def replacing_function(name: str, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> HookFunction:
+def replacing_function(
+    name: str, function: Callable[[Tensor], Tensor], shape: Sequence[int], device: torch.device
+) -> HookFunction:
     """A hook function that replaces activations `[*shape, width]` in the passes of the calling thread alone.
 
-    Another thread may read the model's activations at the same time. `name` is the hook's, for the error about a
-    replacement of another shape.
+    `function` is given them on `device`. Another thread may read the model's activations at the same time. `name` is
+    the hook's, for the error about a replacement of another shape.
     """
     thread = threading.get_ident()
 
     def replace(x: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
             return None
-        activation = x.reshape(*shape, -1)
+        activation = x.reshape(*shape, -1).to(device)
         replacement = function(activation)
         if replacement.shape != activation.shape:
             raise ModelError(

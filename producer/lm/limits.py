@@ -44,17 +44,17 @@ def vocabulary_size(settings: ModelSettings, network: Any) -> int:
     return size
 
 
-def probe_ids(network: Any) -> Tensor:
+def probe_ids(network: Any, device: torch.device) -> Tensor:
     """Random token ids [windows, context]: two windows, so that what windows share is not taken for activations."""
     shape = (PROBE_WINDOWS, _probe_context(network))
     vocabulary = network.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def find_context_limit(network: Any, decoder: Any, blocks: nn.ModuleList) -> int | None:
+def find_context_limit(network: Any, decoder: Any, blocks: nn.ModuleList, device: torch.device) -> int | None:
     """Positions the model has: as its configuration says, or fewer where a table is smaller or begins later."""
     limits = [_configured_limit(network.config.get_text_config()), _configured_limit(decoder.config)]
-    limits += _position_table_sizes(network, blocks)
+    limits += _position_table_sizes(network, blocks, device)
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -81,7 +81,7 @@ class _EmbeddingLookups(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _position_table_sizes(network: Any, blocks: nn.ModuleList) -> list[int]:
+def _position_table_sizes(network: Any, blocks: nn.ModuleList, device: torch.device) -> list[int]:
     """Number of positions of each table that is looked up by position; OPT's and RoBERTa's begin at row 2.
 
     For windows that repeat one token, the indices into such a table still count upwards, the same in every window.
@@ -95,7 +95,7 @@ def _position_table_sizes(network: Any, blocks: nn.ModuleList) -> list[int]:
     handle = blocks[0].register_forward_hook(stop)
     try:
         with _EmbeddingLookups() as lookups, suppress(StopForward):
-            network(input_ids=torch.full((PROBE_WINDOWS, context), token))
+            network(input_ids=torch.full((PROBE_WINDOWS, context), token, device=device))
     finally:
         handle.remove()
     sizes = []

@@ -53,6 +53,10 @@ class LanguageModel:
     fingerprint: str
     """Tells apart models of the same name: a hash of the configuration and of a sample of all weights, uncut."""
     network: HookedNetwork
+    stages: int
+    """GPUs that a pass goes through, one after the other: as many passes can be under way."""
+    is_offloaded: bool
+    """Some weights are brought to their device for each pass, so that one pass may run at a time."""
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +114,7 @@ class LanguageModel:
         return self.network.logits(
             tokens,
             [
-                (location, replacing_function(hook.name, replace[hook.name], tokens.shape))
+                (location, replacing_function(hook.name, replace[hook.name], tokens.shape, self.device))
                 for hook, location in zip(self.hooks, self.network.locations, strict=True)
                 if hook.name in replace
             ],

@@ -16,16 +16,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from producer.common.formatting import format_bytes
 from producer.lm.errors import ModelError
 from producer.lm.hooks import HookFunction, HookLocation, StopForward, attach, register
 
 
 class HookedNetwork:
-    """A network with a hook at each location, on one device."""
+    """A network with a hook at each location, on one device or on several that passes go through."""
 
     def __init__(
-        self, name: str, module: Any, blocks: nn.ModuleList, locations: Sequence[HookLocation], dtype: torch.dtype
+        self,
+        name: str,
+        module: Any,
+        blocks: nn.ModuleList,
+        locations: Sequence[HookLocation],
+        dtype: torch.dtype,
+        input_device: torch.device,
+        device: torch.device,
     ) -> None:
         self.name = name
         """model.name, for messages."""
@@ -33,7 +39,10 @@ class HookedNetwork:
         """A transformers model, whole or cut."""
         self.locations = tuple(locations)
         self.dtype = dtype
-        self.device = torch.device("cpu")
+        self.input_device = input_device
+        """Where token ids go."""
+        self.device = device
+        """Where activations come from and logits go: of a network on several devices, where the last hook is."""
         self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
         """Numbers in memory."""
         self.layers_run = 0
@@ -46,18 +55,6 @@ class HookedNetwork:
             block.register_forward_pre_hook(self._count_block)
         for index, location in enumerate(self.locations):
             register(location, partial(self._collect, index))
-
-    def move(self, device: torch.device) -> None:
-        """Moves the network, in place. Raises ModelError when it does not fit."""
-        try:
-            self.module.to(device)
-        except torch.OutOfMemoryError:
-            size = format_bytes(self.parameter_count * self.dtype.itemsize)
-            raise ModelError(
-                f"model.name = {self.name!r}: the {self.parameter_count:,} parameters that are needed "
-                f"({size}) do not fit on {device}; free it, use another device, or hook an earlier layer"
-            ) from None
-        self.device = device
 
     def activations(self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> list[Tensor]:
         """One `[windows, context, width]` per location, on `device`, in `dtype`, for token ids `[windows, context]`.
@@ -72,7 +69,10 @@ class HookedNetwork:
                 self._run(ids, padding, positions)
         finally:
             self._pass.activations = None
-        return [activations[index].reshape(*ids.shape, -1).to(self.dtype) for index in range(len(self.locations))]
+        return [
+            activations[index].reshape(*ids.shape, -1).to(self.device, self.dtype)
+            for index in range(len(self.locations))
+        ]
 
     def logits(self, ids: Tensor, functions: Iterable[tuple[HookLocation, HookFunction]] = ()) -> Tensor:
         """Logits `[windows, context, vocabulary]` of a pass with `functions` attached to their locations.
@@ -85,19 +85,19 @@ class HookedNetwork:
             output = self._run(ids)
         if getattr(output, "logits", None) is None:
             raise ModelError(f"model.name = {self.name!r} has no head that gives logits; use a causal model")
-        return output.logits
+        return output.logits.to(self.device)
 
     def _run(self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> Any:
         options: dict[str, Tensor] = {}
         if padding is not None:
-            options["attention_mask"] = (~padding).to(self.device, torch.int64)
+            options["attention_mask"] = (~padding).to(self.input_device, torch.int64)
         if positions is not None:
-            options["position_ids"] = positions.to(self.device)
+            options["position_ids"] = positions.to(self.input_device)
             if self.packed_attention == "mask":
                 options["attention_mask"] = self._block_diagonal(options["position_ids"])
         self._pass.layers = 0
         try:
-            return self.module(input_ids=ids.to(self.device, non_blocking=True), **options)
+            return self.module(input_ids=ids.to(self.input_device, non_blocking=True), **options)
         finally:
             self.layers_run = self._pass.layers
 
@@ -105,7 +105,7 @@ class HookedNetwork:
         """The causal mask within each document, [windows, 1, context, context]: 0, or as low as numbers go."""
         document = (positions == 0).cumsum(1)
         visible = (document[:, :, None] == document[:, None, :]).tril()
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.input_device)
         return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 
     def _count_block(self, *_: Any) -> None:

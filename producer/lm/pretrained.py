@@ -1,4 +1,4 @@
-"""The whole model and its tokenizer, loaded from a folder or the hub onto the CPU.
+"""A model and its tokenizer, loaded from a folder or the hub: the whole, or what hooks need of it.
 
 Whatever transformers and the hub raise becomes one line with the setting, its value and what to do. A checkpoint that
 lacks weights and a tokenizer of another model are refused.
@@ -6,8 +6,7 @@ lacks weights and a tokenizer of another model are refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,21 +22,31 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 
 from producer.common.addresses import model_directory
-from producer.lm.errors import ModelError
+from producer.lm.errors import ModelError, NoBlocksError
 from producer.lm.gguf import SUFFIX, drop_quantization, gguf_options
 from producer.lm.limits import vocabulary_size
+from producer.lm.weights.fingerprint import all_samples, fingerprint, loaded_samples
+from producer.lm.weights.layout import ModelLayout, Parts, needed_parts, read_layout
+from producer.lm.weights.partial import all_but, free, is_within, partial_class, pass_through
+from producer.lm.weights.placement import gpu_count, input_device, is_offloaded, move, placement_options, weight_bytes
+from producer.lm.weights.quantization import quantization_method, quantization_options
+from producer.lm.weights.stored import open_stored
 from producer.settings import ModelSettings
 
 
 @dataclass(frozen=True, eq=False)
 class PretrainedModel:
-    """The whole model in memory, on the CPU, with its tokenizer."""
+    """A model in memory with its tokenizer: the whole, or all of it but some parts."""
 
     settings: ModelSettings
     tokenizer: Any
     dtype: torch.dtype
     network: Any
     """A transformers model, of the class users know it by."""
+    layout: ModelLayout | None
+    """The structure of the whole model; None where it was not needed or is not known."""
+    parts: Parts | None
+    """What is loaded; None where it is the whole model."""
     has_causal_head: bool
     """The model was loaded as a causal language model, which its attention may yet contradict."""
     has_head: bool
@@ -50,31 +59,78 @@ class PretrainedModel:
     """The hub's commit, when the model came from there."""
     random_parameters: tuple[str, ...]
     """Parameters that the checkpoint does not hold, so that transformers filled them with random numbers."""
+    fingerprint: str
+    """Tells apart models of the same name: a hash of the configuration and of a sample of all weights."""
+    device: torch.device
+    """Where token ids go."""
+    stages: int
+    """GPUs that a pass goes through, one after the other."""
+    is_offloaded: bool
+    """Some weights are brought to their device for each pass, so that one pass runs at a time."""
+    loaded_bytes: int
+    """Bytes of the weights in memory."""
+    whole_bytes: int
+    """Bytes of the weights of the whole model."""
 
 
-def load_pretrained(settings: ModelSettings, dtype: torch.dtype, tokenizer: Any = None) -> PretrainedModel:
-    """The model that `settings` name, in `dtype`, ready for passes without cache and gradients.
+class PartialLoadError(Exception):
+    """A model does not work without its later parts. It may work as a whole."""
 
-    Without a `tokenizer` its own is loaded.
+
+def load_pretrained(
+    settings: ModelSettings, dtype: torch.dtype, device: torch.device, tokenizer: Any = None, *, whole: bool
+) -> PretrainedModel:
+    """The model that `settings` name, in `dtype`, on its devices, ready for passes without cache and gradients.
+
+    Without a `tokenizer` its own is loaded. Unless `whole`, what lies after the last hook is left out, where the
+    structure of the model is known. Raises PartialLoadError if that fails, and ModelError for what an operator can
+    mend.
     """
     source, gguf = _source(settings.name)
     options = gguf | {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    setting = f"model.name = {settings.name!r}"
     with _explain_errors(settings), torch.inference_mode(False):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         _check_config(settings, config)
         if tokenizer is None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         auto_class = _auto_class(config)
-        network, report = auto_class.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **options
+        quantization = quantization_options(setting, settings.load, quantization_method(config), dtype, device)
+        layout = None if gguf or quantization else _read_layout(settings, auto_class, config, dtype)
+    parts = None if layout is None or whole else needed_parts(layout, settings.hooks)
+    placement = quantization or placement_options(settings, layout, parts, device)
+
+    def load(kind: Any, **more: Any) -> tuple[Any, set[str]]:
+        network, report = kind.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **options, **more
         )
-    if gguf:
-        drop_quantization(network)
+        if gguf:
+            drop_quantization(network)
+        return network.eval().requires_grad_(False), set(report["missing_keys"])
+
+    def load_part(path: str) -> Any:
+        assert layout is not None
+        return load(partial_class(type(layout.network), all_but(layout.network, path)))[0]
+
+    with explain_part() if parts else _explain_errors(settings), torch.inference_mode(False):
+        kind = auto_class if layout is None or parts is None else partial_class(type(layout.network), parts.omitted)
+        network, missing_names = load(kind, **placement)
+        if not placement:
+            move(network, device, setting)
+        samples, whole_bytes = loaded_samples(network), weight_bytes(network)
+        if layout is not None and any(name not in samples for name, _ in layout.network.named_parameters()):
+            is_mixed = _has_mixed_dtypes(type(layout.network), dtype)
+            stored = None if is_mixed else open_stored(source, settings.revision, layout.network)
+            samples, whole_bytes = all_samples(samples, layout, stored, load_part), weight_bytes(layout.network)
+            omitted = parts.omitted if parts else ()
+            names = (name for name, _ in layout.network.named_parameters() if is_within(name, omitted))
+            missing_names |= {name for name in names if name not in samples}
+    if layout is not None:
+        free(layout.network)
     vocabulary = vocabulary_size(settings, network)
     has_causal_head = auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     is_headless = _is_headless(network)
-    random_parameters = tuple(sorted(report["missing_keys"]))
-    network.eval().requires_grad_(False)
+    random_parameters = tuple(sorted(missing_names))
     for part in (network.config, network.config.get_text_config()):
         part.use_cache = False
         if has_causal_head:
@@ -84,30 +140,50 @@ def load_pretrained(settings: ModelSettings, dtype: torch.dtype, tokenizer: Any 
         tokenizer=tokenizer,
         dtype=dtype,
         network=network,
+        layout=layout,
+        parts=parts,
         has_causal_head=has_causal_head,
         has_head=network.get_output_embeddings() is not None and not (is_headless and random_parameters),
         own_prefix=f"{network.base_model_prefix}." if is_headless and network.base_model is not network else "",
         vocabulary=vocabulary,
         revision=getattr(config, "_commit_hash", None),
         random_parameters=random_parameters,
+        fingerprint=fingerprint(network.config, samples, random_parameters),
+        device=input_device(settings, device),
+        stages=max(1, gpu_count(placement)),
+        is_offloaded=is_offloaded(settings, placement),
+        loaded_bytes=weight_bytes(network),
+        whole_bytes=whole_bytes,
     )
 
 
-def fingerprint(pretrained: PretrainedModel) -> str:
-    """A hash of the configuration and of some numbers of every weight, so that each fine-tuned copy has its own.
+@contextmanager
+def explain_part() -> Iterator[None]:
+    """Turns what a model without some of its parts raises into PartialLoadError, but for errors that name a setting."""
+    try:
+        yield
+    except (PartialLoadError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ModelError as error:
+        if isinstance(error, NoBlocksError):
+            raise PartialLoadError(str(error)) from error
+        raise
+    except Exception as error:
+        raise PartialLoadError(f"{type(error).__name__}: {error}") from error
 
-    Parameters that the checkpoint does not hold are others each time, and do not count.
-    """
-    network = pretrained.network
-    volatile = ("_name_or_path", "transformers_version", "dtype", "use_cache")
-    config = {key: value for key, value in network.config.to_diff_dict().items() if key not in volatile}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in network.named_parameters():
-        if name in pretrained.random_parameters:
-            continue
-        sample = weight.flatten()[:: max(1, weight.numel() // 16)]
-        digest.update(name.encode() + sample.float().numpy().tobytes())
-    return digest.hexdigest()
+
+@contextmanager
+def passes_through(pretrained: PretrainedModel) -> Iterator[None]:
+    """Lets passes of the whole network go on through the parts that were left out."""
+    network, layout, parts = pretrained.network, pretrained.layout, pretrained.parts
+    if layout is None or parts is None:
+        yield
+        return
+    blocks = network.get_submodule(layout.blocks_path)
+    is_headless = layout.head_path is not None and layout.head_path in parts.omitted
+    head = network.get_submodule(layout.head_path) if is_headless else None
+    with pass_through(blocks[: parts.layers], blocks[parts.layers :], head, pretrained.dtype):
+        yield
 
 
 def check_tokenizer(pretrained: PretrainedModel) -> None:
@@ -154,19 +230,21 @@ def check_weights(pretrained: PretrainedModel, blocks: nn.ModuleList, whole: boo
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and advice from stderr; errors still travel."""
-    logging = transformers.utils.logging
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Keeps transformers' and accelerate's progress bars and advice from stderr; errors still travel."""
+    logs, accelerate = transformers.utils.logging, logging.getLogger("accelerate")
+    verbosity, level, has_bars = logs.get_verbosity(), accelerate.level, logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    logs.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        logs.set_verbosity(verbosity)
+        accelerate.setLevel(level)
         if has_bars:
-            logging.enable_progress_bar()
+            logs.enable_progress_bar()
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -214,6 +292,20 @@ def _auto_class(config: Any) -> Any:
     if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModel
+
+
+def _read_layout(settings: ModelSettings, auto_class: Any, config: Any, dtype: torch.dtype) -> ModelLayout | None:
+    """The structure of the model; None for models that cannot be built without numbers."""
+    try:
+        return read_layout(auto_class, config, dtype, settings.trust_remote_code)
+    except Exception:
+        return None
+
+
+def _has_mixed_dtypes(kind: Any, dtype: torch.dtype) -> bool:
+    """Whether some weights of a model stay in float32 whatever `dtype` is asked for."""
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return dtype != torch.float32 and any(getattr(kind, name, None) for name in names)
 
 
 def _is_headless(network: Any) -> bool:

@@ -69,7 +69,7 @@ def survey(network: Any, chain: BlockChain, locations: Sequence[HookLocation], i
             handles.enter_context(attach(location, partial(record, index)))
         output = network(input_ids=ids, output_hidden_states=True)
     states = getattr(output, "hidden_states", None) or ()
-    if not states or not torch.equal(states[0], block_inputs[0]):
+    if not states or not torch.equal(states[0].to(block_inputs[0].device), block_inputs[0]):
         states = ()  # Mamba and RWKV number theirs from the first block's output
     return [
         Observation(
@@ -162,7 +162,7 @@ def compare(
     squares, elements, max_difference, passed = 0.0, 0, 0.0, True
     for x, observation in zip(activations, observations, strict=True):
         reference = observation.activations[0] if observation.reference is None else observation.reference
-        reference = reference.reshape(x.shape).float()
+        reference = reference.reshape(x.shape).to(x.device).float()
         difference = (x.float() - reference).abs()
         squares, elements = squares + reference.square().sum().item(), elements + reference.numel()
         bound = TOLERANCE[dtype] * (reference.abs() + reference.square().mean(-1, keepdim=True).sqrt())
@@ -208,5 +208,5 @@ def _fault(observation: Observation, ids: Tensor) -> str | None:
 
 def _differs(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
     """Whether x and y differ by more, in their rms, than products of other sizes round differently in `dtype`."""
-    x, y = x.float(), y.float()
+    x, y = x.float(), y.to(x.device).float()
     return bool((x - y).square().mean().sqrt() > TOLERANCE[dtype] * x.square().mean().sqrt())

@@ -25,6 +25,7 @@ class Unembedding:
 
     def logits(self, x: Tensor) -> Tensor:
         """The change of the logits [vocabulary] when x [width] is added to the last residual stream, up to a factor."""
+        x = x.to(self.W_U.device)
         x = x - x.mean() if self.norm_subtracts_mean else x
         # In float32, a part of the vocabulary at a time: the model's own type would round neighbours to ties.
         return torch.cat([rows.float() @ (self.gain * x) for rows in self.W_U.split(1 << 14)])
@@ -38,11 +39,11 @@ def find_unembedding(network: HookedNetwork) -> Unembedding | None:
     head = network.module.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         return None
-    gain, subtracts_mean = torch.ones(head.weight.shape[1], device=network.device), False
+    gain, subtracts_mean = torch.ones(head.weight.shape[1], device=head.weight.device), False
     norm = _final_norm(network, head)
     if norm is not None:
         # Mean 0 and mean square 1, so that normalising changes nothing; the bias is the same on both sides.
-        x = torch.ones(1, 1, len(gain), device=network.device, dtype=network.dtype)
+        x = torch.ones(1, 1, len(gain), device=head.weight.device, dtype=network.dtype)
         x[..., ::2] = -1
         with torch.inference_mode():
             gain = ((norm(x) - norm(-x)) / 2 * x).flatten().float()

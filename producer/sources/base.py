@@ -34,6 +34,8 @@ class Source(Protocol):
     batch_windows: int
     concurrent_passes: int
     """Number of forward passes that run side by side."""
+    passes_under_way: int
+    """Forward passes that are started before the first is waited for: one for each GPU that they go through."""
     facts: dict[str, JsonValue]
     """Facts that decide the activations, and names of their origin, for the stream's HELLO and the snapshots."""
     device: torch.device

@@ -77,7 +77,9 @@ class LanguageModelSource:
         self.shards, self.held_out, self.corpora = self._text.shards, self._text.held_out, self._text.shares
         self.hooks = [Hook(name=hook.name, module=hook.path, width=hook.width) for hook in self.model.hooks]
         on_gpu = self.device.type == "cuda"
-        self.concurrent_passes = 1 if on_gpu else min(MAX_CONCURRENT_PASSES, torch.get_num_threads())
+        is_single = on_gpu or self.model.is_offloaded
+        self.passes_under_way = self.model.stages
+        self.concurrent_passes = 1 if is_single else min(MAX_CONCURRENT_PASSES, torch.get_num_threads())
         tokens = GPU_TOKENS if on_gpu else CPU_TOKENS // self.concurrent_passes
         self.batch_windows = settings.model.batch_windows or max(1, tokens // self.context)
         self.facts: dict[str, JsonValue] = {

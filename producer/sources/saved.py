@@ -28,7 +28,7 @@ class SavedSource:
     """Shards of saved activations."""
 
     device = torch.device("cpu")
-    concurrent_passes = 1
+    concurrent_passes = passes_under_way = 1
     layers = (0, 0)
     measurements: ClassVar[dict[str, JsonValue]] = {}
     revision_bounds = None

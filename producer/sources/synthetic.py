@@ -21,7 +21,7 @@ class SyntheticSource:
     """Sparse sums of known directions; no language model, no text."""
 
     device = torch.device("cpu")
-    concurrent_passes = 1
+    concurrent_passes = passes_under_way = 1
     layers = (0, 0)
     measurements: ClassVar[dict[str, JsonValue]] = {}
     revision_bounds = None
