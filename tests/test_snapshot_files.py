@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from tests.small_ranks import SIZES, SmallRanks
+from tests.small_run import small_checkpoint
 from tests.small_saes import D_IN, FAMILY, UNSCALED, hook_widths, rows_of
 from trainer.parallel.ranks import Ranks
 from trainer.saes import selftest
@@ -24,6 +26,7 @@ from trainer.saes.settings import SaeSettings
 from trainer.saes.writing import SIZE_LIMITS, SaeFiles, SizeLimits
 from trainer.settings import OptimizerSettings
 from trainer.snapshot import SPARSITY, WEIGHTS, SnapshotError, new_snapshot, read_manifest, verify
+from trainer.state.format import LatentRange
 from trainer.state.tensor_file import PAGE_BYTES, TensorFile, TensorFileError, create
 from trainer.training.sae_trainer import SaeTrainer
 
@@ -191,3 +194,10 @@ def test_ranks_share_out_the_hashes_of_a_large_file(small_ranks: SmallRanks, tmp
     path.write_bytes(content)
     with pytest.raises(SnapshotError, match="differs from the manifest"):
         verify(folder)
+
+
+def test_a_checkpoint_tells_how_many_ranks_wrote_it() -> None:
+    """`check` names them; the one file of one rank is no shard."""
+    one = small_checkpoint().document
+    halves = [LatentRange("state.safetensors", 0, 4), LatentRange("latents-00001-of-00002.safetensors", 4, 8)]
+    assert (one.ranks, replace(one, latents={"small": halves}).ranks) == (1, 2)

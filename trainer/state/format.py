@@ -176,6 +176,11 @@ class CheckpointDocument:
     latents: dict[str, list[LatentRange]] = field(default_factory=dict)
     """Ranges from 0 to d_sae by the SAE's name; an SAE that is not in it is in one file."""
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks have written it."""
+        return max((len(ranges) for ranges in self.latents.values()), default=1)
+
 
 # The tensors ----------------------------------------------------------------------------------------------------------
 

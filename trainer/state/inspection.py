@@ -79,7 +79,9 @@ class Inspection:
                 self.faults.append(str(error))
                 continue
             size = sum(path.stat().st_size for path in folder.iterdir())
-            self.findings.append(f"checkpoint {folder.name}: {format_bytes(size)}, hashes right")
+            ranks = newest.document.ranks
+            shards = f", the latents in shards of {ranks} ranks" if ranks > 1 else ""
+            self.findings.append(f"checkpoint {folder.name}: {format_bytes(size)}{shards}, hashes right")
             if int(folder.name.split("-")[0]) != newest.tokens:
                 self.faults.append(f"{folder} holds {newest.tokens} trained rows, and its name says otherwise")
         return newest, refusal
