@@ -37,6 +37,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 SCREEN = {"width": 1920, "height": 930}
 """What a screen of 1080 lines leaves under browser and header: 24 rows of 38 pixels."""
 SITE = "http://dashboards.test/"
+PATIENCE_SECONDS = 300
+"""How long a dashboard may take to be drawn, on a machine that does much else."""
 NEVER = re.compile(r"No data|must be in ascending order|Unable to find field|Only one frame|NaN|undefined|Infinity")
 """What no panel may say."""
 
@@ -144,8 +146,9 @@ def look(page: Page) -> list[Panel]:
     """Waits until the dashboard is drawn, and reads it. Raises RuntimeError with what went wrong in the page."""
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
+    page.set_default_timeout(PATIENCE_SECONDS * 1000)
     page.goto(SITE)
-    page.wait_for_function("['drawn', 'failed'].includes(document.title)", timeout=180_000)
+    page.wait_for_function("['drawn', 'failed'].includes(document.title)")
     errors += page.evaluate("window.failure ? [window.failure] : []")
     if errors:
         raise RuntimeError("\n".join(errors))

@@ -146,7 +146,7 @@ async function main() {
   );
   // Curves are drawn in their own time, after their place has been laid out.
   const waiting = () => window.drawn.some(({ id, type, message }) => LINES.has(type) && message === null && !ticks[id]);
-  for (let tries = 0; waiting() && tries < 300; tries++) await new Promise((resolve) => setTimeout(resolve, 200));
+  for (let tries = 0; waiting() && tries < 1000; tries++) await new Promise((resolve) => setTimeout(resolve, 200));
   for (const panel of window.drawn) panel.ticks = ticks[panel.id] ?? [];
   document.title = 'drawn';
 }
