@@ -201,7 +201,7 @@ def test_a_killed_run_follows_a_model_under_training(start: Start, tmp_path: Pat
     small_shards = JSONL.replace("1500", "300")  # many are leased one after the other
     run_file.write_text(RUN.replace("CORPUS", small_shards).replace("DIR", str(tmp_path)))
     expected = np.sort(expected_names(run_file))
-    options = (f"model.watch={tmp_path}/out", "snapshots.every_tokens=2000", "snapshots.keep=100", "buffer.rows=2000")
+    options = (f"model.watch={tmp_path}/out", "snapshots.every_tokens=2000", "snapshots.keep=100", "buffer.rows=2048")
 
     trainer, victim = start("trainer", *options), start("producer", *options)
     snapshots = tmp_path / "run" / "snapshots"
