@@ -869,6 +869,6 @@ def test_synthetic_data_is_no_corpus() -> None:
 
 
 def test_every_kind_of_the_settings_is_registered() -> None:
-    """A kind that the settings accept can be opened, but for the one without text and the one made of others."""
+    """A kind that the settings accept can be opened, but for those without text and the one made of others."""
     kinds = get_args(CorpusSettings.model_fields["kind"].annotation)
-    assert {*kinds} == {*KINDS, "synthetic", "mixture"}
+    assert {*kinds} == {*KINDS, "activations", "synthetic", "mixture"}

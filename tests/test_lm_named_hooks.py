@@ -281,7 +281,6 @@ def test_second_element_can_be_read_and_replaced(monkeypatch):
         ("llama", "blocks.1.attn.hook_k[1]", "there are 1 heads; expected [0] to [0]"),
         ("mamba", "blocks.1.attn.hook_z", "has no attention whose values leave a projection"),
         ("mamba", "blocks.1.hook_attn_out", "does not return resid_mid + mlp_out"),
-        ("bert", "blocks.1.mlp.hook_post", "so mlp_post is not defined"),
         ("bert", "ln_final.hook_normalized", "BertForMaskedLM has no norm after its last block; use blocks.3.hook_res"),
         ("llama", "blocks.1.attn.hook_pattern", "has no such hook; expected blocks.N.hook_{resid_pre,resid_post"),
         ("llama", "blocks.1.hook_atn_out", "(did you mean blocks.1.hook_attn_out?)"),

@@ -123,7 +123,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ),
     ('corpus.paths=["a", ""]', 'corpus.paths.1 = "" is empty; name a file or folder. Files, folders or globs'),
     ("corpus.paths={a=1}", "corpus.paths = { a = 1 }: expected a list, such as corpus.paths"),
-    ("corpus.kind=json", '"tokens", "mixture", "activations", "synthetic" (did you mean jsonl?). stdlib: Python'),
+    ("corpus.kind=json", '"chat", "mixture", "activations", "synthetic" (did you mean jsonl?). stdlib: Python'),
     ("corpus.kind=text", 'corpus.kind = "text" needs corpus.paths, such as paths = ["data/*.txt"]'),
     ("corpus.held_out=1", "corpus.held_out = 1: expected a number below 1. Fraction of shards"),
     ("corpus.context=999_999", "corpus.context = 999999: expected a number of at most 131072. Tokens in one window"),
