@@ -2,6 +2,7 @@
 
     process     signals, limits and exits that all processes treat alike
     parsing     JSON and TOML from outside, every fault as one error
+    safetensors_header    the tensors of a safetensors file, and where they are
     run_file    the run file: its tables, overrides, and every fault at once
     command_line    RUN.toml [section.key=value …]
     fields      types of the values in a run file

@@ -13,19 +13,16 @@ A checkpoint is complete when it has a config.json and every byte of the weights
 from __future__ import annotations
 
 import json
+import os
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from producer.common.parsing import ParseError, parse_object, read_object
+from producer.common.parsing import ParseError, read_object
+from producer.common.safetensors_header import INDEX_FILE, SINGLE_FILE, read_header
 from producer.lm.errors import ModelError
 from producer.settings import ModelSettings
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that the safetensors format allows."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,8 +43,8 @@ def newest_checkpoint(folder: Path, known: Revision = FIRST) -> Revision:
     """Finds the newest complete checkpoint in `folder` beyond `known`; returns `known` when there is none."""
     if not folder.is_dir():
         return known
-    names = [path.name for path in folder.iterdir() if path.is_dir() and re.search(r"\d+$", path.name)]
-    candidates = sorted((Revision(int(re.findall(r"\d+", name)[-1]), name) for name in names), reverse=True)
+    numbered = [(path, re.search(r"\d+$", path.name)) for path in folder.iterdir() if path.is_dir()]
+    candidates = sorted((Revision(int(number[0]), path.name) for path, number in numbered if number), reverse=True)
     newer = (revision for revision in candidates if revision > known and revision.number < 2**48)
     return next((revision for revision in newer if is_complete(folder / revision.name)), known)
 
@@ -57,10 +54,10 @@ def is_complete(folder: Path) -> bool:
     try:
         if not (folder / "config.json").is_file():
             return False
-        if (folder / INDEX).is_file():
-            files = set(read_object(folder / INDEX).get("weight_map", {}).values())
+        if (folder / INDEX_FILE).is_file():
+            files = set(read_object(folder / INDEX_FILE).get("weight_map", {}).values())
             return bool(files) and all(_is_whole(folder / name) for name in files)
-        return _is_whole(folder / SINGLE)
+        return _is_whole(folder / SINGLE_FILE)
     except (OSError, ParseError):
         return False
 
@@ -68,13 +65,8 @@ def is_complete(folder: Path) -> bool:
 def _is_whole(path: Path) -> bool:
     """Tells whether a safetensors file is as long as its header says."""
     with path.open("rb") as file:
-        prefix = file.read(8)
-        size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        if size > MAX_HEADER_BYTES:
-            return False
-        header = parse_object(file.read(size).decode("utf-8", "replace"))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return path.stat().st_size == 8 + size + max(ends, default=0)
+        entries = read_header(file.fileno())
+        return bool(entries) and os.fstat(file.fileno()).st_size == max(entry.end for entry in entries.values())
 
 
 def settings_of(settings: ModelSettings, revision: str) -> ModelSettings:

@@ -13,37 +13,21 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 import numpy as np
 
-from producer.common.parsing import ParseError, parse_object
+from producer.common.parsing import ParseError
+from producer.common.safetensors_header import LENGTH_BYTES, TensorEntry, read_header
 
 PAGE_BYTES = 4096
 NUMBER_BYTES = 4
-LENGTH_BYTES = 8
-"""Of the number at the beginning: the length of the header."""
-LONGEST_HEADER = 100_000_000
-"""The bound of safetensors itself."""
 
 
 class TensorFileError(OSError):
     """The file is no safetensors file of float32 tensors."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor is: its first byte in the file, and its shape."""
-
-    offset: int
-    shape: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        return NUMBER_BYTES * math.prod(self.shape[1:])
 
 
 def create(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -60,6 +44,10 @@ def create(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         file.truncate(LENGTH_BYTES + len(text) + end)
 
 
+def _row_bytes(entry: TensorEntry) -> int:
+    return NUMBER_BYTES * math.prod(entry.shape[1:])
+
+
 class TensorFile(AbstractContextManager["TensorFile"]):
     """A file that `create` or safetensors has written, open for reading or for writing parts of its tensors."""
 
@@ -68,48 +56,48 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         self._descriptor = os.open(path, os.O_RDONLY if mode == "read" else os.O_RDWR)
         self._is_writing = mode == "write"
         try:
-            self._places = self._read_header()
-        except (ParseError, LookupError, TypeError, ValueError) as error:
+            self._entries = self._read_entries()
+        except ParseError as error:
             os.close(self._descriptor)
             raise TensorFileError(f"{path} is no safetensors file of float32 tensors: {error}") from None
 
     @property
     def names(self) -> list[str]:
-        return list(self._places)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
+        return self._entries[name].shape
 
     def write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
         """Writes rows of a tensor, from row `first` on."""
-        place = self._places[name]
-        self._write(np.ascontiguousarray(rows, np.float32), place.offset + first * place.row_bytes)
+        entry = self._entries[name]
+        self._write(np.ascontiguousarray(rows, np.float32), entry.begin + first * _row_bytes(entry))
 
     def write_columns(self, name: str, first: int, columns: np.ndarray) -> None:
         """Writes columns of a matrix, from column `first` on; `columns` is contiguous in rows."""
-        place = self._places[name]
-        if columns.shape == place.shape:
+        entry = self._entries[name]
+        if columns.shape == entry.shape:
             self.write_rows(name, 0, columns)
             return
         for row, numbers in enumerate(np.ascontiguousarray(columns, np.float32)):
-            self._write(numbers, place.offset + row * place.row_bytes + first * NUMBER_BYTES)
+            self._write(numbers, entry.begin + row * _row_bytes(entry) + first * NUMBER_BYTES)
 
     def read_rows(self, name: str, first: int = 0, end: int | None = None) -> np.ndarray:
         """Rows `first` to `end` of a tensor, in memory of their own."""
-        place = self._places[name]
-        end = place.shape[0] if end is None else end
-        rows = np.empty((end - first, *place.shape[1:]), np.float32)
-        self._read_into(rows, place.offset + first * place.row_bytes)
+        entry = self._entries[name]
+        end = entry.shape[0] if end is None else end
+        rows = np.empty((end - first, *entry.shape[1:]), np.float32)
+        self._read_into(rows, entry.begin + first * _row_bytes(entry))
         return rows
 
     def read_columns(self, name: str, first: int, end: int) -> np.ndarray:
         """Columns `first` to `end` of a matrix, in memory of their own."""
-        place = self._places[name]
-        if (first, end) == (0, place.shape[1]):
+        entry = self._entries[name]
+        if (first, end) == (0, entry.shape[1]):
             return self.read_rows(name)
-        columns = np.empty((place.shape[0], end - first), np.float32)
+        columns = np.empty((entry.shape[0], end - first), np.float32)
         for row, numbers in enumerate(columns):
-            self._read_into(numbers, place.offset + row * place.row_bytes + first * NUMBER_BYTES)
+            self._read_into(numbers, entry.begin + row * _row_bytes(entry) + first * NUMBER_BYTES)
         return columns
 
     def __exit__(
@@ -122,18 +110,11 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         finally:
             os.close(self._descriptor)
 
-    def _read_header(self) -> dict[str, _Place]:
-        length = int.from_bytes(os.pread(self._descriptor, LENGTH_BYTES, 0), "little")
-        if length > min(LONGEST_HEADER, os.fstat(self._descriptor).st_size):
-            raise ValueError(f"its header would have {length} bytes")
-        header = parse_object(os.pread(self._descriptor, length, LENGTH_BYTES))
-        header.pop("__metadata__", None)
-        if other := {entry["dtype"] for entry in header.values()} - {"F32"}:
-            raise ValueError(f"it has tensors of type {', '.join(sorted(other))}")
-        begin = LENGTH_BYTES + length
-        return {
-            name: _Place(begin + int(entry["data_offsets"][0]), tuple(entry["shape"])) for name, entry in header.items()
-        }
+    def _read_entries(self) -> dict[str, TensorEntry]:
+        entries = read_header(self._descriptor)
+        if other := {entry.dtype for entry in entries.values()} - {"F32"}:
+            raise ParseError(f"it has tensors of type {', '.join(sorted(other))}")
+        return entries
 
     def _write(self, numbers: np.ndarray, offset: int) -> None:
         left = numbers.reshape(-1).view(np.uint8).data

@@ -18,9 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
-from producer.common.parsing import parse_object, read_object
+from producer.common.parsing import read_object
+from producer.common.safetensors_header import INDEX_FILE, SINGLE_FILE, read_header
 
-ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLES = 16
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats of safetensors that are read here, by their names there."""
@@ -93,25 +93,23 @@ def open_stored(source: str, revision: str | None, network: Any) -> StoredWeight
 def _stored_tensors(source: str, revision: str | None) -> dict[str, StoredTensor | None] | None:
     """All tensors in the safetensors files of a checkpoint, by name; None for one of a number format not listed."""
     options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if (index := cached_file(source, INDEX, **options)) is not None:
+    if (index := cached_file(source, INDEX_FILE, **options)) is not None:
         names = set(read_object(Path(index))["weight_map"].values())
         files = [str(cached_file(source, name, **options)) for name in sorted(names)]
-    elif (file := cached_file(source, ONE_FILE, **options)) is not None:
+    elif (file := cached_file(source, SINGLE_FILE, **options)) is not None:
         files = [file]
     else:
         return None
-    return {name: tensor for file in files for name, tensor in _read_header(Path(file)).items()}
+    return {name: tensor for file in files for name, tensor in _tensors_of(Path(file)).items()}
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor | None]:
-    """The tensors of one safetensors file: 8 bytes of length, a header in JSON, and the numbers."""
+def _tensors_of(path: Path) -> dict[str, StoredTensor | None]:
+    """The tensors of one safetensors file."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = parse_object(file.read(length))
+        entries = read_header(file.fileno())
     return {
-        name: StoredTensor(path, 8 + length + entry["data_offsets"][0], dtype, math.prod(entry["shape"]))
-        if (dtype := DTYPES.get(entry["dtype"]))
+        name: StoredTensor(path, entry.begin, dtype, math.prod(entry.shape))
+        if (dtype := DTYPES.get(entry.dtype))
         else None
-        for name, entry in header.items()
-        if name != "__metadata__"
+        for name, entry in entries.items()
     }
