@@ -4,6 +4,7 @@
     routes          routes of pages, and of the JSON behind them
     latent_routes   routes of single latents and of notes
     requests        what a request asks for
+    errors          errors as JSON and as a page
     openapi         the JSON API described
     access          the token
     responses       responses that a client may have cached

@@ -72,10 +72,3 @@ def view_response(view: View) -> Response:
 def empty(title: str, text: str) -> str:
     """HTML in the place of something that is not there."""
     return render("empty.html", title=title, text=text)
-
-
-def error_page(message: str, error: HTTPException) -> Response:
-    """A page for people with what programs get as JSON."""
-    title = "Not yet" if error.status_code == 503 else "Not here"
-    html = render("error.html", title=title, text=f"{message[:1].upper()}{message[1:]}.")
-    return html_response(html, error.status_code)

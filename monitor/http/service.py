@@ -41,9 +41,9 @@ from starlette.routing import Route
 
 from monitor.files import is_within
 from monitor.http.access import TokenGate
+from monitor.http.errors import error_handlers
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.openapi import openapi_routes
-from monitor.http.requests import error_page
 from monitor.http.responses import IMMUTABLE, MUTABLE, hashed_file, json_file, tagged_json
 from monitor.http.routes import page_routes
 from monitor.http.throttle import CpuThrottle
@@ -60,10 +60,6 @@ PATHS = (
     "/, /docs, /v1/run, /v1/history, /v1/snapshots, /v1/snapshots/latest, /v1/latents, /v1/notes, /healthz, /readyz, "
     "/metrics"
 )
-
-
-FOR_PROGRAMS = ("/v1/", "/parts", "/static/", "/metrics", "/healthz", "/readyz")
-"""Beginnings of the addresses whose errors are JSON for people too."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def make_app(
             Route("/readyz", routes.readyz),
         ],
         middleware=[Middleware(TokenGate, token=token)] if token else [],
-        exception_handlers={HTTPException: _error_response, Exception: _error_response},
+        exception_handlers=error_handlers(PATHS, refusal=" here: this service only reads, but for notes"),
     )
 
 
@@ -284,16 +280,3 @@ def _parse_page(request: Request, sizes: PageSizes) -> tuple[int, str | None]:
 
 def _is_name(text: str) -> bool:
     return text.isascii() and NAME.fullmatch(text) is not None
-
-
-def _error_response(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        return JSONResponse({"error": "the monitor failed at this; its log says how"}, 500)
-    message = error.detail
-    if error.status_code == 404 and message == "Not Found":
-        message = f"no {request.url.path!r} here; there are {PATHS}"
-    if error.status_code == 405:
-        message = f"{request.method} is not served here: this service only reads, but for notes"
-    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith(FOR_PROGRAMS):
-        return error_page(message, error)
-    return JSONResponse({"error": message}, error.status_code, headers=error.headers)

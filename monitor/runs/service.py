@@ -26,7 +26,8 @@ from starlette.routing import Route
 
 from monitor.history import History
 from monitor.http.access import TokenGate
-from monitor.http.requests import error_page, html_response
+from monitor.http.errors import error_handlers
+from monitor.http.requests import html_response
 from monitor.http.responses import MUTABLE, tagged_json
 from monitor.http.routes import static
 from monitor.http.service import start_service
@@ -56,7 +57,7 @@ def make_runs_app(paths: Sequence[Path], token: str | None = None) -> Starlette:
             Route("/healthz", lambda request: JSONResponse({"status": "ok"}, headers={"Cache-Control": "no-store"})),
         ],
         middleware=[Middleware(TokenGate, token=token)] if token else [],
-        exception_handlers={HTTPException: _error_response},
+        exception_handlers=error_handlers(PATHS, refusal=": this service only reads"),
     )
 
 
@@ -118,15 +119,3 @@ def serve_runs(
     stop.wait()
     close()
     return 0
-
-
-def _error_response(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = error.detail
-    if error.status_code == 404 and message == "Not Found":
-        message = f"no {request.url.path!r} here; there are {PATHS}"
-    if error.status_code == 405:
-        message = f"{request.method} is not served: this service only reads"
-    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith(("/v1/", "/static/")):
-        return error_page(message, error)
-    return JSONResponse({"error": message}, error.status_code, headers=error.headers)
