@@ -32,7 +32,7 @@ def parts(records: Sequence[RunRecord]) -> dict[str, Any]:
         "runs": [record.name for record in records],
         "colours": tables["colours"],
         "saes": [vars(sae) | {"title": sae.title} for record in records for sae in record.saes],
-        "frontiers": frontiers(records),
+        "frontiers": tables["frontiers"],
         "parts": {
             "runs-part": render("runs_table.html", **tables),
             "saes-part": render("runs_saes.html", **tables),
@@ -44,13 +44,14 @@ def parts(records: Sequence[RunRecord]) -> dict[str, Any]:
 def _tables(records: Sequence[RunRecord]) -> dict[str, Any]:
     """The variables of the templates."""
     titles = [sae.title for record in records for sae in record.saes]
-    on_frontier = {title for line in frontiers(records).values() for title in line}
+    lines = frontiers(records)
     rows = setting_rows(records)
     return {
         "runs": records,
         "colours": {title: PALETTE[index % len(PALETTE)] for index, title in enumerate(titles)},
         "headings": [measure.page_heading for measure in MEASURES if measure.page_heading],
-        "on_frontier": on_frontier,
+        "frontiers": lines,
+        "on_frontier": {title for line in lines.values() for title in line},
         "different": [row for row in rows if row.differs],
         "same": [row for row in rows if not row.differs],
     }
