@@ -8,7 +8,6 @@ evaluate with. The evaluation runs in the main thread at low priority, the servi
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 from importlib import import_module
@@ -18,7 +17,7 @@ from producer.common.command_line import parse_command_line
 from producer.common.completion import command_arguments
 from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
-from producer.common.process import run_within_limits, stop_on_signals
+from producer.common.process import give_way, run_within_limits, stop_on_signals
 from producer.common.shell import shell_command
 
 PURPOSE = f"""Serves a run's snapshots over HTTP, and measures each new one with the language model.
@@ -56,7 +55,6 @@ COMMANDS = {
 """Commands, and the modules whose `main` they are."""
 LOW_PRIORITY = {"compare", "export"}
 """Those that compute at length, and give way to a trainer on the same machine."""
-NICE = 10
 
 UNTIL_EVALUATED = "--until-evaluated"
 
@@ -68,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = command_arguments() if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         if arguments[0] in LOW_PRIORITY:
-            os.nice(NICE)
+            give_way()
         return int(import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
     until_evaluated = UNTIL_EVALUATED in arguments
     arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -24,11 +23,11 @@ from monitor.settings import MonitorSettings, MonitorTable
 from monitor.snapshot_index import index_of
 from monitor.summary import complete_summary
 from producer.common.metrics import new_registry, start_metrics_server
+from producer.common.process import give_way
 
 if TYPE_CHECKING:
     from monitor.evaluation.follow import Evaluator
 
-NICE = 10
 LAST_LOOK_SECONDS = 2.0
 """Time in which those who watch the run get its results, before the service ends: `top` asks every second."""
 HANG_SECONDS = 900.0
@@ -161,9 +160,8 @@ class RunFollower:
         self._disabled = self._evaluator.broken
 
     def _new_evaluator(self) -> Evaluator:
-        # On Linux, niceness is the thread's: this one and those that torch starts from it give way to the training,
-        # the service's do not.
-        os.nice(NICE)
+        # This thread and those that torch starts from it; the service's keep their priority.
+        give_way()
         from monitor.evaluation.follow import Evaluator
 
         return Evaluator(self._settings, self._metrics, self._stop, self.handle)

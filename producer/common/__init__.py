@@ -1,6 +1,6 @@
 """Modules that every process needs: settings, log, HTTP, metrics. Any package may import them.
 
-    process     signals, limits and exits that all processes treat alike
+    process     signals, limits, priorities and exits that all processes treat alike
     parsing     JSON and TOML from outside, every fault as one error
     safetensors_header    the tensors of a safetensors file, and where they are
     run_file    the run file: its tables, overrides, and every fault at once

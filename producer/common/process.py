@@ -1,4 +1,4 @@
-"""Signals and limits of the operating system, for the three daemons alike.
+"""Signals, limits and priorities of the operating system, for the three daemons alike.
 
 `stop_on_signals`: whatever a shell, a batch system or a closed terminal sends to end a process ends it cleanly. SIGHUP
 is ignored where it was ignored at the start: that is what `nohup` means. `run_within_limits`: what the system refuses
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import resource
 import signal
 import threading
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Ctrl-C and `kill`; a terminal that closes; what batch systems send before they kill, on request or out of time."""
 
+NICE = 10
+"""Niceness of work that may take longer. On Linux it is the thread's, not the process'."""
 FEWEST_FILES = 128
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG, errno.EAGAIN}
 WORDS = ("can't start new thread", "cannot allocate memory", "can't allocate memory", "failed to map", "libllvm")
@@ -34,6 +37,11 @@ def ignore_stopping() -> None:
     """Ignores further signals, so that nothing interrupts the leaving."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def give_way() -> None:
+    """Lowers the priority of this thread, and of those that it starts, below that of a trainer on the same machine."""
+    os.nice(NICE)
 
 
 def run_within_limits(log: logging.Logger, work: Callable[[], int]) -> int:
