@@ -25,10 +25,10 @@ from producer.metrics import ProducerMetrics
 from producer.packing import chunk_windows_of
 from producer.produce import Producer
 from producer.settings import ProducerSettings
-from producer.sources.base import Source, fingerprint
+from producer.sources.base import Source, fingerprint, training_shards
 from producer.sources.norms import norm_bounds
 from producer.sources.opening import open_source
-from producer.wire import Hello, held_out_shards
+from producer.wire import Hello
 
 log = logging.getLogger("sluice.producer")
 
@@ -64,11 +64,9 @@ def _open(settings: ProducerSettings) -> tuple[Source, list[float] | None]:
     source = open_source(settings)
     keep_freed_memory()
     source.choose_batch()
-    held_out = set(held_out_shards(source.shards, source.held_out))
-    training_shards = (shard for shard in range(source.shards) if shard not in held_out)
     if settings.model is not None and follows(settings.model):
         return source, None  # each revision has its own
-    return source, norm_bounds(source, training_shards, settings.corpus.outlier_factor)
+    return source, norm_bounds(source, training_shards(source), settings.corpus.outlier_factor)
 
 
 def _hello(settings: ProducerSettings, source: Source, bounds: list[float] | None, chunk_windows: int) -> Hello:
@@ -97,18 +95,21 @@ def _serve(settings: ProducerSettings, source: Source, bounds: list[float] | Non
     registry = new_registry()
     metrics = ProducerMetrics(registry, {"model": settings.model.name if settings.model else "synthetic"})
     close_metrics = _serve_metrics(settings, registry, ProducerHealth(link, settings.stream.stall_seconds))
-    newest = source.find_newest()
-    link.announce_revision(newest.name, newest.number)  # with the first HELLO
+
+    def announce_newest() -> None:
+        newest = source.find_newest()
+        link.announce_revision(newest.name, newest.number)
+
+    announce_newest()  # with the first HELLO
     try:
         with link:
             producer = Producer(source, link, settings.stream.dtype, chunk_windows, metrics.update)
 
-            def look() -> None:
-                newest = source.find_newest()
-                link.announce_revision(newest.name, newest.number)
+            def update() -> None:
+                announce_newest()
                 metrics.update(producer.report())
 
-            with MetricsTimer(look):
+            with MetricsTimer(update):
                 producer.run()
     finally:
         close_metrics()

@@ -153,6 +153,10 @@ class ModelSettings(Table):
         return hooks
 
 
+BYTES_PER_TOKEN = 4
+"""About how many bytes of text one token stands for."""
+HEAVY_NORM = 3.0
+"""An activation is heavy whose norm is more than so many times the median, and typical otherwise."""
 SHARED_BY_MIXTURE = ("context", "epochs", "outlier_factor")
 """Settings that the corpora of a mixture share."""
 

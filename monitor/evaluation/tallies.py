@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from producer.settings import HEAVY_NORM
 from trainer.report import DENSITY_EDGES
 from trainer.saes.inference import InferenceSae
 
@@ -36,8 +37,6 @@ class Mean:
 
 NORM_BANDS = (1.0, 2.0, 3.0, 10.0)
 """Borders of the bands of norms in which activations are told apart, as multiples of the median norm."""
-TYPICAL = 3.0
-"""An activation is heavy whose norm is more than so many times the median, and typical otherwise."""
 BAND_NAMES = (
     f"up to {NORM_BANDS[0]:g}",
     *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(NORM_BANDS)),
@@ -121,10 +120,10 @@ class Fit:
 
     @property
     def typical(self) -> Band:
-        """All activations whose norm is at most TYPICAL times the median."""
+        """All activations whose norm is at most HEAVY_NORM times the median."""
         together = Band(len(self._mean), self._mean.device)
         for band, border in zip(self.bands, NORM_BANDS, strict=False):
-            if border <= TYPICAL:
+            if border <= HEAVY_NORM:
                 together.include(band)
         return together
 

@@ -49,10 +49,6 @@ Document: TypeAlias = str | np.ndarray | Conversation
 """A text, int64 token ids, or a conversation."""
 
 
-BYTES_PER_TOKEN = 4
-"""About how many bytes of text one token stands for."""
-
-
 class Corpus(ABC):
     """Numbered shards of documents. The same settings and the same data give the same object anywhere."""
 

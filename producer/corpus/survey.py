@@ -23,8 +23,9 @@ import numpy as np
 
 from producer.common.formatting import format_bytes
 from producer.common.memory import free_memory
-from producer.corpus.base import BYTES_PER_TOKEN, Conversation, CorpusError, Document
+from producer.corpus.base import Conversation, CorpusError, Document
 from producer.corpus.mixture import Part, Text
+from producer.settings import BYTES_PER_TOKEN
 from producer.wire import MAX_MASK_BYTES
 
 MAX_POSITIONS = 8 * MAX_MASK_BYTES

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from producer.corpus.rendering.windows import Windows
-from producer.lm.revisions import Revision
-from producer.wire import CorpusShare, Hook
+from producer.lm.revisions import FIRST, Revision
+from producer.wire import CorpusShare, Hook, held_out_shards
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32_768
 """About how many tokens one forward pass takes, unless model.batch_windows says otherwise or others are faster."""
@@ -72,6 +72,35 @@ class Source(Protocol):
     def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[Tensor]:
         """Computes the activations of the windows with these indices: [len(indices), context, width] per hook."""
         ...
+
+
+class SourceWithoutModel:
+    """The parts of a Source that runs no language model: a pass is a copy on the CPU, and no revision follows."""
+
+    corpora: list[CorpusShare]
+    device = torch.device("cpu")
+    concurrent_passes = passes_under_way = 1
+    layers = (0, 0)
+    measurements: ClassVar[dict[str, JsonValue]] = {}
+    revision_bounds = None
+
+    def __init__(self) -> None:
+        self.corpora = []
+
+    def choose_batch(self) -> None:
+        """There is nothing to choose: a pass is a copy."""
+
+    def use_revision(self, name: str) -> None:
+        """There is no language model."""
+
+    def find_newest(self) -> Revision:
+        return FIRST
+
+
+def training_shards(source: Source) -> Iterator[int]:
+    """Yields the shards of a source that are trained on."""
+    held_out = set(held_out_shards(source.shards, source.held_out))
+    return (shard for shard in range(source.shards) if shard not in held_out)
 
 
 def open_pass_threads(count: int) -> ThreadPoolExecutor:

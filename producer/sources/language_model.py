@@ -21,9 +21,9 @@ from producer.lm.model import LanguageModel
 from producer.lm.precision import dtype_name
 from producer.lm.revisions import FIRST, Revision, describe, first_settings, follows, newest_checkpoint, settings_of
 from producer.settings import ProducerSettings
-from producer.sources.base import CPU_TOKENS, GPU_TOKENS, open_pass_threads
+from producer.sources.base import CPU_TOKENS, GPU_TOKENS, open_pass_threads, training_shards
 from producer.sources.norms import norm_bounds
-from producer.wire import Hook, held_out_shards
+from producer.wire import Hook
 
 log = logging.getLogger("sluice.producer")
 
@@ -102,9 +102,7 @@ class LanguageModelSource:
         if name != self._revision:
             self._load_revision(name)
         if follows(self._model_settings) and self._revision_bounds is None:
-            held_out = set(held_out_shards(self.shards, self.held_out))
-            shards = (shard for shard in range(self.shards) if shard not in held_out)
-            self._revision_bounds = norm_bounds(self, shards, self._outlier_factor)
+            self._revision_bounds = norm_bounds(self, training_shards(self), self._outlier_factor)
 
     def _load_revision(self, name: str) -> None:
         began = time.monotonic()

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from producer.lm.errors import ModelError, non_finite_message
+from producer.settings import HEAVY_NORM
 from producer.sources.base import Source
 
 log = logging.getLogger("sluice.producer")
 
 BOUND_TOKENS = 4096
 """Tokens whose norms give the median. Not a forward pass: the bound must not depend on how large one is."""
-HEAVY = 3.0
-"""An activation is heavy whose norm is over so many times the median."""
 
 
 def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[float] | None:
@@ -52,11 +51,11 @@ def norm_bounds(source: Source, shards: Iterable[int], factor: float) -> list[fl
 def describe_norms(norms: np.ndarray, bound: float) -> str:
     """The distribution of the norms of a hook's first activations, and what of it FVU will mostly be about.
 
-    Activations of norm up to `bound` are streamed. Those among them beyond HEAVY times the median are heavy.
+    Activations of norm up to `bound` are streamed. Those among them beyond HEAVY_NORM times the median are heavy.
     """
     median = float(np.median(norms))
     streamed = norms[norms <= bound]
-    heavy = streamed[streamed > HEAVY * median]
+    heavy = streamed[streamed > HEAVY_NORM * median]
     tenth, most = np.quantile(norms, [0.1, 0.9])
     text = f"norms: median {median:.4g}, from {tenth:.4g} to {most:.4g} in 80%, largest {norms.max():.4g}"
     text += f"; {len(norms) - len(streamed):,} of {len(norms):,} are beyond the bound {bound:.4g} and dropped"
@@ -64,8 +63,9 @@ def describe_norms(norms: np.ndarray, bound: float) -> str:
         return text
     share = float(np.square(heavy, dtype=np.float64).sum() / np.square(streamed, dtype=np.float64).sum())
     return (
-        f"{text}; {len(heavy) / len(streamed):.2%} of the others are over {HEAVY:g} × the median and hold {share:.0%} "
-        "of the sum of squares: FVU in all is as much about them; the evaluation shows it without them (fvu_typical)"
+        f"{text}; {len(heavy) / len(streamed):.2%} of the others are over {HEAVY_NORM:g} × the median and hold "
+        f"{share:.0%} of the sum of squares: FVU in all is as much about them; the evaluation shows it without them "
+        "(fvu_typical)"
     )
 
 

@@ -7,34 +7,26 @@ is, but for corpus.positions and corpus.outlier_factor: which tokens are special
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from producer.corpus.base import BYTES_PER_TOKEN, CorpusError, corpus_fingerprint, describe_shards, raise_faults
+from producer.corpus.base import CorpusError, corpus_fingerprint, describe_shards, raise_faults
 from producer.corpus.rendering.windows import Windows
 from producer.corpus.sources.files import DataFile, describe_files, find_files
-from producer.lm.revisions import FIRST, Revision
-from producer.settings import ProducerSettings
-from producer.sources.base import CPU_TOKENS
+from producer.settings import BYTES_PER_TOKEN, ProducerSettings
+from producer.sources.base import CPU_TOKENS, SourceWithoutModel
 from producer.sources.saved_files import SUFFIXES, ActivationFile, open_file
-from producer.wire import CorpusShare, Hook
+from producer.wire import Hook
 
 
-class SavedSource:
+class SavedSource(SourceWithoutModel):
     """Shards of saved activations."""
-
-    device = torch.device("cpu")
-    concurrent_passes = passes_under_way = 1
-    layers = (0, 0)
-    measurements: ClassVar[dict[str, JsonValue]] = {}
-    revision_bounds = None
 
     def __init__(self, settings: ProducerSettings) -> None:
         """Raises CorpusError with what is wrong with the files."""
+        super().__init__()
         assert settings.model is not None
         corpus = settings.corpus
         names = settings.model.hooks
@@ -54,7 +46,6 @@ class SavedSource:
         ]
         """(file, first window, end) of each shard."""
         self.shards, self.held_out = len(self._spans), corpus.held_out
-        self.corpora: list[CorpusShare] = []
         widths = self._files[0].widths
         self.hooks = [Hook(name=name, module=name, width=width) for name, width in zip(names, widths, strict=True)]
         self.batch_windows = settings.model.batch_windows or max(1, CPU_TOKENS // self.context)
@@ -70,15 +61,6 @@ class SavedSource:
         }
         if settings.run.deterministic:
             self.facts["deterministic"] = True
-
-    def choose_batch(self) -> None:
-        """There is nothing to choose: a pass is a copy."""
-
-    def use_revision(self, name: str) -> None:
-        """There is no language model."""
-
-    def find_newest(self) -> Revision:
-        return FIRST
 
     def windows(self, shard: int, epoch: int = 0) -> Windows:
         if not 0 <= shard < self.shards:

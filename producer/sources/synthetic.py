@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import torch
 from pydantic import JsonValue
@@ -11,28 +9,21 @@ from torch import Tensor
 
 from producer.corpus.rendering.windows import Windows
 from producer.corpus.synthetic import SyntheticActivations
-from producer.lm.revisions import FIRST, Revision
 from producer.settings import ProducerSettings
-from producer.sources.base import CPU_TOKENS
-from producer.wire import CorpusShare, Hook
+from producer.sources.base import CPU_TOKENS, SourceWithoutModel
+from producer.wire import Hook
 
 
-class SyntheticSource:
+class SyntheticSource(SourceWithoutModel):
     """Sparse sums of known directions; no language model, no text."""
 
-    device = torch.device("cpu")
-    concurrent_passes = passes_under_way = 1
-    layers = (0, 0)
-    measurements: ClassVar[dict[str, JsonValue]] = {}
-    revision_bounds = None
-
     def __init__(self, settings: ProducerSettings) -> None:
+        super().__init__()
         self.data = SyntheticActivations(settings.corpus)
         self._shards: dict[int, np.ndarray] = {}
         """Activations of the shard that is worked on and of the one that is read ahead."""
         self.context = settings.corpus.context
         self._streamed = settings.corpus.streamed_positions
-        self.corpora: list[CorpusShare] = []
         self.shards, self.held_out = self.data.shards, settings.corpus.held_out
         self.hooks = [Hook(name="synthetic", module="synthetic", width=self.data.d_in)]
         self.batch_windows = max(1, CPU_TOKENS // self.context)
@@ -46,15 +37,6 @@ class SyntheticSource:
             self.facts["positions"] = list(settings.corpus.positions)
         if settings.run.deterministic:
             self.facts["deterministic"] = True
-
-    def choose_batch(self) -> None:
-        """There is nothing to choose: a pass is a copy."""
-
-    def use_revision(self, name: str) -> None:
-        """There is no language model."""
-
-    def find_newest(self) -> Revision:
-        return FIRST
 
     def windows(self, shard: int, epoch: int = 0) -> Windows:
         count = len(self._shard(shard)) // self.context

@@ -28,9 +28,8 @@ import torch
 from safetensors.torch import save_file
 
 from producer.common.run_file import read_run_file
-from producer.sources.base import batches
+from producer.sources.base import batches, training_shards
 from producer.sources.language_model import LanguageModelSource
-from producer.wire import held_out_shards
 from tests.benchmarks.measure import WITHOUT_PEERS, Figure, Options, Peers, Result
 from trainer.settings import TrainerSettings
 from trainer.stream.buffer import ShuffleBuffer
@@ -150,7 +149,7 @@ def bare_forward(
     source: LanguageModelSource, alone: Peers, folder: Path, seconds: float, keep_memory: bool
 ) -> Callable[[], float]:
     """Rows per second that the producer would keep of what the cut model gives, whole passes over one shard's text."""
-    windows = source.windows(_training_shards(source)[0])
+    windows = source.windows(next(training_shards(source)))
     full_batches = [
         one for one in batches(windows, windows.kept, source.batch_windows) if len(one) == source.batch_windows
     ]
@@ -167,11 +166,6 @@ def _model(source: LanguageModelSource) -> dict[str, Any]:
     assert settings is not None
     layer = int(settings.hooks[0].split(".")[1])
     return {"model": str(Path(settings.name).absolute()), "layer": layer, "device": str(source.device)}
-
-
-def _training_shards(source: LanguageModelSource) -> list[int]:
-    held_out = held_out_shards(source.shards, demo_settings().corpus.held_out)
-    return [shard for shard in range(source.shards) if shard not in held_out]
 
 
 def _peers_paths(
@@ -200,7 +194,7 @@ def _texts(source: LanguageModelSource) -> list[str]:
     """Documents of the training shards, up to TEXT_BYTES."""
     documents: list[str] = []
     size = 0
-    for shard in _training_shards(source):
+    for shard in training_shards(source):
         for document in source._corpus.documents(shard):
             documents.append(document)
             size += len(document)

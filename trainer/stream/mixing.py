@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from producer.settings import BYTES_PER_TOKEN
 from producer.wire import Hello
 
 SHARDS_MIXED = 4
@@ -9,7 +10,6 @@ SHARDS_MIXED = 4
 UNLIKE = 0.4
 """Shards are unlike whose words overlap by so much less than those of two halves of one. Those of the standard
 library, a few dozen files each, have 0.29."""
-BYTES_PER_TOKEN = 4
 
 
 def mixing_advice(hello: Hello, capacity: int) -> str | None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from producer.corpus.base import BYTES_PER_TOKEN, CorpusError, Document, column_missing, column_not_text
+from producer.corpus.base import CorpusError, Document, column_missing, column_not_text
 from producer.corpus.sources.chat import BESIDE_COLUMNS, CHAT_COLUMNS, holds_messages, read_conversation
 from producer.corpus.sources.reading import refuse_long, too_long
-from producer.settings import CorpusSettings
+from producer.settings import BYTES_PER_TOKEN, CorpusSettings
 
 SET_CHAT = 'set corpus.kind = "chat", which renders them by the tokenizer\'s chat template'
 

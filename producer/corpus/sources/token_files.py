@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from producer.corpus.base import BYTES_PER_TOKEN
 from producer.corpus.sources.files import DataFile
 from producer.corpus.sources.pieces import FileCorpus, Piece, cut_file
 from producer.corpus.sources.reading import HEAD_BYTES, container_fault, open_file
 from producer.corpus.sources.token_layouts import Layout, read_layout
-from producer.settings import CorpusSettings
+from producer.settings import BYTES_PER_TOKEN, CorpusSettings
 
 
 class TokenCorpus(FileCorpus):
