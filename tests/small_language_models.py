@@ -187,6 +187,22 @@ def copy_of(folder: Path, to: Path, without: str = "") -> Path:
     return to
 
 
+def model_with_code(folder: Path, name: str, code: str) -> Path:
+    """A copy of the tiny Llama whose class comes from a Python file beside it, as `trust_remote_code` allows."""
+    copy_of(tiny("llama"), folder)
+    (folder / f"{name.lower()}.py").write_text(code)
+    change_config(
+        folder,
+        model_type=name.lower(),
+        architectures=[f"{name}ForCausalLM"],
+        auto_map={
+            "AutoConfig": f"{name.lower()}.{name}Config",
+            "AutoModelForCausalLM": f"{name.lower()}.{name}ForCausalLM",
+        },
+    )
+    return folder
+
+
 def change_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))

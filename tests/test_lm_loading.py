@@ -24,6 +24,7 @@ from tests.small_language_models import (
     change_config,
     copy_of,
     load,
+    model_with_code,
     observe,
     refusal,
     save_tokenizer,
@@ -123,15 +124,7 @@ class CountingForCausalLM(LlamaForCausalLM):
 def counting_model(tmp_path, monkeypatch):
     """Folder of a model that brings its own code, and whose early activations depend on its later blocks."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = copy_of(tiny("llama"), tmp_path / "counting")
-    (folder / "counting.py").write_text(COUNTING_MODEL)
-    change_config(
-        folder,
-        model_type="counting",
-        architectures=["CountingForCausalLM"],
-        auto_map={"AutoConfig": "counting.CountingConfig", "AutoModelForCausalLM": "counting.CountingForCausalLM"},
-    )
-    return folder
+    return model_with_code(tmp_path / "counting", "Counting", COUNTING_MODEL)
 
 
 def test_model_that_cannot_be_cut_is_refused_with_both_numbers(counting_model):

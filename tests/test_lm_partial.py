@@ -17,7 +17,7 @@ from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
 from producer.lm.pretrained import load_pretrained
 from producer.settings import ModelSettings
-from tests.small_language_models import LAYERS, change_config, copy_of, load, save_tokenizer, tiny, windows
+from tests.small_language_models import LAYERS, copy_of, load, model_with_code, save_tokenizer, tiny, windows
 
 ROOT = Path(__file__).parent.parent
 MODEL_BYTES = 150_000_000
@@ -150,14 +150,7 @@ def test_model_that_needs_its_later_blocks_is_loaded_whole(
 ) -> None:
     """It is told, and the model is cut as before."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = copy_of(tiny("llama"), tmp_path / "ahead")
-    (folder / "ahead.py").write_text(LOOKING_AHEAD)
-    change_config(
-        folder,
-        model_type="ahead",
-        architectures=["AheadForCausalLM"],
-        auto_map={"AutoConfig": "ahead.AheadConfig", "AutoModelForCausalLM": "ahead.AheadForCausalLM"},
-    )
+    folder = model_with_code(tmp_path / "ahead", "Ahead", LOOKING_AHEAD)
     hook = "blocks.0.hook_resid_post"
     with caplog.at_level(logging.INFO, "sluice.lm"):
         model = load(folder, hook, trust_remote_code=True)
