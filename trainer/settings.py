@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
@@ -29,6 +29,9 @@ def _check_ranks(value: object) -> object:
         return value
     raise ValueError('is no number of ranks; expected "auto" or a whole number, such as 8')
 
+
+SYNTHETIC_HOOK = "synthetic"
+"""The only hook of a run without a language model."""
 
 RanksOrAuto = Annotated[int | str, BeforeValidator(_check_ranks)]
 
@@ -142,16 +145,9 @@ class TrainerSettings(BaseModel):
 
     @classmethod
     def expand(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """The document with a table for each SAE, also where a table is a pattern. Raises SettingsError."""
-        model, saes = document.get("model"), document.get("sae")
-        names = model.get("hooks") if isinstance(model, dict) else None
-        if not isinstance(saes, list) or not isinstance(names, list):
-            return document
-        try:
-            hooks = expand_ranges(name for name in names if isinstance(name, str))
-        except ValueError:
-            return document  # the validation of [model] tells it
-        return document | {"sae": expand_saes(saes, hooks)}
+        """The document with a table for each SAE, also where one is a pattern or a grid. Raises SettingsError."""
+        saes = document.get("sae")
+        return document | {"sae": expand_saes(saes, _streamed_hooks(document))} if isinstance(saes, list) else document
 
     @model_validator(mode="after")
     def _check_tables(self) -> TrainerSettings:
@@ -200,7 +196,7 @@ class TrainerSettings(BaseModel):
     @property
     def hooks(self) -> list[str]:
         """The hooks that are streamed; the synthetic source has one of its own."""
-        return self.model.hooks if self.model is not None else ["synthetic"]
+        return self.model.hooks if self.model is not None else [SYNTHETIC_HOOK]
 
     def hook_fault(self, sae: SaeSettings) -> str | None:
         """Why this SAE cannot be trained on the stream, and what to change; None when it can."""
@@ -219,6 +215,18 @@ class TrainerSettings(BaseModel):
     def hooks_of(self, sae: SaeSettings) -> SaeHooks:
         """The hooks that an SAE reads and writes."""
         return SaeHooks.from_settings(sae, self.hooks)
+
+
+def _streamed_hooks(document: Mapping[str, Any]) -> list[str] | None:
+    """The hooks that a document not yet validated streams; None where its [model] has faults."""
+    model = document.get("model")
+    names = model.get("hooks") if isinstance(model, dict) else [SYNTHETIC_HOOK]
+    if not isinstance(names, list):
+        return None
+    try:
+        return expand_ranges(name for name in names if isinstance(name, str))
+    except ValueError:
+        return None
 
 
 def _late_spans(settings: TrainerSettings) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
     settings      [[sae]]: keys that every architecture has
     patterns      one table for an SAE of each layer
+    grid          one table for SAEs of several sizes and sparsities
     registry      which architectures there are
     hooks         which hooks of the language model an SAE reads and writes
     gradients     the results of a forward and a backward pass over one batch

@@ -7,7 +7,8 @@
     hook = "blocks.*.hook_mlp_in"
     target = "blocks.*.hook_mlp_out"
 
-All hooks of a table have the same layer in one SAE. Its name gets the layer at its `*`, or at its end.
+All hooks of a table have the same layer in one SAE. Its name gets the layer at its `*`, or at its end. A table with a
+grid is expanded after that: `topk.3-1024-16` is of layer 3.
 """
 
 from __future__ import annotations
@@ -18,22 +19,44 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from producer.common.toml import SettingsError, show_value
+from trainer.saes.grid import expand_grid
 
 LAYER = "*"
 FOLLOWING = ("hook", "hooks", "target", "start_from")
 """Keys in which the layer is filled in."""
 
 
-def expand_saes(tables: Sequence[Any], hooks: Sequence[str]) -> list[Any]:
-    """The tables, each pattern among them replaced by a table for each layer. Raises SettingsError."""
-    return [expanded for table in tables for expanded in expand_sae(table, hooks)]
+def expand_saes(tables: Sequence[Any], hooks: Sequence[str] | None) -> list[Any]:
+    """The tables, those that stand for several SAEs replaced by a table for each.
 
-
-def expand_sae(table: Any, hooks: Sequence[str]) -> list[Any]:
-    """A table for each layer at which its first hook is streamed; the table itself when it is no pattern.
-
-    Raises SettingsError when no streamed hook matches.
+    With unknown `hooks` (None) a table that stands for an SAE of each layer remains. Raises SettingsError, a fault a
+    line.
     """
+    expanded: list[Any] = []
+    faults: list[str] = []
+    for table in tables:
+        try:
+            expanded += expand_sae(table, hooks)
+        except SettingsError as error:
+            faults.append(str(error))
+    if faults:
+        raise SettingsError("\n".join(faults))
+    return expanded
+
+
+def expand_sae(table: Any, hooks: Sequence[str] | None) -> list[Any]:
+    """A table for each SAE that this one stands for: at each layer of a pattern, for each cell of a grid.
+
+    The table itself when it stands for one. Raises SettingsError.
+    """
+    if not isinstance(table, Mapping):
+        return [table]
+    layers = [table] if hooks is None else _expand_layers(table, hooks)
+    return [cell for layer in layers for cell in expand_grid(layer)]
+
+
+def _expand_layers(table: Mapping[str, Any], hooks: Sequence[str]) -> list[Mapping[str, Any]]:
+    """A table for each layer at which its first hook is streamed. Raises SettingsError when no streamed hook matches."""
     pattern = _pattern(table)
     if pattern is None:
         return [table]
@@ -58,10 +81,8 @@ def names_matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
-def _pattern(table: Any) -> str | None:
+def _pattern(table: Mapping[str, Any]) -> str | None:
     """The first hook of a table that is a pattern."""
-    if not isinstance(table, Mapping):
-        return None
     hooks = table.get("hooks")
     names = [table.get("hook"), *(hooks if isinstance(hooks, list) else []), table.get("target")]
     return next((name for name in names if isinstance(name, str) and LAYER in name), None)
