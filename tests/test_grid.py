@@ -66,7 +66,10 @@ def test_a_grid_of_each_layer_is_named_by_the_layer_first() -> None:
         (TABLE | {"grid": {"ks": [4]}}, "grid.ks = [4]: no such key (did you mean k?)"),
         (TABLE | {"grid": {"k": [4, 8, 4]}}, "grid.k = [4, 8, 4] has 4 more than once"),
         (TABLE | {"k": 4}, "k = 4 and grid.k are both set; remove one"),
-        (TABLE | {"architecture": "jumprelu"}, "grid.k is not for jumprelu, which has no k: remove grid.k, or use topk"),
+        (
+            TABLE | {"architecture": "jumprelu"},
+            "grid.k is not for jumprelu, which has no k: remove grid.k, or use topk",
+        ),
     ],
 )
 def test_a_grid_that_means_nothing_is_refused(table: dict[str, Any], sentence: str) -> None:

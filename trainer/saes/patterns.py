@@ -56,7 +56,7 @@ def expand_sae(table: Any, hooks: Sequence[str] | None) -> list[Any]:
 
 
 def _expand_layers(table: Mapping[str, Any], hooks: Sequence[str]) -> list[Mapping[str, Any]]:
-    """A table for each layer at which its first hook is streamed. Raises SettingsError when no streamed hook matches."""
+    """A table for each layer at which its first hook is streamed. Raises SettingsError when no hook matches."""
     pattern = _pattern(table)
     if pattern is None:
         return [table]

@@ -94,7 +94,7 @@ class SaeSettings(Table):
     """Transcoders: add a linear map from input to target, which the latents need not spend themselves on."""
 
     d_sae: Positive = Field(examples=[4096])
-    """How many latents. `grid = { d_sae = [1024, 4096], k = [16, 32] }` in its place makes an SAE of each combination."""
+    """How many latents. `grid = { d_sae = [1024, 4096], k = [16, 32] }` instead makes an SAE of each combination."""
 
     revive: Revival | None = None
     """What helps dead latents. auxk (default of topk, batchtopk): they explain what the others leave over. pre_act
