@@ -23,7 +23,6 @@ from producer.common.shell import shell_command
 PURPOSE = f"""Serves a run's snapshots over HTTP, and measures each new one with the language model.
 
 It only reads what the trainer publishes: start it before, with or after the run, and stop it at any time.
-`--until-evaluated` ends it once the run is finished, its last snapshot is evaluated and summary.json is complete.
 
 Beside it, for a monitor that is running:
   {shell_command("monitor", "pull", "URL")}
@@ -57,6 +56,7 @@ LOW_PRIORITY = {"compare", "export"}
 """Those that compute at length, and give way to a trainer on the same machine."""
 
 UNTIL_EVALUATED = "--until-evaluated"
+UNTIL_EVALUATED_HELP = "end once the run is finished, its last snapshot is evaluated and summary.json is complete"
 
 log = logging.getLogger("sluice.monitor")
 
@@ -68,15 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] in LOW_PRIORITY:
             give_way()
         return int(import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
-    until_evaluated = UNTIL_EVALUATED in arguments
-    arguments = [argument for argument in arguments if argument != UNTIL_EVALUATED]
-    settings = parse_command_line(shell_command("monitor"), PURPOSE, MonitorSettings, arguments, COMMANDS)
+    settings = parse_command_line(
+        shell_command("monitor"), PURPOSE, MonitorSettings, arguments, COMMANDS, {UNTIL_EVALUATED: UNTIL_EVALUATED_HELP}
+    )
     set_up("monitor")
     stop = threading.Event()
     stop_on_signals(stop.set)
     from monitor.app import run  # imports the web server, which `--help` does not wait for
 
-    return run_within_limits(log, lambda: run(settings, until_evaluated, stop))
+    return run_within_limits(log, lambda: run(settings, UNTIL_EVALUATED in arguments, stop))
 
 
 if __name__ == "__main__":

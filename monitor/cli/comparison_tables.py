@@ -15,6 +15,7 @@ from rich.table import Table
 
 from monitor.comparison import (
     EDGES,
+    HELD_OUT,
     CompareError,
     Comparison,
     CosineDistribution,
@@ -24,7 +25,7 @@ from monitor.comparison import (
     SameWidth,
     compare,
 )
-from monitor.evaluation.measures import MEASURES, Better
+from monitor.evaluation.measures import MEASURES, Better, Measure, Stage
 
 EXAMPLES = 6
 """Latents of each kind that are named; --json has all."""
@@ -91,7 +92,10 @@ def _table() -> Table:
 
 
 def _numbers_table(numbers: dict[str, tuple[float | None, float | None]]) -> Table:
-    """Numbers that differ. Four digits, and not the measure's own format, so that a small change can be seen."""
+    """Numbers that differ. Four digits, and not the measure's own format, so that a small change can be seen.
+
+    A change that its own format would not show is neither better nor worse.
+    """
     table = _table()
     table.add_column("")
     for heading in ("A", "B", "change"):
@@ -99,24 +103,32 @@ def _numbers_table(numbers: dict[str, tuple[float | None, float | None]]) -> Tab
     table.add_column("", no_wrap=True)
     for name, (a, b) in numbers.items():
         if a != b:
-            change, verdict = "", ""
-            if a is not None and b is not None:
-                change, verdict = _number(b - a, "+"), _verdict(b - a, _better(name))
-            table.add_row(name, _number(a), _number(b), change, verdict)
+            measure = _measure(name)
+            change = "" if a is None or b is None else _number(b - a, "+")
+            table.add_row(_title(name, measure), _number(a), _number(b), change, _verdict(a, b, measure))
     return table
 
 
-def _better(name: str) -> Better | None:
-    """The direction in which a number improves; None where neither is better, or no measure has the name."""
-    directions = (measure.better for measure in MEASURES if name in (measure.name, f"held-out {measure.name}"))
-    return next(directions, None)
+def _measure(name: str) -> Measure | None:
+    """The measure behind a number of a comparison, which has `held-out ` before a name that training uses too."""
+    stage = Stage.HELD_OUT if name.startswith(HELD_OUT) else None
+    name = name.removeprefix(HELD_OUT)
+    return next((measure for measure in MEASURES if measure.name == name and stage in (None, measure.stage)), None)
 
 
-def _verdict(change: float, better: Better | None) -> str:
-    """`better` in green or `worse` in red; empty where neither direction is good."""
-    if better is None:
+def _title(name: str, measure: Measure | None) -> str:
+    if measure is None:
+        return name
+    return f"{measure.title}, held out" if name.startswith(HELD_OUT) else measure.title
+
+
+def _verdict(a: float | None, b: float | None, measure: Measure | None) -> str:
+    """`better` in green or `worse` in red; empty where neither direction is good, or no change would be shown."""
+    if measure is None or measure.better is None or a is None or b is None:
         return ""
-    return "[green]better[/]" if (change > 0) == (better is Better.HIGHER) else "[red]worse[/]"
+    if format(a, measure.format) == format(b, measure.format):
+        return ""
+    return "[green]better[/]" if (b > a) == (measure.better is Better.HIGHER) else "[red]worse[/]"
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -1,27 +1,24 @@
-"""`python -m monitor explain`: what another language model says that latents stand for, with scores.
-
-python -m monitor explain http://127.0.0.1:8710 --sae topk --latents 5,17 \\
-    --endpoint http://127.0.0.1:8000/v1 --model NAME
-"""
+"""`python -m monitor explain`: what another language model says that latents stand for, with scores."""
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from monitor.cli.arguments import add_monitor_arguments
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 KEY = "OPENAI_API_KEY"
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when all latents are explained, 1 when a server refused or a latent could not be, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "explain"),
-        description="Ask a language model, on a server that you name, what latents stand for, and score its answers by "
+    parser = command_parser(
+        "monitor",
+        "explain",
+        "Ask a language model, on a server that you name, what latents stand for, and score its answers by "
         f"detection and fuzzing. Texts of the run are sent there. Its key, if it asks for one, is read from {KEY}.",
+        ("http://127.0.0.1:8710 --sae topk --latents 5,17 --endpoint http://127.0.0.1:8000/v1 --model NAME",),
     )
     add_monitor_arguments(parser)
     parser.add_argument("--sae", required=True, metavar="NAME", help="the SAE")

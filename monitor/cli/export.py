@@ -7,11 +7,9 @@ python -m monitor export runs/gpt2 --to out --format neuronpedia --sae topk
 
 from __future__ import annotations
 
-import argparse
-
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 FORMATS = {
     "csv": "run.csv, training.csv, evaluation.csv",
@@ -30,10 +28,11 @@ LATENT_FORMATS = {
 def main(arguments: list[str]) -> int:
     """Returns 0 when everything is written, 1 when it could not be, 2 for wrong usage."""
     formats = FORMATS | LATENT_FORMATS
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "export"),
-        description="Write the numbers of a run, or the latents of its SAEs, for other programs.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "monitor",
+        "export",
+        "Write the numbers of a run, or the latents of its SAEs, for other programs.",
+        ("runs/gpt2 --to gpt2-csv", "runs/gpt2 --format neuronpedia --sae topk --to gpt2-latents"),
         epilog="formats:\n" + "\n".join(f"  {name:<12} {gives}" for name, gives in formats.items()),
     )
     parser.add_argument(

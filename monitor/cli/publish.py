@@ -1,24 +1,24 @@
-"""`python -m monitor publish`: a snapshot on the Hugging Face hub, with a model card.
-
-python -m monitor publish runs/gpt2/snapshots/000040000512 someone/gpt2-saes --dry-run     # writes ./gpt2-saes
-python -m monitor publish runs/gpt2 someone/gpt2-saes --private                            # the newest snapshot
-"""
+"""`python -m monitor publish`: a snapshot on the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when it is published or written, 1 when that failed, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "publish"),
-        description="Publish a snapshot on the Hugging Face hub, with a model card.",
+    parser = command_parser(
+        "monitor",
+        "publish",
+        "Publish a snapshot on the Hugging Face hub, with a model card.",
+        (
+            "runs/gpt2/snapshots/000040000512 someone/gpt2-saes --dry-run     # writes ./gpt2-saes",
+            "runs/gpt2 someone/gpt2-saes --private                            # the newest snapshot",
+        ),
         epilog="`hf auth login` or HF_TOKEN gives the token, and HF_ENDPOINT another hub.",
     )
     parser.add_argument("snapshot", metavar="SNAPSHOT", type=path_argument, help="its folder, or a run directory")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from monitor.cli.arguments import add_monitor_arguments
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when the snapshot is there, 1 when it could not be fetched, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "pull"),
-        description="Fetch a snapshot from a monitor, every byte checked. Interrupted, the next call goes on there.",
+    parser = command_parser(
+        "monitor",
+        "pull",
+        "Fetch a snapshot from a monitor, every byte checked. Interrupted, the next call goes on there.",
+        ("http://127.0.0.1:8710", "http://127.0.0.1:8710 --follow --to snapshots"),
     )
     add_monitor_arguments(parser)
     parser.add_argument(

@@ -1,8 +1,4 @@
-"""`python -m monitor serve`: a page on which several runs stand beside each other.
-
-python -m monitor serve runs
-python -m monitor serve runs/a runs/b --port 8720
-"""
+"""`python -m monitor serve`: a page on which several runs stand beside each other."""
 
 from __future__ import annotations
 
@@ -13,10 +9,10 @@ import threading
 from pathlib import Path
 
 from producer.common.addresses import check_host, is_loopback, path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
-from producer.common.shell import shell_command
 
 PORT = 8711
 
@@ -25,11 +21,13 @@ log = logging.getLogger("sluice.monitor")
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when stopped, 1 when the port is taken, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "serve"),
-        description="Show several runs beside each other: numbers, curves, frontiers of L0 and FVU or ΔCE, settings. "
+    parser = command_parser(
+        "monitor",
+        "serve",
+        "Show several runs beside each other: numbers, curves, frontiers of L0 and FVU or ΔCE, settings. "
         "It reads their directories, finished or not, and evaluates nothing: that is the work of each run's own "
         "monitor.",
+        ("runs", "runs/a runs/b --port 8720"),
     )
     parser.add_argument(
         "paths", nargs="+", type=path_argument, metavar="RUN_DIR", help="a run directory, or a folder that holds some"

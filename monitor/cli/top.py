@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 from monitor.cli.arguments import add_monitor_arguments
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when the reader has left, 1 when the monitor did not answer or refused, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "top"), description="Watch a run in the terminal; q or Ctrl-C leaves."
+    parser = command_parser(
+        "monitor", "top", "Watch a run in the terminal; q or Ctrl-C leaves.", ("http://127.0.0.1:8710",)
     )
     add_monitor_arguments(parser)
     complete(parser, arguments)

@@ -11,6 +11,7 @@
     toml        TOML as an operator reads and writes it
     explain     faults of settings in sentences
     shell       commands as the reader's shell takes them
+    command_parser  the parser of a command
     completion  what a shell may complete
     version     the version of Sluice
     installation  whether packages of the same names are in the way

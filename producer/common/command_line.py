@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from producer.common.addresses import path_argument
 from producer.common.completion import complete, complete_run_file, complete_settings
@@ -15,14 +16,23 @@ from producer.common.version import VERSION
 
 
 def parse_command_line(
-    program: str, purpose: str, kind: type[S], arguments: list[str] | None = None, commands: Collection[str] = ()
+    program: str,
+    purpose: str,
+    kind: type[S],
+    arguments: list[str] | None = None,
+    commands: Collection[str] = (),
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> S:
     """Reads the settings that a command line names; ends the process for --help, --print-settings and faults.
 
-    `commands` are what the caller takes in the run file's place; a shell that completes is told of them.
+    `commands` are what the caller takes in the run file's place; a shell that completes is told of them. `flags` are
+    options of the caller's, with their help: it looks for them in `arguments` itself.
     """
     parser = argparse.ArgumentParser(
-        prog=program, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program,
+        description=purpose,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the caller looks for whole flags
     )
     run_file = parser.add_argument(
         "run_file", type=path_argument, metavar="RUN.toml", nargs="?", help="the run's settings; deploy/ holds examples"
@@ -31,6 +41,8 @@ def parse_command_line(
         "overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file"
     )
     parser.add_argument("--print-settings", action="store_true", help="print the resolved settings and exit")
+    for flag, meaning in flags.items():
+        parser.add_argument(flag, action="store_true", help=meaning)
     parser.add_argument("--version", action="version", version=f"Sluice {VERSION}")
     complete_run_file(run_file, commands)
     complete_settings(overrides, kind)

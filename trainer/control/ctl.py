@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.common.addresses import expand_path, path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
 from producer.common.formatting import format_bytes, format_count
 from producer.common.parsing import ParseError, parse_object
@@ -136,9 +137,11 @@ def read_sae_table(path: Path) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=shell_command("trainer", "ctl"),
-        description="Speaks to the trainer at work in RUN_DIR. What changes the run is on disk before it is answered.",
+    parser = command_parser(
+        "trainer",
+        "ctl",
+        "Speaks to the trainer at work in RUN_DIR. What changes the run is on disk before it is answered.",
+        ("runs/gpt2 status", "runs/gpt2 snapshot", "runs/gpt2 attach wider.toml", "runs/gpt2 cooldown topk"),
     )
     parser.add_argument(
         "run_directory", type=path_argument, metavar="RUN_DIR", help="[run] directory of the run's file"

@@ -12,9 +12,9 @@ import math
 import sys
 
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
 from producer.common.run_file import read_run_file
-from producer.common.shell import shell_command
 from producer.common.toml import SettingsError, show_value
 from trainer.planning.cost import CPU, CUDA, FLOAT32, HALF, MACHINES, Machine, StepCost
 from trainer.planning.prediction import Estimate, token_bytes
@@ -54,8 +54,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        shell_command("trainer", "estimate"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        "trainer",
+        "estimate",
+        PURPOSE,
+        (
+            "deploy/gpt2.toml",
+            "deploy/gpt2.toml --machine h100 --days 2",
+            "deploy/gpt2.toml sae.topk.d_sae=131072 --json",
+        ),
     )
     parser.add_argument(
         "run_file", type=path_argument, metavar="RUN.toml", help="the run's settings; deploy/ holds examples"

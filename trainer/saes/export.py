@@ -6,12 +6,12 @@ or not at all. Exit codes: 0 written, 1 the snapshot or the disk failed, 2 the a
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
 from producer.common.shell import shell_command
 from trainer.snapshot import SnapshotError, snapshot_names, verify
@@ -36,8 +36,14 @@ they are at inference. sparsify: top-k SAEs and transcoders. dictionary_learning
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        shell_command("trainer", "export"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        "trainer",
+        "export",
+        PURPOSE,
+        (
+            "runs/gpt2 --format sparsify --to gpt2-sparsify",
+            "runs/gpt2/snapshots/000040000512/topk --format saelens --to topk",
+        ),
     )
     parser.add_argument(
         "snapshot", type=path_argument, metavar="SNAPSHOT", help="a snapshot, a run directory, or one SAE in it"

@@ -5,12 +5,11 @@ Exit codes: 0 whole, 1 something is wrong, and each fault is a line that says wh
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
-from producer.common.shell import shell_command
 
 PURPOSE = """Tells whether a run directory is whole, and what starting its trainer again would do.
 
@@ -19,9 +18,7 @@ Changes nothing, and may be run while the trainer is at work."""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        shell_command("trainer", "check"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("trainer", "check", PURPOSE, ("runs/gpt2",))
     parser.add_argument("directory", type=path_argument, metavar="RUN_DIR", help="run.directory of the run file")
     complete(parser, arguments)
     directory = parser.parse_args(arguments).directory.absolute()
