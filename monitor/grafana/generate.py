@@ -72,7 +72,7 @@ def training() -> Dashboard:
     ]  # fmt: skip
     by_tokens = [
         over_tokens("FVU by tokens", trained, log=True),
-        over_tokens("ΔCE by tokens", evaluated, log=True),
+        over_tokens("ΔCE by tokens", evaluated, log=True, points=True),
         over_tokens("L0 by tokens", trained),
     ]
     by_time = [
@@ -106,13 +106,14 @@ def stream() -> Dashboard:
     """Builds the dashboard `stream`: who waits for whom, and what went wrong?"""
     faults_are_odd = thresholds((None, GREEN), (1, ORANGE))
     now = [
-        number("Bottleneck", "sluice_data_wait_ratio{RUN} - sluice_credit_wait_ratio{RUN}",
+        number("Bottleneck", "(sluice_data_wait_ratio{RUN} - sluice_credit_wait_ratio{RUN})"
+               ' * on (run) (1 - max by (run) (sluice_state{RUN, state="paused"}))',
                mappings=[
                    range_text(-1, -0.05, "the trainer", GREEN),
                    range_text(-0.05, 0.05, "nobody", GREEN),
                    range_text(0.05, 1, "the producers", ORANGE),
                ],
-               note="Who keeps the other waiting. The trainer: training goes as fast as it can."),
+               note="Who keeps the other waiting. The trainer: training goes as fast as it can. In a pause: nobody."),
         number("Producers", "sum by (run) (sluice_producers{RUN})", limits=thresholds((None, RED), (1, GREEN))),
         number("Tokens sent per second", "sum by (run) (rate(sluice_producer_tokens_total{RUN}[RATE]))"),
         number("Buffer filled", "sluice_buffer_rows{RUN} / sluice_buffer_capacity_rows{RUN}", unit="percentunit",

@@ -222,8 +222,10 @@ def over_time(
     return panel if empty is None else panel.no_value(empty)
 
 
-def over_tokens(title: str, tokens: str, log: bool = False) -> trend.Panel:
+def over_tokens(title: str, tokens: str, log: bool = False, points: bool = False) -> trend.Panel:
     """The measure with a curve in the panel of this title, by tokens: one curve per run and SAE.
+
+    With `points` each value is marked: where values are few, a first one alone would not be seen.
 
     `tokens` is the expression of x, by run, or by run and SAE. Prometheus answers with two tables of time and curve:
     of tokens and of values. Grafana merges them, and makes a matrix with a row per number of tokens and a column per
@@ -238,6 +240,7 @@ def over_tokens(title: str, tokens: str, log: bool = False) -> trend.Panel:
     panel = draw_lines(describe(trend.Panel(), title, named), "short", log)
     # A row has the values of the curves that were at this number of tokens; the others go on in another row.
     panel.x_field("tokens").span_nulls(True)
+    panel.point_size(5).show_points(VisibilityMode.ALWAYS if points else VisibilityMode.NEVER)
     linear = ScaleDistributionConfig(ScaleDistribution.LINEAR)
     properties = {"unit": "short", "decimals": None, "custom.axisLabel": "tokens", "custom.scaleDistribution": linear}
     panel.override_by_name("tokens", [models.DynamicConfigValue(*one) for one in properties.items()])

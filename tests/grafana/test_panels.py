@@ -127,6 +127,18 @@ def test_the_bottleneck_has_a_word(shown: Shown) -> None:
     assert [one.text for one in shown("stream", answers)["Bottleneck"].values] == list(words.values())
 
 
+def test_nobody_is_the_bottleneck_of_a_paused_run() -> None:
+    """Producers wait then, but for a person: the difference is multiplied by 0."""
+    (target,) = definition_of(board("stream"), "Bottleneck")["targets"]
+    assert target["expr"].endswith(' * on (run) (1 - max by (run) (sluice_state{run=~"$run", state="paused"}))')
+
+
+def test_the_first_snapshot_is_a_point() -> None:
+    """One value has no line: evaluations, of which a young run has one, are marked."""
+    custom = definition_of(board("training"), "ΔCE by tokens")["fieldConfig"]["defaults"]["custom"]
+    assert (custom["showPoints"], custom["pointSize"]) == ("always", 5)
+
+
 @needs_packages
 def test_alerts_are_named_in_their_colours(shown: Shown) -> None:
     """Orange for a warning, red for a critical one, green for none."""
