@@ -15,12 +15,12 @@ from torch import Tensor
 from trainer.snapshot import SPARSITY, WEIGHTS, Draft, new_snapshot, snapshot_folder
 from trainer.state.durable import replace_text
 from trainer.state.format import (
-    AdamState,
     Checkpoint,
     CheckpointDocument,
     CheckpointTensors,
     LedgerState,
     MemberState,
+    OptimizerState,
     RosterState,
     RunState,
     SaeState,
@@ -131,7 +131,7 @@ def small_checkpoint(
     roster = RosterState([MemberState({"name": "small"}, number=0)], joined=1)
     counts, sums = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
     statistics = StatisticsState(0, torch.zeros(2), counts, sums, sums + 1, sums + 2, sums + 3)
-    tensors = SaeTensors(parameters or {}, AdamState(0, {}, {}), statistics, ema={}, whitening=None)
+    tensors = SaeTensors(parameters or {}, OptimizerState(0, {}), statistics, ema={}, whitening=None)
     return Checkpoint(
         CheckpointDocument(RunState(step, 0.0, None, {"small": sae}), roster, ledger, buffer_random=None),
         CheckpointTensors({"small": tensors}, shards={}, buffer_names=None),

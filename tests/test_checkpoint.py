@@ -30,9 +30,9 @@ from trainer.snapshot import SnapshotError, file_sha256, pin, retire, snapshot_n
 from trainer.state.checkpoint import CheckpointError, FileRecord, load_newest, save, save_shard, shard_name
 from trainer.state.durable import sweep
 from trainer.state.format import (
-    AdamState,
     Checkpoint,
     LatentRange,
+    OptimizerState,
     SaeTensors,
     StatisticsState,
     WhiteningState,
@@ -238,7 +238,9 @@ def shared_sae() -> SaeTensors:
     statistics = StatisticsState(7, vector, counts, counts.double(), vector.double(), -vector.double(), torch.ones(6))
     whitening = WhiteningState(vector, vector.outer(vector), -vector.outer(vector))
     averages = {name: -value for name, value in parameters.items()}
-    return SaeTensors(parameters, AdamState(4, moments, averages), statistics, averages, whitening)
+    return SaeTensors(
+        parameters, OptimizerState(4, {"exp_avg": moments, "exp_avg_sq": averages}), statistics, averages, whitening
+    )
 
 
 def rows_of(sae: SaeTensors, latents: range) -> SaeTensors:

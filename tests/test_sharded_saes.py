@@ -82,6 +82,8 @@ AUXK: dict[str, Any] = {"revive": "auxk", "k_aux": 4}
 QUICK: dict[str, dict[str, Any]] = {
     "topk auxk": case("topk", k_aux=4),
     "topk abs": case("topk abs"),
+    "topk auxk muon": case("topk skip transcoder", k_aux=4, optimizer="muon"),
+    "gated signum, resampled": case("gated", optimizer="signum", **RESAMPLE),
     "topk multi matryoshka": case("topk multi", matryoshka=[4, 16, 32]),
     "topk skip transcoder, resampled": case("topk skip transcoder", **RESAMPLE),
     "batchtopk matryoshka auxk": case("batchtopk matryoshka", k_aux=3),
@@ -179,8 +181,7 @@ def tensors_of(sae_trainer: SaeTrainer) -> dict[str, Tensor]:
     _, tensors = sae_trainer.state()
     by_part = {
         "weight": tensors.parameters,
-        "exp_avg": tensors.adam.exp_avg,
-        "exp_avg_sq": tensors.adam.exp_avg_sq,
+        **tensors.optimizer.moments,
         "ema": tensors.ema,
         "statistics": {
             "tokens_since_fired": tensors.statistics.tokens_since_fired,
@@ -454,7 +455,7 @@ def received_in_a_step(ranks: Ranks, table: Mapping[str, Any]) -> list[dict[str,
 def test_a_step_receives_the_bytes_that_are_planned(small_ranks: SmallRanks, size: int, blocks: int) -> None:
     """To the byte and by purpose, of a batch that is no multiple of the ranks, before latents are dead."""
     for name in ("topk", "topk multi", "batchtopk matryoshka", "jumprelu", "relu crosscoder", "tied", "gated"):
-        table = case(name, revive_tokens=10_000)
+        table = case(name, revive_tokens=10_000, optimizer="muon" if name == "topk" else "adam")
         (planned,) = planned_bytes(table, size, blocks)
 
         for steps in small_ranks.run(received_in_a_step, size, table, blocks=blocks):

@@ -27,7 +27,7 @@ from trainer.settings import BufferSettings, OptimizerSettings, TrainerSettings
 from trainer.state.checkpoint import load_newest, save
 from trainer.state.format import CheckpointTensors, encode_tensors
 from trainer.stream.buffer import Batch
-from trainer.training.optimizer import RowAdam
+from trainer.training.optimizers.adam import Adam
 from trainer.training.run import Run, scale_of
 from trainer.training.sae_trainer import SaeTrainer
 from trainer.training.schedule import Cooldown, default_learning_rate, warmup_factor
@@ -203,7 +203,7 @@ def test_the_decoder_gradient_is_tangent_to_its_unit_rows() -> None:
     torch.manual_seed(0)
     W, grad = torch.randn(6, 4), torch.randn(6, 4)
     normalise_rows(W)
-    RowAdam({"W_dec": W}, OptimizerSettings()).step({"W_dec": grad}, 0.0)
+    Adam({"W_dec": W}, OptimizerSettings()).step({"W_dec": grad}, 0.0)
 
     torch.testing.assert_close((grad * W).sum(1), torch.zeros(6), atol=1e-6, rtol=0)
 
@@ -211,7 +211,7 @@ def test_the_decoder_gradient_is_tangent_to_its_unit_rows() -> None:
 def test_clipping_scales_the_whole_gradient() -> None:
     """A gradient of norm 10 is stepped as one of norm 1; the norm reported is the true one."""
     parameters = {"W_dec": torch.zeros(1, 2), "b_dec": torch.zeros(2)}
-    optimizer = RowAdam(parameters, OptimizerSettings(betas=[0.0, 0.0], eps=1.0, clip=1.0))
+    optimizer = Adam(parameters, OptimizerSettings(betas=[0.0, 0.0], eps=1.0, clip=1.0))
     norm = optimizer.step({"W_dec": torch.zeros(1, 2), "b_dec": torch.tensor([6.0, 8.0])}, 1.0)
 
     assert norm == pytest.approx(10.0)
@@ -222,7 +222,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
 def test_clipping_leaves_a_small_gradient_as_it_is() -> None:
     """A gradient of norm 0.5 is under the bound of 1: it is not scaled up to it."""
     parameters = {"b_dec": torch.zeros(2)}
-    optimizer = RowAdam(parameters, OptimizerSettings(betas=[0.0, 0.0], eps=1.0, clip=1.0))
+    optimizer = Adam(parameters, OptimizerSettings(betas=[0.0, 0.0], eps=1.0, clip=1.0))
     norm = optimizer.step({"b_dec": torch.tensor([0.3, 0.4])}, 1.0)
 
     assert norm == pytest.approx(0.5)
@@ -232,7 +232,7 @@ def test_clipping_leaves_a_small_gradient_as_it_is() -> None:
 def test_a_parameter_that_does_not_learn_is_left_alone() -> None:
     """Gradients of others are passed over, in the update and in the norm."""
     parameters = {"scale": torch.ones(2)}
-    optimizer = RowAdam(parameters, OptimizerSettings(learning_rate=0.1))
+    optimizer = Adam(parameters, OptimizerSettings(learning_rate=0.1))
     norm = optimizer.step({"scale": torch.tensor([3.0, 4.0]), "W_dec": torch.full((2, 2), 100.0)}, 0.1)
 
     assert norm == pytest.approx(5.0)
@@ -242,13 +242,14 @@ def test_a_parameter_that_does_not_learn_is_left_alone() -> None:
 def test_forgetting_zeroes_the_moments_of_some_latents_only() -> None:
     """And of parameters that belong to a latent only."""
     parameters = {"W_dec": torch.zeros(3, 2), "b_enc": torch.zeros(3), "b_dec": torch.zeros(3)}
-    optimizer = RowAdam(parameters, OptimizerSettings(), unit_decoder=False)
+    optimizer = Adam(parameters, OptimizerSettings(), unit_decoder=False)
     optimizer.step({name: torch.ones_like(value) for name, value in parameters.items()}, 0.1)
     before = deepcopy(optimizer.state())
-    optimizer.reset_moments(torch.tensor([1]))
+    optimizer.reset_latents(torch.tensor([1]))
     state = optimizer.state()
 
-    for after, earlier in ((state.exp_avg, before.exp_avg), (state.exp_avg_sq, before.exp_avg_sq)):
+    for moment in ("exp_avg", "exp_avg_sq"):
+        after, earlier = state.moments[moment], before.moments[moment]
         assert not after["W_dec"][1].any() and after["b_enc"][1] == 0
         assert torch.equal(after["W_dec"][[0, 2]], earlier["W_dec"][[0, 2]])
         assert torch.equal(after["b_dec"], earlier["b_dec"])
@@ -686,7 +687,8 @@ def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> No
     untouched = torch.equal(sae_trainer.sae.W_enc[:4], before["W_enc"][:4])
     adam = sae_trainer.optimizer.state()
     for name in ("W_enc", "W_dec", "b_enc"):
-        adam.exp_avg[name][:4] = adam.exp_avg_sq[name][:4] = 1.0  # as of latents that have lived before
+        for moment in adam.moments.values():
+            moment[name][:4] = 1.0  # as of latents that have lived before
     learn(sae_trainer, [rows_of(sae_trainer.settings, 64, 3)])
     others = sae_trainer.sae.W_enc[4:].norm(dim=1).mean()
 
@@ -695,7 +697,7 @@ def test_bug_25_resampling_changes_the_weights_and_forgets_their_moments() -> No
     assert sae_trainer.sae.b_enc[:4].tolist() == [0.0] * 4
     torch.testing.assert_close(sae_trainer.sae.W_enc[:4].norm(dim=1), (0.2 * others).expand(4))
     for name in ("W_enc", "W_dec", "b_enc"):
-        for moment in (adam.exp_avg, adam.exp_avg_sq):
+        for moment in adam.moments.values():
             assert not moment[name][:4].any()
             assert moment[name][4:].any()
     assert sae_trainer.statistics.tokens_since_fired[:4].tolist() == [0] * 4

@@ -17,7 +17,7 @@ from tests.benchmarks.subject import Size, correlated_rows, sae_trainer, size_fo
 from trainer.kernels import select
 from trainer.kernels.sparse import Entries
 from trainer.settings import OptimizerSettings
-from trainer.training.optimizer import RowAdam
+from trainer.training.optimizers.adam import Adam
 
 
 def run(options: Options) -> Iterator[Result]:
@@ -74,7 +74,7 @@ def _products(size: Size, x: Tensor, pre_acts: Tensor, W_enc: Tensor, W_dec: Ten
 
 
 def _optimizer(size: Size, parameters: dict[str, Tensor], options: Options) -> Result:
-    adam = RowAdam(parameters, OptimizerSettings(device=options.device))
+    adam = Adam(parameters, OptimizerSettings(device=options.device))
     gradients = {name: torch.randn_like(value) for name, value in parameters.items()}
     result = Result(f"Optimizer: {size}", "ms").take_turns(
         options.rounds,

@@ -55,6 +55,10 @@ class Peers:
     def save(self, jobs: list[dict[str, Any]]) -> None:
         self._run("save", jobs)
 
+    def optimize(self, jobs: list[dict[str, Any]]) -> None:
+        """Lets sparsify's optimizers change weights by the gradients that the jobs name."""
+        self._run("optimize", jobs)
+
     def _ask(self, what: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         output = self._run(what, jobs)
         return [json.loads(line.removeprefix("told ")) for line in output.splitlines() if line.startswith("told ")]

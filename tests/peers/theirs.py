@@ -3,6 +3,7 @@
     python theirs.py load JOBS.json     each job: library, folder, x, out
     python theirs.py save JOBS.json     each job: library, kind, folder, weights (, k)
     python theirs.py evaluate JOBS.json each job: folder, model, tokens, special, out
+    python theirs.py optimize JOBS.json each job: optimizer, rate, tensors (W, b and gradients W.0, b.0, W.1 …), out
 
 All write safetensors; `load` and `evaluate` print a JSON object per line with what they say.
 """
@@ -156,6 +157,28 @@ def evaluate_sae_lens(folder, model, tokens, special):
     return tensors, {name: value for group in report.values() for name, value in group.items()}
 
 
+def optimize_sparsify(optimizer, rate, tensors):
+    """The weights after each step, W.0 and so on, of what sparsify's Trainer builds for an optimizer."""
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify.muon import Muon
+    from sparsify.sign_sgd import SignSGD
+
+    parameters = {name: torch.nn.Parameter(tensors[name]) for name in ("W", "b")}
+    if optimizer == "signum":
+        optimizers = [ScheduleFreeWrapper(SignSGD(parameters.values(), lr=rate), momentum=0.95)]
+        optimizers[0].train()
+    else:
+        optimizers = [Muon([parameters["W"]], lr=rate, ddp=False), torch.optim.Adam([parameters["b"]], lr=rate)]
+    after = {}
+    for step in range((len(tensors) - 2) // 2):
+        for name, parameter in parameters.items():
+            parameter.grad = tensors[f"{name}.{step}"].clone()
+        for one in optimizers:
+            one.step()
+        after |= {f"{name}.{step}": parameter.detach().clone() for name, parameter in parameters.items()}
+    return after
+
+
 LOADERS = {
     "sae_lens": load_sae_lens,
     "sparsify": load_sparsify,
@@ -172,6 +195,11 @@ def main():
     for job in jobs:
         if sys.argv[1] == "save":
             SAVERS[job["library"]](job["kind"], job["folder"], load_file(job["weights"]), job.get("k"))
+            continue
+        if sys.argv[1] == "optimize":
+            with torch.enable_grad():
+                tensors = optimize_sparsify(job["optimizer"], job["rate"], load_file(job["tensors"]))
+            save_file(tensors, job["out"])
             continue
         if sys.argv[1] == "evaluate":
             tokens = load_file(job["tokens"])["tokens"]

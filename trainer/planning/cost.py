@@ -12,10 +12,10 @@ parts of a step take
     optimizer           88 d n / W                         two float32 matrices: gradients, norms, Adam, bfloat16 copies
     rows, entries       B d, B k
 
-Sparse products are those of Gao et al. 2024 (arXiv 2406.04093, appendix D); bytes are counted from `optimizer.py`,
-`saes/base.py` and the kernels. The constants of `CPU` stand for what two numbers cannot say;
-tests/benchmarks/estimate.py measures how well they do. Reviving dead latents, and early steps on which more latents
-are active, cost more than this.
+Sparse products are those of Gao et al. 2024 (arXiv 2406.04093, appendix D); bytes are counted from
+`saes/base.py`, the kernels and `training/optimizers`, whose registry has those of other optimizers than Adam. The
+constants of `CPU` stand for what two numbers cannot say; tests/benchmarks/estimate.py measures how well they do.
+Reviving dead latents, and early steps on which more latents are active, cost more than this.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from trainer.training.optimizers.registry import OPTIMIZERS, OptimizerEntry
+
 FLOAT32 = 4
 HALF = 2
-MOMENTS = 2 * FLOAT32
 
 GRADIENT_BYTES = 4
 NORM_BYTES = 4
-ADAM_BYTES = 28
-"""Adam reads weight, gradient and two moments, and writes all but the gradient."""
 B_DEC_BYTES = 4
 """b_dec's gradient goes through the encoder, all of which is read."""
 TANGENT_BYTES = 8
@@ -49,6 +48,8 @@ TEMPORARY_BYTES = 26
 """Copies of a batch that a step holds at its peak, per element: six in float32, one in bfloat16."""
 ENTRY_MEMORY = 80
 """Indices, orders and values that a step holds, per active latent."""
+MOMENTS = {1: "one moment", 2: "two moments"}
+"""Names of the memory of an optimizer, by the number of tensors that it keeps for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class StepCost:
     number_bytes: int = HALF
     """Bytes of a number in products: 2 in bfloat16, 4 in float32."""
     l0_is_assumed: bool = False
+    optimizer: OptimizerEntry = OPTIMIZERS["adam"]
 
     @property
     def encoder(self) -> int:
@@ -189,12 +191,19 @@ def product_flops(sae: StepCost) -> float:
 
 
 def optimizer_bytes(sae: StepCost) -> float:
-    """Bytes that gradients, norms, Adam, projections and the copies for products move in a step."""
-    each = GRADIENT_BYTES + NORM_BYTES + ADAM_BYTES + sae.ema * EMA_BYTES + (sae.losses > 1) * SECOND_LOSS_BYTES
+    """Bytes that gradients, norms, the update, projections and the copies for products move in a step."""
+    each = (
+        GRADIENT_BYTES + NORM_BYTES + sae.optimizer.bytes + sae.ema * EMA_BYTES + (sae.losses > 1) * SECOND_LOSS_BYTES
+    )
     each += HALF if sae.number_bytes == HALF else 0
     encoder = each + sae.centred * B_DEC_BYTES
     decoder = each + sae.unit_decoder * TANGENT_BYTES
     return sae.encoder * encoder + sae.decoder * decoder
+
+
+def optimizer_flops(sae: StepCost) -> float:
+    """FLOPs of the products in an update, which do not depend on the batch."""
+    return sae.optimizer.products * 2.0 * (sae.encoder * sae.d_in + sae.decoder * sae.d_out)
 
 
 def sparse_bytes(sae: StepCost) -> float:
@@ -220,7 +229,7 @@ def step_parts(sae: StepCost, machine: Machine) -> dict[str, float]:
         "pre-activations": kernels.pre_act_passes * sae.number_bytes * sae.batch * sae.d_sae / W,
         "choice of latents": selection_bytes(sae, kernels) / W,
         "sparse products": kernels.gather_share * sparse_bytes(sae) / W,
-        "optimizer": optimizer_bytes(sae) / W,
+        "optimizer": optimizer_bytes(sae) / W + optimizer_flops(sae) / machine.matmul_flops,
         "rows and entries": (kernels.element_bytes * elements + kernels.entry_bytes * sae.batch * sae.active) / W,
         "overhead": kernels.step_seconds,
     }
@@ -249,7 +258,7 @@ def memory_parts(sae: StepCost, kernels: Kernels) -> dict[str, float]:
     elements = sae.batch * (sae.d_in + sae.d_out) / 2 * sae.levels
     return {
         "parameters": FLOAT32 * P * (2 if sae.ema else 1),
-        "two moments": MOMENTS * P,
+        MOMENTS[sae.optimizer.moments]: FLOAT32 * sae.optimizer.moments * P,
         "bfloat16 copies": HALF * matrices if sae.number_bytes == HALF else 0.0,
         "gradients": FLOAT32 * P * sae.losses,
         "pre-activations": float(sae.number_bytes) * rows * sae.d_sae,
@@ -270,4 +279,4 @@ def snapshot_bytes(sae: StepCost) -> float:
 
 def checkpoint_bytes(sae: StepCost) -> float:
     """Size of weights, both moments, the averaged copy, and two counters of 8 bytes per latent."""
-    return (FLOAT32 * (2 if sae.ema else 1) + MOMENTS) * sae.parameters + 16 * sae.d_sae
+    return FLOAT32 * ((2 if sae.ema else 1) + sae.optimizer.moments) * sae.parameters + 16 * sae.d_sae

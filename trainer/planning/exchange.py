@@ -6,6 +6,7 @@ With P ranks, batch B, width d, b = ⌈B / P⌉ and K the sum of all k that are 
     thresholds         8 b (P − 1) for each k         the key of the k-th largest, to all
     reconstructions    S(B levels, 4 d)               for each decoding: the sum of latents W_dec
     sums               S(1, 4 d)                      b_dec's gradient through the encoder
+                       S(d, 4 d) for each matrix      with Muon: the products of momentum with itself
     scalars            S(1, 8) each                   the norm's squares, active latents, what a loss counts
 
 S(rows, bytes) is an all-reduce, 2 (P − 1) / P · rows · bytes. With V blocks of latents that are added in order it is an
@@ -32,6 +33,9 @@ def exchanged_bytes(sae: StepCost, ranks: int, blocks: int = 1) -> dict[str, int
     counted = HISTOGRAM_BINS * KEY_BYTES
     of_batch = 2 * all_reduce_bytes(counted, ranks) + all_reduce_bytes(sae.batch * KEY_BYTES, ranks)
     sums = sum_bytes(sae.d_out, FLOAT32, ranks, blocks) if sae.centred and not sae.tied else 0
+    if sae.optimizer.products:
+        widths = [width for width, matrix in ((sae.d_in, sae.encoder), (sae.d_out, sae.decoder)) if matrix]
+        sums += sum(sum_bytes(width, FLOAT32 * width, ranks, blocks) for width in widths)
     norm = sum_bytes(sae.latent_parameters, KEY_BYTES, ranks, blocks)
     return {
         "candidates": int((ranks - 1) * share * sae.total_k * KEY_BYTES),

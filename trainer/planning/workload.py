@@ -17,6 +17,7 @@ from producer.common.toml import show_value
 from trainer.planning.cost import StepCost
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
+from trainer.training.optimizers.registry import OPTIMIZERS
 
 
 class EstimateError(ValueError):
@@ -55,6 +56,7 @@ def _step_cost(settings: TrainerSettings, sae: SaeSettings, width: int, number_b
         skip=sae.skip,
         whitening=sae.whitening,
         ema=sae.ema_tokens is not None,
+        optimizer=OPTIMIZERS[sae.optimizer],
         number_bytes=number_bytes,
         **vars(terms),
     )

@@ -61,7 +61,7 @@ class SaeSettings(Table):
     """[[sae]]: one sparse autoencoder on the stream."""
 
     SHAPE: ClassVar[frozenset[str]] = frozenset(
-        {"architecture", "d_sae", "hook", "hooks", "target", "skip", "whitening"}
+        {"architecture", "d_sae", "hook", "hooks", "target", "skip", "whitening", "optimizer"}
     )
     """Keys that must not change when a run is resumed."""
     CONDITIONS: ClassVar[dict[str, Callable[[Any], bool]]] = {
@@ -129,6 +129,10 @@ class SaeSettings(Table):
     """Tokens after which this SAE is finished, its cooldown included; without it, it ends with the run."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Overrides optimizer.learning_rate for this SAE."""
+    optimizer: Literal["adam", "signum", "muon"] = "adam"
+    """What changes its weights. signum (sparsify's default): signs of gradients, and a mean of weights that needs no
+    falling rate. muon: momentum with equal singular values, for two products more in each step. Both keep one tensor
+    per weight matrix, where Adam keeps two; optimizer.betas and optimizer.eps are Adam's."""
     ema_tokens: Positive | None = None
     """Publish beside it, as NAME-ema, the mean of its weights over about this many tokens: less noisy while the
     learning rate is constant."""

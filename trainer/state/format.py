@@ -10,6 +10,7 @@ tensors' keys are
 
     sae/NAME/parameters/W_enc, sae/NAME/ema/W_enc
     sae/NAME/adam/W_enc.exp_avg, .exp_avg_sq, .step
+    sae/NAME/adam/W_enc.z, adam/weight_sum              of another optimizer, with names of its own
     sae/NAME/statistics/FIELD, sae/NAME/whitening/FIELD
     ledger/SERIAL.trained, .discarded
     buffer/names
@@ -186,12 +187,12 @@ class CheckpointDocument:
 
 
 @dataclass(frozen=True)
-class AdamState:
-    """Adam's moments by the name of the parameter, and its count of steps."""
+class OptimizerState:
+    """An optimizer's count of steps, and its tensors by the name of the moment, then of the parameter."""
 
     steps: int
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    scalars: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class SaeTensors:
     """Tensors of one SAE trainer."""
 
     parameters: dict[str, Tensor]
-    adam: AdamState
+    optimizer: OptimizerState
     statistics: StatisticsState
     ema: dict[str, Tensor]
     """Averages of the parameters; empty without an averaged copy."""
@@ -231,10 +232,12 @@ class SaeTensors:
         """Tensors by their key, without the SAE's name in front."""
         tensors = {f"parameters/{name}": value for name, value in self.parameters.items()}
         tensors |= {f"ema/{name}": value for name, value in self.ema.items()}
-        for name, moment in self.adam.exp_avg.items():
-            tensors[f"adam/{name}.exp_avg"] = moment
-            tensors[f"adam/{name}.exp_avg_sq"] = self.adam.exp_avg_sq[name]
-            tensors[f"adam/{name}.step"] = moment.new_tensor(float(self.adam.steps))
+        for moment, of_parameters in self.optimizer.moments.items():
+            for name, value in of_parameters.items():
+                tensors[f"adam/{name}.{moment}"] = value
+                tensors[f"adam/{name}.step"] = value.new_tensor(float(self.optimizer.steps))
+        of_numbers = self.statistics.sums  # float64
+        tensors |= {f"adam/{name}": of_numbers.new_tensor(value) for name, value in self.optimizer.scalars.items()}
         statistics = self.statistics
         tensors |= {f"statistics/{name}": value for name, value in vars(statistics).items() if name != "tokens"}
         tensors["statistics/tokens"] = statistics.tokens_since_fired.new_tensor(statistics.tokens)
@@ -249,14 +252,9 @@ class SaeTensors:
     @classmethod
     def from_keys(cls, tensors: Mapping[str, Tensor]) -> SaeTensors:
         """The inverse of `by_key`. Raises KeyError."""
-        names = [key.removesuffix(".exp_avg") for key in _below("adam/", tensors) if key.endswith(".exp_avg")]
         return cls(
             parameters=_below("parameters/", tensors),
-            adam=AdamState(
-                steps=max((int(tensors[f"adam/{name}.step"]) for name in names), default=0),
-                exp_avg={name: tensors[f"adam/{name}.exp_avg"] for name in names},
-                exp_avg_sq={name: tensors[f"adam/{name}.exp_avg_sq"] for name in names},
-            ),
+            optimizer=_optimizer_of(_below("adam/", tensors)),
             statistics=StatisticsState(
                 int(tensors["statistics/tokens"]),
                 *(tensors[f"statistics/{field.name}"] for field in fields(StatisticsState)[1:]),
@@ -274,7 +272,25 @@ def has_latent_rows(key: str) -> bool:
     if part.endswith("statistics"):
         return name in ("tokens_since_fired", "firings")
     parameter, _, moment = name.partition(".")
-    return part.endswith(("parameters", "ema", "adam")) and moment != "step" and parameter not in SHARED_PARAMETERS
+    if part.endswith("adam") and moment in ("step", ""):
+        return False
+    return part.endswith(("parameters", "ema", "adam")) and parameter not in SHARED_PARAMETERS
+
+
+def _optimizer_of(tensors: Mapping[str, Tensor]) -> OptimizerState:
+    """The state of an optimizer; keys are PARAMETER.MOMENT, PARAMETER.step, and names of numbers."""
+    steps = 0
+    moments: dict[str, dict[str, Tensor]] = {}
+    scalars: dict[str, float] = {}
+    for key, value in tensors.items():
+        parameter, _, moment = key.partition(".")
+        if moment == "step":
+            steps = int(value)
+        elif moment:
+            moments.setdefault(moment, {})[parameter] = value
+        else:
+            scalars[key] = float(value)
+    return OptimizerState(steps, moments, scalars)
 
 
 @dataclass(frozen=True)

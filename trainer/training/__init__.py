@@ -10,7 +10,7 @@
     follower      a rank that does what rank 0 announces
     sae_trainer   one SAE with optimizer, schedule and statistics
     revival       new weights for dead latents
-    optimizer     Adam for latents
+    optimizers/   how a gradient changes the weights
     schedule      learning rates and phases, in tokens
     averaging     the mean of recent weights
     statistics    L0, MSE, FVU, firing rates, dead latents

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.training.averaging import AverageWeights
-from trainer.training.optimizer import RowAdam
+from trainer.training.optimizers.base import Optimizer
 from trainer.training.statistics import Statistics
 
 
@@ -29,7 +29,7 @@ class Revival:
     """Replaces dead latents of one SAE, with their moments, their statistics and their average."""
 
     sae: Sae
-    optimizer: RowAdam
+    optimizer: Optimizer
     statistics: Statistics
     average: AverageWeights | None
     seed: int
@@ -73,7 +73,7 @@ class Revival:
         rows = torch.multinomial(loss.square() + 1e-30, total, generator=generator).to(error.device)
         rows = rows[first : first + len(latents)]
         self.sae.reinitialise(latents, W_enc_rows[rows], W_dec_rows[rows])
-        self.optimizer.reset_moments(latents)
+        self.optimizer.reset_latents(latents)
         self.statistics.tokens_since_fired[latents] = 0
         if self.average is not None:
             self.average.replace_latents(self.sae.parameters, latents)

@@ -1,4 +1,4 @@
-"""One SAE with everything that a step changes and a checkpoint keeps: weights, Adam, schedule, statistics.
+"""One SAE with everything that a step changes and a checkpoint keeps: weights, optimizer, schedule, statistics.
 
 An SAE may join a stream that is already running and may leave it before the others do, so it counts the tokens that it
 has trained on itself. Nothing here depends on which other SAEs there are.
@@ -26,7 +26,8 @@ from trainer.saes.start import start_weights
 from trainer.settings import OptimizerSettings
 from trainer.state.format import SaeState, SaeTensors, WhiteningState
 from trainer.training.averaging import AverageWeights
-from trainer.training.optimizer import RowAdam
+from trainer.training.optimizers.base import Optimizer
+from trainer.training.optimizers.registry import OPTIMIZERS, optimizer_class
 from trainer.training.revival import Revival, revive_tokens
 from trainer.training.schedule import Cooldown, Schedule, default_learning_rate, warmup_factor
 from trainer.training.statistics import Statistics
@@ -65,8 +66,9 @@ class SaeTrainer:
         self.sae: Sae = registry.get(settings.architecture)(settings, widths_in, d_out, ranks)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
+        default_rate = OPTIMIZERS[settings.optimizer].rate_factor * default_learning_rate(settings.d_sae)
         self.schedule = Schedule(
-            peak=settings.learning_rate or optimizer.learning_rate or default_learning_rate(settings.d_sae),
+            peak=settings.learning_rate or optimizer.learning_rate or default_rate,
             warmup_tokens=optimizer.warmup_tokens,
             cooldown_fraction=optimizer.cooldown,
             budget=settings.tokens,
@@ -89,8 +91,8 @@ class SaeTrainer:
         names = self.sae.trainable or self.sae.parameters.keys()
         parameters = {name: value for name, value in self.sae.parameters.items() if name in names}
         sae = self.sae
-        self.optimizer = RowAdam(
-            parameters, self._optimizer_settings, sae.unit_decoder, sae.operands, sae.ranks, sae.blocks
+        self.optimizer: Optimizer = optimizer_class(self.settings.optimizer)(
+            parameters, self._optimizer_settings, sae.unit_decoder, sae.operands, sae.ranks, sae.blocks, sae.d_sae
         )
         self.statistics = Statistics(len(sae.latents), centre, sae.ranks)
 
@@ -240,7 +242,7 @@ class SaeTrainer:
         )
         tensors = SaeTensors(
             parameters=self.sae.parameters,
-            adam=self.optimizer.state(),
+            optimizer=self.optimizer.state(),
             statistics=self.statistics.state(),
             ema={} if self._average is None else self._average.parameters,
             whitening=None
@@ -268,7 +270,7 @@ class SaeTrainer:
             self._whitening = Whitening(*copies)
         self._reset_optimizer(self.sae.b_dec)
         self.has_weights = True
-        self.optimizer.restore(tensors.adam)
+        self.optimizer.restore(tensors.optimizer)
         self.statistics.restore(tensors.statistics)
 
 
