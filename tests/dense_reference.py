@@ -21,8 +21,12 @@ def loss(
     dead: Tensor,
     sparsity: float = 1.0,
     widths: tuple[int, ...] = (),
+    tokens: int = 0,
 ) -> Tensor:
-    """The loss of one batch x [batch, d_in], y [batch, d_out]; `widths` of a crosscoder's hooks."""
+    """The loss of one batch x [batch, d_in], y [batch, d_out]; `widths` of a crosscoder's hooks.
+
+    `tokens` that the SAE has trained on.
+    """
     batch, is_transcoder = len(x), s.target is not None
     W_dec, W_enc = params["W_dec"], params.get("W_enc", params["W_dec"])
     b_dec = params.get("b_dec", torch.zeros_like(y[0]))
@@ -55,6 +59,10 @@ def loss(
         magnitude = (read @ W_enc.T) * params["r_mag"].exp() + params["b_mag"]
         latents = (pre_acts > 0) * magnitude.relu()
         total = fidelity(latents) + weight * gate.sum() + fidelity(gate, W_dec.detach(), b_dec.detach())
+    elif s.architecture == "p_anneal":
+        latents = pre_acts.relu()
+        power = (latents + 0.01) ** s.p(tokens) - 0.01 ** s.p(tokens)
+        total = fidelity(latents) + weight * (latents.sum() / power.sum()).detach() * power.sum()
     else:
         latents = pre_acts.relu() * params.get("scale", torch.ones_like(pre_acts[0]))
         total = fidelity(latents)

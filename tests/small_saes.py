@@ -55,6 +55,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "relu tanh": {"architecture": "relu", "penalty": "tanh", "sparsity_weight": 2.0},
     "relu transcoder": {"architecture": "relu", "sparsity_weight": 2.0, "skip": True, **TRANSCODER},
     "relu crosscoder": {"architecture": "relu", "sparsity_weight": 2.0, **CROSSCODER},
+    "p_anneal": {"architecture": "p_anneal", "sparsity_weight": 3.0, "anneal_tokens": 400},
     "tied": {"architecture": "tied", "sparsity_weight": 3.0},
     "gated": {"architecture": "gated", "sparsity_weight": 3.0},
     "repair": {"architecture": "repair", "train": "all", "start_from": "somewhere"},
@@ -100,7 +101,7 @@ def make(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple
 def dense_loss(sae: Sae, parameters: dict[str, Tensor], x: Tensor, y: Tensor, dead: Tensor, sparsity: float) -> Tensor:
     """The loss by dense autograd."""
     widths = sae.widths if sae.settings.hooks else ()
-    return reference.loss(sae.settings, parameters, x, y, sae.variance, dead, sparsity, widths)
+    return reference.loss(sae.settings, parameters, x, y, sae.variance, dead, sparsity, widths, sae.tokens)
 
 
 # SAE trainers

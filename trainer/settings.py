@@ -274,6 +274,8 @@ def _late_spans_of(sae: SaeSettings, optimizer: OptimizerSettings, run_tokens: i
     longer = f"is longer than {what} = {end:_}"
     if (warmup := sae.sparsity_warmup(optimizer.warmup_tokens)) > end:
         yield f"sparsity_warmup_tokens = {warmup:_} {longer}: the penalty never reaches its full weight; lower it"
+    if (span := getattr(sae, "anneal_tokens", 0)) > end:
+        yield f"anneal_tokens = {span:_} {longer}: active latents never fall to the number that is set; lower it"
     if sae.dead_tokens > end:
         revived = sae.revive_tokens is None and sae.revival != "none"
         yield (

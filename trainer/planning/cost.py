@@ -15,7 +15,7 @@ parts of a step take
 Sparse products are those of Gao et al. 2024 (arXiv 2406.04093, appendix D); bytes are counted from
 `saes/base.py`, the kernels and `training/optimizers`, whose registry has those of other optimizers than Adam. The
 constants of `CPU` stand for what two numbers cannot say; tests/benchmarks/estimate.py measures how well they do.
-Reviving dead latents, and early steps on which more latents are active, cost more than this.
+Reviving dead latents, and early steps on which more latents are active, take longer than this.
 """
 
 from __future__ import annotations
@@ -158,6 +158,10 @@ class StepCost:
     number_bytes: int = HALF
     """Bytes of a number in products: 2 in bfloat16, 4 in float32."""
     l0_is_assumed: bool = False
+    first_active: float = 0.0
+    """Latents per activation at the start, where k is annealed: memory must hold them."""
+    encodings: float = 1.0
+    """Number of times that all pre-activations are computed."""
     optimizer: OptimizerEntry = OPTIMIZERS["adam"]
 
     @property
@@ -177,7 +181,13 @@ class StepCost:
     def sharded(self, gpus: int) -> StepCost:
         """The share of one GPU when each of `gpus` owns a part of the latents."""
         part = -(-self.d_sae // gpus)
-        return replace(self, d_sae=part, active=self.active / gpus, total_k=min(self.total_k, part))
+        return replace(
+            self,
+            d_sae=part,
+            active=self.active / gpus,
+            first_active=self.first_active / gpus,
+            total_k=min(self.total_k, part),
+        )
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ class StepCost:
 
 def product_flops(sae: StepCost) -> float:
     """FLOPs of the one dense product of a step, and of the dense maps beside it."""
-    dense = 2.0 * sae.batch * sae.d_in * sae.d_sae
+    dense = 2.0 * sae.encodings * sae.batch * sae.d_in * sae.d_sae
     beside = sae.skip * 4.0 * sae.batch * sae.d_in * sae.d_out + sae.whitening * 4.0 * sae.batch * sae.d_in**2
     return dense + beside
 
@@ -226,8 +236,8 @@ def step_parts(sae: StepCost, machine: Machine) -> dict[str, float]:
     elements = sae.batch * (sae.d_in + sae.d_out) / 2 * sae.levels
     return {
         "encoder product": product_flops(sae) / machine.matmul_flops,
-        "pre-activations": kernels.pre_act_passes * sae.number_bytes * sae.batch * sae.d_sae / W,
-        "choice of latents": selection_bytes(sae, kernels) / W,
+        "pre-activations": sae.encodings * kernels.pre_act_passes * sae.number_bytes * sae.batch * sae.d_sae / W,
+        "choice of latents": sae.encodings * selection_bytes(sae, kernels) / W,
         "sparse products": kernels.gather_share * sparse_bytes(sae) / W,
         "optimizer": optimizer_bytes(sae) / W + optimizer_flops(sae) / machine.matmul_flops,
         "rows and entries": (kernels.element_bytes * elements + kernels.entry_bytes * sae.batch * sae.active) / W,
@@ -262,7 +272,7 @@ def memory_parts(sae: StepCost, kernels: Kernels) -> dict[str, float]:
         "bfloat16 copies": HALF * matrices if sae.number_bytes == HALF else 0.0,
         "gradients": FLOAT32 * P * sae.losses,
         "pre-activations": float(sae.number_bytes) * rows * sae.d_sae,
-        "rows and entries": TEMPORARY_BYTES * elements + ENTRY_MEMORY * sae.batch * sae.active,
+        "rows and entries": TEMPORARY_BYTES * elements + ENTRY_MEMORY * sae.batch * max(sae.active, sae.first_active),
     }
 
 

@@ -1,6 +1,7 @@
 """What is an SAE: its equations, its gradients, and its published form?
 
     settings      [[sae]]: keys that every architecture has
+    annealing     numbers of active latents that change over tokens
     patterns      one table for an SAE of each layer
     grid          one table for SAEs of several sizes and sparsities
     registry      which architectures there are

@@ -63,6 +63,8 @@ class Sae(SaeParameters, ABC):
     activations: ClassVar[tuple[Activation, ...]]
     """Activations of its snapshots; training may start from SAEs published with them (`startable`)."""
 
+    tokens = 0
+    """Tokens that it has trained on, which annealed numbers depend on."""
     matmul_dtype: torch.dtype = torch.float32
     dense_above = DENSE_ABOVE
     """Fraction of active latents above which a full matrix holds them: a matter of speed alone."""

@@ -15,6 +15,7 @@ ARCHITECTURES: dict[str, str | type] = {
     "batchtopk": "trainer.saes.architectures.batchtopk:BatchTopK",
     "jumprelu": "trainer.saes.architectures.jumprelu:JumpReLU",
     "relu": "trainer.saes.architectures.relu:ReLU",
+    "p_anneal": "trainer.saes.architectures.p_anneal:PAnneal",
     "tied": "trainer.saes.architectures.tied:Tied",
     "gated": "trainer.saes.architectures.gated:Gated",
     "repair": "trainer.saes.architectures.repair:Repair",

@@ -39,6 +39,8 @@ class CostTerms:
 
     active: float
     """Latents per activation in the sparse products."""
+    first_active: float = 0.0
+    """The same at the start, where the number is annealed."""
     total_k: float = 0.0
     """The sum of all k that are selected; 0 where a threshold decides."""
     decodings: int = 1
@@ -55,6 +57,8 @@ class CostTerms:
     """Encoder and decoder are one matrix."""
     l0_is_assumed: bool = False
     """`active` is unknown before training."""
+    encodings: float = 1.0
+    """Number of times that all pre-activations are computed."""
 
 
 class SaeSettings(Table):
@@ -80,8 +84,8 @@ class SaeSettings(Table):
     architecture: str = Field(examples=["topk"])
     """topk: the k largest latents of each activation. batchtopk: k per activation on average. jumprelu: a learned
     threshold per latent. relu: an L1-like penalty. tied: relu with one matrix for both directions. gated: which latents
-    are active, and how much, apart. repair: a trained relu or tied SAE, its suppressed latents rescaled. (Matryoshka is
-    a key, not an architecture.)"""
+    are active, and how much, apart. p_anneal: relu whose penalty turns from L1 towards a count of latents. repair: a
+    trained relu or tied SAE, its suppressed latents rescaled. (Matryoshka is a key, not an architecture.)"""
 
     hook: str | None = None
     """Which of model.hooks it reads; without it, the only one. `blocks.*.hook_resid_post` makes an SAE of each layer,

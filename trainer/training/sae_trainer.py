@@ -56,8 +56,6 @@ class SaeTrainer:
         """
         self.settings = settings
         self.hooks = hooks
-        self.tokens = 0
-        """Tokens that this SAE has trained on."""
         self.has_weights = False
         """Its first weights are drawn, or restored."""
         self._widths = widths
@@ -162,6 +160,15 @@ class SaeTrainer:
         return white, white  # an SAE on whitened activations reconstructs what it reads
 
     # Lifecycle
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that this SAE has trained on."""
+        return self.sae.tokens
+
+    @tokens.setter
+    def tokens(self, tokens: int) -> None:
+        self.sae.tokens = tokens
 
     @property
     def phase(self) -> SaePhase:

@@ -33,6 +33,7 @@ from trainer.kernels.dense import product
 from trainer.kernels.select import positive, widen
 from trainer.parallel.blocks import blocks_of_subset
 from trainer.parallel.ranks import ALONE, Ranks
+from trainer.saes.annealing import AnnealedSettings
 from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
@@ -49,14 +50,17 @@ ENTRIES_PER_ACTIVE = 1.5
 """Entries within reach of the kernel per active latent; counted at the default bandwidth of 0.5."""
 
 
-class JumpReLUSettings(NestedSettings, PenalisedSettings):
+class JumpReLUSettings(NestedSettings, PenalisedSettings, AnnealedSettings):
     """[[sae]] with architecture jumprelu."""
 
     SHAPE: ClassVar[frozenset[str]] = NestedSettings.SHAPE | {"threshold"}
+    TARGET = "target_l0"
     REVIVALS: ClassVar[frozenset[str]] = NestedSettings.REVIVALS | {"pre_act"}
     CONDITIONS: ClassVar[dict[str, Callable[[Any], bool]]] = PenalisedSettings.CONDITIONS | {
         "target_l0": lambda sae: sae.sparsity == "target_l0",
         "l0_weight": lambda sae: sae.sparsity == "target_l0",
+        "anneal_tokens": lambda sae: sae.sparsity == "target_l0",
+        "anneal_from": lambda sae: sae.sparsity == "target_l0",
         "tanh_scale": lambda sae: sae.sparsity == "tanh",
         "pre_act_weight": lambda sae: sae.revival == "pre_act",
         "pre_act_on": lambda sae: sae.revival == "pre_act",
@@ -118,6 +122,7 @@ class JumpReLUSettings(NestedSettings, PenalisedSettings):
         return CostTerms(
             active=l0 * ENTRIES_PER_ACTIVE,
             latent_parameters=4,
+            first_active=ENTRIES_PER_ACTIVE * self.first_active if self.target_l0 else 0.0,
             scalars=int(self.sparsity == "target_l0"),
             l0_is_assumed=self.target_l0 is None,
         )
@@ -217,12 +222,11 @@ class JumpReLU(Sae):
         """(loss, ∂L/∂H, ∂L/∂latents) of the penalty; all but target_l0 is that of this rank's latents."""
         settings = self.settings
         if settings.sparsity == "target_l0":
-            assert settings.target_l0 is not None
-            weight = sparsity * settings.l0_weight
+            weight, target = sparsity * settings.l0_weight, settings.active_latents(self.tokens)
             # Whole numbers: exact in any order, up to 2⁵³.
             active = self.ranks.sum(on.sum(dtype=torch.float64), "scalars").to(on.dtype)
-            excess = active / (rows * settings.target_l0) - 1
-            return weight * excess.square(), 2 * weight * excess / (rows * settings.target_l0), 0.0
+            excess = active / (rows * target) - 1
+            return weight * excess.square(), 2 * weight * excess / (rows * target), 0.0
         assert settings.sparsity_weight is not None
         weight = sparsity * settings.sparsity_weight / (rows * self.variance)
         if settings.sparsity == "l0":

@@ -27,6 +27,7 @@ from torch import Tensor
 from trainer.kernels.select import candidates, largest
 from trainer.kernels.sparse import Entries
 from trainer.parallel.ranks import ALONE, Ranks
+from trainer.saes.annealing import AnnealedSettings
 from trainer.saes.architectures.auxk import add_auxk
 from trainer.saes.base import Sae
 from trainer.saes.encoder import Encoded
@@ -45,10 +46,11 @@ INITIAL_PRE_ACT = 1.0
 """The least of the k selected latents has about this value at the start (elements of x have variance 1)."""
 
 
-class FixedKSettings(NestedSettings):
+class FixedKSettings(NestedSettings, AnnealedSettings):
     """Settings of an SAE with a fixed number of latents."""
 
     SHAPE: ClassVar[frozenset[str]] = NestedSettings.SHAPE | {"k"}
+    TARGET = "k"
 
     k: Positive | None = Field(default=None, examples=[32])
     """Latents per activation."""
@@ -66,7 +68,7 @@ class FixedKSettings(NestedSettings):
 
     def cost_terms(self) -> CostTerms:
         assert self.k is not None
-        return CostTerms(active=float(self.k))
+        return CostTerms(active=float(self.k), first_active=self.first_active)
 
     def start_fault(self, cfg: Mapping[str, Any]) -> str | None:
         return f"set k = {cfg['k']}" if cfg.get("k", self.k) != self.k else None
@@ -88,14 +90,18 @@ class TopKSettings(FixedKSettings):
         return "topk with abs" if self.abs else "topk"
 
     def faults(self) -> Iterator[str]:
-        if self.k is not None and self.multi_topk and self.k <= self.d_sae < 4 * self.k:
-            yield f"multi_topk uses 4 k = {4 * self.k} latents, more than d_sae = {self.d_sae}; lower k or raise d_sae"
+        if self.k is not None and self.multi_topk and self.k <= self.d_sae < 4 * self.first_active:
+            k, lower = round(self.first_active), "anneal_from" if self.anneal_tokens else "k"
+            yield f"multi_topk uses 4 k = {4 * k} latents, more than d_sae = {self.d_sae}; lower {lower} or raise d_sae"
         yield from super().faults()
 
     def cost_terms(self) -> CostTerms:
         assert self.k is not None
-        k = float(self.k * (5 if self.multi_topk else 1))
-        return CostTerms(active=k, total_k=k, losses=2 if self.multi_topk else 1)
+        factor = 5 if self.multi_topk else 1
+        k = float(factor * self.k)
+        return CostTerms(
+            active=k, total_k=k, losses=2 if self.multi_topk else 1, first_active=factor * self.first_active
+        )
 
 
 class TopKActivation(Activation):
@@ -201,8 +207,8 @@ class FixedK(Sae):
 
     @property
     def k(self) -> int:
-        assert self.settings.k is not None
-        return self.settings.k
+        """k at this moment, which may still be annealed."""
+        return round(self.settings.active_latents(self.tokens))
 
 
 class TopK(FixedK):

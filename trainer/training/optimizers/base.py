@@ -118,7 +118,8 @@ class Optimizer(ABC):
 
     def restore(self, state: OptimizerState) -> None:
         """Copies the moments that `state` returned."""
-        self._steps, self._scalars = state.steps, dict(state.scalars)
+        self._steps = state.steps
+        self._scalars = dict(state.scalars)
         for moment, tensors in self._moments.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state.moments[moment][name])

@@ -43,13 +43,15 @@ class Muon(Adam):
         grad = grad * scale.to(grad.dtype)
         mean = self._moments["exp_avg"][name].lerp_(grad, 1 - MOMENTUM)
         X = grad.lerp_(mean, MOMENTUM)
-        parts = torch.stack([X[block].T @ X[block] for block in self.blocks_of(name)])
+        blocks = self.blocks_of(name)
+        # Rows in memory of their own: bits of a product may depend on where in memory its operands begin.
+        rows_of_blocks = [X[block].clone() for block in blocks] if len(blocks) > 1 else [X]
+        parts = torch.stack([rows.T @ rows for rows in rows_of_blocks])
         gram = parts[0] if name in SHARED_PARAMETERS else self._ranks.total(parts, "sums")
-        rows = len(W) if name in SHARED_PARAMETERS else self._d_sae or len(W)
-        step = learning_rate * STEP_SCALE * max(rows, W.shape[1]) ** 0.5
-        factor = orthogonaliser(gram)
-        for block in self.blocks_of(name):
-            W[block].mul_(1 - learning_rate * WEIGHT_DECAY).addmm_(X[block], factor, alpha=-step)
+        n = len(W) if name in SHARED_PARAMETERS else self._d_sae or len(W)
+        factor = orthogonaliser(gram) * (learning_rate * STEP_SCALE * max(n, W.shape[1]) ** 0.5)
+        for block, rows in zip(blocks, rows_of_blocks, strict=True):
+            W[block].mul_(1 - learning_rate * WEIGHT_DECAY).sub_(rows @ factor)
         if name in self._unit:
             normalise_rows(W)
 
