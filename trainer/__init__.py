@@ -11,6 +11,7 @@
     state/        checkpoints and the run directory
     control/      requests of a person to a running trainer
     planning/     what a run will cost
+    scaling/      what the losses of a grid of SAEs say of larger ones
     snapshot      a published SAE on disk
     reporting     where reports go: metrics.jsonl, Prometheus, the log
     report        what the loop reports

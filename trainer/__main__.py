@@ -1,11 +1,12 @@
 """`python -m trainer RUN.toml`: trains the run's SAEs from the stream until the tokens or the data are used up.
 
 `python -m trainer ctl …` sends a command to a running trainer, `python -m trainer check …` verifies a run directory,
-`python -m trainer export …` converts a snapshot, `python -m trainer estimate …` predicts the cost of a run. `--help`
-answers at once; torch is imported by the settings of the first SAE. On SIGTERM, Ctrl-C, a closed terminal and the
-signals of batch systems (SIGUSR1, SIGUSR2) the trainer writes a checkpoint and leaves; the same command resumes from
-it. `torchrun … -m trainer RUN.toml` trains on many ranks: this module is each of them, and rank 0 does all of the
-above, while the others follow it. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
+`python -m trainer export …` converts a snapshot, `python -m trainer estimate …` predicts the cost of a run,
+`python -m trainer fit …` fits a scaling law. `--help` answers at once; torch is imported by the settings of the first
+SAE. On SIGTERM, Ctrl-C, a closed terminal and the signals of batch systems (SIGUSR1, SIGUSR2) the trainer writes a
+checkpoint and leaves; the same command resumes from it. `torchrun … -m trainer RUN.toml` trains on many ranks: this
+module is each of them, and rank 0 does all of the above, while the others follow it. Exit codes: 0 finished or stopped,
+1 failed, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ Beside it:
       write a snapshot in another library's format
   {shell_command("trainer", "estimate", "RUN.toml")}
       how fast a run would be, and what it would hold, before it starts
+  {shell_command("trainer", "fit", "RUN_DIR")}
+      the scaling law of a grid of SAEs, and the loss of the next size
 Each has a --help of its own."""
 
 COMMANDS = {
@@ -50,6 +53,7 @@ COMMANDS = {
     "check": "trainer.state.check",
     "export": "trainer.saes.export",
     "estimate": "trainer.planning.estimate",
+    "fit": "trainer.scaling.fit",
 }
 """Commands, and the modules whose `main` carries them out."""
 

@@ -1,0 +1,62 @@
+"""The law of one SAE's loss by the tokens that it has trained on, and whether more would help. Knows only arrays.
+
+    L(T) = exp(α + β ln T) + exp(ζ)
+
+At a constant learning rate: a power law with an irreducible loss, as Gao et al. 2024 (arXiv 2406.04093, sections 3.1.1
+and 3.1.3) fit to compute, to which tokens are proportional for one SAE. They call an SAE converged when its loss
+changes by less than some ε; here, when twice the tokens would lower it by less than CONVERGED_GAIN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.scaling.law import FitError, fit_law
+
+CONVERGED_GAIN = 0.02
+FIRST_SHARE = 0.2
+"""Of the tokens; what an SAE does before follows no power law."""
+MOST_POINTS = 24
+"""Equally far apart in the logarithm of tokens: losses reported one after another are means over the same tokens."""
+LEAST_POINTS = 8
+
+
+@dataclass(frozen=True)
+class TokenLaw:
+    """The law of one SAE's loss by tokens."""
+
+    exponent: float
+    """β."""
+    standard_error: float
+    floor: float | None
+    """exp(ζ); None where the losses show none."""
+    gain: float
+    """The share by which twice the tokens would lower the loss, at a constant learning rate."""
+
+    @property
+    def is_converged(self) -> bool:
+        return self.gain < CONVERGED_GAIN
+
+
+def fit_tokens(tokens: Sequence[float], losses: Sequence[float]) -> TokenLaw | None:
+    """Fits the law to losses reported at a constant learning rate; None where there are too few of them."""
+    x, y = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if not len(x):
+        return None
+    later = x >= FIRST_SHARE * x.max()
+    x, y = x[later], y[later]
+    places = np.geomspace(x[0], x[-1], MOST_POINTS)
+    indices = np.unique(np.searchsorted(x, places).clip(0, len(x) - 1))
+    if len(indices) < LEAST_POINTS:
+        return None
+    try:
+        law = fit_law(x[indices].round().astype(int).tolist(), [1] * len(indices), y[indices].tolist())
+    except FitError:
+        return None
+    end = round(float(x[-1]))
+    exponent = next(parameter for parameter in law.best.parameters if parameter.name == "beta_n")
+    gain = 1 - law.predict(2 * end, 1).loss / law.predict(end, 1).loss
+    return TokenLaw(exponent.value, exponent.standard_error, law.floor(1), gain)
