@@ -112,4 +112,5 @@ def _always(context: int) -> LatentActivations:
         positions=np.array([1, context + 1, 2 * context + 1], np.uint32),
         values=np.array([3.0, 2.0, 1.0], np.float32),
         born=np.zeros(1, np.int64),
+        outliers=np.zeros(ids.shape, bool),
     )

@@ -195,7 +195,7 @@ def test_what_latents_do_is_whole_or_absent(root: Path, after: Path, power: Call
     one = LatentActivations(
         ids=np.zeros((1, 2), np.uint32), shown=np.ones((1, 2), bool), streamed=np.ones((1, 2), bool),
         starts=np.array([0, 1]), positions=np.array([1], np.uint32), values=np.array([2.0], np.float32),
-        born=np.zeros(1, np.int64),
+        born=np.zeros(1, np.int64), outliers=np.zeros((1, 2), bool),
     )  # fmt: skip
     path = root / "latents.safetensors"
 

@@ -100,4 +100,5 @@ def _latents(rule: Rule, also: Rule = NEVER) -> LatentActivations:
         positions=np.array(positions, np.uint32),
         values=np.ones(len(positions), np.float32),
         born=np.zeros(1, np.int64),
+        outliers=np.zeros(ids.shape, bool),
     )

@@ -300,7 +300,7 @@ def test_the_first_token_is_shown_unless_it_is_a_bos(model: LanguageModel, has_b
     latents = LatentActivations(
         ids=np.array([[10, 11, 12, 13]], np.uint32), shown=np.array([[True, True, True, False]]), streamed=streamed,
         starts=np.array([0, 1]), positions=np.array([2], np.uint32), values=np.array([5.0], np.float32),
-        born=np.zeros(1, np.int64),
+        born=np.zeros(1, np.int64), outliers=np.zeros((1, 4), bool),
     )  # fmt: skip
     texts = Texts(model.tokenizer)
     context = example_at(latents, texts, latent=0, firing=0)

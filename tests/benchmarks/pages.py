@@ -119,4 +119,5 @@ def _activations(random: np.random.Generator, d_sae: int, vocabulary: int) -> La
         positions=random.integers(0, ROWS, ROWS * L0).astype(np.uint32),
         values=values,
         born=np.zeros(d_sae, np.int64),
+        outliers=np.zeros((ROWS // CONTEXT, CONTEXT), bool),
     )

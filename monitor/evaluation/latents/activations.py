@@ -7,15 +7,17 @@
     positions  uint32 [activations]       where it fires, window · context + place, and
     values     float32 [activations]      how strongly, in the units of the raw activations
     born       int64  [d_sae]             tokens trained when the latent was first seen with its present direction
+    outliers   bool   [windows, context]  positions on which most latents that fire are far beyond what they usually are
 
-This is a sparse matrix in compressed columns, each column sorted, strongest first. Tables, examples, quantiles,
-histograms and explanations are computed from it, and nothing else is stored. The monitor writes it beside the SAE as
-`latents.safetensors`.
+This is a sparse matrix in compressed columns, each column sorted, strongest first, with the firings on outliers behind
+all others: one activation of huge norm would otherwise be the strongest firing of every latent that fires on it.
+Tables, examples, quantiles, histograms and explanations are computed from it, and nothing else is stored. The monitor
+writes it beside the SAE as `latents.safetensors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +45,12 @@ from trainer.state.durable import new_file
 SAME_DIRECTION = 0.9
 """Cosine of a latent's decoder rows in two snapshots from which on it is the same latent."""
 TOP_TOKENS = 8
+OUTLIER_FACTOR = 3.0
+"""A position is an outlier where the median latent that fires there is so many times its own USUAL activation."""
+USUAL = 0.9
+"""The quantile of a latent's activations that is taken for the usual strength of a strong one."""
+LEAST_FIRING = 4
+"""Latents that must fire on a position before their median says anything."""
 GONE = (OSError, SafetensorError)
 """Errors of reading a snapshot that is retired meanwhile."""
 
@@ -58,6 +66,7 @@ class LatentActivations:
     positions: np.ndarray
     values: np.ndarray
     born: np.ndarray
+    outliers: np.ndarray
 
     @property
     def d_sae(self) -> int:
@@ -84,7 +93,10 @@ class LatentActivations:
 
     @cached_property
     def strongest(self) -> np.ndarray:
-        """Each latent's activation farthest from zero, float32 [d_sae]; 0 for a silent latent."""
+        """Each latent's activation farthest from zero, float32 [d_sae]; 0 for a silent latent.
+
+        One on an outlier counts for a latent that fires on nothing else.
+        """
         fires = self.firings > 0
         strongest = np.zeros(self.d_sae, np.float32)
         strongest[fires] = self.values[self.starts[:-1][fires]]
@@ -100,9 +112,25 @@ class LatentActivations:
         return top_positions
 
     def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """(positions, values) of one latent, strongest first."""
+        """(positions, values) of one latent, strongest first; those on outliers last."""
         column = slice(int(self.starts[latent]), int(self.starts[latent + 1]))
         return self.positions[column], self.values[column]
+
+    def outlier_count(self, latent: int) -> int:
+        """Number of a latent's firings on outliers: the last ones of `of`."""
+        return int(self.outliers.ravel()[self.of(latent)[0]].sum())
+
+    def documents(self, separators: Collection[int]) -> np.ndarray:
+        """The number of the document that each position belongs to, int64 [windows, context].
+
+        A document ends with a token of `separators`, such as EOS, and with a window that is padded. One that is cut
+        in two by the end of a shard, or of its part of a chat, counts as two.
+        """
+        ends = np.isin(self.ids, np.fromiter(separators, np.uint32, len(separators))) & self.shown
+        ends[:, 0] = False  # the BOS of the window
+        ends[:, -1] |= ~self.shown[:, -1]
+        numbers = np.cumsum(ends.ravel()) - ends.ravel()
+        return numbers.reshape(self.ids.shape)
 
     def save(self, path: Path) -> None:
         """Writes the file, in full or not at all."""
@@ -120,7 +148,10 @@ def load_decoder(folder: Path) -> Tensor:
 def load_latents(path: Path) -> LatentActivations:
     """Maps the file: one latent needs a few pages of it. Raises one of GONE."""
     with safe_open(path, "pt") as file:
-        return LatentActivations(**{name: file.get_tensor(name).numpy() for name in file.keys()})  # noqa: SIM118
+        arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    if "outliers" not in arrays:  # earlier releases knew none
+        arrays["outliers"] = np.zeros(arrays["streamed"].shape, bool)
+    return LatentActivations(**arrays)
 
 
 def gather_latents(
@@ -177,20 +208,47 @@ def encode_sparse(sae: InferenceSae, x: Tensor, memory: MemoryLimits = DEFAULT_M
 def _by_latent(
     windows: Windows, streamed: Tensor, latent: Tensor, position: Tensor, value: Tensor, d_sae: int
 ) -> LatentActivations:
-    """Sorts activations by latent, then by how far they are from zero."""
+    """Sorts activations by latent, then by how far they are from zero, those on outliers last."""
     order = value.abs().argsort(descending=True, stable=True)
     order = order[latent[order].argsort(stable=True)]
     starts = torch.zeros(d_sae + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(latent, minlength=d_sae).cumsum(0)
+    latent, position, value = latent[order], position[order], value[order]
+    outliers = find_outliers(starts, latent, position, value, streamed.numel())
+    if outliers.any():
+        order = (2 * latent.long() + outliers[position.long()]).argsort(stable=True)
+        position, value = position[order], value[order]
     return LatentActivations(
         ids=windows.ids[: len(streamed)].astype(np.uint32),
         shown=~windows.padded[: len(streamed)],
         streamed=streamed.numpy(),
         starts=starts.numpy(),
-        positions=position[order].numpy().astype(np.uint32),
-        values=value[order].numpy(),
+        positions=position.numpy().astype(np.uint32),
+        values=value.numpy(),
         born=np.zeros(d_sae, np.int64),
+        outliers=outliers.view(streamed.shape).numpy(),
     )
+
+
+def find_outliers(starts: Tensor, latent: Tensor, position: Tensor, value: Tensor, count: int) -> Tensor:
+    """Which of `count` positions are outliers, bool [count].
+
+    `latent`, `position` and `value` are activations sorted by latent, strongest first; `starts` are the places of the
+    latents among them. A latent that fires on little is usually as strong as at its strongest, so that it makes no
+    position an outlier.
+    """
+    firings = starts.diff()
+    places = starts[:-1] + ((1 - USUAL) * firings).long()
+    usual = torch.zeros(len(firings))
+    usual[firings > 0] = value[places[firings > 0]].abs()
+    ratio = value.abs() / usual[latent.long()]
+    order = ratio.argsort(stable=True)
+    order = order[position[order].argsort(stable=True)]
+    counts = torch.bincount(position, minlength=count)
+    medians = counts.cumsum(0) - counts + (counts - 1) // 2
+    is_outlier = counts >= LEAST_FIRING
+    is_outlier[is_outlier.clone()] = ratio[order][medians[is_outlier]] > OUTLIER_FACTOR
+    return is_outlier
 
 
 def births(W_dec: Tensor, tokens: int, before: tuple[Tensor, np.ndarray] | None) -> np.ndarray:

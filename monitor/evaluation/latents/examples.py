@@ -1,7 +1,7 @@
 """Firings of a latent in their text: the strongest, some around lower quantiles, and their number by activation.
 
 The text is held-out text, and its activations are those that `activations` stored for the snapshot. A firing is a place
-in `LatentActivations.of(latent)`: 0 is the strongest.
+in `LatentActivations.of(latent)`: 0 is the strongest, and those on outliers come last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ TOKENS_AROUND_FOR_MODELS = (20, 8)
 """in texts that another language model is shown."""
 EXAMPLES = 16
 STRONGEST_FIRINGS = 32
-"""Firings among which examples are chosen; weaker ones are shown by quantile."""
+"""Firings among which examples are chosen; weaker ones are shown by quantile,"""
+SEARCHED_FIRINGS = 512
+"""or, where the strongest are of few documents, for the sake of others."""
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.05)
 """Quantiles of a latent's activations around which further examples are shown."""
 EXAMPLES_AT_QUANTILE = 4
@@ -36,23 +38,47 @@ def strongest_example(latents: LatentActivations, texts: Texts, latent: int) -> 
 
 
 def distinct_examples(latents: LatentActivations, texts: Texts, latent: int) -> list[LatentExample]:
-    """The strongest firings, strongest first, without repetitions of nearly the same text, which `times` counts.
+    """The strongest firings, strongest first, one from each document as far as there are so many; then an outlier.
 
-    Two firings are in nearly the same text when the five tokens before and the two after them are the same.
+    Repetitions of nearly the same text are not shown, and `times` counts them: two firings are in nearly the same text
+    when the five tokens before and the two after them are the same.
     """
     positions, _ = latents.of(latent)
+    typical = len(positions) - latents.outlier_count(latent)
+    documents = latents.documents(texts.separators)
     firings: dict[tuple[int, ...], list[int]] = {}
-    for firing, position in enumerate(positions[:STRONGEST_FIRINGS].tolist()):
+    document_of: dict[int, int] = {}
+    for firing, position in enumerate(positions[: min(typical, SEARCHED_FIRINGS)].tolist()):
         window, place = divmod(position, latents.context)
         nearby = tuple(latents.ids[window, max(0, place - 5) : place + 3].tolist())
         firings.setdefault(nearby, []).append(firing)
-    groups = list(firings.values())[:EXAMPLES]
-    return [example_at(latents, texts, latent, group[0], times=len(group)) for group in groups]
+        document_of[firing] = int(documents[window, place])
+    groups = list(firings.values())
+    first_of_documents: dict[int, list[int]] = {}
+    for group in groups:
+        first_of_documents.setdefault(document_of[group[0]], group)
+    chosen = list(first_of_documents.values())[:EXAMPLES]
+    others = [group for group in groups if group[0] < STRONGEST_FIRINGS and group not in chosen]
+    shown = sorted(chosen + others[: EXAMPLES - len(chosen)])
+    examples = [
+        example_at(latents, texts, latent, group[0], times=sum(firing < STRONGEST_FIRINGS for firing in group) or 1)
+        for group in shown
+    ]
+    if typical < len(positions):
+        examples.append(example_at(latents, texts, latent, typical))
+    return examples
+
+
+def typical_values(latents: LatentActivations, latent: int) -> np.ndarray:
+    """A latent's activations without those on outliers; all of them where it fires on nothing else."""
+    values = latents.of(latent)[1]
+    typical = len(values) - latents.outlier_count(latent)
+    return values[:typical] if typical else values
 
 
 def spread_examples(latents: LatentActivations, texts: Texts, latent: int, count: int) -> list[LatentExample]:
     """`count` firings from the strongest to the weakest, evenly by rank; all of them where there are fewer."""
-    firings = len(latents.of(latent)[1])
+    firings = len(typical_values(latents, latent))
     ranks = np.unique(np.linspace(0, max(0, firings - 1), min(count, firings)).round().astype(int))
     return [example_at(latents, texts, latent, int(rank), TOKENS_AROUND_FOR_MODELS) for rank in ranks]
 
@@ -88,7 +114,7 @@ def quantile_examples(latents: LatentActivations, texts: Texts, latent: int) -> 
             quantile=quantile, contexts=[example_at(latents, texts, latent, firing) for firing in firings]
         )
         for quantile in QUANTILES
-        if (firings := _firings_at(quantile, len(latents.of(latent)[1])))
+        if (firings := _firings_at(quantile, len(typical_values(latents, latent))))
     ]  # fmt: skip
 
 
@@ -115,6 +141,7 @@ def example_at(
         cut_after=text.cut_after,
         tokens=texts.pieces(latents.ids[text.window, text.first : text.last].tolist()),
         values=text.values,
+        is_outlier=bool(latents.outliers.ravel()[latents.of(latent)[0][firing]]),
     )
 
 

@@ -23,6 +23,7 @@ from monitor.evaluation.latents.examples import (
     silent_examples,
     spread_examples,
     strongest_example,
+    typical_values,
 )
 from monitor.evaluation.latents.explanation import explain
 from monitor.evaluation.latents.intervention import Intervener, Mode
@@ -150,7 +151,8 @@ class Explorer:
             explanation=self._explanation(source, latent),
             contexts=distinct_examples(source.latents, texts, latent),
             lower=quantile_examples(source.latents, texts, latent),
-            histogram=histogram(source.latents.of(latent)[1]),
+            histogram=histogram(typical_values(source.latents, latent)),
+            outliers=source.latents.outlier_count(latent),
             written_at=hooks.writes[-1],
             promoted=promoted,
             suppressed=suppressed,

@@ -34,6 +34,9 @@ class Texts:
         self._cache: dict[int, str] = {}
         self._anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)
         self._anchor_length = len(tokenizer.decode(self._anchor))
+        roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+        self.separators = frozenset(role for role in roles if role is not None)
+        """Tokens that stand between documents."""
 
     def of(self, token: int) -> str:
         """The text of a single token, with the space it begins with."""

@@ -30,6 +30,8 @@ class LatentExample:
     tokens: list[str]
     values: list[float]
     """The latent's activation on each of `tokens`."""
+    is_outlier: bool = False
+    """Whether most latents that fire on the token are far stronger there than they usually are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class LatentSummary:
     firings: int
     """Number of held-out tokens on which the latent fires."""
     strongest: float
-    """The activation farthest from zero, in the units of the raw activations; 0 for a silent latent."""
+    """The activation farthest from zero, in the units of the raw activations; 0 for a silent latent. Outliers count for
+    a latent that fires on nothing else."""
     norm: float
     """Length of the decoder row."""
     age: int
@@ -176,9 +179,12 @@ class Latent(LatentSummary):
     architecture: str | None
     explanation: NGram | None
     contexts: list[LatentExample]
-    """The strongest firings."""
+    """The strongest firings, from as many documents as there are, and the strongest one on an outlier."""
     lower: list[QuantileExamples]
     histogram: Histogram
+    """Without the firings on outliers."""
+    outliers: int
+    """Number of firings on outliers: tokens on which most latents are far stronger than they usually are."""
     written_at: str
     """The hook from which `promoted` and `suppressed` are computed."""
     promoted: list[TokenLogit] | None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.latents.examples import firing_window, histogram
+from monitor.evaluation.latents.examples import firing_window, histogram, typical_values
 from monitor.evaluation.latents.logit_lens import LogitLens
 from monitor.evaluation.latents.snapshot_saes import SnapshotSae
 from monitor.evaluation.latents.texts import Texts
@@ -111,11 +111,11 @@ class Dashboards:
     def of(self, latent: int) -> Dashboard:
         """The dashboard of one latent."""
         row = self._sae.decoder_row(latent)
-        values = self._latents.of(latent)[1]
+        values = typical_values(self._latents, latent)
         effect = self._lens.effect(self._hook, row)
         return Dashboard(
             index=latent,
-            density=len(values) / max(1, self._latents.rows),
+            density=float(self._latents.density[latent]),
             strongest=float(values[0]) if len(values) else 0.0,
             activations=histogram(values),
             logits=None if effect is None else self._effects(effect),
