@@ -32,6 +32,8 @@ Beside it, for a monitor that is running:
   {shell_command("monitor", "explain", "URL")}
       what another language model, on a server that you name, says about latents
 and for runs and snapshots on disk:
+  {shell_command("monitor", "evaluate", "RUN.toml")}
+      the numbers of one snapshot on held-out text, within a time that you set
   {shell_command("monitor", "compare", "A", "B")}
       what changed between two of them
   {shell_command("monitor", "serve", "RUN_DIR", "RUN_DIR")}
@@ -46,13 +48,14 @@ COMMANDS = {
     "pull": "monitor.cli.pull",
     "top": "monitor.cli.top",
     "compare": "monitor.cli.compare",
+    "evaluate": "monitor.cli.evaluate",
     "serve": "monitor.cli.serve",
     "explain": "monitor.cli.explain",
     "export": "monitor.cli.export",
     "publish": "monitor.cli.publish",
 }
 """Commands, and the modules whose `main` they are."""
-LOW_PRIORITY = {"compare", "export"}
+LOW_PRIORITY = {"compare", "evaluate", "export"}
 """Those that compute at length, and give way to a trainer on the same machine."""
 
 UNTIL_EVALUATED = "--until-evaluated"

@@ -32,6 +32,9 @@ class MonitorTable(MetricsSettings):
     """Measure each new snapshot with the language model (ΔCE, CE recovered, KL), on text never trained on."""
     evaluation_tokens: Positive = 16384
     """Held-out tokens of one evaluation; the same ones for every snapshot, so that numbers compare."""
+    evaluation_seconds: Seconds = 240.0
+    """Time in which an evaluation may compute. Where it is too short for all the tokens, the first evaluation shows how
+    many it has time for, spread over the text, and later ones read the same."""
     evaluation_threads: Positive = 1
     """CPU threads of the evaluation, at low priority; few, since it runs beside the training."""
     evaluation_share: Annotated[float, Field(ge=0.01, le=1.0)] = 0.5

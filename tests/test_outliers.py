@@ -109,7 +109,7 @@ def test_each_document_has_an_example_before_another_has_two() -> None:
     texts = Texts(small_model().tokenizer)
     texts.separators = frozenset({SEPARATOR})
     examples = distinct_examples(latents, texts, 0)
-    assert len(examples) == 16 and [one.value for one in examples] == sorted((one.value for one in examples))[::-1]
+    assert len(examples) == 16 and [one.value for one in examples] == sorted(one.value for one in examples)[::-1]
     assert examples[-1].value == 1.0, "the fourth document's only firing is the weakest of all"
 
 

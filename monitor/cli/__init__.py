@@ -3,6 +3,7 @@
     pull            the command that fetches snapshots
     top             the command that shows a run
     compare         the command that compares two snapshots
+    evaluate        the command that measures one snapshot with the language model
     serve           the command that serves several runs
     explain         the command that asks another language model about latents
     export          the command that writes a run for other programs
@@ -14,6 +15,7 @@
     run_view        a run, polled and drawn
     terminal        tables of a run
     comparison_tables   tables of a comparison
+    evaluate_snapshot   an evaluation, and its table
     explain_latents explanations of latents
     export_run      an export
     publish_run     a publication

@@ -49,12 +49,13 @@ in fvu_by_corpus is about the mean of all activations, so that the corpora compa
 
 The text is always the same (`held_out`), so that the numbers of snapshots compare. It is read once: a pass of the clean
 model and one with each SAE's reconstruction. What does not depend on the SAE is measured with the first, the means
-before it. Nothing but sums is stored.
+before it. Nothing but sums is stored. Where the time ends before the text, all numbers are of the part that was read,
+which is spread over the whole, and `text_share` says how much that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,13 +69,14 @@ from monitor.evaluation.passes import (
     MemoryLimits,
     NormBounds,
     Replacement,
+    TimeLimit,
     WindowBatch,
     activations_by_hook,
     in_stream,
-    passes,
     recording,
     refuse_unknown_bounds,
     splicing,
+    spread_passes,
 )
 from monitor.evaluation.results import Evaluation, Value
 from monitor.evaluation.tallies import Mean, Tally
@@ -96,6 +98,22 @@ class ActivationFacts:
     means: dict[str, Tensor]
     """Their means, float64 [width]."""
     median_norms: dict[str, float]
+    windows: int
+    """Number of windows that they are of: the first in the order of `spread_passes`."""
+
+
+SURVEY_SHARE = 0.2
+"""Share of the time in which means are taken, before anything is measured."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An evaluation under way."""
+
+    share: float
+    """Share of the text that was read."""
+    results: Callable[[], dict[str, Evaluation]]
+    """Computes the numbers of that part."""
 
 
 @dataclass
@@ -116,14 +134,17 @@ def evaluate(
     between: Callable[[], None] = lambda: None,
     memory: MemoryLimits = DEFAULT_MEMORY,
     corpora: Mapping[str, slice] | None = None,
+    limit: TimeLimit | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Evaluation]:
     """Measures all `saes` over one pass of the clean model; returns their evaluations by name.
 
     `between` is called after each forward pass and may raise; `corpora` are the windows of each corpus of a mixture,
-    and together all of them. Values that are not finite, and ratios without a
-    denominator, are None. Raises EvaluationError for a sae that does not fit the model, a bound of a hook that is
-    not here, or bounds that no activation is within.
+    and together all of them. Where `limit` ends it before all windows were read, `baseline` is of this evaluation
+    alone. Values that are not finite, and ratios without a denominator, are None. Raises EvaluationError for a sae that
+    does not fit the model, a bound of a hook that is not here, or bounds that no activation is within.
     """
+    limit = limit or TimeLimit()
     bounds = dict(norm_bounds or {})
     hooks = [hook.name for hook in model.hooks]
     refuse_unknown_bounds(hooks, bounds)
@@ -131,32 +152,59 @@ def evaluate(
         if reason := why_incompatible(model, sae):
             raise EvaluationError(reason)
     key = tuple(sorted(bounds.items()))
+    parts = corpora or {"": slice(None)}
     if key not in baseline.activations:
-        baseline.activations[key] = _survey(model, windows, bounds, between, memory)
+        baseline.activations[key] = _survey(model, spread_passes(model, windows, parts, memory), bounds, between, limit)
     facts = baseline.activations[key]
     means = facts.means
     zeros = {hook: torch.zeros_like(mean) for hook, mean in means.items()}
-    parts = corpora or {"": slice(None)}
     clean_ce = {corpus: Mean() for corpus in parts}
     tallies = {sae.name: {corpus: Tally(sae, means, facts.median_norms) for corpus in parts} for sae in saes}
     ablations: set[Ablation] = {
         (kind, sae.hooks.writes, key) for sae in saes for kind in ("zero", "mean") if model.predicts
     }
     ablation_ce = {ablation: Mean() for ablation in sorted(ablations) if ablation not in baseline.ce}
-    for corpus, batch in _corpus_passes(model, windows, parts, memory):
+    windows_read = 0
+
+    def results() -> dict[str, Evaluation]:
+        clean, totals = Mean(), {sae.name: Tally(sae, means, facts.median_norms) for sae in saes}
+        for corpus in parts:
+            clean.include(clean_ce[corpus])
+            for name, total in totals.items():
+                total.include(tallies[name][corpus])
+        if windows.kept.any() and not all(tally.activations for tally in totals.values()):
+            raise EvaluationError(_nothing_within(windows, bounds))  # a ce_delta of 0 would look like a perfect SAE
+        ce = baseline.ce | {ablation: ce.value for ablation, ce in ablation_ce.items()}
+        return {
+            sae.name: _evaluation(
+                sae,
+                totals[sae.name],
+                clean.count,
+                _predictions(clean.value, ce, sae.hooks.writes, key, totals[sae.name]) if model.predicts else {},
+                _by_corpus(tallies[sae.name], clean_ce if model.predicts else None) if corpora else {},
+                windows_read / max(1, len(windows)),
+            )
+            for sae in saes
+        }
+
+    for corpus, batch in spread_passes(model, windows, parts, memory):
+        if windows_read and (limit.is_over() or windows_read >= facts.windows):
+            break
+        windows_read += len(batch.tokens)
         if not model.predicts:
             activations = activations_by_hook(model, batch)
             streamed = in_stream(activations, batch.kept, bounds)
             activations = {hook: x[streamed].float() for hook, x in activations.items()}
             for sae in saes:
                 _reconstruct(sae, activations, tallies[sae.name][corpus], memory)
-            between()
+            limit.rest(between)
+            on_progress(Progress(windows_read / len(windows), results))
             continue
         targets = batch.tokens[:, 1:][batch.predicted]
 
         def log_probabilities(replacements: dict[str, Replacement], batch: WindowBatch = batch) -> Tensor:
             logits = model.logits(batch.tokens, replacements)[:, :-1][batch.predicted]
-            between()
+            limit.rest(between)
             return torch.log_softmax(logits.float(), -1)
 
         recorded: dict[str, Tensor] = {}
@@ -172,34 +220,10 @@ def evaluate(
             log_sae = log_probabilities(splicing(streamed, _reconstruct(sae, activations, tally, memory)))
             tally.ce.add(_cross_entropy(log_sae, targets))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
-    clean, totals = Mean(), {sae.name: Tally(sae, means, facts.median_norms) for sae in saes}
-    for corpus in parts:
-        clean.include(clean_ce[corpus])
-        for name, total in totals.items():
-            total.include(tallies[name][corpus])
-    if windows.kept.any() and not all(tally.activations for tally in totals.values()):
-        raise EvaluationError(_nothing_within(windows, bounds))  # a ce_delta of 0 would look like a perfect SAE
+        on_progress(Progress(windows_read / len(windows), results))
+    evaluations = results()
     baseline.ce |= {ablation: ce.value for ablation, ce in ablation_ce.items()}
-    return {
-        sae.name: _evaluation(
-            sae,
-            totals[sae.name],
-            clean.count,
-            _predictions(clean.value, baseline, sae.hooks.writes, key, totals[sae.name]) if model.predicts else {},
-            _by_corpus(tallies[sae.name], clean_ce if model.predicts else None) if corpora else {},
-        )
-        for sae in saes
-    }
-
-
-def _corpus_passes(
-    model: LanguageModel, windows: Windows, corpora: Mapping[str, slice], memory: MemoryLimits
-) -> Iterator[tuple[str, WindowBatch]]:
-    """Batches of windows, each of one corpus."""
-    for corpus, part in corpora.items():
-        some = Windows(windows.ids[part], windows.kept[part], windows.padded[part])
-        for batch in passes(model, some, memory):
-            yield corpus, batch
+    return evaluations
 
 
 def _by_corpus(tallies: Mapping[str, Tally], clean_ce: Mapping[str, Mean] | None) -> dict[str, Value]:
@@ -224,13 +248,17 @@ def _nothing_within(windows: Windows, bounds: NormBounds) -> str:
 
 
 def _survey(
-    model: LanguageModel, windows: Windows, bounds: NormBounds, between: Callable[[], None], memory: MemoryLimits
-) -> ActivationFacts:
-    """Facts about the activations in the stream; NaN where there are none."""
+    model: LanguageModel, batches: Iterable[tuple[str, WindowBatch]], bounds: NormBounds, between: Callable[[], None],
+    limit: TimeLimit,
+) -> ActivationFacts:  # fmt: skip
+    """Facts about the activations in the stream, as far as there is time; NaN where there are none."""
     norms: dict[str, list[Tensor]] = {hook.name: [] for hook in model.hooks}
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in model.hooks}
-    count = 0
-    for batch in passes(model, windows, memory):
+    count = windows = 0
+    for _, batch in batches:
+        if windows and limit.is_over(SURVEY_SHARE):
+            break
+        windows += len(batch.tokens)
         activations = activations_by_hook(model, batch)
         streamed = in_stream(activations, batch.kept, bounds)
         for hook, x in activations.items():
@@ -238,10 +266,10 @@ def _survey(
             sums[hook] += selected.double().sum(0)
             norms[hook].append(selected.float().norm(dim=1).cpu())
         count += int(streamed.sum())
-        between()
+        limit.rest(between)
     means = {hook: total / count for hook, total in sums.items()}
     medians = {hook: float(torch.cat(parts).median()) if count else float("nan") for hook, parts in norms.items()}
-    return ActivationFacts(means, medians)
+    return ActivationFacts(means, medians, windows)
 
 
 def _reconstruct(
@@ -268,10 +296,10 @@ def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
 
 
 def _predictions(
-    ce_clean: float, baseline: Baseline, writes: tuple[str, ...], bounds: BoundsKey, tally: Tally
+    ce_clean: float, ce: Mapping[Ablation, float], writes: tuple[str, ...], bounds: BoundsKey, tally: Tally
 ) -> dict[str, float | None]:
     """The measures of the language model's predictions."""
-    ce_sae, ce_zero, ce_mean = tally.ce.value, baseline.ce["zero", writes, bounds], baseline.ce["mean", writes, bounds]
+    ce_sae, ce_zero, ce_mean = tally.ce.value, ce["zero", writes, bounds], ce["mean", writes, bounds]
     return {
         "ce_clean": ce_clean,
         "ce_sae": ce_sae,
@@ -290,6 +318,7 @@ def _evaluation(
     predictions: int,
     prediction_measures: dict[str, float | None],
     corpus_measures: dict[str, Value],
+    text_share: float,
 ) -> Evaluation:
     numbers = {**prediction_measures, **tally.fit(), "l0": tally.l0}
     values: dict[str, Value] = {name: finite(value) for name, value in numbers.items()}
@@ -304,6 +333,7 @@ def _evaluation(
         density=tuple(tally.density()),
         rows=tally.activations,
         predictions=predictions or None,
+        text_share=text_share if text_share < 1 else None,
     )
 
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.births import BirthTracker
 from monitor.evaluation.compatibility import why_incompatible
-from monitor.evaluation.evaluator import evaluate
+from monitor.evaluation.evaluator import Baseline, Progress, evaluate
 from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.inputs import EvaluationInputs, PublishedSnapshot, load_inputs
 from monitor.evaluation.latents.activations import gather_latents, load_latents
 from monitor.evaluation.latents.explanation import mean_f1
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.measures import Stage, measures
+from monitor.evaluation.passes import TimeLimit
 from monitor.evaluation.probing import probe_accuracy
 from monitor.evaluation.results import Evaluation, read_evaluation, write_evaluation
 from monitor.history import append_evaluation
@@ -37,6 +39,8 @@ from trainer.snapshot import SnapshotError, is_complete
 
 log = logging.getLogger("sluice.monitor")
 
+SHOW_SECONDS = 10.0
+"""Between two looks at the numbers of an evaluation under way."""
 SnapshotId = tuple[str, int]
 """A snapshot's name, and when it was written, in nanoseconds: a trainer that resumes may publish a name again."""
 
@@ -76,6 +80,10 @@ class Evaluator:
         self._current: SnapshotId | None = None
         self._passes = 0
         """Passes of the language model, or other pieces, in the work that `_begin` announced."""
+        self._partial = ""
+        """What is measured so far, in words,"""
+        self._show_at = 0.0
+        """and the monotonic time from which on it is put into words again."""
         self.broken: str | None = None
         self.moved_at: float | None = None
         """Monotonic time of the last forward pass while an evaluation runs, else None."""
@@ -200,12 +208,41 @@ class Evaluator:
             snapshot.norm_bounds,
             self._between,
             corpora=text.corpora,
+            limit=TimeLimit(self._settings.monitor.evaluation_seconds),
+            on_progress=self._show_progress,
         )
+        results = self._narrow_text(inputs, results)
         seconds = round(time.monotonic() - began, 3)
         for sae, result in results.items():
             evaluation = replace(result, snapshot=snapshot.name, snapshot_tokens=snapshot.tokens, seconds=seconds)
             self._publish(snapshot, sae, evaluation)
             log.info("%s of %s: %s (%.1f s)", sae, snapshot.name, _in_words(evaluation), seconds)
+
+    def _narrow_text(self, inputs: EvaluationInputs, results: dict[str, Evaluation]) -> dict[str, Evaluation]:
+        """Reads, from now on, the part of the text that there was time for; notes the share of it in the results."""
+        share = min((result.text_share or 1.0 for result in results.values()), default=1.0)
+        text = inputs.text
+        if share < 1:
+            text = text.beginning(share)
+            self._inputs = replace(inputs, text=text, baseline=Baseline())
+            log.warning(
+                "%.0f%% of the held-out text was read in monitor.evaluation_seconds = %g: numbers, those of later "
+                "snapshots too, are of this part, which is spread over the text. Raise it, or lower "
+                "monitor.evaluation_tokens = %d",
+                100 * text.share, self._settings.monitor.evaluation_seconds,
+                self._settings.monitor.evaluation_tokens,
+            )  # fmt: skip
+        text_share = text.share if text.share < 1 else None
+        return {sae: replace(result, text_share=text_share) for sae, result in results.items()}
+
+    def _show_progress(self, progress: Progress) -> None:
+        """Shows, now and then, how much was read and what it says so far."""
+        if time.monotonic() < self._show_at:
+            return
+        self._show_at = time.monotonic() + SHOW_SECONDS
+        with suppress(EvaluationError):  # nothing of the stream was read yet
+            numbers = "; ".join(f"{sae} {_in_words(one)}" for sae, one in progress.results().items())
+            self._partial = f", {progress.share:.0%} of the text; so far {numbers}"
 
     def _load_compatible(
         self, inputs: EvaluationInputs, snapshot: PublishedSnapshot, saes: list[str]
@@ -264,14 +301,15 @@ class Evaluator:
     def _begin(self, activity: str) -> None:
         """Announces a piece of work, on the page and in the log."""
         self._handle.activity = activity
-        self._passes = 0
+        self._passes, self._partial, self._show_at = 0, "", time.monotonic() + SHOW_SECONDS
         log.info("%s", activity)
 
     def _between(self) -> None:
         """Rests after each piece of work, so that the evaluation takes no more than its share of a run's time."""
         now = time.monotonic()
         self._passes += 1
-        self._handle.activity = f"{self._handle.activity.partition(':')[0]}: {self._passes:,} passes done"
+        activity = self._handle.activity.partition(":")[0]
+        self._handle.activity = f"{activity}: {self._passes:,} passes done{self._partial}"
         worked = 0.0 if self.moved_at is None else now - self.moved_at
         finished = is_finished(self._directory)
         if finished and self._current not in (None, self._newest()):

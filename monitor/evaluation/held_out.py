@@ -14,6 +14,7 @@ from producer.settings import CorpusSettings
 
 log = logging.getLogger("sluice.monitor")
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 SHARDS_SHARING = 8
 """Shards that held-out windows come from, so that one odd file does not decide the numbers."""
 
@@ -29,6 +30,28 @@ class HeldOutText:
     windows: Windows
     corpora: dict[str, slice]
     """Windows of each corpus of a mixture, one behind the other; empty for one corpus alone."""
+    share: float = 1.0
+    """Share of the text that was asked for, where an evaluation had no time for more."""
+
+    def beginning(self, share: float) -> HeldOutText:
+        """The windows that an evaluation reads first, a share of each corpus."""
+        numbers: list[np.ndarray] = []
+        corpora: dict[str, slice] = {}
+        first = 0
+        for corpus, part in (self.corpora or {"": slice(None)}).items():
+            all_numbers = np.arange(len(self.windows))[part]
+            count = max(1, round(share * len(all_numbers)))
+            numbers.append(np.sort(all_numbers[spread_order(len(all_numbers))[:count]]))
+            corpora[corpus] = slice(first, first + count)
+            first += count
+        chosen, windows = np.concatenate(numbers), self.windows
+        some = Windows(windows.ids[chosen], windows.kept[chosen], windows.padded[chosen])
+        return HeldOutText(some, corpora if self.corpora else {}, self.share * len(some) / len(windows))
+
+
+def spread_order(count: int) -> np.ndarray:
+    """The numbers 0 to count − 1 in an order whose every beginning is spread evenly over them (the golden ratio)."""
+    return np.argsort(np.arange(count) * GOLDEN_RATIO % 1, kind="stable").argsort(kind="stable")
 
 
 def held_out_text(text: Text, tokenizer: Any, tokens: int) -> HeldOutText:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.held_out import EvaluationError
+from monitor.evaluation.held_out import EvaluationError, spread_order
 from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 
@@ -52,6 +55,25 @@ class MemoryLimits:
 DEFAULT_MEMORY = MemoryLimits()
 
 
+@dataclass
+class TimeLimit:
+    """The time that an evaluation may compute; what it rests between passes does not count."""
+
+    seconds: float = inf
+    began: float = field(default_factory=time.monotonic)
+    rested: float = 0.0
+
+    def rest(self, between: Callable[[], None]) -> None:
+        """Calls what may rest."""
+        before = time.monotonic()
+        between()
+        self.rested += time.monotonic() - before
+
+    def is_over(self, share: float = 1.0) -> bool:
+        """Whether a share of the time is used up."""
+        return time.monotonic() - self.began - self.rested >= share * self.seconds
+
+
 def windows_in_memory(model: LanguageModel, context: int, memory: MemoryLimits = DEFAULT_MEMORY) -> int:
     """Windows of `context` tokens in one pass."""
     return max(1, memory.logits // (context * model.vocabulary))
@@ -61,10 +83,29 @@ def passes(model: LanguageModel, windows: Windows, memory: MemoryLimits = DEFAUL
     """Batches of as many windows as their logits fit into memory."""
     count = windows_in_memory(model, windows.ids.shape[1], memory)
     for start in range(0, len(windows.ids), count):
-        batch = slice(start, start + count)
-        real = ~windows.padded[batch]
-        parts = (windows.ids[batch], windows.kept[batch], real[:, :-1] & real[:, 1:], ~real)
-        yield WindowBatch(*(torch.from_numpy(part).to(model.device) for part in parts))
+        yield window_batch(model, windows, slice(start, start + count))
+
+
+def window_batch(model: LanguageModel, windows: Windows, batch: slice | np.ndarray) -> WindowBatch:
+    """Some of the windows, by a slice or by number."""
+    real = ~windows.padded[batch]
+    parts = (windows.ids[batch], windows.kept[batch], real[:, :-1] & real[:, 1:], ~real)
+    return WindowBatch(*(torch.from_numpy(part).to(model.device) for part in parts))
+
+
+def spread_passes(
+    model: LanguageModel, windows: Windows, corpora: Mapping[str, slice], memory: MemoryLimits = DEFAULT_MEMORY
+) -> Iterator[tuple[str, WindowBatch]]:
+    """Batches of windows, each of one corpus, in an order whose every beginning is spread over each corpus."""
+    count = windows_in_memory(model, windows.ids.shape[1], memory)
+    batches: list[tuple[float, str, np.ndarray]] = []
+    for corpus, part in corpora.items():
+        numbers = np.arange(len(windows))[part]
+        numbers = numbers[spread_order(len(numbers))]
+        parts = np.split(numbers, range(count, len(numbers), count))
+        batches += [((place + 0.5) / len(parts), corpus, some) for place, some in enumerate(parts)]
+    for _, corpus, some in sorted(batches, key=lambda batch: batch[0]):
+        yield corpus, window_batch(model, windows, some)
 
 
 def activations_by_hook(model: LanguageModel, batch: WindowBatch) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ class Evaluation:
     """Activations on which the SAE was measured."""
     predictions: int | None = None
     """Tokens whose cross-entropy was measured."""
+    text_share: float | None = None
+    """Share of the held-out text that was read where the time ended before; None where all of it was."""
     seconds: float | None = None
     """How long it took, together with the other SAEs of the snapshot."""
 
@@ -72,6 +74,7 @@ FACTS: dict[str, Any] = {
     "density": list,
     "rows": int,
     "predictions": int,
+    "text_share": (int, float),
     "seconds": (int, float),
 }
 """Fields of an evaluation that are keys of evaluation.json and no measures, and their type there."""
