@@ -26,6 +26,7 @@ CONTRACTS = {
     "trainer": {
         "trainer.snapshot", "trainer.report", "trainer.phases", "trainer.metrics", "trainer.settings",
         "trainer.state.durable", "trainer.saes.hooks", "trainer.saes.inference", "trainer.saes.description",
+        "trainer.scaling.report",
     },
     "monitor": set(),
 }  # fmt: skip
@@ -46,6 +47,7 @@ LIGHT = (
     "trainer.settings",
     "trainer.snapshot",
     "trainer.saes.hooks",
+    "trainer.scaling.report",
 )
 HEAVY = {"torch", "transformers", "zmq"}
 

@@ -11,24 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.small_grid import KS, PLANTED, SIZES, planted_loss, write_run
 from trainer.scaling.cells import GridError, read_grid
 from trainer.scaling.fit import main
 from trainer.scaling.fitting import fit_grid
 from trainer.scaling.law import FitError, Law, fit_law
-from trainer.scaling.report import read_report
+from trainer.scaling.report import ScalingReport
 from trainer.scaling.tokens import fit_tokens
-from trainer.snapshot import new_snapshot
 
 pytest.importorskip("scipy", reason="the extra scaling is not installed")
-
-PLANTED = {"alpha": -0.5, "beta_k": 0.26, "beta_n": -0.17, "gamma": -0.042, "zeta": -3.3, "eta": -0.28}
-SIZES, KS = (256, 512, 1024, 2048), (8, 16, 32, 64)
-
-
-def planted_loss(n: int, k: int) -> float:
-    p = PLANTED
-    power = p["alpha"] + p["beta_k"] * math.log(k) + (p["beta_n"] + p["gamma"] * math.log(k)) * math.log(n)
-    return math.exp(power) + math.exp(p["zeta"] + p["eta"] * math.log(k))
 
 
 def planted(noise: float = 0.0, seed: int = 0) -> tuple[list[int], list[int], list[float]]:
@@ -124,39 +115,8 @@ def test_an_sae_is_converged_when_more_tokens_would_not_help() -> None:
 # The command
 
 
-def write_run(
-    directory: Path, sizes: tuple[int, ...] = SIZES, ks: tuple[int, ...] = KS, *, evaluated: bool = True,
-    finished: bool = True, late: str | None = None, names: tuple[str, ...] | None = None,
-) -> Path:  # fmt: skip
-    """A run directory whose SAEs have the planted losses: one snapshot at 1,000,000 tokens, and reports until then."""
-    directory.mkdir(exist_ok=True)
-    (directory / "settings.toml").write_text("")
-    cells = {f"topk-{n}-{k}": (n, k) for n, k in product(sizes, ks)}
-    tables = [
-        {"name": name, "architecture": "topk", "d_sae": n, "k": k, "dead_tokens": 1000}
-        for name, (n, k) in cells.items()
-    ]
-    with new_snapshot(directory, 1_000_000, {"id": "r", "settings": {"sae": tables}, "stream": {}}) as draft:
-        for name, (n, k) in cells.items():
-            if names is not None and name not in names:
-                continue
-            folder = draft.folder / name
-            folder.mkdir()
-            loss = planted_loss(n, k)
-            draft.add(name, {"tokens": 400_000 if name == late else 1_000_000, "fvu": 1.1 * loss})
-            if evaluated:
-                (folder / "evaluation.json").write_text(json.dumps({"fvu": loss, "snapshot_tokens": 1_000_000}))
-    with open(directory / "metrics.jsonl", "w") as file:
-        for tokens in range(20_000, 1_000_001, 20_000):
-            rate = 1e-3 if tokens <= 800_000 else 1e-3 * (1_000_000 - tokens) / 200_000
-            saes = [
-                {"name": name, "fvu": planted_loss(*cell) * (1 + 300 * tokens**-0.5), "learning_rate": rate}
-                for name, cell in cells.items()
-            ]
-            file.write(json.dumps({"tokens": tokens, "saes": saes}) + "\n")
-    if finished:
-        (directory / "summary.json").write_text('{"tokens": 1000000}')
-    return directory
+def read_report(directory: Path) -> ScalingReport:
+    return ScalingReport.from_json(json.loads((directory / "scaling.json").read_text()))
 
 
 def test_the_losses_are_those_on_held_out_text(tmp_path: Path) -> None:
@@ -180,13 +140,12 @@ def test_a_held_out_size_is_predicted_and_compared(tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     report = read_report(directory)
 
-    assert report is not None
     assert [(one.d_sae, one.k) for one in report.predictions] == [(8192, k) for k in KS]
     assert all(one.error == pytest.approx(0, abs=1e-5) for one in report.predictions)
     assert [cell.is_held_out for cell in report.cells] == [False] * 16 + [True] * 4
     assert {cell.tokens and cell.tokens.is_converged for cell in report.cells} == {False}
     assert "Not converged: all SAEs" in report.notes[0]
-    assert "β_n" in shown and "topk-8192-64 (held out)" in shown
+    assert "β_n" in shown and "topk-8192-64*" in shown
 
 
 def test_the_next_size_is_predicted_without_being_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +155,7 @@ def test_the_next_size_is_predicted_without_being_asked(tmp_path: Path, capsys: 
     assert [one["d_sae"] for one in document["predictions"]] == [4096] * 4
     assert [one["d_sae"] for one in document["backtest"]] == [2048] * 4
     report = read_report(tmp_path)
-    assert report is not None and json.loads(json.dumps(report.as_json())) == document
+    assert json.loads(json.dumps(report.as_json())) == document
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def test_live_shows_a_suite_as_layers_and_sites():
     assert suite_of(names[:5]) is None and suite_of([*names, "topk"]) is None
 
 
+def test_a_grid_is_shown_as_sizes_and_sparsities():
+    """A row for each number of latents, a column for each k."""
+    grid = suite_of([f"topk-{d_sae}-{k}" for d_sae in (1024, 512) for k in (8, 16, 4)])
+
+    assert grid is not None and grid.heading == "latents"
+    assert (grid.layers, grid.sites) == ([512, 1024], ["k = 4", "k = 8", "k = 16"])
+    assert grid.row(1024) == ["topk-1024-4", "topk-1024-8", "topk-1024-16"]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_live_fits_narrow_terminals(width: int):
     """What matters least is left out, and a long name is cut; no line is broken and no number is."""

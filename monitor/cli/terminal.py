@@ -86,9 +86,9 @@ def _saes(report: Report, evaluations: Mapping[str, Evaluation], width: int) -> 
 
 
 def _suite(suite: Suite, report: Report, evaluations: Mapping[str, Evaluation]) -> RenderableType:
-    """A row for each layer, a column for each site: FVU, ΔCE, share of dead latents."""
+    """A row for each layer or size, a column for each site or k: FVU, ΔCE, share of dead latents."""
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    table.add_column("layer", justify="right")
+    table.add_column(suite.heading, justify="right")
     headings = " ".join(f"{each.live_column.heading:>7}" for each in SUITE_MEASURES if each.live_column)
     for site in suite.sites:
         table.add_column(f"{escape(site)}\n{headings}", no_wrap=True)

@@ -12,6 +12,7 @@
     explorer_handle the explorer of latents, as the evaluating thread hands it to the service
     live_page       the page of a run
     suite_table     its SAEs as layers × sites
+    scaling_page    the page of a scaling law
     latent_pages    the pages of latents
     html            templates and their filters
     templates/      Jinja templates

@@ -163,6 +163,7 @@ def run_page(run: Run, snapshots: RunSnapshots, latents: LatentSection, base_url
         if is_local
         else f"python -m monitor pull {address}",
         is_local=is_local,
+        has_grid=len({sae.get("d_sae") for sae in (run["settings"] or {}).get("sae", [])}) > 2,
         **_live(run, snapshots),
     )
 

@@ -2,6 +2,8 @@
 
 GET /                                    the live page; ?sae= &search= &order= &descending= &offset= of its table
 GET /parts, /parts/latents, /parts/fires parts of the live page, as HTML, for its script
+GET /scaling                             the page of the scaling law that `python -m trainer fit` has found
+GET /v1/scaling                          the same as JSON
 GET /static/{name}
 GET /v1/history                          curves as columns; with ?generation=, &since= and &evaluated= only newer points
 GET /v1/latents                          the SAEs, each with the newest snapshot whose latents can be read
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
@@ -29,6 +32,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from monitor.evaluation.latents.views import LatentTable, Order, TextFirings
+from monitor.files import read_json
 from monitor.history import History
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.html import STATIC
@@ -37,10 +41,13 @@ from monitor.http.latent_routes import latent_routes
 from monitor.http.live_page import MARKS, SNAPSHOTS_SHOWN, LatentSection, RunSnapshots, parts, run_page
 from monitor.http.requests import empty, html_response, integer, sae_of, view_response, with_status
 from monitor.http.responses import MUTABLE, tagged_json
+from monitor.http.scaling_page import scaling_json, scaling_page
 from monitor.notes import Notes
 from monitor.run_directory import NotFoundError, newest_evaluations, read_page, read_run, saes_with_latents
+from trainer.scaling.report import FILE as SCALING
+from trainer.scaling.report import ScalingReport
 
-SCRIPTS = ("page.js", "charts.js", "live_page.js", "runs.js", "latent.js", "theme.js")
+SCRIPTS = ("page.js", "charts.js", "live_page.js", "runs.js", "latent.js", "scaling.js", "theme.js")
 PLOTLY = "plotly.min.js"
 TABLE_ROWS = 50
 MOST_TABLE_ROWS = 500
@@ -58,7 +65,9 @@ def page_routes(run_directory: Path, handle: ExplorerHandle, is_writable: bool) 
         Route("/parts", pages.parts),
         Route("/parts/latents", pages.table_part),
         Route("/parts/fires", pages.firings_part),
+        Route("/scaling", pages.scaling_page),
         Route("/static/{name}", static),
+        Route("/v1/scaling", pages.scaling),
         Route("/v1/history", pages.history),
         Route("/v1/latents", pages.saes),
         Route("/v1/latents/{sae}", pages.table),
@@ -81,6 +90,9 @@ class _Pages:
     def live_page(self, request: Request) -> Response:
         run = read_run(self._directory)
         return html_response(run_page(run, self._snapshots(), self._latent_section(request), str(request.base_url)))
+
+    def scaling_page(self, request: Request) -> Response:
+        return html_response(scaling_page(self._directory.name, self._scaling_report()))
 
     # Parts of the live page
 
@@ -107,6 +119,11 @@ class _Pages:
         columns = self._history.columns(generation, integer(request, "since", 0), evaluated)
         return JSONResponse(columns, headers={"Cache-Control": MUTABLE})
 
+    def scaling(self, request: Request) -> Response:
+        if (report := self._scaling_report()) is None:
+            raise HTTPException(404, "no scaling law was fitted to this run; `python -m trainer fit RUN_DIR` fits one")
+        return JSONResponse(scaling_json(report), headers={"Cache-Control": MUTABLE})
+
     def saes(self, request: Request) -> Response:
         reason = None if self._handle.explorer is not None else self._handle.reason
         content = {"saes": saes_with_latents(self._directory), "why_not": reason}
@@ -123,6 +140,13 @@ class _Pages:
         return view_response(self._firings(request))
 
     # Contents
+
+    def _scaling_report(self) -> ScalingReport | None:
+        """What `python -m trainer fit` has found; None where nothing was fitted, or by another version."""
+        document = read_json(self._directory / SCALING, self._directory)
+        with suppress(ValueError):
+            return None if document is None else ScalingReport.from_json(document)
+        return None
 
     def _snapshots(self) -> RunSnapshots:
         page = read_page(self._directory, SNAPSHOTS_SHOWN)

@@ -13,11 +13,13 @@ from monitor.suite import SUITE_MEASURES, suite_of
 class SuiteTable:
     """The variables of the template."""
 
+    heading: str
+    """What the rows are."""
     sites: list[str]
     headings: list[str | None]
     """Of the cells of each site."""
     rows: list[tuple[int, list[list[str]]]]
-    """Layers, and the cells of each site."""
+    """Layers or numbers of latents, and the cells of each site."""
 
 
 def suite_table(cells: Mapping[str, Sequence[str]], columns: Sequence[Measure]) -> SuiteTable | None:
@@ -28,4 +30,4 @@ def suite_table(cells: Mapping[str, Sequence[str]], columns: Sequence[Measure]) 
     shown: dict[str | None, list[str]] = {name: [row[place] for place in places] for name, row in cells.items()}
     absent = ["–"] * len(places)
     rows = [(layer, [shown.get(name, absent) for name in suite.row(layer)]) for layer in suite.layers]
-    return SuiteTable(suite.sites, [measure.page_heading for measure in SUITE_MEASURES], rows)
+    return SuiteTable(suite.heading, suite.sites, [measure.page_heading for measure in SUITE_MEASURES], rows)

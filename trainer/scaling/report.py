@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from producer.common.parsing import read_object
 from trainer.state.durable import replace_text
 
 FILE = "scaling.json"
 FORMAT = 1
+EQUATION = "L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k)"
+SYMBOLS = {"alpha": "α", "beta_k": "β_k", "beta_n": "β_n", "gamma": "γ", "zeta": "ζ", "eta": "η"}
+"""Parameters as the equation has them, by their name."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,3 @@ class ScalingReport:
 def write_report(directory: Path, report: ScalingReport) -> None:
     """Writes scaling.json, whole or not at all."""
     replace_text(directory / FILE, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
-
-
-def read_report(directory: Path) -> ScalingReport | None:
-    """What was fitted last; None where nothing was, or another version wrote it."""
-    try:
-        return ScalingReport.from_json(read_object(directory / FILE, finite=True))
-    except (OSError, ValueError):
-        return None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from trainer.scaling.report import PredictedLoss, ScalingReport, TokenFit
-
-SYMBOLS = {"alpha": "α", "beta_k": "β_k", "beta_n": "β_n", "gamma": "γ", "zeta": "ζ", "eta": "η"}
-EQUATION = "L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k)"
+from trainer.scaling.report import EQUATION, SYMBOLS, PredictedLoss, ScalingReport, TokenFit
 
 
 def show(report: ScalingReport) -> None:
@@ -23,15 +21,23 @@ def show(report: ScalingReport) -> None:
         f"spread about the law {report.rms:.2%}\n"
     )
     console.print(_parameters(report))
+    console.print()
     if report.left_out:
         names = ", ".join(SYMBOLS[name] for name in report.left_out)
         console.print(f"Not identified by these losses, and left out: {names} (AICc).\n")
     console.print(_cells(report))
+    console.print(
+        "By tokens: β of L(T) = exp(α + β ln T) + exp(ζ), fitted to training at a constant rate. 2 × T: what twice the "
+        "tokens would change.\n",
+        style="dim",
+    )
     if report.predictions:
         console.print(_predictions("Predicted", report.predictions))
+        console.print()
     if report.backtest:
         size = report.backtest[0].d_sae
         console.print(_predictions(f"Backtest: {size} latents, predicted from the smaller sizes", report.backtest))
+        console.print()
     for note in report.notes:
         console.print(note)
 
@@ -50,14 +56,13 @@ def _parameters(report: ScalingReport) -> Table:
 
 
 def _cells(report: ScalingReport) -> Table:
-    table = _table("The SAEs", "latents", "k", "FVU", "law", "error", "L(tokens) exponent", "2 × tokens", "converged")
+    table = _table("The SAEs (* held out)", "latents", "k", "FVU", "error", "by tokens", "2 × T", "converged")
     for cell in report.cells:
         table.add_row(
-            f"{cell.name}{' (held out)' if cell.is_held_out else ''}",
+            f"{cell.name}{'*' if cell.is_held_out else ''}",
             f"{cell.d_sae:,}",
             f"{cell.k}",
             f"{cell.loss:.4f}",
-            f"{cell.fitted:.4f}",
             f"{cell.error:+.1%}",
             *_tokens(cell.tokens),
         )
@@ -86,8 +91,8 @@ def _predictions(title: str, predictions: Sequence[PredictedLoss]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("", overflow="ellipsis", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
