@@ -6,13 +6,16 @@ Everything is float64 here but the comparison of values in selections, so that w
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from producer.settings import CorpusSettings, SyntheticSettings
 from tests.small_ranks import SIZES, SmallRanks
@@ -30,7 +33,7 @@ from trainer.saes.gradients import THROUGH_ENCODER
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.initial import random_rows
 from trainer.saes.settings import SHARED_PARAMETERS, SaeSettings
-from trainer.saes.start import read_start
+from trainer.saes.start import check_start, open_start, read_start
 from trainer.settings import OptimizerSettings, TrainerSettings
 from trainer.training.averaging import AverageWeights
 from trainer.training.sae_trainer import SaeTrainer
@@ -357,7 +360,7 @@ def started(ranks: Ranks, table: Mapping[str, Any]) -> dict[str, Tensor]:
     sae_trainer = SaeTrainer(
         settings, optimizer, hooks, hook_widths(settings), torch.device("cpu"), torch.float32, ranks=ranks
     )
-    sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED, read_start(settings))
+    sae_trainer.initialise(rows_of(settings, 256, 0), UNSCALED, open_start(settings))
     for step in range(1, 4):
         sae_trainer.step(rows_of(settings, BATCH, step))
     return tensors_of(sae_trainer)
@@ -380,6 +383,67 @@ def test_ranks_go_on_from_a_published_sae(small_ranks: SmallRanks, published: st
     for size in SIZES:
         whole = joined(small_ranks.run(started, size, table, blocks=8))
         assert sha256(whole) == sha256(expected)
+
+
+# Memory at the start
+
+MANY, SAMPLE = 65_536, 16
+"""Latents, and activations that first weights are drawn from."""
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest float tensor has that an operation has made; views are no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not function.is_view:
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+def largest_at_start(ranks: Ranks, table: Mapping[str, Any]) -> int:
+    """Numbers in the largest tensor of an SAE's beginning: its first weights, or those of `start_from`, looked at."""
+    settings = SaeSettings.of(**table)
+    hooks, widths, rows = SaeHooks.from_settings(settings, HOOKS), hook_widths(settings), rows_of(settings, SAMPLE, 0)
+    with LargestTensor() as largest:
+        sae_trainer = SaeTrainer(
+            settings, OptimizerSettings(), hooks, widths, torch.device("cpu"), torch.float32, ranks=ranks
+        )
+        if ranks.rank == 0 and (start := read_start(settings)) is not None:
+            check_start(start, sae_trainer.sae, sae_trainer.input_transform(UNSCALED))
+        sae_trainer.initialise(rows, UNSCALED, open_start(settings))
+    return largest.numbers
+
+
+@pytest.mark.parametrize("directions", ["random", "data"])
+def test_no_rank_draws_a_whole_sae(directions: str) -> None:
+    """The largest tensor of the beginning is the encoder's share of the rank, whatever rank it is."""
+    table = case("topk", initial_directions=directions) | {"d_sae": MANY}
+
+    assert largest_at_start(ALONE, table) == MANY * D_IN
+    for rank in range(4):
+        assert largest_at_start(Ranks(rank, 4, None, latents_per_unit=1), table) == MANY // 4 * D_IN
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_no_rank_reads_a_whole_sae(small_ranks: SmallRanks, name: str, tmp_path: Path) -> None:
+    """Rank 0 looks at all weights before the others are told, a few latents at a time."""
+    folder = tmp_path / "start"
+    torch.manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(MANY, D_IN))
+    weights = {"W_enc": torch.randn(D_IN, MANY), "W_dec": W_dec, "b_enc": torch.zeros(MANY), "b_dec": torch.ones(D_IN)}
+    folder.mkdir()
+    save_file(weights, folder / "sae_weights.safetensors")
+    table = case(name) | {"d_sae": MANY, "start_from": str(folder)}
+    cfg = {"architecture": "topk", "k": table["k"], "rescale_acts_by_decoder_norm": True}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+
+    assert small_ranks.run(largest_at_start, 4, table) == [MANY // 4 * D_IN] * 4
 
 
 # Fixed blocks

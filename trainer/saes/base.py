@@ -50,6 +50,8 @@ from trainer.saes.published import ALL_LATENTS, Activation, SaeWeights
 from trainer.saes.settings import SaeSettings
 
 NO_GRADIENTS: Mapping[str, Tensor] = {}
+OfAllLatents = Callable[[Callable[[dict[str, Tensor]], Tensor]], Tensor]
+"""Returns a number of each latent, [d_sae], from a function of the weights of some latents."""
 
 
 class Sae(SaeParameters, ABC):
@@ -90,8 +92,11 @@ class Sae(SaeParameters, ABC):
         """Names of the activations of published SAEs that training may start from."""
         return frozenset(activation.name for activation in cls.activations)
 
-    def adapt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published weights, scaled as this SAE's, in a form that it can hold. Raises SnapshotError without one."""
+    def adapt(self, weights: dict[str, Tensor], of_all: OfAllLatents) -> dict[str, Tensor]:
+        """Published weights, scaled as this SAE's, in a form that it can hold. Raises SnapshotError without one.
+
+        `weights` are of some latents; what all latents decide together comes from `of_all`.
+        """
         return weights
 
     # Training

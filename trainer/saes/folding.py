@@ -161,12 +161,17 @@ def recentre(weights: dict[str, Tensor], was_centred: bool, centred: bool) -> di
 
 def has_unit_rows(W_dec: Tensor) -> bool:
     """Every decoder row has unit norm, up to rounding."""
-    return not float((W_dec.norm(dim=1) - 1).abs().max()) > UNIT_TOLERANCE
+    return are_unit(W_dec.norm(dim=1))
 
 
-def require_almost_unit_rows(W_dec: Tensor) -> None:
-    """Raises SnapshotError unless every decoder row has unit norm, or nearly enough for top-k."""
-    if float((W_dec.norm(dim=1) - 1).abs().max()) > ALMOST_UNIT_TOLERANCE:
+def are_unit(norms: Tensor) -> bool:
+    """All norms [d_sae] are 1, up to rounding."""
+    return not float((norms - 1).abs().max()) > UNIT_TOLERANCE
+
+
+def require_almost_unit_rows(norms: Tensor) -> None:
+    """Raises SnapshotError unless every decoder row has unit norm, or nearly enough for top-k; `norms` [d_sae]."""
+    if float((norms - 1).abs().max()) > ALMOST_UNIT_TOLERANCE:
         raise SnapshotError(
             "its decoder rows have no unit norm, as after whitening, and to give them one would change which latents "
             "its top-k chooses: start from another"

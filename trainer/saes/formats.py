@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from producer.common.parsing import ParseError, read_object
@@ -36,16 +37,22 @@ from trainer.saes import registry
 from trainer.saes.folding import fold_norms, has_unit_rows
 from trainer.saes.published import (
     TRANSCODER,
+    Activation,
     FormatError,
     SaeWeights,
     activation_of,
     published_architectures,
     transcoder_name,
 )
+from trainer.saes.settings import SHARED_PARAMETERS
 from trainer.snapshot import SAELENS_LAYOUT, SnapshotError
 
 Files = dict[str, dict[str, Any]]
 """Contents by the name of the file: a JSON document, or tensors."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""By the name of the weight, with one row per latent."""
+SPARSIFY_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+"""Names of weights in sparsify's files, and ours."""
 
 
 # Reading
@@ -53,33 +60,94 @@ Files = dict[str, dict[str, Any]]
 
 def read_published(folder: Path) -> SaeWeights:
     """The SAE in one folder of a snapshot, of SAELens or of sparsify. Raises SnapshotError."""
-    if (folder / "ae.pt").is_file():
-        raise SnapshotError("its ae.pt is a pickle, which may run code when it is read, and stays unread")
-    if not (folder / "cfg.json").is_file():
-        raise SnapshotError("it holds no cfg.json; name the folder of one SAE, such as …/snapshots/000001000000/NAME")
-    try:
-        config = read_object(folder / "cfg.json")
-    except (OSError, ParseError) as error:
-        raise SnapshotError(f"its cfg.json cannot be read: {error}") from None
-    sparsify = (folder / "sae.safetensors").is_file()
-    tensors = _read_tensors(folder / ("sae.safetensors" if sparsify else "sae_weights.safetensors"))
-    sae = _from_sparsify(config, tensors) if sparsify else _from_saelens(config, tensors)
-    _require_shapes(sae)
-    if sae.cfg.get("rescale_acts_by_decoder_norm") and not has_unit_rows(sae.weights["W_dec"]):
+    published = PublishedSae(folder)
+    sae = published.read(range(published.d_sae))
+    if published.may_need_folding and not has_unit_rows(sae.weights["W_dec"]):
         return replace(sae, weights=fold_norms(sae.weights))  # as SAELens does when it loads them
     return sae
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise SnapshotError(f"its {path.name} cannot be read: {error}") from None
+class PublishedSae:
+    """An SAE in one folder of a snapshot, of SAELens or of sparsify; weights are read for some latents at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the configuration and the shapes. Raises SnapshotError."""
+        if (folder / "ae.pt").is_file():
+            raise SnapshotError("its ae.pt is a pickle, which may run code when it is read, and stays unread")
+        if not (folder / "cfg.json").is_file():
+            raise SnapshotError(
+                "it holds no cfg.json; name the folder of one SAE, such as …/snapshots/000001000000/NAME"
+            )
+        try:
+            config = read_object(folder / "cfg.json")
+        except (OSError, ParseError) as error:
+            raise SnapshotError(f"its cfg.json cannot be read: {error}") from None
+        self._is_sparsify = (folder / "sae.safetensors").is_file()
+        self._path = folder / ("sae.safetensors" if self._is_sparsify else "sae_weights.safetensors")
+        shapes = self._read_shapes()
+        self.cfg = _cfg_of_sparsify(config, shapes) if self._is_sparsify else _cfg_of_saelens(config, shapes)
+        if (activation := activation_of(str(self.cfg["architecture"]))) is None:
+            raise AssertionError("the configuration was checked")
+        self.activation = activation
+        self.d_sae, self.d_in, self.d_out = _sizes(self.cfg, activation, shapes)
+        self.has_skip = "W_skip" in shapes
+
+    @property
+    def may_need_folding(self) -> bool:
+        """SAELens folds the norms of its decoder rows into its latents when it loads it; unit rows stay as they are."""
+        return bool(self.cfg.get("rescale_acts_by_decoder_norm"))
+
+    @property
+    def architecture(self) -> str:
+        return str(self.cfg["architecture"])
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.architecture.endswith(TRANSCODER)
+
+    def read(self, latents: range) -> SaeWeights:
+        """Reads the weights of some latents, and those that belong to no latent. Raises SnapshotError."""
+        rows = slice(latents.start, latents.stop)
+        weights: dict[str, Tensor] = {}
+        with self._opened() as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                ours = SPARSIFY_NAMES.get(name, name) if self._is_sparsify else name
+                part, is_column = file.get_slice(name), ours == "W_enc" and not self._is_sparsify
+                if ours in SHARED_PARAMETERS:
+                    weights[ours] = part[:].float()
+                else:
+                    weights[ours] = (part[:, rows].T.contiguous() if is_column else part[rows]).float()
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise SnapshotError(f"its {name} holds numbers that are not finite")
+        return SaeWeights(self.cfg, weights)
+
+    def _read_shapes(self) -> Shapes:
+        """The shapes of all weights by name, with one row per latent."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        with self._opened() as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                shape = tuple(file.get_slice(name).get_shape())
+                if self._is_sparsify:
+                    shapes[SPARSIFY_NAMES.get(name, name)] = shape
+                else:
+                    shapes[name] = shape[::-1] if name == "W_enc" else shape
+        return shapes
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            if isinstance(error, SnapshotError):
+                raise
+            raise SnapshotError(f"its {self._path.name} cannot be read: {error}") from None
 
 
-def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
+def _cfg_of_saelens(config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     architecture = str(config.get("architecture"))
-    if "topk_threshold" in tensors:
+    if "topk_threshold" in shapes:
         raise SnapshotError("it is a checkpoint of SAELens' training; write it with save_inference_model")
     if (activation := activation_of(architecture)) is None:
         raise SnapshotError(f"its architecture is {architecture!r}; known are {', '.join(published_architectures())}")
@@ -90,21 +158,16 @@ def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeig
         raise SnapshotError(
             f"it normalises its input ({config.get('normalize_activations')}); fold that into its weights first"
         )
-    if "W_enc" in tensors and tensors["W_enc"].dim() == 2:
-        tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-    cfg = config | {
+    return config | {
         "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER))),
         "metadata": config["metadata"] if isinstance(config.get("metadata"), dict) else {},
     }
-    return SaeWeights(cfg, tensors)
 
 
-def _from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWeights:
+def _cfg_of_sparsify(config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     if config.get("activation", "topk") != "topk" or config.get("signed"):
         raise SnapshotError(f"its activation is {config.get('activation')!r}, signed or grouped; only topk is known")
-    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-    weights = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    is_transcoder, skip = bool(config.get("transcode")), "W_skip" in weights
+    is_transcoder, skip = bool(config.get("transcode")), "W_skip" in shapes
     if skip and not is_transcoder:
         raise SnapshotError("it has a skip connection and is no transcoder, which is not known")
     cfg = {
@@ -118,32 +181,27 @@ def _from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> SaeWei
         "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": SAELENS_LAYOUT, "sparsify": config},
     }
-    if (W_enc := weights.get("W_enc")) is not None and W_enc.dim() == 2:
-        cfg |= {"d_in": W_enc.shape[1], "d_sae": W_enc.shape[0]}
-    return SaeWeights(cfg, weights)
+    if (W_enc := shapes.get("W_enc")) is not None and len(W_enc) == 2:
+        cfg |= {"d_in": W_enc[1], "d_sae": W_enc[0]}
+    return cfg
 
 
-def _require_shapes(sae: SaeWeights) -> None:
-    """Raises SnapshotError unless all weights exist, have their shapes, and are finite."""
-    weights, vectors = sae.weights, sae.activation.vectors
-    if missing := {"W_enc", "W_dec", "b_dec", *vectors} - weights.keys():
+def _sizes(cfg: dict[str, Any], activation: Activation, shapes: Shapes) -> tuple[int, int, int]:
+    """(d_sae, d_in, d_out). Raises SnapshotError unless all weights exist and have their shapes."""
+    if missing := {"W_enc", "W_dec", "b_dec", *activation.vectors} - shapes.keys():
         raise SnapshotError(f"its weights lack {', '.join(sorted(missing))}")
-    if weights["W_enc"].dim() != 2 or weights["W_dec"].dim() != 2:
+    if len(shapes["W_enc"]) != 2 or len(shapes["W_dec"]) != 2:
         raise SnapshotError("its W_enc and W_dec are no matrices")
-    d_out = sae.d_out if sae.is_transcoder else sae.d_in
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (sae.d_sae, sae.d_in),
-        "W_dec": (sae.d_sae, d_out),
-        "b_dec": (d_out,),
-    }
-    shapes |= {name: (sae.d_sae,) for name in vectors} | {"W_skip": (d_out, sae.d_in)}
-    for name, value in weights.items():
-        if name not in shapes or tuple(value.shape) != shapes[name]:
-            raise SnapshotError(f"its {name} has shape {list(value.shape)}; expected is {shapes.get(name, 'none')}")
-        if not value.isfinite().all():
-            raise SnapshotError(f"its {name} holds numbers that are not finite")
-    if fault := sae.activation.fault(sae.cfg, sae.d_sae):
+    (d_sae, d_in), d_out = shapes["W_enc"], shapes["W_dec"][1]
+    d_out = d_out if str(cfg["architecture"]).endswith(TRANSCODER) else d_in
+    expected: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d_in), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    expected |= {name: (d_sae,) for name in activation.vectors} | {"W_skip": (d_out, d_in)}
+    for name, shape in shapes.items():
+        if shape != expected.get(name):
+            raise SnapshotError(f"its {name} has shape {list(shape)}; expected is {expected.get(name, 'none')}")
+    if fault := activation.fault(cfg, d_sae):
         raise SnapshotError(fault)
+    return d_sae, d_in, d_out
 
 
 # Writing
@@ -173,7 +231,7 @@ def to_sparsify(sae: SaeWeights) -> Files:
         "transcode": sae.is_transcoder,
         "d_in": sae.d_in,
     }
-    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    names = {ours: theirs for theirs, ours in SPARSIFY_NAMES.items()}
     tensors = {names.get(name, name): value for name, value in w.items()}
     return {"cfg.json": cfg, "sae.safetensors": tensors, "provenance.json": sae.cfg}
 

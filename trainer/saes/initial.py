@@ -24,7 +24,7 @@ def initial_directions(settings: SaeSettings, x: Tensor, generator: torch.Genera
     if settings.initial_directions == "data":
         # Each row of x is used once before any is used again: with enough rows no two latents begin alike.
         order = torch.randperm(len(x), generator=generator)
-        towards = (x - x.mean(0))[order.repeat(-(-settings.d_sae // len(x)))[latents.start : latents.stop]]
+        towards = (x - x.mean(0))[order[torch.arange(latents.start, latents.stop) % len(x)]]
         normalise_rows(towards)
         directions = DATA_SHARE * towards + RANDOM_SHARE * directions
         normalise_rows(directions)

@@ -25,7 +25,7 @@ from trainer.phases import SaePhase
 from trainer.report import RanksReport, SaeReport
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
-from trainer.saes.start import read_start, require_widths, start_weights
+from trainer.saes.start import check_start, open_start, read_start, require_widths
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import FileRecord, shard_name
 from trainer.state.format import LatentRange, RunState, SaeTensors
@@ -197,14 +197,15 @@ class Run:
 
         `joined_at`: tokens that the run has trained on.
         """
-        start = read_start(sae)
+        is_first = self.ranks.rank == 0  # the others read weights of their latents alone
+        start = read_start(sae) if is_first else open_start(sae)
         member = self.roster.join(sae, joined_at)
         try:
             sae_trainer = self._make_sae_trainer(member, matmul)
             if start is not None:
                 require_widths(start, sae_trainer.sae)
-                if self.scales is not None:
-                    start_weights(start, sae_trainer.sae, sae_trainer.input_transform(self.scales))
+                if self.scales is not None and is_first:
+                    check_start(start, sae_trainer.sae, sae_trainer.input_transform(self.scales))
         except BaseException:
             self.roster.leave(member, keep_name=False)
             raise
@@ -243,7 +244,7 @@ class Run:
         removed: list[Member] = []
         for sae_trainer in self.lacking_weights:
             try:
-                sae_trainer.initialise(scaled, self.scales, read_start(sae_trainer.settings))
+                sae_trainer.initialise(scaled, self.scales, open_start(sae_trainer.settings))
             except Exception as error:
                 member = self.roster.find(sae_trainer.settings.name)
                 if not member.attached:

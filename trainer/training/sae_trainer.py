@@ -19,8 +19,8 @@ from trainer.report import SaeReport
 from trainer.saes import registry
 from trainer.saes.base import Sae
 from trainer.saes.folding import InputTransform, Whitening, side_by_side, whitening_of
+from trainer.saes.formats import PublishedSae
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.published import SaeWeights
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import start_weights
 from trainer.settings import OptimizerSettings
@@ -95,7 +95,7 @@ class SaeTrainer:
         self.statistics = Statistics(len(sae.latents), centre, sae.ranks)
 
     def initialise(
-        self, sample: Mapping[str, Tensor], scales: Mapping[str, float], start: SaeWeights | None = None
+        self, sample: Mapping[str, Tensor], scales: Mapping[str, float], start: PublishedSae | None = None
     ) -> None:
         """Draws the first weights from scaled activations of every hook, on the CPU; `start` replaces the weights.
 
@@ -109,7 +109,7 @@ class SaeTrainer:
             self._whitening = _to_device(self._whitening, self.sae.b_dec.device)
         self.sae.initialise(x, y, torch.Generator().manual_seed(self._seed))
         if start is not None:
-            self.sae.adopt(self.sae.rows_of_rank(start_weights(start, self.sae, self.input_transform(scales))))
+            self.sae.adopt(start_weights(start, self.sae, self.input_transform(scales)))
             self.sae.after_step()
         self._reset_optimizer(centre.to(self.sae.b_dec.device))
         if self.settings.ema_tokens:

@@ -23,6 +23,7 @@ from trainer.kernels.sparse import Entries
 from trainer.parallel import selection
 from trainer.saes.architectures.jumprelu import JUMPRELU
 from trainer.saes.architectures.topk import TOPK, FixedK, FixedKSettings
+from trainer.saes.base import OfAllLatents
 from trainer.saes.encoder import Encoded
 from trainer.saes.folding import grow
 from trainer.saes.published import ALL_LATENTS, SaeWeights, linear_state, matrix_state, scalar_state
@@ -52,6 +53,11 @@ class BatchTopKSettings(FixedKSettings):
         return replace(super().cost_terms(), batch_selections=1, scalars=1)
 
 
+def _live(weights: dict[str, Tensor]) -> Tensor:
+    """bool [latents]: those whose encoder row is not zero."""
+    return weights["W_enc"].any(1)
+
+
 class BatchTopK(FixedK):
     """See the module's docstring."""
 
@@ -68,18 +74,17 @@ class BatchTopK(FixedK):
     def startable(cls, settings: SaeSettings) -> frozenset[str]:
         return frozenset({TOPK.name, JUMPRELU.name})
 
-    def adapt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt(self, weights: dict[str, Tensor], of_all: OfAllLatents) -> dict[str, Tensor]:
         """Weights with one threshold: the thresholds are equal up to rounding, or free decoder norms make them so."""
-        is_live = weights["W_enc"].abs().amax(1) > 0
-        if "threshold" not in weights or not is_live.any():
+        if "threshold" not in weights or not (live_anywhere := of_all(_live)).any():
             return weights
-        thresholds = weights["threshold"]
-        mean = thresholds[is_live].mean()
-        if not self.unit_decoder and (thresholds[is_live] > 0).all():
-            weights = grow(weights, (mean / thresholds).where(is_live, mean.new_ones(())))
-        elif ((thresholds[is_live] - mean).abs() > THRESHOLD_TOLERANCE * mean).any():
+        thresholds = of_all(lambda some: some["threshold"])[live_anywhere]
+        mean = thresholds.mean()
+        if not self.unit_decoder and (thresholds > 0).all():
+            weights = grow(weights, (mean / weights["threshold"]).where(_live(weights), mean.new_ones(())))
+        elif ((thresholds - mean).abs() > THRESHOLD_TOLERANCE * mean).any():
             raise SnapshotError("its latents have thresholds of their own: go on from it with architecture jumprelu")
-        return weights | {"threshold": mean.expand(len(thresholds))}
+        return weights | {"threshold": mean.expand(len(weights["threshold"]))}
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         super().adopt(weights)
