@@ -30,12 +30,14 @@ class SmallRanks(AbstractContextManager["SmallRanks"]):
         self._pipes: list[Connection] = []
         self._processes: list[SpawnProcess] = []
 
-    def run(self, function: Callable[..., Any], size: int, *args: Any, blocks: int = 1) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], size: int, *args: Any, blocks: int = 1, exchange: str = "float32"
+    ) -> list[Any]:
         """function(ranks, *args) on each of `size` ranks; returns what each returned. An exception is raised here."""
         if not self._processes:
             self._start()
         for pipe in self._pipes[:size]:
-            pipe.send((function, size, blocks, args))
+            pipe.send((function, size, blocks, exchange, args))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + LIMIT.total_seconds()
         while len(answers) < size:
@@ -94,11 +96,11 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     groups = {each: dist.new_group(list(range(each)), timeout=LIMIT) for each in SIZES}
     while True:
         try:
-            function, ranks_used, blocks, args = pipe.recv()
+            function, ranks_used, blocks, exchange, args = pipe.recv()
         except EOFError:
             return
         try:
-            ranks = Ranks(rank, ranks_used, groups[ranks_used], blocks, latents_per_unit=1)
+            ranks = Ranks(rank, ranks_used, groups[ranks_used], blocks, latents_per_unit=1, exchange=exchange)
             pipe.send((function(ranks, *args), None))
         except Exception:
             pipe.send((None, f"rank {rank} of {ranks_used}:\n{traceback.format_exc()}"))

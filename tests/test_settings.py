@@ -111,7 +111,6 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
         ("parallel.data=2", "data = 2 is not offered: the gradients"),
         ("parallel.groups=2", "groups = 2 is not built yet"),
         ("parallel.intakes=2", "intakes = 2 is not built yet"),
-        ("parallel.exchange=bfloat16", 'exchange = "bfloat16" is not built yet'),
         ("parallel.latents=many", 'parallel.latents = "many" is no number of ranks; expected "auto" or'),
     ],
 )

@@ -76,7 +76,7 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox, la
     try:
         directory = run_directory.path
         sweep(directory)
-        ranks = Ranks(0, 1, None, settings.parallel.blocks)
+        ranks = Ranks(0, 1, None, settings.parallel.blocks, exchange=settings.parallel.exchange)
         if launch.world_size > 1:
             leader = Leader(World())
             ranks = leader.open(settings, directory)

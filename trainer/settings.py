@@ -83,7 +83,8 @@ class ParallelSettings(Table):
     """Parts of the latents whose sums over latents are added in a fixed order. 8 gives the same bits on 1, 2, 4 and 8
     ranks; with 1 the last digits depend on the number of ranks. Fixed for the run."""
     exchange: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the gradients that ranks exchange; float32 is the only value so far."""
+    """Number format of the partial reconstructions that ranks exchange; bfloat16 halves these bytes, and rounds each
+    part and their sum once."""
     intakes: Positive = 1
     """Ranks that receive activations from producers; 1 is the only value so far."""
 
@@ -99,8 +100,6 @@ class ParallelSettings(Table):
             raise ValueError(f"groups = {self.groups} is not built yet: all ranks share every SAE; remove it")
         if self.intakes > 1:
             raise ValueError(f"intakes = {self.intakes} is not built yet: rank 0 receives everything; remove it")
-        if self.exchange != "float32":
-            raise ValueError('exchange = "bfloat16" is not built yet; remove it, or set it to "float32"')
         return self
 
 

@@ -26,7 +26,7 @@ def multiply(
         for part, (block, own, _) in zip(parts, by_block(latents, blocks), strict=True):
             if len(block):
                 block.rows_of(part, batch).copy_(own.multiply(W_dec[block.latents]))
-    return ranks.total(parts, "reconstructions").view(levels, batch, -1)
+    return ranks.total(parts, "reconstructions", ranks.reconstruction_dtype).view(levels, batch, -1)
 
 
 def sample(latents: Latents, dlevels: Tensor, W_dec: Tensor, blocks: Sequence[LatentBlock], batch: int) -> Tensor:

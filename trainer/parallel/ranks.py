@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """torch 2.13 has renamed it."""
 
 ANSWER_BYTES = 4096
+
+ExchangeFormat = Literal["float32", "bfloat16"]
 
 
 @dataclass
@@ -60,13 +63,14 @@ class Ranks:
         blocks: int = 1,
         latents_per_unit: int = LATENTS_PER_UNIT,
         device: str | torch.device = "cpu",
+        exchange: ExchangeFormat = "float32",
     ) -> None:
         """`group` None is that of all ranks, on the host.
 
         `blocks` is the number of blocks of latents whose sums are added in order, a multiple of `size`.
 
         1: each rank sums over its latents as it likes, and a collective over ranks. `device` is that of the tensors
-        in collectives.
+        in collectives. `exchange` is the format in which reconstructions cross ranks; float32: as they are.
         """
         if blocks != 1 and blocks % size:
             raise ValueError(f"{blocks} blocks of latents cannot be spread evenly over {size} ranks")
@@ -74,6 +78,8 @@ class Ranks:
         self.size = size
         self.blocks = blocks
         self.device = torch.device(device)
+        self.reconstruction_dtype = torch.bfloat16 if exchange == "bfloat16" else None
+        """Type of reconstructions between ranks; None for that of their numbers."""
         self.traffic = Traffic()
         self._group = group
         self._latents_per_unit = latents_per_unit
@@ -120,7 +126,7 @@ class Ranks:
             return piece[None]
         pieces = piece.new_empty(self.size, *piece.shape)
         with self._counted(purpose, (self.size - 1) * piece.nbytes):
-            _all_gather(pieces.view(-1), piece.reshape(-1), group=self._group)
+            _all_gather(_bytes(pieces), _bytes(piece.contiguous()), group=self._group)
         return pieces
 
     def exchange(self, pieces: Tensor, purpose: str) -> Tensor:
@@ -129,7 +135,7 @@ class Ranks:
             return pieces
         received = torch.empty_like(pieces)
         with self._counted(purpose, (self.size - 1) * pieces.nbytes // self.size):
-            dist.all_to_all_single(received, pieces.contiguous(), group=self._group)
+            dist.all_to_all_single(_bytes(received), _bytes(pieces.contiguous()), group=self._group)
         return received
 
     def broadcast(self, tensor: Tensor, purpose: str) -> Tensor:
@@ -139,25 +145,32 @@ class Ranks:
                 dist.broadcast(tensor, group_src=0, group=self._group)
         return tensor
 
-    def sum_in_order(self, parts: Tensor, purpose: str) -> Tensor:
+    def sum_in_order(self, parts: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """Sum over the parts of all ranks, added one by one from the first part of rank 0 to the last of the last.
 
         `parts` is [parts of this rank, rows, …]; the ranks have equally many. The result [rows, …] has the same bits
-        for every number of ranks that divides the number of all parts. Each rank adds up its share of the rows.
+        for every number of ranks that divides the number of all parts. Each rank adds up its share of the rows. With
+        `dtype` each part is rounded to it once, and so is the result; sums are formed in the type of `parts`.
         """
+        exact, parts = parts.dtype, parts if dtype is None else parts.to(dtype)
         if self.is_alone:
-            return _added(parts)
+            return _added(parts, exact).to(parts.dtype).to(exact)
         count, rows = parts.shape[:2]
         share = -(-rows // self.size)
         padded = torch.nn.functional.pad(parts, [0, 0] * (parts.dim() - 2) + [0, share * self.size - rows])
         by_rank = padded.view(count, self.size, share, *parts.shape[2:]).transpose(0, 1)
         received = self.exchange(by_rank.contiguous(), purpose)
-        own = _added(received.flatten(0, 1))
-        return self.gather(own, purpose).flatten(0, 1)[:rows]
+        own = _added(received.flatten(0, 1), exact).to(parts.dtype)
+        return self.gather(own, purpose).flatten(0, 1)[:rows].to(exact)
 
-    def total(self, parts: Tensor, purpose: str) -> Tensor:
-        """Sum over the blocks of latents of all ranks: parts [blocks of this rank, rows, …] → [rows, …]."""
-        return self.sum(parts[0], purpose) if self.blocks == 1 else self.sum_in_order(parts, purpose)
+    def total(self, parts: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum over the blocks of latents of all ranks: parts [blocks of this rank, rows, …] → [rows, …].
+
+        `dtype` is that of the numbers that cross ranks, None for that of `parts`: see `sum_in_order`.
+        """
+        if self.blocks == 1 and (dtype is None or self.is_alone):
+            return self.sum(parts[0], purpose)
+        return self.sum_in_order(parts, purpose, dtype)
 
     def count(self, number: int, purpose: str = "scalars") -> int:
         """The sum of a number over all ranks."""
@@ -217,9 +230,14 @@ ALONE = Ranks(0, 1, None)
 """A process that trains by itself."""
 
 
-def _added(parts: Tensor) -> Tensor:
-    """parts[0] + parts[1] + …, in this order, in a tensor of its own."""
-    total = parts[0].clone()
+def _bytes(tensor: Tensor) -> Tensor:
+    """What is moved and not added up: backends lack some types of numbers."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """parts[0] + parts[1] + …, in this order and this type, in a tensor of its own."""
+    total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
         total += part
     return total
@@ -258,12 +276,12 @@ class World:
             dist.barrier()  # gloo connects at the first collective, which can hang when a rank dies before it
         self._host = self.host_ranks(blocks=1)
 
-    def ranks(self, device: torch.device, blocks: int) -> Ranks:
+    def ranks(self, device: torch.device, blocks: int, exchange: ExchangeFormat = "float32") -> Ranks:
         """The placement group of all ranks, for tensors on `device`. To be called by all ranks."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=self._timeout)
-        ranks = Ranks(self.rank, self.size, group, blocks, device=device)
+        ranks = Ranks(self.rank, self.size, group, blocks, device=device, exchange=exchange)
         ranks.sum(torch.zeros(1, device=device), "start")
         return ranks
 

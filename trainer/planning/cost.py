@@ -157,6 +157,8 @@ class StepCost:
     ema: bool = False
     number_bytes: int = HALF
     """Bytes of a number in products: 2 in bfloat16, 4 in float32."""
+    exchange_bytes: int = FLOAT32
+    """Bytes of a number of a reconstruction that ranks exchange."""
     l0_is_assumed: bool = False
     first_active: float = 0.0
     """Latents per activation at the start, where k is annealed: memory must hold them."""

@@ -4,15 +4,16 @@ With P ranks, batch B, width d, b = ⌈B / P⌉ and K the sum of all k that are 
 
     candidates         8 b K (P − 1)                  keys of value and latent; each rank merges those of b activations
     thresholds         8 b (P − 1) for each k         the key of the k-th largest, to all
-    reconstructions    S(B levels, 4 d)               for each decoding: the sum of latents W_dec
+    reconstructions    S(B levels, e d)               for each decoding: the sum of latents W_dec; e is 4, or 2
     sums               S(1, 4 d)                      b_dec's gradient through the encoder
                        S(d, 4 d) for each matrix      with Muon: the products of momentum with itself
     scalars            S(1, 8) each                   the norm's squares, active latents, what a loss counts
 
 S(rows, bytes) is an all-reduce, 2 (P − 1) / P · rows · bytes. With V blocks of latents that are added in order it is an
-exchange of every block's sums and a gather of the results, (P − 1) · (V / P + 1) · ⌈rows / P⌉ · bytes. BatchTopK counts
-values in two histograms of 2¹⁶ bins and ties in B rows instead of exchanging candidates. `tests/test_sharded_saes.py`
-compares all this with what a step receives, to the byte.
+exchange of every block's sums and a gather of the results, (P − 1) · (V / P + 1) · ⌈rows / P⌉ · bytes. Reconstructions
+in bfloat16 are exchanged so without blocks too, with V = P: half the bytes of an all-reduce. BatchTopK counts values in
+two histograms of 2¹⁶ bins and ties in B rows instead of exchanging candidates. `tests/test_sharded_saes.py` compares
+all this with what a step receives, to the byte.
 
 Reviving dead latents, equal values at the threshold of a BatchTopK batch, and reports exchange more.
 """
@@ -36,13 +37,14 @@ def exchanged_bytes(sae: StepCost, ranks: int, blocks: int = 1) -> dict[str, int
     if sae.optimizer.products:
         widths = [width for width, matrix in ((sae.d_in, sae.encoder), (sae.d_out, sae.decoder)) if matrix]
         sums += sum(sum_bytes(width, FLOAT32 * width, ranks, blocks) for width in widths)
+    parts = blocks if sae.exchange_bytes == FLOAT32 else max(blocks, ranks)
     norm = sum_bytes(sae.latent_parameters, KEY_BYTES, ranks, blocks)
     return {
         "candidates": int((ranks - 1) * share * sae.total_k * KEY_BYTES),
         "thresholds": (ranks - 1) * share * selections * KEY_BYTES + sae.batch_selections * of_batch,
         "reconstructions": sae.decodings
         * sae.losses
-        * sum_bytes(sae.batch * sae.levels, sae.d_out * FLOAT32, ranks, blocks),
+        * sum_bytes(sae.batch * sae.levels, sae.d_out * sae.exchange_bytes, ranks, parts),
         "sums": sums,
         "scalars": norm + (1 + sae.scalars) * all_reduce_bytes(KEY_BYTES, ranks),
     }

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from producer.common.addresses import model_directory
 from producer.common.parsing import ParseError, read_object
 from producer.common.toml import show_value
-from trainer.planning.cost import StepCost
+from trainer.planning.cost import FLOAT32, HALF, StepCost
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.training.optimizers.registry import OPTIMIZERS
@@ -58,6 +58,7 @@ def _step_cost(settings: TrainerSettings, sae: SaeSettings, width: int, number_b
         ema=sae.ema_tokens is not None,
         optimizer=OPTIMIZERS[sae.optimizer],
         number_bytes=number_bytes,
+        exchange_bytes=HALF if settings.parallel.exchange == "bfloat16" else FLOAT32,
         **vars(terms),
     )
 

@@ -129,7 +129,10 @@ class Follower:
             torch.set_num_threads(settings.run.threads)
         if settings.run.deterministic:
             use_deterministic_algorithms()
-        self._settings, self._ranks = settings, self._world.ranks(device, settings.parallel.blocks)
+        self._settings, self._ranks = (
+            settings,
+            self._world.ranks(device, settings.parallel.blocks, settings.parallel.exchange),
+        )
 
     def _begin(self, command: Begin) -> None:
         assert self._settings is not None and self._ranks is not None

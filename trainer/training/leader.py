@@ -138,7 +138,8 @@ class Leader:
             nonce.unlink(missing_ok=True)
         if faults:
             raise RunDirectoryError("; ".join(faults))
-        return self.world.ranks(pick_device(settings.optimizer.device), settings.parallel.blocks)
+        parallel = settings.parallel
+        return self.world.ranks(pick_device(settings.optimizer.device), parallel.blocks, parallel.exchange)
 
     def end(self) -> None:
         """Lets the other ranks leave, and leaves the groups."""
