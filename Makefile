@@ -7,7 +7,7 @@ PINS ?= -c deploy/pins.txt
 # Processes of `make test`, each with one thread of arithmetic; "logical" is one per core.
 WORKERS ?= logical
 
-.PHONY: demo test long lint bench gpu gpu-check peers proofs quality watch scale slurm drills clean
+.PHONY: demo test long lint bench gpu gpu-check peers proofs quality scaling-law watch scale slurm drills clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python -m deploy.demo
@@ -58,6 +58,9 @@ slurm: $(VENV)/ready-dev
 
 quality: $(VENV)-peers/ready $(VENV)/ready-dev
 	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m tests.benchmarks.quality
+
+scaling-law: $(VENV)/ready-dev
+	$(BIN)/python -m tests.benchmarks.scaling_law
 
 $(VENV)/ready: pyproject.toml deploy/pins.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Sluice needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'

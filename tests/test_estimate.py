@@ -161,6 +161,16 @@ def test_several_saes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert estimate["memory"]["buffer"] == 131_072 * (2 * 256 + 24)
 
 
+def test_many_saes_have_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """A grid of eighteen: a column for each would be wider than any terminal."""
+    grid = Path(__file__).parent.parent / "deploy" / "scaling.toml"
+    main([str(grid), "--matmul-tflops", "2", "--bandwidth-gbs", "20"])
+    lines = capsys.readouterr().out.splitlines()
+
+    assert sum("topk-" in line and "largest" not in line for line in lines) == 18
+    assert max(map(len, lines)) <= 80
+
+
 def test_the_slower_side_is_told_with_how_many_producers_balance_it(capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's model has two blocks up to its hook: 4 × 256² of attention and 3 × 256 × 768 weights in each."""
     arguments = (DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")

@@ -10,6 +10,9 @@ from trainer.planning import cost
 from trainer.planning.prediction import Estimate
 from trainer.planning.sharding import ShardedStep
 
+MOST_COLUMNS = 6
+"""SAEs that stand beside each other in a terminal of 80 columns."""
+
 
 def show(estimate: Estimate) -> None:
     """Prints the tables, and the sentences below them."""
@@ -33,13 +36,28 @@ def show(estimate: Estimate) -> None:
 
 
 def _steps(estimate: Estimate) -> Table:
-    """A column for each SAE, a row for each part of its step."""
+    """A column for each SAE, a row for each part of its step; of many SAEs, a row for each."""
+    if len(estimate.saes) > MOST_COLUMNS:
+        return _steps_of_many(estimate)
     table = _table("One step, ms", *(sae.name for sae in estimate.saes), "all")
     each = [cost.step_parts(sae, estimate.machine) for sae in estimate.saes]
     for name, total in estimate.parts.items():
         table.add_row(name, *(_ms(parts[name]) for parts in each), _ms(total))
     table.add_section()
     table.add_row("together", *(_ms(sum(parts.values())) for parts in each), _ms(estimate.step_seconds))
+    return table
+
+
+def _steps_of_many(estimate: Estimate) -> Table:
+    table = _table("One step", "ms", "of it", "largest part")
+    for sae in estimate.saes:
+        parts = cost.step_parts(sae, estimate.machine)
+        seconds, largest = sum(parts.values()), max(parts, key=parts.__getitem__)
+        table.add_row(sae.name, _ms(seconds), f"{parts[largest] / seconds:.0%}", largest)
+    table.add_section()
+    largest = max(estimate.parts, key=estimate.parts.__getitem__)
+    share = f"{estimate.parts[largest] / estimate.step_seconds:.0%}"
+    table.add_row("all", _ms(estimate.step_seconds), share, largest)
     return table
 
 
