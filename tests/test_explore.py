@@ -273,7 +273,7 @@ def test_a_latent_is_explained_by_its_word(explorer: Explorer):
 
 
 def test_a_past_is_told_where_nobody_looked(folder: Path, explorer: Explorer, model: LanguageModel):
-    """Directions are in every snapshot; what a latent did is known only of those that were looked at."""
+    """Directions and firing rates in training are in every snapshot; the rest, where latents were measured."""
     publish_snapshot(folder / "run", 1500, [planted_sae(model)])
     try:
         past = explorer.latent("planted", 2).past
@@ -281,6 +281,7 @@ def test_a_past_is_told_where_nobody_looked(folder: Path, explorer: Explorer, mo
             (1000, False), (1500, True), (2000, False),
         ]  # fmt: skip
         assert [round(then.cosine) for then in past] == [-1, -1, 1]
+        assert past[1].training_density == pytest.approx(planted_sae(model).firing_rate[2])
     finally:
         shutil.rmtree(folder / "run" / "snapshots" / "000000001500")
 

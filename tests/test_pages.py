@@ -229,6 +229,8 @@ def test_before_the_model_is_loaded_the_page_says_so(tmp_path: Path):
     assert "still being loaded" in client.get("/").text
     answer = client.get("/v1/latents/small")
     assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+    page = client.get("/latents/small/0", headers={"Accept": "text/html"})
+    assert "is still being loaded.</p>" in page.text  # with one full stop
     handle.disable("monitor.evaluate is false.")
     assert "monitor.evaluate is false." in client.get("/").text
 

@@ -40,5 +40,5 @@ def error_handlers(paths: str, refusal: str) -> Mapping[type[Exception], ErrorHa
 
 def _error_page(message: str, error: HTTPException) -> Response:
     title = "Not yet" if error.status_code == 503 else "Not here"
-    html = render("error.html", title=title, text=f"{message[:1].upper()}{message[1:]}.")
+    html = render("error.html", title=title, text=f"{message[:1].upper()}{message[1:].removesuffix('.')}.")
     return html_response(html, error.status_code)

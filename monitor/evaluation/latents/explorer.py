@@ -51,7 +51,7 @@ from monitor.run_directory import NotFoundError, snapshots_until
 from monitor.snapshot_index import manifest_of
 from producer.lm.model import LanguageModel
 from producer.settings import CorpusSettings
-from trainer.snapshot import SnapshotError
+from trainer.snapshot import SnapshotError, read_sparsity
 
 SNAPSHOTS_SHOWN = 24
 """Snapshots in which a latent is shown; of more, evenly spaced ones."""
@@ -227,7 +227,10 @@ class Explorer:
         if row_then.shape != row_now.shape:
             return None
         then = LatentInSnapshot(
-            snapshot=name, tokens=int(name), cosine=float(torch.cosine_similarity(row_then, row_now, 0))
+            snapshot=name,
+            tokens=int(name),
+            cosine=float(torch.cosine_similarity(row_then, row_now, 0)),
+            training_density=10 ** float(read_sparsity(folder)[latent]),
         )
         with suppress(*GONE, SnapshotError):
             summary = self._summary(self._saes.open_folder(folder), latent)

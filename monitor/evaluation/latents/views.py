@@ -157,8 +157,10 @@ class LatentInSnapshot:
     tokens: int
     cosine: float
     """Cosine of the decoder row in this snapshot with the one in the snapshot of the page."""
+    training_density: float
+    """Firing rate over the recent tokens of training."""
     density: float | None = None
-    """None, as `strongest`, where the monitor has not gathered the activations of this snapshot's latents."""
+    """On held-out text; None, as `strongest`, where the monitor has not gathered this snapshot's latents."""
     strongest: float | None = None
     top_tokens: list[str] = field(default_factory=list)
 

@@ -38,6 +38,7 @@ function curvesOf(measure, stage) {
 function frontierOf(measure) {
   const points = content.saes.filter((sae) => sae.l0 !== null && sae[measure] !== null);
   const byTitle = Object.fromEntries(points.map((sae) => [sae.title, sae]));
+  const middle = Math.max(...points.map((sae) => sae.l0)) / 2;
   const best = (content.frontiers[measure] ?? []).map((title) => byTitle[title]).filter(Boolean);
   return [
     { name: "frontier", x: best.map((sae) => sae.l0), y: best.map((sae) => sae[measure]), mode: "lines", type: "scatter", line: { color: css("--dim"), dash: "dot", width: 1.5 }, hoverinfo: "skip" },
@@ -47,7 +48,7 @@ function frontierOf(measure) {
       y: [sae[measure]],
       text: [sae.title],
       mode: points.length > 12 ? "markers" : "markers+text",
-      textposition: "top center",
+      textposition: sae.l0 > middle ? "middle left" : "middle right", // inside the chart
       textfont: { size: 10, color: css("--dim") },
       type: "scatter",
       cliponaxis: false,
