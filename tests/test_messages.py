@@ -150,7 +150,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("sae.0.d_sae=0", "sae.0.d_sae = 0: expected a number above 0. How many latents."),
     (
         "sae.0.architecture=top-k",
-        'sae "topk": architecture = "top-k" is not one of topk, batchtopk, jumprelu, relu, tied, gated, repair (did',
+        'sae "topk": architecture = "top-k" is not one of topk, batchtopk, jumprelu, relu, p_anneal, tied, gated',
     ),
     ("sae.0.matryoshka=256", "sae.0.matryoshka = 256: expected a list, such as matryoshka = [256, 1024, 4096]. Sizes"),
     ("sae.0.name=", 'sae.0.name = "": expected text that is not empty, such as name = "topk". Its folder'),
