@@ -32,7 +32,7 @@ def loss(
     b_dec = params.get("b_dec", torch.zeros_like(y[0]))
     centred = not is_transcoder and s.architecture != "repair"
     read = x - b_dec if centred else x
-    pre_acts = read @ W_enc.T + params["b_gate" if s.architecture == "gated" else "b_enc"]
+    pre_acts = read @ W_enc.T + params.get("b_gate", params.get("b_enc", 0.0))
     skipped = x @ params["W_skip"].T if s.skip else 0.0
 
     def fidelity(latents: Tensor, W_dec: Tensor = W_dec, b_dec: Tensor = b_dec) -> Tensor:
@@ -59,6 +59,14 @@ def loss(
         magnitude = (read @ W_enc.T) * params["r_mag"].exp() + params["b_mag"]
         latents = (pre_acts > 0) * magnitude.relu()
         total = fidelity(latents) + weight * gate.sum() + fidelity(gate, W_dec.detach(), b_dec.detach())
+    elif s.architecture == "matching_pursuit":
+        latents, rest = torch.zeros_like(pre_acts), read
+        for _ in range(s.k):
+            index = (rest @ W_dec.T).argmax(1)
+            value = (rest * W_dec[index]).sum(1, keepdim=True).relu()
+            rest = rest - value * W_dec[index]
+            latents = latents.scatter_add(1, index[:, None], value)
+        total = fidelity(latents)
     elif s.architecture == "p_anneal":
         latents = pre_acts.relu()
         power = (latents + 0.01) ** s.p(tokens) - 0.01 ** s.p(tokens)

@@ -58,6 +58,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "p_anneal": {"architecture": "p_anneal", "sparsity_weight": 3.0, "anneal_tokens": 400},
     "tied": {"architecture": "tied", "sparsity_weight": 3.0},
     "gated": {"architecture": "gated", "sparsity_weight": 3.0},
+    "matching_pursuit": {"architecture": "matching_pursuit", "k": 6},
     "repair": {"architecture": "repair", "train": "all", "start_from": "somewhere"},
 }
 """Every architecture, alone and in the roles it can have."""

@@ -20,7 +20,7 @@ from trainer.training.sae_trainer import SaeTrainer
 
 SCALES = {"a": 0.37, "b": 2.5}
 """Of the two hooks, far enough apart to notice when they are mixed up."""
-AUTOENCODERS = [kind for kind in FAMILY if "coder" not in kind and kind != "repair"]
+AUTOENCODERS = [kind for kind in FAMILY if "coder" not in kind and kind not in ("repair", "matching_pursuit")]
 
 
 def test_a_threshold_is_to_be_exceeded() -> None:

@@ -104,7 +104,7 @@ QUICK: dict[str, dict[str, Any]] = {
 def all_cases() -> dict[str, dict[str, Any]]:
     """Every kind of SAE with every way to revive its latents."""
     cases = {}
-    for name in FAMILY:
+    for name in FAMILY.keys() - {"matching_pursuit"}:
         for revival in [{}] if name in ("tied", "repair") else [{}, AUXK, RESAMPLE, REINITIALISE]:
             cases[f"{name} {revival.get('revive', '')}".strip()] = case(name, **revival)
     penalised: dict[str, Any] = {"target_l0": None, "sparsity_weight": 0.5}

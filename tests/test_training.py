@@ -382,9 +382,9 @@ def resumable() -> list[tuple[str, str, dict[str, Any]]]:
     cases = []
     for kind in FAMILY:
         extras = dict(EXTRAS)
-        if "coder" not in kind and kind != "repair":
+        if "coder" not in kind and kind not in ("repair", "matching_pursuit"):
             extras["whitening"] = {"whitening": True, "ema_tokens": 200}
-        if kind in ("tied", "repair"):
+        if kind in ("tied", "repair", "matching_pursuit"):
             del extras["last resort"]
         if kind in ("relu l1", "gated", "relu l1_norm"):
             extras["resampling"] = {"revive": "resample", "revive_tokens": 96}

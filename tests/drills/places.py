@@ -64,6 +64,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.kernels.portable": ("trainer/kernels/portable.py", "test_kernels"),
     "trainer.kernels.cpu": ("trainer/kernels/cpu.py", "test_kernels"),
     "trainer.saes.annealing": ("trainer/saes/annealing.py", "test_annealing"),
+    "trainer.saes.architectures.matching_pursuit": (
+        "trainer/saes/architectures/matching_pursuit.py", "test_matching_pursuit", "test_gradients",
+    ),
     "trainer.saes.hooks": ("trainer/saes/hooks.py", "test_run", "test_evaluate"),
     "trainer.saes.base": ("trainer/saes/base.py", "test_gradients", "test_saes", "test_training"),
     "trainer.saes.parameters": ("trainer/saes/parameters.py", "test_saes"),

@@ -110,6 +110,8 @@ FAMILY = {
         sae("relu-skip-transcoder", "relu", sparsity_weight=3.0, target=TARGET, skip=True),
         sae("tied", "tied", sparsity_weight=3.0),
         sae("gated", "gated", sparsity_weight=3.0),
+        sae("p-anneal", "p_anneal", sparsity_weight=3.0, anneal_tokens=50_000),
+        sae("matching-pursuit", "matching_pursuit", k=8),
         sae("gated-whitening", "gated", sparsity_weight=3.0, whitening=True),
     ]
 }

@@ -15,7 +15,7 @@ from trainer.training.optimizers.registry import optimizer_class
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(600)]
 
 STEPS, RATE = 20, 1e-2
-TOLERANCE = {"signum": 1e-5, "muon": 0.03}
+TOLERANCE = {"signum": 1e-5, "muon": 0.08}
 """Of the change of W, relative to its norm: sparsify orthogonalises in bfloat16."""
 
 

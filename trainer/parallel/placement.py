@@ -40,6 +40,11 @@ def world_fault(settings: TrainerSettings, world_size: int) -> str | None:
 def sae_fault(sae: SaeSettings, parallel: ParallelSettings, ranks: int) -> str | None:
     """Why `ranks` ranks cannot share this SAE, and what to change; None when they can."""
     parts = max(ranks, parallel.blocks)
+    if parts > 1 and not sae.IS_SHARDED:
+        return (
+            f"sae {show_value(sae.name)}: architecture {sae.architecture} compares all latents again for each that it "
+            "chooses: train it on one rank, with parallel.blocks = 1"
+        )
     if parts == 1 or sae.d_sae >= LATENTS_PER_UNIT * parts:
         return None
     why = f"{ranks} ranks" if ranks >= parallel.blocks else f"parallel.blocks = {parallel.blocks}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.saes import registry
-from trainer.saes.published import FormatError, SaeWeights, activation_of
+from trainer.saes.published import Activation, FormatError, SaeWeights, activation_of
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,17 @@ def equations_of(cfg: Mapping[str, Any], weight_names: frozenset[str]) -> Equati
         training_equations=_indented(rest),
         inference="\n".join(
             (
-                f"pre_acts = {'(x − b_dec)' if is_centred else 'x'} W_enc + {activation.vectors[0]}",
+                f"pre_acts = {'(x − b_dec)' if is_centred else 'x'} {_encoder(activation)}",
                 f"latents  = {activation.name}(pre_acts)",
                 f"x_hat    = latents W_dec + b_dec{' + x W_skipᵀ' if has_skip else ''}",
             )
         ),
         activation=f"{activation.name}: {(inspect.getdoc(activation) or '').rstrip('.')}",
     )
+
+
+def _encoder(activation: Activation) -> str:
+    return "W_decᵀ" if activation.is_tied else f"W_enc + {activation.vectors[0]}"
 
 
 def is_in_saelens(cfg: Mapping[str, Any]) -> bool:

@@ -89,6 +89,8 @@ class PublishedSae:
         if (activation := activation_of(str(self.cfg["architecture"]))) is None:
             raise AssertionError("the configuration was checked")
         self.activation = activation
+        if activation.is_tied and "W_dec" in shapes:
+            shapes = {**shapes, "W_enc": shapes["W_dec"]}
         self.d_sae, self.d_in, self.d_out = _sizes(self.cfg, activation, shapes)
         self.has_skip = "W_skip" in shapes
 
@@ -117,6 +119,8 @@ class PublishedSae:
                     weights[ours] = part[:].float()
                 else:
                     weights[ours] = (part[:, rows].T.contiguous() if is_column else part[rows]).float()
+        if self.activation.is_tied:
+            weights["W_enc"] = weights["W_dec"]
         for name, value in weights.items():
             if not value.isfinite().all():
                 raise SnapshotError(f"its {name} holds numbers that are not finite")
@@ -210,7 +214,10 @@ def _sizes(cfg: dict[str, Any], activation: Activation, shapes: Shapes) -> tuple
 def to_saelens(sae: SaeWeights) -> Files:
     """For sae_lens.SAE.load_from_disk."""
     sae.activation.require_saelens(sae)
-    return {"cfg.json": sae.cfg, "sae_weights.safetensors": sae.weights | {"W_enc": sae.weights["W_enc"].T}}
+    weights = sae.weights | {"W_enc": sae.weights["W_enc"].T}
+    if sae.activation.is_tied:
+        del weights["W_enc"]
+    return {"cfg.json": sae.cfg, "sae_weights.safetensors": weights}
 
 
 def to_jumprelu(sae: SaeWeights) -> Files:

@@ -28,8 +28,9 @@ class InferenceSae:
         self.activation = activation = require_activation(cfg)
         self.hooks = SaeHooks.from_metadata(cfg.get("metadata", {}))
         self.centred = bool(cfg.get("apply_b_dec_to_input", not architecture.endswith(TRANSCODER)))
-        self.W_enc, self.W_dec, self.b_dec = weights["W_enc"], weights["W_dec"], weights["b_dec"]
-        self.b_enc = weights[activation.vectors[0]]
+        self.W_dec, self.b_dec = weights["W_dec"], weights["b_dec"]
+        self.W_enc = self.W_dec.T if activation.is_tied else weights["W_enc"]
+        self.b_enc = self.W_dec.new_zeros(()) if activation.is_tied else weights[activation.vectors[0]]
         self.threshold, self.W_skip = weights.get("threshold"), weights.get("W_skip")
 
     @property

@@ -81,6 +81,8 @@ class Activation(ABC):
     has_transcoder: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of its weights of length d_sae; the first is the bias of the pre-activations."""
+    is_tied: ClassVar[bool] = False
+    """W_enc is W_decᵀ, and is not stored; there is no bias of the pre-activations."""
     unit_rows: ClassVar[bool] = True
     """Decoder norms may be folded into the encoder: no choice of latents changes."""
     decided_by: ClassVar[Literal["latent", "largest", "row"]] = "row"

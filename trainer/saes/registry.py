@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, str | type] = {
     "p_anneal": "trainer.saes.architectures.p_anneal:PAnneal",
     "tied": "trainer.saes.architectures.tied:Tied",
     "gated": "trainer.saes.architectures.gated:Gated",
+    "matching_pursuit": "trainer.saes.architectures.matching_pursuit:MatchingPursuit",
     "repair": "trainer.saes.architectures.repair:Repair",
 }
 """Subclasses of `trainer.saes.base.Sae`, or MODULE:CLASS, by the value of `architecture` in a run file."""

@@ -52,6 +52,8 @@ def weights_on_disk(file: TensorFile, cfg: Mapping[str, Any]) -> WeightsOf:
     def weights_of(latents: range) -> dict[str, Tensor]:
         first, end = latents.start, latents.stop
         rows = {name: torch.from_numpy(file.read_rows(name, first, end)) for name in ("W_dec", *activation.vectors)}
+        if activation.is_tied:
+            return shared | rows
         return shared | rows | {"W_enc": torch.from_numpy(file.read_columns("W_enc", first, end))}
 
     return weights_of

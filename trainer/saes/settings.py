@@ -78,14 +78,17 @@ class SaeSettings(Table):
     """Values that `revive` may have."""
     HAS_TRANSCODER: ClassVar[bool] = True
     """The architecture can reconstruct another hook than it reads."""
+    IS_SHARDED: ClassVar[bool] = True
+    """Ranks can share its latents."""
 
     name: str = Field(min_length=1, max_length=64, examples=["topk"])
     """Its folder in a snapshot and its label in the metrics: letters, digits, dot, dash, underscore."""
     architecture: str = Field(examples=["topk"])
     """topk: the k largest latents of each activation. batchtopk: k per activation on average. jumprelu: a learned
     threshold per latent. relu: an L1-like penalty. tied: relu with one matrix for both directions. gated: which latents
-    are active, and how much, apart. p_anneal: relu whose penalty turns from L1 towards a count of latents. repair: a
-    trained relu or tied SAE, its suppressed latents rescaled. (Matryoshka is a key, not an architecture.)"""
+    are active, and how much, apart. p_anneal: relu whose penalty turns from L1 towards a count of latents.
+    matching_pursuit: latents are chosen one by one. repair: a trained relu or tied SAE, its suppressed latents
+    rescaled. (Matryoshka is a key, not an architecture.)"""
 
     hook: str | None = None
     """Which of model.hooks it reads; without it, the only one. `blocks.*.hook_resid_post` makes an SAE of each layer,

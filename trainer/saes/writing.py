@@ -108,7 +108,9 @@ class SaeFiles:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         sae = self._sae
-        shapes: dict[str, tuple[int, ...]] = {"W_dec": (sae.d_sae, sae.d_out), "W_enc": (sae.d_in, sae.d_sae)}
+        shapes: dict[str, tuple[int, ...]] = {"W_dec": (sae.d_sae, sae.d_out)}
+        if not self._activation.is_tied:
+            shapes["W_enc"] = (sae.d_in, sae.d_sae)
         shapes |= {name: (sae.d_sae,) for name in sorted(self._activation.vectors)}
         return shapes | {name: tuple(value.shape) for name, value in self._shared.items()}
 
@@ -135,7 +137,8 @@ class SaeFiles:
             columns[:, unit.start - slab.start : unit.stop - slab.start] = folded["W_enc"].numpy().T
             for name in ("W_dec", *self._activation.vectors):
                 file.write_rows(name, unit.start, folded[name].numpy())
-        file.write_columns("W_enc", slab.start, columns)
+        if not self._activation.is_tied:
+            file.write_columns("W_enc", slab.start, columns)
 
     def _scaled(self, latents: range) -> dict[str, Tensor]:
         """Weights of some latents of this rank as in training, for scaled activations; W_enc [n, d_in]."""
