@@ -26,17 +26,18 @@ import torch
 import transformers
 from prometheus_client import CollectorRegistry
 
+from monitor.evaluation.errors import EvaluationError
 from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.follow import Evaluator, Stopped
-from monitor.evaluation.held_out import EvaluationError, held_out_windows
-from monitor.evaluation.passes import DEFAULT_MEMORY, MemoryLimits, in_stream
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from monitor.summary import complete_summary
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
+from producer.corpus.held_out import NoHeldOutText, held_out_windows
 from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
+from producer.lm.passes import DEFAULT_MEMORY, MemoryLimits, in_stream
 from producer.packing import pack_activations
 from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
@@ -426,7 +427,7 @@ def test_advice_without_held_out_text_is_what_mends_it(
 ):
     """A larger fraction of one shard is none: then shards must be smaller."""
     corpus: Any = SimpleNamespace(shards=shards, held_out_shards=held_out, documents=lambda shard: [])
-    with pytest.raises(EvaluationError) as error:
+    with pytest.raises(NoHeldOutText) as error:
         held_out_windows(corpus, model.tokenizer, CorpusSettings(kind="text", paths=["a"]), tokens=10)
 
     assert str(error.value).startswith(advice)

@@ -16,15 +16,15 @@ import monitor.cli.evaluate_snapshot as command
 from monitor.cli.evaluate import main
 from monitor.evaluation.evaluator import Baseline, evaluate
 from monitor.evaluation.follow import Evaluator
-from monitor.evaluation.held_out import HeldOutText, held_out_windows, spread_order
 from monitor.evaluation.inputs import load_inputs
-from monitor.evaluation.passes import MemoryLimits, TimeLimit
 from monitor.evaluation.results import read_evaluation
 from monitor.metrics import MonitorMetrics
 from monitor.settings import MonitorSettings
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
+from producer.corpus.held_out import HeldOutText, held_out_windows, spread_order
 from producer.corpus.rendering.windows import Windows
+from producer.lm.passes import MemoryLimits, TimeLimit
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import Export, identity_sae, publish_snapshot, start_run
 from trainer.saes.inference import load_sae
@@ -134,7 +134,7 @@ def test_later_snapshots_are_measured_on_what_there_was_time_for(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The monitor says so; numbers of snapshots compare, and say how much of the text they are of."""
-    monkeypatch.setattr("monitor.evaluation.passes.windows_in_memory", lambda *_: 1)
+    monkeypatch.setattr("producer.lm.passes.windows_in_memory", lambda *_: 1)
     caplog.set_level(logging.INFO)
     settings = read_run_file(
         MonitorSettings, run_file, ["monitor.evaluate=true", "monitor.evaluation_seconds=0.000001"]
@@ -181,7 +181,7 @@ def test_what_was_and_was_not_measured_is_said(
     run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The share of the text that there was time for, and measures that the monitor alone takes."""
-    monkeypatch.setattr("monitor.evaluation.passes.windows_in_memory", lambda *_: 1)
+    monkeypatch.setattr("producer.lm.passes.windows_in_memory", lambda *_: 1)
     assert main([str(run_file), "--seconds", "0.000001", "--save"]) == 0
     output = capsys.readouterr().out
     assert "ΔCE" in output and "% of the held-out text, spread over it; --seconds gives it more time" in output
@@ -194,7 +194,7 @@ def test_ctrl_c_shows_what_was_measured(
     run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the text, numbers are of its beginning; before the first, there is nothing to show."""
-    monkeypatch.setattr("monitor.evaluation.passes.windows_in_memory", lambda *_: 1)
+    monkeypatch.setattr("producer.lm.passes.windows_in_memory", lambda *_: 1)
     passes = 0
 
     def interrupted(*arguments: Any, **options: Any) -> Any:

@@ -16,7 +16,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from monitor.evaluation.follow import Evaluator
-from monitor.evaluation.held_out import held_out_windows
 from monitor.evaluation.latents.activations import LatentActivations, births, gather_latents, load_latents
 from monitor.evaluation.latents.examples import example_at
 from monitor.evaluation.latents.explorer import Explorer
@@ -24,7 +23,6 @@ from monitor.evaluation.latents.logit_lens import LogitLens
 from monitor.evaluation.latents.search import DensityRange, LatentSearch, SearchError
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import NGram
-from monitor.evaluation.passes import MemoryLimits
 from monitor.http.explorer_handle import ExplorerHandle
 from monitor.http.latent_pages import latent_page
 from monitor.metrics import MonitorMetrics
@@ -33,8 +31,10 @@ from monitor.settings import MonitorSettings
 from producer.common.metrics import new_registry
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
+from producer.corpus.held_out import held_out_windows
 from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
+from producer.lm.passes import MemoryLimits
 from producer.settings import CorpusSettings
 from tests.small_reading import DENSE, HOOK, VALUE, WORDS, planted_sae, read_run, run_file, small_model, tokens_of
 from tests.small_run import publish_snapshot

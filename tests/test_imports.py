@@ -16,10 +16,10 @@ PACKAGES = ("producer", "trainer", "monitor")
 CONTRACTS = {
     "producer": {
         "producer.wire", "producer.report", "producer.metrics", "producer.settings", "producer.keys",
-        # for evaluation: the language model, and the text it reads
+        # for evaluation and tuning: the language model, and the text it reads
         "producer.lm.model", "producer.lm.loading", "producer.lm.errors", "producer.lm.unembedding",
-        "producer.lm.precision", "producer.lm.revisions", "producer.corpus", "producer.corpus.rendering.windows",
-        "producer.corpus.sources.jsonl",
+        "producer.lm.passes", "producer.lm.precision", "producer.lm.revisions", "producer.corpus",
+        "producer.corpus.held_out", "producer.corpus.rendering.windows", "producer.corpus.sources.jsonl",
         # what every process needs
         *(f"producer.common.{path.stem}" for path in (ROOT / "producer/common").glob("*.py")),
     },

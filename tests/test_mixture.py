@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from monitor.evaluation.evaluator import Baseline, evaluate
-from monitor.evaluation.held_out import held_out_text
 from producer.common.run_file import read_run_file, show_settings
 from producer.common.toml import SettingsError
 from producer.corpus import CorpusError, Text, open_text
+from producer.corpus.held_out import held_out_text
 from producer.corpus.mixture import shards_in_epoch
 from producer.corpus.rendering.windows import windows_of
 from producer.lm.loading import load_language_model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import monitor.evaluation.probing
-from monitor.evaluation.held_out import EvaluationError
+from monitor.evaluation.errors import EvaluationError
 from monitor.evaluation.probing import (
     LabelledTexts,
     accuracy_by_k,

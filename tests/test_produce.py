@@ -19,9 +19,9 @@ import transformers
 import zmq
 from torch import Tensor
 
-from monitor.evaluation.passes import in_stream
 from producer.corpus.rendering.windows import Windows
 from producer.lm.errors import ModelError
+from producer.lm.passes import in_stream
 from producer.packing import MAX_CHUNK_ROWS, chunk_slices, chunk_windows, pack_activations
 from producer.produce import TextPrefetcher
 from producer.report import ProducerReport

@@ -16,11 +16,10 @@ from rich.table import Table
 
 from monitor.cli.progress import progress_bar
 from monitor.evaluation.compatibility import why_incompatible
+from monitor.evaluation.errors import EvaluationError
 from monitor.evaluation.evaluator import Progress, evaluate
-from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.inputs import EvaluationInputs, PublishedSnapshot, load_inputs
 from monitor.evaluation.measures import Measure, Stage, measures
-from monitor.evaluation.passes import TimeLimit
 from monitor.evaluation.results import Evaluation, write_evaluation
 from monitor.publishing.folder import find_snapshot
 from monitor.settings import MonitorSettings
@@ -29,6 +28,7 @@ from producer.common.shell import shell_command
 from producer.common.toml import SettingsError
 from producer.corpus import CorpusError
 from producer.lm.errors import ModelError
+from producer.lm.passes import TimeLimit
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.snapshot import SnapshotError
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from monitor.evaluation.latents.activations import LatentActivations
-from monitor.evaluation.passes import Replacement, windows_in_memory
 from producer.lm.model import LanguageModel
+from producer.lm.passes import Replacement, windows_in_memory
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from monitor.evaluation.passes import recording
+from monitor.evaluation.errors import EvaluationError
 from producer.lm.model import LanguageModel
+from producer.lm.passes import NormBounds, recording
 from trainer.saes.inference import InferenceSae
 
 
@@ -33,6 +36,15 @@ def why_incompatible(model: LanguageModel, sae: InferenceSae) -> str | None:
             "writes: spliced in, it would read what it has changed itself. Its l0 and fvu in training stand"
         )
     return None
+
+
+def refuse_unknown_bounds(hooks: Sequence[str], bounds: NormBounds) -> None:
+    """Raises EvaluationError when a bound is of a hook that the model has not."""
+    if unknown := sorted(bounds.keys() - set(hooks)):
+        raise EvaluationError(
+            f"the stream drops activations by their norm at {', '.join(unknown)}, which the run file's model.hooks "
+            "lacks; give the monitor the run file that the producers have"
+        )
 
 
 def _order_of_hooks(model: LanguageModel) -> list[str]:

@@ -62,9 +62,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from monitor.evaluation.compatibility import why_incompatible
-from monitor.evaluation.held_out import EvaluationError
-from monitor.evaluation.passes import (
+from monitor.evaluation.compatibility import refuse_unknown_bounds, why_incompatible
+from monitor.evaluation.errors import EvaluationError
+from monitor.evaluation.results import Evaluation, Value
+from monitor.evaluation.tallies import Mean, Tally
+from producer.corpus.rendering.windows import Windows
+from producer.lm.model import LanguageModel
+from producer.lm.passes import (
     DEFAULT_MEMORY,
     MemoryLimits,
     NormBounds,
@@ -74,14 +78,9 @@ from monitor.evaluation.passes import (
     activations_by_hook,
     in_stream,
     recording,
-    refuse_unknown_bounds,
     splicing,
     spread_passes,
 )
-from monitor.evaluation.results import Evaluation, Value
-from monitor.evaluation.tallies import Mean, Tally
-from producer.corpus.rendering.windows import Windows
-from producer.lm.model import LanguageModel
 from trainer.saes.inference import InferenceSae
 from trainer.snapshot import finite
 

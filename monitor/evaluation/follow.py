@@ -16,14 +16,13 @@ from dataclasses import replace
 from monitor.evaluation.ablation import ablation_effects
 from monitor.evaluation.births import BirthTracker
 from monitor.evaluation.compatibility import why_incompatible
+from monitor.evaluation.errors import EvaluationError
 from monitor.evaluation.evaluator import Baseline, Progress, evaluate
-from monitor.evaluation.held_out import EvaluationError
 from monitor.evaluation.inputs import EvaluationInputs, PublishedSnapshot, load_inputs
 from monitor.evaluation.latents.activations import gather_latents, load_latents
 from monitor.evaluation.latents.explanation import mean_f1
 from monitor.evaluation.latents.explorer import Explorer
 from monitor.evaluation.measures import Stage, measures
-from monitor.evaluation.passes import TimeLimit
 from monitor.evaluation.probing import probe_accuracy
 from monitor.evaluation.results import Evaluation, read_evaluation, write_evaluation
 from monitor.history import append_evaluation
@@ -34,6 +33,7 @@ from monitor.settings import MonitorSettings
 from monitor.snapshot_index import index_of
 from producer.corpus import CorpusError
 from producer.lm.errors import ModelError
+from producer.lm.passes import TimeLimit
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.snapshot import SnapshotError, is_complete
 

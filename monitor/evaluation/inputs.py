@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from monitor.evaluation.errors import EvaluationError
 from monitor.evaluation.evaluator import Baseline
-from monitor.evaluation.held_out import EvaluationError, HeldOutText, held_out_text
-from monitor.evaluation.passes import NormBounds
 from monitor.evaluation.probing import LabelledTexts, read_labelled_texts
 from monitor.settings import MonitorSettings
 from monitor.snapshot_index import manifest_of
 from producer.corpus import open_text
+from producer.corpus.held_out import HeldOutText, held_out_text
 from producer.corpus.rendering.windows import Windows
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel
+from producer.lm.passes import NormBounds
 from producer.lm.revisions import first_settings, settings_of
 from producer.settings import ModelSettings
 from trainer.snapshot import Manifest

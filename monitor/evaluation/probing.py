@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.held_out import EvaluationError
-from monitor.evaluation.passes import DEFAULT_MEMORY, NormBounds, activations_by_hook, in_stream, passes
+from monitor.evaluation.errors import EvaluationError
 from producer.corpus import CorpusError
 from producer.corpus.rendering.windows import Windows, separated, windows_of
 from producer.corpus.sources.jsonl import read_records
 from producer.lm.model import LanguageModel
+from producer.lm.passes import DEFAULT_MEMORY, NormBounds, activations_by_hook, in_stream, passes
 from producer.settings import CorpusSettings
 from trainer.saes.inference import InferenceSae
 

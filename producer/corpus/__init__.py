@@ -16,6 +16,7 @@ In reading order:
     sources/        the kinds: where documents come from, and how data is cut into shards
     rendering/      documents → token ids → windows, the same for every kind
     mixture         open_text: a corpus, or several by weight, as the shards of the stream
+    held_out        the text that a run never trains on, for evaluations
     survey          whether shards can be read, and how unlike they are
     synthetic       activations of known ground truth: no text, and so no Corpus
 

@@ -19,12 +19,13 @@ by probing rather than by the name of its class. In reading order:
     locations    the module that each hook name of the settings refers to
     self_check   the whole model's activations beside the cut model's; causality, padding, overflow
     network      the hooked network that runs passes, from several threads at the same time
+    passes       passes over windows of text, with activations recorded and replaced
     unembedding  the final norm and the head, as a linear map
 
 The data moves through the stages in typed pieces that no later stage changes: ModelLayout, PretrainedModel, BlockChain,
 HookLocation, Observation, HookPoint, SelfCheck, HookedNetwork, LanguageModel. Only the modules of the network itself
 change, at the cut.
 
-The producer, monitor and tests import `model`, `loading`, `errors` and `unembedding`; the trainer imports
-`precision` alone, so nothing is imported here: transformers would come with it.
+The producer, monitor, tests and `trainer.tuning` import `model`, `loading`, `errors`, `passes` and `unembedding`; the
+rest of the trainer imports `precision` alone, so nothing is imported here: transformers would come with it.
 """

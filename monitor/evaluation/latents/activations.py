@@ -28,17 +28,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monitor.evaluation.passes import (
+from monitor.evaluation.compatibility import refuse_unknown_bounds
+from producer.corpus.rendering.windows import Windows
+from producer.lm.model import LanguageModel
+from producer.lm.passes import (
     DEFAULT_MEMORY,
     MemoryLimits,
     NormBounds,
     activations_by_hook,
     in_stream,
     passes,
-    refuse_unknown_bounds,
 )
-from producer.corpus.rendering.windows import Windows
-from producer.lm.model import LanguageModel
 from trainer.saes.inference import InferenceSae
 from trainer.state.durable import new_file
 

@@ -25,8 +25,8 @@ from monitor.evaluation.latents.snapshot_saes import SnapshotSae
 from monitor.evaluation.latents.text_reader import TextReader
 from monitor.evaluation.latents.texts import Texts
 from monitor.evaluation.latents.views import NextTokenEffect, TokenProbability, TriedText
-from monitor.evaluation.passes import Replacement
 from producer.lm.model import LanguageModel
+from producer.lm.passes import Replacement
 
 Mode = Literal["ablate", "steer"]
 

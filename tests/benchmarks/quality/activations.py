@@ -16,8 +16,8 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monitor.evaluation.held_out import held_out_windows
 from producer.corpus import open_corpus
+from producer.corpus.held_out import held_out_windows
 from producer.corpus.rendering.windows import Windows, windows_of
 from producer.lm.loading import load_language_model
 from producer.lm.model import LanguageModel

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from monitor.evaluation.evaluator import Baseline, evaluate
-from monitor.evaluation.held_out import held_out_windows
 from producer.corpus import open_corpus
+from producer.corpus.held_out import held_out_windows
 from producer.lm.loading import load_language_model
 from tests.benchmarks.quality import activations
 from tests.benchmarks.quality.rows import D_SAE, read

@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from producer.corpus import Corpus, Text, more_shards_advice
+from producer.corpus.base import Corpus, CorpusError
+from producer.corpus.mixture import Text
+from producer.corpus.registry import more_shards_advice
 from producer.corpus.rendering.windows import Windows, separated, windows_of
 from producer.settings import CorpusSettings
 
-log = logging.getLogger("sluice.monitor")
+log = logging.getLogger(__name__)
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 SHARDS_SHARING = 8
 """Shards that held-out windows come from, so that one odd file does not decide the numbers."""
 
 
-class EvaluationError(ValueError):
-    """The run cannot be evaluated, or a snapshot not with this model and text; `str(error)` says what to do."""
+class NoHeldOutText(CorpusError):
+    """Nothing was held out; `str(error)` says what to change."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def spread_order(count: int) -> np.ndarray:
 def held_out_text(text: Text, tokenizer: Any, tokens: int) -> HeldOutText:
     """Gathers `tokens` kept positions of text never trained on, of each corpus of a mixture its share.
 
-    Raises EvaluationError where there is no text.
+    Raises NoHeldOutText where there is no text.
     """
     if not text.shares:
         part = text.parts[0]
@@ -70,21 +72,21 @@ def held_out_text(text: Text, tokenizer: Any, tokens: int) -> HeldOutText:
             continue
         try:
             gathered = held_out_windows(part.corpus, tokenizer, part.settings, max(1, round(tokens * part.share)))
-        except EvaluationError as error:
+        except NoHeldOutText as error:
             log.warning("[[corpus]] %s is not evaluated on: %s", part.name, error)
             continue
         windows.append(gathered)
         corpora[part.name] = slice(first, first + len(gathered))
         first += len(gathered)
     if not windows:
-        raise EvaluationError("no corpus of the mixture holds out any text; raise held_out in a [[corpus]]")
+        raise NoHeldOutText("no corpus of the mixture holds out any text; raise held_out in a [[corpus]]")
     return HeldOutText(_joined(windows), corpora)
 
 
 def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, tokens: int) -> Windows:
     """Windows of text never trained on, until they hold `tokens` kept positions or the text ends; always the same ones.
 
-    Equal shares come from the first few held-out shards, and what one lacks from the next. Raises EvaluationError where
+    Equal shares come from the first few held-out shards, and what one lacks from the next. Raises NoHeldOutText where
     there is no text.
     """
     shards = corpus.held_out_shards
@@ -97,7 +99,7 @@ def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, t
         if missing <= 0:
             break
     if missing == tokens:
-        raise EvaluationError(_no_text(corpus, settings))
+        raise NoHeldOutText(_no_text(corpus, settings))
     return _joined(parts)
 
 

@@ -1,4 +1,4 @@
-"""Passes of the language model over held-out text: activations recorded and replaced at its hooks, and which count."""
+"""Passes of a language model over windows of text: activations recorded and replaced at its hooks, and which count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.evaluation.held_out import EvaluationError, spread_order
+from producer.corpus.held_out import spread_order
 from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
 
@@ -145,12 +145,3 @@ def in_stream(activations: Mapping[str, Tensor], kept: Tensor, bounds: NormBound
         norm = torch.linalg.vector_norm(activations[hook], dim=-1, dtype=torch.float32)
         streamed = streamed & ((norm <= bound) | ~norm.isfinite())
     return streamed
-
-
-def refuse_unknown_bounds(hooks: Sequence[str], bounds: NormBounds) -> None:
-    """Raises EvaluationError when a bound is of a hook that the model has not."""
-    if unknown := sorted(bounds.keys() - set(hooks)):
-        raise EvaluationError(
-            f"the stream drops activations by their norm at {', '.join(unknown)}, which the run file's model.hooks "
-            "lacks; give the monitor the run file that the producers have"
-        )
