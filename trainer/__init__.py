@@ -12,6 +12,7 @@
     control/      requests of a person to a running trainer
     planning/     what a run will cost
     scaling/      what the losses of a grid of SAEs say of larger ones
+    tuning/       a published SAE tuned for what the language model does with it
     snapshot      a published SAE on disk
     reporting     where reports go: metrics.jsonl, Prometheus, the log
     report        what the loop reports

@@ -46,6 +46,8 @@ Beside it:
       how fast a run would be, and what it would hold, before it starts
   {shell_command("trainer", "fit", "RUN_DIR")}
       the scaling law of a grid of SAEs, and the loss of the next size
+  {shell_command("trainer", "tune", "RUN_DIR")} …
+      tune a published SAE for what the language model does with its reconstruction
 Each has a --help of its own."""
 
 COMMANDS = {
@@ -54,6 +56,7 @@ COMMANDS = {
     "export": "trainer.saes.export",
     "estimate": "trainer.planning.estimate",
     "fit": "trainer.scaling.fit",
+    "tune": "trainer.tuning.command",
 }
 """Commands, and the modules whose `main` carries them out."""
 

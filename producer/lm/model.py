@@ -96,12 +96,18 @@ class LanguageModel:
         self._check_window(tokens)
         return self.network.activations(tokens, padding, positions)
 
-    def logits(self, tokens: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+    def logits(
+        self,
+        tokens: Tensor,
+        replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        gradients: bool = False,
+    ) -> Tensor:
         """Logits `[windows, context, vocabulary]` of the whole model, with activations replaced under way.
 
         Each function of `replace` is given the activation at the hook it is named for, `[windows, context, width]`,
-        and returns what takes its place. Raises ModelError for a model that was cut or has no head, for names that
-        are not hooks, and for a replacement of another shape.
+        and returns what takes its place. With `gradients`, logits can be differentiated by what was returned; without,
+        they are inference tensors. Raises ModelError for a model that was cut or has no head, for names that are not
+        hooks, and for a replacement of another shape.
         """
         replace = replace or {}
         if unknown_names := sorted(set(replace) - {hook.name for hook in self.hooks}):
@@ -118,6 +124,7 @@ class LanguageModel:
                 for hook, location in zip(self.hooks, self.network.locations, strict=True)
                 if hook.name in replace
             ],
+            gradients,
         )
 
     def unembedding(self) -> Unembedding:

@@ -74,12 +74,15 @@ class HookedNetwork:
             for index in range(len(self.locations))
         ]
 
-    def logits(self, ids: Tensor, functions: Iterable[tuple[HookLocation, HookFunction]] = ()) -> Tensor:
+    def logits(
+        self, ids: Tensor, functions: Iterable[tuple[HookLocation, HookFunction]] = (), gradients: bool = False
+    ) -> Tensor:
         """Logits `[windows, context, vocabulary]` of a pass with `functions` attached to their locations.
 
-        Raises ModelError for a network without a head.
+        With `gradients`, autograd follows what the functions return from there to the logits; of nothing else is there
+        a graph, for the parameters require no gradient. Raises ModelError for a network without a head.
         """
-        with torch.inference_mode(), ExitStack() as handles:
+        with torch.inference_mode(not gradients), torch.set_grad_enabled(gradients), ExitStack() as handles:
             for location, function in functions:
                 handles.enter_context(attach(location, function))
             output = self._run(ids)

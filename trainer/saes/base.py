@@ -44,7 +44,7 @@ from trainer.parallel import products, selection
 from trainer.parallel.blocks import blocks_of_subset
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.saes.encoder import BlockwiseEncoder, Encoded
-from trainer.saes.gradients import THROUGH_ENCODER, Gradients, Reconstruction
+from trainer.saes.gradients import THROUGH_ENCODER, Gradients, OutputLoss, Reconstruction
 from trainer.saes.parameters import SaeParameters
 from trainer.saes.published import ALL_LATENTS, Activation, SaeWeights
 from trainer.saes.settings import SaeSettings
@@ -72,6 +72,9 @@ class Sae(SaeParameters, ABC):
     """Fraction of active latents above which a full matrix holds them: a matter of speed alone."""
     trainable: frozenset[str] | None = None
     """Names of the parameters that the optimizer changes; None for all."""
+    output_loss: OutputLoss | None = None
+    """What replaces the squared error of y_hat, such as a loss of what a language model makes of it. For one level and
+    without `skip`."""
 
     def __init__(
         self, settings: SaeSettings, widths: tuple[int, ...], d_out: int | None = None, ranks: Ranks = ALONE
@@ -179,26 +182,30 @@ class Sae(SaeParameters, ABC):
         """Gives the next step the memory of these gradients: to allocate it anew takes longer than to fill it."""
         self._spare_gradients = {name: gradients[name] for name in ("W_enc", "W_dec") if name in gradients}
 
-    def reconstruct(self, latents: Latents, x: Tensor, y: Tensor) -> Reconstruction:
+    def reconstruct(self, latents: Latents, x: Tensor, y: Tensor, is_auxiliary: bool = False) -> Reconstruction:
         """y_hat and its loss; `latents` are split at `ends`, and those up to the end of each level must reconstruct y.
 
-        Collective.
+        The loss is the squared error, or `output_loss` unless this reconstruction `is_auxiliary`. Collective.
         """
+        output_loss = None if is_auxiliary else self.output_loss
         W_dec, skipped = self.operand("W_dec"), x @ self.parameters["W_skip"].T if self.settings.skip else None
         y = y if skipped is None else y - skipped
         levels = len(self.settings.levels)
         weight = 1.0 / (levels * len(y) * self.variance)
-        if levels == 1 and self.ranks.is_whole:
+        if levels == 1 and self.ranks.is_whole and output_loss is None:
             y_hat, g, square, sampled = latents.decode(W_dec, self.b_dec, y, weight)
             result = Reconstruction(y_hat, weight * square.sum(), g, g, sampled)
         else:
             y_hats = products.multiply(self.ranks, latents, W_dec, self.blocks, len(y), levels)
             y_hats = (y_hats.cumsum(0) if levels > 1 else y_hats) + self.b_dec
             errors = y_hats - y
-            g = 2 * weight * errors
+            loss, g = weight * errors.square().sum(), 2 * weight * errors
+            if output_loss is not None:
+                loss, dy_hat = output_loss(y_hats[-1], loss, g[-1])
+                g = dy_hat[None]
             dlevels = (g.flip(0).cumsum(0).flip(0) if levels > 1 else g).flatten(0, 1)
             sampled = products.sample(latents, dlevels, W_dec, self.blocks, len(y))
-            result = Reconstruction(y_hats[-1], weight * errors.square().sum(), dlevels, g.sum(0), sampled)
+            result = Reconstruction(y_hats[-1], loss, dlevels, g.sum(0), sampled)
         return result if skipped is None else replace(result, y_hat=result.y_hat + skipped)
 
     def backward(

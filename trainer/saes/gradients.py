@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,6 +13,11 @@ from trainer.saes.settings import SHARED_PARAMETERS
 THROUGH_ENCODER = "b_dec through the encoder"
 """Beside gradients while several ranks share an SAE: the part of b_dec's from each block of a rank's latents, [blocks,
 d]. `Sae.sum_shared` sums it over all ranks."""
+
+
+OutputLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(y_hat [batch, d_out], its squared error in units of variance, the gradient of that by y_hat) → the loss to train on
+and its gradient by y_hat."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ class SaeTrainer:
         self.learning_rate = 0.0
         """That of the last step."""
         self.skipped_steps = 0
+        self.sparsity_share = 1.0
+        """Share of the penalty, beside its warm-up; tuning holds L0 with it."""
         self._optimizer_settings = optimizer
         self._seed = seed
         self._whitening: Whitening | None = None
@@ -126,7 +128,9 @@ class SaeTrainer:
         cooldown = self.schedule.cooldown
         self.learning_rate = self.schedule.rate(self.tokens)
         dead = self.statistics.silent_for(revive_tokens(self.settings))
-        sparsity = warmup_factor(self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens))
+        sparsity = self.sparsity_share * warmup_factor(
+            self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens)
+        )
         gradients = self.sae.gradients(x, y, dead, sparsity)
         self.sae.sum_shared(gradients.of)
         norm = self.optimizer.step(gradients.of, self.learning_rate)

@@ -110,7 +110,7 @@ class Gated(Sae):
         scaled = r * (gate.value - gate.at(self.b_enc))  # exp(r_mag) u
         latents = gate.with_value((scaled + gate.at(self.parameters["b_mag"])).relu() * is_open)
         main = self.reconstruct(latents, x, y)
-        frozen = self.reconstruct(gate, x, y)
+        frozen = self.reconstruct(gate, x, y, is_auxiliary=True)
         l1 = sparsity * self.settings.sparsity_weight * weight
         losses = {"reconstruction": main.loss, "sparsity": l1 * gate.value.sum(), "gate": frozen.loss}
 

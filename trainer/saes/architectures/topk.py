@@ -184,7 +184,7 @@ class FixedK(Sae):
         add(grads, self.output_gradients(x, main.dy_hat))
         losses = {"reconstruction": main.loss}
         if weight:
-            multi = self.reconstruct(encoded.latents[1], x, y)
+            multi = self.reconstruct(encoded.latents[1], x, y, is_auxiliary=True)
             add(grads, self.backward_through(encoded, 1, multi, weight))
             add(grads, self.output_gradients(x, weight * multi.dy_hat))
             losses["multi_topk"] = weight * multi.loss
