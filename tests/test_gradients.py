@@ -45,6 +45,7 @@ CASES = FAMILY | {
     "gated auxk": FAMILY["gated"] | {"revive": "auxk", "k_aux": 4},
     "gated crosscoder": FAMILY["gated"] | CROSSCODER,
     "repair scale": FAMILY["repair"] | {"train": "scale"},
+    "repair decoder": FAMILY["repair"] | {"train": "decoder"},
 }
 
 

@@ -364,7 +364,7 @@ def quality(sae_trainer: SaeTrainer, x: Tensor) -> tuple[float, float]:
     return float(fvu), float(decoded.square().sum() / (centred * decoded).sum())
 
 
-@pytest.mark.parametrize("train", ["scale", "scale+decoder"])
+@pytest.mark.parametrize("train", ["scale", "decoder", "scale+decoder"])
 def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
     train: str, shrunk: tuple[Path, Tensor], tmp_path: Path
 ) -> None:
@@ -389,6 +389,9 @@ def test_repair_keeps_exactly_the_active_latents_and_mends_the_rest(
         ("scale", {"scale"}),
         ("scale+decoder", {"scale", "W_dec", "b_dec"}),
         ("scale+encoder", {"scale", "W_enc", "b_enc"}),
+        ("decoder", {"W_dec", "b_dec"}),
+        ("encoder", {"W_enc", "b_enc"}),
+        ("decoder+encoder", {"W_dec", "b_dec", "W_enc", "b_enc"}),
         ("all", {"scale", "W_dec", "b_dec", "W_enc", "b_enc"}),
     ],
 )

@@ -21,7 +21,7 @@ from producer.lm.model import LanguageModel
 from producer.lm.passes import MemoryLimits
 from tests import dense_reference as reference
 from tests.small_language_models import load, tiny
-from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
+from tests.small_model import HOOK, WORDS
 from tests.small_tuning import D_SAE, FAMILY, finished_run, sae_settings
 from trainer.__main__ import main
 from trainer.saes import registry
@@ -38,11 +38,6 @@ from trainer.tuning.text import Cursor, TuningText
 NEVER = threading.Event()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_model(write_model(tmp_path_factory.mktemp("model") / "model"))
-
-
 def some_windows(count: int = 5, context: int = 10) -> Windows:
     """Random text behind a BOS, the end of the last window padded."""
     ids = np.random.default_rng(0).integers(2, WORDS + 2, (count, context))
@@ -57,9 +52,13 @@ def some_windows(count: int = 5, context: int = 10) -> Windows:
 # The gradient ---------------------------------------------------------------------------------------------------------
 
 
+MIDDLE = "blocks.1.hook_resid_post"
+
+
 @pytest.fixture(scope="module")
-def precise_model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    model = load_model(write_model(tmp_path_factory.mktemp("model") / "model"))
+def precise_model() -> LanguageModel:
+    """A random GPT-2 of four blocks in float64, whose norms do not round to float32 as a Llama's do."""
+    model = load(tiny("gpt2"), MIDDLE, whole=True)
     model.network.module.double()
     model.network.dtype = torch.float64
     return model
@@ -83,7 +82,7 @@ def dense_latents(s: Any, params: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def dense_divergence(model: LanguageModel, windows: Windows, kept: Tensor, x_hat: Tensor) -> Tensor:
-    """KL by plain autograd: a forward hook of torch on block 0 of the transformers model, all windows at a time."""
+    """KL by plain autograd: a forward hook of torch on block 1 of the transformers model, all windows at a time."""
     ids = torch.from_numpy(windows.ids)
     network: Any = model.network.module
 
@@ -93,7 +92,7 @@ def dense_divergence(model: LanguageModel, windows: Windows, kept: Tensor, x_hat
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     clean = network(input_ids=ids).logits
-    handle = network.model.layers[0].register_forward_hook(replace_output)
+    handle = network.transformer.h[1].register_forward_hook(replace_output)
     spliced = network(input_ids=ids).logits
     handle.remove()
     real = ~torch.from_numpy(windows.padded)
@@ -108,9 +107,9 @@ def test_the_gradient_is_that_of_plain_autograd(precise_model: LanguageModel, ar
     """Through a real model and the whole SAE, in float64: every gradient to 1e-9, a window at a time or all at once."""
     settings = sae_settings(architecture, revive="none")
     torch.manual_seed(0)
-    sae = registry.get(architecture)(settings, (WIDTH,))
+    sae = registry.get(architecture)(settings, (precise_model.hooks[0].width,))
     windows = some_windows()
-    downstream = Downstream(precise_model, HOOK, {}, loss, scale=0.5, memory=MemoryLimits(logits=1))
+    downstream = Downstream(precise_model, MIDDLE, {}, loss, scale=0.5, memory=MemoryLimits(logits=1))
     x = 0.5 * downstream.read(windows)
     sae.initialise(x.float(), x.float(), torch.Generator().manual_seed(1))
     sae.parameters = {
@@ -130,12 +129,12 @@ def test_the_gradient_is_that_of_plain_autograd(precise_model: LanguageModel, ar
     total = beside + (alpha * kl if loss == "kl" else 0.5 * (mse + alpha * kl))
     total.backward()
 
-    assert downstream.kl == pytest.approx(float(kl), rel=1e-9)
+    assert downstream.kl == pytest.approx(float(kl.detach()), rel=1e-9)
     torch.testing.assert_close(sum(ours.loss.values()), total.detach(), rtol=1e-9, atol=1e-12)
     for name, parameter in params.items():
         assert parameter.grad is not None
         scale = float(parameter.grad.norm())
-        torch.testing.assert_close(ours.of[name], parameter.grad, rtol=1e-8, atol=1e-9 * scale + 1e-12)
+        torch.testing.assert_close(ours.of[name], parameter.grad, rtol=1e-9, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_tuning_lowers_the_divergence_at_the_same_l0(tmp_path: Path, architectur
     folder = tmp_path / "tuned" / "snapshots" / name
     cfg = read_object(folder / "small" / "cfg.json")
 
-    assert result.after.kl < 0.9 * result.before.kl
+    assert result.after.kl < 0.95 * result.before.kl
     assert result.after.l0 == pytest.approx(result.before.l0, rel=0.1)
     verify(folder)
     check(folder / "small")

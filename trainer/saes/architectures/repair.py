@@ -4,8 +4,10 @@
     L = |x − x_hat|² / variance
 
 Training starts from a ReLU SAE, whose penalty has shrunk each latent by an amount that depends on its size. `train`
-names the parameters that may change: scale only, scale+decoder, scale+encoder, or all. While the encoder does not
-change, every activation keeps exactly the active latents it had. For that, b_dec is not subtracted from x: at the start
+names the parameters that may change, in every combination of the source. While the encoder does not change, every
+activation keeps exactly the active latents it had; where it does, nothing holds the number of them. Decoder rows keep
+unit norm beside a scale, which does the same; without one they are free, and their norms are folded into the encoder
+on export. So that the active latents stay, b_dec is not subtracted from x: at the start
 it is moved into b_enc where necessary. s is kept above zero, where a latent would vanish for good, and is folded into
 W_enc and b_enc on export.
 """
@@ -32,6 +34,9 @@ TRAINABLE = {
     "scale": {"scale"},
     "scale+decoder": {"scale", "W_dec", "b_dec"},
     "scale+encoder": {"scale", "W_enc", "b_enc"},
+    "decoder": {"W_dec", "b_dec"},
+    "encoder": {"W_enc", "b_enc"},
+    "decoder+encoder": {"W_dec", "b_dec", "W_enc", "b_enc"},
     "all": {"scale", "W_dec", "b_dec", "W_enc", "b_enc"},
 }
 MINIMUM_SCALE = 1e-3
@@ -45,12 +50,18 @@ class RepairSettings(SaeSettings):
     HAS_TRANSCODER: ClassVar[bool] = False
 
     architecture: Literal["repair"] = "repair"
-    train: Literal["scale", "scale+decoder", "scale+encoder", "all"] = "scale+decoder"
+    train: Literal["scale", "decoder", "encoder", "scale+decoder", "scale+encoder", "decoder+encoder", "all"] = (
+        "scale+decoder"
+    )
     """Parameters that may change. While the encoder does not, the active latents stay exactly the same."""
 
     @property
     def centred(self) -> bool:
         return False
+
+    @property
+    def unit_decoder(self) -> bool:
+        return super().unit_decoder and (self.train == "encoder" or "scale" in TRAINABLE[self.train])
 
     def cost_terms(self) -> CostTerms:
         return replace(super().cost_terms(), latent_parameters=len(TRAINABLE[self.train] - set(SHARED_PARAMETERS)))
