@@ -2,11 +2,11 @@
 
 `python -m trainer ctl …` sends a command to a running trainer, `python -m trainer check …` verifies a run directory,
 `python -m trainer export …` converts a snapshot, `python -m trainer estimate …` predicts the cost of a run,
-`python -m trainer fit …` fits a scaling law. `--help` answers at once; torch is imported by the settings of the first
-SAE. On SIGTERM, Ctrl-C, a closed terminal and the signals of batch systems (SIGUSR1, SIGUSR2) the trainer writes a
-checkpoint and leaves; the same command resumes from it. `torchrun … -m trainer RUN.toml` trains on many ranks: this
-module is each of them, and rank 0 does all of the above, while the others follow it. Exit codes: 0 finished or stopped,
-1 failed, 2 bad settings.
+`python -m trainer fit …` fits a scaling law, `python -m trainer tune …` tunes a published SAE end to end. `--help`
+answers at once; torch is imported by the settings of the first SAE. On SIGTERM, Ctrl-C, a closed terminal and the
+signals of batch systems (SIGUSR1, SIGUSR2) the trainer writes a checkpoint and leaves; the same command resumes from
+it. `torchrun … -m trainer RUN.toml` trains on many ranks: this module is each of them, and rank 0 does all of the
+above, while the others follow it. Exit codes: 0 finished or stopped, 1 failed, 2 bad settings.
 """
 
 from __future__ import annotations

@@ -163,6 +163,8 @@ def _settings(name: str, folder: Path, raw: dict[str, Any]) -> SaeSettings:
         "tokens": None,
         "learning_rate": None,
         "sparsity_warmup_tokens": 0,
+        "anneal_tokens": 0,
+        "anneal_from": None,
     }
     fields = type(settings).model_fields
     return settings.model_copy(update={key: value for key, value in changes.items() if key in fields})
