@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ class TuningSource:
         return raw.get("learning_rate") or self.run.optimizer.learning_rate
 
 
-def read_run(directory: Path, overrides: Sequence[str]) -> TrainerSettings:
+def read_run(directory: Path, overrides: list[str]) -> TrainerSettings:
     """The settings of a run directory. Raises TuningError or SettingsError."""
     path = directory / "settings.toml"
     if not path.is_file():
