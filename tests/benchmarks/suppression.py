@@ -75,7 +75,7 @@ def _train(folder: Path, rows: Tensor, options: dict[str, object], arguments: ar
         warmup_tokens=len(rows) // 20,
         cooldown=0.8 if is_repair else 0.3,
     )
-    hooks, scale = SaeHooks((HOOK,), (HOOK,)), scale_of(rows[:8192], HOOK)
+    hooks, scale = SaeHooks((HOOK,), (HOOK,)), scale_of(rows[:8192])
     trainer = SaeTrainer(
         settings, optimizer, hooks, {HOOK: rows.shape[1]}, torch.device("cpu"), torch.float32, run_tokens=len(rows)
     )
