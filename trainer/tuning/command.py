@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete, complete_settings
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
-from producer.common.shell import shell_command
 from producer.common.toml import SettingsError
 from trainer.settings import TrainerSettings
 from trainer.snapshot import SnapshotError
@@ -51,8 +51,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        shell_command("trainer", "tune"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        "trainer",
+        "tune",
+        PURPOSE,
+        (
+            "runs/demo --sae topk --tokens 200000",
+            "runs/demo --sae jumprelu --tokens 1_000_000 --loss kl --to runs/demo-kl",
+            "runs/gpt2 --sae topk --tokens 25_000_000 model.device=cuda",
+        ),
     )
     parser.add_argument("directory", type=path_argument, metavar="RUN_DIR", help="run.directory of the run file")
     overrides = parser.add_argument(

@@ -14,6 +14,7 @@ gradients, written out by hand, go on: see `Sae.output_loss`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ from producer.lm.passes import (
 )
 from trainer.tuning.options import Loss
 
+RECENT = 0.95
+"""Weight of the past in the mean of recent batches, for display alone."""
 SMALLEST_KL = 1e-12
 """A divergence below this is rounding, and no ratio is taken with it."""
 
@@ -67,7 +70,9 @@ class Downstream:
     ) -> None:
         """`scale` is what the SAE multiplies the activations of `hook` with before it reads them."""
         self.kl = float("nan")
-        """KL(P ‖ P_sae) of the last batch, in nats for each prediction."""
+        """KL(P ‖ P_sae), in nats for each prediction, in the last batch"""
+        self.mean_kl = float("nan")
+        """and in the mean of recent batches."""
         self._model = model
         self._hook = hook
         self._bounds = bounds
@@ -94,6 +99,8 @@ class Downstream:
         """(the loss, its gradient by y_hat) of scaled reconstructions of what `read` has returned."""
         kl, through_model = self._divergence(y_hat)
         self.kl = float(kl)
+        is_first = math.isnan(self.mean_kl)
+        self.mean_kl = self.kl if is_first else RECENT * self.mean_kl + (1 - RECENT) * self.kl
         alpha = squared_error / kl.clamp_min(SMALLEST_KL)
         if self._loss == "kl":
             return alpha * kl, alpha * through_model

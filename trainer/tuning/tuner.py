@@ -95,8 +95,8 @@ class Tuner:
 
     @property
     def kl(self) -> float:
-        """KL of the last batch."""
-        return self._downstream.kl
+        """KL in the mean of recent batches."""
+        return self._downstream.mean_kl
 
     def step(self) -> None:
         """Trains on one batch of windows. Raises CorpusError."""
