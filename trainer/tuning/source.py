@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from producer.common.run_file import read_run_file
 from producer.common.toml import show_value
 from producer.settings import ModelSettings
-from trainer.saes.formats import read_published
+from trainer.saes.formats import PublishedSae
 from trainer.saes.hooks import SaeHooks
-from trainer.saes.published import SaeWeights
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.snapshot import Manifest, describe_names, read_manifest, snapshot_names
@@ -33,7 +32,8 @@ class TuningSource:
     """Of the snapshot."""
     folder: Path
     """Of the SAE."""
-    weights: SaeWeights
+    metadata: dict[str, Any]
+    """Those of its cfg.json."""
     settings: SaeSettings
     """[[sae]] to tune it with."""
     hook: str
@@ -62,7 +62,7 @@ class TuningSource:
     @property
     def learning_rate(self) -> float | None:
         """The peak of its training, where the run file names it."""
-        raw = self.weights.metadata.get("settings", {})
+        raw = self.metadata.get("settings", {})
         return raw.get("learning_rate") or self.run.optimizer.learning_rate
 
 
@@ -87,16 +87,15 @@ def read_source(directory: Path, run: TrainerSettings, name: str, snapshot: str 
     manifest = read_manifest(folder)
     if name not in manifest.saes:
         raise TuningError(f"snapshot {folder.name} has no SAE {show_value(name)}; it has {', '.join(manifest.saes)}")
-    weights = read_published(folder / name)
-    metadata = weights.metadata
+    metadata = PublishedSae(folder / name).cfg["metadata"]
     hooks = SaeHooks.from_metadata(metadata)
-    if fault := _fault(name, weights, hooks):
+    if fault := _fault(name, metadata, hooks):
         raise TuningError(fault)
     return TuningSource(
         run=run,
         manifest=manifest,
         folder=folder / name,
-        weights=weights,
+        metadata=metadata,
         settings=_settings(name, folder / name, metadata["settings"]),
         hook=hooks.reads[0],
         input_scale=float(metadata["input_scale"]),
@@ -118,10 +117,10 @@ def _newest_with(directory: Path, name: str) -> str:
     )
 
 
-def _fault(name: str, weights: SaeWeights, hooks: SaeHooks) -> str | None:
+def _fault(name: str, metadata: dict[str, Any], hooks: SaeHooks) -> str | None:
     """Why this SAE cannot be tuned; None when it can."""
-    raw = weights.metadata.get("settings")
-    if not isinstance(raw, dict) or not weights.metadata.get("input_scale"):
+    raw = metadata.get("settings")
+    if not isinstance(raw, dict) or not metadata.get("input_scale"):
         return (
             f"sae {show_value(name)}: its cfg.json holds no settings of a training by Sluice; tune one that it trained"
         )

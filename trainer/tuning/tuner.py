@@ -22,6 +22,7 @@ from trainer.report import SaeReport
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import InferenceSae, load_sae
 from trainer.saes.settings import SaeSettings
+from trainer.saes.start import read_start
 from trainer.saes.writing import SaeFiles
 from trainer.snapshot import finite, new_snapshot, snapshot_folder
 from trainer.state.format import SaeState, SaeTensors
@@ -82,7 +83,7 @@ class Tuner:
         self.sae_trainer = SaeTrainer(
             settings, optimizer, hooks, widths, model.device, matmul, run_tokens=options.tokens
         )
-        self.sae_trainer.initialise({source.hook: self._scaled(self._sample).cpu()}, self._scales, source.weights)
+        self.sae_trainer.initialise({source.hook: self._scaled(self._sample).cpu()}, self._scales, read_start(settings))
         self.sae_trainer.sae.output_loss = self._downstream
         self._batches = text.batches(self.cursor)
 
@@ -162,7 +163,7 @@ class Tuner:
         trainer, name = self.sae_trainer, self.source.name
         trainer.calibrate(trainer.sae, {self.source.hook: self._scaled(self._sample)})
         numbers = self.numbers()
-        metadata = self.source.weights.metadata | {
+        metadata = self.source.metadata | {
             "tokens_trained": numbers["tokens"],
             "l0": numbers["l0"],
             "fvu": numbers["fvu"],
