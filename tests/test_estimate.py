@@ -187,6 +187,19 @@ def test_the_slower_side_is_told_with_how_many_producers_balance_it(capsys: pyte
     assert "The largest part of a step: " in text
 
 
+def test_a_run_lasts_as_long_as_its_last_line_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """On one machine the language model and the SAEs take turns: the seconds of a token add up."""
+    arguments = (DEMO, "optimizer.device=cpu", "model.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20")
+    estimate = estimate_of(capsys, *arguments, "run.tokens=3_000_000")
+    main([*arguments, "run.tokens=3_000_000"])
+    text = " ".join(capsys.readouterr().out.split())
+
+    turns = 1 / estimate["tokens_per_second"] + 1 / estimate["producer_tokens_per_second"]
+    assert 86400 * estimate["days"] == pytest.approx(3_000_000 * turns)
+    assert f"Where the two share one machine: {1 / turns:,.0f} tokens/s" in text
+    assert "for 3,000,000 tokens, on one machine" in text and "with enough producers on others" in text
+
+
 def test_what_comes_too_late_is_told_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [DEMO, "optimizer.device=cpu", "--matmul-tflops", "2", "--bandwidth-gbs", "20", "run.tokens=60_000"]
     assert main(arguments) == 0

@@ -114,9 +114,29 @@ class Estimate:
         return _rate(self.saes, self.machine, self.sharded)
 
     @property
+    def shared_rate(self) -> float | None:
+        """Tokens per second where language model and SAEs take turns on one device; None where they do not."""
+        if self.forward is None or not self.shares_machine or self.sharded is not None:
+            return None
+        return 1 / (1 / self.rate + self.forward)
+
+    @property
     def run_rate(self) -> float:
-        """Tokens per second of the run: those of the trainer, if the stream brings as many."""
-        return min(self.rate, self.start.intake_rate)
+        """Tokens per second of the run: those of the trainer, if producers, and the stream, bring as many."""
+        return min(self.shared_rate or self.rate, self.start.intake_rate)
+
+    @property
+    def durations(self) -> dict[str, float]:
+        """Seconds of the run, by what it is of; none for a run without an end."""
+        if self.tokens is None:
+            return {}
+        alone = self.tokens / min(self.rate, self.start.intake_rate)
+        if self.shared_rate is None:
+            return {f"for {self.tokens:,} tokens": alone}
+        return {
+            f"for {self.tokens:,} tokens, on one machine": self.tokens / self.run_rate,
+            "  with enough producers on others": alone,
+        }
 
     @property
     def parts(self) -> dict[str, float]:
@@ -184,9 +204,8 @@ class Estimate:
         sentences = [f"The largest part of a step: {largest}, {share:.0%}; {HINTS[largest]}."]
         if self.forward is not None and self.producers is not None:
             sentences.append(_balance(self.producers, self.rate, 1 / self.forward))
-            if self.shares_machine and self.sharded is None:
-                both = 1 / (1 / self.rate + self.forward)
-                sentences.append(f"Where the two share one machine: {both:,.0f} tokens/s.")
+            if self.shared_rate is not None:
+                sentences.append(f"Where the two share one machine: {self.shared_rate:,.0f} tokens/s.")
         sentences += self.start.sentences(self.rate)
         sentences += self._memory_sentences()
         if assumed := [sae.name for sae in self.saes if sae.l0_is_assumed]:

@@ -75,11 +75,11 @@ def _sharded_steps(step: ShardedStep) -> Table:
 def _totals(estimate: Estimate) -> Table:
     table = _table("The run", "")
     table.add_row("tokens/s of the trainer", f"{estimate.rate:,.0f}")
-    if estimate.tokens is not None:
-        table.add_row(f"for {estimate.tokens:,} tokens", format_duration(estimate.tokens / estimate.run_rate))
+    for title, seconds in estimate.durations.items():
+        table.add_row(title, format_duration(seconds))
     table.add_row(
         "on the wire",
-        f"{format_bytes(estimate.token_bytes)} per token, {format_bytes(estimate.token_bytes * estimate.rate)}/s",
+        f"{format_bytes(estimate.token_bytes)} per token, {format_bytes(estimate.token_bytes * estimate.run_rate)}/s",
     )
     if estimate.sharded is None:
         memory = estimate.memory
@@ -92,7 +92,7 @@ def _totals(estimate: Estimate) -> Table:
         table.add_row("buffer, on the host", format_bytes(estimate.buffer))
     snapshot, checkpoint = (sum(map(size, estimate.saes)) for size in (cost.snapshot_bytes, cost.checkpoint_bytes))
     table.add_row(
-        "a snapshot", f"{format_bytes(snapshot)} every {format_duration(estimate.snapshot_every / estimate.rate)}"
+        "a snapshot", f"{format_bytes(snapshot)} every {format_duration(estimate.snapshot_every / estimate.run_rate)}"
     )
     table.add_row("a checkpoint", f"{format_bytes(checkpoint)} every {format_duration(estimate.checkpoint_every)}")
     return table
