@@ -14,6 +14,9 @@ import pytest
 import torch
 import transformers
 
+from monitor.cli.compare import main
+from monitor.comparison import SameWidth, compare
+from monitor.evaluation.births import BirthTracker
 from producer.common.run_file import read_run_file
 from producer.corpus import open_text
 from producer.settings import ProducerSettings
@@ -192,8 +195,13 @@ def train_on(model: Path, folder: Path, steps: int) -> Path:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_a_killed_run_follows_a_model_under_training(start: Start, tmp_path: Path) -> None:
-    """Checkpoints come while it runs; each name is trained once, under one revision, which snapshots tell."""
+def test_a_killed_run_follows_a_model_under_training(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints come while it runs; each name is trained once, under one revision, which snapshots tell.
+
+    Between the first snapshot and the last, latents turn, which `compare` shows, and pages by their births.
+    """
     (tmp_path / "data").mkdir()
     write_texts(tmp_path / "data")
     model = write_chat_model(tmp_path / "model")
@@ -224,3 +232,14 @@ def test_a_killed_run_follows_a_model_under_training(start: Start, tmp_path: Pat
     revisions = list(dict.fromkeys(stream.get("revision", "") for stream in streams))
     assert (revisions[0], revisions[-1]) == ("", "checkpoint-10")  # checkpoint-5 may be overtaken by the restart
     assert sum(streams[-1]["tokens_by_revision"].values()) == len(expected)
+
+    folders = [snapshots / name for name in snapshot_names(tmp_path / "run")]
+    comparison = compare(folders[0], folders[-1])
+    assert comparison.revisions == ("its first weights", "checkpoint-10")
+    latents = comparison.saes["topk"].latents
+    assert isinstance(latents, SameWidth) and latents.turned
+    born = BirthTracker(tmp_path / "run").births(folders[-1], "topk")
+    turned = {one.latent for one in latents.turned}
+    assert (born[sorted(turned)] > int(folders[0].name)).all(), "a latent that turned is born after the first snapshot"
+    assert main([str(folders[0]), str(folders[-1])]) == 0
+    assert "trained on checkpoint-10 of the language model" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from monitor.comparison import compare
 from producer.lm.errors import ModelError
 from producer.lm.loading import load_language_model
+from producer.lm.model import LanguageModel
 from producer.lm.revisions import FIRST, Revision, first_settings, newest_checkpoint, settings_of
 from producer.settings import CorpusSettings, ModelSettings, ProducerSettings, RunSettings
 from producer.sources.language_model import LanguageModelSource
@@ -114,6 +115,10 @@ def test_a_deterministic_run_cannot_wait_for_checkpoints() -> None:
 # The producer
 
 
+def weight_count(model: LanguageModel) -> int:
+    return sum(parameter.numel() for parameter in model.network.module.parameters())
+
+
 def test_a_producer_reads_the_revision_that_it_is_asked_for(tmp_path: Path) -> None:
     """Its activations are those of that checkpoint alone, with a norm bound of its own, and back again."""
     model = write_chat_model(tmp_path / "model")
@@ -133,8 +138,10 @@ def test_a_producer_reads_the_revision_that_it_is_asked_for(tmp_path: Path) -> N
         return source.activations(0, windows, indices)[0]
 
     first, first_bounds = activations(""), source.revision_bounds
+    first_model = source.model
     second, second_bounds = activations("checkpoint-1"), source.revision_bounds
     alone = load_language_model(settings_of(settings, "checkpoint-1"), tokenizer=source.model.tokenizer)
+    assert weight_count(first_model) == 0 < weight_count(source.model), "memory holds one checkpoint"
     assert torch.equal(second, alone.activations(torch.from_numpy(windows.ids[indices]))[0])
     assert not torch.equal(first, second) and torch.equal(first, activations(""))
     assert first_bounds is not None and second_bounds is not None and second_bounds[0] > 1.5 * first_bounds[0]
@@ -151,8 +158,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
                              watch=str(tmp_path / "out"))  # fmt: skip
     corpus = CorpusSettings(kind="text", paths=[str(tmp_path / "text.txt")], context=16, held_out=0.0)
     source = LanguageModelSource(ProducerSettings(model=settings, corpus=corpus))
+    windows, indices = source.windows(0), np.arange(4)
+    before = source.activations(0, windows, indices)[0].clone()
     with pytest.raises(ModelError, match=r"it is of another model|belongs to another model|tokenizer"):
         source.use_revision("checkpoint-1")
+    assert weight_count(source.model) == 0, "the run's model made room for the checkpoint"
+    source.use_revision("")
+    assert torch.equal(source.activations(0, windows, indices)[0], before)
 
 
 # The trainer

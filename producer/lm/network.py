@@ -7,6 +7,7 @@ passes at the same time.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -55,6 +56,11 @@ class HookedNetwork:
             block.register_forward_pre_hook(self._count_block)
         for index, location in enumerate(self.locations):
             register(location, partial(self._collect, index))
+
+    def release(self) -> None:
+        """Frees the weights, before others are loaded in their place; no pass can run any more."""
+        for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+            tensor.data = tensor.data.new_empty(0)
 
     def activations(self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None) -> list[Tensor]:
         """One `[windows, context, width]` per location, on `device`, in `dtype`, for token ids `[windows, context]`.

@@ -48,7 +48,8 @@ class LanguageModelSource:
         self._model_settings = settings.model
         self.model: LanguageModel = load_language_model(first_settings(settings.model))
         self._tokenizer = self.model.tokenizer
-        self._revision = settings.model.revisions[0] if settings.model.revisions else ""
+        self._revision: str | None = settings.model.revisions[0] if settings.model.revisions else ""
+        """None after a checkpoint that could not be loaded."""
         self._newest = FIRST
         self._outlier_factor = settings.corpus.outlier_factor
         self._revision_bounds: list[float] | None = None
@@ -106,7 +107,10 @@ class LanguageModelSource:
 
     def _load_revision(self, name: str) -> None:
         began = time.monotonic()
-        model = load_language_model(settings_of(self._model_settings, name), tokenizer=self._tokenizer)
+        settings = settings_of(self._model_settings, name)
+        self.model.network.release()  # or the memory of both would be needed
+        self._revision = None
+        model = load_language_model(settings, tokenizer=self._tokenizer)
         widths = {hook.name: hook.width for hook in model.hooks}
         if widths != {hook.name: hook.width for hook in self.hooks} or model.vocabulary != self.model.vocabulary:
             raise ModelError(
