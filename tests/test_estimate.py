@@ -60,10 +60,27 @@ def test_memory_is_four_bytes_a_parameter_and_eight_of_moments() -> None:
 
     assert TINY.parameters == 94
     assert parts["parameters"] == 4 * 94
-    assert parts["two moments"] == 8 * 94
+    assert parts["moments"] == 8 * 94
     assert parts["gradients"] == 4 * 94
     assert parts["bfloat16 copies"] == 2 * 80
     assert parts["pre-activations"] == 2 * 3 * 10  # the batch is smaller than a block
+
+
+def test_an_optimizer_costs_what_its_registry_says() -> None:
+    """Muon keeps half of Adam's moments, and multiplies 2 × 40 weights by [4, 4] twice; matching pursuit encodes k
+    times; an annealed k is held in memory as large as it begins. Sums over SAEs of different kinds have all parts."""
+    plain, muon, pursuit, annealed = step_costs_of(
+        {"name": "plain", "architecture": "topk", "d_sae": 10, "k": 2},
+        {"name": "muon", "architecture": "topk", "d_sae": 10, "k": 2, "optimizer": "muon"},
+        {"name": "pursuit", "architecture": "matching_pursuit", "d_sae": 10, "k": 2},
+        {"name": "annealed", "architecture": "topk", "d_sae": 10, "k": 2, "anneal_tokens": 9, "anneal_from": 7},
+    )
+
+    assert cost.memory_parts(muon, cost.CPU)["moments"] == 4 * 94
+    assert cost.optimizer_flops(muon) == 2 * 2 * 80 * 4 and cost.optimizer_flops(plain) == 0
+    assert cost.product_flops(pursuit) == 2 * cost.product_flops(plain)
+    rows = [cost.memory_parts(sae, cost.CPU)["rows and entries"] for sae in (plain, annealed)]
+    assert rows[1] - rows[0] == cost.ENTRY_MEMORY * 3 * (7 - 2)
 
 
 def test_pre_activations_are_held_in_blocks() -> None:

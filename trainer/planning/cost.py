@@ -48,8 +48,6 @@ TEMPORARY_BYTES = 26
 """Copies of a batch that a step holds at its peak, per element: six in float32, one in bfloat16."""
 ENTRY_MEMORY = 80
 """Indices, orders and values that a step holds, per active latent."""
-MOMENTS = {1: "one moment", 2: "two moments"}
-"""Names of the memory of an optimizer, by the number of tensors that it keeps for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +268,7 @@ def memory_parts(sae: StepCost, kernels: Kernels) -> dict[str, float]:
     elements = sae.batch * (sae.d_in + sae.d_out) / 2 * sae.levels
     return {
         "parameters": FLOAT32 * P * (2 if sae.ema else 1),
-        MOMENTS[sae.optimizer.moments]: FLOAT32 * sae.optimizer.moments * P,
+        "moments": FLOAT32 * sae.optimizer.moments * P,
         "bfloat16 copies": HALF * matrices if sae.number_bytes == HALF else 0.0,
         "gradients": FLOAT32 * P * sae.losses,
         "pre-activations": float(sae.number_bytes) * rows * sae.d_sae,
