@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from monitor.evaluation.evaluator import Baseline, evaluate
+from monitor.evaluation.follow import Evaluator
+from monitor.evaluation.results import read_evaluation
+from monitor.metrics import MonitorMetrics
+from monitor.run_directory import is_finished
+from monitor.settings import MonitorSettings
 from producer.common.parsing import read_object
+from producer.common.run_file import read_run_file
 from producer.corpus import open_text
 from producer.corpus.held_out import held_out_text
 from producer.corpus.rendering.windows import Windows
@@ -290,6 +297,24 @@ def test_another_text_than_the_run_trained_on_is_refused(tmp_path: Path) -> None
     (tmp_path / "a" / "text" / "00.txt").write_text("w1 w2")
     with pytest.raises(TuningError, match="differs from the one that the run was trained on in corpus_fingerprint"):
         session(run, tmp_path / "tuned").run()
+
+
+def test_the_monitor_and_export_read_a_tuned_run_like_any_other(tmp_path: Path) -> None:
+    """Its settings are a run file; its evaluation is the one that the tuning has printed."""
+    run, _ = finished_run(tmp_path / "a", sae_settings("batchtopk"))
+    result = session(run, tmp_path / "tuned", tokens=320).run()
+    assert result is not None
+    settings = read_run_file(
+        MonitorSettings,
+        tmp_path / "tuned" / "settings.toml",
+        ["monitor.evaluation_tokens=300", "monitor.latents_tokens=0"],
+    )
+    Evaluator(settings, MonitorMetrics(CollectorRegistry()), threading.Event()).look()
+    evaluation = read_evaluation(result.folder.parent, "small")
+
+    assert is_finished(tmp_path / "tuned")
+    assert evaluation is not None and evaluation.values["kl"] == pytest.approx(result.after.kl, rel=1e-6)
+    assert main(["export", str(result.folder), "--format", "saelens", "--to", str(tmp_path / "exported")]) == 0
 
 
 # The command ----------------------------------------------------------------------------------------------------------
