@@ -255,7 +255,10 @@ def result_tokens(directory: Path) -> int:
 
 
 class StopAfter(threading.Event):
-    """Is set at the n-th question, or raises an error there as a kill would end the process."""
+    """Is set at the n-th question, or raises an error there as a kill would end the process.
+
+    It is asked once for each batch of held-out windows, which is one here, and before each step.
+    """
 
     def __init__(self, questions: int, error: BaseException | None = None) -> None:
         super().__init__()
@@ -274,7 +277,7 @@ def test_a_tuning_that_was_stopped_and_killed_ends_with_the_same_bits(tmp_path: 
     run, _ = finished_run(tmp_path / "a", sae_settings(architecture))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert session(run, whole).run() is not None
-    assert session(run, parts, StopAfter(5)).run() is None
+    assert session(run, parts, StopAfter(6)).run() is None
     with pytest.raises(SystemExit):
         session(run, parts, StopAfter(7, SystemExit()), save_seconds=0.0).run()
     assert session(run, parts).run() is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,10 @@ def measure_quality(
     windows: Windows,
     sae: InferenceSae,
     bounds: NormBounds,
+    between: Callable[[], None] = lambda: None,
     memory: MemoryLimits = DEFAULT_MEMORY,
 ) -> Quality:
-    """Measures an autoencoder of one hook."""
+    """Measures an autoencoder of one hook; `between` is called after each batch of windows and may raise."""
     (hook,) = sae.hooks.reads
     hooks = [each.name for each in model.hooks]
     width = sae.W_dec.shape[1]
@@ -64,6 +66,7 @@ def measure_quality(
         total += x.double().sum(0)
         activations += len(x)
         predictions += len(targets)
+        between()
     variance = sums["square"] - float(total.square().sum()) / activations
     return Quality(
         ce_clean=sums["ce_clean"] / predictions,

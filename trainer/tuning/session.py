@@ -35,6 +35,10 @@ LOG_SECONDS = 10.0
 SAVE_SECONDS = 60.0
 
 
+class _Stopped(Exception):
+    """The process is asked to end while it measures."""
+
+
 @dataclass(frozen=True)
 class TuningResult:
     """What a tuning has come to."""
@@ -65,7 +69,12 @@ class Session:
 
     def run(self) -> TuningResult | None:
         """Begins, or goes on. Raises TuningError, ModelError, CorpusError, SnapshotError or OSError."""
-        saved = self._load()
+        try:
+            return self._run(self._load())
+        except _Stopped:
+            return None
+
+    def _run(self, saved: SavedTuning | None) -> TuningResult | None:
         source, options = self._source, self._options
         text = open_text(source.run.corpus)
         model = _load_model(source)
@@ -73,7 +82,8 @@ class Session:
         held_out = held_out_text(text, model.tokenizer, options.evaluation_tokens).windows
 
         def measure(folder: Path) -> Quality:
-            return measure_quality(model, held_out, load_sae(folder, model.device), source.norm_bounds)
+            sae = load_sae(folder, model.device)
+            return measure_quality(model, held_out, sae, source.norm_bounds, self._raise_if_stopped)
 
         if saved is None:
             log.info("measuring %s of %s on held-out text", source.name, source.manifest.name)
@@ -100,9 +110,14 @@ class Session:
         if tuner.tokens < options.tokens:
             return None
         folder = tuner.publish(self._directory, *self._facts())
+        log.info("published %s; measuring it", folder)
         after = measure(folder)
         self._write_summary(tuner, seconds, before, after)
         return TuningResult(before, after, folder)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
 
     def _load(self) -> SavedTuning | None:
         """The tuning that is already in the directory. Raises TuningError when it is another one."""
