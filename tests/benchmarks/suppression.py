@@ -67,7 +67,7 @@ def main() -> None:
 
 def _train(folder: Path, rows: Tensor, options: dict[str, object], arguments: argparse.Namespace) -> None:
     """Trains an SAE on rows in random order, and writes it."""
-    settings = SaeSettings.of(name=folder.name, d_sae=arguments.d_sae, **options)
+    settings = SaeSettings.of(name="sae", d_sae=arguments.d_sae, **options)
     is_repair = settings.start_from is not None
     optimizer = OptimizerSettings(
         batch=BATCH,
