@@ -57,7 +57,7 @@ slurm: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -m slurm tests/deploy
 
 quality: $(VENV)-peers/ready $(VENV)/ready-dev
-	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python $(BIN)/python -m tests.benchmarks.quality
+	SLUICE_PEERS_PYTHON=$(CURDIR)/$(VENV)-peers/bin/python nice $(BIN)/python -m tests.benchmarks.quality
 
 scaling-law: $(VENV)/ready-dev
 	$(BIN)/python -m tests.benchmarks.scaling_law

@@ -122,7 +122,10 @@ def small_checkpoint(
     tokens: int = 1000, step: int = 0, parameters: dict[str, Tensor] | None = None, run: str = "run"
 ) -> Checkpoint:
     """A checkpoint of a run with one SAE, `small`, that has these parameters; `step` tells checkpoints apart."""
-    sae = SaeState(variance=1.0, skipped_steps=0, tokens=tokens, joined_at=0, cooldown=None, seed=0, matmul="float32")
+    sae = SaeState(
+        variance=1.0, skipped_steps=0, tokens=tokens, joined_at=0, cooldown=None, seed=0, matmul="float32",
+        planned_tokens=None,
+    )  # fmt: skip
     ledger = LedgerState(
         run=run, seed=0, stream=None, norm_bounds=None, epoch=0, cursor=0, next_serial=0, finished_in_epoch=0,
         rows_trained=tokens, rows_discarded=0, rows_set_aside=0, set_aside=[], sessions_lost=0, rejected={}, errors={},

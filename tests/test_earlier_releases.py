@@ -58,11 +58,12 @@ def test_its_checkpoint_is_read_and_written_again_as_it_was(release: Path, name:
     """Every key and every bit: through the typed parts, and through the objects that take them."""
     (folder,) = complete_folders(release / "runs" / name / "checkpoint")
     document, tensors = json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors")
-    document |= {"format": 5, "blocks": 1, "latents": {}}  # what later versions have added
+    document |= {"format": 6, "blocks": 1, "latents": {}}  # what later versions have added
     ledger_parts = {"newest_revision": "", "newest_revision_number": 0, "revision_bounds": {}}
     document["ledger"] |= {"trained_by_corpus": {}, "trained_by_revision": {}} | ledger_parts
     document["ledger"]["stream"] |= {"revision": "", "revision_number": 0, "corpora": []}
     document["ledger"]["open"] = [shard | {"revision": ""} for shard in document["ledger"]["open"]]
+    document["saes"] = {name: sae | {"planned_tokens": None} for name, sae in document["saes"].items()}
     settings = read_run_file(TrainerSettings, release / RUNS[name], [])
     checkpoint = load_newest(release / "runs" / name)
     assert checkpoint is not None and checkpoint.document.ledger.stream is not None

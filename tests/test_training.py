@@ -30,7 +30,7 @@ from trainer.stream.buffer import Batch
 from trainer.training.optimizers.adam import Adam
 from trainer.training.run import Run, scale_of
 from trainer.training.sae_trainer import SaeTrainer
-from trainer.training.schedule import Cooldown, default_learning_rate, warmup_factor
+from trainer.training.schedule import Cooldown, warmup_factor
 from trainer.training.statistics import HALF_LIFE_TOKENS, Statistics, half_life_tokens
 
 
@@ -598,11 +598,6 @@ def test_an_sae_without_an_end_is_never_finished() -> None:
 
     assert sae_trainer.schedule.cooldown is None
     assert sae_trainer.phase is not SaePhase.FINISHED
-
-
-def test_the_default_learning_rate_falls_with_the_root_of_the_width() -> None:
-    """2e-4 at 2¹⁴ latents, half of it at 2¹⁶."""
-    assert (default_learning_rate(2**14), default_learning_rate(2**16)) == (2e-4, 1e-4)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("relu l1", "sparsity"), ("jumprelu", "sparsity"), ("gated", "sparsity")])

@@ -3,6 +3,7 @@
     __main__      `python -m trainer RUN.toml`
     app           the trainer as a process
     settings      [buffer] [optimizer] [parallel] [snapshots] [checkpoint] of the run file, and all of it together
+    defaults      learning rate, warm-up and revival by the length of a run
     stream/       activations in: ledger, intake, buffer
     saes/         one module per architecture, with its settings, and how SAEs are published
     kernels/      sparse products and selection

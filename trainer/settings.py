@@ -54,7 +54,7 @@ class OptimizerSettings(Table):
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of matrices in products, whose sums are float32; auto takes bfloat16 where it is faster here."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Adam's rate; without it, 2e-4 / sqrt(d_sae / 16384) per SAE, after Gao et al. (2024)."""
+    """Adam's rate; without it, one for the width of each SAE and the number of its tokens (docs/runs.md)."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Adam's decay rates of the first and second moment. One firing of a rare latent moves it by thirty learning rates
     in total if the second is 0.999, by six if it is 0.95, so that fewer latents die at the same error."""
@@ -63,8 +63,9 @@ class OptimizerSettings(Table):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of an SAE's whole gradient; longer ones are scaled down. The loss is in units of variance; 0 never
     clips."""
-    warmup_tokens: Natural = 1_000_000
-    """The learning rate rises linearly over these tokens."""
+    warmup_tokens: Natural | None = None
+    """The learning rate rises linearly over these tokens; without it, over a fifteenth of the run, and at most
+    1,000,000."""
     cooldown: float = Field(default=0.2, ge=0.0, le=1.0)
     """The learning rate falls linearly to zero over this last fraction of run.tokens or of an SAE's own tokens; `ctl
     cooldown` and `detach` take the same fraction of the tokens trained so far."""
@@ -263,7 +264,7 @@ def _late_spans_of(sae: SaeSettings, optimizer: OptimizerSettings, run_tokens: i
     if end is None:
         return
     longer, flat = f"is longer than {what} = {end:_}", round((1 - optimizer.cooldown) * end)
-    if (warmup := optimizer.warmup_tokens) > flat:
+    if (warmup := optimizer.warmup_tokens or 0) > flat:
         if warmup <= end:
             longer = f"is longer than the {flat:_} tokens before the cooldown ({what} = {end:_})"
         yield (
@@ -271,16 +272,12 @@ def _late_spans_of(sae: SaeSettings, optimizer: OptimizerSettings, run_tokens: i
             f"lower it, such as to {max(1, end // 20):_}"
         )
     longer = f"is longer than {what} = {end:_}"
-    if (warmup := sae.sparsity_warmup(optimizer.warmup_tokens)) > end:
+    if (warmup := sae.sparsity_warmup(optimizer.warmup_tokens or 0)) > end:
         yield f"sparsity_warmup_tokens = {warmup:_} {longer}: the penalty never reaches its full weight; lower it"
     if (span := getattr(sae, "anneal_tokens", 0)) > end:
         yield f"anneal_tokens = {span:_} {longer}: active latents never fall to the number that is set; lower it"
     if sae.dead_tokens > end:
-        revived = sae.revive_tokens is None and sae.revival != "none"
-        yield (
-            f"dead_tokens = {sae.dead_tokens:_} {longer}: no latent will count as dead"
-            f"{', and none is revived' if revived else ''}; lower it"
-        )
+        yield f"dead_tokens = {sae.dead_tokens:_} {longer}: no latent will count as dead; lower it"
     for key in ("revive_tokens", "reinitialise_tokens"):
         if (tokens := getattr(sae, key) or 0) > end:
             yield f"{key} = {tokens:_} {longer}: it takes no effect; lower it"

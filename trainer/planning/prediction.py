@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from producer.common.formatting import format_bytes
+from trainer.defaults import LengthSettings, planned_tokens
 from trainer.planning import cost
 from trainer.planning.cost import Machine, StepCost
 from trainer.planning.sharding import USABLE, ShardedStep, fewest_gpus
@@ -56,6 +57,8 @@ class Estimate:
     """The run file puts the language model and the SAEs on the same device."""
     sharded: ShardedStep | None
     """The step on the number of GPUs given by `--gpus` or `--days`; None without them."""
+    schedules: dict[str, LengthSettings]
+    """Learning rate, warm-up and revival of each SAE, by its name."""
     start: Start
     warnings: list[str]
     """Warnings about the settings."""
@@ -95,6 +98,10 @@ class Estimate:
             checkpoint_every=settings.checkpoint.every_seconds,
             shares_machine=settings.model is not None and settings.model.device == settings.optimizer.device,
             sharded=sharded,
+            schedules={
+                sae.name: LengthSettings.of(sae, settings.optimizer, planned_tokens(sae.tokens, settings.run.tokens))
+                for sae in settings.sae
+            },
             start=start,
             warnings=settings.warnings(),
         )
@@ -174,6 +181,7 @@ class Estimate:
                     "memory": cost.memory_parts(sae, machine.kernels),
                     "snapshot_bytes": cost.snapshot_bytes(sae),
                     "checkpoint_bytes": cost.checkpoint_bytes(sae),
+                    **asdict(self.schedules[sae.name]),
                 }
                 for sae in self.saes
             },

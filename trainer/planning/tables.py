@@ -77,6 +77,11 @@ def _totals(estimate: Estimate) -> Table:
     table.add_row("tokens/s of the trainer", f"{estimate.rate:,.0f}")
     for title, seconds in estimate.durations.items():
         table.add_row(title, format_duration(seconds))
+    for schedule in dict.fromkeys(estimate.schedules.values()):
+        names = [name for name, other in estimate.schedules.items() if other == schedule]
+        of_which = "" if len(names) == len(estimate.schedules) else f" of {', '.join(names)}"
+        warmup = f", after a warm-up over {schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else ""
+        table.add_row(f"learning rate{of_which}", f"{schedule.learning_rate:.2g}{warmup}")
     table.add_row(
         "on the wire",
         f"{format_bytes(estimate.token_bytes)} per token, {format_bytes(estimate.token_bytes * estimate.run_rate)}/s",

@@ -114,8 +114,8 @@ class SaeSettings(Table):
     dead_tokens: Positive = 10_000_000
     """A latent silent for this many tokens counts as dead."""
     revive_tokens: Positive | None = None
-    """A latent silent for this many tokens is revived; resampling happens every two such spans. Without it,
-    dead_tokens."""
+    """A latent silent for this many tokens is revived; resampling happens every two such spans. Without it, a 150th of
+    the run, at least 10,000 and at most dead_tokens; without an end, dead_tokens."""
     reinitialise_tokens: Natural = 0
     """Last resort: a latent silent for this many tokens, which nothing else can reach since no activation of the batch
     lifts it above zero, starts anew in the direction of a large error; 0 never. Three times revive_tokens is a fair

@@ -57,6 +57,8 @@ class SaeState:
     seed: int
     matmul: str
     """Number format of its products, a dtype of torch."""
+    planned_tokens: int | None
+    """Tokens that it was to train on when it joined; its defaults follow from them. None: without an end."""
 
 
 @dataclass(frozen=True)

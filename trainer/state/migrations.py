@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-VERSION = 5
+VERSION = 6
 OLDEST_VERSION = 3
 """The oldest version that the migrations begin with."""
 
@@ -60,10 +60,20 @@ def _add_corpora_and_revisions(document: Json) -> Json:
     return document | {"ledger": ledger}
 
 
+def _plan_without_end(document: Json) -> Json:
+    """Up to version 5 the default learning rate was that of runs without an end."""
+    saes = document.get("saes")
+    if not isinstance(saes, dict):
+        return document
+    planned = {name: {"planned_tokens": None} | sae if isinstance(sae, dict) else sae for name, sae in saes.items()}
+    return document | {"saes": planned}
+
+
 MIGRATIONS: list[tuple[int, Callable[[Json], Json]]] = [
     (3, _add_breaches),
     (3, _keep_latents_together),
     (4, _add_corpora_and_revisions),
+    (5, _plan_without_end),
 ]
 """In order: the newest version whose documents need the change, and the change. It leaves its argument alone."""
 

@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from trainer.saes.base import Sae
-from trainer.saes.settings import SaeSettings
 from trainer.training.averaging import AverageWeights
 from trainer.training.optimizers.base import Optimizer
 from trainer.training.statistics import Statistics
-
-
-def revive_tokens(settings: SaeSettings) -> int:
-    """Tokens of silence after which a latent is to be revived."""
-    return settings.revive_tokens or settings.dead_tokens
 
 
 @dataclass(frozen=True)
@@ -33,16 +27,17 @@ class Revival:
     statistics: Statistics
     average: AverageWeights | None
     seed: int
+    silent_tokens: int
+    """Tokens of silence after which a latent is to be revived."""
 
     def replace(self, before: int, tokens: int, x: Tensor, y: Tensor, y_hat: Tensor) -> None:
         """Replaces the latents for which it is due, from a batch x [batch, d_in], y, y_hat [batch, d_out].
 
         `before` and `tokens` are the SAE's tokens before and after this batch.
         """
-        settings, silent_tokens = self.sae.settings, revive_tokens(self.sae.settings)
-        interval = 2 * silent_tokens
+        settings, interval = self.sae.settings, 2 * self.silent_tokens
         if settings.revival == "resample" and before // interval < tokens // interval:
-            latents = self.statistics.silent_for(silent_tokens).nonzero().squeeze(1)
+            latents = self.statistics.silent_for(self.silent_tokens).nonzero().squeeze(1)
             # A transcoder has no bias at its input; about zero, a large mean would make all these latents alike.
             centre = self.sae.b_dec if self.sae.centred else x.mean(0)
             self._redraw(latents, tokens, y - y_hat, x - centre, y - self.sae.b_dec)

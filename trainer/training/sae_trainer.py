@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from producer.lm.precision import dtype_name
+from trainer.defaults import LengthSettings
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.phases import SaePhase
 from trainer.report import SaeReport
@@ -27,9 +28,9 @@ from trainer.settings import OptimizerSettings
 from trainer.state.format import SaeState, SaeTensors, WhiteningState
 from trainer.training.averaging import AverageWeights
 from trainer.training.optimizers.base import Optimizer
-from trainer.training.optimizers.registry import OPTIMIZERS, optimizer_class
-from trainer.training.revival import Revival, revive_tokens
-from trainer.training.schedule import Cooldown, Schedule, default_learning_rate, warmup_factor
+from trainer.training.optimizers.registry import optimizer_class
+from trainer.training.revival import Revival
+from trainer.training.schedule import Cooldown, Schedule, warmup_factor
 from trainer.training.statistics import Statistics
 
 
@@ -64,10 +65,9 @@ class SaeTrainer:
         self.sae: Sae = registry.get(settings.architecture)(settings, widths_in, d_out, ranks)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
-        default_rate = OPTIMIZERS[settings.optimizer].rate_factor * default_learning_rate(settings.d_sae)
         self.schedule = Schedule(
-            peak=settings.learning_rate or optimizer.learning_rate or default_rate,
-            warmup_tokens=optimizer.warmup_tokens,
+            peak=0.0,
+            warmup_tokens=0,
             cooldown_fraction=optimizer.cooldown,
             budget=settings.tokens,
             run_tokens=run_tokens,
@@ -79,12 +79,20 @@ class SaeTrainer:
         self.sparsity_share = 1.0
         """Share of the penalty, beside its warm-up; tuning holds L0 with it."""
         self._optimizer_settings = optimizer
+        self._plan(self.schedule.end)
         self._seed = seed
         self._whitening: Whitening | None = None
         self._average: AverageWeights | None = None
         self._losses: dict[str, Tensor] = {}
         self._grad_norm = math.nan
         self._reset_optimizer(self.sae.b_dec)
+
+    def _plan(self, planned_tokens: int | None) -> None:
+        """Takes the defaults of an SAE that trains on `planned_tokens`, where the settings leave them open."""
+        self._planned_tokens = planned_tokens
+        planned = LengthSettings.of(self.settings, self._optimizer_settings, planned_tokens)
+        self.schedule.peak, self.schedule.warmup_tokens = planned.learning_rate, planned.warmup_tokens
+        self._revive_tokens = planned.revive_tokens
 
     def _reset_optimizer(self, centre: Tensor) -> None:
         """Begins optimizer and statistics for the present parameters; `centre` [d_out] is near the mean of y."""
@@ -127,7 +135,7 @@ class SaeTrainer:
         x, y = self._whiten(x_scaled, y_scaled)
         cooldown = self.schedule.cooldown
         self.learning_rate = self.schedule.rate(self.tokens)
-        dead = self.statistics.silent_for(revive_tokens(self.settings))
+        dead = self.statistics.silent_for(self._revive_tokens)
         sparsity = self.sparsity_share * warmup_factor(
             self.tokens, self.settings.sparsity_warmup(self.schedule.warmup_tokens)
         )
@@ -149,7 +157,7 @@ class SaeTrainer:
         self._losses, self._grad_norm = gradients.loss, norm
 
     def _revival(self) -> Revival:
-        return Revival(self.sae, self.optimizer, self.statistics, self._average, self._seed)
+        return Revival(self.sae, self.optimizer, self.statistics, self._average, self._seed, self._revive_tokens)
 
     def inputs_and_targets(self, activations: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(x [batch, d_in], y [batch, d_out]): what the SAE reads, and what it is to reconstruct."""
@@ -250,6 +258,7 @@ class SaeTrainer:
             cooldown=None if cooldown is None else (cooldown.start, cooldown.end),
             seed=self._seed,
             matmul=dtype_name(self.sae.matmul_dtype),
+            planned_tokens=self._planned_tokens,
         )
         tensors = SaeTensors(
             parameters=self.sae.parameters,
@@ -268,6 +277,7 @@ class SaeTrainer:
         self.sae.matmul_dtype = getattr(torch, state.matmul)
         self.tokens, self._seed = state.tokens, state.seed
         self.schedule.joined_at = state.joined_at
+        self._plan(state.planned_tokens)  # a run that is made longer keeps the learning rate that it has
         self.schedule.requested = None if state.cooldown is None else Cooldown(*state.cooldown)
         self.learning_rate = self.schedule.rate(self.tokens)  # a report may come before the first step
         for name, value in tensors.parameters.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer.defaults import planned_tokens
 from trainer.phases import SaePhase
 
 
@@ -32,11 +33,6 @@ class Cooldown:
         return max(0.0, (self.end - tokens) / max(1, self.end - self.start))
 
 
-def default_learning_rate(d_sae: int) -> float:
-    """2e-4 / sqrt(d_sae / 2¹⁴): the rule of dictionary_learning and sparsify, after Gao et al. 2024 (2406.04093)."""
-    return 2e-4 / (d_sae / 2**14) ** 0.5
-
-
 @dataclass
 class Schedule:
     """See the module's docstring. An SAE may join a run late: its own tokens count, not the run's."""
@@ -55,15 +51,18 @@ class Schedule:
     """The cooldown that an operator asked for."""
 
     @property
+    def end(self) -> int | None:
+        """The SAE's own tokens at its end; None without an end."""
+        return planned_tokens(self.budget, self.run_tokens, self.joined_at)
+
+    @property
     def cooldown(self) -> Cooldown | None:
-        """The cooldown that an operator requested, else one at the end of the smaller budget; None without a budget."""
+        """The cooldown that an operator requested, else one before the end; None without an end."""
         if self.requested is not None:
             return self.requested
-        run_end = None if self.run_tokens is None else self.run_tokens - self.joined_at
-        ends = [end for end in (self.budget, run_end) if end is not None]
-        if not ends or not self.cooldown_fraction:
+        end = self.end
+        if end is None or not self.cooldown_fraction:
             return None
-        end = min(ends)
         return Cooldown(round((1 - self.cooldown_fraction) * end), end)
 
     def rate(self, tokens: int) -> float:

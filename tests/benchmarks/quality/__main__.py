@@ -1,144 +1,70 @@
 """Our SAEs against the peers' own trainers, on the same activations in the same order: `make quality`.
 
-    python -m tests.benchmarks.quality [--stages rates seeds frontier long] [--only TEXT] [--record]
+    python -m tests.benchmarks.quality [--subjects demo smollm2] [--stages default rule rates seeds frontier longer]
+                                       [--only TEXT] [--most N] [--record]
 
+default   ours at the learning rate that the trainer takes when none is set
+rule      our TopK at several rates for other numbers of tokens and latents: what the default rate is fitted to
 rates     every contender at a small grid of learning rates, which grows while the best one lies at its edge
 seeds     the best rate with two more seeds
 frontier  the best rate at other L0: 8, 16, 64, 128
-long      the best rate for more tokens
+longer    the best rate for three times the tokens
 
-A finished cell is kept in runs/quality/cells and never trained again: an interrupted benchmark goes on where it was.
-One cell at a time, on one core. --record puts results and picture beside the README.
+A finished cell is kept in runs/quality/cells and never trained again, nor are those of results.json: an interrupted
+benchmark goes on where it was. One cell at a time, on one core. `--most 0` only prints the tables.
+--record puts results and picture beside the README.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
 import torch
 
-from tests.benchmarks.quality.activations import collect
-from tests.benchmarks.quality.cells import CONTENDERS, FRONTIER, L0, LONG_TOKENS, MOST_SILENT, RATES, SEEDS, Cell
-from tests.benchmarks.quality.evaluate import Examiner
+from tests.benchmarks.quality.bench import HERE, Bench, Result, rate_cells
+from tests.benchmarks.quality.cells import FRONTIER, L0, LONGER, SEEDS, Cell, contenders, ours_at_default, rule_cells
 from tests.benchmarks.quality.picture import draw
+from tests.benchmarks.quality.subjects import SUBJECTS
 from tests.benchmarks.quality.tables import tables
 
-HERE = Path(__file__).parent
-STAGES = ("rates", "seeds", "frontier", "long")
-PEERS_PYTHON = os.environ.get("SLUICE_PEERS_PYTHON", ".venv-peers/bin/python")
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000", "MALLOC_TOP_PAD_": "200000000"}
-"""Dense trainers make 32 MB tensors by the dozen in each step; returning them to the system every time takes longer
-than computing them."""
-
-Result = dict[str, Any]
+STAGES = ("default", "rule", "rates", "seeds", "frontier", "longer")
 
 
-class Bench:
-    """Trains and measures cells, and remembers them on disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.activations = root / "activations.safetensors"
-        self._examiner = Examiner(self.activations)
-        self.results: dict[str, Result] = {}
-        """By the cell's name; each holds the cell, what was measured and how long training took."""
-        for path in sorted((root / "cells").glob("*/result.json")):
-            self.results[path.parent.name] = json.loads(path.read_text())
-
-    def result(self, cell: Cell) -> Result:
-        """Trains and measures the cell unless that is done."""
-        if cell.name not in self.results:
-            folder = self.root / "cells" / cell.name
-            if not (folder / "training.json").exists():
-                self._train(cell, folder)
-            measures = self._examiner.examine(folder)
-            training = json.loads((folder / "training.json").read_text())
-            self.results[cell.name] = {"cell": cell.as_json(), "seconds": training["seconds"], **measures}
-            (folder / "result.json").write_text(json.dumps(self.results[cell.name], indent=1) + "\n")
-        return self.results[cell.name]
-
-    def _train(self, cell: Cell, folder: Path) -> None:
-        if cell.library == "ours":
-            program = [sys.executable, "-m", "tests.benchmarks.quality.ours"]
-        else:
-            program = [PEERS_PYTHON, str(HERE / "peers.py")]
-        arguments = [json.dumps(cell.as_json()), str(self.activations), str(folder)]
-        environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        log = self.root / "training.log"
-        with log.open("w") as output:
-            process = subprocess.run(
-                ["nice", "-n", "10", *program, *arguments], env=environment, stdout=output, stderr=output
-            )
-        if process.returncode:
-            raise SystemExit(f"{cell.name} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-
-    def best(self, contender: Cell) -> Cell:
-        """The contender at the learning rate with the lowest FVU of those that were tried."""
-        cells = [cell for cell in rate_cells(contender, self.results) if cell.name in self.results]
-        if contender.library == "ours":
-            cells = [cell for cell in cells if self.results[cell.name]["silent"] <= MOST_SILENT] or cells
-        return min(cells, key=lambda cell: self.results[cell.name]["fvu"]) if cells else contender
-
-    def expected_seconds(self, cell: Cell) -> float:
-        """From finished cells like it."""
-        alike = [
-            r for r in self.results.values() if (r["cell"]["library"], r["cell"]["architecture"]) == cell.contender
-        ]
-        per_token = mean(r["seconds"] / r["cell"]["tokens"] for r in alike) if alike else 1e-4
-        return per_token * cell.tokens + 5
-
-
-def rate_cells(contender: Cell, results: dict[str, Result]) -> list[Cell]:
-    """The contender at every rate of the grid, and beyond it while the best one lies at the edge."""
-    rates = list(RATES)
-    while True:
-        cells = [contender.but(rate=rate) for rate in rates]
-        if any(cell.name not in results for cell in cells):
-            return cells
-        best = min(cells, key=lambda cell: results[cell.name]["fvu"]).rate
-        if best == max(rates):
-            rates.append(round(2 * best, 6))
-        elif best == min(rates):
-            rates.append(round(best / 3, 6))
-        else:
-            return cells
-
-
-def plan(bench: Bench, stage: str, contenders: Sequence[Cell]) -> list[Cell]:
+def plan(bench: Bench, subject: str, stage: str) -> list[Cell]:
     """The cells of a stage as far as they are known."""
+    if stage == "default":
+        return list(ours_at_default(subject))
+    if stage == "rule":
+        return list(rule_cells(subject))
     if stage == "rates":
-        grids = [rate_cells(contender, bench.results) for contender in contenders]
+        grids = [rate_cells(contender, bench.results) for contender in contenders(subject)]
         return [grid[i] for i in range(max(map(len, grids))) for grid in grids if i < len(grid)]
-    best = [bench.best(contender) for contender in contenders]
+    best = [bench.best(contender) for contender in contenders(subject)]
     if stage == "seeds":
         return [cell.but(seed=seed) for seed in SEEDS[1:] for cell in best]
     if stage == "frontier":
         return [cell.but(k=k) for k in FRONTIER if k != L0 for cell in best]
-    return [cell.but(tokens=LONG_TOKENS) for cell in best]
+    return [cell.but(tokens=LONGER * cell.tokens) for cell in best]
 
 
-def open_cells(bench: Bench, stages: Sequence[str], contenders: Sequence[Cell]) -> Iterator[tuple[Cell, float]]:
+def open_cells(bench: Bench, subjects: Sequence[str], stages: Sequence[str], only: str) -> Iterator[tuple[Cell, float]]:
     """(the next cell, seconds that it and all known others will take), until none is left."""
     while True:
-        cells = [cell for stage in stages for cell in plan(bench, stage, contenders) if cell.name not in bench.results]
+        planned = [cell for subject in subjects for stage in stages for cell in plan(bench, subject, stage)]
+        cells = [cell for cell in dict.fromkeys(planned) if cell.name not in bench.results and only in cell.name]
         if not cells:
             return
         yield cells[0], sum(map(bench.expected_seconds, cells))
 
 
-def in_words(result: Result) -> str:
+def describe(result: Result) -> str:
     return (
-        f"FVU {result['fvu']:.4f}  L0 {result['l0']:.1f}  silent {result['silent']:.1%}  "
-        f"ΔCE {result['ce_delta']:.4f}  {result['seconds']:.0f} s"
+        f"FVU {result['validation']['fvu']:.4f} {result['test']['fvu']:.4f}  L0 {result['l0']:.1f}  "
+        f"silent {result['silent']:.1%}  ΔCE {result['test']['ce_delta']:.4f}  {result['seconds']:.0f} s"
     )
 
 
@@ -148,23 +74,29 @@ def clock(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="*", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
-    parser.add_argument("--only", default="", help="contenders whose name contains this, such as ours-topk")
+    parser.add_argument("--only", default="", help="cells whose name contains this, such as ours-topk")
+    parser.add_argument("--most", type=int, default=sys.maxsize, help="end after so many cells")
     parser.add_argument("--record", action="store_true", help="write results.json and frontier.svg beside the README")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     root = Path("runs/quality")
-    collect(root / "activations.safetensors")
     bench = Bench(root)
-    contenders = [cell for cell in CONTENDERS if arguments.only in "-".join(cell.contender)]
-    for cell, seconds in open_cells(bench, arguments.stages, contenders):
+    cells = open_cells(bench, arguments.subjects, arguments.stages, arguments.only)
+    for _ in range(arguments.most):
+        if (found := next(cells, None)) is None:
+            break
+        cell, seconds = found
         print(f"{time.strftime('%H:%M:%S')}  {clock(seconds)} left  {cell.name}", end="  ", flush=True)
-        print(in_words(bench.result(cell)), flush=True)
-    print(tables(bench.results, [bench.best(contender) for contender in CONTENDERS]))
+        print(describe(bench.result(cell)), flush=True)
+    best = {subject: [bench.best(contender) for contender in contenders(subject)] for subject in SUBJECTS}
+    print(tables(bench.results, best))
     folder = HERE if arguments.record else root
     if arguments.record:
-        (HERE / "results.json").write_text(json.dumps(bench.results, indent=1) + "\n")
-    (folder / "frontier.svg").write_text(draw(bench.results, [bench.best(contender) for contender in CONTENDERS]))
+        bench.record()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "frontier.svg").write_text(draw(bench.results, best["demo"]))
     print(f"picture: {folder / 'frontier.svg'}")
 
 

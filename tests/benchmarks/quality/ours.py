@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.quality.activations import HOOK
-from tests.benchmarks.quality.rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches
+from tests.benchmarks.quality.rows import BATCH, COOLDOWN, batches, warmup_tokens
+from tests.benchmarks.quality.subjects import SUBJECTS
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 from trainer.saes.writing import SaeFiles
@@ -35,16 +35,18 @@ CALIBRATION_BATCHES = 4
 def main() -> None:
     cell, activations, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     began = time.monotonic()
+    hook = SUBJECTS[cell["subject"]].hook
     sparsity = {"target_l0": float(cell["k"])} if cell["architecture"] == "jumprelu" else {"k": cell["k"]}
     of_optimizer = {name: value for name, value in cell["options"].items() if name in OptimizerSettings.model_fields}
     of_sae = {name: value for name, value in cell["options"].items() if name not in of_optimizer}
     settings = SaeSettings.model_validate(
-        dict(name="sae", architecture=cell["architecture"], d_sae=D_SAE, **sparsity)
+        dict(name="sae", architecture=cell["architecture"], d_sae=cell["d_sae"], **sparsity)
         | dict(dead_tokens=500_000, revive_tokens=cell["dead_tokens"])
         | of_sae
     )
     optimizer = OptimizerSettings.model_validate(
-        dict(batch=BATCH, learning_rate=cell["rate"], warmup_tokens=WARMUP_TOKENS, cooldown=COOLDOWN) | of_optimizer
+        dict(batch=BATCH, learning_rate=cell["rate"], warmup_tokens=warmup_tokens(cell["tokens"]), cooldown=COOLDOWN)
+        | of_optimizer
     )
     rows = batches(activations, cell["tokens"], cell["seed"])
     first = list(itertools.islice(rows, SAMPLE_BATCHES))
@@ -52,17 +54,17 @@ def main() -> None:
     scale = scale_of(sample)
     dtype = torch.bfloat16 if cell["autocast"] else torch.float32
     target = cell["tokens"] // BATCH * BATCH
-    hooks, widths, cpu = SaeHooks((HOOK,), (HOOK,)), {HOOK: sample.shape[1]}, torch.device("cpu")
+    hooks, widths, cpu = SaeHooks((hook,), (hook,)), {hook: sample.shape[1]}, torch.device("cpu")
     sae_trainer = SaeTrainer(settings, optimizer, hooks, widths, cpu, dtype, cell["seed"], run_tokens=target)
-    sae_trainer.initialise({HOOK: sample * scale}, {HOOK: scale})
+    sae_trainer.initialise({hook: sample * scale}, {hook: scale})
     newest = first[-CALIBRATION_BATCHES:]
     for batch in itertools.chain(first, rows):
-        sae_trainer.step({HOOK: batch * scale})
+        sae_trainer.step({hook: batch * scale})
         newest = [*newest[1:], batch]
     x = torch.cat(newest)
-    sae_trainer.calibrate(sae_trainer.sae, {HOOK: x * scale})
+    sae_trainer.calibrate(sae_trainer.sae, {hook: x * scale})
     rate = sae_trainer.statistics.firing_rate()
-    files = SaeFiles(sae_trainer.sae, sae_trainer.input_transform({HOOK: scale}), rate, {"hook_name": HOOK})
+    files = SaeFiles(sae_trainer.sae, sae_trainer.input_transform({hook: scale}), rate, {"hook_name": hook})
     assert files.cfg["apply_b_dec_to_input"]
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / "published", x[:1024])

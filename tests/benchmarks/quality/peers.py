@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rows import BATCH, COOLDOWN, D_SAE, WARMUP_TOKENS, batches, read
+from rows import BATCH, COOLDOWN, batches, read, warmup_tokens
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def saelens(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[Plain, Any]:
     from sae_lens.training.sae_trainer import SAETrainer
 
     first = list(itertools.islice(rows, SCALE_BATCHES))
-    common = dict(d_in=first[0].shape[1], d_sae=D_SAE, normalize_activations="expected_average_only_in")
+    common = dict(d_in=first[0].shape[1], d_sae=cell["d_sae"], normalize_activations="expected_average_only_in")
     options = common | cell["options"]
     match cell["architecture"]:
         case "topk":
@@ -106,7 +106,7 @@ def saelens(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[Plain, Any]:
         train_batch_size_samples=BATCH,
         lr=cell["rate"],
         lr_end=cell["rate"] / 10,
-        lr_warm_up_steps=WARMUP_TOKENS // BATCH,
+        lr_warm_up_steps=warmup_tokens(cell["tokens"]) // BATCH,
         lr_decay_steps=int(COOLDOWN * steps),
         dead_feature_window=cell["dead_tokens"] // BATCH,
         autocast=cell["autocast"],
@@ -140,11 +140,11 @@ def dictionary_learning(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[P
     common = dict(
         steps=steps,
         activation_dim=first[0].shape[1],
-        dict_size=D_SAE,
+        dict_size=cell["d_sae"],
         layer=1,
-        lm_name="demo_lm",
+        lm_name=cell["subject"],
         lr=cell["rate"],
-        warmup_steps=WARMUP_TOKENS // BATCH,
+        warmup_steps=warmup_tokens(cell["tokens"]) // BATCH,
         decay_start=steps - int(COOLDOWN * steps),
         seed=cell["seed"],
         device="cpu",
@@ -157,7 +157,7 @@ def dictionary_learning(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[P
         case "batchtopk":
             trainer = BatchTopKTrainer(k=cell["k"], **threshold | common | cell["options"])
         case "jumprelu":
-            sparsity = dict(target_l0=cell["k"], sparsity_warmup_steps=WARMUP_TOKENS // BATCH)
+            sparsity = dict(target_l0=cell["k"], sparsity_warmup_steps=warmup_tokens(cell["tokens"]) // BATCH)
             trainer = JumpReluTrainer(**sparsity | common | cell["options"])
     trainer.dead_feature_threshold = cell["dead_tokens"]
     loss = trainer.loss
@@ -180,7 +180,7 @@ def dictionary_learning(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[P
         weights = dict(W_enc=sae.encoder.weight.T, b_enc=sae.encoder.bias, W_dec=sae.decoder.weight.T, b_dec=sae.b_dec)
         about = {"architecture": "topk"}
         if cell["architecture"] == "batchtopk":
-            weights["threshold"] = sae.threshold.expand(D_SAE)
+            weights["threshold"] = sae.threshold.expand(cell["d_sae"])
             about = {"architecture": "jumprelu"}
     return (weights, about), lambda x: sae.decode(sae.encode(x))
 
@@ -201,16 +201,16 @@ def sparsify(cell: dict[str, Any], rows: Iterator[Tensor]) -> tuple[Plain, Any]:
     first = next(rows)
     steps = cell["tokens"] // BATCH
     torch.manual_seed(cell["seed"])
-    sae = SparseCoder(first.shape[1], SparseCoderConfig(num_latents=D_SAE, k=cell["k"]))
+    sae = SparseCoder(first.shape[1], SparseCoderConfig(num_latents=cell["d_sae"], k=cell["k"]))
     sae.b_dec.data = first.mean(0)
     if options["optimizer"] == "adam":
         optimizer: Any = torch.optim.Adam(sae.parameters(), lr=cell["rate"])
-        schedulers = [get_linear_schedule_with_warmup(optimizer, WARMUP_TOKENS // BATCH, steps)]
+        schedulers = [get_linear_schedule_with_warmup(optimizer, warmup_tokens(cell["tokens"]) // BATCH, steps)]
     else:
         optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=cell["rate"]), momentum=0.95)
         optimizer.train()
         schedulers = []
-    tokens_since_fired = torch.zeros(D_SAE, dtype=torch.long)
+    tokens_since_fired = torch.zeros(cell["d_sae"], dtype=torch.long)
     for batch in itertools.chain([first], rows):
         sae.set_decoder_norm_to_unit_norm()
         dead = tokens_since_fired > cell["dead_tokens"] if options["auxk_alpha"] > 0 else None
@@ -258,7 +258,7 @@ def main() -> None:
     (weights, about), reconstruct = train(cell, batches(activations, cell["tokens"], cell["seed"]))
     seconds = time.monotonic() - began
     weights = {name: value.detach().float().contiguous() for name, value in weights.items()}
-    x = read(activations, "held_out", CHECKED_ROWS).float()
+    x = read(activations, "validation", CHECKED_ROWS).float()
     with torch.no_grad():
         theirs, plain = reconstruct(x), plain_reconstruction(weights, cell["k"], x)
     # Rows, not elements: where a pre-activation lies on a threshold, rounding may choose either way in one of them.

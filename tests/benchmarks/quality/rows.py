@@ -1,4 +1,4 @@
-"""What every trainer in the comparison is given: one file of activations, one order, one batch.
+"""What every trainer in the comparison is given: one file of activations, one order, one batch, one schedule.
 
 Imported by our side and, in an environment with nothing of ours, by the peers' side: torch and safetensors alone.
 """
@@ -13,23 +13,26 @@ from safetensors import safe_open
 from torch import Tensor
 
 BATCH = 2048
-D_SAE = 4096
-WARMUP_TOKENS = 100_000
 COOLDOWN = 0.3
-"""The learning rate rises over WARMUP_TOKENS and falls to zero over this last fraction, where a trainer has a say."""
+"""The learning rate falls to zero over this last fraction, where a trainer has a say."""
+
+
+def warmup_tokens(tokens: int) -> int:
+    """Tokens over which the learning rate rises: 100,000 of 1,500,000."""
+    return tokens // 15
 
 
 def read(path: Path, name: str, rows: int | None = None) -> Tensor:
-    """The first `rows` of `train` or `held_out` [rows, d_in], bfloat16, in the units of the language model."""
+    """The first `rows` of `train`, `validation` or `test` [rows, d_in], bfloat16, as the language model made them."""
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(name)
-        return stored[: stored.get_shape()[0] if rows is None else rows]
+        length = stored.get_shape()[0]
+        return stored[: length if rows is None else min(rows, length)]
 
 
 def batches(path: Path, tokens: int, seed: int) -> Iterator[Tensor]:
     """Batches [BATCH, d_in] in float32, `tokens` // BATCH of them; more tokens than the file has are another epoch."""
-    rows = read(path, "train")
-    rows = rows[: min(tokens, len(rows))]
+    rows = read(path, "train", tokens)
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-tokens // len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])

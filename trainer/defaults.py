@@ -1,0 +1,74 @@
+"""Defaults that follow from the number of tokens an SAE will train on.
+
+Long runs, and runs without an end, take the published values: the learning rate 2e-4 / sqrt(d_sae / 2¹⁴) of
+dictionary_learning and sparsify, after Gao et al. (2024, arXiv 2406.04093), a warm-up of a million tokens, and silent
+latents revived after `dead_tokens`. A shorter run has fewer steps to arrive, so its rate is higher and its spans are
+shorter:
+
+    learning rate  RATE · (10⁶ / tokens)^TOKENS_EXPONENT · (4096 / d_sae)^WIDTH_EXPONENT, at least that of long runs
+    warm-up        a fifteenth of the tokens, at most 1,000,000
+    revival        after a 150th of the tokens, at least 10,000, at most dead_tokens
+
+The constants are fitted to measured runs (docs/science.md). Light: no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.saes.settings import SaeSettings
+from trainer.settings import OptimizerSettings
+from trainer.training.optimizers.registry import OPTIMIZERS
+
+RATE = 3.7e-3
+"""Of 4096 latents and a million tokens."""
+TOKENS_EXPONENT = 1 / 3
+WIDTH_EXPONENT = 0.0
+HIGHEST_RATE = 1.2e-2
+LONGEST_WARMUP = 1_000_000
+SHORTEST_REVIVAL = 10_000
+
+
+def default_learning_rate(d_sae: int, tokens: int | None) -> float:
+    """Adam's rate for an SAE of `d_sae` latents that trains on `tokens`; None: without an end."""
+    long_run = 2e-4 / (d_sae / 2**14) ** 0.5
+    if tokens is None:
+        return long_run
+    short_run = RATE * (1_000_000 / max(1, tokens)) ** TOKENS_EXPONENT * (4096 / d_sae) ** WIDTH_EXPONENT
+    return max(long_run, min(HIGHEST_RATE, short_run))
+
+
+def default_warmup_tokens(tokens: int | None) -> int:
+    """Tokens over which the learning rate rises."""
+    return LONGEST_WARMUP if tokens is None else min(LONGEST_WARMUP, tokens // 15)
+
+
+def default_revive_tokens(dead_tokens: int, tokens: int | None) -> int:
+    """Tokens of silence after which a latent is revived."""
+    return dead_tokens if tokens is None else min(dead_tokens, max(SHORTEST_REVIVAL, tokens // 150))
+
+
+def planned_tokens(budget: int | None, run_tokens: int | None, joined_at: int = 0) -> int | None:
+    """Tokens that an SAE will train on: its budget, or what is left of the run when it joins; None: without an end."""
+    left = None if run_tokens is None else run_tokens - joined_at
+    return min((tokens for tokens in (budget, left) if tokens is not None), default=None)
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """Settings that follow from the number of tokens, unless they are set."""
+
+    learning_rate: float
+    warmup_tokens: int
+    revive_tokens: int
+
+    @classmethod
+    def of(cls, sae: SaeSettings, optimizer: OptimizerSettings, tokens: int | None) -> LengthSettings:
+        """Those of an SAE that trains on `tokens`; None: without an end."""
+        warmup = optimizer.warmup_tokens
+        default_rate = OPTIMIZERS[sae.optimizer].rate_factor * default_learning_rate(sae.d_sae, tokens)
+        return cls(
+            sae.learning_rate or optimizer.learning_rate or default_rate,
+            default_warmup_tokens(tokens) if warmup is None else warmup,
+            sae.revive_tokens or default_revive_tokens(sae.dead_tokens, tokens),
+        )
