@@ -62,9 +62,11 @@ def open_cells(bench: Bench, subjects: Sequence[str], stages: Sequence[str], onl
 
 
 def describe(result: Result) -> str:
+    fvu, test = result["validation"]["fvu"], result["test"]
+    ce_delta = f"  ΔCE {test['ce_delta']:.4f}" if "ce_delta" in test else ""
     return (
-        f"FVU {result['validation']['fvu']:.4f} {result['test']['fvu']:.4f}  L0 {result['l0']:.1f}  "
-        f"silent {result['silent']:.1%}  ΔCE {result['test']['ce_delta']:.4f}  {result['seconds']:.0f} s"
+        f"FVU {fvu:.4f} (test {test['fvu']:.4f})  L0 {result['l0']:.1f}  silent {result['silent']:.1%}{ce_delta}  "
+        f"{result['seconds']:.0f} s"
     )
 
 

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from tests.benchmarks.quality.activations import collect
-from tests.benchmarks.quality.cells import MOST_SILENT, RATES, Cell
+from tests.benchmarks.quality.cells import MOST_SILENT, RATES, SIZES, Cell
 from tests.benchmarks.quality.evaluate import Examiner
 from tests.benchmarks.quality.subjects import SUBJECTS
 
@@ -42,7 +42,8 @@ class Bench:
             examiner, folder = self._examiner(cell.subject), self.root / "cells" / cell.name
             if not (folder / "training.json").exists():
                 self._train(cell, folder)
-            measures = examiner.examine(folder)
+            sizes = SIZES[cell.subject]
+            measures = examiner.examine(folder, (cell.tokens, cell.d_sae) == (sizes["tokens"], sizes["d_sae"]))
             training = json.loads((folder / "training.json").read_text())
             self.results[cell.name] = {"cell": cell.as_json(), "seconds": training["seconds"], **measures}
             (folder / "result.json").write_text(json.dumps(self.results[cell.name], indent=1) + "\n")

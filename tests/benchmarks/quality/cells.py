@@ -94,7 +94,8 @@ RULE: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
     ("demo", 16384, 500_000, (6e-3, 3e-3, 1.2e-2)),
     ("smollm2", 4608, 750_000, (4.2e-3, 6e-3, 3e-3)),
     ("smollm2", 4608, 200_000, (6e-3, 1.2e-2, 3e-3)),
-    ("smollm2", 2304, 750_000, (6e-3, 3e-3, 1.2e-2)),
+    ("smollm2", 2304, 200_000, (6e-3, 1.2e-2, 3e-3)),
+    ("smollm2", 9216, 200_000, (6e-3, 3e-3, 1.2e-2)),
 )
 """(subject, latents, tokens, rates) of our TopK: what the rule for the default learning rate is fitted to."""
 

@@ -79,10 +79,12 @@ class Examiner:
         with safe_open(self._path, framework="pt") as file:
             return {self._subject.hook: float(json.loads(file.metadata()["norm_bound"]))}
 
-    def examine(self, folder: Path) -> dict[str, Any]:
-        """The numbers of the module's docstring."""
+    def examine(self, folder: Path, with_language_model: bool) -> dict[str, Any]:
+        """The numbers of the module's docstring; those of the language model only if asked."""
         sae = load(self._subject, folder)
         result = self.reconstruction(sae)
+        if not with_language_model:
+            return result
         model, text = self._model_and_text
         evaluation = evaluate(model, text, [sae], self._baseline, self._norm_bounds)["sae"]
         result["test"] |= {name: evaluation.values[name] for name in LANGUAGE}
