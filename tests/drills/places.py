@@ -51,7 +51,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trainer.training.schedule": ("trainer/training/schedule.py", "test_training"),
     "trainer.training.averaging": ("trainer/training/averaging.py", "test_training"),
     "trainer.training.statistics": ("trainer/training/statistics.py", "test_training"),
-    "trainer.training.sae_trainer": ("trainer/training/sae_trainer.py", "test_training", "test_folding", "test_defaults"),
+    "trainer.training.sae_trainer": (
+        "trainer/training/sae_trainer.py", "test_training", "test_folding", "test_defaults",
+    ),
     "trainer.training.revival": ("trainer/training/revival.py", "test_training"),
     "trainer.training.run": ("trainer/training/run.py", "test_run", "test_training", "test_ctl"),
     "trainer.training.roster": ("trainer/training/roster.py", "test_run", "test_ctl"),
