@@ -51,7 +51,8 @@ def default_revive_tokens(dead_tokens: int, tokens: int | None) -> int:
 def planned_tokens(budget: int | None, run_tokens: int | None, joined_at: int = 0) -> int | None:
     """Tokens that an SAE will train on: its budget, or what is left of the run when it joins; None: without an end."""
     left = None if run_tokens is None else run_tokens - joined_at
-    return min((tokens for tokens in (budget, left) if tokens is not None), default=None)
+    ends = [tokens for tokens in (budget, left) if tokens is not None]
+    return min(ends, default=None)
 
 
 @dataclass(frozen=True)
