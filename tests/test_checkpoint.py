@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, version: Any)
     """With both formats and what to do."""
     rewrite(save(tmp_path, small_checkpoint(), keep=2), format=version)
 
-    with pytest.raises(CheckpointError, match=rf"has format {version!r}, this version reads 5: resume with"):
+    with pytest.raises(CheckpointError, match=rf"has format {version!r}, this version reads 6: resume with"):
         load_newest(tmp_path)
 
 
