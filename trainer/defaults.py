@@ -5,11 +5,12 @@ dictionary_learning and sparsify, after Gao et al. (2024, arXiv 2406.04093), a w
 latents revived after `dead_tokens`. A shorter run has fewer steps to arrive, so its rate is higher and its spans are
 shorter:
 
-    learning rate  RATE · (10⁶ / tokens)^TOKENS_EXPONENT · (4096 / d_sae)^WIDTH_EXPONENT, at least that of long runs
+    learning rate  that of long runs × (LONG_RUN / tokens)^(1/3), for fewer tokens than LONG_RUN
     warm-up        a fifteenth of the tokens, at most 1,000,000
     revival        after a 150th of the tokens, at least 10,000, at most dead_tokens
 
-The constants are fitted to measured runs (docs/science.md). Light: no torch.
+LONG_RUN is fitted to runs of 0.2 to 1.5 million tokens (docs/science.md); between those and LONG_RUN nothing was
+measured. Light: no torch.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from trainer.saes.settings import SaeSettings
 from trainer.settings import OptimizerSettings
 from trainer.training.optimizers.registry import OPTIMIZERS
 
-RATE = 3.7e-3
-"""Of 4096 latents and a million tokens."""
-TOKENS_EXPONENT = 1 / 3
-WIDTH_EXPONENT = 0.0
-HIGHEST_RATE = 1.2e-2
+LONG_RUN = 800_000_000
+"""Tokens from which on a run is long."""
+SHORTEST_RUN = 100_000
+"""Tokens below which the learning rate rises no further."""
 LONGEST_WARMUP = 1_000_000
 SHORTEST_REVIVAL = 10_000
 
@@ -34,8 +34,7 @@ def default_learning_rate(d_sae: int, tokens: int | None) -> float:
     long_run = 2e-4 / (d_sae / 2**14) ** 0.5
     if tokens is None:
         return long_run
-    short_run = RATE * (1_000_000 / max(1, tokens)) ** TOKENS_EXPONENT * (4096 / d_sae) ** WIDTH_EXPONENT
-    return max(long_run, min(HIGHEST_RATE, short_run))
+    return long_run * max(1.0, LONG_RUN / max(SHORTEST_RUN, tokens)) ** (1 / 3)
 
 
 def default_warmup_tokens(tokens: int | None) -> int:

@@ -23,8 +23,9 @@ from producer.common.addresses import path_argument
 from producer.corpus import open_corpus
 from producer.corpus.held_out import held_out_windows
 from producer.lm.loading import load_language_model
-from tests.benchmarks.quality.activations import CORPUS, HOOK, MODEL, collect
+from tests.benchmarks.quality.activations import collect
 from tests.benchmarks.quality.rows import read
+from tests.benchmarks.quality.subjects import SUBJECTS
 from trainer.saes.architectures.repair import TRAINABLE
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import load_sae
@@ -37,6 +38,7 @@ from trainer.training.sae_trainer import SaeTrainer
 
 BATCH = 2048
 BEFORE = "before"
+DEMO = SUBJECTS["demo"]
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=16_384)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    collect(options.activations)
+    collect(DEMO, options.activations)
     rows = read(options.activations, "train", options.tokens + options.repair_tokens).float()
     before, after = rows.split([options.tokens, options.repair_tokens])
     with tempfile.TemporaryDirectory() as directory:
@@ -59,8 +61,8 @@ def main() -> None:
             folders[variant] = Path(directory) / variant
             settings = {"architecture": "repair", "train": variant, "start_from": str(folders[BEFORE])}
             _train(folders[variant], after, settings, options)
-        model = load_language_model(MODEL, whole=True)
-        windows = held_out_windows(open_corpus(CORPUS), model.tokenizer, CORPUS, options.evaluation_tokens)
+        model = load_language_model(DEMO.model, whole=True)
+        windows = held_out_windows(open_corpus(DEMO.corpus), model.tokenizer, DEMO.corpus, options.evaluation_tokens)
         results = evaluate(model, windows, [load_sae(folder) for folder in folders.values()], Baseline())
     _show(results, options.d_sae)
 
@@ -75,17 +77,17 @@ def _train(folder: Path, rows: Tensor, options: dict[str, object], arguments: ar
         warmup_tokens=len(rows) // 20,
         cooldown=0.8 if is_repair else 0.3,
     )
-    hooks, scale = SaeHooks((HOOK,), (HOOK,)), scale_of(rows[:8192])
+    hooks, scale = SaeHooks((DEMO.hook,), (DEMO.hook,)), scale_of(rows[:8192])
     trainer = SaeTrainer(
-        settings, optimizer, hooks, {HOOK: rows.shape[1]}, torch.device("cpu"), torch.float32, run_tokens=len(rows)
+        settings, optimizer, hooks, {DEMO.hook: rows.shape[1]}, torch.device("cpu"), torch.float32, run_tokens=len(rows)
     )
-    trainer.initialise({HOOK: scale * rows[:8192]}, {HOOK: scale}, read_start(settings))
+    trainer.initialise({DEMO.hook: scale * rows[:8192]}, {DEMO.hook: scale}, read_start(settings))
     for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).split(BATCH):
-        trainer.step({HOOK: scale * rows[index]})
-    transform = trainer.input_transform({HOOK: scale})
-    files = SaeFiles(trainer.sae, transform, trainer.statistics.firing_rate(), {"hook_name": HOOK})
+        trainer.step({DEMO.hook: scale * rows[index]})
+    transform = trainer.input_transform({DEMO.hook: scale})
+    files = SaeFiles(trainer.sae, transform, trainer.statistics.firing_rate(), {"hook_name": DEMO.hook})
     files.write(folder, rows[:1024])
-    print(f"{folder.name}: {len(rows):,} tokens, L0 {trainer.report({HOOK: scale}).l0:.1f}", flush=True)
+    print(f"{folder.name}: {len(rows):,} tokens, L0 {trainer.report({DEMO.hook: scale}).l0:.1f}", flush=True)
 
 
 def _show(results: dict[str, Evaluation], d_sae: int) -> None:
