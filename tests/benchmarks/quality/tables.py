@@ -61,6 +61,8 @@ def _rates(subject: str, results: Results, best: Sequence[Cell]) -> str:
     rates = sorted({rate for by_rate in by_contender.values() for rate in by_rate})
     rows = []
     for cell in best:
+        if not by_contender[cell.contender]:
+            continue
         at_rates = (by_contender[cell.contender].get(rate) for rate in rates)
         rows.append(
             [*_labels(cell), *(f"{_reported(r, 'fvu'):.4f} ({r['silent']:.1%})" if r else "" for r in at_rates)]
