@@ -8,7 +8,7 @@ names it, and holds nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,8 @@ class LeasedShard:
     """bool [windows, context]: the activations to send."""
     norm_bounds: list[float] | None
     """Per hook; an activation of a larger norm is an outlier. None: nothing is."""
+    hooks: tuple[int, ...] = ()
+    """Numbers of the hooks whose activations are asked for; empty for all."""
 
 
 def chunk_windows(context: int, row_bytes: int, batch_windows: int) -> int:
@@ -90,7 +92,7 @@ class Packer:
             if not missing.any():
                 continue
             packed, payload = self._pack_activations(
-                [x[part] for x in activations], missing, leased.norm_bounds, pass_end
+                [x[part] for x in activations], missing, leased.norm_bounds, pass_end, leased.hooks
             )
             # The windows of a chunk are a range; those in between with nothing missing have no bits.
             first, count = int(chunk_indices[0]), int(chunk_indices[-1] - chunk_indices[0]) + 1
@@ -107,6 +109,7 @@ class Packer:
                     outlier_bits=pack_bits(outlier_bits) if outliers else b"",
                     outlier_count=outliers,
                     payload=payload,
+                    hooks=leased.hooks,
                 )
             )
         return chunks
@@ -117,32 +120,43 @@ class Packer:
         missing: np.ndarray,
         bounds: list[float] | None,
         pass_end: torch.cuda.Event | None,
+        hooks: tuple[int, ...],
     ) -> tuple[np.ndarray, memoryview]:
         """Calls `pack_activations`; on a GPU in a CUDA stream of its own, so that it waits for its own pass alone."""
         if self._copy_stream is None or pass_end is None:
-            return pack_activations(activations, missing, bounds, self._dtype)
+            return pack_activations(activations, missing, bounds, self._dtype, hooks)
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(pass_end)
             for x in activations:
                 x.record_stream(self._copy_stream)
-            return pack_activations(activations, missing, bounds, self._dtype)
+            return pack_activations(activations, missing, bounds, self._dtype, hooks)
 
 
 def pack_activations(
-    activations: list[Tensor], missing: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
+    activations: list[Tensor],
+    missing: np.ndarray,
+    bounds: list[float] | None,
+    dtype: torch.dtype,
+    hooks: Sequence[int] = (),
 ) -> tuple[np.ndarray, memoryview]:
-    """(packed [windows, context], payload): the missing activations within the bounds, as bytes, hook after hook."""
+    """(packed [windows, context], payload): the missing activations within the bounds, as bytes, hook after hook.
+
+    The payload holds those of `hooks`, by number, of all when there are none. Bounds hold at every hook, so that the
+    activations of a run are the same ones whichever hooks are asked for.
+    """
+    hooks = hooks or range(len(activations))
     if activations[0].device.type == "cpu":
-        return _pack_on_cpu(activations, missing, bounds, dtype)
+        return _pack_on_cpu(activations, missing, bounds, dtype, hooks)
     device = activations[0].device
     keep = torch.from_numpy(missing).to(device)
     if bounds is not None:
         for x, bound in zip(activations, bounds, strict=True):
             keep = keep & ~_is_outlier(x, bound)
     rows = int(keep.sum())
-    sizes = [rows * x.shape[-1] for x in activations]
+    wanted = [activations[hook] for hook in hooks]
+    sizes = [rows * x.shape[-1] for x in wanted]
     payload = torch.empty(sum(sizes), dtype=dtype, pin_memory=True)
-    for block, x in zip(payload.split(sizes), activations, strict=True):
+    for block, x in zip(payload.split(sizes), wanted, strict=True):
         block.view(rows, x.shape[-1]).copy_(x[keep], non_blocking=True)
     packed = keep.cpu().numpy()
     torch.cuda.current_stream(device).synchronize()
@@ -150,7 +164,11 @@ def pack_activations(
 
 
 def _pack_on_cpu(
-    activations: list[Tensor], missing: np.ndarray, bounds: list[float] | None, dtype: torch.dtype
+    activations: list[Tensor],
+    missing: np.ndarray,
+    bounds: list[float] | None,
+    dtype: torch.dtype,
+    hooks: Sequence[int],
 ) -> tuple[np.ndarray, memoryview]:
     """The same in a fifth of the time: a norm is exact only near its bound, and each activation is copied once."""
     packed = missing
@@ -162,6 +180,7 @@ def _pack_on_cpu(
             outlier = np.zeros(len(x), bool)
             outlier[uncertain.numpy()] = _is_outlier(x[uncertain], bound).numpy()
             packed = packed & ~outlier.reshape(packed.shape)
+    flat = [flat[hook] for hook in hooks]
     index = torch.from_numpy(np.flatnonzero(packed))
     payload = torch.empty(len(index) * sum(x.shape[-1] for x in flat), dtype=dtype)
     for block, x in zip(payload.split([len(index) * x.shape[-1] for x in flat]), flat, strict=True):

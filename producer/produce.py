@@ -104,7 +104,9 @@ class Producer:
             received = unpack_bits(mask, windows.kept.size).reshape(windows.kept.shape)
             self._source.use_revision(lease.revision)
             bounds = self._source.revision_bounds
-            leased = LeasedShard(lease.shard, windows, windows.kept & ~received, bounds or norm_bounds)
+            leased = LeasedShard(
+                lease.shard, windows, windows.kept & ~received, bounds or norm_bounds, tuple(lease.hooks)
+            )
             windows_counted = 0
             for chunks in self._run_on_gpu(leased) if self._on_gpu else self._run_on_cpu(leased):
                 for chunk in chunks:

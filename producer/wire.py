@@ -62,6 +62,10 @@ class Message(BaseModel):
     kind: ClassVar[str]
 
 
+HookNumbers = Annotated[list[Count], Field(max_length=256)]
+"""Places in HELLO's list of hooks, ascending."""
+
+
 class Hook(BaseModel):
     """One place of the language model whose activations are streamed."""
 
@@ -158,6 +162,8 @@ class Lease(Message):
     attempt: Count
     revision: Text = ""
     """Of a language model under training: the checkpoint whose activations are asked for."""
+    hooks: HookNumbers = []
+    """Those whose activations are asked for; empty for all."""
 
 
 class Credit(Message):
@@ -183,7 +189,9 @@ class Chunk(Message):
     kept: Bits
     """One bit per position of these windows: the activations in the payload, in order."""
     outliers: Bits
-    """Empty, or one bit per position: activations that are dropped because of their norm."""
+    """Empty, or one bit per position: activations that are dropped because of their norm at any hook of HELLO."""
+    hooks: HookNumbers = []
+    """Those whose activations are in the payload, at least those of the lease; empty for all."""
 
 
 class ShardEnd(Message):

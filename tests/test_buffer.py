@@ -89,6 +89,21 @@ def test_hooks_stay_aligned() -> None:
         assert x[:, :2].tolist() == [list(name) for name in names(batch)]
 
 
+def test_a_forgotten_hook_gives_its_memory_back() -> None:
+    """Bytes of a hook that nobody reads are free at once; the others, and what comes without it, stay whole."""
+    buffer = ShuffleBuffer(16, [2, 500, 3], torch.float32, seed=3)
+    before, position = buffer.nbytes, np.arange(8)
+    buffer.insert([rows(4, position, width) for width in (2, 500, 3)], 4, position)
+    buffer.forget(1)
+    buffer.insert([rows(5, position, 2), None, rows(5, position, 3)], 5, position)
+
+    assert buffer.nbytes == before - 16 * 500 * 4
+    batch = buffer.draw(16)
+    assert [x.shape for x in batch.x] == [(16, 2), (16, 0), (16, 3)]
+    for x in (batch.x[0], batch.x[2]):
+        assert x[:, :2].tolist() == [list(name) for name in names(batch)]
+
+
 def test_rows_keep_their_bits() -> None:
     """bfloat16 goes in and comes out as it was, -0.0 and subnormals included."""
     bits = torch.arange(-64, 64, dtype=torch.int16) * 255

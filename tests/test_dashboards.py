@@ -102,6 +102,7 @@ def test_what_the_trainer_says_is_shown() -> None:
         "sluice_snapshot_tokens": "the monitor's is shown, beside what is evaluated",
         "sluice_report_timestamp_seconds": "the alert SluiceTrainerWedged",
         "sluice_steps_total": "tokens are shown",
+        "sluice_sae_group": "to join with metrics by rank; `ctl status` tells it too",
     }
     queries = " ".join(expr for name in DASHBOARDS for expr in expressions(read(name)))
     hidden = {

@@ -15,7 +15,7 @@ import pytest
 from trainer.planning import cost
 from trainer.planning.cost import CUDA, Machine, StepCost
 from trainer.planning.estimate import main
-from trainer.planning.sharding import days_of, fewest_gpus, sharded_step
+from trainer.planning.sharding import Group, days_of, fewest_gpus, sharded_step
 from trainer.planning.workload import blocks_parameters, step_costs, training_threads
 from trainer.saes.encoder import BLOCK_BYTES, BLOCK_BYTES_ON_CPU
 from trainer.settings import TrainerSettings
@@ -151,8 +151,8 @@ def test_the_fewest_gpus_hold_the_weights_and_meet_the_days() -> None:
     """18 bytes a weight and 2²⁴ × 4096 × 2 of them are 2.5 TB: 8 GPUs of 141 GB are too few, 24 are enough."""
     machine = cost.MACHINES["h200"]
     sae = StepCost("sae", "topk", 4096, 4096, 2**24, 16384, 64, 64)
-    by_memory = fewest_gpus([sae], machine, 8192, None, None)
-    in_three_days = fewest_gpus([sae], machine, 8192, 40_000_000_000, 3.0)
+    by_memory = fewest_gpus([Group([sae], 8192)], machine, None, None)
+    in_three_days = fewest_gpus([Group([sae], 8192)], machine, 40_000_000_000, 3.0)
 
     assert by_memory is not None and in_three_days is not None
     assert not sharded_step([sae], machine, 8, 8192).fits
@@ -327,3 +327,37 @@ def test_a_stream_that_one_intake_cannot_take_bounds_the_run(capsys: pytest.Capt
     assert small["tokens_per_second"] > intake_rate and small["start"]["intakes"] > 1
     assert small["start"]["intake_rate"] == pytest.approx(intake_rate)
     assert small["days"] == pytest.approx(40e9 / intake_rate / 86400)
+
+
+SUITE = str(Path(__file__).parent.parent / "deploy" / "suite.toml")
+
+
+def suite_estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([SUITE, "--width", "128", "--machine", "h200", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_groups_of_gpus_share_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each trains some of the SAEs and gets their hooks alone; the slowest decides. A file for groups needs ranks."""
+    groups = suite_estimate(capsys, "parallel.groups=4", "--gpus", "4")
+    whole = suite_estimate(capsys, "--gpus", "1")
+
+    names = [name for group in groups["groups"] for name in group["saes"]]
+    assert len(groups["groups"]) == 4 and len(set(names)) == len(names) == 16
+    slowest = max(group["step_seconds"] for group in groups["groups"])
+    assert 1 / 4 <= slowest / whole["step_seconds"] < 1 / 3
+    assert all(group["wire_bytes_per_token"] < whole["wire_bytes_per_token"] for group in groups["groups"])
+    assert "--nproc-per-node 4" in groups["start"]["trainer"] and groups["start"]["fault"] is None
+    assert "takes as many ranks for each group, and 1 was started" in suite_estimate(capsys, "parallel.groups=4")[
+        "start"]["fault"]  # fmt: skip
+    assert main([SUITE, "--width", "128", "--machine", "h200", "parallel.groups=4", "--gpus", "6"]) == 2
+    assert "--gpus 6: parallel.groups = 4 take as many GPUs each; give a multiple of 4" in capsys.readouterr().err
+
+
+def test_each_hook_has_its_part_of_wire_and_buffer(capsys: pytest.CaptureFixture[str]) -> None:
+    """All hooks of a suite are as wide."""
+    estimate = suite_estimate(capsys)
+
+    assert estimate["hooks"]["count"] == 16
+    assert 16 * estimate["hooks"]["wire_bytes_per_token"] == estimate["wire_bytes_per_token"]
+    assert 16 * estimate["hooks"]["buffer"] == estimate["memory"].get("buffer", 16 * estimate["hooks"]["buffer"])

@@ -281,6 +281,28 @@ def test_advice_for_a_small_buffer_is_what_mends_it(context: int, width: int, ch
     assert reject.reason.endswith(f"fewer than four chunks of {chunk_rows} activations; {advice}")
 
 
+# Hooks that are forgotten
+
+
+def test_a_forgotten_hook_is_asked_for_no_longer() -> None:
+    """Leases name the others. Chunks may still bring it; what lacks another hook, or names one twice, is rejected."""
+    hooks = [Hook(name=name, module=name, width=WIDTH) for name in ("a", "b", "c")]
+    ledger = make_ledger(capacity=96)
+    (lease, *_) = leases(join(ledger, hooks=hooks, shards=8))
+    assert lease.hooks == []
+    ledger.shards.forgotten_hooks = {"b"}
+    (later, *_) = leases(join(ledger, "bob", hooks=hooks, shards=8))
+    assert later.hooks == [0, 2]
+
+    row = ROW_BYTES
+    assert ledger.chunk("ada-1", window_chunk(lease, 1, 0), 3 * 3 * row, 0.0)[0] is not None
+    assert ledger.chunk("bob-1", window_chunk(later, 1, 0, hooks=[0, 2]), 3 * 2 * row, 0.0)[0] is not None
+    for number, numbers, fault in ((2, [0], "lacks hook c"), (1, [0, 2, 2], "chunk of hooks"), (1, [0, 2, 3], "hooks")):
+        (reject,) = rejects(ledger.chunk("bob-1", window_chunk(later, number, 1, hooks=numbers), 3 * row, 0.0)[1])
+        assert fault in reject.reason
+        (later, *_) = leases(join(ledger, "bob", hooks=hooks, shards=8))
+
+
 # Leases
 
 

@@ -171,6 +171,7 @@ ELSEWHERE = {
     "sluice_evaluated_snapshot_tokens": "snapshot_tokens",
     "sluice_evaluation_seconds": "seconds",
     "sluice_ranks": "count",
+    "sluice_sae_group": "group",
     "sluice_rank_step_seconds": "step_seconds",
     "sluice_rank_exchange_seconds": "exchange_seconds",
     "sluice_rank_memory_bytes": "memory_bytes",

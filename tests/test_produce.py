@@ -379,6 +379,14 @@ def test_a_row_as_long_as_its_bound_is_sent() -> None:
     assert in_stream({"a": x}, torch.from_numpy(mask), {"a": 10.0}).tolist() == [[True, False]]
 
 
+def test_a_payload_holds_the_hooks_that_are_asked_for() -> None:
+    """What is dropped is the same: a bound holds at every hook."""
+    x, y, mask = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[5.0], [60.0]]]), np.ones((1, 2), bool)
+    for hooks, numbers in (((), [1.0, 2.0, 5.0]), ((0,), [1.0, 2.0]), ((1,), [5.0])):
+        packed, payload = pack_activations([x, y], mask, [10.0, 10.0], torch.float32, hooks)
+        assert packed.tolist() == [[True, False]] and np.frombuffer(payload, np.float32).tolist() == numbers
+
+
 def test_the_fingerprint_is_of_what_decides_the_rows() -> None:
     """Each fact counts, but for the names of model and corpus, which another machine may have under another path."""
     facts = named_source().facts | {"model": "gpt2", "model_weights": "abc"}

@@ -17,6 +17,7 @@ from tests.small_ranks import SIZES, SmallRanks
 from trainer.kernels import select
 from trainer.kernels.sparse import Entries
 from trainer.parallel import selection
+from trainer.parallel.grouping import place
 from trainer.parallel.ranks import ALONE, Ranks, latent_cuts
 
 ROOT = Path(__file__).parent.parent
@@ -222,3 +223,15 @@ def test_a_process_by_itself_moves_nothing() -> None:
     assert total.tolist() == [1.0, 1.0]
     assert ALONE.gather(total, "rows").shape == (1, 2)
     assert ALONE.traffic.received_bytes == {}
+
+
+# Placement groups
+
+
+def test_saes_are_placed_by_cost_longest_first() -> None:
+    """Equal loads where they exist; an SAE that joins goes where least is to do, and none moves."""
+    costs = {"a": 4.0, "b": 3.0, "c": 3.0, "d": 2.0}
+
+    assert place(costs, 2) == {"a": 0, "b": 1, "c": 1, "d": 0}
+    assert place(costs | {"e": 1.0}, 2, {"a": 0, "b": 1, "c": 1, "d": 1}) == {"a": 0, "b": 1, "c": 1, "d": 1, "e": 0}
+    assert place({"b": 3.0}, 2, {"a": 0, "b": 1}) == {"b": 1}, "one that has left is no load"

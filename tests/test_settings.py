@@ -109,7 +109,6 @@ def test_all_faults_are_told_at_once(run_file: Path) -> None:
             '"blocks.7.hook_mlp_out" is not streamed',
         ),
         ("parallel.data=2", "data = 2 is not offered: the gradients"),
-        ("parallel.groups=2", "groups = 2 is not built yet"),
         ("parallel.intakes=2", "intakes = 2 is not built yet"),
         ("parallel.latents=many", 'parallel.latents = "many" is no number of ranks; expected "auto" or'),
     ],

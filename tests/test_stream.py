@@ -15,6 +15,7 @@ import pytest
 import torch
 import zmq
 
+from producer.corpus.rendering.windows import Windows
 from producer.link import NoTrainer, RefusedByTrainer
 from producer.wire import (
     MAX_CHUNK_BYTES,
@@ -27,6 +28,7 @@ from producer.wire import (
     encode,
     pack_bits,
 )
+from tests.drills.named_producer import NamedSource
 from tests.small_stream import (
     CAPACITY,
     CHUNK_ROWS,
@@ -122,6 +124,46 @@ def test_a_payload_reaches_the_buffer_bit_for_bit(endpoint: str, dtype: str) -> 
 
         for x, y in zip(activations, batch.x, strict=True):
             assert torch.equal(x[torch.from_numpy(batch.position)].view(torch.uint8), y.view(torch.uint8))
+
+
+class TwoHooks(NamedSource):
+    """Names, and the same at a wider hook."""
+
+    def activations(self, shard: int, windows: Windows, indices: np.ndarray) -> list[torch.Tensor]:
+        (x,) = super().activations(shard, windows, indices)
+        return [x, torch.cat([x, x], -1)]
+
+
+def test_a_hook_that_is_forgotten_is_sent_no_longer(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mid-run: its memory is given back, later leases leave it out, and every token still arrives once."""
+    source, settings = two_hooks(), stream_settings(endpoint)
+    with trainer(settings) as intake:
+        producer = Producing(settings, source)
+        names = train(intake, 2 * CHUNK_ROWS)
+        assert intake.buffer is not None
+        before = intake.buffer.nbytes
+        intake.forget_hooks(["wide"])
+        assert intake.buffer.nbytes == before - CAPACITY * 2 * D_IN * 4
+
+        assert sorted(names + finish(intake, producer)) == every_name()
+
+
+def test_a_restarted_trainer_does_not_ask_for_a_forgotten_hook(endpoint: str) -> None:
+    """It makes no room for it either."""
+    settings = stream_settings(endpoint)
+    with trainer(settings) as intake, Peer(settings, hello_of(two_hooks())) as peer:
+        intake.forget_hooks(["wide"])
+
+        assert peer.join().leases[0].hooks == [0]
+        assert intake.buffer is not None and intake.buffer.nbytes == CAPACITY * (D_IN * 4 + 24)
+
+
+def two_hooks() -> TwoHooks:
+    source = named_source()
+    source.__class__ = TwoHooks
+    source.hooks = [Hook(name="narrow", module="a", width=D_IN), Hook(name="wide", module="b", width=2 * D_IN)]
+    assert isinstance(source, TwoHooks)
+    return source
 
 
 # What cannot be used

@@ -133,3 +133,18 @@ def test_each_sae_of_a_suite_is_the_one_trained_alone(tmp_path: Path) -> None:
         alone = trained(run_of(tmp_path / table["name"], table | {"seed": place}))
         assert alone.keys() == {key for key in suite if key.startswith(f"{table['name']}/")}
         assert all(torch.equal(value, suite[key]) for key, value in alone.items()), table["name"]
+
+
+def test_the_last_sae_of_a_hook_takes_it_along(tmp_path: Path) -> None:
+    """A hook is forgotten when nobody reads it any more; the others go on without its activations."""
+    run = run_of(tmp_path, *SITES)
+    trained(run)
+    run.detach(run.roster.find("mlp.0"))
+    assert run.roster.forgotten_hooks == []
+    run.detach(run.roster.find("skip.0"))
+    assert run.roster.forgotten_hooks == [HOOKS[0], HOOKS[2]]
+
+    (batch,) = batches(1)
+    batch.x[0] = batch.x[2] = torch.empty(32, 0)
+    run.train_step(batch)
+    assert [one.settings.name for one in run.in_training] == ["mlp.1", "skip.1"]

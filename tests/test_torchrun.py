@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,90 @@ def test_weights_and_rows_do_not_depend_on_the_number_of_ranks(start: Start, tmp
     assert weights(tmp_path / "run") == expected
     log = (tmp_path / "trainer.log").read_text()
     assert log.count("the same command goes on") == 2 and "[rank 1]" not in log
+
+
+SECOND = """
+[[sae]]
+name = "jump"
+architecture = "jumprelu"
+d_sae = 2048
+target_l0 = 4.0
+ema_tokens = 5000
+"""
+GROUPS = ("parallel.groups=2",)
+
+
+@pytest.mark.long
+def test_groups_of_ranks_train_the_saes_of_one_process(start: Start, tmp_path: Path) -> None:
+    """In two groups, then in one process, then in one group of two ranks, then in two: the same files to the bit."""
+    with open(tmp_path / "run.toml", "a") as file:
+        file.write(SECOND)
+    trainer, producer = start("trainer", *DETERMINISTIC), start("producer", *DETERMINISTIC)
+    assert (trainer.wait(120), producer.wait(120)) == (0, 0)
+    expected, rows = published(tmp_path / "run"), (tmp_path / "rows").read_bytes()
+    (tmp_path / "run").rename(tmp_path / "alone")
+    (tmp_path / "rows").unlink()
+
+    start("producer", *DETERMINISTIC)
+    stages: list[tuple[int, int, tuple[str, ...]]] = [(4096, 2, GROUPS), (8192, 1, ()), (12_000, 2, ()), (0, 2, GROUPS)]
+    for target, ranks, groups in stages:
+        running = start("trainer", *DETERMINISTIC, *groups, ranks=ranks)
+        if target:
+            wait_until(lambda: tokens_in_checkpoint(tmp_path) >= target or running.poll() is not None)  # noqa: B023
+            assert running.poll() is None, "the run ended before it could be stopped"
+            if groups:
+                assert {sae["name"]: sae["group"] for sae in status(tmp_path)["saes"]} == {"topk": 1, "jump": 0}
+            running.terminate()
+        running.wait(120)
+    assert running.returncode == 0
+    assert (tmp_path / "rows").read_bytes() == rows
+    assert published(tmp_path / "run") == expected
+    log = (tmp_path / "trainer.log").read_text()
+    assert "on placement group 1" in log and "[rank 1]" not in log
+
+
+def published(run: Path) -> dict[str, bytes]:
+    """The weights of each SAE of the newest snapshot, by its folder; all pass their self-test."""
+    folder = run / "snapshots" / snapshot_names(run)[-1]
+    verify(folder)
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    for sae in folders:
+        check(sae)
+    return {sae.name: (sae / "sae_weights.safetensors").read_bytes() for sae in folders}
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return ask(folder / "run", {"command": "status"})
+
+
+@pytest.mark.long
+def test_an_operator_commands_all_groups(start: Start, tmp_path: Path) -> None:
+    """An SAE joins the group with least to do, is in reports, snapshots and checkpoints, and leaves."""
+    with open(tmp_path / "run.toml", "a") as file:
+        file.write(SECOND)
+    endless = ("corpus.epochs=1000", *GROUPS)
+    trainer, _ = start("trainer", *endless, ranks=2), start("producer", *endless)
+    run = tmp_path / "run"
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > 0 or trainer.poll() is not None)
+
+    ask(run, {"command": "attach", "sae": {"name": "more", "architecture": "topk", "d_sae": 1024, "k": 4}})
+    tokens = tokens_in_checkpoint(tmp_path)
+    wait_until(lambda: tokens_in_checkpoint(tmp_path) > tokens + 5000)
+    answer = status(tmp_path)
+    saes = {sae["name"]: sae for sae in answer["saes"]}
+    assert saes["more"]["group"] == 1 and 0 < saes["more"]["fvu"] < 1 and saes["more"]["l0"] == 4.0
+    assert answer["ranks"]["count"] == 2 and answer["ranks"]["exchange_bytes"].keys() == {"activations"}
+    ask(run, {"command": "detach", "name": "more", "now": True})
+    wait_until(lambda: any((run / "snapshots").glob("*/more")) and len(status(tmp_path)["saes"]) == 2)
+    trainer.terminate()
+    trainer.wait(120)
+
+    folder = complete_folders(run / "checkpoint")[-1]
+    other = load_file(folder / "latents-00001-of-00002.safetensors")
+    assert {key.split("/")[1] for key in other} == {"topk"} and "sae/topk/parameters/b_dec" in other
+    assert not any(key.startswith("sae/topk") for key in load_file(folder / "state.safetensors"))
+    saved = load_newest(run)
+    assert saved is not None and set(saved.tensors.saes) == {"topk", "jump"}
 
 
 @pytest.mark.long

@@ -53,7 +53,7 @@ from trainer.training.device import DeviceError, pick_device
 from trainer.training.leader import Leader, LeaderRun
 from trainer.training.loop import Loop, MakeRun
 from trainer.training.publishing import summary, write_settings
-from trainer.training.resuming import buffer_of, roster_of
+from trainer.training.resuming import buffer_of, roster_of, share_of
 from trainer.training.roster import Roster
 from trainer.training.run import NoVariance, Run
 
@@ -76,12 +76,15 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox, la
     try:
         directory = run_directory.path
         sweep(directory)
-        ranks = Ranks(0, 1, None, settings.parallel.blocks, exchange=settings.parallel.exchange)
+        ranks = host_ranks = Ranks(0, 1, None, settings.parallel.blocks, exchange=settings.parallel.exchange)
         if launch.world_size > 1:
             leader = Leader(World())
-            ranks = leader.open(settings, directory)
-            log.info("%d ranks share the latents of each SAE", ranks.size)
-        saved = load_newest(directory, range if ranks.is_alone else ranks.latents)
+            ranks, host_ranks = leader.open(settings, directory)
+            log.info(
+                "%d ranks share the latents of each SAE%s", ranks.size,
+                f", in each of {settings.parallel.groups} placement groups" if settings.parallel.groups > 1 else "",
+            )  # fmt: skip
+        saved = load_newest(directory, partial(share_of, settings, ranks) if launch.world_size > 1 else None)
         if fault := start_fault(directory, saved) or blocks_fault(settings, saved):
             raise CheckpointError(fault)
         if pick_device(settings.optimizer.device).type == "cpu":
@@ -116,7 +119,7 @@ def run(settings: TrainerSettings, run_directory: RunDirectory, inbox: Inbox, la
             make_run: MakeRun = partial(Run, ranks=ranks)
             if leader is not None:
                 folder = None if saved is None else complete_folders(directory / "checkpoint")[-1]
-                make_run = partial(LeaderRun, leader=leader, ranks=ranks, checkpoint=folder)
+                make_run = partial(LeaderRun, leader=leader, ranks=ranks, host_ranks=host_ranks, checkpoint=folder)
             keep_alive = leader.keep_alive if leader is not None else lambda: None
             _train(settings, run_directory, inbox, ledger, roster, saved, metrics, health, make_run, keep_alive)
         finally:
@@ -230,6 +233,7 @@ def _train(
 
     buffer_state = buffer_of(saved, settings) if saved is not None else NEW_BUFFER
     intake = Intake(settings.stream, ledger, make_buffer, buffer_state)
+    intake.forget_hooks(roster.forgotten_hooks)
     with intake, Reporter(run_directory.path, metrics) as reporter:
         if settings.stream.keys is not None:
             signal.signal(signal.SIGHUP, lambda *_: intake.reload_keys())

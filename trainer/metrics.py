@@ -159,6 +159,8 @@ SAE = (
     Metric("sluice_skipped_steps_total", "counter", "steps",
            "Steps whose gradient was not finite; they changed nothing.",
            lambda s: s.skipped_steps),
+    Metric("sluice_sae_group", "gauge", "group", "Number of the placement group of ranks that trains the SAE.",
+           lambda s: s.group),
     Metric("sluice_feature_density", "histogram", "latents",
            "Latents by log10 of their recent firing rate; silent ones stand in the lowest bucket. A distribution over "
            "latents at this moment, not over time: read it without rate().", lambda s: s.density, edges=DENSITY_EDGES),

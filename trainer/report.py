@@ -50,6 +50,8 @@ class SaeReport:
     """Latents per bin of DENSITY_EDGES by log10 firing rate, then those that did not fire in the window."""
     skipped_steps: int
     """Steps whose gradient was not finite; they changed nothing."""
+    group: int = 0
+    """Number of the placement group of ranks that trains it."""
 
 
 @dataclass(frozen=True)

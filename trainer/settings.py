@@ -77,7 +77,8 @@ class ParallelSettings(Table):
     latents: RanksOrAuto = "auto"
     """Ranks that share the latents of each SAE; auto takes all ranks of a placement group."""
     groups: Positive = 1
-    """Placement groups of ranks that train different SAEs; 1 is the only value so far."""
+    """Placement groups of ranks that train different SAEs, whole ones for each: for sweeps and suites. SAEs are placed
+    by the predicted time of their steps. May change whenever the run starts again."""
     data: Positive = 1
     """Ranks that train one shard of latents on different activations; 1 is the only value."""
     blocks: Positive = 1
@@ -97,8 +98,6 @@ class ParallelSettings(Table):
                 "step, which costs more than it saves until a batch has more activations than the SAE has latents; "
                 "remove it, and share the latents over more ranks"
             )
-        if self.groups > 1:
-            raise ValueError(f"groups = {self.groups} is not built yet: all ranks share every SAE; remove it")
         if self.intakes > 1:
             raise ValueError(f"intakes = {self.intakes} is not built yet: rank 0 receives everything; remove it")
         return self

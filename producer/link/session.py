@@ -25,6 +25,8 @@ class PackedChunk:
     outlier_count: int
     payload: Payload
     """Not to be written to once the chunk is sent."""
+    hooks: tuple[int, ...] = ()
+    """Numbers of the hooks in the payload; empty for all."""
 
 
 @dataclass(eq=False)
@@ -72,6 +74,7 @@ class ProducerSession:
             rows=chunk.rows,
             kept=chunk.kept_bits,
             outliers=chunk.outlier_bits,
+            hooks=list(chunk.hooks),
         )
 
     def is_heartbeat_due(self, now: float) -> bool:

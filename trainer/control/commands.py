@@ -106,6 +106,7 @@ def _sae_status(loop: Loop, member: Member, report: SaeReport | None) -> Answer:
         "hook": str(loop.settings.hooks_of(sae)),
         "d_sae": sae.d_sae,
         "attached": member.attached,
+        "group": None if run is None else run.group_of(member.name),
         "tokens": 0 if sae_trainer is None else sae_trainer.tokens,
         "phase": SaePhase.JOINING if run is None else run.phase(member),
         "rows_left": None if sae_trainer is None else sae_trainer.schedule.tokens_left(sae_trainer.tokens),
@@ -183,6 +184,11 @@ def _checked_sae(loop: Loop, run: Run, table: Arguments) -> SaeSettings:
     sae = settings_from(SaeSettings, table)
     if fault := loop.settings.hook_fault(sae):
         raise CommandError(f"sae {sae.name!r}: {fault}")
+    if forgotten := sorted(loop.settings.hooks_of(sae).names & set(loop.roster.forgotten_hooks)):
+        raise CommandError(
+            f"sae {sae.name!r}: {forgotten[0]} is streamed no more since the last SAE that read it has left: choose "
+            "another hook, or train it in a new run"
+        )
     if fault := sae_fault(sae, loop.settings.parallel, run.ranks.size):
         raise CommandError(fault)
     return sae

@@ -2,6 +2,7 @@
 
     environment  what torchrun tells a process: its rank
     placement    whether the ranks that were started can share the SAEs of a run
+    grouping     which placement group trains which SAE
     ranks        the process group: collectives, counted by purpose, and the latents that each rank holds; messages
     commands     what rank 0 tells the other ranks to do
     blocks       over which latents sums are formed before they are exchanged

@@ -46,7 +46,7 @@ class Restore(_Message):
 
 
 class Initialise(_Message):
-    """Draws first weights; `tokens` activations of each hook follow."""
+    """Draws first weights; `tokens` activations of each hook follow. Each rank answers with SAEs that cannot begin."""
 
     kind: Literal["initialise"] = "initialise"
     tokens: int
@@ -85,11 +85,22 @@ class Report(_Message):
 
 
 class Publish(_Message):
-    """Calibrates the SAEs and writes this rank's latents into a snapshot; `tokens` activations of each hook follow."""
+    """Calibrates the SAEs and writes this rank's latents into a snapshot; `tokens` activations of each hook follow.
+
+    The first rank of each placement group answers with what it has written.
+    """
 
     kind: Literal["publish"] = "publish"
     tokens: int
     folder: str
+    facts: dict[str, Any]
+    """The manifest's part on the run."""
+
+
+class States(_Message):
+    """The first rank of each placement group answers with the counters of its SAEs, for a checkpoint."""
+
+    kind: Literal["states"] = "states"
 
 
 class SaveShard(_Message):
@@ -122,6 +133,7 @@ Command = (
     | CoolDown
     | Report
     | Publish
+    | States
     | SaveShard
     | Idle
     | End

@@ -11,6 +11,17 @@ from trainer.settings import ParallelSettings, TrainerSettings
 def world_fault(settings: TrainerSettings, world_size: int) -> str | None:
     """Why so many ranks cannot train this run, and what to change; None when they can."""
     parallel = settings.parallel
+    if world_size % parallel.groups:
+        return (
+            f"parallel.groups = {parallel.groups} takes as many ranks for each group, and {world_size} "
+            f"{'was' if world_size == 1 else 'were'} started: start torchrun with --nproc-per-node "
+            f"{parallel.groups * max(1, round(world_size / parallel.groups))}, or lower parallel.groups"
+        )
+    if parallel.groups > len(settings.sae):
+        return (
+            f"parallel.groups = {parallel.groups} is more than the {len(settings.sae)} SAEs of the run, and a group "
+            f"without one would be idle: lower it to {len(settings.sae)}, or raise parallel.latents"
+        )
     latents = world_size // parallel.groups if parallel.latents == "auto" else int(parallel.latents)
     if world_size != latents * parallel.groups:
         return (
@@ -28,9 +39,9 @@ def world_fault(settings: TrainerSettings, world_size: int) -> str | None:
             f"run.deterministic on {latents} ranks needs parallel.blocks, such as 8: without it the last digits "
             "depend on the order in which ranks add"
         )
-    if latents > 1 and settings.optimizer.device.startswith("cuda:"):
+    if world_size > 1 and settings.optimizer.device.startswith("cuda:"):
         return (
-            f"optimizer.device = {show_value(settings.optimizer.device)} names one GPU, and {latents} ranks were "
+            f"optimizer.device = {show_value(settings.optimizer.device)} names one GPU, and {world_size} ranks were "
             'started: set it to "cuda", which gives each rank its own'
         )
     faults = (sae_fault(sae, parallel, latents) for sae in settings.sae)

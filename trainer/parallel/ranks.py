@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -64,6 +65,7 @@ class Ranks:
         latents_per_unit: int = LATENTS_PER_UNIT,
         device: str | torch.device = "cpu",
         exchange: ExchangeFormat = "float32",
+        group_index: int = 0,
     ) -> None:
         """`group` None is that of all ranks, on the host.
 
@@ -80,6 +82,8 @@ class Ranks:
         self.device = torch.device(device)
         self.reconstruction_dtype = torch.bfloat16 if exchange == "bfloat16" else None
         """Type of reconstructions between ranks; None for that of their numbers."""
+        self.group_index = group_index
+        """Number of the placement group."""
         self.traffic = Traffic()
         self._group = group
         self._latents_per_unit = latents_per_unit
@@ -116,7 +120,7 @@ class Ranks:
     def sum(self, tensor: Tensor, purpose: str) -> Tensor:
         """The sum of `tensor` over all ranks, in place; all ranks get the same bits, in an order of the backend."""
         if not self.is_alone:
-            with self._counted(purpose, 2 * (self.size - 1) * tensor.nbytes // self.size):
+            with self.counted(purpose, 2 * (self.size - 1) * tensor.nbytes // self.size):
                 dist.all_reduce(tensor, group=self._group)
         return tensor
 
@@ -125,7 +129,7 @@ class Ranks:
         if self.is_alone:
             return piece[None]
         pieces = piece.new_empty(self.size, *piece.shape)
-        with self._counted(purpose, (self.size - 1) * piece.nbytes):
+        with self.counted(purpose, (self.size - 1) * piece.nbytes):
             _all_gather(_bytes(pieces), _bytes(piece.contiguous()), group=self._group)
         return pieces
 
@@ -134,14 +138,14 @@ class Ranks:
         if self.is_alone:
             return pieces
         received = torch.empty_like(pieces)
-        with self._counted(purpose, (self.size - 1) * pieces.nbytes // self.size):
+        with self.counted(purpose, (self.size - 1) * pieces.nbytes // self.size):
             dist.all_to_all_single(_bytes(received), _bytes(pieces.contiguous()), group=self._group)
         return received
 
     def broadcast(self, tensor: Tensor, purpose: str) -> Tensor:
         """Gives all ranks rank 0's `tensor`, in place."""
         if not self.is_alone:
-            with self._counted(purpose, tensor.nbytes if self.rank else 0):
+            with self.counted(purpose, tensor.nbytes if self.rank else 0):
                 dist.broadcast(tensor, group_src=0, group=self._group)
         return tensor
 
@@ -218,12 +222,26 @@ class Ranks:
         return torch.tensor(number, device=self.device)
 
     @contextmanager
-    def _counted(self, purpose: str, received_bytes: int) -> Iterator[None]:
+    def counted(self, purpose: str, received_bytes: int) -> Iterator[None]:
+        """Counts what is received in the block, and its time."""
         begin = time.perf_counter()
         with _peers():
             yield
         self.traffic.seconds[purpose] += time.perf_counter() - begin
         self.traffic.received_bytes[purpose] += received_bytes
+
+
+class OtherRanks(Ranks):
+    """The ranks of another placement group: this process holds none of their latents, and no collective is theirs."""
+
+    def __init__(self, group_index: int, size: int, blocks: int, latents_per_unit: int = LATENTS_PER_UNIT) -> None:
+        super().__init__(0, size, None, blocks, latents_per_unit, group_index=group_index)
+
+    def latents(self, d_sae: int) -> range:
+        return range(0)
+
+    def latent_blocks(self, d_sae: int) -> list[range]:
+        return [range(0)]
 
 
 ALONE = Ranks(0, 1, None)
@@ -274,20 +292,43 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         with _peers():
             dist.barrier()  # gloo connects at the first collective, which can hang when a rank dies before it
-        self._host = self.host_ranks(blocks=1)
+        self._host = Ranks(self.rank, self.size, None)
+        self._between_devices: dist.ProcessGroup | None = None
 
-    def ranks(self, device: torch.device, blocks: int, exchange: ExchangeFormat = "float32") -> Ranks:
-        """The placement group of all ranks, for tensors on `device`. To be called by all ranks."""
-        if device.type == "cuda":
+    def placement_group(
+        self, device: torch.device, groups: int, blocks: int, exchange: ExchangeFormat
+    ) -> tuple[Ranks, Ranks]:
+        """Forms `groups` of ranks; returns this rank's, for tensors on `device` and for tensors on the host.
+
+        To be called by all ranks.
+        """
+        is_gpu, size = device.type == "cuda", self.size // groups
+        if is_gpu:
             torch.cuda.set_device(device)
-        group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=self._timeout)
-        ranks = Ranks(self.rank, self.size, group, blocks, device=device, exchange=exchange)
-        ranks.sum(torch.zeros(1, device=device), "start")
-        return ranks
+        own, host = ALONE, ALONE
+        for index in range(groups):
+            members = list(range(index * size, (index + 1) * size))
+            group = dist.new_group(members, backend="nccl" if is_gpu else "gloo", timeout=self._timeout)
+            on_host = dist.new_group(members, backend="gloo", timeout=self._timeout)
+            if self.rank in members:
+                rank = self.rank - members[0]
+                own = Ranks(rank, size, group, blocks, device=device, exchange=exchange, group_index=index)
+                host = Ranks(rank, size, on_host, blocks, group_index=index)
+        if is_gpu and groups > 1:
+            self._between_devices = dist.new_group(backend="nccl", timeout=self._timeout)
+        own.sum(torch.zeros(1, device=device), "start")
+        host.sum(torch.zeros(1), "start")
+        return own, host
 
-    def host_ranks(self, blocks: int) -> Ranks:
-        """All ranks, for tensors on the host."""
-        return Ranks(self.rank, self.size, None, blocks)
+    def send_tensor(self, tensor: Tensor, rank: int) -> None:
+        """Sends a tensor on this rank's device to another rank."""
+        with _peers():
+            dist.send(tensor.view(-1), rank, group=self._between_devices)
+
+    def receive_tensor(self, tensor: Tensor) -> None:
+        """Receives a tensor from rank 0, in place."""
+        with _peers():
+            dist.recv(tensor.view(-1), 0, group=self._between_devices)
 
     def send(self, message: bytes) -> None:
         """Sends a message from rank 0 to all others."""
@@ -314,8 +355,12 @@ class World:
         return data.numpy().tobytes()
 
     def gather_texts(self, text: str) -> list[str]:
-        """The texts of all ranks, each cut off after ANSWER_BYTES."""
-        return self._host.gather_texts(text)
+        """The texts of all ranks, of any length."""
+        own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        lengths = self._host.counts(len(own), "texts")
+        texts = self._host.gather_rows(own, "texts").numpy().tobytes()
+        ends = list(accumulate(lengths, initial=0))
+        return [texts[first:end].decode().strip() for first, end in pairwise(ends)]
 
     def close(self) -> None:
         """Leaves the groups, at an end that all ranks know of."""

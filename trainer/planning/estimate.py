@@ -17,8 +17,8 @@ from producer.common.completion import complete
 from producer.common.run_file import read_run_file
 from producer.common.toml import SettingsError, show_value
 from trainer.planning.cost import CPU, CUDA, FLOAT32, HALF, MACHINES, Machine, StepCost
-from trainer.planning.prediction import Estimate, token_bytes
-from trainer.planning.sharding import MAX_GPUS, ShardedStep, fewest_gpus, sharded_step
+from trainer.planning.prediction import Estimate, groups_of
+from trainer.planning.sharding import MAX_GPUS, ShardedStep, fewest_gpus, grouped_step
 from trainer.planning.workload import (
     EstimateError,
     LanguageModelSize,
@@ -118,12 +118,17 @@ def _sharded(
     saes: list[StepCost],
 ) -> ShardedStep | None:
     """The step on as many GPUs as `--gpus` or `--days` ask for; None without them."""
-    size, tokens = token_bytes(settings, model), settings.run.tokens
+    groups, tokens = groups_of(settings, model, saes), settings.run.tokens
     if options.gpus is not None:
-        return sharded_step(saes, machine, options.gpus, size)
+        if options.gpus % len(groups):
+            raise EstimateError(
+                f"--gpus {options.gpus}: parallel.groups = {len(groups)} take as many GPUs each; give a multiple of "
+                f"{len(groups)}"
+            )
+        return grouped_step(groups, machine, options.gpus)
     if options.days is None:
         return None
-    if (step := fewest_gpus(saes, machine, size, tokens, options.days)) is None:
+    if (step := fewest_gpus(groups, machine, tokens, options.days)) is None:
         raise EstimateError(f"--days {options.days:g}: no number of GPUs up to {MAX_GPUS} suffices; allow more days")
     return step
 

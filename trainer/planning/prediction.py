@@ -11,7 +11,8 @@ from producer.common.formatting import format_bytes
 from trainer.defaults import LengthSettings, planned_tokens
 from trainer.planning import cost
 from trainer.planning.cost import Machine, StepCost
-from trainer.planning.sharding import USABLE, ShardedStep, fewest_gpus
+from trainer.planning.sae_cost import place_saes
+from trainer.planning.sharding import USABLE, Group, GroupStep, ShardedStep, fewest_gpus
 from trainer.planning.starting import Start
 from trainer.planning.workload import LanguageModelSize
 from trainer.saes.settings import ASSUMED_L0
@@ -59,6 +60,9 @@ class Estimate:
     """The step on the number of GPUs given by `--gpus` or `--days`; None without them."""
     schedules: dict[str, LengthSettings]
     """Learning rate, warm-up and revival of each SAE, by its name."""
+    groups: list[Group]
+    """The placement groups, one without parallel.groups."""
+    hooks: int
     start: Start
     warnings: list[str]
     """Warnings about the settings."""
@@ -102,6 +106,8 @@ class Estimate:
                 sae.name: LengthSettings.of(sae, settings.optimizer, planned_tokens(sae.tokens, settings.run.tokens))
                 for sae in settings.sae
             },
+            groups=groups_of(settings, model, saes),
+            hooks=len(settings.hooks),
             start=start,
             warnings=settings.warnings(),
         )
@@ -160,6 +166,12 @@ class Estimate:
         return parts | ({"buffer": self.buffer} if self.machine.kernels is cost.CPU else {})
 
     @property
+    def group_steps(self) -> list[GroupStep | None]:
+        """The step of each placement group; None where they are not asked about."""
+        steps = () if self.sharded is None else self.sharded.groups
+        return list(steps) if steps else [None] * len(self.groups)
+
+    @property
     def producers(self) -> float | None:
         """How many producers, each on such a machine of its own, keep the trainer busy."""
         return None if self.forward is None else self.rate * self.forward
@@ -191,6 +203,20 @@ class Estimate:
             "start": self.start.as_json(),
             "memory": self.memory,
             "wire_bytes_per_token": self.token_bytes,
+            "hooks": {
+                "count": self.hooks,
+                "wire_bytes_per_token": self.token_bytes // self.hooks,
+                "buffer": self.buffer / self.hooks,
+            },
+            "groups": [
+                {
+                    "saes": [sae.name for sae in group.saes],
+                    "wire_bytes_per_token": group.token_bytes,
+                    "step_seconds": None if step is None else step.step_seconds,
+                    "memory_per_gpu": None if step is None else step.memory,
+                }
+                for group, step in zip(self.groups, self.group_steps, strict=True)
+            ],
             "producer_tokens_per_second": None if self.forward is None else 1 / self.forward,
             "producers": self.producers,
             "sharded": None
@@ -231,7 +257,7 @@ class Estimate:
             return [f"It does not fit: {format_bytes(size)} of {format_bytes(self.machine.memory)}."]
         if self.sharded.fits:
             return []
-        fewest = fewest_gpus(self.saes, self.machine, self.token_bytes, None, None)
+        fewest = fewest_gpus(self.groups, self.machine, None, None)
         remedy = "" if fewest is None else f"; {fewest.gpus} GPUs hold it"
         return [f"It does not fit: {format_bytes(self.sharded.memory)} on each GPU{remedy}."]
 
@@ -240,6 +266,20 @@ def _rate(saes: list[StepCost], machine: Machine, sharded: ShardedStep | None) -
     """Tokens per second of the trainer."""
     seconds = sum(cost.step_seconds(sae, machine) for sae in saes) if sharded is None else sharded.step_seconds
     return max(sae.batch for sae in saes) / seconds
+
+
+def groups_of(settings: TrainerSettings, model: LanguageModelSize, saes: list[StepCost]) -> list[Group]:
+    """The placement groups of a run; `saes` are the costs of its SAEs."""
+    hook_bytes = _stored_bytes(settings) * model.width
+    if settings.parallel.groups == 1:
+        return [Group(saes, hook_bytes * len(settings.hooks))]
+    group_of = place_saes(settings, settings.sae, dict.fromkeys(settings.hooks, model.width))
+    groups = []
+    for index in range(settings.parallel.groups):
+        names = {name for name, group in group_of.items() if group == index}
+        hooks = {hook for sae in settings.sae if sae.name in names for hook in settings.hooks_of(sae).names}
+        groups.append(Group([sae for sae in saes if sae.name in names], hook_bytes * len(hooks)))
+    return groups
 
 
 def token_bytes(settings: TrainerSettings, model: LanguageModelSize) -> int:

@@ -78,7 +78,7 @@ class Start:
             producer=shell_command("producer", str(run_file)),
             stream_bytes=None if tokens is None else float(tokens * token_bytes),
             checkpoint_seconds=checkpoint_seconds,
-            fault=None if ranks == 1 else world_fault(settings, ranks),
+            fault=world_fault(settings, ranks),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def show(estimate: Estimate) -> None:
         highlight=False,
     )
     console.print(_steps(estimate) if estimate.sharded is None else _sharded_steps(estimate.sharded))
+    if len(estimate.groups) > 1:
+        console.print(_groups(estimate))
     console.print(_totals(estimate))
     console.print(_start(estimate))
     for sentence in estimate.sentences():
@@ -72,6 +74,17 @@ def _sharded_steps(step: ShardedStep) -> Table:
     return table
 
 
+def _groups(estimate: Estimate) -> Table:
+    """Which placement group trains which SAEs, and what its step takes where GPUs are asked about."""
+    table = _table("Placement groups", "ms", "memory of each GPU", "activations of a token")
+    table.add_column("SAEs", overflow="fold")
+    for index, (group, step) in enumerate(zip(estimate.groups, estimate.group_steps, strict=True)):
+        seconds, memory = ("", "") if step is None else (_ms(step.step_seconds), format_bytes(step.memory))
+        names = ", ".join(sae.name for sae in group.saes)
+        table.add_row(f"group {index}", seconds, memory, format_bytes(group.token_bytes), names)
+    return table
+
+
 def _totals(estimate: Estimate) -> Table:
     table = _table("The run", "")
     table.add_row("tokens/s of the trainer", f"{estimate.rate:,.0f}")
@@ -86,6 +99,10 @@ def _totals(estimate: Estimate) -> Table:
         "on the wire",
         f"{format_bytes(estimate.token_bytes)} per token, {format_bytes(estimate.token_bytes * estimate.run_rate)}/s",
     )
+    if estimate.hooks > 1:
+        each = f"{format_bytes(estimate.token_bytes / estimate.hooks)} per token"
+        buffer = f"{format_bytes(estimate.buffer / estimate.hooks)} of the buffer"
+        table.add_row(f"  each of {estimate.hooks} hooks", f"{each}, {buffer}")
     if estimate.sharded is None:
         memory = estimate.memory
         table.add_row("memory", format_bytes(sum(memory.values())))

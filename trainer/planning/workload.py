@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from safetensors import safe_open
 from producer.common.addresses import model_directory
 from producer.common.parsing import ParseError, read_object
 from producer.common.toml import show_value
-from trainer.planning.cost import FLOAT32, HALF, StepCost
-from trainer.saes.settings import SaeSettings
+from trainer.planning.cost import StepCost
+from trainer.planning.sae_cost import sae_cost
 from trainer.settings import TrainerSettings
-from trainer.training.optimizers.registry import OPTIMIZERS
 
 
 class EstimateError(ValueError):
@@ -36,31 +35,8 @@ class LanguageModelSize:
 
 def step_costs(settings: TrainerSettings, width: int, number_bytes: int) -> list[StepCost]:
     """Every SAE of the run. All hooks are `width` wide; `number_bytes` is the size of a number in products."""
-    return [_step_cost(settings, sae, width, number_bytes) for sae in settings.sae]
-
-
-def _step_cost(settings: TrainerSettings, sae: SaeSettings, width: int, number_bytes: int) -> StepCost:
-    hooks, terms = settings.hooks_of(sae), sae.cost_terms()
-    # AuxK counts dead latents in every step, and so does the last resort.
-    terms = replace(terms, scalars=terms.scalars + (sae.revival == "auxk") + (sae.reinitialise_tokens > 0))
-    return StepCost(
-        name=sae.name,
-        architecture=sae.architecture,
-        d_in=width * len(hooks.reads),
-        d_out=width * len(hooks.writes),
-        d_sae=sae.d_sae,
-        batch=settings.optimizer.batch,
-        levels=len(sae.levels),
-        unit_decoder=sae.unit_decoder,
-        centred=sae.centred,
-        skip=sae.skip,
-        whitening=sae.whitening,
-        ema=sae.ema_tokens is not None,
-        optimizer=OPTIMIZERS[sae.optimizer],
-        number_bytes=number_bytes,
-        exchange_bytes=HALF if settings.parallel.exchange == "bfloat16" else FLOAT32,
-        **vars(terms),
-    )
+    widths = dict.fromkeys(settings.hooks, width)
+    return [sae_cost(settings, sae, widths, number_bytes) for sae in settings.sae]
 
 
 def language_model_size(settings: TrainerSettings, width: int | None, parameters: float | None) -> LanguageModelSize:

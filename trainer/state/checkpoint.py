@@ -2,7 +2,8 @@
 
     checkpoint/000001234567-000042/      tokens trained, number of the checkpoint
         state.safetensors                       every tensor: weights, moments, statistics, trained bits
-        latents-00001-of-00004.safetensors      of a run on many ranks: the rows of rank 1's latents; rank 0's are above
+        latents-00001-of-00004.safetensors      of many ranks: the rows of rank 1's latents; rank 0's are above;
+                                                the first rank of a placement group writes the rest of its SAEs too
         state.json                              everything else: ledger, counters, random states, scales
         complete.json                           written last: sizes and sha256 of the others
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ from trainer.state.format import (
     encode_document,
     encode_tensors,
     has_latent_rows,
+    sae_of,
 )
 from trainer.state.migrations import CheckpointFormatError, UnknownVersion
 
@@ -76,9 +79,13 @@ def shard_name(rank: int, ranks: int) -> str:
     return TENSORS if rank == 0 else f"latents-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
-def save_shard(path: Path, saes: Mapping[str, SaeTensors]) -> FileRecord:
-    """Writes the rows of latents that a rank other than 0 holds."""
-    rows = {f"sae/{name}/{key}": tensor for name, sae in saes.items() for key, tensor in sae.rows_by_key().items()}
+def save_shard(path: Path, saes: Mapping[str, SaeTensors], is_first: bool = False) -> FileRecord:
+    """Writes the rows of latents that a rank other than 0 holds; the first rank of a placement group all else too."""
+    rows = {
+        f"sae/{name}/{key}": tensor
+        for name, sae in saes.items()
+        for key, tensor in (sae.by_key() if is_first else sae.rows_by_key()).items()
+    }
     save_file({key: tensor.contiguous() for key, tensor in rows.items()}, path)
     path.chmod(0o644)
     flush(path)
@@ -106,11 +113,12 @@ def save(run_directory: Path, checkpoint: Checkpoint, keep: int, write_shards: W
     return final
 
 
-Share = Callable[[int], range]
-"""The latents that a rank holds, of so many."""
+Share = Callable[[str, int], range]
+"""The latents that a rank holds of an SAE by its name, which has so many."""
+ShareOf = Callable[[CheckpointDocument], Share]
 
 
-def load_newest(run_directory: Path, share: Share = range) -> Checkpoint | None:
+def load_newest(run_directory: Path, share: ShareOf | None = None) -> Checkpoint | None:
     """The newest complete checkpoint, with the rows of a `share` of its latents; None for a new run.
 
     Raises CheckpointError when it is damaged or of a format that this version does not read.
@@ -121,7 +129,7 @@ def load_newest(run_directory: Path, share: Share = range) -> Checkpoint | None:
     return read(folders[-1], share) if folders else None
 
 
-def read(folder: Path, share: Share = range, verified: bool = False) -> Checkpoint:
+def read(folder: Path, share: ShareOf | None = None, verified: bool = False) -> Checkpoint:
     """One complete checkpoint, with the rows of a `share` of its latents.
 
     Raises CheckpointError when it is damaged or of a format this version does not read. `verified`: another rank has
@@ -131,10 +139,11 @@ def read(folder: Path, share: Share = range, verified: bool = False) -> Checkpoi
         raise CheckpointError(f"{damage}: {_remedy(folder)}")
     try:
         document = decode_document(read_object(folder / DOCUMENT))
-        if share is range and not document.latents:
+        if share is None and not document.latents:
             tensors = load_file(folder / TENSORS)  # mapped, not copied
         else:
-            tensors = _tensors_of_share(folder, document, share)
+            own = share(document) if share is not None else lambda _, latents: range(latents)
+            tensors = _tensors_of_share(folder, document, own)
         return Checkpoint(document, decode_tensors(tensors, document))
     except UnknownVersion as error:
         raise CheckpointError(
@@ -153,22 +162,30 @@ def _tensors_of_share(folder: Path, document: CheckpointDocument, share: Share) 
             name: stack.enter_context(safe_open(folder / name, "pt"))
             for name in dict.fromkeys([TENSORS, *(one.file for one in ranges)])
         }
-        for key in files[TENSORS].keys():  # noqa: SIM118 (no mapping)
+        for file, key in _keys(files, document):
             if not has_latent_rows(key):
-                tensors[key] = files[TENSORS].get_tensor(key)
+                tensors[key] = file.get_tensor(key)
                 continue
-            sae = key.removeprefix("sae/").partition("/")[0]
-            whole = [LatentRange(TENSORS, 0, files[TENSORS].get_slice(key).get_shape()[0])]
-            ranges = document.latents.get(sae, whole)
+            sae = sae_of(key)
+            ranges = document.latents.get(sae, [LatentRange(TENSORS, 0, file.get_slice(key).get_shape()[0])])
             _require_cover(sae, ranges)
-            latents = share(ranges[-1].end)
+            latents = share(sae, ranges[-1].end)
             pieces = [
                 files[one.file].get_slice(key)[max(latents.start, one.first) - one.first : latents.stop - one.first]
                 for one in ranges
                 if one.first < latents.stop and latents.start < one.end
             ]
-            tensors[key] = torch.cat(pieces)
+            tensors[key] = torch.cat(pieces) if pieces else file.get_slice(key)[:0]
     return tensors
+
+
+def _keys(files: Mapping[str, Any], document: CheckpointDocument) -> Iterator[tuple[Any, str]]:
+    """All keys, each with the file that has the tensor, or its first rows."""
+    first_files = {sae: ranges[0].file for sae, ranges in document.latents.items() if ranges}
+    for name, file in files.items():
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            if first_files.get(sae_of(key), TENSORS) == name:
+                yield file, key
 
 
 def _require_cover(sae: str, ranges: list[LatentRange]) -> None:

@@ -95,6 +95,8 @@ class RosterState:
     gone: list[str] = field(default_factory=list)
     paused: bool = False
     threads: int | None = None
+    forgotten_hooks: list[str] = field(default_factory=list)
+    """Hooks whose last SAE has left."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,11 @@ class SaeTensors:
             if _below("whitening/", tensors)
             else None,
         )
+
+
+def sae_of(key: str) -> str:
+    """The SAE that the tensor of this key belongs to, with its name in front; empty for other tensors."""
+    return key.removeprefix("sae/").partition("/")[0] if key.startswith("sae/") else ""
 
 
 def has_latent_rows(key: str) -> bool:

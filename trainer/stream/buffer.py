@@ -56,17 +56,23 @@ class ShuffleBuffer:
         bookkeeping = self._serial.nbytes + self._position.nbytes + self._order.nbytes
         return bookkeeping + sum(x.nbytes for x in self._x)
 
-    def insert(self, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray) -> None:
+    def insert(self, x: Sequence[torch.Tensor | np.ndarray | None], serial: int, position: np.ndarray) -> None:
         """Copies activations in, once: x[hook] is [rows, width], `position` [rows] their positions in shard `serial`.
 
-        An array holds the numbers' bits, as integers. Raises OverflowError when they do not fit; credit makes that
-        impossible.
+        None may stand for a hook that is forgotten. An array holds the numbers' bits, as integers. Raises OverflowError
+        when they do not fit; credit makes that impossible.
         """
         end = self.rows + len(position)
         if end > self.capacity:
             raise OverflowError(f"{len(position)} activations do not fit: {self.rows} of {self.capacity} slots full")
         self._put(self._order[self.rows : end], x, serial, position)
         self.rows = end
+
+    def forget(self, hook: int) -> None:
+        """Gives the memory of a hook back, by its number; activations have no numbers of it from now on, [rows, 0]."""
+        if self._x[hook].shape[1]:
+            self._x[hook] = torch.empty(self.capacity, 0, dtype=self._x[hook].dtype)
+            self._bits[hook] = bits_of(self._x[hook])
 
     def is_full_enough(self, count: int, oldest: int) -> bool:
         """Whether a batch of `count` may be drawn: the buffer is half full, so that each batch mixes many contexts.
@@ -96,10 +102,11 @@ class ShuffleBuffer:
         return self.rows
 
     def _put(
-        self, slots: np.ndarray, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray
+        self, slots: np.ndarray, x: Sequence[torch.Tensor | np.ndarray | None], serial: int, position: np.ndarray
     ) -> None:
         for store, rows in zip(self._bits, x, strict=True):
-            store[slots] = bits_of(rows)
+            if store.shape[1] and rows is not None:
+                store[slots] = bits_of(rows)
         self._serial[slots] = serial
         self._position[slots] = position
 
@@ -165,7 +172,7 @@ class OrderedBuffer(ShuffleBuffer):
     def used_slots(self) -> int:
         return self.capacity - self._free_count
 
-    def insert(self, x: Sequence[torch.Tensor | np.ndarray], serial: int, position: np.ndarray) -> None:
+    def insert(self, x: Sequence[torch.Tensor | np.ndarray | None], serial: int, position: np.ndarray) -> None:
         """Like `ShuffleBuffer.insert`; activations of one serial come in ascending order of position."""
         if len(position) > self._free_count:
             raise OverflowError(

@@ -43,6 +43,14 @@ class Ingest:
         buffer = self._make_buffer(stream)
         buffer.restore(self._saved)
         self.buffer, self._stream = buffer, stream
+        self.forget_hooks()
+
+    def forget_hooks(self) -> None:
+        """Gives back the buffer's memory for hooks that the ledger no longer asks for."""
+        if self.buffer is not None and self._stream is not None:
+            for number, hook in enumerate(self._stream.hooks):
+                if hook.name in self._ledger.shards.forgotten_hooks:
+                    self.buffer.forget(number)
 
     def take_in(self, session: str, chunk: Chunk, data: memoryview, now: float) -> list[Send]:
         """Copies the payload of a chunk into the buffer, if the ledger accepts it.
@@ -53,7 +61,7 @@ class Ingest:
         buffer = self.buffer
         assert buffer is not None
         hello = self._ledger.sessions[session].hello
-        x = split_payload(hello, data, chunk.rows)
+        x = split_payload(hello, data, chunk.rows, chunk.hooks)
         if x is not None and not is_finite(x):
             reason = "chunk holds NaN or infinity"
             if hello.provenance.get("model_dtype") == "float16":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -161,6 +161,12 @@ class Intake:
         with self.lock:
             self.ledger.wind_down()
             return self.ledger.tokens_buffered + self.ledger.tokens_credited
+
+    def forget_hooks(self, names: Collection[str]) -> None:
+        """Asks for these hooks no longer, and gives their memory back: no SAE reads them any more."""
+        with self.lock:
+            self.ledger.shards.forgotten_hooks |= set(names)
+            self._ingest.forget_hooks()
 
     def reload_keys(self) -> None:
         """Ends sessions whose key is no longer there; the others do not notice. For a signal's handler."""

@@ -18,22 +18,35 @@ INFINITY = {2: 0x7F80, 4: 0x7F800000}
 """The bits of infinity in bfloat16 and float32; those of the NaNs come after them."""
 
 
-def split_payload(hello: Hello, data: memoryview, rows: int) -> list[np.ndarray] | None:
-    """Views of a payload's bits, one [rows, width] array per hook; None when it is empty or of another size."""
-    widths = [hook.width for hook in hello.hooks]
+def split_payload(
+    hello: Hello, data: memoryview, rows: int, hooks: Sequence[int] = ()
+) -> list[np.ndarray | None] | None:
+    """Views of a payload's bits, one [rows, width] array per hook; None when it is empty or of another size.
+
+    The payload holds those of `hooks`, by number, of all when there are none; None stands for each of the others.
+    """
+    numbers = hooks or range(len(hello.hooks))
+    if not all(number < len(hello.hooks) for number in numbers):
+        return None  # the ledger rejects it
+    widths = [hello.hooks[number].width for number in numbers]
     if not rows or len(data) != rows * sum(widths) * DTYPE_BYTES[hello.dtype]:
         return None
     bits = np.frombuffer(data, BITS[hello.dtype])
     ends = np.cumsum([rows * width for width in widths])
-    return [bits[end - rows * width : end].reshape(rows, width) for end, width in zip(ends, widths, strict=True)]
+    views: list[np.ndarray | None] = [None] * len(hello.hooks)
+    for number, end, width in zip(numbers, ends, widths, strict=True):
+        views[number] = bits[end - rows * width : end].reshape(rows, width)
+    return views
 
 
-def is_finite(bits: Sequence[np.ndarray]) -> bool:
+def is_finite(bits: Sequence[np.ndarray | None]) -> bool:
     """Whether no array of numbers' bits holds NaN or infinity. Exact, and several times faster than a sum.
 
     As integers, the positive ones that are not finite are the largest; as unsigned ones, the negative ones are.
     """
     for part in bits:
+        if part is None:
+            continue
         infinity, sign = INFINITY[part.itemsize], 1 << (8 * part.itemsize - 1)
         if part.max() >= infinity or part.view(f"u{part.dtype.itemsize}").max() >= infinity + sign:
             return False

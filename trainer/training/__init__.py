@@ -8,6 +8,7 @@
     rank_meter    how long the steps of a rank take, and its exchanges
     leader        the run of rank 0, which announces its changes to the other ranks
     follower      a rank that does what rank 0 announces
+    remote        an SAE that another placement group of ranks trains
     sae_trainer   one SAE with optimizer, schedule and statistics
     revival       new weights for dead latents
     optimizers/   how a gradient changes the weights

@@ -30,11 +30,13 @@ from trainer.parallel.commands import (
     Report,
     Restore,
     SaveShard,
+    States,
     TrainStep,
     decode_command,
 )
 from trainer.parallel.environment import Launch
 from trainer.parallel.ranks import RankLostError, Ranks, World
+from trainer.report import SaeReport
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.state.checkpoint import read, save_shard, shard_name
@@ -68,7 +70,9 @@ class Follower:
         self._world = world
         self._launch = launch
         self._settings: TrainerSettings | None = None
-        self._ranks: Ranks | None = None
+        self._ranks: tuple[Ranks, Ranks] | None = None
+        """Of this rank's placement group, on its device and on the host."""
+        self._last_reports: dict[str, SaeReport] = {}
         self._run: SharedRun | None = None
 
     @property
@@ -85,15 +89,19 @@ class Follower:
                 case TrainStep(tokens=tokens):
                     self.run.shared_step(tokens, {})
                 case Report():
-                    self.run.reports()
-                    self._world.gather_texts(self.run.report_text())
+                    reports = self.run.reports_here()
+                    self._last_reports = {report.name: report for report in reports}
+                    self._world.gather_texts(self.run.report_text(reports))
+                case States():
+                    self._world.gather_texts(self.run.states_text())
                 case SaveShard(folder=folder):
                     self._world.gather_texts(self._save_shard(Path(folder)))
                 case Initialise(tokens=tokens, scales=scales):
                     self.run.scales = self.run.by_hook(scales)
-                    self.run.draw_weights(self.run.share_sample(tokens, []))
-                case Publish(tokens=tokens, folder=folder):
-                    write_latents(self.run, self.run.share_sample(tokens, []), Path(folder))
+                    self.run.agree_on_removed(self.run.draw_weights(self.run.share_sample(tokens, [])))
+                case Publish(tokens=tokens, folder=folder, facts=facts):
+                    sample = self.run.share_sample(tokens, [])
+                    self._world.gather_texts(write_latents(self.run, self._last_reports, sample, Path(folder), facts))
                 case Attach(sae=sae, joined_at=joined_at, matmul=matmul):
                     self.run.attach(SaeSettings.model_validate(sae), joined_at, getattr(torch, matmul))
                 case Detach(sae=name):
@@ -129,10 +137,8 @@ class Follower:
             torch.set_num_threads(settings.run.threads)
         if settings.run.deterministic:
             use_deterministic_algorithms()
-        self._settings, self._ranks = (
-            settings,
-            self._world.ranks(device, settings.parallel.blocks, settings.parallel.exchange),
-        )
+        parallel, self._settings = settings.parallel, settings
+        self._ranks = self._world.placement_group(device, parallel.groups, parallel.blocks, parallel.exchange)
 
     def _begin(self, command: Begin) -> None:
         assert self._settings is not None and self._ranks is not None
@@ -140,19 +146,19 @@ class Follower:
         roster = restore_roster(command.roster, saes, self._settings.run.folder)
         matmul = {name: getattr(torch, dtype) for name, dtype in command.matmul.items()}
         self._run = SharedRun(
-            self._settings, command.stream, roster, self._world, self._ranks, matmul, self._launch.local_rank
+            self._settings, command.stream, roster, self._world, *self._ranks, matmul, self._launch.local_rank
         )
 
     def _restore(self, folder: Path) -> None:
         # Rank 0 has compared the files with their hashes.
-        saved = read(folder, self.run.ranks.latents, verified=True)
+        saved = read(folder, lambda _: self.run.share, verified=True)
         self.run.restore(saved.document.run, saved.tensors.saes)
 
     def _save_shard(self, folder: Path) -> str:
         """The answer to SaveShard, JSON: the file written, or an error."""
         name = shard_name(self._world.rank, self._world.size)
         try:
-            record = save_shard(folder / name, self.run.state()[1])
+            record = save_shard(folder / name, self.run.tensors_here(), is_first=self.run.ranks.rank == 0)
         except (OSError, SafetensorError) as error:
             return json.dumps({"error": f"rank {self._world.rank}: {error}"})
         return json.dumps({"file": name, "bytes": record.bytes, "sha256": record.sha256})

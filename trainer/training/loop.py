@@ -249,6 +249,7 @@ class Loop:
             log.info("sae %s %s", member.name, "has left the run" if member.leaving else "is finished")
             if member.leaving:
                 run.detach(member)
+                self.intake.forget_hooks(self.roster.forgotten_hooks)
         self.write_settings()
         self.save()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trainer.snapshot import (
 from trainer.state.durable import replace_text
 from trainer.stream.intake import Intake
 from trainer.training.roster import Roster
-from trainer.training.run import CalibratedSae, Run
+from trainer.training.run import CalibratedSae, Run, WrittenSae
 from trainer.training.sae_trainer import SaeTrainer
 
 log = logging.getLogger("sluice.trainer")
@@ -64,16 +65,18 @@ def publish_snapshot(run: Run, report: StepReport, activations: list[Tensor], fa
     if is_complete(folder):
         set_latest(folder)
         return list(read_manifest(folder).saes)
+    numbers = {sae.name: sae for sae in report.saes}
     with new_snapshot(directory, report.tokens, facts) as draft:
-        for calibrated in run.calibrated(activations, draft.folder):
-            metadata = _metadata(run, calibrated.sae_trainer, report, facts)
-            try:
-                weights = _write(run, calibrated, draft.folder, activations, metadata)
-            except SnapshotError as error:
-                log.error("sae %s is left out of this snapshot: %s", calibrated.name, error)
-                draft.discard(calibrated.name)
+        try:
+            saes = list(_write_all(run, numbers, activations, draft.folder, facts))
+        finally:  # other placement groups tell what they have written, whatever came of it here
+            elsewhere = run.published_elsewhere()
+        for sae in [*saes, *elsewhere]:
+            if sae.fault is None:
+                draft.add(sae.name, sae.numbers, sae.parts)
             else:
-                draft.add(calibrated.name, _numbers(calibrated, report), weights)
+                log.error("sae %s is left out of this snapshot: %s", sae.name, sae.fault)
+                draft.discard(sae.name)
         if not draft.saes:
             raise SnapshotError("there is no SAE to publish")
         names = list(draft.saes)
@@ -81,14 +84,34 @@ def publish_snapshot(run: Run, report: StepReport, activations: list[Tensor], fa
     return names
 
 
-def write_latents(run: Run, activations: list[Tensor], folder: Path) -> None:
-    """The part of a rank other than 0 in a snapshot: writes its latents, or gives up where rank 0 does."""
+def write_latents(
+    run: Run, numbers: Mapping[str, SaeReport], activations: list[Tensor], folder: Path, facts: dict[str, Any]
+) -> str:
+    """The part of a rank other than 0 in a snapshot: writes its latents, or gives up where the first rank does.
+
+    Returns its answer to rank 0, JSON; the first rank of a placement group tells of its SAEs.
+    """
     try:
-        for calibrated in run.calibrated(activations, folder):
-            with suppress(SnapshotError):
-                _write(run, calibrated, folder, activations, {})
-    except OSError:
-        return  # all ranks were told, and rank 0 logs it
+        saes = list(_write_all(run, numbers, activations, folder, facts))
+    except OSError as error:  # all ranks of the group were told, and rank 0 logs it
+        return json.dumps({"error": f"placement group {run.ranks.group_index}: {error}"})
+    tells = run.ranks.rank == 0
+    return json.dumps({"saes": [sae.as_json() for sae in saes] if tells else []})
+
+
+def _write_all(
+    run: Run, numbers: Mapping[str, SaeReport], activations: list[Tensor], folder: Path, facts: dict[str, Any]
+) -> Iterator[WrittenSae]:
+    """Writes the SAEs of this rank's placement group one by one. Collective in the group."""
+    for calibrated in run.calibrated(activations, folder, facts):
+        report = numbers[calibrated.sae_trainer.settings.name]
+        try:
+            metadata = _metadata(run, calibrated.sae_trainer, report, facts) if run.ranks.rank == 0 else {}
+            parts = _write(run, calibrated, folder, activations, metadata)
+        except SnapshotError as error:
+            yield WrittenSae(calibrated.name, str(error), {}, None)
+        else:
+            yield WrittenSae(calibrated.name, None, _numbers(calibrated, report), parts)
 
 
 def _write(
@@ -109,10 +132,10 @@ def _write(
     return files.write(folder / calibrated.name, x)
 
 
-def _numbers(calibrated: CalibratedSae, report: StepReport) -> dict[str, Any]:
+def _numbers(calibrated: CalibratedSae, report: SaeReport) -> dict[str, Any]:
     """Numbers of an SAE for the manifest; of an EMA copy without those that were measured on the other weights."""
     sae_trainer = calibrated.sae_trainer
-    numbers = numbers_of(sae_trainer, _of(report, sae_trainer))
+    numbers = numbers_of(sae_trainer, report)
     if calibrated.is_average:
         numbers |= dict.fromkeys(("l0", "mse", "fvu", "dead_latents", "dead_latents_ratio", "shrinkage"))
     return numbers
@@ -135,9 +158,9 @@ def numbers_of(sae_trainer: SaeTrainer, report: SaeReport) -> dict[str, Any]:
     }
 
 
-def _metadata(run: Run, sae_trainer: SaeTrainer, report: StepReport, facts: dict[str, Any]) -> dict[str, Any]:
+def _metadata(run: Run, sae_trainer: SaeTrainer, numbers: SaeReport, facts: dict[str, Any]) -> dict[str, Any]:
     """Metadata of one SAE that SAELens and others read, and its provenance."""
-    provenance, hooks, numbers = run.stream.provenance, sae_trainer.hooks, _of(report, sae_trainer)
+    provenance, hooks = run.stream.provenance, sae_trainer.hooks
     modules = {hook.name: hook.module for hook in run.stream.hooks}
     metadata = {
         "model_name": provenance.get("model"),

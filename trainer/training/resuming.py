@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from trainer.parallel.ranks import Ranks
+from trainer.planning.sae_cost import place_saes
 from trainer.settings import TrainerSettings
-from trainer.state.checkpoint import CheckpointError
+from trainer.state.checkpoint import CheckpointError, Share
 from trainer.state.format import (
     BufferState,
     Checkpoint,
@@ -52,6 +54,15 @@ def roster_of(document: CheckpointDocument, settings: TrainerSettings) -> Roster
         if fault := settings.hook_fault(member.settings):
             raise CheckpointError(f"sae {member.name!r} of the checkpoint of {settings.run.folder}: {fault}")
     return roster
+
+
+def share_of(settings: TrainerSettings, ranks: Ranks, document: CheckpointDocument) -> Share:
+    """The latents that a rank of this placement group holds, of each SAE of a checkpoint."""
+    roster, stream = roster_of(document, settings), document.ledger.stream
+    if stream is None:
+        return lambda _, d_sae: ranks.latents(d_sae)
+    group_of = place_saes(settings, roster.settings, {hook.name: hook.width for hook in stream.hooks})
+    return lambda name, d_sae: ranks.latents(d_sae) if group_of.get(name) == ranks.group_index else range(0)
 
 
 def buffer_of(checkpoint: Checkpoint, settings: TrainerSettings) -> BufferState:

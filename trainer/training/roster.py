@@ -56,6 +56,8 @@ class Roster:
     threads: int | None = None
     """CPU threads of one SAE's arithmetic, fixed when the run begins: with another number sums round differently, and
     an SAE that joins must not change the others by a bit."""
+    forgotten_hooks: list[str] = field(default_factory=list)
+    """Hooks whose last SAE has left; they are streamed no more, and no other SAE can join there."""
 
     @classmethod
     def of(cls, saes: Sequence[SaeSettings]) -> Roster:
@@ -115,7 +117,7 @@ class Roster:
             )
             for member in self.members
         ]
-        return RosterState(members, self.joined, list(self.gone), self.paused, self.threads)
+        return RosterState(members, self.joined, list(self.gone), self.paused, self.threads, list(self.forgotten_hooks))
 
 
 def restore_roster(state: RosterState, saes: Sequence[SaeSettings], directory: Path) -> Roster:
@@ -127,7 +129,7 @@ def restore_roster(state: RosterState, saes: Sequence[SaeSettings], directory: P
     members = [
         Member(**vars(member) | {"settings": SaeSettings.model_validate(member.settings)}) for member in state.members
     ]
-    roster = Roster(members, state.joined, list(state.gone), state.paused, state.threads)
+    roster = Roster(members, state.joined, list(state.gone), state.paused, state.threads, list(state.forgotten_hooks))
     ours = {sae.name: sae.shape() for sae in saes if sae.name not in roster.gone}
     theirs = {member.name: member.settings.shape() for member in members if not member.attached or member.name in ours}
     if ours != theirs:

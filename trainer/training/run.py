@@ -7,30 +7,33 @@ join and leave between two steps; the others do not notice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from producer.lm.precision import fastest_dtype
 from producer.wire import Hello
-from trainer.parallel.ranks import ALONE, Ranks
+from trainer.parallel.ranks import ALONE, OtherRanks, Ranks
 from trainer.phases import SaePhase
+from trainer.planning.sae_cost import place_saes
 from trainer.report import RanksReport, SaeReport
 from trainer.saes.base import Sae
 from trainer.saes.settings import SaeSettings
 from trainer.saes.start import check_start, open_start, read_start, require_widths
 from trainer.settings import TrainerSettings
+from trainer.snapshot import FileParts
 from trainer.state.checkpoint import FileRecord, shard_name
 from trainer.state.format import LatentRange, RunState, SaeTensors
 from trainer.stream.buffer import Batch
 from trainer.training.device import default_threads, make_thread_pool, pick_device
+from trainer.training.remote import RemoteSaeTrainer
 from trainer.training.roster import Member, Roster
 from trainer.training.sae_trainer import SaeTrainer
 
@@ -94,6 +97,26 @@ class CalibratedSae:
         return f"{name}-ema" if self.is_average else name
 
 
+@dataclass(frozen=True)
+class WrittenSae:
+    """An SAE, or its EMA copy, that was written into a snapshot, or could not be."""
+
+    name: str
+    fault: str | None
+    numbers: dict[str, Any]
+    parts: FileParts | None
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> WrittenSae:
+        parts = document["parts"]
+        file_parts = None if parts is None else FileParts(parts["bytes"], tuple(parts["sha256"]))
+        return cls(document["name"], document["fault"], document["numbers"], file_parts)
+
+    def as_json(self) -> dict[str, Any]:
+        parts = None if self.parts is None else {"bytes": self.parts.bytes, "sha256": self.parts.sha256}
+        return {"name": self.name, "fault": self.fault, "numbers": self.numbers, "parts": parts}
+
+
 class Run:
     """See the module's docstring. `stream` is the frozen HELLO of the first producer.
 
@@ -109,7 +132,10 @@ class Run:
         matmul: Mapping[str, torch.dtype] | None = None,
         local_rank: int = 0,
     ) -> None:
-        """`matmul` has the dtype of each SAE's products by its name; without it, it is chosen here."""
+        """`ranks` are those of this rank's placement group, which trains the SAEs that are placed there.
+
+        `matmul` has the dtype of each SAE's products by its name; without it, it is chosen here.
+        """
         self.settings = settings
         self.ranks = ranks
         self.stream = stream
@@ -126,6 +152,8 @@ class Run:
         self.on_progress: Callable[[], None] = lambda: None
         """Called as a snapshot or a checkpoint is being written, which may take long."""
         self.device = pick_device(settings.optimizer.device, local_rank)
+        self._widths = {hook.name: hook.width for hook in stream.hooks}
+        self._group_of = place_saes(settings, self.roster.settings, self._widths)
         self.sae_trainers = [
             self._make_sae_trainer(each, (matmul or {}).get(each.name)) for each in self.roster.members
         ]
@@ -136,39 +164,51 @@ class Run:
         if self.device.type != "cpu":
             return None
         is_alone = self.ranks.is_alone  # with others, collectives must come in one order
-        saes = len(self.sae_trainers) if is_alone else 1
+        saes = max(1, len(self.here)) if is_alone else 1
         self.roster.threads = self.settings.run.threads or self.roster.threads or default_threads(saes)
         return make_thread_pool(self.roster.threads, can_overlap=is_alone)
 
     def _make_sae_trainer(self, member: Member, matmul: torch.dtype | None = None) -> SaeTrainer:
         sae, optimizer = member.settings, self.settings.optimizer
-        hooks, widths = self.settings.hooks_of(sae), {hook.name: hook.width for hook in self.stream.hooks}
-        d_in = sum(widths[hook] for hook in hooks.reads)
+        hooks, group = self.settings.hooks_of(sae), self._group_of[sae.name]
+        is_here = group == self.ranks.group_index
+        d_in = sum(self._widths[hook] for hook in hooks.reads)
         if matmul is not None:
             dtype = matmul
         elif optimizer.matmul == "auto":
             dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
         else:
             dtype = getattr(torch, optimizer.matmul)
-        log.info("sae %s: %s, %d → %d, products in %s", sae.name, sae.architecture, d_in, sae.d_sae, dtype)
+        where = f", on placement group {group}" if self.settings.parallel.groups > 1 else ""
+        log.info("sae %s: %s, %d → %d, products in %s%s", sae.name, sae.architecture, d_in, sae.d_sae, dtype, where)
         seed = self.settings.run.seed * 1000 + member.number if sae.seed is None else sae.seed
-        return SaeTrainer(
+        kind = SaeTrainer if is_here else RemoteSaeTrainer
+        return kind(
             sae,
             optimizer,
             hooks,
-            widths,
+            self._widths,
             self.device,
             dtype,
             seed,
             member.joined_at,
             self.settings.run.tokens,
-            self.ranks,
+            self.ranks if is_here else OtherRanks(group, self.ranks.size, self.ranks.blocks),
         )
 
     def sae_trainer(self, member: Member) -> SaeTrainer:
         return next(sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.settings.name == member.name)
 
+    def group_of(self, name: str) -> int:
+        """The placement group of ranks that trains an SAE."""
+        return self._group_of[name]
+
     # Lifecycle
+
+    @property
+    def here(self) -> list[SaeTrainer]:
+        """SAE trainers of this rank's placement group."""
+        return [sae_trainer for sae_trainer in self.sae_trainers if sae_trainer.is_here]
 
     @property
     def publishable(self) -> list[SaeTrainer]:
@@ -200,6 +240,7 @@ class Run:
         is_first = self.ranks.rank == 0  # the others read weights of their latents alone
         start = read_start(sae) if is_first else open_start(sae)
         member = self.roster.join(sae, joined_at)
+        self._group_of = place_saes(self.settings, self.roster.settings, self._widths, self._group_of)
         try:
             sae_trainer = self._make_sae_trainer(member, matmul)
             if start is not None:
@@ -213,10 +254,13 @@ class Run:
         return sae_trainer
 
     def detach(self, member: Member) -> None:
-        """Removes an SAE as it is."""
+        """Removes an SAE as it is. Hooks that it was trained on are forgotten where no other SAE reads them."""
         sae_trainer = self.sae_trainer(member)
         self.sae_trainers.remove(sae_trainer)
         self.roster.leave(member, keep_name=sae_trainer.tokens > 0)
+        if sae_trainer.tokens:
+            hooks_read = frozenset[str]().union(*(other.hooks.names for other in self.sae_trainers))
+            self.roster.forgotten_hooks += sorted(sae_trainer.hooks.names - hooks_read)
 
     def cool_down(self, member: Member, now: bool = False) -> int:
         """Begins the cooldown of an SAE; returns its length in tokens."""
@@ -261,16 +305,20 @@ class Run:
     def train_step(self, batch: Batch) -> None:
         """One step of every SAE on the same activations; each hook is scaled once."""
         hooks = self.hooks_in_training()
-        self.step_on({hook: x.to(self.device) for hook, x in self.by_hook(batch.x).items() if hook in hooks})
+        raw = {hook: x.to(self.device) for hook, x in self.by_hook(batch.x).items() if hook in hooks}
+        self.step_on(raw, len(batch.x[0]))
         self.last_batch = batch
 
     def hooks_in_training(self) -> frozenset[str]:
         return frozenset[str]().union(*(sae_trainer.hooks.names for sae_trainer in self.in_training))
 
-    def step_on(self, raw: Mapping[str, Tensor]) -> None:
-        """One step on raw activations of the hooks in training, on this run's device."""
+    def step_on(self, raw: Mapping[str, Tensor], tokens: int) -> None:
+        """One step on raw activations of the hooks in training, on this run's device; there are so many `tokens`."""
         assert self.scales is not None
-        in_training = self.in_training
+        in_training = [one for one in self.in_training if one.is_here]
+        for one in self.in_training:
+            if isinstance(one, RemoteSaeTrainer):
+                one.count(tokens)
         scaled = {hook: x.float() * self.scales[hook] for hook, x in raw.items()}
 
         def step(sae_trainer: SaeTrainer) -> None:
@@ -284,44 +332,64 @@ class Run:
 
     def reports(self) -> tuple[SaeReport, ...]:
         """Numbers of every SAE that has trained."""
+        return tuple(self._reports(self.publishable))
+
+    def reports_here(self) -> tuple[SaeReport, ...]:
+        """Numbers of those that this rank's placement group trains."""
+        return tuple(self._reports([one for one in self.publishable if one.is_here]))
+
+    def _reports(self, sae_trainers: Iterable[SaeTrainer]) -> Iterator[SaeReport]:
         scales = self.scales or self.by_hook([1.0] * len(self.stream.hooks))
-        return tuple(sae_trainer.report(scales) for sae_trainer in self.publishable)
+        return (sae_trainer.report(scales) for sae_trainer in sae_trainers)
 
     def ranks_report(self) -> RanksReport:
         """The number of ranks, and what they have exchanged."""
         return RanksReport()
 
-    def calibrated(self, activations: list[Tensor], folder: Path) -> Iterator[CalibratedSae]:
-        """Every SAE that has trained, with what inference needs fitted to raw activations of every hook.
+    def calibrated(self, activations: list[Tensor], folder: Path, facts: dict[str, Any]) -> Iterator[CalibratedSae]:
+        """Every SAE here that has trained, with what inference needs fitted to raw activations of every hook.
 
         On many ranks each of them is then written into `folder` by all, before the next one comes.
         """
         assert self.scales is not None
         scaled = {hook: x.float() * self.scales[hook] for hook, x in self.by_hook(activations).items()}
-        for sae_trainer in self.publishable:
+        for sae_trainer in (one for one in self.publishable if one.is_here):
             for sae in filter(None, (sae_trainer.sae, sae_trainer.ema_sae)):
                 sae_trainer.calibrate(sae, scaled)
                 is_average = sae is not sae_trainer.sae
                 yield CalibratedSae(sae_trainer, sae, is_average, sae_trainer.statistics.firing_rate())
 
+    def published_elsewhere(self) -> list[WrittenSae]:
+        """What other placement groups have written into a snapshot since `calibrated`."""
+        return []
+
     # Checkpoints
 
+    def share(self, name: str, d_sae: int) -> range:
+        """The latents of an SAE that this rank holds, none of one that another placement group trains."""
+        return self.ranks.latents(d_sae) if self._group_of.get(name) == self.ranks.group_index else range(0)
+
     def state(self) -> tuple[RunState, dict[str, SaeTensors]]:
-        """Counters, and the tensors of each SAE; SAEs without weights are left out."""
-        states = {each.settings.name: each.state() for each in self.sae_trainers if each.has_weights}
+        """Counters, and the tensors of each SAE here; SAEs without weights are left out."""
+        counters = {each.settings.name: each.counters() for each in self.sae_trainers if each.has_weights}
         scales = None if self.scales is None else list(self.scales.values())
-        counters = RunState(self.step, self.seconds, scales, {name: state for name, (state, _) in states.items()})
-        return counters, {name: tensors for name, (_, tensors) in states.items()}
+        return RunState(self.step, self.seconds, scales, counters), self.tensors_here()
+
+    def tensors_here(self) -> dict[str, SaeTensors]:
+        """The tensors of each SAE that this rank's placement group trains."""
+        return {each.settings.name: each.tensors() for each in self.here if each.has_weights}
 
     def latent_ranges(self) -> dict[str, list[LatentRange]]:
         """Which file of a checkpoint has which latents, by the SAE's name; none for one rank, whose file has all."""
-        if self.ranks.is_alone:
+        size, world_size = self.ranks.size, self.ranks.size * self.settings.parallel.groups
+        if world_size == 1:
             return {}
         ranges: dict[str, list[LatentRange]] = {}
         for sae_trainer in self.sae_trainers:
             if sae_trainer.has_weights:
                 cuts = self.ranks.latent_cuts(sae_trainer.settings.d_sae)
-                files = [shard_name(rank, self.ranks.size) for rank in range(self.ranks.size)]
+                first = size * self._group_of[sae_trainer.settings.name]
+                files = [shard_name(rank, world_size) for rank in range(first, first + size)]
                 ranges[sae_trainer.settings.name] = [
                     LatentRange(file, first, end) for file, (first, end) in zip(files, pairwise(cuts), strict=True)
                 ]

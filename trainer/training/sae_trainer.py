@@ -37,6 +37,9 @@ from trainer.training.statistics import Statistics
 class SaeTrainer:
     """Trains one SAE on scaled activations, one `step` a batch."""
 
+    is_here = True
+    """This rank holds latents of it; other ranks train the SAEs of other placement groups (`remote`)."""
+
     def __init__(
         self,
         settings: SaeSettings,
@@ -230,6 +233,7 @@ class SaeTrainer:
             grad_norm=self._grad_norm,
             density=self.statistics.density(),
             skipped_steps=self.skipped_steps,
+            group=self.sae.ranks.group_index,
         )
 
     def _summed_losses(self) -> dict[str, float]:
@@ -249,8 +253,11 @@ class SaeTrainer:
 
     def state(self) -> tuple[SaeState, SaeTensors]:
         """Counters, and the tensors themselves, which the next step changes; of per-latent ones this rank's rows."""
-        whitening, cooldown = self._whitening, self.schedule.requested
-        state = SaeState(
+        return self.counters(), self.tensors()
+
+    def counters(self) -> SaeState:
+        cooldown = self.schedule.requested
+        return SaeState(
             variance=self.sae.variance,
             skipped_steps=self.skipped_steps,
             tokens=self.tokens,
@@ -260,7 +267,10 @@ class SaeTrainer:
             matmul=dtype_name(self.sae.matmul_dtype),
             planned_tokens=self._planned_tokens,
         )
-        tensors = SaeTensors(
+
+    def tensors(self) -> SaeTensors:
+        whitening = self._whitening
+        return SaeTensors(
             parameters=self.sae.parameters,
             optimizer=self.optimizer.state(),
             statistics=self.statistics.state(),
@@ -269,17 +279,10 @@ class SaeTrainer:
             if whitening is None
             else WhiteningState(whitening.centre, whitening.matrix, whitening.inverse),
         )
-        return state, tensors
 
     def restore(self, state: SaeState, tensors: SaeTensors) -> None:
         """Goes on from what `state` returned. Keeps none of `tensors`: they may be parts of one mapped file."""
-        self.sae.variance, self.skipped_steps = state.variance, state.skipped_steps
-        self.sae.matmul_dtype = getattr(torch, state.matmul)
-        self.tokens, self._seed = state.tokens, state.seed
-        self.schedule.joined_at = state.joined_at
-        self._plan(state.planned_tokens)  # a run that is made longer keeps the learning rate that it has
-        self.schedule.requested = None if state.cooldown is None else Cooldown(*state.cooldown)
-        self.learning_rate = self.schedule.rate(self.tokens)  # a report may come before the first step
+        self.restore_counters(state)
         for name, value in tensors.parameters.items():
             self.sae.parameters[name].copy_(value)
         device = self.sae.b_dec.device
@@ -293,6 +296,15 @@ class SaeTrainer:
         self.has_weights = True
         self.optimizer.restore(tensors.optimizer)
         self.statistics.restore(tensors.statistics)
+
+    def restore_counters(self, state: SaeState) -> None:
+        self.sae.variance, self.skipped_steps = state.variance, state.skipped_steps
+        self.sae.matmul_dtype = getattr(torch, state.matmul)
+        self.tokens, self._seed = state.tokens, state.seed
+        self.schedule.joined_at = state.joined_at
+        self._plan(state.planned_tokens)  # a run that is made longer keeps the learning rate that it has
+        self.schedule.requested = None if state.cooldown is None else Cooldown(*state.cooldown)
+        self.learning_rate = self.schedule.rate(self.tokens)  # a report may come before the first step
 
 
 def _to_device(white: Whitening, device: torch.device) -> Whitening:

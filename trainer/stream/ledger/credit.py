@@ -90,7 +90,13 @@ class CreditPolicy(ABC):
             if not session.leases:
                 session.last_progress = now
             session.leases.append(shard)
-            lease = Lease(shard=shard.shard, epoch=shard.epoch, attempt=shard.attempt, revision=shard.revision)
+            lease = Lease(
+                shard=shard.shard,
+                epoch=shard.epoch,
+                attempt=shard.attempt,
+                revision=shard.revision,
+                hooks=session.hooks_wanted(shards.forgotten_hooks),
+            )
             sends.append(Send(name, lease, pack_bits(shard.mask) if shard.mask.any() else b""))
         return sends
 

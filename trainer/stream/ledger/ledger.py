@@ -183,7 +183,7 @@ class Ledger:
         """
         sender = self.sessions[session]
         sender.last_heard = sender.last_progress = now
-        if fault := sender.chunk_fault(chunk, payload_bytes, self.incarnation):
+        if fault := sender.chunk_fault(chunk, payload_bytes, self.incarnation, self.shards.forgotten_hooks):
             return None, self.reject(session, fault.code, fault.reason, rows=chunk.rows)
         sender.received = chunk.number
         shard = sender.lease_of(chunk)

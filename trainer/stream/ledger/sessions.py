@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from producer.wire import (
@@ -89,10 +90,20 @@ class Session:
         """Whether it has had work and credit for `stall_seconds`, and made no progress."""
         return bool(self.leases) and self.chunks_in_flight > 0 and now - self.last_progress > stall_seconds
 
-    def chunk_fault(self, chunk: Chunk, payload_bytes: int, incarnation: str) -> Fault | None:
-        """The fault of a chunk, checked without its lease; None for a sound one."""
+    def hooks_wanted(self, forgotten: Collection[str]) -> list[int]:
+        """Numbers of the hooks that a lease asks for; empty for all."""
+        hooks = self.hello.hooks
+        wanted = [number for number, hook in enumerate(hooks) if hook.name not in forgotten]
+        return [] if len(wanted) == len(hooks) else wanted
+
+    def chunk_fault(
+        self, chunk: Chunk, payload_bytes: int, incarnation: str, forgotten: Collection[str] = ()
+    ) -> Fault | None:
+        """The fault of a chunk, checked without its lease; None for a sound one. `forgotten` hooks may be missing."""
         positions = chunk.windows * self.hello.context
-        width = activation_bytes(self.hello)
+        if fault := self._hooks_fault(chunk, forgotten):
+            return fault
+        width = activation_bytes(self.hello, chunk.hooks)
         if chunk.incarnation != incarnation:
             return Fault("incarnation", "chunk is meant for an earlier start of this trainer")
         if chunk.number != self.received + 1:
@@ -114,7 +125,18 @@ class Session:
             return Fault("shape", f"payload of {payload_bytes} bytes where {chunk.rows} activations × {width} were due")
         return None
 
+    def _hooks_fault(self, chunk: Chunk, forgotten: Collection[str]) -> Fault | None:
+        if not chunk.hooks:
+            return None
+        hooks, numbers = self.hello.hooks, chunk.hooks
+        if numbers != sorted(set(numbers)) or numbers[-1] >= len(hooks):
+            return Fault("shape", f"chunk of hooks {str(numbers)[:100]}; HELLO has {len(hooks)}")
+        if missing := set(self.hooks_wanted(forgotten) or range(len(hooks))) - set(numbers):
+            return Fault("shape", f"chunk lacks hook {hooks[min(missing)].name[:100]}, which its lease asks for")
+        return None
 
-def activation_bytes(hello: Hello) -> int:
-    """Bytes of one token on the wire: its activations at every hook."""
-    return DTYPE_BYTES[hello.dtype] * sum(hook.width for hook in hello.hooks)
+
+def activation_bytes(hello: Hello, hooks: Sequence[int] = ()) -> int:
+    """Bytes of one token on the wire: its activations at these hooks, by number, or at every hook."""
+    widths = [hook.width for hook in hello.hooks]
+    return DTYPE_BYTES[hello.dtype] * sum([widths[number] for number in hooks] if hooks else widths)

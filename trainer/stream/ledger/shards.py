@@ -211,6 +211,8 @@ class ShardQueue:
         self.cursor = 0
         """Shards of the epoch that were leased at least once."""
         self.next_serial = 0
+        self.forgotten_hooks: set[str] = set()
+        """Hooks whose activations no lease asks for: no SAE reads them any more."""
         self._epochs = epochs
         self._stream: Hello | None = None
         self._order = np.zeros(0, np.int64)
