@@ -44,10 +44,10 @@ DEMO = SUBJECTS["demo"]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Table of the variants of repair, on the demo LM.")
     parser.add_argument("--activations", type=path_argument, default=Path("runs/quality/demo/activations.safetensors"))
-    parser.add_argument("--tokens", type=int, default=800_000, help="of the ReLU SAE")
-    parser.add_argument("--repair-tokens", type=int, default=200_000, help="of each variant")
-    parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--sparsity-weight", type=float, default=5.0)
+    parser.add_argument("--tokens", type=int, default=400_000, help="of the ReLU SAE")
+    parser.add_argument("--repair-tokens", type=int, default=300_000, help="of each variant")
+    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--sparsity-weight", type=float, default=3.0)
     parser.add_argument("--evaluation-tokens", type=int, default=16_384)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def _train(folder: Path, rows: Tensor, options: dict[str, object], arguments: ar
     is_repair = settings.start_from is not None
     optimizer = OptimizerSettings(
         batch=BATCH,
-        learning_rate=1e-3 if is_repair else 3e-3,
+        learning_rate=3e-3,  # a scale is about 1, and moves by no more than that in a step
         warmup_tokens=len(rows) // 20,
         cooldown=0.8 if is_repair else 0.3,
     )
