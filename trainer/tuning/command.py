@@ -36,8 +36,6 @@ Writes a run directory of its own, RUN_DIR/tuned/NAME-LOSS unless --to names ano
 
 RATE_SHARE = 0.1
 """Peak of the learning rate, as a share of the peak in training."""
-DEFAULT_RATE = 1e-4
-"""The same where the run file names no rate."""
 
 log = logging.getLogger("sluice.trainer")
 
@@ -109,15 +107,12 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _options(options: argparse.Namespace, source: TuningSource) -> TuningOptions:
-    rate = options.learning_rate
-    if rate is None:
-        rate = DEFAULT_RATE if source.learning_rate is None else RATE_SHARE * source.learning_rate
     return TuningOptions(
         sae=source.name,
         snapshot=source.manifest.name,
         tokens=options.tokens,
         loss=options.loss,
-        learning_rate=rate,
+        learning_rate=options.learning_rate or RATE_SHARE * source.training_rate,
         batch=options.batch or source.run.optimizer.batch,
         evaluation_tokens=options.evaluation_tokens,
     )

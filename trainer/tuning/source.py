@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from producer.common.run_file import read_run_file
 from producer.common.toml import show_value
 from producer.settings import ModelSettings
+from trainer.defaults import LengthSettings, planned_tokens
 from trainer.saes.formats import PublishedSae
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
@@ -39,6 +40,8 @@ class TuningSource:
     hook: str
     input_scale: float
     """What it multiplies raw activations with in training."""
+    training_rate: float
+    """Peak of the learning rate in its training."""
 
     @property
     def name(self) -> str:
@@ -58,12 +61,6 @@ class TuningSource:
     def norm_bounds(self) -> dict[str, float]:
         """By hook, the norm beyond which the stream drops an activation."""
         return self.stream.get("norm_bounds") or {}
-
-    @property
-    def learning_rate(self) -> float | None:
-        """The peak of its training, where the run file names it."""
-        raw = self.metadata.get("settings", {})
-        return raw.get("learning_rate") or self.run.optimizer.learning_rate
 
 
 def read_run(directory: Path, overrides: list[str]) -> TrainerSettings:
@@ -91,14 +88,17 @@ def read_source(directory: Path, run: TrainerSettings, name: str, snapshot: str 
     hooks = SaeHooks.from_metadata(metadata)
     if fault := _fault(name, metadata, hooks):
         raise TuningError(fault)
+    trained_with = _trained_with(name, metadata["settings"])
+    tokens = planned_tokens(trained_with.tokens, run.run.tokens)
     return TuningSource(
         run=run,
         manifest=manifest,
         folder=folder / name,
         metadata=metadata,
-        settings=_settings(name, folder / name, metadata["settings"]),
+        settings=_settings(name, folder / name, trained_with),
         hook=hooks.reads[0],
         input_scale=float(metadata["input_scale"]),
+        training_rate=LengthSettings.of(trained_with, run.optimizer, tokens).learning_rate,
     )
 
 
@@ -142,15 +142,19 @@ def _fault(name: str, metadata: dict[str, Any], hooks: SaeHooks) -> str | None:
     return None
 
 
-def _settings(name: str, folder: Path, raw: dict[str, Any]) -> SaeSettings:
-    """Settings to tune with: those of the training, with nothing that replaces weights or averages them."""
+def _trained_with(name: str, raw: dict[str, Any]) -> SaeSettings:
+    """The settings of the training. Raises TuningError for those of another version."""
     try:
-        settings = SaeSettings.of(**raw)
+        return SaeSettings.of(**raw)
     except ValidationError as error:
         raise TuningError(
             f"sae {show_value(name)}: the settings in its cfg.json are not those of this version "
             f"({error.errors()[0]['msg']}); tune it with the version that trained it"
         ) from None
+
+
+def _settings(name: str, folder: Path, trained_with: SaeSettings) -> SaeSettings:
+    """Settings to tune with: those of the training, with nothing that replaces weights or averages them."""
     changes: dict[str, Any] = {
         "name": name,
         "start_from": str(folder),
@@ -164,5 +168,5 @@ def _settings(name: str, folder: Path, raw: dict[str, Any]) -> SaeSettings:
         "anneal_tokens": 0,
         "anneal_from": None,
     }
-    fields = type(settings).model_fields
-    return settings.model_copy(update={key: value for key, value in changes.items() if key in fields})
+    fields = type(trained_with).model_fields
+    return trained_with.model_copy(update={key: value for key, value in changes.items() if key in fields})
