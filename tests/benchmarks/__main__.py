@@ -58,6 +58,7 @@ SECTIONS: dict[str, Section] = {
     "buffer": _section("buffer"),
     "wire": _section("wire"),
     "producer": _section("producer"),
+    "corpora": _section("corpora"),
     "together": _section("together"),
     "start": _section("start"),
     "flood": _section("flood"),
