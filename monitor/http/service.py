@@ -57,8 +57,8 @@ POLL_SECONDS = 0.5
 """How often a waiting request looks for a newer snapshot."""
 NICE = 19
 PATHS = (
-    "/, /docs, /v1/run, /v1/history, /v1/snapshots, /v1/snapshots/latest, /v1/latents, /v1/notes, /healthz, /readyz, "
-    "/metrics"
+    "/, /scaling, /docs, /v1/run, /v1/history, /v1/scaling, /v1/snapshots, /v1/snapshots/latest, /v1/latents, "
+    "/v1/notes, /healthz, /readyz, /metrics"
 )
 
 
