@@ -11,9 +11,9 @@ import sys
 from importlib.util import find_spec
 
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete
 from producer.common.installation import DISTRIBUTION
-from producer.common.shell import shell_command
 from producer.common.toml import show_value
 from trainer.scaling.cells import GridError, read_grid
 from trainer.scaling.report import FILE, write_report
@@ -57,8 +57,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        shell_command("trainer", "fit"), description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        "trainer",
+        "fit",
+        PURPOSE,
+        ("runs/scaling", "runs/scaling --hold-out 4096", "runs/scaling --predict 16384 65536 --json"),
     )
     parser.add_argument("directory", type=path_argument, metavar="RUN_DIR", help="run.directory of the run file")
     parser.add_argument("--sae", metavar="PATTERN", default="*", help="SAEs whose names match, such as 'topk-*'")
