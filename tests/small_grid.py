@@ -45,7 +45,11 @@ def write_run(
         for tokens in range(20_000, 1_000_001, 20_000):
             rate = 1e-3 if tokens <= 800_000 else 1e-3 * (1_000_000 - tokens) / 200_000
             saes = [
-                {"name": name, "fvu": planted_loss(*cell) * (1 + 300 * tokens**-0.5), "learning_rate": rate}
+                {
+                    "name": name,
+                    "loss": {"reconstruction": planted_loss(*cell) * (1 + 300 * tokens**-0.5)},
+                    "learning_rate": rate,
+                }
                 for name, cell in cells.items()
             ]
             file.write(json.dumps({"tokens": tokens, "saes": saes}) + "\n")

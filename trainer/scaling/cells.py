@@ -36,7 +36,7 @@ class Cell:
     loss: float
     """FVU: squared error as a fraction of that of the mean."""
     curve: tuple[tuple[int, float], ...]
-    """(its tokens, FVU in training) at the constant learning rate."""
+    """(its tokens, FVU of a batch) at the constant learning rate."""
 
 
 @dataclass(frozen=True)
@@ -189,16 +189,22 @@ def _held_out(folder: Path) -> float | None:
 
 
 def _curves(directory: Path, names: set[str], end: int) -> dict[str, list[tuple[int, float]]]:
-    """(tokens, FVU) of the reports at each SAE's largest learning rate; what a resumed run gave up is left out."""
+    """(tokens, FVU of the last batch) of the reports at each SAE's largest learning rate.
+
+    The FVU that reports name is over a window, which in a short run is much of its past. What a resumed run gave up is
+    left out.
+    """
     points: list[tuple[int, dict[str, tuple[float, float]]]] = []
     for report in _reports(directory):
         tokens = report.get("tokens") or 0
         while points and points[-1][0] >= tokens:
             points.pop()
         numbers = {
-            sae["name"]: (sae["fvu"], sae["learning_rate"])
+            sae["name"]: (loss, sae["learning_rate"])
             for sae in report.get("saes") or []
-            if sae["name"] in names and sae.get("fvu") is not None and sae.get("learning_rate") is not None
+            if sae["name"] in names
+            and (loss := (sae.get("loss") or {}).get("reconstruction"))
+            and sae.get("learning_rate") is not None
         }
         if numbers and tokens <= end:
             points.append((tokens, numbers))

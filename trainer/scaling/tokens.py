@@ -20,7 +20,7 @@ CONVERGED_GAIN = 0.02
 FIRST_SHARE = 0.2
 """Of the tokens; what an SAE does before follows no power law."""
 MOST_POINTS = 24
-"""Equally far apart in the logarithm of tokens: losses reported one after another are means over the same tokens."""
+"""Means over reports, equally far apart in the logarithm of tokens: a report is of one batch."""
 LEAST_POINTS = 8
 
 
@@ -48,12 +48,13 @@ def fit_tokens(tokens: Sequence[float], losses: Sequence[float]) -> TokenLaw | N
         return None
     later = x >= FIRST_SHARE * x.max()
     x, y = x[later], y[later]
-    places = np.geomspace(x[0], x[-1], MOST_POINTS)
-    indices = np.unique(np.searchsorted(x, places).clip(0, len(x) - 1))
-    if len(indices) < LEAST_POINTS:
+    edges = np.geomspace(x[0], x[-1], MOST_POINTS + 1)
+    bins = np.searchsorted(edges[1:-1], x, side="right")
+    means = [(x[bins == each].mean(), y[bins == each].mean()) for each in np.unique(bins)]
+    if len(means) < LEAST_POINTS:
         return None
     try:
-        law = fit_law(x[indices].round().astype(int).tolist(), [1] * len(indices), y[indices].tolist())
+        law = fit_law([round(tokens) for tokens, _ in means], [1] * len(means), [loss for _, loss in means])
     except FitError:
         return None
     end = round(float(x[-1]))
