@@ -438,6 +438,21 @@ def test_a_run_that_starves_again_and_again_warns_once(tmp_path: Path, caplog: p
     assert warnings == ["the buffer is under half full and training waits; producers at work: 2"]
 
 
+def test_a_bottleneck_that_stays_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Progress is logged each time; what holds it up where it changes, whatever the percentage."""
+    caplog.set_level("INFO")
+    ratios = [(0.9, 0.0), (0.8, 0.0), (0.0, 0.7), (0.0, 0.6), (0.9, 0.0)]
+    with Reporter(tmp_path, TrainerMetrics(new_registry(), {}, 1.0)) as reporter:
+        for data, credit in ratios:
+            reporter._logged_at = float("-inf")
+            stream = StreamReport(producers={"working": 1}, data_wait_ratio=data, credit_wait_ratio=credit)
+            reporter.on_report(replace(REPORT, state=RunPhase.TRAINING, stream=stream))
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(" tokens · " in line for line in lines) == 5
+    sides = [line.partition(" ")[0:3:2] for line in lines if "bottleneck" in line]
+    assert [words.split()[0] for _, words in sides] == ["producers", "trainer", "producers"]
+
+
 @contextmanager
 def _served(registry: CollectorRegistry, **verdicts: Verdict) -> Iterator[int]:
     port, close = start_metrics_server(registry, "127.0.0.1", 0, **verdicts)

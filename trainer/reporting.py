@@ -34,6 +34,8 @@ class Reporter:
         """When the log last said that training waits;"""
         self._starved = 0
         """how often it has begun to wait since then."""
+        self._bottleneck = ""
+        """The beginning of the last sentence on what holds up training: one that still holds is not logged again."""
         self._history = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed on exit)
         self._metrics = metrics
 
@@ -87,7 +89,9 @@ class Reporter:
             self._logged_at = time.monotonic()
             saes = " · ".join(f"{sae.name} fvu {sae.fvu:.4f} l0 {sae.l0:.1f}" for sae in report.saes)
             log.info("%s tokens · %s/s · %s", f"{report.tokens:,}", f"{report.tokens_per_second:,.0f}", saes)
-            log.info("%s", report.bottleneck)
+            if (subject := report.bottleneck.partition(":")[0]) != self._bottleneck:
+                self._bottleneck = subject
+                log.info("%s", report.bottleneck)
 
     def _warn_of_starvation(self, producers: int) -> None:
         """Warns that training waits: at once, then every STARVED_SECONDS with the number of times."""
