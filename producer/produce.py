@@ -16,7 +16,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -177,11 +176,19 @@ class Producer:
         """The chunks of each pass, in order; when they are packed, one pass for each GPU of the model is under way."""
 
         def start_pass(indices: np.ndarray) -> Callable[[], list[PackedChunk]]:
-            began = time.monotonic()
+            stream = torch.cuda.current_stream(self._source.device)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
             activations = self._source.activations(leased.shard, leased.windows, indices)
-            pass_end = torch.cuda.current_stream(self._source.device).record_event()
-            self._count_pass(time.monotonic() - began)
-            return partial(self._packer.pack, leased, indices, activations, pass_end)
+            end.record(stream)
+
+            def pack() -> list[PackedChunk]:
+                chunks = self._packer.pack(leased, indices, activations, end)
+                end.synchronize()  # it is over, but for a pass of which nothing is sent
+                self._count_pass(begin.elapsed_time(end) / 1e3)
+                return chunks
+
+            return pack
 
         yield from run_ahead((start_pass(indices) for indices in self._passes(leased)), self._source.passes_under_way)
 

@@ -59,6 +59,9 @@ PARTS = (
         90,
         ("torch", "rich", *RUNNING),
     ),
+    Part("two ranks", ("-m", "tests.benchmarks.gpu_ranks", "ranks", "{device}"), 45, ("torch", *RUNNING)),
+    Part("share of 2^24", ("-m", "tests.benchmarks.gpu_ranks", "share", "{device}"), 30, ("torch", *RUNNING)),
+    Part("auxk", ("-m", "tests.benchmarks.gpu_ranks", "auxk", "{device}"), 25, ("torch", *RUNNING)),
 )
 """In the order of what a first minute should tell; together at most eight minutes."""
 

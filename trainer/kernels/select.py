@@ -18,6 +18,8 @@ Latents = Entries | Dense
 
 DENSE_ABOVE = 1 / 12
 """Fraction of active latents from which full matrices are faster: 1/16 to 1/12, measured on a CPU in both types."""
+DENSE_ABOVE_ON_GPU = 1 / 64
+"""The same on a GPU, whose products are faster beside its gathers. Worked out for an H100, NOT measured."""
 
 
 def widen(values: Tensor) -> Tensor:
@@ -72,11 +74,18 @@ def largest_of(entries: Entries, count: int) -> Entries:
     surplus = len(entries.value) - count
     if surplus <= 0:
         return entries
-    least = entries.value.kthvalue(surplus + 1).values
+    least = nth_smallest(entries.value, surplus + 1)
     keep = entries.value > least
     ties = (entries.value == least).nonzero().squeeze(1)[: count - int(keep.sum())]
     keep[ties] = True
     return entries.where(keep)
+
+
+def nth_smallest(values: Tensor, n: int) -> Tensor:
+    """The n-th smallest of values [entries], counted from 1, a scalar on their device."""
+    if values.device.type == "cuda":  # one block of a GPU would look for it (pytorch#75599); all of it sorts
+        return values.sort().values[n - 1]
+    return values.kthvalue(n).values
 
 
 def dense_if_many(entries: Entries, dense_above: float = DENSE_ABOVE) -> Latents:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from producer.lm.precision import dtype_name
 from trainer.defaults import LengthSettings
+from trainer.kernels.select import DENSE_ABOVE_ON_GPU
 from trainer.parallel.ranks import ALONE, Ranks
 from trainer.phases import SaePhase
 from trainer.report import SaeReport
@@ -68,6 +69,8 @@ class SaeTrainer:
         self.sae: Sae = registry.get(settings.architecture)(settings, widths_in, d_out, ranks)
         self.sae.matmul_dtype = matmul_dtype
         self.sae.parameters = {name: value.to(device) for name, value in self.sae.parameters.items()}
+        if device.type == "cuda" and math.isfinite(self.sae.dense_above):
+            self.sae.dense_above = DENSE_ABOVE_ON_GPU
         self.schedule = Schedule(
             peak=0.0,
             warmup_tokens=0,

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.kernels.select import dense_if_many, exceeding, largest_of, topk
+from trainer.kernels.select import dense_if_many, exceeding, largest_of, nth_smallest, topk
 from trainer.kernels.sparse import Entries
 from trainer.parallel import selection
 from trainer.saes.architectures.jumprelu import JUMPRELU
@@ -123,7 +123,7 @@ class BatchTopK(FixedK):
         count = k * len(x[:ESTIMATE_ROWS])
         if not self.ranks.is_whole:
             return selection.nth_largest(self.ranks, pre_acts, count)
-        return float(pre_acts.kthvalue(max(1, len(pre_acts) - count)).values)
+        return float(nth_smallest(pre_acts, max(1, len(pre_acts) - count)))
 
     def calibrate(self, x: Tensor) -> None:
         """Sets `threshold` such that k latents per row exceed it on scaled activations x [rows, d_in]."""
@@ -131,7 +131,7 @@ class BatchTopK(FixedK):
         blocks = x.to(self.W_enc.device).split(ROWS_AT_ONCE)
         value = torch.cat([topk(self.pre_acts(block), candidates)[0].flatten() for block in blocks]).relu_()
         if self.ranks.is_whole:
-            self.threshold = float(value.kthvalue(max(1, len(value) - self.k * len(x))).values)
+            self.threshold = float(nth_smallest(value, max(1, len(value) - self.k * len(x))))
         else:
             self.threshold = selection.nth_largest(self.ranks, value, self.k * len(x) + 1)
 
