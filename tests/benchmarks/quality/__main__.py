@@ -1,8 +1,10 @@
 """Our SAEs against the peers' own trainers, on the same activations in the same order: `make quality`.
 
-    python -m tests.benchmarks.quality [--subjects demo smollm2] [--stages default rule rates seeds frontier longer]
+    python -m tests.benchmarks.quality [--subjects demo smollm2]
+                                       [--stages short default rule rates seeds frontier longer]
                                        [--only TEXT] [--most N] [--record]
 
+short     every contender on 200,000 tokens, at three rates
 default   ours at the learning rate that the trainer takes when none is set
 rule      our TopK at several rates for other numbers of tokens and latents: what the default rate is fitted to
 rates     every contender at a small grid of learning rates, which grows while the best one lies at its edge
@@ -26,16 +28,28 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.quality.bench import HERE, Bench, Result, rate_cells
-from tests.benchmarks.quality.cells import FRONTIER, L0, LONGER, SEEDS, Cell, contenders, ours_at_default, rule_cells
+from tests.benchmarks.quality.cells import (
+    FRONTIER,
+    L0,
+    LONGER,
+    SEEDS,
+    Cell,
+    contenders,
+    ours_at_default,
+    rule_cells,
+    short_cells,
+)
 from tests.benchmarks.quality.picture import draw
 from tests.benchmarks.quality.subjects import SUBJECTS
 from tests.benchmarks.quality.tables import tables
 
-STAGES = ("default", "rule", "rates", "seeds", "frontier", "longer")
+STAGES = ("short", "default", "rule", "rates", "seeds", "frontier", "longer")
 
 
 def plan(bench: Bench, subject: str, stage: str) -> list[Cell]:
     """The cells of a stage as far as they are known."""
+    if stage == "short":
+        return list(short_cells(subject))
     if stage == "default":
         return list(ours_at_default(subject))
     if stage == "rule":

@@ -10,6 +10,8 @@ from typing import Any
 from trainer.defaults import default_learning_rate
 
 RATES = (3e-3, 6e-3, 1.2e-2)
+SHORT_TOKENS = 200_000
+SHORT_RATES = (6e-3, 1.2e-2, 3e-3)
 SEEDS = (0, 1, 2)
 FRONTIER = (8, 16, 32, 64, 128)
 LONGER = 3
@@ -103,6 +105,17 @@ RULE: tuple[tuple[str, int, int, tuple[float, ...]], ...] = (
 def contenders(subject: str) -> tuple[Cell, ...]:
     """All of them, at the sizes of the subject."""
     return tuple(cell.but(subject=subject, **SIZES[subject]) for cell in CONTENDERS)
+
+
+def short_cells(subject: str) -> tuple[Cell, ...]:
+    """All contenders on few tokens, at each of three rates; what counts as dead is shorter with the run."""
+    return tuple(
+        cell.but(rate=rate, tokens=SHORT_TOKENS, dead_tokens=min(cell.dead_tokens, SHORT_TOKENS // 15))
+        if cell.dead_tokens != NEVER
+        else cell.but(rate=rate, tokens=SHORT_TOKENS)
+        for rate in SHORT_RATES
+        for cell in contenders(subject)
+    )
 
 
 def ours_at_default(subject: str) -> tuple[Cell, ...]:
