@@ -1,9 +1,7 @@
 """How far the default learning rate is from the best one, in groups of cells that differ in the rate alone.
 
-    python -m tests.benchmarks.quality.rule     fits rate = c · (tokens / 10⁶)^−p · (latents / 4096)^−q to results.json
-
-A group's FVU is interpolated in log(rate) by a parabola through its three cells around the lowest one, outside them by
-nothing: a default beyond the measured rates has no number.
+Between the measured rates of a group, FVU is interpolated by a parabola in log(rate) through the three nearest cells,
+or by a line where there are two. A rate beyond the measured ones has no FVU.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tests.benchmarks.quality.bench import choice_fvu, like
-from tests.benchmarks.quality.cells import FRONTIER, LONGER, SEEDS, SIZES, Cell
+from tests.benchmarks.quality.cells import FRONTIER, LONGER, SEEDS, SHORT_TOKENS, SIZES, Cell, short_cells
 from tests.benchmarks.quality.rule import groups
 from trainer.defaults import default_learning_rate
 
@@ -40,7 +40,7 @@ def tables(results: Results, best: Mapping[str, Sequence[Cell]]) -> str:
     parts = [
         table(subject, results, cells)
         for subject, cells in best.items()
-        for table in (_seeds, _rates, _frontier, _longer, _search)
+        for table in (_seeds, _rates, _short, _frontier, _longer, _search)
     ]
     return "\n\n".join(filter(None, [*parts, _rule(results)]))
 
@@ -70,6 +70,22 @@ def _rates(subject: str, results: Results, best: Sequence[Cell]) -> str:
     return _table(
         f"{subject}: FVU (silent) by learning rate; one seed", ["trainer", "", *(f"{rate:g}" for rate in rates)], rows
     )
+
+
+def _short(subject: str, results: Results, best: Sequence[Cell]) -> str:
+    """All contenders on few tokens: FVU, L0 and silent latents by rate."""
+    cells = [cell for cell in short_cells(subject) if cell.name in results]
+    rates = sorted({cell.rate for cell in cells})
+    rows = []
+    for labels in dict.fromkeys(tuple(_labels(cell)) for cell in cells):
+        by_rate = {cell.rate: results[cell.name] for cell in cells if tuple(_labels(cell)) == labels}
+        rows.append([*labels, *(_fvu_and_l0(by_rate[rate]) if rate in by_rate else "" for rate in rates)])
+    head = ["trainer", "", *(f"{rate:g}" for rate in rates)]
+    return _table(f"{subject}, {SHORT_TOKENS:,} tokens: FVU (silent; L0) by learning rate; one seed", head, rows)
+
+
+def _fvu_and_l0(result: Mapping[str, Any]) -> str:
+    return f"{_reported(result, 'fvu'):.4f} ({result['silent']:.1%}; {result['l0']:.1f})"
 
 
 def _search(subject: str, results: Results, best: Sequence[Cell]) -> str:
@@ -157,6 +173,8 @@ def _reported(result: Mapping[str, Any], name: str) -> float:
 
 def _spread(results: Sequence[dict[str, Any]], name: str, form: str, deviation: bool = True) -> str:
     values = [_reported(result, name) for result in results]
+    if any(map(math.isnan, values)):
+        return ""
     average = form.format(mean(values))
     return f"{average} ± {form.format(stdev(values))}" if deviation and len(values) > 1 else average
 
