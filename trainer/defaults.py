@@ -10,7 +10,8 @@ shorter:
     revival        after a 150th of the tokens, at least 10,000, at most dead_tokens
 
 LONG_RUN is fitted to runs of 0.2 to 1.5 million tokens (docs/science.md); between those and LONG_RUN nothing was
-measured. Light: no torch.
+measured. That a best rate falls as a power of the tokens is known of language models (Bjorck et al. 2024, arXiv
+2409.19913). Light: no torch.
 """
 
 from __future__ import annotations
