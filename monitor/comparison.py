@@ -226,7 +226,9 @@ def _revision(folder: Path) -> str | None:
     snapshot = folder if (folder / "manifest.json").is_file() else folder.parent
     manifest = read_json(snapshot / "manifest.json", snapshot) or {}
     stream = manifest.get("run", {}).get("stream", {})
-    return str(stream["revision"] or "its first weights") if "revision" in stream else None
+    # Before anything of a checkpoint was trained, a run that follows a model names no revision.
+    is_followed = "revision" in stream or "model_revisions" in stream
+    return str(stream.get("revision") or "its first weights") if is_followed else None
 
 
 def find_saes(folder: Path) -> dict[str, ComparedSae]:

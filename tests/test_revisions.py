@@ -250,5 +250,7 @@ def test_compare_tells_the_revisions_of_both_sides(tmp_path: Path) -> None:
     ]
     assert compare(*folders).as_json()["revisions"] == ["its first weights", "checkpoint-9"]
     assert compare(folders[0] / "small", folders[1] / "small").revisions == ("its first weights", "checkpoint-9")
+    early = publish_snapshot(tmp_path / "early", 1, stream={"model_revisions": "followed"})
+    assert compare(early, folders[1]).revisions == ("its first weights", "checkpoint-9")
     plain = [publish_snapshot(tmp_path / "plain", tokens) for tokens in (1, 2)]
     assert "revisions" not in compare(*plain).as_json()
