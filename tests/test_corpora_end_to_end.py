@@ -209,7 +209,10 @@ def test_a_killed_run_follows_a_model_under_training(
     small_shards = JSONL.replace("1500", "300")  # many are leased one after the other
     run_file.write_text(RUN.replace("CORPUS", small_shards).replace("DIR", str(tmp_path)))
     expected = np.sort(expected_names(run_file))
-    options = (f"model.watch={tmp_path}/out", "snapshots.every_tokens=2000", "snapshots.keep=100", "buffer.rows=2048")
+    options = (
+        f"model.watch={tmp_path}/out", "snapshots.every_tokens=2000", "snapshots.keep=100", "buffer.rows=2048",
+        "optimizer.learning_rate=0.05", "optimizer.warmup_tokens=64",  # so that latents turn in a few steps
+    )  # fmt: skip
 
     trainer, victim = start("trainer", *options), start("producer", *options)
     snapshots = tmp_path / "run" / "snapshots"
