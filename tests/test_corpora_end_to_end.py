@@ -16,7 +16,6 @@ import transformers
 
 from monitor.cli.compare import main
 from monitor.comparison import SameWidth, compare
-from monitor.evaluation.births import BirthTracker
 from producer.common.run_file import read_run_file
 from producer.corpus import open_text
 from producer.settings import ProducerSettings
@@ -200,7 +199,7 @@ def test_a_killed_run_follows_a_model_under_training(
 ) -> None:
     """Checkpoints come while it runs; each name is trained once, under one revision, which snapshots tell.
 
-    Between the first snapshot and the last, latents turn, which `compare` shows, and pages by their births.
+    `compare` names the checkpoints of the first snapshot and the last, and shows how far latents turned between them.
     """
     (tmp_path / "data").mkdir()
     write_texts(tmp_path / "data")
@@ -211,7 +210,7 @@ def test_a_killed_run_follows_a_model_under_training(
     expected = np.sort(expected_names(run_file))
     options = (
         f"model.watch={tmp_path}/out", "snapshots.every_tokens=2000", "snapshots.keep=100", "buffer.rows=2048",
-        "optimizer.learning_rate=0.05", "optimizer.warmup_tokens=64",  # so that latents turn in a few steps
+        "optimizer.learning_rate=0.05", "optimizer.warmup_tokens=64",  # so that latents move in a few steps
     )  # fmt: skip
 
     trainer, victim = start("trainer", *options), start("producer", *options)
@@ -240,9 +239,7 @@ def test_a_killed_run_follows_a_model_under_training(
     comparison = compare(folders[0], folders[-1])
     assert comparison.revisions == ("its first weights", "checkpoint-10")
     latents = comparison.saes["topk"].latents
-    assert isinstance(latents, SameWidth) and latents.turned
-    born = BirthTracker(tmp_path / "run").births(folders[-1], "topk")
-    turned = {one.latent for one in latents.turned}
-    assert (born[sorted(turned)] > int(folders[0].name)).all(), "a latent that turned is born after the first snapshot"
+    assert isinstance(latents, SameWidth) and latents.same_index.mean is not None
+    assert latents.same_index.mean < 0.999, "decoder rows followed the model"
     assert main([str(folders[0]), str(folders[-1])]) == 0
     assert "trained on checkpoint-10 of the language model" in capsys.readouterr().out
