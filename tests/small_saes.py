@@ -55,7 +55,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "relu tanh": {"architecture": "relu", "penalty": "tanh", "sparsity_weight": 2.0},
     "relu transcoder": {"architecture": "relu", "sparsity_weight": 2.0, "skip": True, **TRANSCODER},
     "relu crosscoder": {"architecture": "relu", "sparsity_weight": 2.0, **CROSSCODER},
-    "p_anneal": {"architecture": "p_anneal", "sparsity_weight": 3.0, "anneal_tokens": 400},
+    "p_anneal": {"architecture": "p_anneal", "sparsity_weight": 3.0, "anneal_tokens": 400, "p_end": 0.5},
     "tied": {"architecture": "tied", "sparsity_weight": 3.0},
     "gated": {"architecture": "gated", "sparsity_weight": 3.0},
     "matching_pursuit": {"architecture": "matching_pursuit", "k": 6},

@@ -87,10 +87,10 @@ def test_a_resumed_schedule_goes_on() -> None:
 
 
 def test_p_falls_after_the_warm_up_of_the_penalty() -> None:
-    """1 until then, 0.6 halfway, p_end for good."""
+    """1 until then, 0.75 halfway, p_end for good."""
     settings = settings_of("p_anneal", sparsity_warmup_tokens=100)
     ps = [settings.p(tokens) for tokens in (0, 100, 300, 500, 10_000)]  # type: ignore[attr-defined]
-    assert ps == pytest.approx([1.0, 1.0, 0.6, 0.2, 0.2])
+    assert ps == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("tokens", [0, 200, 400])

@@ -62,7 +62,9 @@ class PAnneal(ReLU):
     def _penalty(self, latents: Latents, sparsity: float) -> tuple[Tensor, Tensor | float, Tensor | None]:
         assert self.settings.sparsity_weight is not None
         p, value = self.settings.p(self.tokens), latents.value
-        power = (value + SMALLEST) ** p - SMALLEST**p
+        # Not with `**`, whose last digit depends on where in a tensor a number is, and so on the number of ranks.
+        logarithm = (value + SMALLEST).log_()
+        power = (p * logarithm).exp_() - SMALLEST**p
         # A sum for each block of latents, so that its bits do not depend on the number of ranks.
         sums = [
             torch.stack([value[at].sum(dtype=torch.float64), power[at].sum(dtype=torch.float64)])
@@ -71,4 +73,4 @@ class PAnneal(ReLU):
         of_values, of_powers = self.ranks.total(torch.stack(sums), "scalars")
         weight = sparsity * self.settings.sparsity_weight / self.variance
         scaled = (weight * of_values / of_powers.clamp_min(1e-30)).to(value.dtype)
-        return scaled * power.sum(), scaled * p * (value + SMALLEST) ** (p - 1), None
+        return scaled * power.sum(), scaled * p * ((p - 1) * logarithm).exp_(), None
