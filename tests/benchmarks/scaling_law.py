@@ -8,8 +8,10 @@ A run directory that is there already is continued, and fitted again where its r
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from producer.common.run_file import read_run_file
@@ -22,6 +24,7 @@ PROCESSES = {"trainer": (), "producer": (), "monitor": ("--until-evaluated",)}
 
 
 def main(overrides: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it ends its processes too
     settings = read_run_file(TrainerSettings, RUN_FILE, overrides)
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.run.threads or 1)}
     processes = {
@@ -29,12 +32,15 @@ def main(overrides: list[str]) -> int:
         for name, options in PROCESSES.items()
     }
     try:
-        failed = next((name for name, process in processes.items() if process.wait()), None)  # the trainer's end first
+        while not (failed := [name for name, process in processes.items() if process.poll()]):
+            if all(process.poll() == 0 for process in processes.values()):
+                break
+            time.sleep(1)
     finally:
         for process in processes.values():
             process.terminate()
-    if failed is not None:
-        print(f"the {failed} failed; its log above says why", file=sys.stderr)
+    if failed:
+        print(f"the {failed[0]} failed; its log above says why", file=sys.stderr)
         return 1
     return fit.main([str(settings.run.folder), "--hold-out", HELD_OUT])
 
