@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +170,21 @@ def test_memory_is_what_the_docstring_says() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_buffer_is_one_whole_and_given_back() -> None:
+    """In huge pages, where there are some: every slot can be written and read, and its memory is free when it goes."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    buffer = ShuffleBuffer(16_384, [1024], torch.float32, seed=0)
+    x, position = torch.arange(16_384.0)[:, None].expand(-1, 1024).contiguous(), np.arange(16_384)
+    buffer.insert([x], 0, position)
+    batch = buffer.draw(16_384)
+    assert torch.equal(batch.x[0], x[torch.from_numpy(batch.position)])
+    del batch, x
+    held = process.memory_info().rss - before
+    buffer.forget(0)
+    assert held - (process.memory_info().rss - before) > 0.9 * 16_384 * 1024 * 4
+
+
 def test_memory_does_not_grow() -> None:
     """200 times round an 8 MB buffer: the process stays as large as after the first few."""
     buffer = ShuffleBuffer(16_000, [128], torch.float32, seed=0)
