@@ -224,7 +224,10 @@ def session(run: Path, to: Path, stop: threading.Event = NEVER, save_seconds: fl
     return Session(source, tuning_options(run, **options), to, stop, save_seconds)
 
 
-@pytest.mark.parametrize("architecture", FAMILY)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[] if name in ("topk", "relu") else [pytest.mark.long]) for name in FAMILY],
+)
 def test_tuning_lowers_the_divergence_at_the_same_l0(tmp_path: Path, architecture: str) -> None:
     """Every architecture; the result is a run directory with a snapshot that passes its self-test."""
     run, model = finished_run(tmp_path / "a", sae_settings(architecture))
@@ -276,11 +279,11 @@ def test_a_tuning_that_was_stopped_and_killed_ends_with_the_same_bits(tmp_path: 
     """Stopped after 4 steps, killed after 6 more of which all but the last were saved, then left alone."""
     run, _ = finished_run(tmp_path / "a", sae_settings(architecture))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert session(run, whole).run() is not None
-    assert session(run, parts, StopAfter(6)).run() is None
+    assert session(run, whole, tokens=660).run() is not None
+    assert session(run, parts, StopAfter(6), tokens=660).run() is None
     with pytest.raises(SystemExit):
-        session(run, parts, StopAfter(7, SystemExit()), save_seconds=0.0).run()
-    assert session(run, parts).run() is not None
+        session(run, parts, StopAfter(7, SystemExit()), save_seconds=0.0, tokens=660).run()
+    assert session(run, parts, tokens=660).run() is not None
 
     ends = [path / "snapshots" / snapshot_names(path)[-1] / "small" / WEIGHTS for path in (whole, parts)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
