@@ -56,17 +56,26 @@ class HeavyModel:
         return [self.x[: len(tokens)]]
 
 
-def gather(factor: float = 100.0) -> LatentActivations:
+def gather(factor: float = 100.0, model: HeavyModel | None = None) -> LatentActivations:
     ids = np.random.default_rng(0).integers(300, 340, (WINDOWS, CONTEXT))
     ids[:, 0] = SEPARATOR
     everywhere = np.ones(ids.shape, bool)
-    return gather_latents(HeavyModel(factor), Windows(ids, everywhere, ~everywhere), HeavySae())  # type: ignore[arg-type]
+    return gather_latents(model or HeavyModel(factor), Windows(ids, everywhere, ~everywhere), HeavySae())  # type: ignore[arg-type]
 
 
 def test_a_position_where_all_latents_are_far_beyond_themselves_is_an_outlier() -> None:
     """Twice the largest other activation is not far enough; a hundred times is."""
     assert np.flatnonzero(gather().outliers).tolist() == [HEAVY]
     assert not gather(2.0).outliers.any()
+
+
+def test_the_median_latent_decides() -> None:
+    """One that fires as usual does not save an outlier, and one that is far beyond itself alone makes none."""
+    model = HeavyModel(100.0)
+    model.x[HEAVY // CONTEXT, HEAVY % CONTEXT, 0] = 0.5
+    model.x[0, 5] = 0.5
+    model.x[0, 5, 1] = 100.0
+    assert np.flatnonzero(gather(model=model).outliers).tolist() == [HEAVY]
 
 
 def test_the_strongest_activation_is_not_that_of_an_outlier() -> None:
