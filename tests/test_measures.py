@@ -111,7 +111,7 @@ def test_it_is_compared(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     comparison = compare(a, b)
     assert comparison.saes["small"].numbers["gini"] == (0.25, 0.375)
     show(comparison)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "gini" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "gini" in line.lower())
     assert "+0.125" in line and "\x1b[32mbetter" in line
 
 
