@@ -136,16 +136,16 @@ def test_each_sae_is_told_with_its_own_numbers(tmp_path: Path) -> None:
     for batch in batches(3):
         run.train_step(batch)
     assert run.scales is not None
-    report = SimpleNamespace(saes=[sae_trainer.report(run.scales) for sae_trainer in run.publishable])
+    trained = {sae_trainer.settings.name: sae_trainer.report(run.scales) for sae_trainer in run.publishable}
     reports = {
-        calibrated.name: _numbers(calibrated, report)  # type: ignore[arg-type]
-        for calibrated in run.calibrated(batches(1)[0].x, tmp_path)
+        calibrated.name: _numbers(calibrated, trained[calibrated.sae_trainer.settings.name])
+        for calibrated in run.calibrated(batches(1)[0].x, tmp_path, {})
     }
 
     assert {name: numbers["hook"] for name, numbers in reports.items()} == {
         "first": HOOKS[0], "second": HOOKS[1], "both": HOOKS[0], "both-ema": HOOKS[0],
     }  # fmt: skip
-    for sae in report.saes:
+    for sae in trained.values():
         assert (reports[sae.name]["l0"], reports[sae.name]["fvu"]) == (sae.l0, sae.fvu)
     assert len({numbers["fvu"] for numbers in reports.values()}) == 4
     assert {reports["both-ema"][name] for name in ("l0", "mse", "fvu", "shrinkage", "dead_latents")} == {None}
@@ -339,9 +339,8 @@ def test_metadata_name_no_hook_dataset_or_position_that_is_not_meant(tmp_path: P
     run = Run(settings, hello(hooks, corpus="files of text; 2 shards", exclude_special=True))
     run.initialise(batches(1)[0].x)
     run.train_step(batches(1)[0])
-    report = SimpleNamespace(saes=run.reports())
     facts = {"id": "r", "stream": {"norm_bounds": {HOOKS[0]: 10.0}}}
-    first, cross = (_metadata(run, one, report, facts) for one in run.publishable)  # type: ignore[arg-type]
+    first, cross = (_metadata(run, *one, facts) for one in zip(run.publishable, run.reports(), strict=True))
 
     assert (first["hook_name"], first["hf_hook_name"]) == (HOOKS[0], "a:input")
     assert (cross["hook_name"], cross["hf_hook_name"]) == (None, None)
