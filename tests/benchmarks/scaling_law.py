@@ -23,6 +23,11 @@ HELD_OUT = "4096"
 PROCESSES = {"trainer": (), "producer": (), "monitor": ("--until-evaluated",)}
 
 
+def needed(processes: dict[str, subprocess.Popen[bytes]]) -> list[str]:
+    """The processes that must end well: without a producer, which finds no trainer where the run is finished."""
+    return [name for name in processes if name != "producer" or processes["trainer"].poll() != 0]
+
+
 def main(overrides: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it ends its processes too
     settings = read_run_file(TrainerSettings, RUN_FILE, overrides)
@@ -32,8 +37,8 @@ def main(overrides: list[str]) -> int:
         for name, options in PROCESSES.items()
     }
     try:
-        while not (failed := [name for name, process in processes.items() if process.poll()]):
-            if all(process.poll() == 0 for process in processes.values()):
+        while not (failed := [name for name in needed(processes) if processes[name].poll()]):
+            if all(processes[name].poll() == 0 for name in needed(processes)):
                 break
             time.sleep(1)
     finally:
