@@ -24,7 +24,7 @@ from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
 from producer.corpus.held_out import HeldOutText, held_out_windows, spread_order
 from producer.corpus.rendering.windows import Windows
-from producer.lm.passes import MemoryLimits, TimeLimit
+from producer.lm.passes import MemoryLimits, TimeLimit, spread_passes
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
 from tests.small_run import Export, identity_sae, publish_snapshot, start_run
 from trainer.saes.inference import load_sae
@@ -128,6 +128,15 @@ def test_each_corpus_of_a_mixture_has_its_part() -> None:
     assert some.corpora == {"a": slice(0, 3), "b": slice(3, 4)} and some.share == pytest.approx(1 / 3)
     assert (some.windows.ids[:3, 0] < 9).all() and some.windows.ids[3, 0] >= 9
     assert some.beginning(0.1).share == pytest.approx(1 / 6) and len(some.beginning(0.1).windows) == 2
+
+
+def test_the_corpora_of_a_mixture_take_turns(model_folder: Path) -> None:
+    """Two windows of the one for each of the other, from the beginning on."""
+    ids = np.zeros((6, 2), np.int64)
+    windows = Windows(ids, ids == 0, ids < 0)
+    parts = {"a": slice(0, 4), "b": slice(4, 6)}
+    order = [corpus for corpus, _ in spread_passes(load_model(model_folder), windows, parts, ONE_WINDOW)]
+    assert order == ["a", "b", "a", "a", "b", "a"]
 
 
 def test_later_snapshots_are_measured_on_what_there_was_time_for(
