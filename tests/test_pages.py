@@ -212,9 +212,18 @@ def test_latents_are_there_as_json(client: TestClient):
     assert latent.keys() == {
         *("index", "density", "firings", "strongest", "norm", "age", "top_tokens", "sae", "snapshot", "d_sae", "rows"),
         *("hook", "target", "architecture", "explanation", "contexts", "lower", "histogram", "written_at", "promoted"),
-        *("suppressed", "nearest", "past", "coactive", "scatter", "newest"),
+        *("suppressed", "nearest", "past", "coactive", "scatter", "newest", "outliers"),
     }
-    assert latent["contexts"][0].keys() == {"value", "times", "at", "cut_before", "cut_after", "tokens", "values"}
+    assert latent["contexts"][0].keys() == {
+        "value",
+        "times",
+        "at",
+        "cut_before",
+        "cut_after",
+        "tokens",
+        "values",
+        "is_outlier",
+    }
     assert client.get("/v1/latents/planted/0?snapshot=000000001000").json()["age"] == 0
     assert client.get("/v1/latents/planted/fires?text=we import").json()["firing"] == 2
     assert [point for point in client.get("/v1/history").json()["evaluations"]["planted"]["tokens"]] == [1000, 2000]

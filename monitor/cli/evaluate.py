@@ -1,8 +1,4 @@
-"""`python -m monitor evaluate`: the numbers of one snapshot on held-out text, without a running monitor.
-
-python -m monitor evaluate deploy/gpt2.toml                                        # the newest snapshot of its run
-python -m monitor evaluate deploy/gpt2.toml --snapshot pulled/000040000512 --seconds 60
-"""
+"""`python -m monitor evaluate`: the numbers of one snapshot on held-out text, without a running monitor."""
 
 from __future__ import annotations
 
@@ -10,15 +6,20 @@ import argparse
 
 from monitor.settings import MonitorSettings
 from producer.common.addresses import path_argument
+from producer.common.command_parser import command_parser
 from producer.common.completion import complete, complete_run_file, complete_settings
-from producer.common.shell import shell_command
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when something was measured, 1 when nothing could be, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog=shell_command("monitor", "evaluate"),
-        description="Measure the SAEs of one snapshot with the language model, on text that the run never trained on.",
+    parser = command_parser(
+        "monitor",
+        "evaluate",
+        "Measure the SAEs of one snapshot with the language model, on text that the run never trained on.",
+        (
+            "deploy/gpt2.toml                                         # the newest snapshot of its run",
+            "deploy/gpt2.toml --snapshot pulled/000040000512 --seconds 60",
+        ),
         epilog="Where the time ends before the text, and after Ctrl-C, the numbers are of what was read until then.",
     )
     run_file = parser.add_argument(

@@ -67,7 +67,7 @@ OPERATIONS = (
         ),
         example="/v1/history",
     ),
-    Operation("/v1/scaling", "The scaling law that `python -m trainer fit` has found; 404 where none was fitted"),
+    Operation("/v1/scaling", "The scaling law that `trainer fit` has found; 404 where none was fitted"),
     Operation(
         "/v1/snapshots",
         "Complete snapshots, oldest first",

@@ -44,6 +44,7 @@ from monitor.http.responses import MUTABLE, tagged_json
 from monitor.http.scaling_page import scaling_json, scaling_page
 from monitor.notes import Notes
 from monitor.run_directory import NotFoundError, newest_evaluations, read_page, read_run, saes_with_latents
+from producer.common.shell import shell_command
 from trainer.scaling.report import FILE as SCALING
 from trainer.scaling.report import ScalingReport
 
@@ -121,7 +122,8 @@ class _Pages:
 
     def scaling(self, request: Request) -> Response:
         if (report := self._scaling_report()) is None:
-            raise HTTPException(404, "no scaling law was fitted to this run; `python -m trainer fit RUN_DIR` fits one")
+            command = shell_command("trainer", "fit", "RUN_DIR")
+            raise HTTPException(404, f"no scaling law was fitted to this run; `{command}` fits one")
         return JSONResponse(scaling_json(report), headers={"Cache-Control": MUTABLE})
 
     def saes(self, request: Request) -> Response:

@@ -31,6 +31,8 @@ TYPOS = [
     ("mixture.toml", "weight = 0.7", "wieght = 0.7"),
     ("follow.toml", "watch = ", "wach = "),
     ("activations.toml", "positions = ", "position = "),
+    ("files.toml", "shard_bytes", "shard_byte"),
+    ("scaling.toml", "grid = { d_sae", "grid = { d_sea"),
     ("suite.toml", "hook = \"blocks.*.hook_resid_post\"", "hook = \"blocks.*.hook_resid_pots\""),
     ("chat.toml", "roles = [\"assistant\"]", "roles = [\"asistant\"]"),
     ("architectures.toml", "target_l0", "target_lo"),

@@ -249,8 +249,11 @@ ALONE = Ranks(0, 1, None)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """What is moved and not added up: backends lack some types of numbers."""
-    return tensor.view(-1).view(torch.uint8)
+    """What is moved and not added up: backends lack some types of numbers.
+
+    A contiguous tensor of one element may have any stride, which `view` takes no other type with.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
