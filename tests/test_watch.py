@@ -48,11 +48,12 @@ EMPTY_IN_A_HEALTHY_RUN = {
     'sum by (run, purpose) (rate(sluice_exchange_seconds_total{run=~"$run"}[$__rate_interval]))',
     'rate(sluice_corpus_tokens_trained_total{run=~"$run"}[$__rate_interval])',
     'sluice_suspect_shards{run=~"$run"} > 0',
+    'sluice_tokens_quarantined{run=~"$run"} > 0',
     *(f'sluice_rank_{name}{{run=~"$run"}}'
       for name in ("step_seconds", "work_seconds", "exchange_seconds", "memory_bytes", "active_latents")),
 }  # fmt: skip
 """Queries without an answer: no row is rejected, no message dropped, one rank exchanges nothing, the corpus is no
-mixture, and no shard costs its producers. All alerts are empty too."""
+mixture, no shard costs its producers, and none is quarantined. All alerts are empty too."""
 
 
 @dataclass
