@@ -74,7 +74,7 @@ def is_training(run_directory: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class PublishedSae:
+class SaeNumbers:
     """One SAE of a snapshot."""
 
     metrics: dict[str, Any]
@@ -93,7 +93,7 @@ class SnapshotEntry:
     pinned: bool
     bytes: int
     files: list[str]
-    saes: dict[str, PublishedSae]
+    saes: dict[str, SaeNumbers]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _entry(folder: Path, written_ns: int, evaluations_ns: tuple[int, ...], pinne
         bytes=sum(file.bytes for file in manifest.files),
         files=[file.path for file in manifest.files],
         saes={
-            sae: PublishedSae(metrics, read_json(folder / sae / EVALUATION, folder))
+            sae: SaeNumbers(metrics, read_json(folder / sae / EVALUATION, folder))
             for sae, metrics in manifest.saes.items()
         },
     )

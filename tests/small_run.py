@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from tests.small_model import HOOK, WORDS
 from trainer.snapshot import SPARSITY, WEIGHTS, Draft, new_snapshot, snapshot_folder
 from trainer.state.durable import replace_text
 from trainer.state.format import (
@@ -46,6 +47,38 @@ hooks = ["blocks.0.hook_resid_post"]
 '''
     replace_text(directory / "settings.toml", settings)
     return directory
+
+
+def write_text_run(
+    folder: Path, model: Path, monitor: str, model_keys: str = "", run: str = "run", lines: int = 400
+) -> Path:
+    """A run file, of a started run of a language model on small shards of random text, a quarter of them held out.
+
+    `monitor` and `model_keys` are lines of these tables.
+    """
+    words = np.random.default_rng(1).integers(0, WORDS, (lines, 10))
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
+    start_run(folder / run)
+    path = folder / "run.toml"
+    path.write_text(f'''
+[run]
+directory = "{folder / run}"
+[model]
+name = "{model}"
+hooks = ["{HOOK}"]
+device = "cpu"
+{model_keys}
+[corpus]
+kind = "text"
+paths = ["{text}"]
+shard_bytes = 1000
+held_out = 0.25
+context = 8
+[monitor]
+{monitor}
+''')
+    return path
 
 
 @dataclass(frozen=True)

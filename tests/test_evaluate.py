@@ -41,7 +41,7 @@ from producer.lm.passes import DEFAULT_MEMORY, MemoryLimits, in_stream
 from producer.packing import pack_activations
 from producer.settings import CorpusSettings
 from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
-from tests.small_run import Export, finish_run, identity_sae, publish_snapshot, start_run
+from tests.small_run import Export, finish_run, identity_sae, publish_snapshot, write_text_run
 from trainer.report import DENSITY_EDGES
 from trainer.saes.inference import load_sae
 from trainer.snapshot import retire
@@ -81,30 +81,8 @@ def windows() -> Windows:
 @pytest.fixture
 def run_file(model_folder: Path, tmp_path: Path) -> Path:
     """A run on a few small shards of text, a quarter of them held out, with no snapshot yet."""
-    words = np.random.default_rng(1).integers(0, WORDS, (400, 10))
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
-    start_run(tmp_path / "demo")
-    path = tmp_path / "run.toml"
-    path.write_text(f"""
-[run]
-directory = "{tmp_path / "demo"}"
-[model]
-name = "{model_folder}"
-hooks = ["{HOOK}"]
-device = "cpu"
-[corpus]
-kind = "text"
-paths = ["{tmp_path / "text.txt"}"]
-shard_bytes = 1000
-held_out = 0.25
-context = 8
-[monitor]
-port = 0
-service_port = 0
-poll_seconds = 0.1
-evaluation_tokens = 100
-""")
-    return path
+    monitor = "port = 0\nservice_port = 0\npoll_seconds = 0.1\nevaluation_tokens = 100"
+    return write_text_run(tmp_path, model_folder, monitor, run="demo")
 
 
 # --- The numbers -----------------------------------------------------------------------------------------------------

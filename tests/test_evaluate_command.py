@@ -23,10 +23,10 @@ from monitor.settings import MonitorSettings
 from producer.common.run_file import read_run_file
 from producer.corpus import open_corpus
 from producer.corpus.held_out import HeldOutText, held_out_windows, spread_order
-from producer.corpus.rendering.windows import Windows
+from producer.corpus.rendering.windows import Windows, select_windows
 from producer.lm.passes import MemoryLimits, TimeLimit, spread_passes
-from tests.small_model import HOOK, WIDTH, WORDS, load_model, write_model
-from tests.small_run import Export, identity_sae, publish_snapshot, start_run
+from tests.small_model import HOOK, WIDTH, load_model, write_model
+from tests.small_run import Export, identity_sae, publish_snapshot, write_text_run
 from trainer.saes.inference import load_sae
 
 ONE_WINDOW = MemoryLimits(logits=1)
@@ -40,28 +40,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_file(model_folder: Path, tmp_path: Path) -> Path:
     """A run with two snapshots, on shards of text of which a quarter is held out."""
-    words = np.random.default_rng(1).integers(0, WORDS, (400, 10))
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
-    start_run(tmp_path / "run")
-    path = tmp_path / "run.toml"
-    path.write_text(f"""
-[run]
-directory = "{tmp_path / "run"}"
-[model]
-name = "{model_folder}"
-hooks = ["{HOOK}"]
-device = "cpu"
-[corpus]
-kind = "text"
-paths = ["{tmp_path / "text.txt"}"]
-shard_bytes = 1000
-held_out = 0.25
-context = 8
-[monitor]
-evaluate = false
-evaluation_tokens = 200
-latents_tokens = 0
-""")
+    path = write_text_run(tmp_path, model_folder, "evaluate = false\nevaluation_tokens = 200\nlatents_tokens = 0")
     for tokens, gain in ((1000, 0.25), (2000, 0.5)):
         publish_snapshot(tmp_path / "run", tokens, [sae(gain), sae(1.0, "copy")])
     return path
@@ -74,10 +53,6 @@ def sae(gain: float, name: str = "small") -> Export:
 def text_of(run_file: Path) -> Windows:
     settings = read_run_file(MonitorSettings, run_file, [])
     return held_out_windows(open_corpus(settings.corpus), load_inputs(settings).model.tokenizer, settings.corpus, 200)
-
-
-def part(windows: Windows, numbers: Any) -> Windows:
-    return Windows(windows.ids[numbers], windows.kept[numbers], windows.padded[numbers])
 
 
 # The part of the text that there is time for
@@ -101,7 +76,7 @@ def test_what_was_read_in_time_is_measured_as_if_it_were_all(run_file: Path, mod
         on_progress=lambda progress: seen.append(progress.share),
     )["small"]  # fmt: skip
     assert seen == [result.text_share] == [1 / len(windows)]
-    alone = evaluate(model, part(windows, spread_order(len(windows))[:1]), saes, Baseline())["small"]
+    alone = evaluate(model, select_windows(windows, spread_order(len(windows))[:1]), saes, Baseline())["small"]
     assert alone.text_share is None and alone.rows == result.rows and alone.values == result.values
 
 

@@ -23,7 +23,7 @@ from producer.lm.loading import load_language_model
 from producer.lm.revisions import settings_of
 from producer.settings import ModelSettings
 from tests.small_model import HOOK, WIDTH, WORDS, write_model
-from tests.small_run import Export, identity_sae, publish_snapshot, start_run
+from tests.small_run import Export, identity_sae, publish_snapshot, write_text_run
 
 EMBED = "hook_embed"
 STEPS = 20
@@ -55,31 +55,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_file(model: Path, tmp_path: Path) -> Path:
-    words = np.random.default_rng(1).integers(0, WORDS, (200, 10))
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
-    start_run(tmp_path / "run")
-    path = tmp_path / "run.toml"
-    path.write_text(f"""
-[run]
-directory = "{tmp_path / "run"}"
-[model]
-name = "{model}"
-watch = "{model.parent / "out"}"
-hooks = ["{HOOK}"]
-device = "cpu"
-dtype = "float32"
-[corpus]
-kind = "text"
-paths = ["{tmp_path / "text.txt"}"]
-shard_bytes = 1000
-held_out = 0.25
-context = 8
-[monitor]
-evaluation_tokens = 100
-latents_tokens = 100
-ablated_latents = 0
-""")
-    return path
+    watch = f'watch = "{model.parent / "out"}"\ndtype = "float32"'
+    monitor = "evaluation_tokens = 100\nlatents_tokens = 100\nablated_latents = 0"
+    return write_text_run(tmp_path, model, monitor, watch, lines=200)
 
 
 def evaluator_of(run_file: Path) -> Evaluator:

@@ -38,7 +38,7 @@ from trainer.snapshot import WEIGHTS, read_manifest, snapshot_names, verify
 from trainer.tuning.downstream import Downstream
 from trainer.tuning.options import Loss, TuningError, TuningOptions
 from trainer.tuning.quality import measure_quality
-from trainer.tuning.session import Session
+from trainer.tuning.session import TuningSession
 from trainer.tuning.source import read_run, read_source
 from trainer.tuning.text import Cursor, TuningText
 
@@ -218,10 +218,12 @@ def tuning_options(run: Path, tokens: int = 1920, loss: Loss = "kl+mse", rate: f
     return TuningOptions("small", snapshot_names(run)[-1], tokens, loss, rate, batch=64, evaluation_tokens=300)
 
 
-def session(run: Path, to: Path, stop: threading.Event = NEVER, save_seconds: float = 1e9, **options: Any) -> Session:
+def session(
+    run: Path, to: Path, stop: threading.Event = NEVER, save_seconds: float = 1e9, **options: Any
+) -> TuningSession:
     source = read_source(run, read_run(run, []), "small", None)
     to.mkdir(exist_ok=True, parents=True)
-    return Session(source, tuning_options(run, **options), to, stop, save_seconds)
+    return TuningSession(source, tuning_options(run, **options), to, stop, save_seconds)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from monitor.cli.errors import UsageError
 from monitor.cli.progress import progress_bar
 from monitor.evaluation.compatibility import why_incompatible
 from monitor.evaluation.errors import EvaluationError
@@ -45,10 +46,6 @@ class EvaluateJob:
     seconds: float | None
     is_saved: bool
     is_json: bool
-
-
-class UsageError(Exception):
-    """The command line names what is not there."""
 
 
 def run(job: EvaluateJob) -> int:

@@ -77,6 +77,7 @@ from producer.lm.passes import (
     WindowBatch,
     activations_by_hook,
     in_stream,
+    log_probabilities,
     recording,
     splicing,
     spread_passes,
@@ -201,22 +202,22 @@ def evaluate(
             continue
         targets = batch.tokens[:, 1:][batch.predicted]
 
-        def log_probabilities(replacements: dict[str, Replacement], batch: WindowBatch = batch) -> Tensor:
-            logits = model.logits(batch.tokens, replacements)[:, :-1][batch.predicted]
+        def run_model(replacements: dict[str, Replacement], batch: WindowBatch = batch) -> Tensor:
+            result = log_probabilities(model.logits(batch.tokens, replacements), batch.predicted)
             limit.rest(between)
-            return torch.log_softmax(logits.float(), -1)
+            return result
 
         recorded: dict[str, Tensor] = {}
-        log_clean = log_probabilities(recording(hooks, recorded))
+        log_clean = run_model(recording(hooks, recorded))
         clean_ce[corpus].add(_cross_entropy(log_clean, targets))
         streamed = in_stream(recorded, batch.kept, bounds)
         activations = {hook: x[streamed].float() for hook, x in recorded.items()}
         for (kind, ablated_hooks, _), ce in ablation_ce.items():
             constants = {hook: means[hook] if kind == "mean" else zeros[hook] for hook in ablated_hooks}
-            ce.add(_cross_entropy(log_probabilities(splicing(streamed, constants)), targets))
+            ce.add(_cross_entropy(run_model(splicing(streamed, constants)), targets))
         for sae in saes:
             tally = tallies[sae.name][corpus]
-            log_sae = log_probabilities(splicing(streamed, _reconstruct(sae, activations, tally, memory)))
+            log_sae = run_model(splicing(streamed, _reconstruct(sae, activations, tally, memory)))
             tally.ce.add(_cross_entropy(log_sae, targets))
             tally.kl.add((log_clean.exp() * (log_clean - log_sae)).sum(-1))
         on_progress(Progress(windows_read / len(windows), results))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from monitor.evaluation.errors import EvaluationError
 from producer.corpus import CorpusError
-from producer.corpus.rendering.windows import Windows, separated, windows_of
+from producer.corpus.rendering.windows import Windows, join_windows, select_windows, separated, windows_of
 from producer.corpus.sources.jsonl import read_records
 from producer.lm.model import LanguageModel
 from producer.lm.passes import DEFAULT_MEMORY, NormBounds, activations_by_hook, in_stream, passes
@@ -59,7 +59,7 @@ def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) ->
             text, label = _parse(record, place)
             windows = windows_of([text], tokenizer, separated(settings))
             if len(windows) and windows.kept[0].any():
-                texts.append((windows.ids[:1], windows.kept[:1], windows.padded[:1]))
+                texts.append(select_windows(windows, slice(1)))
                 labels.append(label)
     except (OSError, CorpusError) as error:
         raise EvaluationError(f"monitor.probe_file = {str(path)!r} cannot be read: {error}") from None
@@ -69,7 +69,7 @@ def read_labelled_texts(path: Path, tokenizer: Any, settings: CorpusSettings) ->
         raise EvaluationError(
             f"{path} must have two labels or more with {MIN_TEXTS} texts or more each; it has: {found_labels}"
         )
-    return LabelledTexts(Windows(*map(np.concatenate, zip(*texts, strict=True))), np.array(labels))
+    return LabelledTexts(join_windows(texts), np.array(labels))
 
 
 def _parse(record: dict[str, Any], place: str) -> tuple[str, str]:

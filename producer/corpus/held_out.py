@@ -11,7 +11,7 @@ import numpy as np
 from producer.corpus.base import Corpus, CorpusError
 from producer.corpus.mixture import Text
 from producer.corpus.registry import more_shards_advice
-from producer.corpus.rendering.windows import Windows, separated, windows_of
+from producer.corpus.rendering.windows import Windows, join_windows, select_windows, separated, windows_of
 from producer.settings import CorpusSettings
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class HeldOutText:
             corpora[corpus] = slice(first, first + count)
             first += count
         chosen, windows = np.concatenate(numbers), self.windows
-        some = Windows(windows.ids[chosen], windows.kept[chosen], windows.padded[chosen])
+        some = select_windows(windows, chosen)
         return HeldOutText(some, corpora if self.corpora else {}, self.share * len(some) / len(windows))
 
 
@@ -80,7 +80,7 @@ def held_out_text(text: Text, tokenizer: Any, tokens: int) -> HeldOutText:
         first += len(gathered)
     if not windows:
         raise NoHeldOutText("no corpus of the mixture holds out any text; raise held_out in a [[corpus]]")
-    return HeldOutText(_joined(windows), corpora)
+    return HeldOutText(join_windows(windows), corpora)
 
 
 def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, tokens: int) -> Windows:
@@ -100,12 +100,7 @@ def held_out_windows(corpus: Corpus, tokenizer: Any, settings: CorpusSettings, t
             break
     if missing == tokens:
         raise NoHeldOutText(_no_text(corpus, settings))
-    return _joined(parts)
-
-
-def _joined(parts: list[Windows]) -> Windows:
-    arrays = zip(*((windows.ids, windows.kept, windows.padded) for windows in parts), strict=True)
-    return Windows(*map(np.concatenate, arrays))
+    return join_windows(parts)
 
 
 def _no_text(corpus: Corpus, settings: CorpusSettings) -> str:
@@ -122,4 +117,4 @@ def _beginning(windows: Windows, tokens: int) -> Windows:
     counts = windows.kept.sum(1)
     useful = np.flatnonzero(counts)
     first = useful[: np.searchsorted(counts[useful].cumsum(), tokens) + 1]
-    return Windows(windows.ids[first], windows.kept[first], windows.padded[first])
+    return select_windows(windows, first)

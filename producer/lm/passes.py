@@ -135,6 +135,12 @@ def splicing(streamed: Tensor, new: Mapping[str, Tensor]) -> dict[str, Replaceme
     return {hook: partial(splice, values) for hook, values in new.items()}
 
 
+def log_probabilities(logits: Tensor, predicted: Tensor) -> Tensor:
+    """Of the next token at the `predicted` positions of a batch, [predictions, vocabulary], in float32 at least."""
+    selected = logits[:, :-1][predicted]
+    return torch.log_softmax(selected.to(torch.promote_types(selected.dtype, torch.float32)), -1)
+
+
 def in_stream(activations: Mapping[str, Tensor], kept: Tensor, bounds: NormBounds) -> Tensor:
     """Positions [windows, context] that the stream has: a norm beyond the bound of one hook drops them at all hooks.
 

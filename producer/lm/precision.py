@@ -23,6 +23,11 @@ def fastest_dtype(rows: int, d_in: int, d_out: int, device: torch.device) -> tor
     return torch.bfloat16 if WORTH * bfloat16 < float32 else torch.float32
 
 
+def product_dtype(name: str, rows: int, d_in: int, d_out: int, device: torch.device) -> torch.dtype:
+    """The dtype of products of this shape by its name, such as "bfloat16"; "auto" takes the fastest one."""
+    return fastest_dtype(rows, d_in, d_out, device) if name == "auto" else getattr(torch, name)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name without the module, such as "bfloat16": the attribute of torch that it is."""
     return str(dtype).removeprefix("torch.")

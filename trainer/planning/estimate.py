@@ -12,7 +12,7 @@ import math
 import sys
 
 from producer.common.addresses import path_argument
-from producer.common.command_parser import command_parser
+from producer.common.command_parser import command_parser, positive_count, positive_number
 from producer.common.completion import complete
 from producer.common.run_file import read_run_file
 from producer.common.toml import SettingsError, show_value
@@ -69,34 +69,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces one setting of the file")
     parser.add_argument("--machine", metavar="NAME", help=f"data sheet instead of measuring: {', '.join(MACHINES)}")
-    parser.add_argument("--matmul-tflops", type=_positive, metavar="X", help="rate of the encoder product, 10¹² FLOP/s")
-    parser.add_argument("--bandwidth-gbs", type=_positive, metavar="Y", help="bandwidth of a copy, 10⁹ bytes/s")
-    parser.add_argument("--gpus", type=int, metavar="N", help="latents sharded over so many GPUs (under torchrun)")
-    parser.add_argument("--days", type=_positive, metavar="D", help="the fewest GPUs that end run.tokens in so long")
     parser.add_argument(
-        "--width", type=_count, metavar="D", help="of the activations of each hook, when the model is not on this disk"
+        "--matmul-tflops", type=positive_number, metavar="X", help="rate of the encoder product, 10¹² FLOP/s"
+    )
+    parser.add_argument("--bandwidth-gbs", type=positive_number, metavar="Y", help="bandwidth of a copy, 10⁹ bytes/s")
+    parser.add_argument("--gpus", type=int, metavar="N", help="latents sharded over so many GPUs (under torchrun)")
+    parser.add_argument(
+        "--days", type=positive_number, metavar="D", help="the fewest GPUs that end run.tokens in so long"
     )
     parser.add_argument(
-        "--model-parameters", type=_positive, metavar="P", help="weights of the model's blocks up to the last hook"
+        "--width",
+        type=positive_count,
+        metavar="D",
+        help="of the activations of each hook, when the model is not on this disk",
+    )
+    parser.add_argument(
+        "--model-parameters",
+        type=positive_number,
+        metavar="P",
+        help="weights of the model's blocks up to the last hook",
     )
     parser.add_argument("--json", action="store_true", help="everything, for scripts")
     return parser
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{show_value(text)}: expected a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and text.isascii() and int(text)):
-        raise argparse.ArgumentTypeError(f"{show_value(text)}: expected a whole number above 0")
-    return int(text)
 
 
 def _estimate(settings: TrainerSettings, options: argparse.Namespace) -> Estimate:

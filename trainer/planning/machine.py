@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from producer.lm.precision import fastest_dtype
+from producer.lm.precision import product_dtype
 from trainer.planning import cost
 from trainer.planning.cost import Machine, StepCost
 
@@ -26,7 +26,7 @@ def measure_machine(sae: StepCost, device_name: str, threads: int, matmul: str =
     torch.set_num_threads(threads)
     try:
         kernels = cost.CPU if device.type == "cpu" else cost.CUDA
-        dtype = fastest_dtype(sae.batch, sae.d_in, sae.d_sae, device) if matmul == "auto" else getattr(torch, matmul)
+        dtype = product_dtype(matmul, sae.batch, sae.d_in, sae.d_sae, device)
         rows = min(sae.batch, max(256, kernels.block_bytes // (sae.d_sae * dtype.itemsize)))
         flops = 2 * rows * sae.d_in * sae.d_sae / _seconds(_product(rows, sae, dtype, device), device)
         bandwidth = COPY_BYTES / _seconds(_copy(device), device)

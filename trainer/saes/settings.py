@@ -80,6 +80,8 @@ class SaeSettings(Table):
     """The architecture can reconstruct another hook than it reads."""
     IS_SHARDED: ClassVar[bool] = True
     """Ranks can share its latents."""
+    IS_TUNABLE: ClassVar[bool] = False
+    """`trainer tune` can train it by what the language model does with it, at the L0 that it has."""
 
     name: str = Field(min_length=1, max_length=64, examples=["topk"])
     """Its folder in a snapshot and its label in the metrics: letters, digits, dot, dash, underscore."""

@@ -11,10 +11,9 @@ import sys
 from importlib.util import find_spec
 
 from producer.common.addresses import path_argument
-from producer.common.command_parser import command_parser
+from producer.common.command_parser import command_parser, positive_count
 from producer.common.completion import complete
 from producer.common.installation import DISTRIBUTION
-from producer.common.toml import show_value
 from trainer.scaling.cells import GridError, read_grid
 from trainer.scaling.report import FILE, write_report
 
@@ -68,20 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--snapshot", metavar="NAME", help="as the SAEs were in this snapshot; without it, at the end")
     parser.add_argument(
         "--hold-out",
-        type=_size,
+        type=positive_count,
         nargs="+",
         default=[],
         metavar="D_SAE",
         help="fit without these sizes, and predict them",
     )
     parser.add_argument(
-        "--predict", type=_size, nargs="+", default=[], metavar="D_SAE", help="sizes to predict (default: the next one)"
+        "--predict",
+        type=positive_count,
+        nargs="+",
+        default=[],
+        metavar="D_SAE",
+        help="sizes to predict (default: the next one)",
     )
     parser.add_argument("--json", action="store_true", help="everything, for scripts")
     return parser
-
-
-def _size(text: str) -> int:
-    if not (text.isdecimal() and text.isascii() and int(text)):
-        raise argparse.ArgumentTypeError(f"{show_value(text)}: expected a whole number above 0, such as 8192")
-    return int(text)

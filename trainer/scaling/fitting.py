@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.scaling.cells import Cell, Grid, GridError
 from trainer.scaling.law import LEAST_SIZES, FitError, Law, Prediction, fit_law
-from trainer.scaling.report import CellFit, Curve, FormFit, ParameterFit, PredictedLoss, ScalingReport, TokenFit
+from trainer.scaling.report import CellFit, FormSummary, LawCurve, ParameterFit, PredictedLoss, ScalingReport
 from trainer.scaling.tokens import CONVERGED_GAIN, fit_tokens
 
 CURVE_POINTS = 40
@@ -47,7 +47,7 @@ def fit_grid(grid: Grid, hold_out: Collection[int] = (), predict: Collection[int
         ),
         left_out=law.left_out,
         forms=tuple(
-            FormFit(fit.form.names, fit.rms, fit.aicc, weight)
+            FormSummary(fit.form.names, fit.rms, fit.aicc, weight)
             for fit, weight in zip(law.fits, law.weights, strict=True)
         ),
         cells=fits,
@@ -71,10 +71,7 @@ def _next_size(sizes: list[int]) -> int:
 
 
 def _cell_fit(cell: Cell, law: Law, is_held_out: bool) -> CellFit:
-    law_of_tokens = fit_tokens([tokens for tokens, _ in cell.curve], [loss for _, loss in cell.curve])
-    fit = None
-    if law_of_tokens is not None:
-        fit = TokenFit(**vars(law_of_tokens), is_converged=law_of_tokens.is_converged)
+    fit = fit_tokens([tokens for tokens, _ in cell.curve], [loss for _, loss in cell.curve])
     fitted = law.predict(cell.d_sae, cell.k).loss
     return CellFit(cell.name, cell.d_sae, cell.k, cell.loss, fitted, is_held_out, fit)
 
@@ -97,10 +94,10 @@ def _backtest(cells: list[Cell], sizes: list[int]) -> Iterator[PredictedLoss]:
             yield _predicted(law.predict(cell.d_sae, cell.k), cell.loss)
 
 
-def _curve(law: Law, k: int, first: int, last: int) -> Curve:
+def _curve(law: Law, k: int, first: int, last: int) -> LawCurve:
     sizes = np.geomspace(first, last, CURVE_POINTS)
     losses = tuple(law.predict(size, k).loss for size in sizes.round().astype(int).tolist())
-    return Curve(k, tuple(map(float, sizes.round())), losses, law.floor(k))
+    return LawCurve(k, tuple(map(float, sizes.round())), losses, law.floor(k))
 
 
 def _notes(grid: Grid, cells: tuple[CellFit, ...]) -> Iterator[str]:

@@ -63,7 +63,7 @@ FORMS_OF_ONE_K = (Form(("alpha", "beta_n"), ("zeta",)), Form(("alpha", "beta_n")
 
 
 @dataclass(frozen=True)
-class Parameter:
+class LawParameter:
     """One parameter of a law."""
 
     name: str
@@ -89,7 +89,7 @@ class FormFit:
     """One form of the law, fitted."""
 
     form: Form
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[LawParameter, ...]
     rms: float
     """Root mean square of relative errors, per degree of freedom."""
     degrees: int
@@ -168,7 +168,7 @@ def fit_law(d_sae: Sequence[int], k: Sequence[int], losses: Sequence[float]) -> 
     return Law(tuple(fits), tuple(one / sum(relative) for one in relative), forms[0])
 
 
-def _is_unclear(parameter: Parameter) -> bool:
+def _is_unclear(parameter: LawParameter) -> bool:
     if parameter.name == "alpha":
         return False  # its sign means nothing
     if parameter.name == "zeta":
@@ -202,7 +202,7 @@ def _fit_form(form: Form, n: Array, k: Array, loss: Array) -> FormFit:
     return FormFit(
         form=form,
         parameters=tuple(
-            Parameter(name, float(value), float(error), float(value - width), float(value + width))
+            LawParameter(name, float(value), float(error), float(value - width), float(value + width))
             for name, value, error, width in zip(form.names, values, np.sqrt(np.diag(covariance)), half, strict=True)
         ),
         rms=math.sqrt(variance),

@@ -67,7 +67,7 @@ class ParameterFit:
 
 
 @dataclass(frozen=True)
-class FormFit:
+class FormSummary:
     """One form of the law, and how well it fits."""
 
     parameters: tuple[str, ...]
@@ -98,7 +98,7 @@ class PredictedLoss:
 
 
 @dataclass(frozen=True)
-class Curve:
+class LawCurve:
     """The law's line of one k."""
 
     k: int
@@ -122,12 +122,12 @@ class ScalingReport:
     parameters: tuple[ParameterFit, ...]
     left_out: tuple[str, ...]
     """Parameters of the whole law that these losses do not identify."""
-    forms: tuple[FormFit, ...]
+    forms: tuple[FormSummary, ...]
     cells: tuple[CellFit, ...]
     predictions: tuple[PredictedLoss, ...]
     backtest: tuple[PredictedLoss, ...]
     """The largest size, predicted from the smaller ones alone; empty where these are too few."""
-    curves: tuple[Curve, ...]
+    curves: tuple[LawCurve, ...]
     notes: tuple[str, ...]
     """Sentences on what was left out and what these numbers do not say."""
 

@@ -10,11 +10,11 @@ changes by less than some ε; here, when twice the tokens would lower it by less
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from trainer.scaling.law import FitError, fit_law
+from trainer.scaling.report import TokenFit
 
 CONVERGED_GAIN = 0.02
 FIRST_SHARE = 0.2
@@ -24,24 +24,7 @@ MOST_POINTS = 24
 LEAST_POINTS = 8
 
 
-@dataclass(frozen=True)
-class TokenLaw:
-    """The law of one SAE's loss by tokens."""
-
-    exponent: float
-    """β."""
-    standard_error: float
-    floor: float | None
-    """exp(ζ); None where the losses show none."""
-    gain: float
-    """The share by which twice the tokens would lower the loss, at a constant learning rate."""
-
-    @property
-    def is_converged(self) -> bool:
-        return self.gain < CONVERGED_GAIN
-
-
-def fit_tokens(tokens: Sequence[float], losses: Sequence[float]) -> TokenLaw | None:
+def fit_tokens(tokens: Sequence[float], losses: Sequence[float]) -> TokenFit | None:
     """Fits the law to losses reported at a constant learning rate; None where there are too few of them."""
     x, y = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if not len(x):
@@ -60,4 +43,4 @@ def fit_tokens(tokens: Sequence[float], losses: Sequence[float]) -> TokenLaw | N
     end = round(float(x[-1]))
     exponent = next(parameter for parameter in law.best.parameters if parameter.name == "beta_n")
     gain = 1 - law.predict(2 * end, 1).loss / law.predict(end, 1).loss
-    return TokenLaw(exponent.value, exponent.standard_error, law.floor(1), gain)
+    return TokenFit(exponent.value, exponent.standard_error, law.floor(1), gain, is_converged=gain < CONVERGED_GAIN)

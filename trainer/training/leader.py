@@ -293,7 +293,7 @@ class LeaderRun(SharedRun):
                 if isinstance(one, RemoteSaeTrainer) and one.has_weights:
                     state = states[one.settings.name]
                     cooldown = state["cooldown"] and tuple(state["cooldown"])
-                    one.told_state = SaeState(**state | {"cooldown": cooldown})
+                    one.checkpoint_state = SaeState(**state | {"cooldown": cooldown})
         return super().state()
 
     @contextmanager

@@ -21,9 +21,9 @@ class RemoteSaeTrainer(SaeTrainer):
     """See the module's docstring. It holds no latents."""
 
     is_here = False
-    told_report: SaeReport | None = None
+    last_report: SaeReport | None = None
     """Its last report."""
-    told_state: SaeState | None = None
+    checkpoint_state: SaeState | None = None
     """Its state in the checkpoint that is being written."""
 
     def initialise(
@@ -41,12 +41,12 @@ class RemoteSaeTrainer(SaeTrainer):
         return None
 
     def report(self, scales: Mapping[str, float]) -> SaeReport:
-        assert self.told_report is not None, "ranks are asked for their reports first"
-        return self.told_report
+        assert self.last_report is not None, "ranks are asked for their reports first"
+        return self.last_report
 
     def counters(self) -> SaeState:
-        assert self.told_state is not None, "ranks are asked for their states first"
-        return self.told_state
+        assert self.checkpoint_state is not None, "ranks are asked for their states first"
+        return self.checkpoint_state
 
     def restore(self, state: SaeState, tensors: SaeTensors) -> None:
         self.restore_counters(state)

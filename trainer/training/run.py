@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from producer.lm.precision import fastest_dtype
+from producer.lm.precision import product_dtype
 from producer.wire import Hello
 from trainer.parallel.ranks import ALONE, OtherRanks, Ranks
 from trainer.phases import SaePhase
@@ -173,12 +173,7 @@ class Run:
         hooks, group = self.settings.hooks_of(sae), self._group_of[sae.name]
         is_here = group == self.ranks.group_index
         d_in = sum(self._widths[hook] for hook in hooks.reads)
-        if matmul is not None:
-            dtype = matmul
-        elif optimizer.matmul == "auto":
-            dtype = fastest_dtype(optimizer.batch, d_in, sae.d_sae, self.device)
-        else:
-            dtype = getattr(torch, optimizer.matmul)
+        dtype = matmul or product_dtype(optimizer.matmul, optimizer.batch, d_in, sae.d_sae, self.device)
         where = f", on placement group {group}" if self.settings.parallel.groups > 1 else ""
         log.info("sae %s: %s, %d → %d, products in %s%s", sae.name, sae.architecture, d_in, sae.d_sae, dtype, where)
         seed = self.settings.run.seed * 1000 + member.number if sae.seed is None else sae.seed

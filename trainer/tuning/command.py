@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from producer.common.addresses import path_argument
-from producer.common.command_parser import command_parser
+from producer.common.command_parser import command_parser, positive_count, positive_number
 from producer.common.completion import complete, complete_settings
 from producer.common.logs import set_up
 from producer.common.process import run_within_limits, stop_on_signals
@@ -68,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss", choices=LOSSES, default="kl+mse", help="kl+mse without it")
     parser.add_argument("--snapshot", metavar="NAME", help="without it, the newest that has the SAE")
     parser.add_argument(
-        "--learning-rate", type=_positive, metavar="X", help=f"at the peak; {RATE_SHARE:g} of the training's without it"
+        "--learning-rate",
+        type=positive_number,
+        metavar="X",
+        help=f"at the peak; {RATE_SHARE:g} of the training's without it",
     )
     parser.add_argument("--batch", type=_count, metavar="N", help="positions of one step; optimizer.batch without it")
     parser.add_argument(
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _tune(options: argparse.Namespace) -> int:
     from producer.corpus import CorpusError
     from producer.lm.errors import ModelError
-    from trainer.tuning.session import Session  # imports torch, which `--help` does not wait for
+    from trainer.tuning.session import TuningSession  # imports torch, which `--help` does not wait for
     from trainer.tuning.source import read_run, read_source
 
     stop = threading.Event()
@@ -92,7 +95,7 @@ def _tune(options: argparse.Namespace) -> int:
         source = read_source(directory, read_run(directory, options.overrides), options.sae, options.snapshot)
         target = (options.to or directory / "tuned" / f"{options.sae}-{options.loss}").absolute()
         with RunDirectory(target):
-            result = Session(source, _options(options, source), target, stop).run()
+            result = TuningSession(source, _options(options, source), target, stop).run()
     except (TuningError, SettingsError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -145,15 +148,6 @@ def _shortest(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _positive(text: str) -> float:
-    value = float(text) if text.replace(".", "", 1).replace("e-", "", 1).isdigit() else 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, such as 3e-4")
-    return value
-
-
 def _count(text: str) -> int:
-    digits = text.replace("_", "")
-    if not (digits.isdecimal() and digits.isascii() and int(digits)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(digits)
+    """A whole number, with underscores between its digits or without, as in a run file."""
+    return positive_count(text.replace("_", ""))

@@ -28,6 +28,7 @@ from producer.lm.passes import (
     NormBounds,
     WindowBatch,
     in_stream,
+    log_probabilities,
     passes,
     recording,
     splicing,
@@ -91,7 +92,7 @@ class Downstream:
             logits = self._model.logits(batch.tokens, recording(hooks, recorded))
             streamed = in_stream(recorded, batch.kept, self._bounds)
             # Clones, for autograd takes no inference tensors.
-            self._passes.append(CleanPass(batch, streamed, _log_softmax(logits, batch).clone()))
+            self._passes.append(CleanPass(batch, streamed, log_probabilities(logits, batch.predicted).clone()))
             activations.append(recorded[self._hook][streamed].clone())
         return torch.cat(activations)
 
@@ -119,15 +120,9 @@ class Downstream:
                     clean.windows.tokens, splicing(clean.streamed, {self._hook: leaf}), gradients=True
                 )
                 log_clean = clean.log_probabilities
-                log_sae = _log_softmax(logits, clean.windows)
+                log_sae = log_probabilities(logits, clean.windows.predicted)
                 kl = (log_clean.exp() * (log_clean - log_sae)).sum() / predictions
             (by_leaf,) = torch.autograd.grad(kl, leaf)
             total = total + kl.detach().to(total.dtype)
             gradients.append(by_leaf / self._scale)
         return total, torch.cat(gradients).to(y_hat.dtype)
-
-
-def _log_softmax(logits: Tensor, batch: WindowBatch) -> Tensor:
-    """Log-probabilities of the next token at the predicted positions, in float32 at least."""
-    predicted = logits[:, :-1][batch.predicted]
-    return torch.log_softmax(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), -1)

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.lm.passes import DEFAULT_MEMORY, MemoryLimits, NormBounds, in_stream, passes, recording, splicing
+from producer.lm.passes import (
+    DEFAULT_MEMORY,
+    MemoryLimits,
+    NormBounds,
+    in_stream,
+    log_probabilities,
+    passes,
+    recording,
+    splicing,
+)
 from trainer.saes.inference import InferenceSae
 
 
@@ -48,7 +57,7 @@ def measure_quality(
     for batch in passes(model, windows, memory):
         recorded: dict[str, Tensor] = {}
         targets = batch.tokens[:, 1:][batch.predicted]
-        log_clean = _log_softmax(model.logits(batch.tokens, recording(hooks, recorded)), batch.predicted)
+        log_clean = log_probabilities(model.logits(batch.tokens, recording(hooks, recorded)), batch.predicted)
         streamed = in_stream(recorded, batch.kept, bounds)
         x = recorded[hook][streamed].float()
         parts = []
@@ -57,7 +66,7 @@ def measure_quality(
             sums["active"] += int((latents != 0).sum())
             parts.append(sae.decode(latents, part))
         x_hat = torch.cat(parts)
-        log_sae = _log_softmax(model.logits(batch.tokens, splicing(streamed, {hook: x_hat})), batch.predicted)
+        log_sae = log_probabilities(model.logits(batch.tokens, splicing(streamed, {hook: x_hat})), batch.predicted)
         sums["ce_clean"] -= _sum(log_clean.gather(-1, targets[:, None]))
         sums["ce_sae"] -= _sum(log_sae.gather(-1, targets[:, None]))
         sums["kl"] += _sum(log_clean.exp() * (log_clean - log_sae))
@@ -76,10 +85,6 @@ def measure_quality(
         l0=sums["active"] / activations,
         activations=activations,
     )
-
-
-def _log_softmax(logits: Tensor, predicted: Tensor) -> Tensor:
-    return torch.log_softmax(logits[:, :-1][predicted].float(), -1)
 
 
 def _sum(values: Tensor) -> float:

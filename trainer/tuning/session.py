@@ -49,7 +49,7 @@ class TuningResult:
     """Of the published SAE."""
 
 
-class Session:
+class TuningSession:
     """One tuning in a directory of its own; `run` returns None when it was stopped."""
 
     def __init__(

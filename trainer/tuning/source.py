@@ -12,15 +12,13 @@ from producer.common.run_file import read_run_file
 from producer.common.toml import show_value
 from producer.settings import ModelSettings
 from trainer.defaults import LengthSettings, planned_tokens
+from trainer.saes import registry
 from trainer.saes.formats import PublishedSae
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.settings import SaeSettings
 from trainer.settings import TrainerSettings
 from trainer.snapshot import Manifest, describe_names, read_manifest, snapshot_names
 from trainer.tuning.options import TuningError
-
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "relu", "gated")
-"""Those that can be tuned."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,11 @@ def _fault(name: str, metadata: dict[str, Any], hooks: SaeHooks) -> str | None:
             f"sae {show_value(name)} is a {kind}: its reconstruction takes the place of other activations than the one "
             "hook it reads, and tuning is for autoencoders of one hook"
         )
-    if raw.get("architecture") not in ARCHITECTURES:
+    tunable = [name for name in registry.names() if registry.get(name).Settings.IS_TUNABLE]
+    if raw.get("architecture") not in tunable:
         return (
             f"sae {show_value(name)} has architecture {show_value(raw.get('architecture'))}; "
-            f"tuning is for {', '.join(ARCHITECTURES)}"
+            f"tuning is for {', '.join(tunable)}"
         )
     if raw.get("matryoshka"):
         return (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from producer.corpus import Text
-from producer.corpus.rendering.windows import Windows, separated, windows_of
+from producer.corpus.rendering.windows import Windows, join_windows, select_windows, separated, windows_of
 
 SHARDS_AT_ONCE = 4
 """Shards whose windows are mixed."""
@@ -51,11 +51,7 @@ class TuningText:
             empty_groups = 0 if len(windows) else empty_groups + 1
             for first in range(cursor.window, len(windows), self._windows):
                 end = min(first + self._windows, len(windows))
-                batch = slice(first, end)
-                yield (
-                    Windows(windows.ids[batch], windows.kept[batch], windows.padded[batch]),
-                    Cursor(cursor.group, end),
-                )
+                yield select_windows(windows, slice(first, end)), Cursor(cursor.group, end)
             cursor = Cursor(cursor.group + 1)
 
     def _group(self, number: int) -> Windows:
@@ -63,13 +59,9 @@ class TuningText:
         epoch, place = divmod(number, self._groups)
         order = np.random.default_rng([self._seed, epoch]).permutation(self._shards)
         shards = order[place * SHARDS_AT_ONCE : (place + 1) * SHARDS_AT_ONCE]
-        parts = [self._read(int(shard), epoch) for shard in shards]
-        ids, kept, padded = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "kept", "padded")
-        )
-        useful = np.flatnonzero(kept.any(1))
-        drawn = np.random.default_rng([self._seed, epoch, place]).permutation(useful)
-        return Windows(ids[drawn], kept[drawn], padded[drawn])
+        windows = join_windows(self._read(int(shard), epoch) for shard in shards)
+        useful = np.flatnonzero(windows.kept.any(1))
+        return select_windows(windows, np.random.default_rng([self._seed, epoch, place]).permutation(useful))
 
     def _read(self, shard: int, epoch: int) -> Windows:
         part, number = self._text.find(shard, epoch)

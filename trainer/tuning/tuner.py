@@ -17,7 +17,7 @@ from torch import Tensor
 from producer.corpus import CorpusError
 from producer.corpus.rendering.windows import Windows
 from producer.lm.model import LanguageModel
-from producer.lm.precision import fastest_dtype
+from producer.lm.precision import product_dtype
 from trainer.report import SaeReport
 from trainer.saes.hooks import SaeHooks
 from trainer.saes.inference import InferenceSae, load_sae
@@ -26,6 +26,7 @@ from trainer.saes.start import read_start
 from trainer.saes.writing import SaeFiles
 from trainer.snapshot import finite, new_snapshot, snapshot_folder
 from trainer.state.format import SaeState, SaeTensors
+from trainer.training.publishing import SELFTEST_CANDIDATES
 from trainer.training.sae_trainer import SaeTrainer
 from trainer.tuning.downstream import Downstream
 from trainer.tuning.options import TuningOptions
@@ -34,7 +35,6 @@ from trainer.tuning.text import Cursor, TuningText
 
 SAMPLE_TOKENS = 8192
 """Activations from which L0, the variance and thresholds are estimated."""
-SELFTEST_CANDIDATES = 1024
 WARMUP = 0.05
 """Share of the tokens over which the learning rate rises; then it falls to zero."""
 PENALTY_GAIN = 0.1
@@ -76,10 +76,8 @@ class Tuner:
                 "cooldown": 1 - WARMUP,
             }
         )
-        if optimizer.matmul == "auto":
-            matmul = fastest_dtype(options.batch, self._sample.shape[1], settings.d_sae, model.device)
-        else:
-            matmul = getattr(torch, optimizer.matmul)
+        d_in = self._sample.shape[1]
+        matmul = product_dtype(optimizer.matmul, options.batch, d_in, settings.d_sae, model.device)
         self.sae_trainer = SaeTrainer(
             settings, optimizer, hooks, widths, model.device, matmul, run_tokens=options.tokens
         )

@@ -76,6 +76,17 @@ class Windows:
         return {reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count}
 
 
+def select_windows(windows: Windows, which: slice | np.ndarray) -> Windows:
+    """Some windows, by a slice or by number, without `positions` and `reasons`: their documents are kept apart."""
+    return Windows(windows.ids[which], windows.kept[which], windows.padded[which])
+
+
+def join_windows(parts: Iterable[Windows]) -> Windows:
+    """The windows of all parts in one, as `select_windows` leaves them."""
+    arrays = zip(*((part.ids, part.kept, part.padded) for part in parts), strict=True)
+    return Windows(*map(np.concatenate, arrays))
+
+
 def windows_of(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings) -> Windows:
     """Cuts all windows of one shard, in order; without text there are none. A window may be without kept positions.
 

@@ -34,6 +34,7 @@ from trainer.saes.settings import CostTerms, PenalisedSettings, Revival
 class GatedSettings(PenalisedSettings):
     """[[sae]] with architecture gated."""
 
+    IS_TUNABLE: ClassVar[bool] = True
     HAS_TRANSCODER: ClassVar[bool] = False
 
     architecture: Literal["gated"] = "gated"

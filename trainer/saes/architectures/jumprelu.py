@@ -53,6 +53,7 @@ ENTRIES_PER_ACTIVE = 1.5
 class JumpReLUSettings(NestedSettings, PenalisedSettings, AnnealedSettings):
     """[[sae]] with architecture jumprelu."""
 
+    IS_TUNABLE: ClassVar[bool] = True
     SHAPE: ClassVar[frozenset[str]] = NestedSettings.SHAPE | {"threshold"}
     TARGET = "target_l0"
     REVIVALS: ClassVar[frozenset[str]] = NestedSettings.REVIVALS | {"pre_act"}

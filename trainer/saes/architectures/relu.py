@@ -38,6 +38,7 @@ INITIAL_NORM = 0.1
 class ReLUSettings(PenalisedSettings):
     """[[sae]] with architecture relu."""
 
+    IS_TUNABLE: ClassVar[bool] = True
     CONDITIONS: ClassVar[dict[str, Callable[[Any], bool]]] = PenalisedSettings.CONDITIONS | {
         "tanh_scale": lambda sae: sae.sparsity == "tanh",
         "initial_norm": lambda sae: sae.sparsity != "l1",

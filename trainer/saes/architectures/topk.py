@@ -49,6 +49,7 @@ INITIAL_PRE_ACT = 1.0
 class FixedKSettings(NestedSettings, AnnealedSettings):
     """Settings of an SAE with a fixed number of latents."""
 
+    IS_TUNABLE: ClassVar[bool] = True
     SHAPE: ClassVar[frozenset[str]] = NestedSettings.SHAPE | {"k"}
     TARGET = "k"
 
